@@ -1,0 +1,96 @@
+"""Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` answer at once."""
+
+import math
+from dataclasses import dataclass, fields, replace
+
+# The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
+AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+NOT_BUILT = ("pipeline", "context", "tensor")
+
+
+class ConfigError(ValueError):
+    """A user's mistake: `problems` is a list of messages that name the key and a valid value."""
+
+    def __init__(self, *problems: str):
+        self.problems = [p for p in problems if p]
+        super().__init__("\n".join(self.problems))
+
+
+@dataclass
+class StrategyConfig:
+    """Degrees of the one mesh; -1 = all ranks that are left (on one axis at most)."""
+
+    pipeline: int = 1  # ranks that hold successive stages of the layers; 1 = off
+    replicate: int = 1  # copies of the model that share the batch (DDP); 1 = off
+    shard: int = 1  # ranks that share one copy of weights and optimizer (FSDP); 1 = off
+    context: int = 1  # ranks that share the sequence; 1 = off
+    tensor: int = 1  # ranks that split every layer; 1 = off
+    # FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until its
+    # backward is done (one all-gather less, more memory).
+    reshard_after_forward: bool = True
+    # DDP: MiB of gradients per all-reduce.
+    bucket_mib: float = 25.0
+
+
+def degrees(strategy: StrategyConfig) -> dict[str, int]:
+    """The degree of each mesh axis, in the mesh's order."""
+    return {axis: getattr(strategy, axis) for axis in AXES}
+
+
+def data_degree(strategy: StrategyConfig) -> int:
+    """Ranks that see different samples: replicate × shard."""
+    return strategy.replicate * strategy.shard
+
+
+def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
+    """The strategy with -1 filled in for `world_size` ranks; raises ConfigError if they do not fit."""
+    problems = []
+    for axis, degree in degrees(strategy).items():
+        if degree == 0 or degree < -1:
+            problems.append(f"strategy.{axis}={degree} must be at least 1, or -1 for all ranks left")
+        elif axis in NOT_BUILT and degree != 1:
+            problems.append(f"strategy.{axis}={degree}: this axis is not built yet; it must be 1")
+    open_axes = [axis for axis, degree in degrees(strategy).items() if degree == -1]
+    if len(open_axes) > 1:
+        keys = ", ".join(f"strategy.{axis}" for axis in open_axes)
+        problems.append(f"only one degree can be -1 (all ranks that are left), but {keys} are")
+    if problems:
+        raise ConfigError(*problems)
+    fixed = math.prod(degree for degree in degrees(strategy).values() if degree != -1)
+    if not open_axes:
+        if fixed != world_size:
+            raise ConfigError(_wrong_world(strategy, fixed, world_size))
+        return strategy
+    if world_size % fixed:
+        raise ConfigError(_indivisible(strategy, fixed, world_size))
+    return replace(strategy, **{open_axes[0]: world_size // fixed})
+
+
+def _product(strategy: StrategyConfig) -> str:
+    shown = [f"strategy.{axis}={d}" for axis, d in degrees(strategy).items() if d != 1]
+    return " × ".join(shown) or "every degree 1 (strategy=single)"
+
+
+def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
+    if used == 1:
+        return (
+            f"{world_size} ranks were started but {_product(strategy)} uses one; start 1 rank, "
+            "or choose strategy=ddp or strategy=fsdp"
+        )
+    return (
+        f"{world_size} ranks were started but {_product(strategy)} uses {used}; start {used} ranks, "
+        "or set one degree to -1 (all ranks that are left)"
+    )
+
+
+def _indivisible(strategy: StrategyConfig, fixed: int, world_size: int) -> str:
+    fit = sorted({max(fixed, world_size // fixed * fixed), (world_size // fixed + 1) * fixed})
+    return (
+        f"{_product(strategy)}: the fixed degrees make {fixed}, which does not divide "
+        f"{world_size} ranks; start {' or '.join(map(str, fit))} ranks"
+    )
+
+
+def axis_fields() -> list[str]:
+    """Names of the fields that are degrees, in the order of the dataclass."""
+    return [f.name for f in fields(StrategyConfig) if f.name in AXES]

@@ -1,0 +1,1 @@
+"""What is trained, and the training of it: model, data, optimizer, loop, checkpoints."""

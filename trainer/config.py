@@ -1,0 +1,200 @@
+"""The typed configuration of the trainer; free of torch, so that `--help` and `--cfg` answer at once.
+
+Each section is named after the file that reads it: `optim.lr` is read by trainer/optim.py.
+"""
+
+from dataclasses import dataclass, field
+
+from parallel.config import ConfigError, StrategyConfig
+
+__all__ = ["ConfigError", "StrategyConfig"]
+
+
+@dataclass
+class ModelConfig:
+    """One Transformer in three shapes; read by trainer/model.py and trainer/layers.py."""
+
+    family: str = "decoder"  # decoder | encoder | encoder_decoder
+    layers: int = 4  # blocks of the decoder (of the encoder for family=encoder)
+    encoder_layers: int = 0  # blocks of the encoder for family=encoder_decoder; 0 = as layers
+    width: int = 128  # residual stream
+    heads: int = 4  # query heads
+    kv_heads: int = 0  # key/value heads (grouped-query attention); 0 = as many as heads
+    head_width: int = 0  # width of one head; 0 = width / heads
+    ffn_width: int = 512  # hidden width of the feed-forward layer
+    vocab_size: int = 0  # token ids; 0 = those of the tokenizer
+    max_positions: int = 0  # longest sequence; 0 = as long as the data's
+    norm: str = "rmsnorm"  # rmsnorm | layernorm
+    norm_eps: float = 1e-5
+    activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
+    positions: str = "rope"  # rope | learned
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    rope_scaling: float = 1.0  # Llama 3.1's long-context factor; 1.0 = off
+    bias: bool = False  # biases in linear layers and in LayerNorm
+    tied: bool = True  # output projection shares the token embedding
+    dropout: float = 0.0  # on embeddings and residual branches while training; 0.0 = off
+    init: str = "gpt2"  # gpt2 (normal, residual branches scaled by depth) | vit (truncated normal)
+    init_std: float = 0.02
+    image_size: int = 0  # pixels a side, family=encoder; 0 = as the data's
+    patch_size: int = 4  # pixels a side of one patch
+    channels: int = 0  # of an image; 0 = as the data's
+    classes: int = 0  # of the classifier; 0 = as the data's
+    pool: str = "mean"  # class_token | mean: what the classifier reads
+
+
+@dataclass
+class DataConfig:
+    """What is learned from; read by trainer/data/."""
+
+    kind: str = "text"  # text | images | pairs: the reader
+    # A folder with train.*, valid.* and test.*, or one file of which the last tenth is held out,
+    # or `bundled:NAME`, or `hf:NAME` (a Hugging Face data set, when `datasets` is installed).
+    path: str = ""
+    tokenizer: str = ""  # an existing tokenizer.json; empty = train a byte-level BPE on the train split
+    vocab_size: int = 1024  # entries of the BPE trained here
+    seq_len: int = 256  # tokens per sample (text); longest source and target (pairs)
+    document_separator: str = "<|endoftext|>"  # splits documents inside one text file; empty = off
+    held_out: float = 0.1  # share of a single file kept back, half of it for valid, half for test
+    augment: bool = True  # images: random shift and mirror while training
+    fields: list[str] = field(default_factory=list)  # hf: columns to read; empty = the usual names
+    cache: str = ".cache"  # folder of the prepared token files
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule; read by trainer/optim.py."""
+
+    lr: float = 1e-3  # peak learning rate
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on matrices only; norms and biases never decay
+    schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
+    warmup_steps: int = 100  # linear from 0
+    decay_share: float = 0.2  # wsd: share of the steps in which lr falls to min_lr_ratio
+    min_lr_ratio: float = 0.1  # last learning rate as a share of the peak
+    max_grad_norm: float = 1.0  # global norm to clip at; 0.0 = off
+
+
+@dataclass
+class LossConfig:
+    """Read by trainer/loss.py."""
+
+    label_smoothing: float = 0.0  # share of the target spread over all classes; 0.0 = off
+
+
+@dataclass
+class EvalConfig:
+    """Read by trainer/evaluate.py."""
+
+    every: int = 250  # steps between evaluations on the valid split; 0 = only at the end
+    samples: int = 0  # of the valid split, per evaluation; 0 = all
+    test: bool = True  # evaluate on the whole test split at the end
+    beams: int = 1  # translation: beams of the decoder that BLEU is measured with
+
+
+@dataclass
+class CheckpointConfig:
+    """Read by trainer/checkpoint.py."""
+
+    every: int = 500  # steps between checkpoints; 0 = only at the end
+    keep: int = 2  # newest checkpoints kept; 0 = all
+
+
+@dataclass
+class MetricsConfig:
+    """Read by trainer/metrics.py."""
+
+    every: int = 10  # steps between lines on the console and in metrics.jsonl
+    sample_tokens: int = 120  # length of the text shown at the end of a language-model run; 0 = off
+    profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
+    wandb: str = "off"  # off | offline | online
+    wandb_project: str = "samestep"
+    peak_tflops: float = 0.0  # of the accelerator in the chosen precision, for MFU; 0.0 = look it up
+
+
+@dataclass
+class LaunchConfig:
+    """Read by launch/door.py."""
+
+    ranks: int = 0  # processes to start on this host when torchrun did not; 0 = one
+
+
+@dataclass
+class TrainConfig:
+    """A whole training job; read by trainer/loop.py, filled from conf/train.yaml and its groups."""
+
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    precision: str = "auto"  # fp64 | fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 on CPU
+    device: str = "auto"  # cpu | cuda; auto = cuda where there is one
+    steps: int = 1000  # optimizer steps of the whole run
+    batch_size: int = 32  # samples per optimizer step, over all ranks and micro-batches
+    micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's samples at once
+    seed: int = 0  # weights, order of the samples and dropout follow from it
+    run_dir: str = "runs"  # folder of this run
+    resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
+    activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
+    compile: bool = False  # torch.compile of every block
+    deterministic: bool = False  # refuse kernels whose result varies from run to run
+
+
+@dataclass
+class VerifyConfig:
+    """Proof that a layout equals one process; read by trainer/verify.py."""
+
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    steps: int = 3  # optimizer steps compared
+    seed: int = 0
+    tolerance: float = 1e-10  # largest difference that passes, relative to the tensor's largest entry
+    activation_checkpointing: str = "none"  # as in training
+    fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_reduction; empty = off
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure the newest checkpoint of a run; read by trainer/evaluate.py."""
+
+    run_dir: str = ""  # the run; its config.yaml says model and data
+    split: str = "test"  # valid | test
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    precision: str = "auto"  # as in training
+    device: str = "auto"
+    micro_batch_size: int = 0  # 0 = as in training
+    samples: int = 0  # of the split; 0 = all
+    beams: int = 1  # translation
+
+
+@dataclass
+class GenerateConfig:
+    """Write text, or translate, with the newest checkpoint of a run; read by trainer/generate.py."""
+
+    run_dir: str = ""  # the run; its config.yaml says model and data
+    prompt: str = ""  # text to go on from; the sentence to translate; the .npy/.png file to classify
+    max_tokens: int = 200
+    temperature: float = 0.8  # 0.0 = greedy
+    top_k: int = 0  # keep the k likeliest tokens; 0 = off
+    top_p: float = 1.0  # keep the likeliest tokens whose probability adds up to p; 1.0 = off
+    beams: int = 4  # translation; 1 = greedy
+    length_penalty: float = 1.0  # beam scores are divided by length ** this
+    seed: int = 0
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    precision: str = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class PrepareConfig:
+    """Tokenise a data set once, ahead of training; read by trainer/data/."""
+
+    data: DataConfig = field(default_factory=DataConfig)
