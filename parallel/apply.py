@@ -1,0 +1,73 @@
+"""The table of contents of parallelism: what is done to a model, in which order, and why."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from parallel.activation import checkpoint_activations
+from parallel.config import StrategyConfig
+from parallel.ddp import replicate
+from parallel.fsdp import shard
+from parallel.gradients import local
+from parallel.mesh import active
+from parallel.worker import CountValid, LossSum, Worker
+
+# (name, shape, first row, row behind the last) -> initial values of these rows
+DrawRows = Callable[[str, torch.Size, int, int], Tensor]
+
+
+def parallelize(
+    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, device: torch.device, *,
+    draw_rows: DrawRows, loss_sum: LossSum, count_valid: CountValid,
+    parameters: torch.dtype = torch.float32, compute: torch.dtype = torch.float32,
+    activation_checkpointing: str = "none", compile: bool = False,
+) -> Worker:  # fmt: skip
+    """Spread a model built on the meta device over the mesh, and give it its weights.
+
+    `parameters` is the dtype that weights are kept and gradients reduced in, `compute` the one
+    that FSDP gathers them in. The model must have `blocks` (a ModuleDict) and `tie_weights()`.
+    """
+    for block in model.blocks.values():
+        # 1. Recomputation is the innermost layer: what it wraps runs a second time.
+        checkpoint_activations(block, activation_checkpointing)
+        # 2. One graph per block; all blocks look alike, so it is compiled once.
+        if compile:
+            block.compile()
+    # 3. Sharding comes before the weights exist, so that no rank ever holds the whole model.
+    shards = mesh["shard"].size() > 1
+    if shards:
+        shard_mesh = active(mesh, ("replicate", "shard"))
+        assert shard_mesh is not None
+        shard(model, shard_mesh, compute, parameters, strategy.reshard_after_forward)
+    # 4. Each rank draws the rows that it holds.
+    materialise(model, device, parameters, draw_rows)
+    # 5. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
+    wrapped: nn.Module = model
+    replicas = active(mesh, ("replicate",))
+    if replicas is not None and not shards:
+        wrapped = replicate(model, replicas, strategy.bucket_mib)
+    return Worker(model, wrapped, mesh, device, loss_sum, count_valid)
+
+
+@torch.no_grad()
+def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
+                draw_rows: DrawRows) -> None:  # fmt: skip
+    """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
+    model.to(dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        shape, offset = list(parameter.shape), [0] * parameter.dim()
+        if isinstance(parameter, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        if 0 in shape:
+            continue  # fewer rows than ranks: this one holds none
+        rows = draw_rows(name, parameter.shape, offset[0], offset[0] + shape[0])
+        inner = tuple(slice(o, o + s) for o, s in zip(offset[1:], shape[1:], strict=True))
+        local(parameter).copy_(rows[(slice(None), *inner)])

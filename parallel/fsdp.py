@@ -1,0 +1,37 @@
+"""FSDP (FSDP2's `fully_shard`): parameters, gradients and optimizer state split over `shard`."""
+
+import warnings
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype,
+    reshard_after_forward: bool,
+) -> None:  # fmt: skip
+    """Shard every block, and then embedding and head as one more group, in place.
+
+    `mesh` is (shard) or, for hybrid sharding, (replicate, shard). Weights are gathered in
+    `compute`, gradients reduced in `reduce`; both as in ZeRO (arXiv 1910.02054).
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False
+    )
+    # An encoder block hands the decoder's waiting stream on untouched, as a view; nothing writes
+    # into it, which is what the warning is about.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    for block in model.blocks.children():
+        fully_shard(
+            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
+        )
+    # The head is the last of the forward and the first of the backward: freeing it between the
+    # two would only gather it again at once.
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # The loss is already divided by the global number of targets: gradients are summed.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,51 @@
+"""The global gradient norm, exact over every axis that a parameter is split on."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """Groups over which the parts of a gradient make up the whole."""
+    if not isinstance(gradient, DTensor):
+        return ()
+    mesh = gradient.device_mesh
+    return tuple(
+        mesh.get_group(i) for i, p in enumerate(gradient.placements) if p.is_shard()
+    )
+
+
+@torch.no_grad()
+def global_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Euclidean norm of all gradients together: one small all-reduce per set of split axes."""
+    parts: dict[tuple, list[Tensor]] = {}
+    for gradient in gradients:
+        parts.setdefault(_split_groups(gradient), []).append(local(gradient))
+    total = torch.zeros((), device=device)
+    for groups, tensors in parts.items():
+        norms = torch.stack(torch._foreach_norm(tensors))
+        square = norms.square().sum()
+        for group in groups:
+            dist.all_reduce(square, group=group)
+        total = total.to(square.dtype) + square
+    return total.sqrt()
+
+
+@torch.no_grad()
+def clip(gradients: Iterable[Tensor], norm: Tensor, max_norm: float, scale: Tensor) -> None:
+    """Divide gradients by `scale` and shrink them to `max_norm` (0 = off), in one pass.
+
+    `norm` is that of the gradients after the division. No value is read back from the device.
+    """
+    factor = 1.0 / scale.to(norm.dtype)
+    if max_norm > 0:
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)

@@ -1,0 +1,279 @@
+"""One Transformer in three shapes: decoder, encoder with a classifier, encoder-decoder.
+
+The contract with parallel/, which tests hold:
+1. blocks stand in a ModuleDict keyed "0", "1", … and keep their names when others are taken out;
+2. `embed` and `head` may be None, and the forward passes through;
+3. what flows between blocks is one tuple (x, memory), so that any model can be cut anywhere;
+4. numbers of heads are read from tensor shapes, so that a shard of a weight just works.
+"""
+
+# B batch, S sequence, T source sequence, D width, V vocabulary, P patches, C channels.
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config import ModelConfig
+from trainer.layers import (
+    AttentionCache,
+    Block,
+    BlockCache,
+    Dropout,
+    Linear,
+    Norm,
+    Stream,
+    rotary_angles,
+)
+
+Inputs = dict[str, Tensor]
+ROWS_ELEMENTS = 1 << 20  # weights are drawn in blocks of whole rows of about this many entries
+
+
+class DecodingCache:
+    """What a model remembers while generating: a cache per decoder block, and the memory."""
+
+    def __init__(self, model: "Transformer", capacity: int):
+        self.memory: Tensor | None = None
+        self.blocks = {
+            name: BlockCache(AttentionCache(capacity), AttentionCache(0))
+            for name, block in model.blocks.items()
+            if block.stream == "target"
+        }
+
+    @property
+    def length(self) -> int:
+        """Tokens cached so far."""
+        return next(iter(self.blocks.values())).attention.length
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Keep the given rows of the batch."""
+        self.memory = None if self.memory is None else self.memory[rows_B]
+        for block in self.blocks.values():
+            block.attention.reorder(rows_B)
+            block.cross.reorder(rows_B)
+
+
+class TokenEmbedding(nn.Module):
+    """Token vectors, plus learned positions (GPT-2) unless attention rotates (RoPE)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        learned = config.positions == "learned"
+        self.positions = nn.Embedding(config.max_positions, config.width) if learned else None
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream,
+                dtype: torch.dtype) -> Tensor:  # fmt: skip
+        x_BSD = F.embedding(tokens_BS, self.tokens.weight).to(dtype)
+        if self.positions is not None:
+            x_BSD = x_BSD + F.embedding(positions_BS, self.positions.weight).to(dtype)
+        return self.dropout(x_BSD, stream.seeds_B)
+
+
+class PatchEmbedding(nn.Module):
+    """Image patches as tokens, with learned positions (ViT, arXiv 2010.11929)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.patch_size = config.patch_size
+        patches = (config.image_size // config.patch_size) ** 2
+        self.patches = Linear(config.channels * config.patch_size**2, config.width)
+        has_class_token = config.pool == "class_token"
+        self.class_token = nn.Parameter(torch.empty(1, config.width)) if has_class_token else None
+        self.positions = nn.Embedding(patches + has_class_token, config.width)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, images_BCHW: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
+        patches = F.unfold(images_BCHW.to(dtype), self.patch_size, stride=self.patch_size)
+        x_BPD = self.patches(patches.transpose(1, 2))
+        if self.class_token is not None:
+            first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
+            x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
+        return self.dropout(x_BPD + self.positions.weight.to(dtype), stream.seeds_B)
+
+
+class Head(nn.Module):
+    """Final norm and projection to logits; a classifier pools its sequence first."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = Norm(config)
+        classifies = config.family == "encoder"
+        self.pool = config.pool if classifies else ""
+        outputs = config.classes if classifies else config.vocab_size
+        self.output = Linear(config.width, outputs, bias=classifies)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BSD = self.norm(x_BSD)
+        if self.pool == "class_token":
+            return self.output(x_BSD[:, 0])
+        if self.pool == "mean":
+            return self.output(x_BSD.mean(dim=1))
+        return self.output(x_BSD)
+
+
+class Transformer(nn.Module):
+    """The model; computes in `dtype` whatever its parameters are kept in.
+
+    Build it under `torch.device("meta")`; weights come from `draw_rows`.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.embed: nn.Module | None = (
+            PatchEmbedding(config) if config.family == "encoder" else TokenEmbedding(config)
+        )
+        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
+        self.head: nn.Module | None = Head(config)
+        self.tie_weights()
+        for name, module in self.named_modules():
+            if isinstance(module, Dropout):
+                module.site = _hash(name)
+
+    def tie_weights(self) -> None:
+        """Make the output projection the token embedding again (after `to_empty` parted them)."""
+        tied = self.config.tied and self.config.family != "encoder"
+        if tied and self.embed is not None and self.head is not None:
+            self.head.output.weight = self.embed.tokens.weight
+
+    def forward(self, inputs: Inputs, cache: DecodingCache | None = None) -> Tensor | tuple:
+        """Logits of one micro-batch: (B,S,V), or (B,classes) of an encoder.
+
+        `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
+        (B,C,height,width); optionally `documents` and `positions` (B,S) of packed samples,
+        `source_valid` (B,T) where there is padding, and `seeds` (B,) for dropout.
+        Without `embed`, `x` and `memory` come in the inputs; without `head`, they are returned.
+        """
+        streams = self._streams(inputs, cache)
+        x, memory = self._embed(inputs, streams, cache)
+        for name, block in self.blocks.items():
+            if cache is None:
+                x, memory = block(x, memory, streams)
+            elif name in cache.blocks:
+                x, memory = block(x, memory, streams, cache.blocks[name])
+            elif cache.memory is None:  # an encoder block, before the first token
+                x, memory = block(x, memory, streams)
+        if cache is not None:
+            cache.memory = memory
+        return self.head(x) if self.head is not None else (x, memory)
+
+    def _embed(self, inputs: Inputs, streams: dict[str, Stream],
+               cache: DecodingCache | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The first (x, memory): for an encoder-decoder the source, and the target that waits."""
+        if self.embed is None:
+            return inputs["x"], inputs.get("memory")
+        if self.config.family == "encoder":
+            return self.embed(inputs["images"], streams["source"], self.dtype), None
+        positions_BS = _positions(inputs, cache)
+        target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
+        if self.config.family == "decoder":
+            return target, None
+        if cache is not None and cache.memory is not None:
+            return target, cache.memory
+        positions_BT = torch.arange(inputs["source"].shape[1], device=target.device)[None]
+        source = self.embed(inputs["source"], positions_BT, streams["source"], self.dtype)
+        return source, target
+
+    def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
+        seeds_B = inputs.get("seeds")
+        streams = {}
+        if self.config.family != "decoder":
+            streams["source"] = Stream(causal=False, seeds_B=seeds_B)
+        if self.config.family == "encoder_decoder":
+            if "source_valid" in inputs:
+                streams["source"].mask = inputs["source_valid"][:, None, None, :]
+            length = inputs["source"].shape[1]
+            positions_BT = torch.arange(length, device=inputs["source"].device)[None]
+            streams["source"].rope = self._rope(positions_BT)
+        if self.config.family != "encoder":
+            rope = self._rope(_positions(inputs, cache))
+            # The target's dropout must not repeat the source's, which shares the embedding.
+            seeds_B = None if seeds_B is None else ~seeds_B
+            streams["target"] = Stream(True, _document_mask(inputs), rope, seeds_B)
+        return streams
+
+    def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions != "rope":
+            return None
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return rotary_angles(positions_BS, self.config, dtype)
+
+
+def _blocks(config: ModelConfig) -> list[Block]:
+    if config.family == "encoder":
+        return [Block(config, "source") for _ in range(config.layers)]
+    if config.family == "decoder":
+        return [Block(config, "target") for _ in range(config.layers)]
+    depth = config.encoder_layers or config.layers
+    encoder = [Block(config, "source", turns=i == depth - 1) for i in range(depth)]
+    return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]
+
+
+def _positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
+    if "positions" in inputs:
+        return inputs["positions"]
+    start = 0 if cache is None else cache.length
+    length = inputs["tokens"].shape[1]
+    return torch.arange(start, start + length, device=inputs["tokens"].device)[None]
+
+
+def _document_mask(inputs: Inputs) -> Tensor | None:
+    """(B,1,S,S): same document and not the future; None when plain causal attention does."""
+    if "documents" not in inputs:
+        return None
+    documents_BS = inputs["documents"]
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return same_BSS.tril()[:, None]
+
+
+def _hash(*parts: object) -> int:
+    """A stable 62-bit integer of the parts; Python's own hash changes from run to run."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
+
+
+def _spread(config: ModelConfig, name: str) -> float | None:
+    """Standard deviation of a parameter's initial values; None = all ones; 0 = all zeros."""
+    if name.endswith("norm.weight"):
+        return None
+    if name.endswith("bias") or name == "embed.class_token":
+        return 0.0
+    if config.init == "vit" and name == "head.output.weight":
+        return 0.0
+    residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
+    if config.init == "gpt2" and residual:
+        # GPT-2 scales by the number of residual branches that add up at the end of the stack.
+        branches = 3 if config.family == "encoder_decoder" else 2
+        return config.init_std / math.sqrt(branches * config.layers)
+    return config.init_std
+
+
+def draw_rows(config: ModelConfig, seed: int, name: str, shape: torch.Size,
+              start: int, stop: int) -> Tensor:  # fmt: skip
+    """Rows start:stop (dim 0) of a parameter's initial value, in float32 on the CPU.
+
+    Each block of whole rows has a generator seeded by (seed, name, block), so that any rank draws
+    just what it holds and no layout changes a weight. gpt2: normal; vit: normal cut at two
+    standard deviations, as the published models.
+    """
+    std = _spread(config, name)
+    if std is None or std == 0.0:
+        return torch.full((stop - start, *shape[1:]), 1.0 if std is None else 0.0)
+    rows = max(1, ROWS_ELEMENTS // max(1, shape[1:].numel()))
+    first = start // rows
+    drawn = []
+    for block in range(first, -(-stop // rows)):
+        generator = torch.Generator().manual_seed(_hash(seed, name, block))
+        values = torch.empty(min(rows, shape[0] - block * rows), *shape[1:])
+        if config.init == "vit":
+            nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, generator=generator)
+        else:
+            values.normal_(0.0, std, generator=generator)
+        drawn.append(values)
+    return torch.cat(drawn)[start - first * rows : stop - first * rows]

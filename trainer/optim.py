@@ -1,0 +1,106 @@
+"""AdamW on what this rank holds of each parameter, and the learning rate as a function of step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from trainer.config import OptimConfig
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of `step` (from 0) in a run of `steps`.
+
+    Linear warm-up, then cosine (arXiv 1608.03983), or stable and a linear decay at the end (wsd,
+    arXiv 2404.06395), or constant.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(steps * config.decay_share))
+        left = min(1.0, max(0.0, (steps - step) / decay_steps))
+        return floor + (config.lr - floor) * left
+    return config.lr
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay applies: to matrices, never to norms, biases or positions."""
+    return parameter.dim() >= 2 and not name.endswith(("positions.weight", "class_token"))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Optimizer:
+    """torch's fused AdamW (arXiv 1711.05101) over the local part of every parameter.
+
+    Working on plain local tensors, it never meets a DTensor's dispatch, mixes sharded and whole
+    parameters freely, and skips an update on the device when told that a gradient is not finite.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig):
+        self.parameters = dict(model.named_parameters())
+        # Detached views of the same memory: what AdamW changes, the model sees.
+        self._local = {name: _local(p.detach()) for name, p in self.parameters.items()}
+        groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}
+        for name, tensor in self._local.items():
+            decay = config.weight_decay if decays(name, self.parameters[name]) else 0.0
+            groups[decay].append(tensor)
+        self._adamw = torch.optim.AdamW(
+            [{"params": tensors, "weight_decay": decay} for decay, tensors in groups.items()],
+            lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True,
+        )  # fmt: skip
+        for tensor in self._local.values():
+            self._adamw.state[tensor] = {
+                "step": torch.zeros((), device=tensor.device),
+                "exp_avg": torch.zeros_like(tensor),
+                "exp_avg_sq": torch.zeros_like(tensor),
+            }
+
+    def step(self, lr: float, skip: Tensor) -> None:
+        """One update from the parameters' gradients; none where `skip` (float32 scalar) is 1."""
+        for name, tensor in self._local.items():
+            gradient = self.parameters[name].grad
+            # A rank may hold no rows of a small parameter: the kernel refuses empty tensors.
+            tensor.grad = None if gradient is None or not tensor.numel() else _local(gradient)
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.grad_scale, self._adamw.found_inf = None, skip  # type: ignore[attr-defined]
+        self._adamw.step()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Moments by canonical parameter name, laid out as the parameters: what a checkpoint holds.
+
+        The tensors share the optimizer's memory, so that a checkpoint loads into them in place.
+        """
+        return {
+            name: {
+                moment: self._like(self.parameters[name], self._adamw.state[tensor][moment])
+                for moment in ("exp_avg", "exp_avg_sq")
+            }
+            for name, tensor in self._local.items()
+        }
+
+    @staticmethod
+    def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
+        if not isinstance(parameter, DTensor):
+            return tensor
+        return DTensor.from_local(
+            tensor, parameter.device_mesh, parameter.placements, run_check=False,
+            shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+
+    def updates(self) -> Tensor:
+        """Updates made so far, as a float32 scalar; skipped ones do not count."""
+        return max((s["step"] for s in self._adamw.state.values()), key=lambda step: step.item())
+
+    def set_updates(self, updates: float) -> None:
+        """Go on counting from `updates`: AdamW's bias correction depends on it."""
+        for state in self._adamw.state.values():
+            state["step"].fill_(updates)

@@ -1,0 +1,63 @@
+"""Mixed precision: which dtype parameters are kept in, which one is computed in, and fp16's scale."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`parameters`: master weights, gradients and optimizer; `compute`: everything in the model."""
+
+    name: str
+    parameters: torch.dtype
+    compute: torch.dtype
+
+
+PRECISIONS = {
+    "fp64": Precision("fp64", torch.float64, torch.float64),
+    "fp32": Precision("fp32", torch.float32, torch.float32),
+    "bf16": Precision("bf16", torch.float32, torch.bfloat16),
+    "fp16": Precision("fp16", torch.float32, torch.float16),
+}
+
+
+def resolve_precision(name: str, device: torch.device) -> Precision:
+    """The named precision; `auto` is bf16 on CUDA and fp32 on a CPU."""
+    if name == "auto":
+        name = "bf16" if device.type == "cuda" else "fp32"
+    return PRECISIONS[name]
+
+
+class LossScale:
+    """Dynamic loss scale of fp16 (arXiv 1710.03740), kept on the device; constant 1 elsewhere.
+
+    The decision to skip an update comes from the global gradient norm, the same on every rank, so
+    that it holds under any strategy without a word between ranks.
+    """
+
+    growth_interval = 1000  # good steps until the scale doubles
+
+    def __init__(self, precision: Precision, device: torch.device):
+        self.dynamic = precision.compute == torch.float16
+        self.scale = torch.full((), 2.0**14 if self.dynamic else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def update(self, skipped: Tensor) -> None:
+        """Halve the scale after a skipped update (1), double it after many good ones (0)."""
+        if not self.dynamic:
+            return
+        self.good_steps = (self.good_steps + 1) * (1 - skipped)
+        grow = self.good_steps >= self.growth_interval
+        self.scale = self.scale * torch.where(grow, 2.0, 1.0) * torch.where(skipped > 0, 0.5, 1.0)
+        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds."""
+        return {"scale": self.scale, "good_steps": self.good_steps}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's state."""
+        self.scale.copy_(state["scale"])
+        self.good_steps.copy_(state["good_steps"])

@@ -1,0 +1,326 @@
+"""Proof that a layout takes the same steps as one process: losses, norms, gradients, weights."""
+
+import math
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from parallel.apply import parallelize
+from parallel.config import StrategyConfig, degrees, resolve
+from parallel.faults import FAULTS
+from parallel.mesh import DATA_AXES, active, build_mesh
+from parallel.pool import RankFailed, RankPool
+from parallel.runtime import Runtime
+from parallel.worker import Worker
+from trainer.config import ModelConfig, OptimConfig, VerifyConfig
+from trainer.loss import IGNORED, count_valid, cross_entropy_sum
+from trainer.model import Transformer, draw_rows
+from trainer.optim import Optimizer, decays, lr_at
+
+SAMPLES = 8  # per step, over all ranks
+MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
+SEQ_LEN = 12
+LABEL_SMOOTHING = 0.1
+OPTIM = OptimConfig(lr=1e-2, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
+
+# One model of each kind that the project trains; `walk` proves every strategy on all of them.
+FAMILIES = {
+    "decoder, Llama style": ModelConfig(heads=8, kv_heads=4, ffn_width=344, tied=False),
+    "decoder, GPT-2 style": ModelConfig(
+        norm="layernorm", activation="gelu_tanh", positions="learned", bias=True
+    ),
+    "encoder": ModelConfig(
+        family="encoder", norm="layernorm", activation="gelu", positions="learned", bias=True,
+        init="vit", pool="class_token",
+    ),
+    "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
+}  # fmt: skip
+STRATEGIES = {
+    "ddp 2": StrategyConfig(replicate=2, bucket_mib=0.02),
+    "ddp 4": StrategyConfig(replicate=4, bucket_mib=0.02),
+    "fsdp 2": StrategyConfig(shard=2),
+    "fsdp 4": StrategyConfig(shard=4),
+    "fsdp 4, weights kept": StrategyConfig(shard=4, reshard_after_forward=False),
+    "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of one compared quantity, and where it is."""
+
+    quantity: str  # loss | grad_norm | gradient | weight
+    step: int
+    value: float
+    parameter: str = ""
+    axis: str = ""  # mesh axes that the parameter or its gradient spans
+
+
+@dataclass
+class Record:
+    """What one side did: per step the loss, norm and gradients; the weights after the last."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def scale_down(model: ModelConfig) -> ModelConfig:
+    """A model small enough for float64 on CPU ranks, with the ratios of the given one.
+
+    Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
+    feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
+    """
+    group = max(1, model.heads // (model.kv_heads or model.heads))
+    heads = group * max(1, 4 // group)
+    width = heads * 8
+    return replace(
+        model, layers=2, encoder_layers=2 if model.family == "encoder_decoder" else 0,
+        width=width, heads=heads, kv_heads=heads // group, head_width=0,
+        ffn_width=max(8, round(width * model.ffn_width / model.width)),
+        vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
+        image_size=8, patch_size=4, channels=3, classes=7,
+    )  # fmt: skip
+
+
+def make_batch(model: ModelConfig, seed: int, step: int) -> dict[str, Tensor]:
+    """A global batch with unequal numbers of valid targets per sample, padding and documents."""
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    draw = partial(torch.randint, generator=generator)
+    seeds = draw(0, 1 << 62, (SAMPLES,))
+    if model.family == "encoder":
+        size = (SAMPLES, model.channels, model.image_size, model.image_size)
+        targets = draw(0, model.classes, (SAMPLES,))
+        targets[1] = IGNORED
+        images = torch.randn(size, generator=generator, dtype=torch.float64)
+        return {"images": images, "targets": targets, "seeds": seeds}
+    tokens, targets = draw(0, model.vocab_size, (2, SAMPLES, SEQ_LEN))
+    lengths = draw(1, SEQ_LEN + 1, (SAMPLES,))
+    targets[torch.arange(SEQ_LEN) >= lengths[:, None]] = IGNORED
+    batch = {"tokens": tokens, "targets": targets, "seeds": seeds}
+    if model.family == "decoder":
+        cut = draw(1, SEQ_LEN, (SAMPLES, 1))
+        position = torch.arange(SEQ_LEN)[None]
+        batch["documents"] = (position >= cut).long()
+        batch["positions"] = torch.where(position >= cut, position - cut, position)
+    else:
+        batch["source"] = draw(0, model.vocab_size, (SAMPLES, SEQ_LEN - 1))
+        valid = draw(1, SEQ_LEN, (SAMPLES, 1))
+        batch["source_valid"] = torch.arange(SEQ_LEN - 1)[None] < valid
+    return batch
+
+
+def run_reference(model_config: ModelConfig, steps: int, seed: int) -> Record:
+    """The same steps in one process with plain torch: no mesh, no wrapper, no own optimizer."""
+    model = Transformer(model_config, torch.float64).double()
+    for name, parameter in model.named_parameters():
+        rows = draw_rows(model_config, seed, name, parameter.shape, 0, parameter.shape[0])
+        parameter.data.copy_(rows)
+    names = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p], "weight_decay": OPTIM.weight_decay if decays(n, p) else 0.0}
+            for n, p in names.items()
+        ],
+        betas=(OPTIM.betas[0], OPTIM.betas[1]), eps=OPTIM.eps, foreach=False, fused=False,
+    )  # fmt: skip
+    record = Record([], [], [], {})
+    for step in range(steps):
+        batch = make_batch(model_config, seed, step)
+        logits = model(batch).flatten(0, -2)
+        loss = nn.functional.cross_entropy(
+            logits, batch["targets"].flatten(), label_smoothing=LABEL_SMOOTHING
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        record.losses.append(loss.item())
+        record.gradients.append({n: p.grad.clone() for n, p in names.items() if p.grad is not None})
+        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
+        record.norms.append(norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, steps, OPTIM)
+        optimizer.step()
+    record.weights = {n: p.detach().clone() for n, p in names.items()}
+    return record
+
+
+def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
+    """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
+    rows = SAMPLES // worker.data_degree
+    own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
+    first = max(1, rows // MICRO_BATCHES - 1)
+    bounds = [(0, first), (first, rows)] if rows > 1 else [(0, 1)]
+    return [{k: v[start:stop] for k, v in own.items()} for start, stop in bounds]
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
+    """The steps under the strategy, with the worker and optimizer that training uses.
+
+    Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
+    """
+    mesh = build_mesh(config.strategy, runtime.device)
+    with torch.device("meta"):
+        model = Transformer(config.model, torch.float64)
+    build = FAULTS[config.fault] if config.fault else parallelize
+    worker = build(
+        model, mesh, config.strategy, runtime.device,
+        draw_rows=partial(draw_rows, config.model, config.seed),
+        loss_sum=partial(cross_entropy_sum, label_smoothing=LABEL_SMOOTHING),
+        count_valid=count_valid, parameters=torch.float64, compute=torch.float64,
+        activation_checkpointing=config.activation_checkpointing,
+    )  # fmt: skip
+    optimizer = Optimizer(model, OPTIM)
+    record = Record([], [], [], {})
+    for step in range(config.steps):
+        micro_batches = split(make_batch(config.model, config.seed, step), worker)
+        worker.zero_grad()
+        loss, _ = worker.forward_backward(micro_batches)
+        record.losses.append(worker.sum_over_data(loss).item())
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        record.gradients.append({name: _whole(g) for name, g in gradients.items()})
+        record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
+        optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
+    record.weights = {name: _whole(p) for name, p in model.named_parameters()}
+    return record, {name: spans(p, mesh) for name, p in model.named_parameters()}
+
+
+def spans(parameter: Tensor, mesh: DeviceMesh) -> str:
+    """The mesh axes that a parameter is split on or its gradient summed over."""
+    split_mesh = active(mesh, DATA_AXES)
+    names = () if split_mesh is None else split_mesh.mesh_dim_names or ()
+    if isinstance(parameter, DTensor):
+        names = parameter.device_mesh.mesh_dim_names or ()
+    return " × ".join(names)
+
+
+def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
+    """The largest difference of each quantity; for tensors that of the first worst parameter.
+
+    Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
+    or to a thousandth of the global norm where that is more, since some gradients (of a key's
+    bias) are zero but for rounding.
+    """
+    found = []
+    for quantity, mine, theirs in (
+        ("loss", ours.losses, reference.losses), ("grad_norm", ours.norms, reference.norms)
+    ):  # fmt: skip
+        gaps = [_gap(a, b) for a, b in zip(mine, theirs, strict=True)]
+        step = gaps.index(max(gaps))
+        found.append(Difference(quantity, step, gaps[step]))
+    gradients = []
+    for step, theirs_by_name in enumerate(reference.gradients):
+        for name, theirs_grad in theirs_by_name.items():
+            scale = max(theirs_grad.abs().max().item(), 1e-3 * reference.norms[step])
+            mine_grad = ours.gradients[step].get(name, torch.zeros_like(theirs_grad))
+            gap = _gap(mine_grad, theirs_grad) / scale
+            gradients.append(Difference("gradient", step, gap, name, axes[name]))
+    weights = [
+        Difference("weight", len(ours.losses) - 1, _gap(ours.weights[n], w), n, axes[n])
+        for n, w in reference.weights.items()
+    ]
+    return [*found, max(gradients, key=_value), max(weights, key=_value)]
+
+
+def _value(difference: Difference) -> float:
+    return difference.value
+
+
+def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
+    gap = float(abs(mine - theirs).max()) if isinstance(mine, Tensor) else abs(mine - theirs)
+    return gap if gap == gap else float("inf")  # NaN compares with nothing: it must not pass
+
+
+def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
+    """Run layout and reference and compare them; the same list on every rank.
+
+    `config.model` is scaled down first, the strategy resolved for the ranks there are.
+    """
+    config = replace(
+        config, model=scale_down(config.model), strategy=resolve(config.strategy, runtime.world_size)
+    )
+    record, axes = run_layout(config, runtime)
+    found: list = [None]
+    if runtime.rank == 0:
+        reference = run_reference(config.model, config.steps, config.seed)
+        found = [differences(record, reference, axes)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def faulty(found: list[Difference], tolerance: float) -> list[Difference]:
+    """Those that are too large."""
+    return [difference for difference in found if not difference.value <= tolerance]
+
+
+def verdict(found: list[Difference], tolerance: float) -> str:
+    """`equal`, or what differs first: the parameter, the axis it lives on and the step."""
+    bad = faulty(found, tolerance)
+    if not bad:
+        return "equal"
+    named = next((d for d in bad if d.parameter), bad[0])
+    where = f" {named.parameter} (axis {named.axis or 'none'})" if named.parameter else ""
+    return f"differs: {named.quantity}{where} at step {named.step}"
+
+
+def table(rows: dict[tuple[str, str], list[Difference]], tolerance: float) -> Table:
+    """One row per (model, strategy): the four largest differences and the verdict."""
+    shown = Table(title=f"against one process, float64, tolerance {tolerance:g}")
+    for column in ("model", "strategy", "loss", "gradient norm", "gradients", "weights", "verdict"):
+        shown.add_column(column, justify="right" if column[0] in "lgw" else "left")
+    for (model, strategy), found in rows.items():
+        values = [f"{difference.value:.1e}" for difference in found]
+        shown.add_row(model, strategy, *values, verdict(found, tolerance))
+    return shown
+
+
+def verify(config: VerifyConfig, runtime: Runtime) -> None:
+    """Verify the config's one strategy and model on the ranks there are; exits 1 if they differ."""
+    rows = {(config.model.family, _degrees_text(config, runtime)): compare(runtime, config)}
+    if runtime.rank == 0:
+        Console().print(table(rows, config.tolerance))
+    if any(faulty(found, config.tolerance) for found in rows.values()):
+        raise SystemExit(1)
+
+
+def _degrees_text(config: VerifyConfig, runtime: Runtime) -> str:
+    resolved = degrees(resolve(config.strategy, runtime.world_size))
+    return " × ".join(f"{axis} {degree}" for axis, degree in resolved.items() if degree > 1) or "-"
+
+
+def walk(config: VerifyConfig, pool: RankPool | None = None) -> None:
+    """Verify every strategy on every family on CPU ranks started here; exits 1 if one differs."""
+    console = Console()
+    pool = pool or RankPool(max(map(world_size, STRATEGIES.values())))
+    rows = {}
+    try:
+        for family, model in FAMILIES.items():
+            for name, strategy in STRATEGIES.items():
+                console.print(f"verifying {family}: {name}", style="dim")
+                case = replace(config, strategy=strategy, model=model)
+                rows[family, name] = pool.run(world_size(strategy), compare, case)[0]
+    except RankFailed as failure:
+        console.print(str(failure), markup=False)
+        raise SystemExit(1) from None
+    finally:
+        pool.close()
+    console.print(table(rows, config.tolerance))
+    if any(faulty(found, config.tolerance) for found in rows.values()):
+        raise SystemExit(1)
+
+
+def world_size(strategy: StrategyConfig) -> int:
+    """Ranks that a strategy without an open degree takes."""
+    return math.prod(degrees(strategy).values())
