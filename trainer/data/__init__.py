@@ -1,0 +1,65 @@
+"""What is learned from: text, images or pairs, prepared once and read the same by any layout."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+from trainer.config import ConfigError, DataConfig
+from trainer.data import hub, images, pairs, text
+from trainer.data.dataset import DataFacts, Dataset
+from trainer.data.source import SPLITS, locate
+from trainer.tokenizer import Tokenizer, too_small
+
+__all__ = ["DataFacts", "Dataset", "open_split", "open_tokenizer", "prepare"]
+
+READERS = {"text": text, "images": images, "pairs": pairs}
+
+
+def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
+    """Check the data and write what `open_split` reads to `data.cache`, unless that is done.
+
+    Raises ConfigError for whatever is wrong with the settings, the files or their content.
+    """
+    problems = _problems(config)
+    if problems:
+        raise ConfigError(*problems)
+    root = hub.export(config) if config.path.startswith("hf:") else locate(config)
+    return READERS[config.kind].prepare(config, root, progress)
+
+
+def open_split(config: DataConfig, split: str) -> Dataset:
+    """The train, valid or test split, after `prepare`; cheap, since token files are mapped."""
+    if split not in SPLITS:
+        raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
+    return READERS[config.kind].open_split(config, _root(config), split)
+
+
+def open_tokenizer(config: DataConfig) -> Tokenizer | None:
+    """The tokenizer that the data were prepared with; None for images."""
+    if config.kind == "images":
+        return None
+    return text.open_tokenizer(config, _root(config))
+
+
+def _root(config: DataConfig) -> Path:
+    return hub.exported(config) if config.path.startswith("hf:") else locate(config)
+
+
+def _problems(config: DataConfig) -> list[str]:
+    """All that can be said without a look at the data."""
+    problems = []
+    if config.kind not in READERS:
+        near = get_close_matches(config.kind, READERS, 1, 0)[0]
+        kinds = ", ".join(READERS)
+        problems.append(f"data.kind={config.kind} must be one of {kinds}; set data.kind={near}")
+    smallest = 2 if config.kind == "pairs" else 1  # a pair's target has one token more: EOS
+    if config.seq_len < smallest and config.kind != "images":
+        problems.append(f"data.seq_len={config.seq_len} must be at least {smallest}")
+    if config.vocab_size < 258 and not config.tokenizer and config.kind != "images":
+        problems.append(too_small(config.vocab_size))
+    if not 0.001 <= config.held_out <= 0.9:
+        near_share = 0.001 if config.held_out < 0.001 else 0.9
+        problems.append(
+            f"data.held_out={config.held_out} must be a share from 0.001 to 0.9; "
+            f"set data.held_out={near_share}, or 0.1 for the last tenth"
+        )
+    return problems

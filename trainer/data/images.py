@@ -1,0 +1,126 @@
+"""Image classification: an .npz of arrays, or a folder of class folders.
+
+B images of a micro-batch · C channels · H rows = W columns of pixels
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config import ConfigError, DataConfig
+from trainer.data.dataset import DataFacts, Dataset, Sample
+from trainer.data.gallery import Table, read_archive, read_folder
+from trainer.data.order import mixed
+from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
+from trainer.data.source import SPLITS, Part, name_of
+
+STATISTICS = 10_000  # training images that mean and standard deviation are taken of
+
+
+def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
+    """Check every image and measure the train split, unless that is done; raises ConfigError."""
+    folder = _folder(config, root)
+    record = build(folder, lambda temporary: _measure(_read(config, root), progress))
+    return DataFacts(
+        classes=len(record["class_names"]),
+        image_size=record["image_size"],
+        channels=len(record["mean"]),
+        class_names=tuple(record["class_names"]),
+        splits=record["splits"],
+    )
+
+
+def open_split(config: DataConfig, root: Path, split: str) -> "Images":
+    """A split: images of an archive in memory, those of a folder decoded when asked for."""
+    record = opened(_folder(config, root))
+    return Images(_read(config, root)[split], record, config.augment)
+
+
+class Images(Dataset):
+    """A split of labelled square images; in training each is shifted and mirrored by chance."""
+
+    def __init__(self, table: Table, record: Record, augment: bool):
+        self._table = table
+        self._augment = augment
+        self._mean_C11, self._std_C11 = (
+            np.array(record[key], np.float32)[:, None, None] for key in ("mean", "std")
+        )
+        # 2 of 28 or 32 pixels, 16 of 224: as much of a large image as of a small one.
+        self._reach = max(2, record["image_size"] // 14)
+
+    def __len__(self) -> int:
+        return len(self._table.labels)
+
+    def sample(self, index: int, seed: int | None) -> Sample:
+        """images (C, H, W) uint8 and targets () int64."""
+        image_HWC = self._table.image(index)
+        if seed is not None and self._augment:
+            image_HWC = _moved(image_HWC, mixed(seed, index), self._reach)
+        return {"images": image_HWC.transpose(2, 0, 1), "targets": self._table.labels[index]}
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        """images (B, C, H, W) float32 by the train split's mean and deviation, targets (B,)."""
+        images_BCHW = np.stack([sample["images"] for sample in samples]).astype(np.float32) / 255
+        return {
+            "images": (images_BCHW - self._mean_C11) / self._std_C11,
+            "targets": np.stack([sample["targets"] for sample in samples]),
+        }
+
+
+def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
+    """The image mirrored or not, shifted by up to `reach` pixels each way, black at the border."""
+    height, width, _ = image_HWC.shape
+    if bits & 1:
+        image_HWC = image_HWC[:, ::-1]
+    down, right = ((bits >> place) % (2 * reach + 1) for place in (1, 32))
+    padded = np.pad(image_HWC, ((reach, reach), (reach, reach), (0, 0)))
+    return padded[down : down + height, right : right + width]
+
+
+def _folder(config: DataConfig, root: Path) -> Path:
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    fingerprints: list[Any] = [Part(path, 0, 0).fingerprint() for path in files]
+    return prepared_folder(config, name_of(config), [*fingerprints, config.held_out])
+
+
+def _read(config: DataConfig, root: Path) -> dict[str, Table]:
+    """The tables of all splits; one that is missing is cut from train's."""
+    tables = read_archive(config, root) if root.is_file() else read_folder(config, root)
+    missing = [split for split in ("valid", "test") if split not in tables]
+    train = tables["train"]
+    share = round(len(train.labels) * config.held_out / max(1, len(missing)))
+    if missing and not 0 < share * len(missing) < len(train.labels):
+        raise ConfigError(
+            f"data.held_out={config.held_out} of {len(train.labels)} images leaves none for one of "
+            f"train, {', '.join(missing)}; change data.held_out or give more images"
+        )
+    for split in missing:
+        tables[split] = train.rows(train.order[-share:])
+        train = tables["train"] = train.rows(train.order[:-share])
+    return {split: tables[split] for split in SPLITS}
+
+
+def _measure(tables: dict[str, Table], progress: bool) -> Record:
+    total = sum(len(table.labels) for table in tables.values())
+    with progress_bar("Checking images", total, progress) as advance:
+        for table in tables.values():
+            table.check(tables["train"], advance)
+    train = tables["train"]
+    count = len(train.labels)
+    rows = np.linspace(0, count - 1, min(count, STATISTICS)).astype(int)
+    pixels, total_C, square_C = 0, np.zeros(train.shape[2]), np.zeros(train.shape[2])
+    for row in rows:
+        image_PC = train.image(row).reshape(-1, train.shape[2]) / 255
+        pixels += len(image_PC)
+        total_C, square_C = total_C + image_PC.sum(0), square_C + (image_PC**2).sum(0)
+    mean_C = total_C / pixels
+    std_C = np.sqrt(np.maximum(square_C / pixels - mean_C**2, 0))
+    return {
+        "class_names": list(train.class_names),
+        "image_size": train.shape[0],
+        "mean": mean_C.tolist(),
+        "std": np.where(std_C > 0, std_C, 1.0).tolist(),  # a channel of one colour
+        "splits": {split: len(table.labels) for split, table in tables.items()},
+    }

@@ -1,0 +1,134 @@
+"""From samples to micro-batches of tensors, each rank its own share of the same steps."""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from trainer.data.dataset import IGNORED, Dataset, Sample
+from trainer.data.order import mixed, position_to_sample
+
+Batch = dict[str, torch.Tensor]
+
+
+class TrainLoader:
+    """An endless iterator over steps; each item is this rank's list of micro-batches.
+
+    Rank r of D owns the positions [r × B / D, (r + 1) × B / D) of a step's B samples. What is at
+    a position depends on the seed alone, so the state of the data is the step. A micro-batch has
+    `seeds` (B,) int64 beside the data: the dropout seed of each sample.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        data_rank: int,
+        data_degree: int,
+        first_step: int,
+        pin_memory: bool = False,
+        prefetch: int = 2,
+    ):
+        assert batch_size % data_degree == 0, (batch_size, data_degree)
+        self.wait_seconds = 0.0  # that the consumer has waited for data so far
+        self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
+        self._batch_size, self._share = batch_size, batch_size // data_degree
+        self._micro_batch_size = micro_batch_size or self._share
+        self._rank = data_rank
+        self._ready: queue.Queue[list[Batch] | Exception] = queue.Queue(max(1, prefetch))
+        self._closed = threading.Event()
+        self._error: Exception | None = None
+        self._thread = threading.Thread(
+            target=self._fill, args=(first_step,), name="data", daemon=True
+        )
+        self._thread.start()
+
+    def __iter__(self) -> "TrainLoader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        if self._error is None and not self._closed.is_set():
+            start = time.perf_counter()
+            item = self._ready.get()
+            self.wait_seconds += time.perf_counter() - start
+            if not isinstance(item, Exception):
+                return item
+            self._error = item
+        raise self._error or StopIteration
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        self._closed.set()
+        self._thread.join(timeout=5)
+
+    def _fill(self, step: int) -> None:
+        item: list[Batch] | Exception
+        while not self._closed.is_set() and self._error is None:
+            try:
+                item = self._step(step)
+            except Exception as error:  # raised in the consumer
+                item = error
+            while not self._closed.is_set():
+                try:
+                    self._ready.put(item, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(item, Exception):
+                return
+            step += 1
+
+    def _step(self, step: int) -> list[Batch]:
+        first = step * self._batch_size + self._rank * self._share
+        positions = range(first, first + self._share)
+        size = self._micro_batch_size
+        return [self._micro_batch(positions[i : i + size]) for i in range(0, len(positions), size)]
+
+    def _micro_batch(self, positions: Sequence[int]) -> Batch:
+        samples = []
+        for position in positions:
+            epoch, index = position_to_sample(self._seed, position, len(self._dataset))
+            samples.append(self._dataset.sample(index, mixed(self._seed, epoch)))
+        batch = self._dataset.collate(samples)
+        batch["seeds"] = np.array([mixed(self._seed, 0, p) for p in positions], np.int64)
+        return _tensors(batch, self._pin_memory)
+
+
+def evaluation_batches(
+    dataset: Dataset,
+    micro_batch_size: int,
+    data_rank: int,
+    data_degree: int,
+    samples: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """This rank's micro-batches of the first `samples` samples (0 = all), without randomness.
+
+    All ranks get as many micro-batches of as many samples, since sharded models communicate in
+    every forward: fillers, whose targets are all ignored and whose `index` is -1, make up for it.
+    """
+    count = min(samples or len(dataset), len(dataset))
+    size = min(micro_batch_size, -(-count // data_degree))
+    for first in range(data_rank * size, _rounded(count, size * data_degree), size * data_degree):
+        index_B = np.arange(first, first + size)
+        index_B[index_B >= count] = -1
+        # A filler repeats the last sample, so that it is no longer than the real ones need.
+        rows = [dataset.sample(int(i) if i >= 0 else count - 1, None) for i in index_B]
+        batch = dataset.collate(rows)
+        batch["targets"][index_B < 0] = IGNORED
+        batch["index"] = index_B
+        yield _tensors(batch, pin_memory)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+def _tensors(batch: Sample, pin_memory: bool) -> Batch:
+    tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
+    return {k: t.pin_memory() for k, t in tensors.items()} if pin_memory else tensors

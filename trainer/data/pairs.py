@@ -1,0 +1,207 @@
+"""Translation: pairs of sentences, one `source<TAB>target` a line.
+
+B pairs of a micro-batch · T tokens of the longest source · S tokens of the longest target
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config import ConfigError, DataConfig
+from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
+from trainer.data.prepared import Record, build, opened, progress_bar
+from trainer.data.source import Part, read_text, split_parts
+from trainer.data.text import TOKENIZER, check_ids, folder_of, make_tokenizer, token_dtype
+from trainer.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+LINES = 4096  # tokenised at once
+COLUMNS = ("source", "target")
+
+
+def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
+    """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError."""
+    parts = split_parts(config, root)
+    folder = folder_of(config, parts)
+    record = build(folder, lambda temporary: _write(config, parts, temporary, progress))
+    check_ids(folder, record)
+    kept = {s: len(_kept(_spans(folder, s), s, config.seq_len)) for s in record["splits"]}
+    dropped = record["splits"]["train"]["pairs"] - kept["train"]
+    if kept["train"] == 0:
+        longest = _lengths(_spans(folder, "train"))
+        raise ConfigError(
+            f"data.seq_len={config.seq_len}: every pair of the train split is longer; set "
+            f"data.seq_len={int(longest.max())} to keep them all"
+        )
+    if dropped:
+        log.warning("%d training pairs are longer than data.seq_len and left out.", dropped)
+    return DataFacts(vocab_size=record["vocab_size"], splits=kept)
+
+
+def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
+    """A prepared split, memory-mapped."""
+    folder = folder_of(config, split_parts(config, root))
+    return Pairs(folder, opened(folder), split, config.seq_len)
+
+
+class Pairs(Dataset):
+    """A split of sentence pairs.
+
+    Training leaves out pairs longer than `seq_len`; evaluation keeps and cuts them.
+    """
+
+    def __init__(self, folder: Path, record: Record, split: str, seq_len: int):
+        tokenizer = Tokenizer.load(folder / TOKENIZER)
+        self._eot_id, self._pad_id = tokenizer.eot_id, tokenizer.pad_id
+        self._seq_len = seq_len
+        self._text = folder / f"{split}.tsv"
+        self._ids = [
+            np.memmap(folder / f"{split}.{column}.bin", dtype=record["dtype"], mode="r")
+            for column in COLUMNS
+        ]
+        self._spans = _spans(folder, split)
+        self._kept = _kept(self._spans, split, seq_len)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def sample(self, index: int, seed: int | None) -> Sample:
+        """source (T,), tokens (S,) from BOS on, targets (S,) up to EOS; int64."""
+        row = self._kept[index]
+        (low, high) = self._spans[row : row + 2, :2].astype(int)
+        source_T = self._ids[0][low[0] : min(high[0], low[0] + self._seq_len)].astype(np.int64)
+        target_s = self._ids[1][low[1] : min(high[1], low[1] + self._seq_len - 1)].astype(np.int64)
+        return {
+            "source": source_T,
+            "tokens": np.concatenate([[self._eot_id], target_s]),
+            "targets": np.concatenate([target_s, [self._eot_id]]),
+        }
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        """source (B, T), source_valid (B, T) bool if any is padded, tokens and targets (B, S)."""
+        fill = {"source": self._pad_id, "tokens": self._pad_id, "targets": IGNORED}
+        batch = {key: _padded([s[key] for s in samples], value) for key, value in fill.items()}
+        lengths_B = np.array([len(sample["source"]) for sample in samples])
+        valid_BT = np.arange(batch["source"].shape[1]) < lengths_B[:, None]
+        if not valid_BT.all():
+            batch["source_valid"] = valid_BT
+        return batch
+
+    def reference(self, index: int) -> str:
+        """The target text."""
+        return self._line(index)[1]
+
+    def source_text(self, index: int) -> str:
+        """The text to translate."""
+        return self._line(index)[0]
+
+    def _line(self, index: int) -> list[str]:
+        row = self._kept[index]
+        start, end = self._spans[row : row + 2, 2].astype(int)
+        with self._text.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start).decode().rstrip("\n").split("\t")
+
+
+def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
+    for place, row in zip(padded, rows, strict=True):
+        place[: len(row)] = row
+    return padded
+
+
+def _spans(folder: Path, split: str) -> np.ndarray:
+    """(pairs + 1, 3) int64: where source ids, target ids and text of each pair begin."""
+    spans: np.ndarray = np.load(folder / f"{split}.npy", mmap_mode="r")
+    return spans
+
+
+def _kept(spans: np.ndarray, split: str, seq_len: int) -> np.ndarray:
+    """Rows of the pairs that count: of the train split those that fit, of the others all."""
+    if split != "train":
+        return np.arange(len(spans) - 1)
+    return np.flatnonzero((_lengths(spans) <= seq_len).all(axis=1))
+
+
+def _lengths(spans: np.ndarray) -> np.ndarray:
+    """(pairs, 2): tokens of source and target; the target has one more, EOS."""
+    return np.diff(spans[:, :2], axis=0) + np.array([0, 1])
+
+
+def _write(
+    config: DataConfig, parts: dict[str, list[Part]], folder: Path, progress: bool
+) -> Record:
+    texts = (side for part in parts["train"] for pair in read_pairs(part) for side in pair)
+    tokenizer = make_tokenizer(config, texts, folder)
+    total = sum(part.end - part.start for of_split in parts.values() for part in of_split)
+    splits = {}
+    with progress_bar("Tokenising", total, progress) as advance:
+        for split, of_split in parts.items():
+            found = (pair for part in of_split for pair in read_pairs(part))
+            splits[split] = _write_split(tokenizer, found, folder, split, advance)
+    dtype = token_dtype(tokenizer).name
+    return {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
+
+
+def _write_split(
+    tokenizer: Tokenizer,
+    found: Iterator[tuple[str, str]],
+    folder: Path,
+    split: str,
+    advance: Callable[[int], None],
+) -> Record:
+    dtype = token_dtype(tokenizer)
+    largest_id, spans = 0, [np.zeros((1, 3), np.int64)]
+    names = [f"{split}.{column}.bin" for column in COLUMNS] + [f"{split}.tsv"]
+    files = [(folder / name).open("wb") for name in names]
+    while batch := list(islice(found, LINES)):
+        lengths = []
+        for column, file in enumerate(files[:2]):
+            ids = tokenizer.encode_batch([pair[column] for pair in batch])
+            # Attention needs something to look at, even where a tokenizer knows no character.
+            ids = [sentence or [tokenizer.eot_id] for sentence in ids]
+            ids_n = np.array([i for sentence in ids for i in sentence], dtype)
+            file.write(ids_n.tobytes())
+            largest_id = max(largest_id, int(ids_n.max(initial=0)))
+            lengths.append([len(sentence) for sentence in ids])
+        lines = ["\t".join(pair).encode() + b"\n" for pair in batch]
+        files[2].write(b"".join(lines))
+        lengths.append([len(line) for line in lines])
+        spans.append(spans[-1][-1] + np.cumsum(np.array(lengths).T, axis=0))
+        advance(sum(lengths[2]))
+    for file in files:
+        file.close()
+    np.save(folder / f"{split}.npy", np.concatenate(spans))
+    return {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
+
+
+def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
+    """The (source, target) of each line; ConfigError names the line that is not such a pair."""
+    for number, line in enumerate(_lines(part)):
+        sides = [side.strip() for side in line.split("\t")]
+        if len(sides) == 2 and all(sides):
+            yield sides[0], sides[1]
+            continue
+        found = f"{len(sides) - 1} tabs" if len(sides) != 2 else "an empty side"
+        raise ConfigError(
+            f"data.path: line {_lines_before(part) + number + 1} of {part.path} has {found}; every "
+            "line must be `source<TAB>target`"
+        )
+
+
+def _lines(part: Part) -> Iterator[str]:
+    rest = ""
+    for block in read_text(part):
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _lines_before(part: Part) -> int:
+    with part.path.open("rb") as file:
+        return file.read(part.start).count(b"\n")

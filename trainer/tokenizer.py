@@ -1,0 +1,115 @@
+"""Text to token ids and back: a byte-level BPE trained here, or an own tokenizer.json."""
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import tokenizers
+
+from trainer.config import ConfigError
+
+log = logging.getLogger(__name__)
+
+# Names that tokenizers give to the token between documents, and to padding; ours come first.
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+SMALLEST = 258  # 256 bytes and the two special tokens
+TRAINING_CHARACTERS = 500_000_000  # a BPE learns its merges from the beginning of a larger text
+
+
+class Tokenizer:
+    """A vocabulary with a token between documents (also BOS and EOS of a sentence) and padding."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # text that spells a special token stays text
+        self.eot_id = _special(backend, END_NAMES)
+        self.pad_id = _special(backend, PAD_NAMES)
+        # The largest id counts, not the number of entries: an own vocabulary can have holes.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of exactly `vocab_size` entries; ConfigError where that cannot be."""
+        if vocab_size < SMALLEST:
+            raise ConfigError(too_small(vocab_size))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_NAMES[0], PAD_NAMES[0]],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(_beginning(texts), trainer)
+        reached = backend.get_vocab_size()
+        if reached < vocab_size:
+            raise ConfigError(
+                f"data.vocab_size={vocab_size}: the train split has text for {reached} entries "
+                f"only; set data.vocab_size={reached} or less, or give more text"
+            )
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer in a tokenizer.json, with its own end and padding tokens if it has any."""
+        if not Path(path).is_file():
+            raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises nothing narrower
+            raise ConfigError(
+                f"data.tokenizer={path} must be a tokenizer.json of the `tokenizers` library, but "
+                f"reading it says: {error}"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json."""
+        self._backend.save(str(path))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of the text, without special tokens."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, on all cores."""
+        # The fast variant leaves out character offsets, which nobody reads.
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids; special tokens are left out."""
+        special = (self.eot_id, self.pad_id)
+        text: str = self._backend.decode([int(i) for i in ids if i not in special])
+        return text
+
+
+def too_small(vocab_size: int) -> str:
+    """What is wrong with a vocabulary that does not hold every byte."""
+    return (
+        f"data.vocab_size={vocab_size} must be at least {SMALLEST} (256 bytes and 2 special "
+        f"tokens); set data.vocab_size={SMALLEST} or more"
+    )
+
+
+def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+    """The id of the first of these names in the vocabulary; the first is added if there is none."""
+    name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
+    backend.add_special_tokens([name])  # adds nothing where it is known, but marks it as special
+    token_id = backend.token_to_id(name)
+    assert token_id is not None, name
+    return token_id
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    characters = 0
+    for text in texts:
+        if characters > TRAINING_CHARACTERS:
+            log.info("The BPE is trained on the first %d characters.", characters)
+            return
+        characters += len(text)
+        yield text
