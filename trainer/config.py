@@ -156,6 +156,7 @@ class VerifyConfig:
     seed: int = 0
     tolerance: float = 1e-10  # largest difference that passes, relative to the tensor's largest entry
     activation_checkpointing: str = "none"  # as in training
+    device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_reduction; empty = off
 
 

@@ -1,0 +1,1 @@
+"""Values and their checks: YAML groups, the schema they fit, and what holds between them."""

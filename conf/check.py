@@ -1,0 +1,303 @@
+"""What must hold beyond types: pure functions that find every problem of a config at once."""
+
+import difflib
+from dataclasses import dataclass, replace
+from math import inf
+from typing import TYPE_CHECKING, Any
+
+from parallel.config import ConfigError, data_degree, resolve
+from trainer.config import DataConfig, ModelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.data import DataFacts
+
+CHOICES = {
+    "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
+    "device": ("cpu", "cuda", "auto"),
+    "resume": ("auto", "never"),
+    "activation_checkpointing": ("none", "selective", "block"),
+    "split": ("valid", "test"),
+    "model.family": ("decoder", "encoder", "encoder_decoder"),
+    "model.norm": ("rmsnorm", "layernorm"),
+    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    "model.positions": ("rope", "learned"),
+    "model.init": ("gpt2", "vit"),
+    "model.pool": ("class_token", "mean"),
+    "data.kind": ("text", "images", "pairs"),
+    "optim.schedule": ("cosine", "wsd", "constant"),
+    "metrics.wandb": ("off", "offline", "online"),
+}
+# The kind of data that a family of models learns from.
+READS = {"decoder": "text", "encoder": "images", "encoder_decoder": "pairs"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The numbers from `low` to `high`; an end is left out where it is open."""
+
+    low: float
+    high: float = inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return above and below and value != inf
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
+        if self.high == inf:
+            return low
+        return f"{low} and " + ("below" if self.high_open else "at most") + f" {self.high:g}"
+
+
+COUNT = Interval(1)  # a number of things of which there must be one
+COUNT_OR_OFF = Interval(0)
+POSITIVE = Interval(0, low_open=True)
+SHARE = Interval(0, 1)
+SHARE_BELOW_ONE = Interval(0, 1, high_open=True)
+
+RANGES = {
+    "steps": COUNT,
+    "batch_size": COUNT,
+    "micro_batch_size": COUNT_OR_OFF,
+    "seed": COUNT_OR_OFF,
+    "samples": COUNT_OR_OFF,
+    "beams": COUNT,
+    "tolerance": COUNT_OR_OFF,
+    "max_tokens": COUNT,
+    "temperature": COUNT_OR_OFF,
+    "top_k": COUNT_OR_OFF,
+    "top_p": Interval(0, 1, low_open=True),
+    "length_penalty": COUNT_OR_OFF,
+    "launch.ranks": COUNT_OR_OFF,
+    "strategy.bucket_mib": POSITIVE,
+    "model.layers": COUNT,
+    "model.encoder_layers": COUNT_OR_OFF,
+    "model.width": COUNT,
+    "model.heads": COUNT,
+    "model.kv_heads": COUNT_OR_OFF,
+    "model.head_width": COUNT_OR_OFF,
+    "model.ffn_width": COUNT,
+    "model.vocab_size": COUNT_OR_OFF,
+    "model.max_positions": COUNT_OR_OFF,
+    "model.norm_eps": POSITIVE,
+    "model.rope_theta": POSITIVE,
+    "model.rope_scaling": Interval(1),
+    "model.dropout": SHARE_BELOW_ONE,
+    "model.init_std": POSITIVE,
+    "model.image_size": COUNT_OR_OFF,
+    "model.patch_size": COUNT,
+    "model.channels": COUNT_OR_OFF,
+    "model.classes": COUNT_OR_OFF,
+    "data.vocab_size": Interval(257),  # 256 bytes and the separator
+    "data.seq_len": COUNT,
+    "data.held_out": Interval(0, 1, low_open=True, high_open=True),
+    "optim.lr": POSITIVE,
+    "optim.eps": POSITIVE,
+    "optim.weight_decay": COUNT_OR_OFF,
+    "optim.warmup_steps": COUNT_OR_OFF,
+    "optim.decay_share": SHARE,
+    "optim.min_lr_ratio": SHARE,
+    "optim.max_grad_norm": COUNT_OR_OFF,
+    "loss.label_smoothing": SHARE_BELOW_ONE,
+    "eval.every": COUNT_OR_OFF,
+    "eval.samples": COUNT_OR_OFF,
+    "eval.beams": COUNT,
+    "checkpoint.every": COUNT_OR_OFF,
+    "checkpoint.keep": COUNT_OR_OFF,
+    "metrics.every": COUNT,
+    "metrics.sample_tokens": COUNT_OR_OFF,
+    "metrics.profile_steps": COUNT_OR_OFF,
+    "metrics.peak_tflops": COUNT_OR_OFF,
+}
+
+
+def problems(config: Any, world_size: int) -> list[str]:
+    """Every problem of a door's configuration on `world_size` ranks; empty = none."""
+    found = _choices(config) + _ranges(config)
+    wrong = {problem.split("=", 1)[0] for problem in found}
+    if hasattr(config, "model"):
+        found += _model(config.model, wrong)
+    if hasattr(config, "data"):
+        found += _data(config.data)
+    if hasattr(config, "model") and hasattr(config, "data"):
+        found += _fit(config.model, config.data)
+    if hasattr(config, "optim"):
+        found += _betas(config.optim.betas)
+    if hasattr(config, "strategy"):
+        try:
+            strategy = resolve(config.strategy, world_size)
+        except ConfigError as error:
+            return found + error.problems
+        if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
+            found += _batch(config, data_degree(strategy))
+    return found
+
+
+def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
+    """The configuration with model sizes of 0 taken from the data; ConfigError if they clash."""
+    model, data = config.model, config.data
+    filled = replace(
+        model,
+        vocab_size=model.vocab_size or facts.vocab_size,
+        max_positions=model.max_positions or data.seq_len,
+        classes=model.classes or facts.classes,
+        image_size=model.image_size or facts.image_size,
+        channels=model.channels or facts.channels,
+    )
+    if data.kind == "images":
+        found = _images(filled, facts)
+        side = filled.image_size // filled.patch_size
+        filled = replace(filled, max_positions=model.max_positions or side**2 + 1)
+    else:
+        found = _tokens(filled, facts)
+    if found:
+        raise ConfigError(*found)
+    return replace(config, model=filled)
+
+
+def _choices(config: Any) -> list[str]:
+    found = []
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
+        if value is not None and value not in choices:
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found.append(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+    return found
+
+
+def _ranges(config: Any) -> list[str]:
+    return [
+        f"{key}={value} must be {interval}"
+        for key, interval in RANGES.items()
+        if (value := _value(config, key)) is not None and value not in interval
+    ]
+
+
+def _betas(betas: list[float]) -> list[str]:
+    if len(betas) == 2 and all(beta in SHARE_BELOW_ONE for beta in betas):
+        return []
+    return [f"optim.betas={betas} must be two numbers, each {SHARE_BELOW_ONE}, e.g. [0.9,0.95]"]
+
+
+def _model(model: ModelConfig, wrong: set[str]) -> list[str]:
+    if wrong & {f"model.{key}" for key in ("width", "heads", "kv_heads", "head_width")}:
+        return []
+    found = []
+    if model.kv_heads and model.heads % model.kv_heads:
+        found.append(
+            f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; "
+            f"try {_near_divisors(model.heads, model.kv_heads)}"
+        )
+    if not model.head_width and model.width % model.heads:
+        found.append(
+            f"model.heads={model.heads} does not divide model.width={model.width}; "
+            f"try {_near_divisors(model.width, model.heads)}, or set model.head_width"
+        )
+        return found
+    head_width = model.head_width or model.width // model.heads
+    if model.positions == "rope" and head_width % 2:
+        found.append(
+            f"model.positions=rope turns pairs of numbers, but a head is {head_width} wide; "
+            f"set model.head_width={head_width + 1}, or model.positions=learned"
+        )
+    return found + _patches(model)
+
+
+def _patches(model: ModelConfig) -> list[str]:
+    if (
+        model.family != "encoder"
+        or model.patch_size < 1
+        or model.image_size % model.patch_size == 0
+    ):
+        return []
+    return [
+        f"model.patch_size={model.patch_size} does not divide model.image_size="
+        f"{model.image_size}; try {_near_divisors(model.image_size, model.patch_size)}"
+    ]
+
+
+def _data(data: DataConfig) -> list[str]:
+    if data.path:
+        return []
+    return [
+        f"data.path is empty; name one file of {data.kind}, or a folder with train.*, valid.* and "
+        "test.*"
+    ]
+
+
+def _fit(model: ModelConfig, data: DataConfig) -> list[str]:
+    reads = READS.get(model.family)
+    if reads and data.kind in READS.values() and data.kind != reads:
+        family = next(family for family, kind in READS.items() if kind == data.kind)
+        return [
+            f"model.family={model.family} learns from {reads}, but data.kind={data.kind}; "
+            f"choose a model of family {family}, or data of kind {reads}"
+        ]
+    if data.kind != "images" and 0 < model.max_positions < data.seq_len:
+        return [
+            f"data.seq_len={data.seq_len} is more than model.max_positions={model.max_positions}; "
+            f"set data.seq_len={model.max_positions} or less"
+        ]
+    return []
+
+
+def _batch(config: TrainConfig, degree: int) -> list[str]:
+    size, micro = config.batch_size, config.micro_batch_size
+    if size % degree:
+        return [
+            f"batch_size={size} is not divisible by the {degree} ranks that see different samples "
+            f"(strategy.replicate × strategy.shard); try {_near_multiples(size, degree)}"
+        ]
+    share = size // degree
+    if micro and share % micro:
+        return [
+            f"micro_batch_size={micro} does not divide the {share} samples of one rank "
+            f"(batch_size={size} / {degree} ranks); try {_near_divisors(share, micro)}"
+        ]
+    return []
+
+
+def _tokens(model: ModelConfig, facts: "DataFacts") -> list[str]:
+    if model.vocab_size >= facts.vocab_size:
+        return []
+    return [
+        f"model.vocab_size={model.vocab_size} is less than the tokenizer's {facts.vocab_size}: "
+        f"token ids from {model.vocab_size} on have no row; set model.vocab_size="
+        f"{facts.vocab_size}, or 0 to follow the data"
+    ]
+
+
+def _images(model: ModelConfig, facts: "DataFacts") -> list[str]:
+    found = _patches(model)
+    for key in ("image_size", "channels"):
+        ours, theirs = getattr(model, key), getattr(facts, key)
+        if ours != theirs:
+            found.append(f"model.{key}={ours}, but the data's is {theirs}; set model.{key}=0")
+    if model.classes < facts.classes:
+        found.append(
+            f"model.classes={model.classes} is less than the data's {facts.classes}; "
+            f"set model.classes={facts.classes}, or 0 to follow the data"
+        )
+    return found
+
+
+def _value(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
+def _near_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` just below and above `wanted`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = [*[d for d in divisors if d < wanted][-1:], *[d for d in divisors if d > wanted][:1]]
+    return " or ".join(map(str, near))
+
+
+def _near_multiples(number: int, factor: int) -> str:
+    below = number // factor * factor
+    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

@@ -1,0 +1,106 @@
+"""The text of `--help`: a key's meaning and unit are taken from the comment beside its field."""
+
+import ast
+import inspect
+import io
+import textwrap
+import tokenize
+from dataclasses import is_dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+EXAMPLES = {
+    "train": """\
+Train a Transformer. The layout over ranks is a choice of cost; the trained model stays the same.
+
+  python launch/train.py                                        the language job, on this machine
+  python launch/train.py experiment=images steps=500            another job, shorter
+  python launch/train.py strategy=fsdp launch.ranks=2           two processes on this host
+  torchrun --nproc_per_node=8 launch/train.py strategy=fsdp model=llama-1b data.seq_len=2048
+  python launch/train.py -m strategy=ddp,fsdp optim.lr=1e-3,3e-4    a sweep: one job per point
+  python launch/train.py run_dir=RUN                            go on from its newest checkpoint""",
+    "verify": """\
+Prove that a layout takes the same steps as one process: losses, gradients and updated weights.
+
+  python launch/verify.py                                       every layout of this machine
+  torchrun --nproc_per_node=4 launch/verify.py strategy=hsdp model=vit-tiny
+  python launch/verify.py strategy=fsdp launch.ranks=2""",
+    "generate": """\
+Write text, translate or classify with the newest checkpoint of a run.
+
+  python launch/generate.py run_dir=RUN 'prompt="Enter Macbeth"'
+  python launch/generate.py run_dir=RUN 'prompt="Turn on the light"' beams=4""",
+    "evaluate": """\
+Measure the newest checkpoint of a run.
+
+  python launch/evaluate.py run_dir=RUN
+  python launch/evaluate.py run_dir=RUN split=valid launch.ranks=2""",
+    "prepare": """\
+Read and tokenise a data set once, ahead of training.
+
+  python launch/prepare.py data=text data.path=TEXTS data.vocab_size=8192""",
+}
+
+
+def help_text(name: str, schema: type, values: DictConfig) -> str:
+    """What `--help` shows for door `name`: examples, groups and every key of `schema`."""
+    plain = OmegaConf.to_container(values)  # unresolved: run_dir is decided when the run starts
+    groups = "Groups, as GROUP=OPTION:\n$APP_CONFIG_GROUPS"
+    keys = "Keys, as KEY=VALUE, with their values here:\n\n" + "\n".join(_keys(schema, plain))
+    more = "Also: -m sweeps over comma-separated values, --cfg job shows the composed values."
+    return "\n\n".join([EXAMPLES[name], groups, keys.replace("$", "$$"), more]) + "\n"
+
+
+def comments(schema: type) -> dict[str, str]:
+    """The comment of each field of a dataclass: beside it, else in the lines just above it."""
+    source = textwrap.dedent(inspect.getsource(schema))
+    lines = source.splitlines()
+    noted = {
+        token.start[0]: token.string.lstrip("# ")
+        for token in tokenize.generate_tokens(io.StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    }
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            found[node.target.id] = noted.get(node.lineno) or _above(node.lineno, lines, noted)
+    return found
+
+
+def _above(number: int, lines: list[str], noted: dict[int, str]) -> str:
+    block: list[str] = []
+    while (number := number - 1) in noted and lines[number - 1].lstrip().startswith("#"):
+        block.insert(0, noted[number])
+    return " ".join(block)
+
+
+def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
+    sections: list[str] = []
+    shown: list[str] = []
+    meanings = comments(schema)
+    for field, meaning in meanings.items():
+        kind = schema.__annotations__[field]
+        if isinstance(kind, type) and is_dataclass(kind):
+            title = (kind.__doc__ or "").split(";")[0].split("\n")[0].rstrip(".")
+            sections += ["", f"  {prefix}{field}.*  {title}"]
+            sections += _keys(kind, values[field], f"{prefix}{field}.")
+        else:
+            shown.append(_line(f"{prefix}{field}={_plain(values[field])}", meaning))
+    return shown + sections
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return "[" + ",".join(map(_plain, value)) + "]"
+    return str(value)
+
+
+def _line(key: str, meaning: str) -> str:
+    wrapped = textwrap.wrap(meaning, 60) or [""]
+    head = f"    {key:<34}  {wrapped[0]}".rstrip()
+    return "\n".join([head, *(" " * 40 + line for line in wrapped[1:])])

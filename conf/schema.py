@@ -1,0 +1,92 @@
+"""The schema that YAML values must fit, and the way from Hydra's containers to typed objects."""
+
+import re
+from collections.abc import Callable
+from dataclasses import Field, fields, is_dataclass
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from conf.help import help_text
+from parallel.config import ConfigError
+from trainer.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+
+# The name of a door's YAML file → the dataclass it must fit.
+SCHEMAS: dict[str, type] = {
+    "train": TrainConfig,
+    "verify": VerifyConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "prepare": PrepareConfig,
+}
+
+
+def register(started: str) -> None:
+    """Tells Hydra the schemas and resolvers; `started` is the time stamp of this launch."""
+    store = ConfigStore.instance()
+    for name, schema in SCHEMAS.items():
+        store.store(name=f"{name}_schema", node=schema)
+    resolvers: dict[str, Callable[..., str]] = {
+        "started": lambda: started,
+        "run_name": lambda: run_name(started),
+        "help_text": lambda name, _root_: help_text(name, SCHEMAS[name], _root_),
+    }
+    for key, resolver in resolvers.items():
+        OmegaConf.register_new_resolver(key, resolver, replace=True)
+
+
+def load(name: str, values: DictConfig) -> Any:
+    """The typed configuration of door `name`; raises ConfigError for keys that it does not have."""
+    known = known_keys(SCHEMAS[name])
+    unknown = sorted(_leaves(OmegaConf.to_container(values)) - set(known))
+    if unknown:
+        raise ConfigError(*(f"{key} does not exist; remove +{key}" for key in unknown))
+    try:
+        return typed(name, OmegaConf.to_container(values, resolve=True))
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} needs a value") from error
+
+
+def typed(name: str, values: Any) -> Any:
+    """The dataclass of door `name`, filled from a plain container."""
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), values))
+
+
+def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
+    """Every key below a dataclass, dotted, with its field."""
+    found: dict[str, Field] = {}
+    for field in fields(schema):
+        if isinstance(field.type, type) and is_dataclass(field.type):
+            found |= known_keys(field.type, f"{prefix}{field.name}.")
+        else:
+            found[prefix + field.name] = field
+    return found
+
+
+def run_name(started: str) -> str:
+    """A new folder's name: what is trained and when; in a sweep, a folder per job."""
+    if not HydraConfig.initialized():
+        return started
+    hydra = HydraConfig.get()
+    chosen = hydra.runtime.choices
+    by_name = any(override.startswith("experiment=") for override in hydra.overrides.task)
+    if hydra.mode != RunMode.MULTIRUN:
+        return f"{chosen['experiment' if by_name else 'model']}-{started}"
+    point = re.sub(r"[^\w.=,+-]", "_", hydra.job.override_dirname)[:100]
+    return f"sweep-{started}/{hydra.job.num}-{point}"
+
+
+def _leaves(values: Any, prefix: str = "") -> set[str]:
+    if not isinstance(values, dict) or not values:
+        return {prefix[:-1]} if prefix else set()
+    return {leaf for key, value in values.items() for leaf in _leaves(value, f"{prefix}{key}.")}

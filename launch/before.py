@@ -1,0 +1,64 @@
+"""What happens once, before any rank works: the checks, the data and the run's folder."""
+
+import logging
+from dataclasses import replace
+from typing import TypeVar
+
+from conf.check import complete, problems
+from parallel.config import ConfigError, resolve
+from trainer import data
+from trainer.config import (
+    EvaluateConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TrainConfig,
+    VerifyConfig,
+)
+from trainer.run_dir import checkpoints, load_config, open_run_dir
+
+Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
+
+log = logging.getLogger(__name__)
+
+
+def training(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The checked and completed configuration; its data is prepared and its folder open."""
+    _check(config, world_size)
+    config = replace(config, strategy=resolve(config.strategy, world_size))
+    config = complete(config, data.prepare(config.data, progress=True))
+    open_run_dir(config)
+    return config
+
+
+def verification(config: VerifyConfig, world_size: int) -> VerifyConfig:
+    """The checked configuration."""
+    _check(config, world_size)
+    return replace(config, strategy=resolve(config.strategy, world_size))
+
+
+def reading(config: Reader, world_size: int) -> Reader:
+    """The checked configuration of a door that reads a run with at least one checkpoint."""
+    _check(config, world_size)
+    load_config(config.run_dir)
+    if not checkpoints(config.run_dir):
+        raise ConfigError(f"run_dir={config.run_dir} holds no checkpoint yet; train it first")
+    return replace(config, strategy=resolve(config.strategy, world_size))
+
+
+def preparation(config: PrepareConfig, world_size: int) -> PrepareConfig:
+    """The checked configuration."""
+    _check(config, world_size)
+    return config
+
+
+def prepare_data(config: PrepareConfig) -> None:
+    """Prepares the data set and logs what it holds."""
+    facts = data.prepare(config.data, progress=True)
+    for name, value in vars(facts).items():
+        log.info("%s: %s", name, value)
+
+
+def _check(config: object, world_size: int) -> None:
+    found = problems(config, world_size)
+    if found:
+        raise ConfigError(*found)

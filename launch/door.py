@@ -1,0 +1,127 @@
+"""One way in for every command: rank 0 composes the configuration, the other ranks follow it.
+
+Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
+"""
+
+import logging
+import os
+import sys
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from conf import schema
+from launch.messages import USER_ERRORS, explain, write_error
+from parallel.config import ConfigError
+
+CONF = str(Path(schema.__file__).parent)
+
+
+class JobFailedError(Exception):
+    """A job of a sweep has failed and said why; Hydra goes on with the next one."""
+
+
+@dataclass
+class Door:
+    """One command: the YAML file it composes and the functions it runs, as "module:function"."""
+
+    name: str
+    work: str  # runs on every rank: (config, runtime)
+    prepare: str  # runs once, before any rank works: (config, world_size) → completed config
+    alone: str = ""  # runs once in this process in place of ranks, where they were not asked for
+
+
+def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
+    """Runs a command on all of its ranks and exits: 0 = done, 1 = failed, 2 = a user's mistake."""
+    ranks = import_module("parallel.runtime").Ranks.of_torchrun() if "RANK" in os.environ else None
+    if ranks and ranks.rank:
+        sys.exit(import_module("launch.worker").follow(ranks))
+    now = time.time()
+    started = time.localtime(ranks.started(now) if ranks else now)
+    schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started))
+    code = _compose(Door(name, work, prepare, alone), ranks)
+    if ranks:
+        ranks.post({"stop": 1 if code else 0})
+    sys.exit(code)
+
+
+def _compose(door: Door, ranks: Any) -> int:
+    """Lets Hydra run every job of the command line; the exit status."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
+
+    def task(cfg: DictConfig) -> None:
+        try:
+            _run_job(door, cfg, ranks)
+        except SystemExit as stop:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not ranks:
+                raise JobFailedError(stop.code) from None
+            raise
+
+    try:
+        hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
+    except USER_ERRORS as error:
+        write_error(explain(door.name, error))
+        return 2
+    except JobFailedError as failed:
+        return failed.args[0]
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        write_error(traceback.format_exc())
+        return 1
+    return 0
+
+
+def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
+    """Checks and prepares one composed job, then runs it on every rank; SystemExit if it fails."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        config = schema.load(door.name, cfg)
+        world_size = _world_size(config, ranks)
+        if door.prepare:
+            config = function(door.prepare)(config, world_size)
+        if door.alone and not ranks and world_size == 1 and not _strategy_given():
+            function(door.alone)(config)
+            return
+    except USER_ERRORS as error:
+        write_error(explain(door.name, error))
+        raise SystemExit(2) from None
+    job = {"door": door.name, "work": door.work, "config": asdict(config)}
+    if ranks:
+        ranks.post(job)
+        import_module("launch.worker").run(job, ranks)
+    elif world_size > 1:
+        import_module("launch.spawn").spawn(job, world_size)
+    else:
+        import_module("launch.worker").run_alone(job)
+
+
+def function(path: str) -> Any:
+    """The function that "module:function" names."""
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _world_size(config: Any, ranks: Any) -> int:
+    wanted = config.launch.ranks if hasattr(config, "launch") else 0
+    if ranks and wanted not in (0, ranks.world_size):
+        raise ConfigError(
+            f"launch.ranks={wanted}, but torchrun started {ranks.world_size} ranks; "
+            "leave launch.ranks to runs without torchrun"
+        )
+    return ranks.world_size if ranks else max(1, wanted)
+
+
+def _strategy_given() -> bool:
+    given = HydraConfig.get().overrides.task
+    return any(override.startswith(("strategy=", "strategy.")) for override in given)

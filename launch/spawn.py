@@ -1,0 +1,40 @@
+"""Starts the ranks of one job on this host, where torchrun has not."""
+
+import logging
+import os
+import uuid
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from launch.worker import run_spawned
+
+
+def spawn(job: dict[str, Any], count: int) -> None:
+    """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+        monitor_interval=0.1,
+    )
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // count))
+    try:
+        elastic_launch(config, run_spawned)(job)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        raise SystemExit(2 if 2 in codes else 1) from None
+    except SignalException as error:
+        raise SystemExit(128 + int(error.sigval)) from None
+    finally:
+        if threads is None:
+            del os.environ["OMP_NUM_THREADS"]

@@ -1,0 +1,66 @@
+"""What one rank does with a job: its process group, the work, and word of what went wrong."""
+
+import logging
+import traceback
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Any
+
+from conf.schema import typed
+from launch.messages import explain, write_error
+from parallel.config import ConfigError
+from parallel.runtime import Ranks, process_group
+
+
+def follow(ranks: Ranks) -> int:
+    """Runs each job that rank 0 posts; the exit status that it leaves with."""
+    for job in ranks.follow():
+        if "stop" in job:
+            return job["stop"]
+        run(job, ranks)
+    raise AssertionError("rank 0 always posts a stop")
+
+
+def run_alone(job: dict[str, Any]) -> None:
+    """Runs a job in this process, a group of one."""
+    run(job, Ranks.alone())
+
+
+def run_spawned(job: dict[str, Any]) -> None:
+    """Runs a job in a process that launch/spawn.py started."""
+    run(job, Ranks.of_torchrun())
+
+
+def run(job: dict[str, Any], ranks: Ranks) -> None:
+    """Does the work of this rank; SystemExit if it fails, after the first rank has said why."""
+    _log(ranks)
+    config = typed(job["door"], job["config"])
+    module, _, name = job["work"].partition(":")
+    with ExitStack() as stack:
+        try:
+            runtime = stack.enter_context(process_group(config.device, ranks))
+            getattr(import_module(module), name)(config, runtime)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        except Exception as error:
+            # Said before the group ends: its end fails the other ranks, and theirs is no cause.
+            raise SystemExit(_tell(error, job["door"], ranks)) from None
+
+
+def _tell(error: Exception, door: str, ranks: Ranks) -> int:
+    first = ranks.first("error")
+    if isinstance(error, ConfigError):
+        if first:
+            write_error(explain(door, error))
+        return 2
+    text = traceback.format_exc() if first else f"stopped as well: {str(error).splitlines()[:1]}"
+    prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+    write_error("\n".join(prefix + line for line in text.splitlines()))
+    return 1
+
+
+def _log(ranks: Ranks) -> None:
+    logging.basicConfig(
+        level=logging.WARNING if ranks.rank else logging.INFO,
+        format=f"[rank {ranks.rank}] %(message)s" if ranks.rank else "%(message)s",
+    )

@@ -1,0 +1,104 @@
+"""Ranks, their device and their process group; one process is a group of one."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from parallel.config import ConfigError
+
+# A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
+PATIENCE = timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Which rank this is and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+
+class Ranks:
+    """The ranks of one launch: rank 0 posts jobs, the others follow it."""
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int, restart: str = "0"):
+        self.launch = store  # outlives a restart of the ranks
+        # Keys of the attempt before a restart are still there; a prefix keeps them apart.
+        self.store = dist.PrefixStore(f"attempt{restart}", store)
+        self.rank, self.world_size = rank, world_size
+        self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        self.jobs = 0
+
+    @classmethod
+    def of_torchrun(cls) -> "Ranks":
+        """The ranks that torchrun (or anything that sets its variables) started."""
+        store, rank, world_size = next(dist.rendezvous("env://"))
+        return cls(store, rank, world_size, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+    @classmethod
+    def alone(cls) -> "Ranks":
+        """One rank in this process, with no network."""
+        return cls(dist.HashStore(), 0, 1)
+
+    def started(self, now: float) -> float:
+        """When this launch began: the same for every rank and after every restart."""
+        return float(self.launch.compare_set("started", "", repr(now)))
+
+    def post(self, job: Any) -> None:
+        """Hands a JSON-able job to the ranks that follow."""
+        self.jobs += 1
+        self.store.set(f"job{self.jobs}", json.dumps(job))
+
+    def follow(self) -> Iterator[Any]:
+        """The jobs that rank 0 posts, as they come."""
+        while True:
+            self.jobs += 1
+            self.store.wait([f"job{self.jobs}"], PATIENCE)
+            yield json.loads(self.store.get(f"job{self.jobs}"))
+
+    def first(self, event: str) -> bool:
+        """Whether this rank is the first to name `event` in the current job."""
+        return self.store.add(f"{event}{self.jobs}", 1) == 1
+
+
+@contextmanager
+def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
+    """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing."""
+    chosen = _device(device, ranks)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        # An own prefix: the addresses of an earlier group of this launch are still in the store.
+        store=dist.PrefixStore(f"group{ranks.jobs}", ranks.store),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    try:
+        yield Runtime(ranks.rank, ranks.world_size, ranks.local_rank, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(device: str, ranks: Ranks) -> torch.device:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cpu" or (device == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        raise ConfigError(f"device={device}, but there is no CUDA device here; set device=cpu")
+    if ranks.local_world_size > count:
+        raise ConfigError(
+            f"{ranks.local_world_size} ranks on this host, but it has {count} GPUs; "
+            f"start {count} ranks, or set device=cpu"
+        )
+    return torch.device("cuda", ranks.local_rank)
