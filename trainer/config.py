@@ -47,14 +47,14 @@ class DataConfig:
     """What is learned from; read by trainer/data/."""
 
     kind: str = "text"  # text | images | pairs: the reader
-    # A folder with train.*, valid.* and test.*, or one file of which the last tenth is held out,
-    # or `bundled:NAME`, or `hf:NAME` (a Hugging Face data set, when `datasets` is installed).
+    # A folder with train.*, valid.* and test.* (files or folders), or one file whose end is held
+    # out, or `bundled:NAME`, or `hf:NAME` (a Hugging Face data set, when `datasets` is installed).
     path: str = ""
-    tokenizer: str = ""  # an existing tokenizer.json; empty = train a byte-level BPE on the train split
-    vocab_size: int = 1024  # entries of the BPE trained here
+    tokenizer: str = ""  # a tokenizer.json; empty = a byte-level BPE trained on the train split
+    vocab_size: int = 1024  # entries of the BPE trained here; not read with an own tokenizer
     seq_len: int = 256  # tokens per sample (text); longest source and target (pairs)
     document_separator: str = "<|endoftext|>"  # splits documents inside one text file; empty = off
-    held_out: float = 0.1  # share of a single file kept back, half of it for valid, half for test
+    held_out: float = 0.1  # share of train kept back where valid or test is missing, half for each
     augment: bool = True  # images: random shift and mirror while training
     fields: list[str] = field(default_factory=list)  # hf: columns to read; empty = the usual names
     cache: str = ".cache"  # folder of the prepared token files

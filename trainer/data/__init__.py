@@ -7,7 +7,7 @@ from trainer.config import ConfigError, DataConfig
 from trainer.data import hub, images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset
 from trainer.data.source import SPLITS, locate
-from trainer.tokenizer import Tokenizer, too_small
+from trainer.tokenizer import SMALLEST, Tokenizer, too_small
 
 __all__ = ["DataFacts", "Dataset", "open_split", "open_tokenizer", "prepare"]
 
@@ -22,8 +22,11 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
     problems = _problems(config)
     if problems:
         raise ConfigError(*problems)
-    root = hub.export(config) if config.path.startswith("hf:") else locate(config)
-    return READERS[config.kind].prepare(config, root, progress)
+    try:
+        root = hub.export(config) if config.path.startswith("hf:") else locate(config)
+        return READERS[config.kind].prepare(config, root, progress)
+    except OSError as error:
+        raise ConfigError(f"data.path={config.path} cannot be read: {error}") from error
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
@@ -54,7 +57,7 @@ def _problems(config: DataConfig) -> list[str]:
     smallest = 2 if config.kind == "pairs" else 1  # a pair's target has one token more: EOS
     if config.seq_len < smallest and config.kind != "images":
         problems.append(f"data.seq_len={config.seq_len} must be at least {smallest}")
-    if config.vocab_size < 258 and not config.tokenizer and config.kind != "images":
+    if config.vocab_size < SMALLEST and not config.tokenizer and config.kind != "images":
         problems.append(too_small(config.vocab_size))
     if not 0.001 <= config.held_out <= 0.9:
         near_share = 0.001 if config.held_out < 0.001 else 0.9
@@ -62,4 +65,9 @@ def _problems(config: DataConfig) -> list[str]:
             f"data.held_out={config.held_out} must be a share from 0.001 to 0.9; "
             f"set data.held_out={near_share}, or 0.1 for the last tenth"
         )
+    if not config.path.startswith("hf:"):
+        try:
+            locate(config)
+        except ConfigError as error:
+            problems += error.problems
     return problems

@@ -1,18 +1,20 @@
 """Labelled images as tables: read from an .npz archive, or from a folder of class folders."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data.order import permutation
+from trainer.data.prepared import progress_bar
 from trainer.data.source import SPLITS, split_entries
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+Shape = tuple[int, int, int]  # H, W, C
 GREY_MODES = ("1", "L")  # Pillow's names; images of any other mode are read as RGB
 
 
@@ -23,7 +25,7 @@ class Table:
     labels: np.ndarray  # (N,) int64
     order: np.ndarray  # (N,) rows in the order of which the last are held out
     class_names: tuple[str, ...]
-    shape: tuple[int, int, int]  # H, W, C
+    shape: Shape
     pixels: np.ndarray | None = None  # of an archive: (N, H, W, C) uint8
     paths: tuple[Path, ...] = ()  # of a folder
 
@@ -42,30 +44,6 @@ class Table:
             pixels=None if self.pixels is None else self.pixels[order],
             paths=tuple(self.paths[i] for i in order) if self.paths else (),
         )
-
-    def check(self, train: "Table", advance: Callable[[int], None]) -> None:
-        """Refuse images of another shape than the first training image, naming the file."""
-        height, width, _ = train.shape
-        first = train.paths[0] if train.paths else "x_train"
-        if height != width:
-            raise ConfigError(f"data.path: {first} is {_size(height, width)}; it must be square")
-        for path in self.paths:
-            with _open(path) as image:
-                if image.size != (width, height):
-                    raise ConfigError(
-                        f"data.path: {path} is {_size(*image.size[::-1])} but {first} is "
-                        f"{_size(height, width)}; all images must have one shape"
-                    )
-            advance(1)
-        if self.shape[:2] != train.shape[:2] or (not self.paths and self.shape != train.shape):
-            raise ConfigError(
-                f"data.path: images of shape {self.shape} beside {train.shape} in x_train; all "
-                "splits must have one shape"
-            )
-
-
-def _size(height: int, width: int) -> str:
-    return f"{width} × {height} pixels"
 
 
 def _open(path: Path) -> Image.Image:
@@ -89,7 +67,7 @@ def read_archive(config: DataConfig, path: Path) -> dict[str, Table]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
         raise ConfigError(
             f"data.path={config.path}: {path} is not an .npz archive ({error}); data.kind=images "
             "reads an .npz with x_train and y_train, or a folder of class folders"
@@ -99,15 +77,19 @@ def read_archive(config: DataConfig, path: Path) -> dict[str, Table]:
             f"data.path={config.path} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold "
             "x_train and y_train, and may hold x_valid, y_valid, x_test, y_test and classes"
         )
-    names = arrays.get("classes")
-    if names is None:
-        names = np.arange(int(arrays["y_train"].max(initial=0)) + 1)
-    class_names = tuple(str(name) for name in names)
-    return {
-        split: _table(config, split, arrays, class_names)
-        for split in SPLITS
-        if f"x_{split}" in arrays
-    }
+    labels = arrays["y_train"]
+    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 0
+    class_names = tuple(str(name) for name in arrays.get("classes", range(count)))
+    found = [split for split in SPLITS if f"x_{split}" in arrays]
+    tables = {split: _table(config, split, arrays, class_names) for split in found}
+    shape = tables["train"].shape
+    for split, table in tables.items():
+        if table.shape != shape or shape[0] != shape[1]:
+            raise ConfigError(
+                f"data.path={config.path}: images of x_{split} have the shape {table.shape}, those "
+                f"of x_train {shape}; all must be square and alike"
+            )
+    return tables
 
 
 def _table(
@@ -124,9 +106,14 @@ def _table(
         found = "is missing" if labels is None else f"has shape {labels.shape}"
         raise ConfigError(f"{where} has shape {images.shape} but y_{split} {found}")
     if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(class_names):
+        found = (
+            f"holds {labels.min()} to {labels.max()}"
+            if labels.dtype.kind in "iu"
+            else f"is {labels.dtype}"
+        )
         raise ConfigError(
-            f"data.path={config.path}: y_{split} holds {labels.min()} to {labels.max()}; labels "
-            f"must be whole numbers from 0 to {len(class_names) - 1} for {len(class_names)} classes"
+            f"data.path={config.path}: y_{split} {found}; labels must be whole numbers from 0 to "
+            f"{len(class_names) - 1} for {len(class_names)} classes"
         )
     images_NHWC = images if images.ndim == 4 else images[..., None]
     return Table(
@@ -138,8 +125,13 @@ def _table(
     )
 
 
-def read_folder(config: DataConfig, root: Path) -> dict[str, Table]:
-    """The tables of train/<class>/*.png, ..., or of <class>/*.png that is not split yet."""
+def read_folder(
+    config: DataConfig, root: Path, shape: Shape | None = None, progress: bool = False
+) -> dict[str, Table]:
+    """The tables of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
+
+    Looks at every image, unless their shape is known already.
+    """
     entries = {s: [p for p in paths if p.is_dir()] for s, paths in split_entries(root).items()}
     folders = {s: paths[0] for s, paths in entries.items() if paths} or {"train": root}
     if "train" not in folders:
@@ -147,27 +139,40 @@ def read_folder(config: DataConfig, root: Path) -> dict[str, Table]:
             f"data.path={config.path} has {', '.join(folders)} but no train split; add a folder "
             "train/ with a folder per class"
         )
-    class_names = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir()))
-    found = {split: _listing(config, path, class_names) for split, path in folders.items()}
-    first = found["train"][0][0]
-    with _open(first) as image:
+    names = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir()))
+    found = {split: _listing(config, path, names) for split, path in folders.items()}
+    if shape is None:
+        paths = [path for split in SPLITS for path, _ in found.get(split, [])]
+        shape = _common_shape(paths, progress)
+    return {split: _listed(listing, root, names, shape) for split, listing in found.items()}
+
+
+def _common_shape(paths: list[Path], progress: bool) -> Shape:
+    """The one shape of all images; ConfigError names the first that is another."""
+    with _open(paths[0]) as image:
         width, height = image.size
-    # Grey only if all are: a table has one number of channels.
-    modes = {_mode(path) for listing in found.values() for path, _ in listing}
-    shape = (height, width, 1 if modes <= set(GREY_MODES) else 3)
-    return {split: _listed(listing, root, class_names, shape) for split, listing in found.items()}
-
-
-def _mode(path: Path) -> str:
-    with _open(path) as image:
-        return image.mode
+    if width != height:
+        raise ConfigError(f"data.path: {paths[0]} is {width} × {height} pixels; it must be square")
+    modes = set()
+    with progress_bar("Checking images", len(paths), progress) as advance:
+        for path in paths:
+            with _open(path) as image:
+                modes.add(image.mode)
+                if image.size != (width, height):
+                    found = " × ".join(map(str, image.size))
+                    raise ConfigError(
+                        f"data.path: {path} is {found} pixels but {paths[0]} is {width} × "
+                        f"{height}; all images must have one shape"
+                    )
+            advance(1)
+    return height, width, 1 if modes <= set(GREY_MODES) else 3
 
 
 def _listed(
     listing: list[tuple[Path, int]],
     root: Path,
     class_names: tuple[str, ...],
-    shape: tuple[int, int, int],
+    shape: Shape,
 ) -> Table:
     # By a hash of the name, so that an image that is added later hardly moves the others.
     names = [str(path.relative_to(root)).encode() for path, _ in listing]

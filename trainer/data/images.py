@@ -11,9 +11,9 @@ import numpy as np
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data.dataset import DataFacts, Dataset, Sample
-from trainer.data.gallery import Table, read_archive, read_folder
+from trainer.data.gallery import Shape, Table, read_archive, read_folder
 from trainer.data.order import mixed
-from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
+from trainer.data.prepared import Record, build, opened, prepared_folder
 from trainer.data.source import SPLITS, Part, name_of
 
 STATISTICS = 10_000  # training images that mean and standard deviation are taken of
@@ -22,11 +22,11 @@ STATISTICS = 10_000  # training images that mean and standard deviation are take
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Check every image and measure the train split, unless that is done; raises ConfigError."""
     folder = _folder(config, root)
-    record = build(folder, lambda temporary: _measure(_read(config, root), progress))
+    record = build(folder, lambda temporary: _measure(_read(config, root, None, progress)))
     return DataFacts(
         classes=len(record["class_names"]),
-        image_size=record["image_size"],
-        channels=len(record["mean"]),
+        image_size=record["shape"][0],
+        channels=record["shape"][2],
         class_names=tuple(record["class_names"]),
         splits=record["splits"],
     )
@@ -35,7 +35,8 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     """A split: images of an archive in memory, those of a folder decoded when asked for."""
     record = opened(_folder(config, root))
-    return Images(_read(config, root)[split], record, config.augment)
+    table = _read(config, root, tuple(record["shape"]))[split]
+    return Images(table, record, config.augment)
 
 
 class Images(Dataset):
@@ -48,7 +49,7 @@ class Images(Dataset):
             np.array(record[key], np.float32)[:, None, None] for key in ("mean", "std")
         )
         # 2 of 28 or 32 pixels, 16 of 224: as much of a large image as of a small one.
-        self._reach = max(2, record["image_size"] // 14)
+        self._reach = max(2, record["shape"][0] // 14)
 
     def __len__(self) -> int:
         return len(self._table.labels)
@@ -85,9 +86,14 @@ def _folder(config: DataConfig, root: Path) -> Path:
     return prepared_folder(config, name_of(config), [*fingerprints, config.held_out])
 
 
-def _read(config: DataConfig, root: Path) -> dict[str, Table]:
+def _read(
+    config: DataConfig, root: Path, shape: Shape | None, progress: bool = False
+) -> dict[str, Table]:
     """The tables of all splits; one that is missing is cut from train's."""
-    tables = read_archive(config, root) if root.is_file() else read_folder(config, root)
+    if root.is_file():
+        tables = read_archive(config, root)
+    else:
+        tables = read_folder(config, root, shape, progress)
     missing = [split for split in ("valid", "test") if split not in tables]
     train = tables["train"]
     share = round(len(train.labels) * config.held_out / max(1, len(missing)))
@@ -102,11 +108,7 @@ def _read(config: DataConfig, root: Path) -> dict[str, Table]:
     return {split: tables[split] for split in SPLITS}
 
 
-def _measure(tables: dict[str, Table], progress: bool) -> Record:
-    total = sum(len(table.labels) for table in tables.values())
-    with progress_bar("Checking images", total, progress) as advance:
-        for table in tables.values():
-            table.check(tables["train"], advance)
+def _measure(tables: dict[str, Table]) -> Record:
     train = tables["train"]
     count = len(train.labels)
     rows = np.linspace(0, count - 1, min(count, STATISTICS)).astype(int)
@@ -119,7 +121,7 @@ def _measure(tables: dict[str, Table], progress: bool) -> Record:
     std_C = np.sqrt(np.maximum(square_C / pixels - mean_C**2, 0))
     return {
         "class_names": list(train.class_names),
-        "image_size": train.shape[0],
+        "shape": train.shape,
         "mean": mean_C.tolist(),
         "std": np.where(std_C > 0, std_C, 1.0).tolist(),  # a channel of one colour
         "splits": {split: len(table.labels) for split, table in tables.items()},

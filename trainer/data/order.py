@@ -21,8 +21,8 @@ def position_to_sample(seed: int, position: int, size: int) -> tuple[int, int]:
     return epoch, int(permutation(seed, epoch, size)[place])
 
 
-# A batch crosses from one epoch to the next, so two are kept, for the train loader and a test.
-@lru_cache(maxsize=4)
+# Two are kept: a batch can hold the end of one epoch and the beginning of the next.
+@lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """(size,) int64: the order of one epoch, by (seed, epoch) only.
 
@@ -33,4 +33,6 @@ def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     z += np.uint64(mixed(seed, epoch))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    order = np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    order.flags.writeable = False  # every caller gets the same array
+    return order

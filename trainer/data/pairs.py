@@ -14,7 +14,7 @@ from trainer.config import ConfigError, DataConfig
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
 from trainer.data.prepared import Record, build, opened, progress_bar
 from trainer.data.source import Part, read_text, split_parts
-from trainer.data.text import TOKENIZER, check_ids, folder_of, make_tokenizer, token_dtype
+from trainer.data.text import check_ids, describe, folder_of, make_tokenizer, token_dtype
 from trainer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,7 @@ class Pairs(Dataset):
     """
 
     def __init__(self, folder: Path, record: Record, split: str, seq_len: int):
-        tokenizer = Tokenizer.load(folder / TOKENIZER)
-        self._eot_id, self._pad_id = tokenizer.eot_id, tokenizer.pad_id
+        self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
         self._seq_len = seq_len
         self._text = folder / f"{split}.tsv"
         self._ids = [
@@ -143,8 +142,9 @@ def _write(
         for split, of_split in parts.items():
             found = (pair for part in of_split for pair in read_pairs(part))
             splits[split] = _write_split(tokenizer, found, folder, split, advance)
-    dtype = token_dtype(tokenizer).name
-    return {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
+            if splits[split]["pairs"] == 0:
+                raise ConfigError(f"data.path={config.path}: the {split} split holds no pairs")
+    return describe(tokenizer) | {"splits": splits}
 
 
 def _write_split(

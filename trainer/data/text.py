@@ -42,10 +42,8 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Text":
     """A prepared split, memory-mapped."""
     folder = folder_of(config, split_parts(config, root))
     record = opened(folder)
-    tokenizer = Tokenizer.load(folder / TOKENIZER)
     tokens_N = np.memmap(folder / f"{split}.bin", dtype=record["dtype"], mode="r")
-    characters = record["splits"][split]["characters"]
-    return Text(tokens_N, config.seq_len, tokenizer, characters)
+    return Text(tokens_N, config.seq_len, record, split)
 
 
 class Text(Dataset):
@@ -55,12 +53,12 @@ class Text(Dataset):
     its own, and windows at the end move back to be whole.
     """
 
-    def __init__(self, tokens_N: np.ndarray, seq_len: int, tokenizer: Tokenizer, characters: int):
-        self.characters = characters
+    def __init__(self, tokens_N: np.ndarray, seq_len: int, record: Record, split: str):
+        self.characters = record["splits"][split]["characters"]
         self.targets = len(tokens_N) - 1
         self._tokens_N = tokens_N
         self._seq_len = seq_len
-        self._eot_id, self._pad_id = tokenizer.eot_id, tokenizer.pad_id
+        self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
 
     def __len__(self) -> int:
         return _windows(len(self._tokens_N), self._seq_len)
@@ -132,6 +130,16 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
+def describe(tokenizer: Tokenizer) -> Record:
+    """What readers of the ids must know of the tokenizer."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer).name,
+        "eot_id": tokenizer.eot_id,
+        "pad_id": tokenizer.pad_id,
+    }
+
+
 def check_ids(folder: Path, record: Record) -> None:
     """Refuse prepared tokens that the tokenizer beside them does not know."""
     vocab_size = Tokenizer.load(folder / TOKENIZER).vocab_size
@@ -197,8 +205,7 @@ def _write(
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
             if splits[split]["tokens"] < 2:
                 raise ConfigError(f"data.path={config.path}: the {split} split holds no text")
-    dtype = token_dtype(tokenizer).name
-    return {"vocab_size": tokenizer.vocab_size, "dtype": dtype, "splits": splits}
+    return describe(tokenizer) | {"splits": splits}
 
 
 def _write_split(
