@@ -14,6 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 
 from parallel import ddp, gradients
 from parallel.apply import parallelize
+from parallel.ddp import sum_gradients
 from parallel.worker import Worker
 
 
@@ -26,20 +27,22 @@ class _OwnPartOnly(DefaultReduceScatter):
         output_tensor.copy_(parts[dist.get_rank(group)])
 
 
-def _first_bucket_unsummed(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    if bucket.index() > 0:
-        return ddp_sum(group, bucket)
-    future: torch.futures.Future[Tensor] = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
+def _one_left_out(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    gradient = bucket.gradients()[0]
+    own = gradient.clone()
 
+    def put_back(future: torch.futures.Future[Tensor]) -> Tensor:
+        gradient.copy_(own)
+        return future.value()
 
-ddp_sum = ddp.sum_gradients
+    return sum_gradients(group, bucket).then(put_back)
 
 
 def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """One all-reduce (DDP) or reduce-scatter (FSDP) of gradients is left out."""
-    with mock.patch.object(ddp, "sum_gradients", _first_bucket_unsummed):
+    """A parameter is left out of the all-reduce (DDP), or a block of the reduce-scatter (FSDP)."""
+    with mock.patch.object(ddp, "sum_gradients", _one_left_out):
         worker = parallelize(*args, **kwargs)
     block = list(worker.model.blocks.children())[-1]
     if isinstance(block, FSDPModule):

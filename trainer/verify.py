@@ -43,8 +43,8 @@ FAMILIES = {
     "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
 }  # fmt: skip
 STRATEGIES = {
-    "ddp 2": StrategyConfig(replicate=2, bucket_mib=0.02),
-    "ddp 4": StrategyConfig(replicate=4, bucket_mib=0.02),
+    "ddp 2": StrategyConfig(replicate=2),
+    "ddp 4": StrategyConfig(replicate=4),
     "fsdp 2": StrategyConfig(shard=2),
     "fsdp 4": StrategyConfig(shard=4),
     "fsdp 4, weights kept": StrategyConfig(shard=4, reshard_after_forward=False),
@@ -52,11 +52,14 @@ STRATEGIES = {
 }
 
 
+QUANTITIES = ("loss", "grad_norm", "gradient", "weight")
+
+
 @dataclass(frozen=True)
 class Difference:
-    """The largest difference of one compared quantity, and where it is."""
+    """How far one compared number or tensor is from the reference, and where it is."""
 
-    quantity: str  # loss | grad_norm | gradient | weight
+    quantity: str  # one of QUANTITIES
     step: int
     value: float
     parameter: str = ""
@@ -207,35 +210,26 @@ def spans(parameter: Tensor, mesh: DeviceMesh) -> str:
 
 
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
-    """The largest difference of each quantity; for tensors that of the first worst parameter.
+    """Every compared number, in the order in which training makes them.
 
     Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
     or to a thousandth of the global norm where that is more, since some gradients (of a key's
     bias) are zero but for rounding.
     """
     found = []
-    for quantity, mine, theirs in (
-        ("loss", ours.losses, reference.losses), ("grad_norm", ours.norms, reference.norms)
-    ):  # fmt: skip
-        gaps = [_gap(a, b) for a, b in zip(mine, theirs, strict=True)]
-        step = gaps.index(max(gaps))
-        found.append(Difference(quantity, step, gaps[step]))
-    gradients = []
-    for step, theirs_by_name in enumerate(reference.gradients):
-        for name, theirs_grad in theirs_by_name.items():
-            scale = max(theirs_grad.abs().max().item(), 1e-3 * reference.norms[step])
-            mine_grad = ours.gradients[step].get(name, torch.zeros_like(theirs_grad))
-            gap = _gap(mine_grad, theirs_grad) / scale
-            gradients.append(Difference("gradient", step, gap, name, axes[name]))
-    weights = [
-        Difference("weight", len(ours.losses) - 1, _gap(ours.weights[n], w), n, axes[n])
-        for n, w in reference.weights.items()
-    ]
-    return [*found, max(gradients, key=_value), max(weights, key=_value)]
-
-
-def _value(difference: Difference) -> float:
-    return difference.value
+    for step, gradients in enumerate(reference.gradients):
+        for name, theirs in gradients.items():
+            scale = max(theirs.abs().max().item(), 1e-3 * reference.norms[step])
+            mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
+            gap = _gap(mine, theirs) / scale
+            found.append(Difference("gradient", step, gap, name, axes[name]))
+        found.append(Difference("loss", step, _gap(ours.losses[step], reference.losses[step])))
+        found.append(Difference("grad_norm", step, _gap(ours.norms[step], reference.norms[step])))
+    last = len(ours.losses) - 1
+    for name, weight in reference.weights.items():
+        gap = _gap(ours.weights[name], weight)
+        found.append(Difference("weight", last, gap, name, axes[name]))
+    return found
 
 
 def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
@@ -260,19 +254,23 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     return found[0]
 
 
-def faulty(found: list[Difference], tolerance: float) -> list[Difference]:
-    """Those that are too large."""
-    return [difference for difference in found if not difference.value <= tolerance]
+def largest(found: list[Difference], quantity: str) -> float:
+    """The largest difference of one quantity."""
+    return max(difference.value for difference in found if difference.quantity == quantity)
+
+
+def first_fault(found: list[Difference], tolerance: float) -> Difference | None:
+    """The first difference that is too large, in training's order: nearest to the cause."""
+    return next((d for d in found if not d.value <= tolerance), None)
 
 
 def verdict(found: list[Difference], tolerance: float) -> str:
-    """`equal`, or what differs first: the parameter, the axis it lives on and the step."""
-    bad = faulty(found, tolerance)
-    if not bad:
+    """`equal`, or what differs first: the quantity, its parameter and axis, and the step."""
+    fault = first_fault(found, tolerance)
+    if fault is None:
         return "equal"
-    named = next((d for d in bad if d.parameter), bad[0])
-    where = f" {named.parameter} (axis {named.axis or 'none'})" if named.parameter else ""
-    return f"differs: {named.quantity}{where} at step {named.step}"
+    where = f" of {fault.parameter} (axis {fault.axis or 'none'})" if fault.parameter else ""
+    return f"first differs: {fault.quantity}{where}, step {fault.step}"
 
 
 def table(rows: dict[tuple[str, str], list[Difference]], tolerance: float) -> Table:
@@ -281,7 +279,7 @@ def table(rows: dict[tuple[str, str], list[Difference]], tolerance: float) -> Ta
     for column in ("model", "strategy", "loss", "gradient norm", "gradients", "weights", "verdict"):
         shown.add_column(column, justify="right" if column[0] in "lgw" else "left")
     for (model, strategy), found in rows.items():
-        values = [f"{difference.value:.1e}" for difference in found]
+        values = [f"{largest(found, quantity):.1e}" for quantity in QUANTITIES]
         shown.add_row(model, strategy, *values, verdict(found, tolerance))
     return shown
 
@@ -291,7 +289,7 @@ def verify(config: VerifyConfig, runtime: Runtime) -> None:
     rows = {(config.model.family, _degrees_text(config, runtime)): compare(runtime, config)}
     if runtime.rank == 0:
         Console().print(table(rows, config.tolerance))
-    if any(faulty(found, config.tolerance) for found in rows.values()):
+    if any(first_fault(found, config.tolerance) for found in rows.values()):
         raise SystemExit(1)
 
 
@@ -317,7 +315,7 @@ def walk(config: VerifyConfig, pool: RankPool | None = None) -> None:
     finally:
         pool.close()
     console.print(table(rows, config.tolerance))
-    if any(faulty(found, config.tolerance) for found in rows.values()):
+    if any(first_fault(found, config.tolerance) for found in rows.values()):
         raise SystemExit(1)
 
 

@@ -1,0 +1,77 @@
+"""The heart: every strategy takes the same steps as one process, and a planted fault is named."""
+
+import pytest
+
+from parallel.config import StrategyConfig
+from trainer.config import VerifyConfig
+from trainer.verify import (
+    FAMILIES,
+    STRATEGIES,
+    compare,
+    first_fault,
+    largest,
+    verdict,
+    world_size,
+)
+
+TOLERANCE = 1e-10
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_strategy_equals_one_process(ranks, strategy, family):
+    config = VerifyConfig(strategy=STRATEGIES[strategy], model=FAMILIES[family])
+    found = ranks.run(world_size(config.strategy), compare, config)[0]
+    assert verdict(found, TOLERANCE) == "equal"
+    # The comparison is of something: the gradients of every parameter at every step.
+    assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
+
+
+@pytest.mark.parametrize("mode", ["selective", "block"])
+@pytest.mark.parametrize("family", ["decoder, Llama style", "encoder-decoder"])
+def test_recomputation_changes_nothing(ranks, mode, family):
+    config = VerifyConfig(
+        strategy=StrategyConfig(shard=2), model=FAMILIES[family], activation_checkpointing=mode
+    )
+    assert verdict(ranks.run(2, compare, config)[0], TOLERANCE) == "equal"
+
+
+def test_one_rank_equals_plain_torch(ranks):
+    config = VerifyConfig(model=FAMILIES["decoder, Llama style"])
+    assert verdict(ranks.run(1, compare, config)[0], TOLERANCE) == "equal"
+
+
+def find_fault(ranks, fault, strategy):
+    config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder, Llama style"], fault=fault)
+    found = ranks.run(world_size(strategy), compare, config)[0]
+    return found, first_fault(found, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "axis"),
+    [
+        (StrategyConfig(replicate=2), "replicate"),
+        (StrategyConfig(shard=2), "shard"),
+        (StrategyConfig(replicate=2, shard=2), "replicate × shard"),
+    ],
+)
+def test_a_skipped_gradient_sum_is_caught_and_named(ranks, strategy, axis):
+    found, fault = find_fault(ranks, "skip_gradient_sum", strategy)
+    assert fault is not None
+    assert (fault.quantity, fault.step, fault.axis) == ("gradient", 0, axis)
+    # The fault is planted in one parameter (DDP) or in the last block (FSDP): nothing else differs.
+    wrong = {d.parameter for d in found if d.step == 0 and d.parameter and d.value > TOLERANCE}
+    assert wrong == {fault.parameter} or all(name.startswith("blocks.1.") for name in wrong)
+
+
+def test_a_mean_of_means_is_caught(ranks):
+    _, fault = find_fault(ranks, "local_target_count", StrategyConfig(replicate=2))
+    assert fault is not None
+    assert (fault.quantity, fault.step) == ("gradient", 0)
+
+
+def test_a_local_norm_is_caught(ranks):
+    found, fault = find_fault(ranks, "local_gradient_norm", StrategyConfig(shard=2))
+    assert fault is not None
+    assert fault.quantity == "grad_norm"
+    assert largest(found, "weight") > 1e-4  # clipped by the wrong norm
