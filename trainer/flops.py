@@ -1,0 +1,78 @@
+"""FLOPs of a training sample, and the peaks of devices: together, model FLOPs utilisation."""
+
+# B batch, S sequence, T source sequence, D width, H query heads, G key/value heads, K head width.
+
+import re
+
+from trainer.config import ModelConfig
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets, without sparsity; fp32 is without TF32, fp64 with
+# tensor cores where there are any. The first pattern that is found in the device's name counts.
+_HOPPER_SXM = {"bf16": 989.5, "fp16": 989.5, "tf32": 494.7, "fp32": 67.0, "fp64": 67.0}
+_HOPPER_NVL = {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0}
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # less than the whole device: unknown
+    (r"\bB200\b", {"bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp64": 37.0}),
+    (r"\bH[12]00\b.*\bNVL\b", _HOPPER_NVL),
+    (r"\bH100 PCIe\b", {"bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0, "fp64": 51.0}),
+    (r"\bH[12]00\b", _HOPPER_SXM),
+    (r"\bA100\b", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5, "fp64": 19.5}),
+    (r"\bL40S\b", {"bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    (r"\bA10\b", {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2}),
+    (r"\bRTX 4090\b", {"bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+    (r"\bV100-PCIE\b", {"fp16": 112.0, "fp32": 14.0, "fp64": 7.0}),
+    (r"\bV100-SXM[23]\b", {"fp16": 125.0, "fp32": 15.7, "fp64": 7.8}),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak of a device in FLOP/s; None where it is not known.
+
+    `device_name` is torch.cuda.get_device_name's; `precision` one of bf16 fp16 tf32 fp32 fp64.
+    """
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return peaks[precision] * 1e12 if precision in peaks else None
+    return None
+
+
+def flops_per_sample(config: ModelConfig, seq_len: int, source_len: int = 0) -> float:
+    """FLOPs of the matrix products in one forward and backward of one sample of `seq_len` tokens.
+
+    A multiply-add is two; a backward is twice its forward; attention counts all S×S scores, masked
+    or not, once per pass: no FLOPs of recomputation, neither flash attention's nor that of
+    activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
+    encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
+    """
+    if config.family == "encoder":
+        patches = (config.image_size // config.patch_size) ** 2
+        length = patches + (config.pool == "class_token")
+        pixels = config.channels * config.patch_size**2
+        blocks = config.layers * _block(config, length)
+        # Pixels need no gradient: the backward of the first layer is one product, not two.
+        return 2.0 * (3 * (blocks + config.width * config.classes)
+                      + 2 * patches * pixels * config.width)  # fmt: skip
+    blocks = config.layers * _block(config, seq_len)
+    if config.family == "encoder_decoder":
+        depth = config.encoder_layers or config.layers
+        blocks += depth * _block(config, source_len)
+        blocks += config.layers * _attention(config, seq_len, source_len)
+    return 2.0 * 3 * (blocks + seq_len * config.width * config.vocab_size)
+
+
+def _block(config: ModelConfig, length: int) -> int:
+    """Multiply-adds of one block's forward, without cross-attention."""
+    matrices = 3 if config.activation in ("swiglu", "geglu") else 2
+    feed_forward = matrices * length * config.width * config.ffn_width
+    return _attention(config, length, length) + feed_forward
+
+
+def _attention(config: ModelConfig, length: int, seen: int) -> int:
+    """Multiply-adds of one attention's forward from `length` tokens to `seen` ones."""
+    head_width = config.head_width or config.width // config.heads
+    query_width = config.heads * head_width
+    group_width = (config.kv_heads or config.heads) * head_width
+    query_and_output = 2 * length * config.width * query_width
+    key_and_value = 2 * seen * config.width * group_width
+    scores_and_mix = 2 * length * seen * query_width
+    return query_and_output + key_and_value + scores_and_mix
