@@ -91,9 +91,7 @@ RANGES = {
     "model.patch_size": COUNT,
     "model.channels": COUNT_OR_OFF,
     "model.classes": COUNT_OR_OFF,
-    "data.vocab_size": Interval(257),  # 256 bytes and the separator
     "data.seq_len": COUNT,
-    "data.held_out": Interval(0, 1, low_open=True, high_open=True),
     "optim.lr": POSITIVE,
     "optim.eps": POSITIVE,
     "optim.weight_decay": COUNT_OR_OFF,
@@ -150,7 +148,7 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     if data.kind == "images":
         found = _images(filled, facts)
         side = filled.image_size // filled.patch_size
-        filled = replace(filled, max_positions=model.max_positions or side**2 + 1)
+        filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
         found = _tokens(filled, facts)
     if found:

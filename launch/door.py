@@ -3,7 +3,6 @@
 Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
 """
 
-import logging
 import os
 import sys
 import time
@@ -19,7 +18,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf import schema
-from launch.messages import USER_ERRORS, explain, write_error
+from launch.messages import explain, is_mistake, log_to_stderr, write_error
 from parallel.config import ConfigError
 
 CONF = str(Path(schema.__file__).parent)
@@ -55,6 +54,7 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
 
 def _compose(door: Door, ranks: Any) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
+    log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
 
     def task(cfg: DictConfig) -> None:
@@ -67,24 +67,22 @@ def _compose(door: Door, ranks: Any) -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
-    except USER_ERRORS as error:
-        write_error(explain(door.name, error))
-        return 2
     except JobFailedError as failed:
         return failed.args[0]
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         return 130
-    except Exception:
-        write_error(traceback.format_exc())
+    except BrokenPipeError:  # `--help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except Exception as error:
+        return _tell(door, error)
     return 0
 
 
 def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
     """Checks and prepares one composed job, then runs it on every rank; SystemExit if it fails."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
@@ -93,9 +91,8 @@ def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
         if door.alone and not ranks and world_size == 1 and not _strategy_given():
             function(door.alone)(config)
             return
-    except USER_ERRORS as error:
-        write_error(explain(door.name, error))
-        raise SystemExit(2) from None
+    except Exception as error:
+        raise SystemExit(_tell(door, error)) from None
     job = {"door": door.name, "work": door.work, "config": asdict(config)}
     if ranks:
         ranks.post(job)
@@ -104,6 +101,13 @@ def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
         import_module("launch.spawn").spawn(job, world_size)
     else:
         import_module("launch.worker").run_alone(job)
+
+
+def _tell(door: Door, error: Exception) -> int:
+    """Writes a user's mistake as one message and a bug with its trace; the exit status."""
+    mistake = is_mistake(error)
+    write_error(explain(door.name, error) if mistake else traceback.format_exc())
+    return 2 if mistake else 1
 
 
 def function(path: str) -> Any:

@@ -1,8 +1,10 @@
 """Hydra's errors in one readable message: what is, what must be, and the nearest valid value."""
 
 import difflib
+import logging
 import re
 import sys
+from collections.abc import Callable
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -10,7 +12,6 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.schema import SCHEMAS, known_keys
 from parallel.config import ConfigError
 
-USER_ERRORS = (ConfigError, HydraException, OmegaConfBaseException)
 TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -28,6 +29,14 @@ def write_error(text: str) -> None:
     sys.stderr.flush()
 
 
+def log_to_stderr(rank: int) -> None:
+    """Rank 0 says what it does; the others only what is wrong, with their number."""
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
+    )
+
+
 def explain(name: str, error: BaseException) -> str:
     """The message of a user's mistake at door `name`."""
     if isinstance(error, ConfigError):
@@ -39,21 +48,23 @@ def explain(name: str, error: BaseException) -> str:
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
         return f"cannot read {error.override}: {reason}; write KEY=VALUE, quoted for the shell"
+    for pattern, say in SAID.items():
+        found = re.search(pattern, str(error))
+        if found:
+            return say(name, *found.groups())
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    key = str(getattr(cause, "full_key", None) or "")
-    known = known_keys(SCHEMAS[name])
-    unknown = re.search(r"Could not (?:override|append to config.*) '([^']+)'", str(error))
-    if unknown:
-        return unknown_key(name, unknown[1])
-    if key in known and "could not be converted" in str(cause):
-        expected = TYPES.get(_type_name(known[key].type), str(known[key].type))
-        return f"{key}={getattr(cause, 'value', '?')} must be {expected}"
-    return "\n".join(line for line in [_first(error), _first(cause)] if line)
+    return "; ".join(dict.fromkeys([_first(error), _first(cause)]))
 
 
-def unknown_key(name: str, key: str) -> str:
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is a user's; Hydra refuses `strategy=5` with a bare ValueError."""
+    bare = isinstance(error, ValueError) and str(error).startswith("Config group override must")
+    return bare or isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
+
+
+def _unknown_key(name: str, key: str) -> str:
     """Says that `key` does not exist, with the key that was likely meant."""
-    known = [*known_keys(SCHEMAS[name]), "strategy", "model", "data", "experiment", "debug"]
+    known = [*known_keys(SCHEMAS[name]), *groups(name)]
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     near = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
@@ -64,6 +75,29 @@ def unknown_key(name: str, key: str) -> str:
     )
 
 
+def _refused_value(name: str, key: str, value: str) -> str:
+    known = known_keys(SCHEMAS[name])
+    if key in known:
+        kind = known[key].type
+        plain = kind.__name__ if type(kind) is type else str(kind)
+        return f"{key}={value} must be {TYPES[plain]}"
+    below = [known_key for known_key in known if known_key.startswith(f"{key}.")]
+    return f"{key}={value}: {key} is a section; set its keys: {', '.join(below)}"
+
+
+# What Hydra and OmegaConf say → what we say: (door, *groups of the pattern) → message.
+SAID: dict[str, Callable[..., str]] = {
+    r"Could not override '([^']+)'": _unknown_key,
+    r"Error merging override \+*([^=~]+)=(.*)": _refused_value,
+    r"Error merging override (~.+)": lambda _, key: f"{key}: a key cannot be taken away; set it",
+    r"An item is already at '(.+)'": lambda _, key: f"{key} exists; write {key}=VALUE without +",
+    r"Multiple values for (\w+)": lambda _, group: (
+        f"{group} is set twice; write {group}=OPTION once"
+    ),
+    r"Config group override must": lambda _: "a group's option is a name; --help lists them",
+}
+
+
 def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = sorted(error.options or ())
@@ -72,10 +106,6 @@ def _missing_option(error: MissingConfigException) -> str:
     near = difflib.get_close_matches(option, options, n=1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     return f"{group}={option} does not exist; {group} is one of {', '.join(options)}{hint}"
-
-
-def _type_name(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
 
 
 def _first(error: BaseException) -> str:

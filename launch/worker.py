@@ -1,13 +1,12 @@
 """What one rank does with a job: its process group, the work, and word of what went wrong."""
 
-import logging
 import traceback
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any
 
 from conf.schema import typed
-from launch.messages import explain, write_error
+from launch.messages import explain, log_to_stderr, write_error
 from parallel.config import ConfigError
 from parallel.runtime import Ranks, process_group
 
@@ -33,7 +32,7 @@ def run_spawned(job: dict[str, Any]) -> None:
 
 def run(job: dict[str, Any], ranks: Ranks) -> None:
     """Does the work of this rank; SystemExit if it fails, after the first rank has said why."""
-    _log(ranks)
+    log_to_stderr(ranks.rank)
     config = typed(job["door"], job["config"])
     module, _, name = job["work"].partition(":")
     with ExitStack() as stack:
@@ -53,14 +52,7 @@ def _tell(error: Exception, door: str, ranks: Ranks) -> int:
         if first:
             write_error(explain(door, error))
         return 2
-    text = traceback.format_exc() if first else f"stopped as well: {str(error).splitlines()[:1]}"
+    text = traceback.format_exc() if first else f"stopped as well: {type(error).__name__}"
     prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
     write_error("\n".join(prefix + line for line in text.splitlines()))
     return 1
-
-
-def _log(ranks: Ranks) -> None:
-    logging.basicConfig(
-        level=logging.WARNING if ranks.rank else logging.INFO,
-        format=f"[rank {ranks.rank}] %(message)s" if ranks.rank else "%(message)s",
-    )

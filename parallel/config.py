@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
 NOT_BUILT = ("pipeline", "context", "tensor")
 
 
@@ -43,11 +44,11 @@ def data_degree(strategy: StrategyConfig) -> int:
 
 
 def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """The strategy with -1 filled in for `world_size` ranks; raises ConfigError if they do not fit."""
+    """The strategy with -1 filled in for `world_size` ranks; ConfigError if they do not fit."""
     problems = []
     for axis, degree in degrees(strategy).items():
         if degree == 0 or degree < -1:
-            problems.append(f"strategy.{axis}={degree} must be at least 1, or -1 for all ranks left")
+            problems.append(f"strategy.{axis}={degree} must be at least 1, or -1 (all ranks left)")
         elif axis in NOT_BUILT and degree != 1:
             problems.append(f"strategy.{axis}={degree}: this axis is not built yet; it must be 1")
     open_axes = [axis for axis, degree in degrees(strategy).items() if degree == -1]
@@ -78,8 +79,8 @@ def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
             "or choose strategy=ddp or strategy=fsdp"
         )
     return (
-        f"{world_size} ranks were started but {_product(strategy)} uses {used}; start {used} ranks, "
-        "or set one degree to -1 (all ranks that are left)"
+        f"{world_size} ranks were started but {_product(strategy)} uses {used}; "
+        f"start {used} ranks {HOW}, or set one degree to -1 (all ranks that are left)"
     )
 
 
@@ -87,7 +88,7 @@ def _indivisible(strategy: StrategyConfig, fixed: int, world_size: int) -> str:
     fit = sorted({max(fixed, world_size // fixed * fixed), (world_size // fixed + 1) * fixed})
     return (
         f"{_product(strategy)}: the fixed degrees make {fixed}, which does not divide "
-        f"{world_size} ranks; start {' or '.join(map(str, fit))} ranks"
+        f"{world_size} ranks; start {' or '.join(map(str, fit))} ranks {HOW}"
     )
 
 

@@ -84,10 +84,15 @@ def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
+    failed = True
     try:
         yield Runtime(ranks.rank, ranks.world_size, ranks.local_rank, chosen)
+        failed = False
     finally:
-        dist.destroy_process_group()
+        # NCCL would first wait for collectives whose other ranks may never come; a rank that
+        # failed has to end at once, so that the launcher ends the others.
+        if ranks.world_size == 1 or not failed:
+            dist.destroy_process_group()
 
 
 def _device(device: str, ranks: Ranks) -> torch.device:
