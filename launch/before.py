@@ -54,8 +54,8 @@ def preparation(config: PrepareConfig, world_size: int) -> PrepareConfig:
 def prepare_data(config: PrepareConfig) -> None:
     """Prepares the data set and logs what it holds."""
     facts = data.prepare(config.data, progress=True)
-    for name, value in vars(facts).items():
-        log.info("%s: %s", name, value)
+    known = {name: value for name, value in vars(facts).items() if value}
+    log.info("\n".join(f"{name}: {value}" for name, value in known.items()))
 
 
 def _check(config: object, world_size: int) -> None:
