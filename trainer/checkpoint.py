@@ -1,70 +1,89 @@
 """Checkpoints: torch.distributed.checkpoint folders that appear whole or not at all."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from parallel.worker import Worker
-from trainer.config import CheckpointConfig, ConfigError
+from trainer.config import ConfigError
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
 from trainer.run_dir import checkpoint_path, checkpoints
 
 
-def _state(worker: Worker, optimizer: Optimizer | None, scale: LossScale | None,
-           step: int) -> dict:  # fmt: skip
-    """What a checkpoint holds: every tensor by its canonical name, whatever the layout.
+@dataclass
+class TrainState:
+    """All that a training run is at one moment, under whatever layout.
 
     Learning rate, sample order and dropout are functions of (seed, step): the step is all of the
     state of the schedule, of the data and of the random numbers.
     """
-    state: dict = {"model": dict(worker.model.named_parameters()), "step": torch.tensor(step)}
-    if optimizer is not None and scale is not None:
-        state["optimizer"] = optimizer.state()
-        state["updates"] = optimizer.updates()
-        state["loss_scale"] = scale.state()
-    return state
+
+    worker: Worker
+    optimizer: Optimizer
+    loss_scale: LossScale
+    tokens: Tensor  # valid targets learned from so far, int64 on the device
+    step: int = 0  # optimizer steps done
 
 
-def save(run_dir: Path, config: CheckpointConfig, step: int, worker: Worker,
-         optimizer: Optimizer, scale: LossScale) -> Path:  # fmt: skip
-    """Write checkpoint `step`, then forget all but the newest `checkpoint.keep`; all ranks call it.
+def _tensors(state: TrainState) -> dict[str, Any]:
+    """What a checkpoint holds: every tensor by its canonical name."""
+    return {
+        "model": dict(state.worker.model.named_parameters()),
+        "optimizer": state.optimizer.state(),
+        "updates": state.optimizer.updates(),
+        "loss_scale": state.loss_scale.state(),
+        "tokens": state.tokens,
+        "step": torch.tensor(state.step),
+    }
+
+
+def save(run_dir: Path, keep: int, state: TrainState) -> Path:
+    """Write a checkpoint, then forget all but the newest `keep` (0 = none); all ranks call it.
 
     It is written under a temporary name and renamed when every rank is done.
     """
-    final = checkpoint_path(run_dir, step)
+    final = checkpoint_path(run_dir, state.step)
     partial = final.with_name(f".{final.name}.partial")
     first = dist.get_rank() == 0
     if first:
         shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
-    dcp.save(_state(worker, optimizer, scale, step), checkpoint_id=partial)
+    dcp.save(_tensors(state), checkpoint_id=partial)
     if first:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        if config.keep:
-            for _, old in checkpoints(run_dir)[: -config.keep]:
-                shutil.rmtree(old)
+        for _, old in checkpoints(run_dir)[:-keep] if keep else []:
+            shutil.rmtree(old)
     dist.barrier()
     return final
 
 
-def load(path: Path, worker: Worker, optimizer: Optimizer | None = None,
-         scale: LossScale | None = None) -> int:  # fmt: skip
-    """Read a checkpoint into the worker, under whatever layout it has now; returns its step.
+def load(path: Path, state: TrainState) -> None:
+    """Read a whole checkpoint into a run, in place; the layout may be another one.
 
     Raises ConfigError if the checkpoint's model has other parameters or shapes.
     """
-    state = _state(worker, optimizer, scale, 0)
-    _check_shapes(path, state["model"])
-    dcp.load(state, checkpoint_id=path)
-    if optimizer is not None and scale is not None:
-        optimizer.set_updates(state["updates"].item())
-        scale.load(state["loss_scale"])
-    return int(state["step"].item())
+    tensors = _tensors(state)
+    _check_shapes(path, tensors["model"])
+    dcp.load(tensors, checkpoint_id=path)
+    state.optimizer.set_updates(tensors["updates"].item())
+    state.loss_scale.load(tensors["loss_scale"])
+    state.tokens.copy_(tensors["tokens"])
+    state.step = int(tensors["step"].item())
+
+
+def load_weights(path: Path, worker: Worker) -> None:
+    """Read a checkpoint's weights alone; raises as `load`."""
+    weights = {"model": dict(worker.model.named_parameters())}
+    _check_shapes(path, weights["model"])
+    dcp.load(weights, checkpoint_id=path)
 
 
 def _check_shapes(path: Path, model: dict) -> None:

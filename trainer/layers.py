@@ -104,6 +104,11 @@ _GOLDEN, _MIX_1, _MIX_2 = map(
 )
 
 
+def _fold(bits: Tensor, shift: int) -> Tensor:
+    # torch's shift drags the sign along; SplitMix64 wants zeros to come in from the left.
+    return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
+
+
 def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float) -> Tensor:
     """Which entries dropout keeps: a pure function of sample seed, site and position.
 
@@ -113,9 +118,9 @@ def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float) -> Te
     size = shape[1:].numel()
     counter = torch.arange((size + 3) // 4, device=seeds_B.device, dtype=torch.int64)
     bits = (seeds_B + site)[:, None] + counter * _GOLDEN
-    bits = (bits ^ (bits >> 30)) * _MIX_1
-    bits = (bits ^ (bits >> 27)) * _MIX_2
-    draws = (bits ^ (bits >> 31)).view(torch.int16)[:, :size]
+    bits = _fold(bits, 30) * _MIX_1
+    bits = _fold(bits, 27) * _MIX_2
+    draws = _fold(bits, 31).view(torch.int16)[:, :size]
     return (draws >= round(share * 65536) - 32768).view(shape)
 
 
