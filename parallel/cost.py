@@ -1,0 +1,57 @@
+"""Closed forms of what a layout costs; the tests hold them against what is counted."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from parallel.config import StrategyConfig
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes of one optimizer step by collective: the whole tensor that a rank takes part in.
+
+    Of an all-gather that is its output, of a reduce-scatter its input.
+    """
+
+    all_reduce: int = 0
+    all_gather: int = 0
+    reduce_scatter: int = 0
+
+
+def step_bytes(
+    blocks: Iterable[Shape], others: Iterable[Shape], strategy: StrategyConfig,
+    micro_batches: int, compute_bytes: int, reduce_bytes: int,
+) -> StepBytes:  # fmt: skip
+    """What a step must move for its gradients and, with shards, its weights.
+
+    `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
+    DDP: one all-reduce of the gradients. FSDP, per micro-batch: two all-gathers of the blocks (one
+    with reshard_after_forward=false) and one of the others, which stay gathered from the forward's
+    end to the backward's start, and one reduce-scatter of the gradients. Hybrid sharding adds an
+    all-reduce of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
+    """
+    shards, replicas = strategy.shard, strategy.replicate
+    inside = sum(_elements(shape, shards) for shape in blocks)
+    outside = sum(_elements(shape, shards) for shape in others)
+    whole = inside + outside
+    if shards == 1:
+        return StepBytes(all_reduce=whole * reduce_bytes if replicas > 1 else 0)
+    gathers = 2 if strategy.reshard_after_forward else 1
+    return StepBytes(
+        all_reduce=micro_batches * whole * reduce_bytes // shards if replicas > 1 else 0,
+        all_gather=micro_batches * (gathers * inside + outside) * compute_bytes,
+        reduce_scatter=micro_batches * whole * reduce_bytes,
+    )
+
+
+def _elements(shape: Shape, shards: int) -> int:
+    """Elements of a parameter whose rows (dim 0) are padded to a multiple of the ranks."""
+    return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
+
+
+def ring_bytes(all_reduce: int, others: int, ranks: int) -> float:
+    """Bytes that a ring algorithm puts on each rank's wire for such collectives over `ranks`."""
+    return (2 * all_reduce + others) * (ranks - 1) / ranks
