@@ -1,0 +1,177 @@
+"""The order of samples is the same for any number of ranks and after any restart."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from trainer.data.dataset import Dataset, Sample
+from trainer.data.loader import TrainLoader, evaluation_batches
+from trainer.data.order import mixed, permutation, position_to_sample
+
+
+class Numbers(Dataset):
+    """Samples that tell their index and the seed that they were asked for with."""
+
+    def __init__(self, size: int, delay_seconds: float = 0.0, fails_at: int = -1):
+        self.size, self.delay_seconds, self.fails_at = size, delay_seconds, fails_at
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def sample(self, index: int, seed: int | None) -> Sample:
+        time.sleep(self.delay_seconds)
+        if index == self.fails_at:
+            raise ValueError(f"sample {index} is broken")
+        self.asked += 1
+        return {"targets": np.array([index, -1 if seed is None else seed])}
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        return {"targets": np.stack([sample["targets"] for sample in samples])}
+
+
+def steps(dataset, count, first_step=0, rank=0, degree=1, seed=3, batch_size=8, micro=2):
+    """The next steps of one rank, as lists of micro-batches."""
+    loader = TrainLoader(dataset, seed, batch_size, micro, rank, degree, first_step)
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def joined(micro_batches):
+    """(samples, 3): target, epoch seed and dropout seed of each sample."""
+    rows = [torch.cat([b["targets"], b["seeds"][:, None]], dim=1) for b in micro_batches]
+    return torch.cat(rows)
+
+
+def test_an_epoch_is_a_permutation_and_every_epoch_another():
+    orders = [[position_to_sample(5, e * 101 + i, 101) for i in range(101)] for e in range(3)]
+    for epoch, order in enumerate(orders):
+        assert {e for e, _ in order} == {epoch}
+        assert sorted(index for _, index in order) == list(range(101))
+    indices = [tuple(index for _, index in order) for order in orders]
+    assert len({*indices, tuple(range(101))}) == 4
+    assert tuple(permutation(6, 0, 101)) != indices[0]
+
+
+def test_the_order_never_changes():
+    """A resumed run must go on in the order it began with, also under another numpy."""
+    assert permutation(0, 0, 8).tolist() == [7, 0, 2, 4, 1, 6, 3, 5]
+    assert mixed(1, 2, 3) == 2904650318439132554
+
+
+def test_the_order_is_uniform():
+    """Every sample comes first, and follows every other one, about equally often."""
+    orders = np.stack([permutation(1, epoch, 5) for epoch in range(4000)])
+    first = np.bincount(orders[:, 0], minlength=5)
+    follows = np.bincount(orders[:, 0] * 5 + orders[:, 1], minlength=25).reshape(5, 5)
+    assert abs(first - 800).max() < 5 * np.sqrt(800)
+    assert abs(follows[~np.eye(5, dtype=bool)] - 200).max() < 5 * np.sqrt(200)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3])
+def test_ranks_share_the_steps_of_one_process(degree, micro):
+    dataset = Numbers(21)  # batches cross from one epoch to the next
+    alone = steps(dataset, 6)
+    ranks = [steps(dataset, 6, rank=r, degree=degree, micro=micro) for r in range(degree)]
+    for step, whole in enumerate(alone):
+        shares = [joined(of_rank[step]) for of_rank in ranks]
+        assert torch.equal(torch.cat(shares), joined(whole))
+        assert all(len(share) == 8 // degree for share in shares)
+        assert all(len(batch["targets"]) <= micro for r in ranks for batch in r[step])
+
+
+def test_a_resumed_run_goes_on_as_if_never_stopped():
+    dataset = Numbers(21)
+    whole = steps(dataset, 7)
+    resumed = steps(dataset, 3, first_step=4)
+    for unbroken, again in zip(whole[4:], resumed, strict=True):
+        assert torch.equal(joined(unbroken), joined(again))
+
+
+def test_every_sample_comes_once_an_epoch_with_the_seed_of_the_epoch():
+    rows = torch.cat([joined(step) for step in steps(Numbers(16), 4)])
+    for epoch in range(2):
+        part = rows[epoch * 16 : epoch * 16 + 16]
+        assert sorted(part[:, 0].tolist()) == list(range(16))
+        assert set(part[:, 1].tolist()) == {mixed(3, epoch)}
+    dropout_seeds = set(rows[:, 2].tolist())
+    assert len(dropout_seeds) == 32 and min(dropout_seeds) >= 0  # one a position
+
+
+def test_another_seed_is_another_order():
+    first, other = (joined(steps(Numbers(64), 1, seed=seed)[0]) for seed in (1, 2))
+    assert first[:, 0].tolist() != other[:, 0].tolist()
+    assert not set(first[:, 2].tolist()) & set(other[:, 2].tolist())
+
+
+def test_a_micro_batch_size_of_0_is_the_whole_share():
+    batches = steps(Numbers(21), 1, rank=1, degree=2, micro=0)[0]
+    assert [len(batch["seeds"]) for batch in batches] == [4]
+
+
+def test_waiting_for_slow_data_is_measured_and_for_ready_data_is_not():
+    slow = TrainLoader(Numbers(50, delay_seconds=0.01), 0, 4, 4, 0, 1, 0)
+    for _ in range(3):
+        next(slow)
+    slow.close()
+    assert slow.wait_seconds > 0.1  # 12 samples of 10 ms, nothing done in between
+    fast = TrainLoader(Numbers(50), 0, 4, 4, 0, 1, 0)
+    next(fast)
+    waited = fast.wait_seconds
+    time.sleep(0.05)  # as a step would take
+    next(fast)
+    fast.close()
+    assert fast.wait_seconds - waited < 0.02
+
+
+def test_prefetching_is_bounded():
+    dataset = Numbers(50)
+    loader = TrainLoader(dataset, 0, 4, 4, 0, 1, 0, prefetch=2)
+    time.sleep(0.1)
+    assert dataset.asked == 3 * 4  # two steps in the queue, one waits for room
+    loader.close()
+
+
+def test_an_error_of_the_thread_reaches_the_consumer_every_time():
+    loader = TrainLoader(Numbers(8, fails_at=5), 0, 4, 4, 0, 1, 0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sample 5 is broken"):
+            for _ in range(3):
+                next(loader)
+    loader.close()
+
+
+def test_close_ends_the_thread_and_the_iteration():
+    before = threading.active_count()
+    loader = TrainLoader(Numbers(50), 0, 4, 4, 0, 1, 0)
+    next(loader)
+    assert threading.active_count() == before + 1
+    loader.close()
+    loader.close()
+    assert threading.active_count() == before
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@pytest.mark.parametrize("samples", [0, 1, 9, 100])
+@pytest.mark.parametrize("degree", [1, 2, 3])
+def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
+    dataset = Numbers(23)
+    ranks = [list(evaluation_batches(dataset, 4, r, degree, samples)) for r in range(degree)]
+    shapes = [[tuple(batch["index"].shape) for batch in of_rank] for of_rank in ranks]
+    assert all(shape == shapes[0] for shape in shapes)  # or a collective would hang
+    index_N = torch.cat([batch["index"] for of_rank in ranks for batch in of_rank])
+    target_N = torch.cat([batch["targets"] for of_rank in ranks for batch in of_rank])
+    real = index_N >= 0
+    assert sorted(index_N[real].tolist()) == list(range(min(samples or 23, 23)))
+    assert torch.equal(target_N[real, 0], index_N[real])
+    assert (target_N[real, 1] == -1).all()  # asked without a seed
+    assert (index_N[~real] == -1).all() and (target_N[~real] == -100).all()
+    assert (~real).sum() < 4 * degree

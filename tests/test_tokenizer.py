@@ -1,0 +1,112 @@
+"""The tokenizer: exact round trips, special tokens, own files, and what it refuses."""
+
+import pytest
+import tokenizers
+
+from trainer.config import ConfigError
+from trainer.tokenizer import Tokenizer
+
+TEXT = "When shall we three meet again? In thunder, lightning, or in rain? " * 3
+ODD = "Häuser\t\r\n\n  naïve 🙂 日本語 \x00 <|endoftext|> <|pad|> 's 12345"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([TEXT], 280)
+
+
+def own(tmp_path, specials, model=None):
+    """A tokenizer.json that the `tokenizers` library wrote, with these special tokens."""
+    backend = tokenizers.Tokenizer(model or tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<unk>", *specials],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    backend.enable_truncation(5)  # as published tokenizers often have it
+    backend.save(str(tmp_path / "own.json"))
+    return backend, tmp_path / "own.json"
+
+
+def test_any_text_comes_back_and_never_as_a_special_token(tokenizer):
+    for text in (TEXT, ODD, "", "\ufeff"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not {tokenizer.eot_id, tokenizer.pad_id} & set(ids)
+        assert all(0 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_decode_leaves_out_special_tokens(tokenizer):
+    ids = [tokenizer.eot_id, *tokenizer.encode("again"), tokenizer.pad_id]
+    assert tokenizer.decode(ids) == "again"
+
+
+def test_batches_are_encoded_as_single_texts(tokenizer):
+    texts = [TEXT, ODD, "", "rain"]
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+
+
+def test_training_merges_and_reaches_the_size(tokenizer):
+    assert tokenizer.vocab_size == 280
+    assert len(tokenizer.encode(TEXT)) < len(TEXT.encode()) / 1.5
+
+
+def test_save_and_load_keep_everything(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.json")
+    loaded = Tokenizer.load(tmp_path / "t.json")
+    for attribute in ("vocab_size", "eot_id", "pad_id"):
+        assert getattr(loaded, attribute) == getattr(tokenizer, attribute)
+    assert loaded.encode(ODD) == tokenizer.encode(ODD)
+
+
+@pytest.mark.parametrize(
+    "end, pad", [("</s>", "<pad>"), ("<|end_of_text|>", "[PAD]"), ("<eos>", "<|pad|>")]
+)
+def test_an_own_tokenizer_keeps_its_ids_and_its_special_tokens(tmp_path, end, pad):
+    backend, path = own(tmp_path, [end, pad])
+    loaded = Tokenizer.load(path)
+    assert (loaded.eot_id, loaded.pad_id) == (backend.token_to_id(end), backend.token_to_id(pad))
+    assert loaded.vocab_size == backend.get_vocab_size()
+    backend.no_truncation()
+    assert loaded.encode(TEXT) == backend.encode(TEXT).ids
+    assert loaded.decode([loaded.eot_id, loaded.pad_id]) == ""
+
+
+def test_missing_special_tokens_are_added_and_survive_saving(tmp_path):
+    backend, path = own(tmp_path, [])
+    grown = Tokenizer.load(path)
+    size = backend.get_vocab_size()
+    assert sorted((grown.eot_id, grown.pad_id)) == [size, size + 1]
+    assert grown.vocab_size == size + 2
+    grown.save(tmp_path / "grown.json")
+    assert Tokenizer.load(tmp_path / "grown.json").vocab_size == size + 2
+
+
+def test_holes_between_ids_count(tmp_path):
+    """The embedding needs a row for the largest id, however many entries there are."""
+    vocabulary = {"a": 0, "b": 700, "<eos>": 3, "<pad>": 4, "[UNK]": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "holes.json"))
+    loaded = Tokenizer.load(tmp_path / "holes.json")
+    assert loaded.vocab_size == 701
+    assert loaded.encode("b a") == [700, 0]
+    assert (loaded.eot_id, loaded.pad_id) == (3, 4)
+
+
+def test_mistakes_name_the_key_and_a_way_out(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=257 must be at least 258"):
+        Tokenizer.train([TEXT], 257)
+    with pytest.raises(ConfigError, match=r"data\.vocab_size=9999: .* for (\d+) entries") as error:
+        Tokenizer.train([TEXT], 9999)
+    reached = int(str(error.value).split("set data.vocab_size=")[1].split()[0])
+    assert Tokenizer.train([TEXT], reached).vocab_size == reached  # the value it names works
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*none\.json: no such file"):
+        Tokenizer.load(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*bad\.json must be a tokenizer\.json"):
+        Tokenizer.load(tmp_path / "bad.json")
