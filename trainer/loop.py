@@ -12,14 +12,16 @@ from parallel.worker import Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, load, save
 from trainer.config import ConfigError, TrainConfig
-from trainer.data import Dataset, open_split
+from trainer.data import open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
+from trainer.generate import sample
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
 from trainer.run_dir import checkpoints
+from trainer.tokenizer import Tokenizer
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
@@ -57,13 +59,37 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
     return state
 
 
+def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
+    """This rank's share of the training split's micro-batches, from the run's step on."""
+    worker = state.worker
+    return TrainLoader(
+        open_split(config.data, "train"), config.seed, config.batch_size, config.micro_batch_size,
+        worker.data_rank, worker.data_degree, first_step=state.step,
+        pin_memory=worker.device.type == "cuda",
+    )  # fmt: skip
+
+
+def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
+    """What writes metrics.jsonl and the console, on the first rank."""
+    classifies = config.model.family == "encoder"
+    # Text fills every sample; of sentences the length is that of an average one.
+    train_set = open_split(config.data, "train")
+    length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
+    flops = flops_per_sample(config.model, length, source_len=length) / length
+    return Recorder(
+        config.metrics, Path(config.run_dir), first=runtime.rank == 0, steps=config.steps,
+        start_step=state.step, resolved=asdict(config), flops_per_token=flops,
+        devices=runtime.world_size, device=runtime.device, unit="img" if classifies else "tok",
+        precision_name=resolve_precision(config.precision, runtime.device).name,
+    )  # fmt: skip
+
+
 def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
                recorder: Recorder) -> None:  # fmt: skip
-    """Steps until `config.steps`; evaluation, checkpoints and lines of metrics as they fall due."""
+    """Steps until `config.steps`; evaluations, checkpoints and metrics as they fall due."""
     worker, optimizer, loss_scale = state.worker, state.optimizer, state.loss_scale
-    bad_step = torch.zeros((), device=worker.device)  # the first step that was not finite; 0 = none
-    valid = open_split(config.data, "valid")
-    recorder.start()
+    bad_step = torch.zeros((), device=worker.device)  # the first that was not finite; 0 = none
+    recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
         lr = lr_at(state.step, config.steps, config.optim)
         worker.zero_grad()
@@ -71,12 +97,12 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
         grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, loss_scale.scale)
         skip = (~grad_norm.isfinite()).float()
         optimizer.step(lr, skip)
-        bad_step = remember_bad_step(bad_step, skip, loss_scale, state.step + 1)
-        loss_scale.update(skip)
         state.tokens += count
         state.step += 1
+        bad_step = remember_bad_step(bad_step, skip, loss_scale, state.step)
+        loss_scale.update(skip)
         recorder.step_done()
-        if due(state.step, config.metrics.every, config.steps):
+        if recorder.due(state.step):
             stop_if_bad(bad_step, config.run_dir)
             recorder.training(
                 state.step, worker.sum_over_data(loss).item(), grad_norm.item(), lr,
@@ -84,7 +110,7 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
             )  # fmt: skip
         if due(state.step, config.eval.every, config.steps):
             with recorder.pause():
-                values = measure(config, worker, valid, config.eval.samples, bleu=False)
+                values = measure(config, worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
         if due(state.step, config.checkpoint.every, config.steps):
             stop_if_bad(bad_step, config.run_dir)
@@ -93,13 +119,31 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
 
 
 def finish(config: TrainConfig, state: TrainState, recorder: Recorder) -> dict[str, float]:
-    """The test split's values, and for a language model a sample of what it writes."""
+    """The test split's values and, of a language model, a sample of what it writes."""
     values: dict[str, float] = {}
     if config.eval.test:
-        test = open_split(config.data, "test")
-        values = measure(config, state.worker, test, samples=0, bleu=True)
+        tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None
+        values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer)
         recorder.evaluation(state.step, "test", values)
+    if config.data.kind == "text" and config.metrics.sample_tokens:
+        writer = open_tokenizer(config.data)
+        assert writer is not None
+        text = sample(
+            state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
+            temperature=0.8, seed=config.seed,
+        )  # fmt: skip
+        recorder.say(f"a sample:\n{writer.decode(text)}")
     return values
+
+
+def measure(config: TrainConfig, worker: Worker, split: str, samples: int,
+            tokenizer: Tokenizer | None = None) -> dict[str, float]:  # fmt: skip
+    """The values of a split (evaluate.py); BLEU too where a tokenizer is given."""
+    share = config.batch_size // worker.data_degree
+    return evaluate(
+        worker, open_split(config.data, split), samples=samples, tokenizer=tokenizer,
+        micro_batch_size=config.micro_batch_size or share, beams=config.eval.beams,
+    )  # fmt: skip
 
 
 def due(step: int, every: int, steps: int) -> bool:
