@@ -6,7 +6,7 @@ import re
 
 from trainer.config import ModelConfig
 
-# Dense peaks in TFLOP/s from NVIDIA's data sheets, without sparsity; fp32 is without TF32, fp64 with
+# Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
 # tensor cores where there are any. The first pattern that is found in the device's name counts.
 _HOPPER_SXM = {"bf16": 989.5, "fp16": 989.5, "tf32": 494.7, "fp32": 67.0, "fp64": 67.0}
 _HOPPER_NVL = {"bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0}

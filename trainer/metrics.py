@@ -109,7 +109,7 @@ class Display:
         self._unit = unit
         # Colours may be forced on a log file; a bar that redraws itself must not be.
         live = console.is_interactive and console.file.isatty()
-        columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+        columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
         self._bar = Progress(*columns, console=console, refresh_per_second=4) if live else None
         self._seconds_left = math.nan
         self._details = ""
@@ -136,10 +136,12 @@ class Display:
     def training(self, record: dict[str, Any], seconds_left: float) -> None:
         """Show a training record; `seconds_left` of the whole run."""
         rate, wait = record["tokens_per_second"], record["data_wait_share"]
-        parts = [f"  loss {record['loss']:.4g}", f"  grad {record['grad_norm']:.2g}"]
+        parts = [f"  loss {record['loss']:.4g}"]
+        if self._bar is None:  # the bar must fit a narrow terminal
+            parts.append(f"  grad {record['grad_norm']:.2g}")
         parts += [f"  lr {record['lr']:.1e}", f"  {_short(rate)} {self._unit}/s"]
         if "mfu" in record:
-            parts.append(f"  mfu {record['mfu']:.0%}")
+            parts.append(f"  mfu {100 * record['mfu']:.0f} %")
         if self._bar is None or wait > SHOWN_WAIT_SHARE:
             parts.append(f"  wait {100 * wait:.1f} %")
         self._details = "".join(parts) + f"  eta {_duration(seconds_left)}"

@@ -1,19 +1,193 @@
-"""wandb as a mirror of metrics.jsonl, in a process of its own that cannot hold up training."""
+"""wandb as a mirror of metrics.jsonl, in a process of its own, so that it cannot hold up a run.
 
-from collections.abc import Callable
+wandb may prompt, wait for a network for minutes, raise, or wait again when the interpreter exits.
+None of that reaches the trainer: it starts `python -m trainer.tracker`, which follows the file.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from trainer.config import MetricsConfig
 
+POLL_SECONDS = 1.0  # between looks at the file
+KEPT = "metrics.jsonl has everything"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """What the process is told."""
+
+    mode: str  # offline | online
+    project: str
+    run_dir: str
+    offset: int  # bytes of metrics.jsonl that an earlier start of this run has mirrored
+    resolved: dict[str, Any]
+    grace_seconds: float  # the process ends itself this long after the run
+
 
 class Tracker:
-    def __init__(self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
-                 say: Callable[[str], None]):
-        pass
+    """The trainer's end: starts the process, passes on what it says, and waits little for it."""
+
+    def __init__(
+        self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
+        say: Callable[[str], None], patience_seconds: float = 5.0, grace_seconds: float = 120.0,
+    ):  # fmt: skip
+        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if wandb is off."""
+        self._say = say
+        self._patience_seconds = patience_seconds
+        self._heard = b""
+        self._process: subprocess.Popen | None = None
+        if config.wandb == "off":
+            return
+        offset = (run_dir / "metrics.jsonl").stat().st_size
+        mirror = Mirror(
+            config.wandb, config.wandb_project, str(run_dir), offset, resolved, grace_seconds
+        )
+        try:
+            self._process = _start(mirror)
+        except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
+            say(f"wandb cannot be started ({error}); {KEPT}")
 
     def poll(self) -> None:
-        pass
+        """Pass on what the process has to say; never waits."""
+        process = self._process
+        if process is None or process.stdout is None:
+            return
+        status = process.poll()
+        *lines, self._heard = (self._heard + (process.stdout.read() or b"")).split(b"\n")
+        for line in lines:
+            self._say(line.decode(errors="replace"))
+        if status is not None:
+            process.stdout.close()
+            self._process = None
+            if status != 0 and not lines:
+                self._say(f"wandb ended with status {status}; {KEPT}")
 
     def close(self) -> None:
-        pass
+        """Let wandb finish, for a few seconds; then leave it to itself."""
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        try:
+            # A line, not just a closed pipe: forked data workers may hold its other copies open.
+            process.stdin.write(b"end\n")
+            process.stdin.close()
+            process.wait(self._patience_seconds)
+        except subprocess.TimeoutExpired:
+            self._say(f"wandb is not done after {self._patience_seconds:g} s: left to itself")
+        except OSError:
+            pass  # it has ended already; poll says so
+        self.poll()
+
+
+def _start(mirror: Mirror) -> subprocess.Popen:
+    root = str(Path(__file__).resolve().parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "trainer.tracker", json.dumps(asdict(mirror))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        start_new_session=True,  # Ctrl-C is the trainer's: this one finishes after it
+    )  # fmt: skip
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    return process
+
+
+def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str, Any]]:
+    """The records of a growing metrics.jsonl from byte `offset` on, until `ended` is set."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while True:
+            last = ended.is_set()  # asked before reading, so that nothing written before is missed
+            while line := file.readline():
+                if not line.endswith(b"\n"):
+                    file.seek(-len(line), os.SEEK_CUR)  # half a line: again when it is whole
+                    break
+                yield json.loads(line)
+            if last:
+                return
+            ended.wait(POLL_SECONDS)
+
+
+def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
+    """A line's values under wandb's names: an evaluation's stand under its split."""
+    prefix = f"{record['split']}/" if "split" in record else ""
+    hidden = ("step", "split")
+    return {prefix + k: v for k, v in record.items() if k not in hidden and v is not None}
+
+
+def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
+    import wandb  # noqa: PLC0415 (seconds, and optional)
+
+    options: dict[str, Any] = {
+        "mode": mirror.mode, "project": mirror.project,
+        "dir": mirror.run_dir, "config": mirror.resolved,
+        "id": re.sub(r"[/\\#?%:]", "-", Path(mirror.run_dir).resolve().name), "resume": "allow",
+        "settings": wandb.Settings(silent=True, console="off", init_timeout=10),
+    }  # fmt: skip
+    if mirror.mode == "online" and not wandb.login(prompt=False, verify=False):
+        options["mode"] = "offline"
+        say("wandb: nobody is logged in here (wandb login), so the run is tracked offline")
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        if options["mode"] == "offline":
+            raise
+        say(f"wandb is out of reach ({_brief(error)}), so the run is tracked offline")
+        wandb.teardown()  # else its own half-made run is in the way
+        return wandb.init(**{**options, "mode": "offline"})
+
+
+def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
+    run = _open_run(mirror, say)
+    failed = False
+    for record in follow(Path(mirror.run_dir) / "metrics.jsonl", mirror.offset, ended):
+        try:
+            run.log(to_wandb(record), step=record["step"])
+        except Exception as error:
+            if not failed:
+                say(f"wandb does not take all records ({_brief(error)}); {KEPT}")
+            failed = True
+    run.finish()
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _main(text: str) -> None:
+    mirror = Mirror(**json.loads(text))
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what wandb writes is not for the run's console
+    ended = threading.Event()
+
+    def say(line: str) -> None:
+        told.write(line + "\n")
+        told.flush()
+
+    def listen() -> None:
+        sys.stdin.readline()  # a line, or nothing when the trainer is gone
+        ended.set()
+        threading.Event().wait(mirror.grace_seconds)
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        _mirror(mirror, ended, say)
+    except ImportError as error:
+        say(f"wandb cannot be imported ({_brief(error)}): pip install wandb; {KEPT}")
+    except Exception as error:
+        say(f"wandb gave up ({_brief(error)}); {KEPT}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

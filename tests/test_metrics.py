@@ -1,0 +1,228 @@
+"""The recorder on a fake clock: right times, no step twice, valid JSON, one writer."""
+
+import io
+import json
+import os
+import pty
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from trainer.config import MetricsConfig
+from trainer.metrics import Recorder
+
+
+class FakeClock:
+    """A clock that stands still until told."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def make(run_dir: Path, **changes: Any) -> Recorder:
+    options: dict[str, Any] = {
+        "config": MetricsConfig(every=2), "run_dir": run_dir, "first": True, "steps": 1000,
+        "start_step": 0, "resolved": {"seed": 1}, "flops_per_token": 2e9, "devices": 2,
+        "device": torch.device("cpu"), "precision_name": "fp32", "clock": FakeClock(),
+        "console": Console(file=io.StringIO()),
+    }  # fmt: skip
+    return Recorder(**(options | changes))
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def shown(recorder: Recorder) -> str:
+    file = recorder._display._console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def test_rates_are_those_since_the_last_line_without_pauses(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with make(tmp_path, clock=clock) as recorder:
+        clock.seconds += 50  # building the model
+        recorder.start(0)
+        clock.seconds += 4
+        recorder.training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+        clock.seconds += 1
+        with recorder.pause():
+            clock.seconds += 30
+            with recorder.pause():
+                clock.seconds += 5
+        clock.seconds += 1
+        recorder.training(6, 2.5, 0.5, 1e-4, tokens=600, wait_seconds=1.5)
+    first, second = lines(tmp_path)
+    assert (first["step_seconds"], first["tokens_per_second"]) == (2.0, 50.0)
+    assert first["data_wait_share"] == 0.25
+    assert (second["step_seconds"], second["tokens_per_second"]) == (0.5, 200.0)
+    assert second["data_wait_share"] == 0.25
+    assert {k: second[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")} == {
+        "step": 6, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-4, "tokens": 600
+    }  # fmt: skip
+    assert 0.01 < second["memory_gib"] < 100
+    assert "mfu" not in second  # the CPU's peak is not known
+
+
+def test_a_resumed_run_does_not_count_the_tokens_before(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with make(tmp_path, clock=clock, start_step=500) as recorder:
+        recorder.start(50_000)
+        clock.seconds += 4
+        recorder.training(502, 3.0, 1.0, 1e-3, tokens=50_200, wait_seconds=0.0)
+    assert lines(tmp_path)[0]["step_seconds"] == 2.0
+    assert lines(tmp_path)[0]["tokens_per_second"] == 50.0
+
+
+def test_mfu_is_of_all_devices(tmp_path: Path) -> None:
+    clock = FakeClock()
+    config = MetricsConfig(peak_tflops=1.0)
+    with make(tmp_path, clock=clock, config=config) as recorder:
+        recorder.start(0)
+        clock.seconds += 1
+        recorder.training(10, 3.0, 1.0, 1e-3, tokens=250, wait_seconds=0.0)
+    # 2 GFLOP a token, 250 tokens/s: half a TFLOP/s, on two devices of one.
+    assert lines(tmp_path)[0]["mfu"] == pytest.approx(0.25)
+
+
+def test_a_pause_that_raises_ends_too(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with make(tmp_path, clock=clock) as recorder:
+        recorder.start(0)
+        with pytest.raises(KeyboardInterrupt), recorder.pause():
+            clock.seconds += 9
+            raise KeyboardInterrupt
+        clock.seconds += 1
+        recorder.training(1, 3.0, 1.0, 1e-3, tokens=10, wait_seconds=0.0)
+    assert lines(tmp_path)[0]["step_seconds"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("start_step", "kept"), [(4, [2, 4, 4]), (5, [2, 4, 4]), (0, []), (6, [2, 4, 4, 6])]
+)
+def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: list[int]) -> None:
+    old = [{"step": 2}, {"step": 4}, {"step": 4, "split": "valid"}, {"step": 6}]
+    whole = "".join(json.dumps(line) + "\n" for line in old)
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo')  # killed while writing
+    with make(tmp_path, start_step=start_step) as recorder:
+        recorder.start(0)
+        recorder.evaluation(8, "test", {"eval_loss": 1.0})
+    assert [line["step"] for line in lines(tmp_path)] == [*kept, 8]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_an_evaluation_line(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        recorder.evaluation(250, "valid", {"eval_loss": 1.6, "bits_per_character": 2.31})
+        console = shown(recorder)
+    expected = {"step": 250, "split": "valid", "eval_loss": 1.6, "bits_per_character": 2.31}
+    assert lines(tmp_path) == [expected]
+    assert console == "step 250  valid: loss 1.6  bits_per_character 2.31\n"
+
+
+def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        recorder.start(0)
+        recorder.training(2, float("nan"), float("inf"), 1e-3, tokens=10, wait_seconds=0.0)
+        recorder.evaluation(2, "valid", {"eval_loss": float("-inf")})
+        console = shown(recorder)
+    training, evaluation = lines(tmp_path)
+    assert training["loss"] is training["grad_norm"] is evaluation["eval_loss"] is None
+    assert "loss nan  grad inf" in console
+
+
+def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        recorder.evaluation(1, "valid", {"eval_loss": 1.0})
+        assert len(lines(tmp_path)) == 1
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    clock = FakeClock()
+    # Colours forced on, as some CI does: still no bar, and no wrapping at the console's width.
+    console = Console(file=io.StringIO(), width=20, force_terminal=True, color_system=None)
+    with make(tmp_path, clock=clock, console=console, steps=120, unit="samples") as recorder:
+        recorder.start(0)
+        clock.seconds += 10
+        with recorder.pause():
+            clock.seconds += 20
+        recorder.training(20, 3.2144, 0.812, 1e-3, tokens=123_456, wait_seconds=0.02)
+        recorder.say("[bold]any text[/bold]")
+        text = shown(recorder)
+    assert text == (
+        "step 20/120  loss 3.214  grad 0.81  lr 1.0e-03  12.3k samples/s  wait 0.2 %  eta 2:30\n"
+        "[bold]any text[/bold]\n"
+    )
+
+
+def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    clock = FakeClock()
+    with os.fdopen(theirs, "w") as file:
+        console = Console(file=file, width=110, force_interactive=True, force_terminal=True)
+        with make(tmp_path, clock=clock, console=console) as recorder:
+            recorder.start(0)
+            clock.seconds += 10
+            recorder.training(2, 3.2, 0.8, 1e-3, tokens=12_300, wait_seconds=1.0)
+            recorder.step_done()
+        file.flush()
+        written = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "loss 3.2" in written and "wait 10.0 %" in written
+    assert written.endswith("\x1b[?25h")  # the cursor is back
+
+
+def test_an_exception_passes_and_closes_everything(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), make(tmp_path) as recorder:
+        recorder.start(0)
+        raise KeyboardInterrupt
+    assert recorder._file._file.closed
+
+
+def test_other_ranks_write_and_say_nothing(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    config = MetricsConfig(profile_steps=2, wandb="offline")
+    with make(tmp_path, first=False, console=console, config=config) as recorder:
+        recorder.start(0)
+        recorder.training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+        with recorder.pause():
+            recorder.evaluation(2, "valid", {"eval_loss": 1.0})
+        recorder.say("text")
+        recorder.step_done()
+        assert recorder.profiler is None
+    assert list(tmp_path.iterdir()) == []
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_due_is_the_same_on_all_ranks(tmp_path: Path, first: bool) -> None:
+    with make(tmp_path, first=first, config=MetricsConfig(every=10), steps=25) as recorder:
+        assert [step for step in range(1, 26) if recorder.due(step)] == [10, 20, 25]
+
+
+@pytest.mark.parametrize(("steps", "first_traced"), [(16, 10), (5, 3)])
+def test_profiler_traces_the_steps_after_warm_up(
+    tmp_path: Path, steps: int, first_traced: int
+) -> None:
+    config = MetricsConfig(profile_steps=2)
+    with make(tmp_path, config=config, steps=steps) as recorder:
+        recorder.start(0)
+        for step in range(steps):
+            with torch.profiler.record_function(f"training step {step}"):
+                torch.ones(2).sum()
+            recorder.step_done()
+        assert f"profiler trace: {tmp_path / 'trace.json'}" in shown(recorder)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {event["name"] for event in events if "training step" in event.get("name", "")}
+    assert names == {f"training step {first_traced + i}" for i in range(2)}

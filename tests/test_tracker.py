@@ -1,0 +1,244 @@
+"""The wandb mirror: right records, and whatever wandb does, the run goes on and says so once."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from trainer.config import MetricsConfig
+from trainer.metrics import Recorder
+from trainer.tracker import Tracker, follow, to_wandb
+
+# The tracker's process imports this in wandb's place; what it does goes into a file.
+FAKE_WANDB = """
+import json, os, threading
+def note(**what):
+    with open(os.environ["FAKE_WANDB_NOTES"], "a") as file:
+        file.write(json.dumps(what) + "\\n")
+def act(name):
+    if os.environ.get("FAKE_WANDB_HANGS") == name:
+        note(hangs=name)
+        threading.Event().wait()
+    if os.environ.get("FAKE_WANDB_RAISES") == name:
+        raise RuntimeError(name + " is broken")
+class Run:
+    def log(self, values, step):
+        act("log")
+        note(step=step, values=values)
+    def finish(self):
+        act("finish")
+        note(finished=True)
+def Settings(**settings): pass
+def teardown(): pass
+def login(prompt, verify):
+    act("login")
+    return os.environ.get("FAKE_WANDB_LOGIN") == "yes"
+def init(**options):
+    options.pop("settings")
+    note(init=options)
+    act("init" if options["mode"] == "online" else "offline init")
+    return Run()
+act("import")
+if os.environ.get("FAKE_WANDB_RAISES") == "no module":
+    raise ImportError("No module named wandb")
+print("wandb chatters")
+"""
+
+
+class FakeWandb:
+    """What the fake module in the other process is told, and what it noted."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        (folder / "module").mkdir()
+        (folder / "module" / "wandb.py").write_text(FAKE_WANDB)
+        self._notes = folder / "notes.jsonl"
+        self._setenv = monkeypatch.setenv
+        self._setenv("PYTHONPATH", str(folder / "module"))
+        self._setenv("FAKE_WANDB_NOTES", str(self._notes))
+
+    def set(self, **values: str) -> None:
+        for name, value in values.items():
+            self._setenv(f"FAKE_WANDB_{name.upper()}", value)
+
+    def notes(self) -> list[dict[str, Any]]:
+        text = self._notes.read_text() if self._notes.exists() else ""
+        return [json.loads(line) for line in text.splitlines()]
+
+    def steps(self) -> list[int]:
+        return [note["step"] for note in self.notes() if "step" in note]
+
+
+@pytest.fixture
+def fake_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+    return FakeWandb(tmp_path, monkeypatch)
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    for _ in range(600):
+        if happened():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen in 30 s")
+
+
+def track(run_dir: Path, mode: str = "offline") -> list[str]:
+    """A short run of three records; returns what the console showed of wandb."""
+    run_dir.mkdir(exist_ok=True)
+    said = io.StringIO()
+    with Recorder(
+        MetricsConfig(wandb=mode), run_dir, first=True, steps=3, start_step=0,
+        resolved={"seed": 1}, flops_per_token=0.0, devices=1, device=torch.device("cpu"),
+        precision_name="fp32", console=Console(file=said),
+    ) as recorder:  # fmt: skip
+        # These tests may wait long on a busy machine; a run waits for seconds.
+        recorder._tracker._patience_seconds = 30.0
+        for step in (1, 2, 3):
+            recorder.evaluation(step, "valid", {"eval_loss": 1.0, "accuracy": float("nan")})
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    return [line for line in said.getvalue().splitlines() if not line.startswith("step ")]
+
+
+def test_wandb_mirrors_the_records(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    assert track(tmp_path / "a run") == []
+    init, *records, end = fake_wandb.notes()
+    run_dir = str(tmp_path / "a run")
+    assert init["init"] == {
+        "mode": "offline", "project": "samestep", "dir": run_dir, "config": {"seed": 1},
+        "id": "a run", "resume": "allow",
+    }  # fmt: skip
+    assert records[0] == {"step": 1, "values": {"valid/eval_loss": 1.0}}
+    assert fake_wandb.steps() == [1, 2, 3]
+    assert end == {"finished": True}
+
+
+@pytest.mark.parametrize(
+    ("fault", "mode", "said", "steps"),
+    [
+        ("no module", "offline", "cannot be imported (No module named wandb)", []),
+        ("import", "offline", "gave up (import is broken)", []),
+        ("login", "online", "gave up (login is broken)", []),
+        ("offline init", "offline", "gave up (offline init is broken)", []),
+        ("log", "offline", "does not take all records (log is broken)", []),
+        ("finish", "offline", "gave up (finish is broken)", [1, 2, 3]),
+    ],
+)
+def test_what_wandb_raises_is_said_once(
+    tmp_path: Path, fake_wandb: FakeWandb, fault: str, mode: str, said: str, steps: list[int]
+) -> None:
+    fake_wandb.set(raises=fault)
+    (line,) = track(tmp_path / "a run", mode)
+    assert said in line
+    assert fake_wandb.steps() == steps
+
+
+def test_wandb_without_login_or_network_goes_offline(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    (line,) = track(tmp_path / "a run", "online")
+    assert "nobody is logged in" in line
+    fake_wandb.set(login="yes", raises="init")
+    (line,) = track(tmp_path / "another", "online")
+    assert "out of reach (init is broken)" in line
+    modes = [note["init"]["mode"] for note in fake_wandb.notes() if "init" in note]
+    assert modes == ["offline", "online", "offline"]
+    assert fake_wandb.steps() == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["import", "offline init", "log", "finish"])
+def test_a_wandb_that_hangs_for_ever_holds_nothing_up(
+    tmp_path: Path, fake_wandb: FakeWandb, where: str
+) -> None:
+    fake_wandb.set(hangs=where)
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").touch()
+    config = MetricsConfig(wandb="offline")
+    tracker = Tracker(config, tmp_path, {}, said.append, patience_seconds=0.1, grace_seconds=1.0)
+    process = tracker._process
+    assert process is not None
+    record = {"step": 1, "long": "x" * 1000}
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(200 * (json.dumps(record) + "\n"))  # more than a pipe holds
+    hangs = {"hangs": where}
+    wait_until(lambda: fake_wandb.steps() if where == "finish" else hangs in fake_wandb.notes())
+    tracker.poll()
+    tracker.close()
+    assert said == ["wandb is not done after 0.1 s: left to itself"]
+    wait_until(lambda: process.poll() is not None)  # and it does not stay for ever
+    assert hangs in fake_wandb.notes()
+
+
+def test_a_tracker_that_is_killed_is_missed_once(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    fake_wandb.set(hangs="offline init")
+    said: list[str] = []
+    (tmp_path / "metrics.jsonl").touch()
+    tracker = Tracker(MetricsConfig(wandb="offline"), tmp_path, {}, said.append)
+    process = tracker._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    tracker.poll()
+    tracker.poll()
+    tracker.close()
+    assert said == ["wandb ended with status -9; metrics.jsonl has everything"]
+
+
+def test_the_tracker_ends_when_the_trainer_is_killed(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    code = (
+        "import os, signal, sys, pathlib; from trainer.config import MetricsConfig;"
+        "from trainer.tracker import Tracker; folder = pathlib.Path(sys.argv[1]);"
+        "tracker = Tracker(MetricsConfig(wandb='offline'), folder, {}, lambda text: None);"
+        "(folder / 'metrics.jsonl').write_text('{\"step\": 7}\\n');"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    paths = os.pathsep.join([root, os.environ["PYTHONPATH"]])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=environment)
+    wait_until(lambda: {"finished": True} in fake_wandb.notes())
+    assert fake_wandb.steps() == [7]
+
+
+def test_a_resumed_run_is_mirrored_from_where_it_goes_on(
+    tmp_path: Path, fake_wandb: FakeWandb
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    config = MetricsConfig(wandb="offline")
+    tracker = Tracker(config, tmp_path, {}, str, patience_seconds=30.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\n')
+    tracker.close()
+    assert fake_wandb.steps() == [3]
+
+
+def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st')
+    ended = threading.Event()
+    records = follow(path, 0, ended)
+    assert next(records) == {"step": 1}
+    with path.open("a") as file:
+        file.write('ep": 2}\n')
+    assert next(records) == {"step": 2}
+    ended.set()
+    assert list(records) == []
+
+
+def test_wandb_names() -> None:
+    assert to_wandb({"step": 1, "loss": 2.0, "grad_norm": None}) == {"loss": 2.0}
+    assert to_wandb({"step": 1, "split": "test", "bleu": 3.0}) == {"test/bleu": 3.0}
+
+
+def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
+    assert track(tmp_path / "a run") == []
+    assert list((tmp_path / "a run" / "wandb").glob("offline-run-*-a run/run-a run.wandb"))
