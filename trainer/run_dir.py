@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from parallel.config import ConfigError
 from trainer.config import TrainConfig
@@ -54,7 +55,7 @@ def load_config(run_dir: str | Path) -> TrainConfig:
         raise ConfigError(_no_run(str(run_dir)))
     try:
         values = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(
             f"{path} does not fit this version: {str(error).splitlines()[0]}"
         ) from error

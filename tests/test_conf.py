@@ -1,0 +1,221 @@
+"""Every YAML file composes, every field is read, every bad value is answered with a good one."""
+
+import ast
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from conf import schema
+from conf.check import CHOICES, RANGES, complete, problems
+from conf.help import comments
+from parallel.config import AXES, ConfigError
+from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
+from trainer.data import DataFacts
+from trainer.model import Transformer
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+DATA = {"decoder": "shakespeare", "encoder": "fashion-mnist", "encoder_decoder": "home-assistant"}
+FACTS = {
+    "text": DataFacts(vocab_size=1024),
+    "images": DataFacts(classes=10, image_size=28, channels=1),
+    "pairs": DataFacts(vocab_size=4096),
+}
+# Counted in transformers 5.23, in the class and config that each shape is named after; T5's
+# relative position biases, 2 × 384, are left out, since ours are rotary.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "llama-1b": 1_235_814_400,
+    "llama-8b": 8_030_261_248,
+    "llama-70b": 70_553_706_496,
+    "vit-b16": 86_567_656,
+    "vit-l16": 304_326_632,
+    "t5-base": 222_902_784,
+}
+
+
+def configured(*overrides, name="train"):
+    schema.register("now")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return schema.load(name, compose(name, list(overrides)))
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def found(*overrides, world_size=1, name="train"):
+    return problems(configured(*overrides, name=name), world_size)
+
+
+def count(model):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(model, torch.float32).parameters())
+
+
+@pytest.mark.parametrize("name", schema.SCHEMAS)
+def test_door_composes(name):
+    assert isinstance(configured(name=name), schema.SCHEMAS[name])
+    assert found(name=name) == []
+
+
+@pytest.mark.parametrize("strategy", options("strategy"))
+def test_strategy_composes(strategy):
+    world_size = 1 if strategy == "single" else 4
+    assert found(f"strategy={strategy}", world_size=world_size) == []
+
+
+@pytest.mark.parametrize("job", [f"experiment={e}" for e in options("experiment")])
+@pytest.mark.parametrize("debug", [[], *([f"debug={d}"] for d in options("debug"))])
+def test_job_composes_and_fits_its_data(job, debug):
+    config = configured(job, *debug)
+    assert problems(config, 1) == []
+    model = complete(config, FACTS[config.data.kind]).model
+    assert 0.5e6 < count(model) < 4e6
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_model_composes(model):
+    config = configured(f"model={model}", "data.seq_len=64")
+    config = configured(f"model={model}", f"data={DATA[config.model.family]}")
+    assert problems(config, 1) == []
+    if model in PUBLISHED:
+        assert count(config.model) == PUBLISHED[model]
+
+
+@pytest.mark.parametrize("data", options("data"))
+def test_data_composes(data):
+    config = configured(f"data={data}", "data.path=here")
+    family = next(f for f, kind in zip(DATA, FACTS, strict=True) if kind == config.data.kind)
+    assert problems(replace(config, model=replace(config.model, family=family)), 1) == []
+
+
+def test_experiments_give_way_to_the_command_line():
+    config = configured("experiment=images", "model=vit-b16", "optim.lr=0.5")
+    assert (config.model.width, config.optim.lr, config.data.kind) == (768, 0.5, "images")
+
+
+def test_values_round_trip():
+    config = configured("strategy=fsdp", "optim.betas=[0.8,0.9]")
+    assert schema.typed("train", OmegaConf.create(OmegaConf.to_yaml(config))) == config
+
+
+def test_unknown_keys_are_refused():
+    with pytest.raises(ConfigError, match=r"optim\.foo does not exist; remove \+optim\.foo"):
+        configured("+optim.foo=1")
+
+
+BAD = {
+    "precision=fp31": "precision=fp31 is not one of fp64, fp32, bf16, fp16, auto; "
+    "did you mean fp32?",
+    "model.activation=swigl": "did you mean swiglu?",
+    "device=gpu": "device=gpu is not one of cpu, cuda, auto",
+    "steps=-1": "steps=-1 must be at least 1",
+    "optim.lr=nan": "optim.lr=nan must be above 0",
+    "optim.lr=inf": "optim.lr=inf must be above 0",
+    "model.dropout=1.0": "model.dropout=1.0 must be at least 0 and below 1",
+    "optim.betas=[0.9,1.0]": "optim.betas=[0.9, 1.0] must be two numbers",
+    "optim.betas=[0.9]": "optim.betas=[0.9] must be two numbers",
+    "model.kv_heads=3": "model.kv_heads=3 does not divide model.heads=4; try 2 or 4",
+    "model.heads=6": "model.heads=6 does not divide model.width=128; try 4 or 8",
+    "model.head_width=15": "set model.head_width=16",
+    "batch_size=15": "batch_size=15 is not divisible by the 2 ranks that see different samples "
+    "(strategy.replicate × strategy.shard); try 14 or 16",
+    "batch_size=1": "batch_size=1 is not divisible by the 2 ranks that see different samples "
+    "(strategy.replicate × strategy.shard); try 2",
+    "micro_batch_size=3": "micro_batch_size=3 does not divide the 8 samples of one rank "
+    "(batch_size=16 / 2 ranks); try 2 or 4",
+    "model.max_positions=100": "data.seq_len=256 is more than model.max_positions=100; "
+    "set data.seq_len=100",
+    "model=vit-tiny": "model.family=encoder learns from images, but data.kind=text",
+    "data=text": "data.path is empty",
+    "strategy=single": "choose strategy=ddp",
+    "strategy.shard=3": "start 3 ranks (torchrun --nproc_per_node=N, or launch.ranks=N)",
+    "strategy.tensor=2": "not built yet",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_value_gets_its_message(override):
+    messages = found(override, world_size=2)
+    assert len(messages) == 1
+    assert BAD[override] in messages[0]
+
+
+def test_image_size_must_be_whole_patches():
+    messages = found("experiment=images", "model.image_size=28", "model.patch_size=5")
+    assert messages == ["model.patch_size=5 does not divide model.image_size=28; try 4 or 7"]
+
+
+def test_all_problems_at_once():
+    keys = ["precision=fp31", "steps=0", "optim.lr=-1", "model.kv_heads=3", "batch_size=5"]
+    messages = found(*keys, "strategy=hsdp", world_size=4)
+    assert len(messages) == len(keys)
+    for key, message in zip(sorted(keys), sorted(messages), strict=True):
+        assert message.startswith(key)
+
+
+def test_sizes_left_open_follow_the_data():
+    text = complete(configured(), FACTS["text"]).model
+    assert (text.vocab_size, text.max_positions) == (1024, 256)
+    images = complete(configured("experiment=images"), FACTS["images"]).model
+    assert (images.image_size, images.channels, images.classes) == (28, 1, 10)
+    padded = complete(configured("model.vocab_size=1088"), FACTS["text"]).model
+    assert padded.vocab_size == 1088
+
+
+def test_sizes_that_clash_with_the_data():
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=1000 .* token ids from 1000 on"):
+        complete(configured("model.vocab_size=1000"), FACTS["text"])
+    with pytest.raises(ConfigError) as raised:
+        complete(configured("experiment=images", "model=vit-b16"), FACTS["images"])
+    assert raised.value.problems == [
+        "model.image_size=224, but the data's is 28; set model.image_size=0",
+        "model.channels=3, but the data's is 1; set model.channels=0",
+    ]
+    with pytest.raises(ConfigError, match=r"model\.classes=9 is less than the data's 10"):
+        complete(configured("experiment=images", "model.classes=9"), FACTS["images"])
+
+
+def test_checks_name_real_keys():
+    known = {key for door in schema.SCHEMAS.values() for key in schema.known_keys(door)}
+    assert set(CHOICES) <= known
+    assert set(RANGES) <= known
+
+
+def test_comments_name_every_choice():
+    said = {}
+    for door in (EvaluateConfig, TrainConfig):
+        said |= comments(door)
+        for field in fields(door):
+            if hasattr(field.type, "__dataclass_fields__"):
+                section = comments(field.type)
+                said |= {f"{field.name}.{key}": text for key, text in section.items()}
+    for key, choices in CHOICES.items():
+        assert set(choices) <= set(re.findall(r"\w+", said[key])), key
+
+
+def test_every_number_is_checked():
+    for door in (TrainConfig, VerifyConfig, EvaluateConfig, GenerateConfig):
+        for key, field in schema.known_keys(door).items():
+            if field.type in (int, float) and not key.startswith(("strategy.", "data.")):
+                assert key in RANGES, key
+
+
+def test_every_field_has_a_reader():
+    read = set(AXES)
+    for package in ("trainer", "parallel", "launch"):
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            read |= {
+                node.attr
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+            }
+    keys = {key for door in schema.SCHEMAS.values() for key in schema.known_keys(door)}
+    assert {key for key in keys if key.rsplit(".", 1)[-1] not in read} == set()

@@ -1,0 +1,294 @@
+"""The doors as a user meets them: one configuration for all ranks, one message for a mistake."""
+
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from conf.check import problems
+from conf.schema import SCHEMAS
+from launch.door import open_door
+from parallel.config import ConfigError, resolve
+from parallel.runtime import Ranks, process_group
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = """
+from launch.door import open_door
+
+if __name__ == "__main__":
+    open_door("train", work="test_door:work", prepare="test_door:check")
+"""
+
+
+# What the doors below run, on ranks that are processes of their own.
+
+
+def check(config, world_size):
+    found = problems(config, world_size)
+    if found:
+        raise ConfigError(*found)
+    config.strategy = resolve(config.strategy, world_size)
+    return config
+
+
+def work(config, runtime):
+    total = torch.ones(())
+    dist.all_reduce(total)
+    seen = asdict(config) | {"total": total.item(), "world_size": runtime.world_size}
+    Path(f"seed{config.seed}-rank{runtime.rank}.json").write_text(json.dumps(seen))
+    if config.seed == 1:
+        raise ConfigError("seed=1 is unlucky; set seed=2")
+    if config.seed == 2 and runtime.rank == 1:
+        raise RuntimeError("a bug")
+    if config.seed == 3:
+        time.sleep(60)
+    dist.barrier()
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "door.py").write_text(SCRIPT)
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": paths}}
+
+    def start(*arguments, ranks=0, **options):
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []
+        command = [sys.executable, *torchrun, "door.py", *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **here, **options
+        )
+
+    def finish(*arguments, ranks=0):
+        process = start(*arguments, ranks=ranks)
+        out, error = process.communicate(timeout=60)
+        return process.returncode, out, error
+
+    finish.start = start
+    return finish
+
+
+def seen(tmp_path, seed, ranks):
+    files = [tmp_path / f"seed{seed}-rank{rank}.json" for rank in range(ranks)]
+    return [json.loads(file.read_text()) for file in files]
+
+
+def test_torchrun_sweep_gives_every_rank_the_same_config(run, tmp_path):
+    code, _, error = run("-m", "strategy=fsdp", "seed=0,5", ranks=2)
+    assert code == 0, error
+    for seed, job in ((0, 0), (5, 1)):
+        first, second = seen(tmp_path, seed, 2)
+        assert first == second
+        assert first["total"] == 2
+        assert first["strategy"]["shard"] == 2
+        assert Path(first["run_dir"]).name == f"{job}-seed={seed},strategy=fsdp"
+
+
+def test_the_door_starts_ranks_where_torchrun_did_not(run, tmp_path):
+    code, _, error = run("launch.ranks=2", "seed=1")
+    first, second = seen(tmp_path, 1, 2)
+    assert first == second
+    assert first["total"] == 2
+    assert (code, error.strip()) == (2, "seed=1 is unlucky; set seed=2")
+
+
+def test_a_bug_on_one_rank_shows_its_trace_once(run):
+    code, _, error = run("seed=2", ranks=2)
+    assert code == 1
+    assert error.count("RuntimeError: a bug") == 1
+    assert "[rank 1] RuntimeError: a bug" in error
+
+
+def test_a_bad_override_under_torchrun_is_said_once_and_soon(run, tmp_path):
+    began = time.monotonic()
+    code, _, error = run("optm.lr=1", ranks=2)
+    assert code == 1
+    assert time.monotonic() - began < 30  # no rank waits for one that left
+    assert error.count("optm.lr does not exist; did you mean optim.lr?") == 1
+    ours = [line for line in error.splitlines() if "launch/door.py" in line]
+    assert ours == []  # torchrun shows its own trace, none of it ours
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["door.py"]
+
+
+def test_a_sweep_without_torchrun_goes_on_after_a_mistake(run, tmp_path):
+    code, _, error = run("-m", "seed=1,0")
+    assert code == 2
+    assert error.count("seed=1 is unlucky") == 1
+    assert "Traceback" not in error
+    assert seen(tmp_path, 0, 1)[0]["total"] == 1
+
+
+def test_an_interrupt_ends_every_rank(run, tmp_path):
+    process = run.start("launch.ranks=2", "seed=3", start_new_session=True)
+    wanted = [tmp_path / f"seed3-rank{rank}.json" for rank in range(2)]
+    while not all(path.exists() for path in wanted):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    with pytest.raises(ProcessLookupError):
+        for _ in range(100):
+            os.killpg(process.pid, 0)  # asks whether the group has a process left
+            time.sleep(0.1)
+
+
+QUESTIONS = [(door, ["--help"]) for door in SCHEMAS] + [("train", ["--cfg", "job"])]
+
+
+@pytest.mark.parametrize(("door", "question"), QUESTIONS)
+def test_questions_are_answered_without_torch(door, question, tmp_path):
+    script = ROOT / "launch" / f"{door}.py"
+    asked = [str(script), *question]
+    code = (
+        f"import runpy, sys\nsys.argv = {asked!r}\n"
+        f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert 'hydra' in sys.modules and 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"kind[=:] ?text|shard[=:] ?1", done.stdout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_tells_what_a_key_means(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help", "optim.lr=0.5"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "optim.lr=0.5 peak learning rate" in text
+    assert "bucket_mib=25.0 DDP: MiB of gradients per all-reduce" in text  # the comment above
+    assert "strategy: ddp, fsdp, hsdp, single" in text
+
+
+MISTAKES = {
+    "optm.lr=1": "optm.lr does not exist; did you mean optim.lr?",
+    "lr=1": "lr does not exist; did you mean optim.lr?",
+    "modle=gpt2": "modle does not exist; did you mean model?",
+    "strategy=dpp": "strategy=dpp does not exist; strategy is one of ddp, fsdp, hsdp, single; "
+    "did you mean strategy=ddp?",
+    "strategy=5": "a group's option is a name; --help lists them",
+    "steps=abc": "steps=abc must be a whole number",
+    "steps=null": "steps=null must be a whole number",
+    "optim.lr=fast": "optim.lr=fast must be a number",
+    "optim.betas=3": "optim.betas=3 must be a list of numbers, e.g. [0.9,0.95]",
+    "compile=maybe": "compile=maybe must be true or false",
+    "loss=1": "loss=1: loss is a section; set its keys: loss.label_smoothing",
+    "optim.lr=[1": "cannot read optim.lr=[1: no viable alternative at input '[1'; "
+    "write KEY=VALUE, quoted for the shell",
+    "+steps=1": "steps exists; write steps=VALUE without +",
+    "+optim.foo=1": "optim.foo does not exist; remove +optim.foo",
+    "+experiment=images": "experiment is set twice; write experiment=OPTION once",
+    "~optim.lr": "~optim.lr: a key cannot be taken away; set it",
+    "launch.ranks=3": "batch_size=16 is not divisible by the 3 ranks that see different samples "
+    "(strategy.replicate × strategy.shard); try 15 or 18",
+    "run_dir=${nowhere}": "Interpolation key 'nowhere' not found",
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_one_sentence(override, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["door.py", override])
+    with pytest.raises(SystemExit) as stop:
+        open_door("train", work="none:none", prepare="test_door:check")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == MISTAKES[override]
+
+
+def test_several_problems_are_a_list(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["door.py", "steps=0", "precision=fp31"])
+    with pytest.raises(SystemExit):
+        open_door("train", work="none:none", prepare="test_door:check")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:2] for line in lines] == ["2 ", "- ", "- "]
+
+
+def test_a_bug_keeps_its_trace(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["door.py"])
+    with pytest.raises(SystemExit) as stop:
+        open_door("train", work="none:none", prepare="json:dumps")
+    assert stop.value.code == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+ALONE = []
+
+
+def walk(config):
+    ALONE.append(config)
+
+
+@pytest.mark.parametrize(("overrides", "walks"), [(["steps=1"], True), (["strategy=ddp"], False)])
+def test_verify_walks_where_no_layout_is_asked_for(monkeypatch, capsys, overrides, walks):
+    monkeypatch.setattr(sys, "argv", ["door.py", *overrides])
+    ALONE.clear()
+    with pytest.raises(SystemExit):
+        open_door("verify", work="none:none", prepare="test_door:check", alone="test_door:walk")
+    assert bool(ALONE) == walks
+    assert ("none" in capsys.readouterr().err) != walks
+
+
+def test_ranks_follow_what_rank_0_posts():
+    store = dist.HashStore()
+    first, second = Ranks(store, 0, 2), Ranks(store, 1, 2)
+    got = []
+    thread = threading.Thread(target=lambda: got.extend([next(jobs), next(jobs)]))
+    jobs = second.follow()
+    thread.start()
+    first.post({"lr": 0.1 + 0.2})
+    first.post({"stop": 0})
+    thread.join(10)
+    assert got == [{"lr": 0.1 + 0.2}, {"stop": 0}]
+
+
+def test_a_restart_keeps_the_start_time_and_forgets_the_jobs():
+    store = dist.HashStore()
+    before, after = Ranks(store, 0, 1, restart="0"), Ranks(store, 0, 1, restart="1")
+    before.post("old")
+    after.post("new")
+    assert before.started(1.5) == after.started(2.5) == 1.5
+    assert next(Ranks(store, 1, 1, restart="1").follow()) == "new"
+
+
+def test_only_the_first_rank_tells_an_error():
+    store = dist.HashStore()
+    assert [Ranks(store, rank, 2).first("error") for rank in (1, 0)] == [True, False]
+
+
+def test_one_process_is_a_group_of_one():
+    for _ in range(2):  # a second group, as in a sweep
+        with process_group("cpu", Ranks.alone()) as runtime:
+            assert (runtime.rank, runtime.world_size) == (0, 1)
+            assert dist.get_world_size() == 1
+        assert not dist.is_initialized()
+
+
+def test_cuda_without_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="set device=cpu"), process_group("cuda", Ranks.alone()):
+        pass
+
+
+def test_more_ranks_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    three = Ranks(dist.HashStore(), 0, 3)
+    with (
+        pytest.raises(ConfigError, match="3 ranks on this host, but it has 2 GPUs; start 2 ranks"),
+        process_group("auto", three),
+    ):
+        pass
