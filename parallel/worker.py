@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.gradients import clip, global_norm
@@ -71,6 +72,25 @@ class Worker:
                 yield
         else:
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """`model` has no dropout and no gradients; all ranks must run as many forwards of it.
+
+        Not torch's inference mode: weights that FSDP gathers there fail in a later backward.
+        """
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(training)
+            # No backward follows that would free the gathered weights, and as long as they are
+            # there the parameters are not the sharded ones that a checkpoint must hold.
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def gradients(self) -> list[Tensor]:
         """The gradients, in the order of the parameters."""

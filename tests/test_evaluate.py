@@ -1,0 +1,211 @@
+"""Evaluation against torch's cross-entropy, sacreBLEU and counts by hand, sample by sample."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sacrebleu
+import tiny
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from parallel.config import StrategyConfig
+from parallel.runtime import Ranks, process_group
+from trainer.config import EvaluateConfig, TrainConfig
+from trainer.data import open_split, open_tokenizer
+from trainer.evaluate import bleu_signature, evaluate, evaluate_run
+from trainer.generate import translate
+
+LAYOUTS = {
+    "ddp 2": StrategyConfig(replicate=2),
+    "ddp 3": StrategyConfig(replicate=3),
+    "fsdp 2": StrategyConfig(shard=2),
+    "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
+}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """A group of one rank in this process."""
+    with process_group("cpu", Ranks.alone()) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def runs(runtime, tmp_path_factory):
+    """A run of each family; its loss smooths labels, which evaluation must not."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {}
+    for kind, model, data in (
+        ("text", tiny.LLAMA, tiny.text_data),
+        ("images", tiny.CLASSIFIER, tiny.image_data),
+        ("pairs", tiny.TRANSLATOR, tiny.pairs_data),
+    ):
+        model = replace(model, vocab_size=0)
+        made[kind] = tiny.make_run(folder / kind, runtime, model, data(folder / kind))
+    return made
+
+
+def one_by_one(worker, dataset, samples=None):
+    """Total nats, valid targets and right answers, from batches of one sample."""
+    nats, valid, right = 0.0, 0, 0
+    for index in range(len(dataset) if samples is None else samples):
+        batch = dataset.collate([dataset.sample(index, None)])
+        batch = {name: torch.from_numpy(value) for name, value in batch.items()}
+        worker.model.eval()
+        with torch.no_grad():
+            logits = worker.model(batch).flatten(0, -2)
+        targets = batch["targets"].flatten()
+        keep = targets != -100
+        nats += nn.functional.cross_entropy(logits[keep], targets[keep], reduction="sum").item()
+        valid += int(keep.sum())
+        right += int((logits.argmax(-1) == targets).sum())
+    worker.model.train()
+    return nats, valid, right
+
+
+def of_one_rank(config: TrainConfig, runtime, seed=0):
+    return tiny.make_worker(runtime, config.model, seed=seed), open_split(config.data, "test")
+
+
+def test_text_equals_cross_entropy_by_hand(runtime, runs):
+    worker, dataset = of_one_rank(runs["text"], runtime)
+    nats, valid, _ = one_by_one(worker, dataset)
+    text = Path(runs["text"].data.path, "test.txt").read_text()
+    characters = len(text.replace("<|endoftext|>", ""))
+    values = evaluate(worker, dataset, micro_batch_size=4)
+    assert values == pytest.approx(
+        {
+            "eval_loss": nats / valid,
+            "perplexity": math.exp(nats / valid),
+            "bits_per_character": nats / math.log(2) / characters,
+        },
+        rel=1e-12,
+    )
+    assert worker.model.training
+
+
+def test_a_part_of_a_text_has_the_split_s_tokens_per_character(runtime, runs):
+    worker, dataset = of_one_rank(runs["text"], runtime)
+    nats, valid, _ = one_by_one(worker, dataset, samples=5)
+    values = evaluate(worker, dataset, micro_batch_size=2, samples=5)
+    assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
+    # Whatever is measured, bits per character and nats per token differ by one factor.
+    whole = evaluate(worker, dataset, micro_batch_size=2)
+    factor = whole["bits_per_character"] / whole["eval_loss"]
+    assert values["bits_per_character"] == pytest.approx(factor * nats / valid, rel=1e-12)
+
+
+def test_images_equal_a_count_by_hand(runtime, runs):
+    worker, dataset = of_one_rank(runs["images"], runtime, seed=4)
+    nats, valid, right = one_by_one(worker, dataset)
+    assert 0 < right < valid == len(dataset)
+    values = evaluate(worker, dataset, micro_batch_size=4)
+    expected = {"eval_loss": nats / valid, "accuracy": right / valid}
+    assert values == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
+    worker, dataset = of_one_rank(runs["pairs"], runtime)
+    tokenizer = open_tokenizer(runs["pairs"].data)
+    nats, valid, _ = one_by_one(worker, dataset)
+    hypotheses = []
+    for index in range(len(dataset)):
+        source_BT = torch.from_numpy(dataset.sample(index, None)["source"])[None]
+        ids = translate(
+            worker, source_BT, max_tokens=16, bos_id=tokenizer.eot_id, eos_id=tokenizer.eot_id,
+            beams=beams,
+        )  # fmt: skip
+        hypotheses.append(tokenizer.decode(ids[0]))
+    lines = Path(runs["pairs"].data.path, "test.tsv").read_text().splitlines()
+    references = [line.split("\t")[1] for line in lines]
+    # An untrained model gets nothing right: let it have been asked for some of what it says.
+    references[::2] = hypotheses[::2]
+    dataset.reference = references.__getitem__
+    bleu = sacrebleu.corpus_bleu(hypotheses, [references]).score
+    assert 5 < bleu < 95
+    values = evaluate(worker, dataset, micro_batch_size=4, tokenizer=tokenizer, beams=beams)
+    expected = {"eval_loss": nats / valid, "perplexity": math.exp(nats / valid), "bleu": bleu}
+    assert values == pytest.approx(expected, rel=1e-12)
+    assert "bleu" not in evaluate(worker, dataset, micro_batch_size=4)
+
+
+class Echo:
+    """A tokenizer whose text is the ids, so that references can be made of what a model says."""
+
+    eot_id = 0
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+def evaluate_layout(runtime, configs, strategy):
+    """The values of each family on this rank; unequal shares of samples are filled up."""
+    found = {}
+    for kind, config in configs.items():
+        worker = tiny.make_worker(runtime, config.model, strategy)
+        dataset = open_split(config.data, "test")
+        tokenizer = Echo() if kind == "pairs" else None
+        if tokenizer:
+            dataset.reference = lambda index: f"{index} 1 2 3 {index} 5"
+        found[kind] = evaluate(worker, dataset, micro_batch_size=3, tokenizer=tokenizer)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_layout_gets_the_same_values(ranks, runtime, runs, layout):
+    strategy = LAYOUTS[layout]
+    expected = evaluate_layout(runtime, runs, StrategyConfig())
+    world_size = strategy.replicate * strategy.shard
+    for rank in ranks.run(world_size, evaluate_layout, runs, strategy):
+        for kind, values in expected.items():
+            assert rank[kind] == pytest.approx(values, rel=1e-12), kind
+
+
+def train_around_an_evaluation(runtime, config, strategy, evaluates):
+    """The next step's loss and gradient norm, and whether parameters are as before."""
+    worker = tiny.make_worker(runtime, config.model, strategy)
+    if evaluates:
+        evaluate(worker, open_split(config.data, "test"), micro_batch_size=2)
+    kinds = {isinstance(parameter, DTensor) for parameter in worker.model.parameters()}
+    tokens_BS = torch.arange(32).view(2, 16)
+    batch = {"tokens": tokens_BS, "targets": tokens_BS + 1, "seeds": torch.arange(2)}
+    loss, _ = worker.forward_backward([batch])
+    return loss.item(), worker.clip_grad_norm(1.0).item(), kinds
+
+
+@pytest.mark.parametrize("reshard", [True, False])
+def test_evaluation_leaves_a_sharded_model_as_it_was(ranks, runs, reshard):
+    strategy = StrategyConfig(shard=2, reshard_after_forward=reshard)
+    with_it, without = (
+        ranks.run(2, train_around_an_evaluation, runs["text"], strategy, evaluates)
+        for evaluates in (True, False)
+    )
+    assert with_it == without
+    assert with_it[0][2] == {True}
+
+
+def test_door_shows_the_values_of_the_split(runtime, runs, capsys):
+    run = runs["pairs"]
+    tokenizer, worker = open_tokenizer(run.data), tiny.make_worker(runtime, run.model)
+    split = open_split(run.data, "valid")
+    values = evaluate(worker, split, micro_batch_size=2, tokenizer=tokenizer, beams=2, samples=5)
+    config = EvaluateConfig(
+        run_dir=run.run_dir, split="valid", precision="fp64", device="cpu", beams=2, samples=5
+    )
+    before = sorted(Path(run.run_dir).rglob("*"))
+    evaluate_run(config, runtime)
+    shown = capsys.readouterr().out
+    assert f"{run.run_dir}, valid split" in shown and bleu_signature() in shown
+    for name, value in values.items():
+        assert name in shown and f"{value:.4f}" in shown
+    assert sorted(Path(run.run_dir).rglob("*")) == before  # a run is only read
+
+
+def test_bleu_signature_is_sacrebleu_s():
+    metric = sacrebleu.BLEU()
+    metric.corpus_score(["a"], [["a"]])
+    assert bleu_signature() == str(metric.get_signature())

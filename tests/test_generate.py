@@ -1,0 +1,293 @@
+"""Generation against plain forwards without a cache, exhaustive search and transformers."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from parallel.config import StrategyConfig
+from parallel.runtime import Ranks, process_group
+from trainer.config import ConfigError, GenerateConfig
+from trainer.data import open_split, open_tokenizer
+from trainer.generate import draw, generate, keep_likeliest, read_image, sample, translate
+
+PROMPT = [3, 1, 4, 1, 5]
+NO_END = -1  # an id that no model writes
+BOS = EOS = 0
+PAD = 1
+# Sentences of several lengths, of which some translations end early.
+SOURCES = [[5, 7, 2], [9, 4, 4, 8, 1, 3], [11], [2, 19, 6, 20], [17, 17, 12], [8, 15]]
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """A group of one rank in this process."""
+    with process_group("cpu", Ranks.alone()) as runtime:
+        yield runtime
+
+
+def greedy(worker, tokens):
+    """The likeliest next token, by a forward without a cache."""
+    with worker.evaluating():
+        return int(worker.model({"tokens": torch.tensor([tokens])})[0, -1].argmax())
+
+
+@pytest.mark.parametrize("model", [tiny.LLAMA, tiny.GPT])
+@pytest.mark.parametrize("prompt", [PROMPT, []])
+def test_cached_text_equals_forwards_without_a_cache(runtime, model, prompt):
+    worker = tiny.make_worker(runtime, model)
+    expected = prompt or [7]  # an empty prompt is the start of a document
+    length = len(expected)
+    for _ in range(10):
+        expected = [*expected, greedy(worker, expected)]
+    written = sample(worker, prompt, max_tokens=10, eot_id=7, temperature=0.0)
+    end = expected.index(7, length) if 7 in expected[length:] else None
+    assert written == expected[length:end]
+    assert len(set(written)) > 3
+
+
+@pytest.mark.parametrize("model", [tiny.LLAMA, tiny.GPT])
+def test_text_beyond_the_positions_goes_on_from_the_newer_half(runtime, model):
+    worker = tiny.make_worker(runtime, model)
+    prompt = [(7 * i) % 23 for i in range(20)]
+    history, window = list(prompt), prompt[-16:]
+    for _ in range(20):
+        token = greedy(worker, window)
+        history.append(token)
+        window = [*window, token] if len(window) < 16 else history[-8:]
+    written = sample(worker, prompt, max_tokens=20, eot_id=NO_END, temperature=0.0)
+    assert written == history[20:]
+
+
+def test_text_without_a_limit_of_positions(runtime):
+    worker = tiny.make_worker(runtime, replace(tiny.LLAMA, max_positions=0))
+    expected = list(PROMPT)
+    for _ in range(20):
+        expected.append(greedy(worker, expected))
+    written = sample(worker, PROMPT, max_tokens=20, eot_id=NO_END, temperature=0.0)
+    assert written == expected[len(PROMPT) :]
+
+
+def test_text_ends_before_the_end_token(runtime):
+    worker = tiny.make_worker(runtime, tiny.LLAMA)
+    written = sample(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=0.0)
+    end = next(i for i in range(2, 10) if written[i] not in written[:i])
+    ended = sample(worker, PROMPT, max_tokens=10, eot_id=written[end], temperature=0.0)
+    assert ended == written[:end]
+
+
+def test_the_seed_decides_the_text(runtime):
+    worker = tiny.make_worker(runtime, tiny.LLAMA)
+    texts = [
+        sample(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=2.0, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+    assert worker.model.training  # as it was
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (3, 1.0), (40, 0.3), (6, 0.6), (0, 1e-9)])
+def test_top_k_and_top_p_keep_what_transformers_keep(top_k, top_p):
+    logits_RV = 3 * torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).double()
+    expected_RV = TopKLogitsWarper(top_k)(None, logits_RV) if top_k else logits_RV
+    expected_RV = TopPLogitsWarper(top_p)(None, expected_RV) if top_p < 1.0 else expected_RV
+    for logits_V, expected_V in zip(logits_RV, expected_RV, strict=True):
+        assert torch.equal(keep_likeliest(logits_V, top_k, top_p), expected_V)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_probabilities_at_the_temperature(temperature):
+    logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    generator = torch.Generator().manual_seed(0)
+    tokens = [draw(logits_V, temperature, 0, 1.0, generator) for _ in range(4000)]
+    share_V = torch.bincount(torch.tensor(tokens), minlength=4) / 4000
+    assert (share_V - (logits_V / temperature).softmax(-1)).abs().max() < 0.03
+
+
+def padded(sources):
+    longest = max(map(len, sources))
+    source_BT = torch.tensor([ids + [PAD] * (longest - len(ids)) for ids in sources])
+    valid_BT = torch.tensor([[i < len(ids) for i in range(longest)] for ids in sources])
+    return source_BT, valid_BT
+
+
+def ours(worker, sources, **options):
+    options = {"max_tokens": 10, "bos_id": BOS, "eos_id": EOS, **options}
+    return translate(worker, *padded(sources), **options)
+
+
+def log_probabilities(worker, source, *translations):
+    """(N,S,V) after each token of each translation of one sentence, without padding or cache."""
+    inputs = {
+        "source": torch.tensor([source] * len(translations)),
+        "tokens": torch.tensor([[BOS, *tokens] for tokens in translations]),
+    }
+    with worker.evaluating():
+        return worker.model(inputs).log_softmax(-1)
+
+
+def test_greedy_translation_of_a_padded_batch_equals_each_sentence_alone(runtime):
+    worker = tiny.make_worker(runtime, tiny.TRANSLATOR)
+    expected = []
+    for source in SOURCES:
+        tokens = []
+        while len(tokens) < 10:
+            token = int(log_probabilities(worker, source, tokens)[0, -1].argmax())
+            if token == EOS:
+                break
+            tokens.append(token)
+        expected.append(tokens)
+    assert ours(worker, SOURCES) == expected
+    assert len({len(tokens) for tokens in expected}) > 2  # some end early, at several lengths
+    assert ours(worker, SOURCES, max_tokens=99) == ours(worker, SOURCES, max_tokens=16)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, 2.0])
+def test_as_many_beams_as_sentences_find_the_best_of_all(runtime, penalty):
+    worker = tiny.make_worker(runtime, replace(tiny.TRANSLATOR, vocab_size=5), seed=1)
+    sources = [[1, 2, 3], [4], [3, 3, 1, 2, 2], [2, 4]]
+    expected = []
+    for source in sources:
+        scores = {}
+        longest = list(itertools.product(range(1, 5), repeat=3))
+        for row, step_SV in zip(longest, log_probabilities(worker, source, *longest), strict=True):
+            for length in range(4):  # and the end is the fourth token at the latest
+                steps = enumerate([*row[:length], EOS])
+                total = sum(step_SV[i, token].item() for i, token in steps)
+                scores[row[:length]] = total / (length + 1) ** penalty
+        expected.append(list(max(scores, key=scores.get)))
+    options = {"max_tokens": 4, "length_penalty": penalty}
+    assert ours(worker, sources, beams=100, **options) == expected
+    assert ours(worker, sources, beams=1, **options) != expected
+
+
+def plain_beam_search(worker, source, beams, penalty, max_tokens):
+    """Beam search on Python lists, one sentence, without any early stop but K finished ones."""
+    alive, finished = [(0.0, [])], []
+    for _ in range(max_tokens):
+        candidates = []
+        for total, tokens in alive:
+            step_V = log_probabilities(worker, source, tokens)[0, -1].tolist()
+            candidates += [(total + step, [*tokens, token]) for token, step in enumerate(step_V)]
+        candidates.sort(reverse=True)
+        finished += [
+            (total / len(tokens) ** penalty, tokens[:-1])
+            for total, tokens in candidates[:beams]
+            if tokens[-1] == EOS
+        ]
+        alive = [(total, tokens) for total, tokens in candidates if tokens[-1] != EOS][:beams]
+        if len(finished) >= beams:
+            break
+    return max(finished)[1] if finished else alive[0][1]
+
+
+@pytest.mark.parametrize(("beams", "penalty"), [(2, 1.0), (4, 0.6), (3, 0.0)])
+def test_batched_beams_equal_a_plain_beam_search(runtime, beams, penalty):
+    worker = tiny.make_worker(runtime, tiny.TRANSLATOR)
+    expected = [plain_beam_search(worker, source, beams, penalty, 8) for source in SOURCES]
+    found = ours(worker, SOURCES, beams=beams, length_penalty=penalty, max_tokens=8)
+    assert found == expected
+    if penalty:
+        assert found != ours(worker, SOURCES, max_tokens=8)
+
+
+def use_everywhere(runtime, strategy):
+    """Texts and translations of one rank; each rank has sentences of its own."""
+    writer = tiny.make_worker(runtime, tiny.LLAMA, strategy)
+    text = sample(writer, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
+    translator = tiny.make_worker(runtime, tiny.TRANSLATOR, strategy)
+    share = len(SOURCES) // translator.data_degree
+    own = SOURCES[translator.data_rank * share :][:share]
+    return text, ours(translator, own), ours(translator, own, beams=3)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        StrategyConfig(shard=2),
+        StrategyConfig(shard=2, reshard_after_forward=False),
+        StrategyConfig(replicate=2),
+        StrategyConfig(replicate=3),
+    ],
+)
+def test_any_layout_writes_the_same(ranks, runtime, strategy):
+    text, greedy_ids, beam_ids = use_everywhere(runtime, StrategyConfig())
+    found = ranks.run(strategy.shard * strategy.replicate, use_everywhere, strategy)
+    assert [rank[0] for rank in found] == [text] * len(found)
+    assert [ids for rank in found for ids in rank[1]] == greedy_ids
+    assert [ids for rank in found for ids in rank[2]] == beam_ids
+
+
+def answer(capsys, runtime, run, prompt, **options):
+    config = GenerateConfig(run_dir=run.run_dir, prompt=prompt, precision="fp64", device="cpu")
+    generate(replace(config, **options), runtime)
+    return capsys.readouterr().out
+
+
+def test_door_goes_on_from_a_text(tmp_path, capsys, runtime):
+    model = replace(tiny.LLAMA, vocab_size=0)
+    run = tiny.make_run(tmp_path, runtime, model, tiny.text_data(tmp_path))
+    tokenizer = open_tokenizer(run.data)
+    worker = tiny.make_worker(runtime, run.model)
+    prompt_ids = tokenizer.encode("abc [bold]")
+    written = sample(worker, prompt_ids, max_tokens=9, eot_id=tokenizer.eot_id, temperature=0.0)
+    shown = answer(capsys, runtime, run, "abc [bold]", max_tokens=9, temperature=0.0)
+    assert shown == tokenizer.decode([*prompt_ids, *written]) + "\n"
+    assert shown.startswith("abc [bold]") and len(shown) > len("abc [bold]\n")
+    assert answer(capsys, runtime, run, "", max_tokens=9).strip()
+
+
+def test_door_translates_line_by_line(tmp_path, capsys, runtime):
+    model = replace(tiny.TRANSLATOR, vocab_size=0)
+    run = tiny.make_run(tmp_path, runtime, model, tiny.pairs_data(tmp_path))
+    tokenizer = open_tokenizer(run.data)
+    worker = tiny.make_worker(runtime, run.model)
+    lines = ["abc", "defg gab fed"]
+    options = {"bos_id": tokenizer.eot_id, "eos_id": tokenizer.eot_id, "beams": 2}
+    expected = [
+        translate(worker, torch.tensor([tokenizer.encode(line)]), max_tokens=12, **options)[0]
+        for line in lines
+    ]
+    shown = answer(capsys, runtime, run, "\n".join(lines), max_tokens=12, beams=2)
+    assert shown == "".join(tokenizer.decode(ids) + "\n" for ids in expected)
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        answer(capsys, runtime, run, " ")
+
+
+def test_door_classifies_files_and_samples_of_the_data(tmp_path, capsys, runtime):
+    run = tiny.make_run(tmp_path, runtime, tiny.CLASSIFIER, tiny.image_data(tmp_path))
+    with np.load(run.data.path) as arrays:
+        pixels = arrays["x_test"][3]
+    np.save(tmp_path / "image.npy", pixels)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    batch = open_split(run.data, "test")
+    batch = batch.collate([batch.sample(3, None)])
+    worker = tiny.make_worker(runtime, run.model)
+    with worker.evaluating():
+        share_V = worker.model({"images": torch.from_numpy(batch["images"])})[0].softmax(-1)
+    shares, classes = share_V.topk(5)
+    for prompt in ("test:3", str(tmp_path / "image.npy"), str(tmp_path / "image.png")):
+        shown = answer(capsys, runtime, run, prompt)
+        rows = [line for line in shown.splitlines() if "%" in line]
+        assert len(rows) == 5
+        for row, share, index in zip(rows, shares.tolist(), classes.tolist(), strict=True):
+            assert f"kind {index} " in row and f"{share:.1%}" in row
+    assert "labelled kind 3" in answer(capsys, runtime, run, "test:3")
+    with pytest.raises(ConfigError, match="the last is test:10"):
+        answer(capsys, runtime, run, "test:11")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("", "prompt is empty"), ("none.png", "No such file"), ("wide.npy", r"\(8, 9, 1\)")],
+)
+def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    np.save("wide.npy", np.zeros((8, 9), np.uint8))
+    with pytest.raises(ConfigError, match=message):
+        read_image(name, 8, 1)

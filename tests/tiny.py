@@ -1,0 +1,102 @@
+"""Untrained runs of each family on a little data of their own."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from launch.before import training
+from parallel.config import StrategyConfig
+from parallel.runtime import Runtime
+from parallel.worker import Worker
+from trainer.build import build_worker
+from trainer.checkpoint import TrainState, save
+from trainer.config import DataConfig, ModelConfig, TrainConfig
+from trainer.optim import Optimizer
+from trainer.precision import LossScale, resolve_precision
+
+# A large init_std makes an untrained model's opinions differ from token to token.
+LLAMA = ModelConfig(
+    layers=2, width=16, heads=4, kv_heads=2, ffn_width=32, vocab_size=23, max_positions=16,
+    init_std=1.2, dropout=0.2,
+)  # fmt: skip
+GPT = ModelConfig(
+    layers=2, width=16, heads=4, ffn_width=32, vocab_size=23, max_positions=16, init_std=1.2,
+    norm="layernorm", activation="gelu_tanh", positions="learned", bias=True,
+)  # fmt: skip
+TRANSLATOR = ModelConfig(
+    family="encoder_decoder", layers=2, encoder_layers=1, width=16, heads=4, kv_heads=2,
+    ffn_width=32, vocab_size=23, max_positions=16, init_std=0.5, dropout=0.2,
+)  # fmt: skip
+CLASSIFIER = ModelConfig(
+    family="encoder", layers=2, width=16, heads=4, ffn_width=32, norm="layernorm", bias=True,
+    activation="gelu", positions="learned", patch_size=4, init_std=0.5,
+)  # fmt: skip
+
+
+def make_worker(runtime: Runtime, model: ModelConfig, strategy: StrategyConfig | None = None,
+                seed: int = 0) -> Worker:  # fmt: skip
+    """The model in float64, so that layouts agree in every token."""
+    config = TrainConfig(
+        model=model, strategy=strategy or StrategyConfig(), precision="fp64", seed=seed
+    )
+    return build_worker(config, runtime)
+
+
+def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfig) -> TrainConfig:
+    """A run with one checkpoint, of initial weights, in folder/run."""
+    config = TrainConfig(
+        model=model, data=data, precision="fp64", device="cpu", batch_size=4,
+        run_dir=str(folder / "run"),
+    )  # fmt: skip
+    config = training(config, runtime.world_size)
+    worker = build_worker(config, runtime)
+    scale = LossScale(resolve_precision("fp64", runtime.device), runtime.device)
+    optimizer = Optimizer(worker.model, config.optim)
+    state = TrainState(worker, optimizer, scale, tokens=torch.zeros((), dtype=torch.int64))
+    save(Path(config.run_dir), 1, state)
+    return config
+
+
+def text_data(folder: Path) -> DataConfig:
+    """Two short documents in each split."""
+    words = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "valid", "test"):
+        documents = [" ".join(_word(words) for _ in range(60)) for _ in range(2)]
+        (folder / f"{split}.txt").write_text("<|endoftext|>".join(documents))
+    return DataConfig(
+        kind="text", path=str(folder), vocab_size=280, seq_len=16, cache=str(folder / ".cache")
+    )
+
+
+def pairs_data(folder: Path) -> DataConfig:
+    """Sentences of one to five words, and themselves backwards; 7 to evaluate on."""
+    words = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in {"train": 20, "valid": 7, "test": 7}.items():
+        lines = []
+        for i in range(count):
+            sentence = [_word(words) for _ in range(1 + i % 5)]
+            lines.append(f"{' '.join(sentence)}\t{' '.join(reversed(sentence))}\n")
+        (folder / f"{split}.tsv").write_text("".join(lines))
+    return DataConfig(
+        kind="pairs", path=str(folder), vocab_size=280, seq_len=16, cache=str(folder / ".cache")
+    )
+
+
+def image_data(folder: Path) -> DataConfig:
+    """Noise of 8 × 8 pixels in 7 classes; 11 images to evaluate on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)
+    arrays = {"classes": np.array([f"kind {i}" for i in range(7)])}
+    for split, count in {"train": 21, "valid": 11, "test": 11}.items():
+        arrays[f"x_{split}"] = draw.integers(0, 256, (count, 8, 8), dtype=np.uint8)
+        arrays[f"y_{split}"] = np.arange(count) % 7
+    np.savez(folder / "noise.npz", **arrays)
+    return DataConfig(kind="images", path=str(folder / "noise.npz"), cache=str(folder / ".cache"))
+
+
+def _word(draw: random.Random) -> str:
+    return "".join(draw.choice("abcdefg") for _ in range(draw.randint(2, 5)))

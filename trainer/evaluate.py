@@ -1,0 +1,122 @@
+"""What a model is worth: its loss per target on a split, and the figure its task is known by."""
+
+import math
+
+import sacrebleu
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from parallel.config import data_degree
+from parallel.runtime import Runtime
+from parallel.worker import Worker
+from trainer.config import EvaluateConfig
+from trainer.data import Dataset, open_split
+from trainer.data.loader import Batch, evaluation_batches
+from trainer.generate import open_run, transformer, translate
+from trainer.loss import count_valid, cross_entropy_sum
+from trainer.tokenizer import Tokenizer
+
+LARGEST_EXPONENT = 700.0  # exp of more is no float64
+
+
+def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples: int = 0,
+             tokenizer: Tokenizer | None = None, beams: int = 1,
+             length_penalty: float = 1.0) -> dict[str, float]:  # fmt: skip
+    """Values of the first `samples` samples (0 = all); every rank calls it and gets the same.
+
+    `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` and
+    `perplexity` per token. Images: `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100)
+    of translations by `beams` beams where a `tokenizer` is given. `micro_batch_size`: per rank.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
+    translations: dict[int, str] = {}
+    batches = evaluation_batches(
+        dataset, micro_batch_size, worker.data_rank, worker.data_degree, samples,
+        pin_memory=worker.device.type == "cuda",
+    )  # fmt: skip
+    with worker.evaluating():
+        for batch in batches:
+            inputs = worker.to_device(batch)
+            totals += _totals(worker.model(inputs), inputs["targets"])
+            if tokenizer is not None:
+                translations |= _translations(worker, inputs, tokenizer, beams, length_penalty)
+    nats, targets, right = worker.sum_over_data(totals).tolist()
+    loss = nats / targets
+    values = {"eval_loss": loss}
+    family = transformer(worker).config.family
+    if family == "decoder":
+        # All that is known of a part of a split is its tokens: they are as long as the others.
+        values["bits_per_character"] = loss / math.log(2) * dataset.targets / dataset.characters
+    if family == "encoder":
+        return values | {"accuracy": right / targets}
+    values["perplexity"] = math.exp(min(loss, LARGEST_EXPONENT))
+    if tokenizer is not None:
+        values["bleu"] = _bleu(worker, dataset, translations)
+    return values
+
+
+def _totals(logits: Tensor, targets: Tensor) -> Tensor:
+    """(3,) float64: nats, valid targets and those that the model ranks first."""
+    nats = cross_entropy_sum(logits, targets)
+    right = (logits.argmax(dim=-1) == targets).sum()
+    return torch.stack((nats.double(), count_valid(targets).double(), right.double()))
+
+
+def _translations(worker: Worker, inputs: Batch, tokenizer: Tokenizer, beams: int,
+                  length_penalty: float) -> dict[int, str]:  # fmt: skip
+    """What the model makes of each source of the micro-batch, by the sample's index."""
+    sentences = translate(
+        worker, inputs["source"], inputs.get("source_valid"),
+        max_tokens=transformer(worker).config.max_positions,
+        bos_id=tokenizer.eot_id, eos_id=tokenizer.eot_id, beams=beams,
+        length_penalty=length_penalty,
+    )  # fmt: skip
+    pairs = zip(inputs["index"].tolist(), sentences, strict=True)
+    return {index: tokenizer.decode(ids) for index, ids in pairs if index >= 0}
+
+
+def _bleu(worker: Worker, dataset: Dataset, translations: dict[int, str]) -> float:
+    """BLEU over all ranks, as sacreBLEU (arXiv 1804.08771) defines it."""
+    found: dict[int, str] = {}
+    for part in worker.gather_over_data(translations):
+        found |= part
+    order = sorted(found)
+    hypotheses = [found[index] for index in order]
+    references = [dataset.reference(index) for index in order]
+    return float(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+
+
+def bleu_signature() -> str:
+    """What makes BLEU comparable: the tokenisation and so on that sacreBLEU measures it with."""
+    return str(sacrebleu.BLEU(references=[["."]]).get_signature())
+
+
+def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
+    """Evaluate the newest checkpoint of a run on config.split; a table on the console of rank 0."""
+    run = open_run(config, runtime)
+    trained = run.config
+    translates = trained.data.kind == "pairs"
+    share = trained.batch_size // data_degree(trained.strategy)
+    values = evaluate(
+        run.worker, open_split(trained.data, config.split),
+        micro_batch_size=config.micro_batch_size or trained.micro_batch_size or share,
+        samples=config.samples, tokenizer=run.tokenizer() if translates else None,
+        beams=config.beams,
+    )  # fmt: skip
+    if runtime.rank == 0:
+        console = Console()
+        console.print(f"{config.run_dir}, {config.split} split:", soft_wrap=True, markup=False)
+        console.print(table(values))
+        if translates:
+            console.print(f"BLEU: {bleu_signature()}", soft_wrap=True, highlight=False)
+
+
+def table(values: dict[str, float]) -> Table:
+    """One row of values under their names."""
+    shown = Table()
+    for name in values:
+        shown.add_column(name, justify="right")
+    shown.add_row(*(f"{value:.4f}" for value in values.values()))
+    return shown
