@@ -27,6 +27,7 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = complete(config, data.prepare(config.data, progress=True))
     open_run_dir(config)
+    log.info("run_dir=%s", config.run_dir)
     return config
 
 
