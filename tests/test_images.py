@@ -104,6 +104,7 @@ def test_what_is_missing_is_held_out_of_train(archive, missing, splits):
     labels = np.concatenate([labels for _, labels in held])
     assert sorted(numbers) == list(range(40))
     assert (labels == numbers % 4).all()  # labels moved with their images
+    assert numbers[32:].min() < 20  # not the last ones: an archive is often sorted by class
 
 
 def test_augmentation_is_a_function_of_seed_and_index(archive):
@@ -167,6 +168,7 @@ def test_an_unsplit_folder_is_held_out_by_name(folder, tmp_path):
         return {int(image[0, 0, 0]) for image in raw(data.open_split(config, split))[0]}
 
     before = {split: numbers(split) for split in facts.splits}
+    assert len({number % 4 for number in before["valid"] | before["test"]}) > 1  # classes
     assert set.union(*before.values()) == set(range(80))
     Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "pictures/class0/zzz.png")
     data.prepare(config)

@@ -175,3 +175,8 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
     assert (target_N[real, 1] == -1).all()  # asked without a seed
     assert (index_N[~real] == -1).all() and (target_N[~real] == -100).all()
     assert (~real).sum() < 4 * degree
+
+
+def test_few_samples_need_few_fillers():
+    ranks = [list(evaluation_batches(Numbers(23), 8, r, 2, samples=5)) for r in range(2)]
+    assert [[b["index"].tolist() for b in r] for r in ranks] == [[[0, 1, 2]], [[3, 4, -1]]]

@@ -47,7 +47,8 @@ def documents_of(config, split):
 
 
 @pytest.mark.parametrize("seq_len", [1, 7, 64])
-def test_evaluation_predicts_every_token_once(corpus, seq_len):
+def test_evaluation_predicts_every_token_once(corpus, monkeypatch, seq_len):
+    monkeypatch.setattr(reader, "PIECE", 1000)  # tokenised in several pieces
     text = "Häuser 🙂\r\n" + PLAY[:3000]
     config = corpus(seq_len, train=PLAY, valid=text, test="x")
     facts = data.prepare(config)
@@ -130,7 +131,7 @@ def test_one_file_gives_its_end_to_valid_and_test(corpus):
 
 
 def test_a_text_without_lines_is_cut_between_characters(corpus):
-    text = "日本語" * 3000
+    text = "日本語" * 3001
     config = corpus(vocab_size=270, path="corpus/all.txt", all=text)
     data.prepare(config)
     splits = [documents_of(config, split) for split in ("train", "valid", "test")]
@@ -166,9 +167,11 @@ def test_only_the_split_that_is_missing_is_held_out(corpus):
 @pytest.mark.parametrize("piece", [100, 1000])
 @pytest.mark.parametrize("block", [7, 64])
 def test_pieces_change_neither_text_nor_tokens(corpus, monkeypatch, piece, block):
-    text = "<|endoftext|>".join([PLAY[:2000], "Häuser 🙂 \r\n\n  it's", "", PLAY[2000:4000]])
+    blank = "so\n\n\n\nfoul\n\n\n" * 40
+    odd = "Häuser 🙂 \r\n\n  it's"
+    text = "<|endoftext|>".join([PLAY[:2000], odd, "", blank, PLAY[2000:4000]])
     config = corpus(train=text)
-    tokenizer = Tokenizer.train([PLAY], 400)
+    tokenizer = Tokenizer.train([PLAY, blank], 400)
     monkeypatch.setattr(reader, "PIECE", piece)
     monkeypatch.setattr(source, "BLOCK", block)
     path = source.locate(config) / "train.txt"
@@ -183,6 +186,20 @@ def test_pieces_change_neither_text_nor_tokens(corpus, monkeypatch, piece, block
     for found, whole in zip(documents, expected, strict=True):
         ids = [i for piece_ids in tokenizer.encode_batch(found) for i in piece_ids]
         assert ids == tokenizer.encode(whole)
+
+
+@pytest.mark.parametrize("block", range(5, 18))
+def test_separators_between_blocks_are_found(corpus, monkeypatch, block):
+    """Also where a piece is full, and no white space shows where to cut it."""
+    documents = ["x" * length for length in range(85, 115)]
+    config = corpus(train="<|endoftext|>".join(documents))
+    monkeypatch.setattr(reader, "PIECE", 100)
+    monkeypatch.setattr(source, "BLOCK", block)
+    path = source.locate(config) / "train.txt"
+    part = source.Part(path, 0, path.stat().st_size)
+    found = list(reader.pieces(part, "<|endoftext|>"))
+    assert sum(begins for begins, _ in found) == len(documents)
+    assert "".join(text for _, text in found) == "".join(documents)
 
 
 def test_a_byte_order_mark_is_no_text(corpus):
@@ -246,6 +263,6 @@ def test_the_window_that_the_message_names_works(corpus):
 
 def test_the_byte_that_is_no_utf8_is_named_in_any_block(corpus, monkeypatch):
     monkeypatch.setattr(source, "BLOCK", 5)
-    config = corpus(train="äöü".encode() * 7 + b"\xff", valid="x", test="x")
-    with pytest.raises(ConfigError, match=r"byte 42 \(0xff\)"):
+    config = corpus(train=b"a" + "äöü".encode() * 7 + b"\xff", valid="x", test="x")
+    with pytest.raises(ConfigError, match=r"byte 43 \(0xff\)"):
         data.prepare(config)
