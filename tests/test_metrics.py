@@ -109,11 +109,11 @@ def test_a_pause_that_raises_ends_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("start_step", "kept"), [(4, [2, 4, 4]), (5, [2, 4, 4]), (0, []), (6, [2, 4, 4, 6])]
+    ("start_step", "kept"), [(4, [0, 2, 4, 4]), (5, [0, 2, 4, 4]), (0, []), (6, [0, 2, 4, 4, 6])]
 )
 def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: list[int]) -> None:
-    old = [{"step": 2}, {"step": 4}, {"step": 4, "split": "valid"}, {"step": 6}]
-    whole = "".join(json.dumps(line) + "\n" for line in old)
+    steps = (0, 2, 4, 4, 6)
+    whole = "".join(json.dumps({"step": step}) + "\n" for step in steps)
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo')  # killed while writing
     with make(tmp_path, start_step=start_step) as recorder:
         recorder.start(0)
