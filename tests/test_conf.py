@@ -126,6 +126,7 @@ BAD = {
     "model.head_width=15": "set model.head_width=16",
     "batch_size=15": "batch_size=15 is not divisible by the 2 ranks that see different samples "
     "(strategy.replicate × strategy.shard); try 14 or 16",
+    "batch_size=-3": "batch_size=-3 must be at least 1",
     "batch_size=1": "batch_size=1 is not divisible by the 2 ranks that see different samples "
     "(strategy.replicate × strategy.shard); try 2",
     "micro_batch_size=3": "micro_batch_size=3 does not divide the 8 samples of one rank "
@@ -150,6 +151,13 @@ def test_bad_value_gets_its_message(override):
 def test_image_size_must_be_whole_patches():
     messages = found("experiment=images", "model.image_size=28", "model.patch_size=5")
     assert messages == ["model.patch_size=5 does not divide model.image_size=28; try 4 or 7"]
+    with pytest.raises(ConfigError) as raised:
+        complete(configured("experiment=images", "model.patch_size=5"), FACTS["images"])
+    assert raised.value.problems == messages
+
+
+def test_an_image_has_no_seq_len():
+    assert found("experiment=images", "model.max_positions=50") == []
 
 
 def test_all_problems_at_once():
