@@ -83,8 +83,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens are left out."""
-        special = (self.eot_id, self.pad_id)
-        text: str = self._backend.decode([int(i) for i in ids if i not in special])
+        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
         return text
 
 
@@ -99,7 +98,7 @@ def too_small(vocab_size: int) -> str:
 def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
     """The id of the first of these names in the vocabulary; the first is added if there is none."""
     name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
-    backend.add_special_tokens([name])  # adds nothing where it is known, but marks it as special
+    backend.add_special_tokens([name])  # a known one is only marked as special
     token_id = backend.token_to_id(name)
     assert token_id is not None, name
     return token_id
