@@ -50,4 +50,4 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    block.forward = recomputing  # type: ignore[method-assign]
+    block.forward = recomputing

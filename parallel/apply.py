@@ -29,9 +29,9 @@ def parallelize(
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
     `parameters` is the dtype that weights are kept and gradients reduced in, `compute` the one
-    that FSDP gathers them in. The model must have `blocks` (a ModuleDict) and `tie_weights()`.
+    that FSDP gathers them in. The model's layers must stand in a module named `blocks`.
     """
-    for block in model.blocks.values():
+    for block in model.get_submodule("blocks").children():
         # 1. Recomputation is the innermost layer: what it wraps runs a second time.
         checkpoint_activations(block, activation_checkpointing)
         # 2. One graph per block; all blocks look alike, so it is compiled once.
@@ -57,11 +57,14 @@ def parallelize(
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
                 draw_rows: DrawRows) -> None:  # fmt: skip
     """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
+    ties = _ties(model)
     model.to(dtype)
     model.to_empty(device=device)
-    model.tie_weights()
+    for alias, name in ties.items():
+        owner, _, attribute = alias.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
     for name, parameter in model.named_parameters():
-        shape, offset = list(parameter.shape), [0] * parameter.dim()
+        shape, offset = tuple(parameter.shape), (0,) * parameter.dim()
         if isinstance(parameter, DTensor):
             shape, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
@@ -71,3 +74,11 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
         rows = draw_rows(name, parameter.shape, offset[0], offset[0] + shape[0])
         inner = tuple(slice(o, o + s) for o, s in zip(offset[1:], shape[1:], strict=True))
         local(parameter).copy_(rows[(slice(None), *inner)])
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """Second names of parameters, with the first: `to_empty` parts what is shared."""
+    first: dict[int, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    names = {name: first.setdefault(id(parameter), name) for name, parameter in every}
+    return {alias: name for alias, name in names.items() if alias != name}

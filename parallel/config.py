@@ -1,7 +1,8 @@
 """Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` answer at once."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
@@ -64,7 +65,8 @@ def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
         return strategy
     if world_size % fixed:
         raise ConfigError(_indivisible(strategy, fixed, world_size))
-    return replace(strategy, **{open_axes[0]: world_size // fixed})
+    changes: dict[str, Any] = {open_axes[0]: world_size // fixed}
+    return replace(strategy, **changes)
 
 
 def _product(strategy: StrategyConfig) -> str:
@@ -90,8 +92,3 @@ def _indivisible(strategy: StrategyConfig, fixed: int, world_size: int) -> str:
         f"{_product(strategy)}: the fixed degrees make {fixed}, which does not divide "
         f"{world_size} ranks; start {' or '.join(map(str, fit))} ranks {HOW}"
     )
-
-
-def axis_fields() -> list[str]:
-    """Names of the fields that are degrees, in the order of the dataclass."""
-    return [f.name for f in fields(StrategyConfig) if f.name in AXES]

@@ -21,8 +21,7 @@ from parallel.worker import Worker
 class _OwnPartOnly(DefaultReduceScatter):
     """A reduce-scatter that forgets the other ranks."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
-                 async_op: bool = False) -> None:  # fmt: skip
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, *args: Any) -> Any:
         parts = input_tensor.chunk(dist.get_world_size(group))
         output_tensor.copy_(parts[dist.get_rank(group)])
 
@@ -44,7 +43,7 @@ def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     """A parameter is left out of the all-reduce (DDP), or a block of the reduce-scatter (FSDP)."""
     with mock.patch.object(ddp, "sum_gradients", _one_left_out):
         worker = parallelize(*args, **kwargs)
-    block = list(worker.model.blocks.children())[-1]
+    block = list(worker.model.get_submodule("blocks").children())[-1]
     if isinstance(block, FSDPModule):
         block.set_custom_reduce_scatter(_OwnPartOnly())
     return worker

@@ -23,10 +23,8 @@ def shard(
     # An encoder block hands the decoder's waiting stream on untouched, as a view; nothing writes
     # into it, which is what the warning is about.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    for block in model.blocks.children():
-        fully_shard(
-            block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward
-        )
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
     # The head is the last of the forward and the first of the backward: freeing it between the
     # two would only gather it again at once.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)

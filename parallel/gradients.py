@@ -18,9 +18,7 @@ def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    return tuple(
-        mesh.get_group(i) for i, p in enumerate(gradient.placements) if p.is_shard()
-    )
+    return tuple(mesh.get_group(i) for i, p in enumerate(gradient.placements) if p.is_shard())
 
 
 @torch.no_grad()

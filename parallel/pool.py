@@ -1,4 +1,4 @@
-"""A pool of CPU ranks that stay alive: starting processes that import torch costs more than tests."""
+"""A pool of CPU ranks that stay alive: to start a process that imports torch takes seconds."""
 
 import time
 import traceback
@@ -15,7 +15,7 @@ from parallel.runtime import Runtime
 GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank raised, died or got stuck; the message has its number and its traceback."""
 
 
@@ -44,8 +44,8 @@ class RankPool:
             timeout_seconds: float = 120.0) -> list:  # fmt: skip
         """Results of `function(runtime, *args)` in rank order.
 
-        The function must be importable by name. Raises RankFailed with the rank that raised, or
-        that was stuck when the time was up; the pool starts anew after that.
+        The function must be importable by name. RankFailedError names the rank that raised, or
+        that was stuck when the time was up; after that the pool starts anew.
         """
         if not self._processes:
             self._start()
@@ -57,21 +57,21 @@ class RankPool:
         deadline = time.monotonic() + timeout_seconds
         failure = ""
         while len(results) < world_size:
-            waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
-            ready = wait(waiting, max(0.0, deadline - time.monotonic()))
+            waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in results}
+            ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 stuck = [rank for rank in range(world_size) if rank not in results]
                 failure = failure or f"stuck after {timeout_seconds:g} s: ranks {stuck}"
                 break
-            for pipe in ready:
-                rank = pipes.index(pipe)  # type: ignore[arg-type]
-                good, results[rank] = _receive(pipe, rank)  # type: ignore[arg-type]
+            for pipe in waiting.keys() & set(ready):
+                rank = waiting[pipe]
+                good, results[rank] = _receive(pipe, rank)
                 if not good:
                     failure = failure or f"rank {rank} of {world_size} failed:\n{results[rank]}"
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if failure:
             self.close()
-            raise RankFailed(failure)
+            raise RankFailedError(failure)
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:

@@ -36,5 +36,3 @@ class Traffic(TorchDispatchMode):
             tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
         for tensor in tensors:
             self.payload_bytes[name, tensor.dtype] += tensor.numel() * tensor.element_size()
-
-

@@ -180,3 +180,36 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
 def test_few_samples_need_few_fillers():
     ranks = [list(evaluation_batches(Numbers(23), 8, r, 2, samples=5)) for r in range(2)]
     assert [[b["index"].tolist() for b in r] for r in ranks] == [[[0, 1, 2]], [[3, 4, -1]]]
+
+
+class Lengths:
+    """Samples of random lengths, each of which holds its index."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def sample(self, index: int, seed: int | None) -> dict[str, np.ndarray]:
+        length = np.random.default_rng(index).integers(1, 50)
+        return {"tokens": np.full(length, index), "targets": np.full(length, index)}
+
+    def collate(self, samples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        longest = max(len(sample["tokens"]) for sample in samples)
+        rows = [np.pad(s["tokens"], (0, longest - len(s["tokens"])), mode="edge") for s in samples]
+        return {"tokens": np.stack(rows), "targets": np.stack(rows)}
+
+
+def test_samples_of_like_length_share_a_micro_batch():
+    whole = TrainLoader(Lengths(), 0, 32, 32, 0, 1, first_step=3)
+    cut = TrainLoader(Lengths(), 0, 32, 8, 0, 1, first_step=3)
+    (all_at_once,), micro_batches = next(whole), next(cut)
+    lengths = [batch["tokens"].shape[1] for batch in micro_batches]
+    assert lengths == sorted(lengths)
+    assert sum(8 * length for length in lengths) < 0.75 * all_at_once["tokens"].numel()
+    # The same samples, each with its own dropout seed.
+    seed_of = dict(
+        zip(all_at_once["tokens"][:, 0].tolist(), all_at_once["seeds"].tolist(), strict=True)
+    )
+    parts = [(b["tokens"][:, 0].tolist(), b["seeds"].tolist()) for b in micro_batches]
+    assert {i: s for tokens, seeds in parts for i, s in zip(tokens, seeds, strict=True)} == seed_of
+    whole.close()
+    cut.close()

@@ -42,7 +42,8 @@ def config(tmp_path_factory) -> TrainConfig:
         data=data, model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64,
                                      dropout=0.1),
         optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=EvalConfig(every=0, samples=8, test=False),
-        checkpoint=CheckpointConfig(every=3, keep=2), metrics=MetricsConfig(every=1, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=3, keep=2),
+        metrics=MetricsConfig(every=1, sample_tokens=0),
         precision="fp64", device="cpu", steps=7, batch_size=8,
     )  # fmt: skip
     return complete(draft, prepare(data))

@@ -103,10 +103,17 @@ def test_llama_equals_transformers(scaling):
         }  # fmt: skip
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
-            vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-5,
-            rope_parameters=rope, max_position_embeddings=131072, tie_word_embeddings=False,
-        )  # fmt: skip
+            vocab_size=50,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-5,
+            rope_parameters=rope,
+            max_position_embeddings=131072,
+            tie_word_embeddings=False,
+        )
     ).double()
     ours = build(config)
     copy_weights(ours, theirs, LLAMA_NAMES)
@@ -131,9 +138,15 @@ def test_gpt2_equals_transformers():
     )  # fmt: skip
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
-            vocab_size=50, n_positions=40, n_embd=64, n_layer=2, n_head=4,
-            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        )  # fmt: skip
+            vocab_size=50,
+            n_positions=40,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
     ).double()
     ours = build(config)
     with torch.no_grad():  # GPT-2 keeps its matrices transposed, and query, key, value in one
@@ -171,9 +184,15 @@ def test_vit_equals_transformers():
     )  # fmt: skip
     theirs = transformers.ViTForImageClassification(
         transformers.ViTConfig(
-            hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
-            image_size=8, patch_size=4, num_labels=5, layer_norm_eps=1e-12,
-        )  # fmt: skip
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=128,
+            image_size=8,
+            patch_size=4,
+            num_labels=5,
+            layer_norm_eps=1e-12,
+        )
     ).double()
     nn.init.normal_(theirs.vit.embeddings.cls_token)
     nn.init.normal_(theirs.vit.embeddings.position_embeddings)
@@ -238,9 +257,7 @@ def test_decoder_layer_with_memory_equals_torch():
     memory = encoder(table[source] + positions[:7], src_key_padding_mask=~valid)
     memory = nn.functional.layer_norm(memory, (32,))
     future = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
-    x = decoder(
-        table[tokens] + positions, memory, tgt_mask=future, memory_key_padding_mask=~valid
-    )
+    x = decoder(table[tokens] + positions, memory, tgt_mask=future, memory_key_padding_mask=~valid)
     reference = nn.functional.layer_norm(x, (32,)) @ table.T
     logits = ours({"source": source, "source_valid": valid, "tokens": tokens})
     torch.testing.assert_close(logits, reference)
@@ -276,12 +293,16 @@ def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
 def test_decoding_with_a_cache_equals_the_whole_forward(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model = build(config).eval()
-    batch = {k: v for k, v in make_batch(config, 2, 0).items() if k not in ("documents", "positions")}
+    batch = {
+        k: v for k, v in make_batch(config, 2, 0).items() if k not in ("documents", "positions")
+    }
     whole = model(batch)
     cache = DecodingCache(model, capacity=12)
     shared = {k: v for k, v in batch.items() if k.startswith("source")}
     parts = [model(shared | {"tokens": batch["tokens"][:, :5]}, cache=cache)]
-    parts += [model(shared | {"tokens": batch["tokens"][:, i : i + 1]}, cache=cache) for i in range(5, 12)]
+    parts += [
+        model(shared | {"tokens": batch["tokens"][:, i : i + 1]}, cache=cache) for i in range(5, 12)
+    ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 
 

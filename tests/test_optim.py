@@ -29,9 +29,7 @@ def test_warm_up_is_linear_and_reaches_the_peak():
 
 
 def test_wsd_is_stable_and_then_falls_to_the_floor():
-    config = OptimConfig(
-        lr=1.0, warmup_steps=0, schedule="wsd", decay_share=0.2, min_lr_ratio=0.1
-    )
+    config = OptimConfig(lr=1.0, warmup_steps=0, schedule="wsd", decay_share=0.2, min_lr_ratio=0.1)
     assert [lr_at(step, 100, config) for step in (0, 50, 80)] == [1.0, 1.0, 1.0]
     assert lr_at(90, 100, config) == pytest.approx(0.55)
     assert lr_at(100, 100, config) == pytest.approx(0.1)

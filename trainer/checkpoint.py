@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.worker import Worker
 from trainer.config import ConfigError
@@ -29,6 +30,7 @@ class TrainState:
     optimizer: Optimizer
     loss_scale: LossScale
     tokens: Tensor  # valid targets learned from so far, int64 on the device
+    bad_step: Tensor  # the first step that was not finite, 0 = none; never saved
     step: int = 0  # optimizer steps done
 
 
@@ -91,7 +93,7 @@ def _check_shapes(path: Path, model: dict) -> None:
     saved = {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in metadata.items()
-        if name.startswith("model.")
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
     ours = {name: tuple(parameter.shape) for name, parameter in model.items()}
     for name in [*ours, *saved]:

@@ -1,4 +1,4 @@
-"""The typed configuration of the trainer; free of torch, so that `--help` and `--cfg` answer at once.
+"""The typed configuration of the trainer; free of torch, so that `--help` answers at once.
 
 Each section is named after the file that reads it: `optim.lr` is read by trainer/optim.py.
 """
@@ -109,7 +109,9 @@ class MetricsConfig:
     profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "samestep"
-    peak_tflops: float = 0.0  # of the accelerator in the chosen precision, for MFU; 0.0 = look it up
+    peak_tflops: float = (
+        0.0  # of the accelerator in the chosen precision, for MFU; 0.0 = look it up
+    )
 
 
 @dataclass
@@ -136,7 +138,9 @@ class TrainConfig:
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     steps: int = 1000  # optimizer steps of the whole run
     batch_size: int = 32  # samples per optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's samples at once
+    micro_batch_size: int = (
+        0  # samples per forward on one rank; 0 = all of the rank's samples at once
+    )
     seed: int = 0  # weights, order of the samples and dropout follow from it
     run_dir: str = "runs"  # folder of this run
     resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
@@ -154,7 +158,9 @@ class VerifyConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = 3  # optimizer steps compared
     seed: int = 0
-    tolerance: float = 1e-10  # largest difference that passes, relative to the tensor's largest entry
+    tolerance: float = (
+        1e-10  # largest difference that passes, relative to the tensor's largest entry
+    )
     activation_checkpointing: str = "none"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_reduction; empty = off
@@ -177,10 +183,12 @@ class EvaluateConfig:
 
 @dataclass
 class GenerateConfig:
-    """Write text, or translate, with the newest checkpoint of a run; read by trainer/generate.py."""
+    """Use a trained run: write, translate or classify; read by trainer/generate.py."""
 
     run_dir: str = ""  # the run; its config.yaml says model and data
-    prompt: str = ""  # text to go on from; the sentence to translate; the .npy/.png file to classify
+    prompt: str = (
+        ""  # text to go on from; the sentence to translate; the .npy/.png file to classify
+    )
     max_tokens: int = 200
     temperature: float = 0.8  # 0.0 = greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 = off

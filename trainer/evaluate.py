@@ -82,10 +82,8 @@ def _bleu(worker: Worker, dataset: Dataset, translations: dict[int, str]) -> flo
     found: dict[int, str] = {}
     for part in worker.gather_over_data(translations):
         found |= part
-    order = sorted(found)
-    hypotheses = [found[index] for index in order]
-    references = [dataset.reference(index) for index in order]
-    return float(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+    references = [dataset.reference(index) for index in found]
+    return float(sacrebleu.corpus_bleu(list(found.values()), [references]).score)
 
 
 def bleu_signature() -> str:

@@ -99,9 +99,7 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_GOLDEN, _MIX_1, _MIX_2 = map(
-    _signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
+_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _fold(bits: Tensor, shift: int) -> Tensor:
@@ -181,9 +179,7 @@ class Attention(nn.Module):
         # The number of heads is read from the tensor, so that a shard of the heads just works.
         return x_BSD.unflatten(-1, (-1, self.head_width))
 
-    def forward(
-        self, x_BSD: Tensor, stream: Stream, cache: AttentionCache | None = None
-    ) -> Tensor:
+    def forward(self, x_BSD: Tensor, stream: Stream, cache: AttentionCache | None = None) -> Tensor:
         """Self-attention."""
         query_BSHK, key_BSGK = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD))
         if stream.rope is not None:
@@ -212,8 +208,12 @@ class Attention(nn.Module):
         )
 
     def _attend(
-        self, query_BSHK: Tensor, key_BGSK: Tensor, value_BGSK: Tensor,
-        mask: Tensor | None, causal: bool,
+        self,
+        query_BSHK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        mask: Tensor | None,
+        causal: bool,
     ) -> Tensor:
         query_BHSK = query_BSHK.transpose(1, 2)
         mixed_BHSK = F.scaled_dot_product_attention(
@@ -263,7 +263,10 @@ class Block(nn.Module):
         self.feed_forward_dropout = Dropout(config.dropout)
 
     def forward(
-        self, x_BSD: Tensor, memory_BTD: Tensor | None, streams: dict[str, Stream],
+        self,
+        x_BSD: Tensor,
+        memory_BTD: Tensor | None,
+        streams: dict[str, Stream],
         cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]
@@ -271,13 +274,18 @@ class Block(nn.Module):
             self.attention_norm(x_BSD), own, cache.attention if cache else None
         )
         x_BSD = x_BSD + self.attention_dropout(branch_BSD, own.seeds_B)
-        if self.cross_attention is not None:
+        if self.cross_attention and self.cross_norm and self.cross_dropout:
+            assert memory_BTD is not None
             branch_BSD = self.cross_attention.cross(
-                self.cross_norm(x_BSD), memory_BTD, streams["source"], cache.cross if cache else None
+                self.cross_norm(x_BSD),
+                memory_BTD,
+                streams["source"],
+                cache.cross if cache else None,
             )
             x_BSD = x_BSD + self.cross_dropout(branch_BSD, own.seeds_B)
         branch_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
         x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own.seeds_B)
         if self.turn_norm is not None:
+            assert memory_BTD is not None
             return memory_BTD, self.turn_norm(x_BSD)
         return x_BSD, memory_BTD

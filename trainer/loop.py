@@ -1,14 +1,14 @@
 """Training: build everything, then take the same steps whatever the layout."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from parallel.runtime import Runtime
-from parallel.worker import Worker
+from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, load, save
 from trainer.config import ConfigError, TrainConfig
@@ -52,6 +52,7 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
         Optimizer(worker.model, config.optim),
         LossScale(precision, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
+        bad_step=torch.zeros((), device=runtime.device),
     )
     saved = checkpoints(config.run_dir)
     if saved:
@@ -84,38 +85,58 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Step:
+    """What a step leaves on the device: this rank's part of the mean loss, and the norm."""
+
+    loss: Tensor
+    grad_norm: Tensor
+    lr: float
+
+
+def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroBatch]) -> Step:
+    """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
+    worker, scale = state.worker, state.loss_scale.scale
+    lr = lr_at(state.step, config.steps, config.optim)
+    worker.zero_grad()
+    loss, count = worker.forward_backward(micro_batches, scale)
+    grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, scale)
+    skip = (~grad_norm.isfinite()).float()
+    state.optimizer.step(lr, skip)
+    state.tokens += count
+    state.step += 1
+    remember_if_bad(state, skip)
+    state.loss_scale.update(skip)
+    return Step(loss, grad_norm, lr)
+
+
 def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
                recorder: Recorder) -> None:  # fmt: skip
-    """Steps until `config.steps`; evaluations, checkpoints and metrics as they fall due."""
-    worker, optimizer, loss_scale = state.worker, state.optimizer, state.loss_scale
-    bad_step = torch.zeros((), device=worker.device)  # the first that was not finite; 0 = none
+    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
     recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
-        lr = lr_at(state.step, config.steps, config.optim)
-        worker.zero_grad()
-        loss, count = worker.forward_backward(next(loader), loss_scale.scale)
-        grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, loss_scale.scale)
-        skip = (~grad_norm.isfinite()).float()
-        optimizer.step(lr, skip)
-        state.tokens += count
-        state.step += 1
-        bad_step = remember_bad_step(bad_step, skip, loss_scale, state.step)
-        loss_scale.update(skip)
+        step = take_step(config, state, next(loader))
         recorder.step_done()
         if recorder.due(state.step):
-            stop_if_bad(bad_step, config.run_dir)
-            recorder.training(
-                state.step, worker.sum_over_data(loss).item(), grad_norm.item(), lr,
-                int(state.tokens.item()), loader.wait_seconds,
-            )  # fmt: skip
+            report(config, state, step, loader, recorder)
         if due(state.step, config.eval.every, config.steps):
             with recorder.pause():
-                values = measure(config, worker, "valid", config.eval.samples)
+                values = measure(config, state.worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
         if due(state.step, config.checkpoint.every, config.steps):
-            stop_if_bad(bad_step, config.run_dir)
+            stop_if_bad(state, config.run_dir)
             with recorder.pause():
                 save(Path(config.run_dir), config.checkpoint.keep, state)
+
+
+def report(config: TrainConfig, state: TrainState, step: Step, loader: TrainLoader,
+           recorder: Recorder) -> None:  # fmt: skip
+    """A line of metrics; here, and only here, the host waits for the device."""
+    stop_if_bad(state, config.run_dir)
+    recorder.training(
+        state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
+        int(state.tokens.item()), loader.wait_seconds,
+    )  # fmt: skip
 
 
 def finish(config: TrainConfig, state: TrainState, recorder: Recorder) -> dict[str, float]:
@@ -151,19 +172,20 @@ def due(step: int, every: int, steps: int) -> bool:
     return step == steps or (every > 0 and step % every == 0)
 
 
-def remember_bad_step(bad_step: Tensor, skip: Tensor, loss_scale: LossScale, step: int) -> Tensor:
-    """The first bad step, kept on the device so that a healthy step waits for nothing.
+def remember_if_bad(state: TrainState, skip: Tensor) -> None:
+    """Keep the number of the first bad step on the device.
 
     fp16 overflows now and then and its scale adapts: it is bad once the scale has fallen below 1
     and still overflows.
     """
-    bad = (skip > 0) & (loss_scale.scale < 1.0) if loss_scale.dynamic else skip > 0
-    return torch.where((bad_step == 0) & bad, float(step), bad_step)
+    scale = state.loss_scale
+    bad = (skip > 0) & (scale.scale < 1.0) if scale.dynamic else skip > 0
+    state.bad_step = torch.where((state.bad_step == 0) & bad, float(state.step), state.bad_step)
 
 
-def stop_if_bad(bad_step: Tensor, run_dir: str) -> None:
+def stop_if_bad(state: TrainState, run_dir: str) -> None:
     """Raise ConfigError if a step was bad; it is the same on every rank, as the norm is."""
-    step = int(bad_step.item())
+    step = int(state.bad_step.item())
     if not step:
         return
     saved = checkpoints(run_dir)

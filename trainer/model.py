@@ -126,21 +126,16 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.embed: nn.Module | None = (
-            PatchEmbedding(config) if config.family == "encoder" else TokenEmbedding(config)
-        )
+        embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
+        self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
-        self.head: nn.Module | None = Head(config)
-        self.tie_weights()
+        head = Head(config)
+        self.head: nn.Module | None = head
+        if config.tied and isinstance(self.embed, TokenEmbedding):
+            head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
                 module.site = _hash(name)
-
-    def tie_weights(self) -> None:
-        """Make the output projection the token embedding again (after `to_empty` parted them)."""
-        tied = self.config.tied and self.config.family != "encoder"
-        if tied and self.embed is not None and self.head is not None:
-            self.head.output.weight = self.embed.tokens.weight
 
     def forward(self, inputs: Inputs, cache: DecodingCache | None = None) -> Tensor | tuple:
         """Logits of one micro-batch: (B,S,V), or (B,classes) of an encoder.

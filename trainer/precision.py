@@ -1,4 +1,4 @@
-"""Mixed precision: which dtype parameters are kept in, which one is computed in, and fp16's scale."""
+"""Mixed precision: the dtype of parameters, that of computing, and the loss scale of fp16."""
 
 from dataclasses import dataclass
 

@@ -16,7 +16,7 @@ from parallel.apply import parallelize
 from parallel.config import StrategyConfig, degrees, resolve
 from parallel.faults import FAULTS
 from parallel.mesh import DATA_AXES, active, build_mesh
-from parallel.pool import RankFailed, RankPool
+from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.config import ModelConfig, OptimConfig, VerifyConfig
@@ -233,8 +233,8 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
 
 
 def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
-    gap = float(abs(mine - theirs).max()) if isinstance(mine, Tensor) else abs(mine - theirs)
-    return gap if gap == gap else float("inf")  # NaN compares with nothing: it must not pass
+    gap = torch.as_tensor(mine - theirs, dtype=torch.float64).abs().max().item()
+    return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
 
 
 def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
@@ -243,7 +243,9 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     `config.model` is scaled down first, the strategy resolved for the ranks there are.
     """
     config = replace(
-        config, model=scale_down(config.model), strategy=resolve(config.strategy, runtime.world_size)
+        config,
+        model=scale_down(config.model),
+        strategy=resolve(config.strategy, runtime.world_size),
     )
     record, axes = run_layout(config, runtime)
     found: list = [None]
@@ -309,7 +311,7 @@ def walk(config: VerifyConfig, pool: RankPool | None = None) -> None:
                 console.print(f"verifying {family}: {name}", style="dim")
                 case = replace(config, strategy=strategy, model=model)
                 rows[family, name] = pool.run(world_size(strategy), compare, case)[0]
-    except RankFailed as failure:
+    except RankFailedError as failure:
         console.print(str(failure), markup=False)
         raise SystemExit(1) from None
     finally:

@@ -86,17 +86,24 @@ class TrainLoader:
     def _step(self, step: int) -> list[Batch]:
         first = step * self._batch_size + self._rank * self._share
         positions = range(first, first + self._share)
+        drawn = sorted(map(self._draw, positions), key=_size)
         size = self._micro_batch_size
-        return [self._micro_batch(positions[i : i + size]) for i in range(0, len(positions), size)]
+        return [self._micro_batch(drawn[i : i + size]) for i in range(0, len(drawn), size)]
 
-    def _micro_batch(self, positions: Sequence[int]) -> Batch:
-        samples = []
-        for position in positions:
-            epoch, index = position_to_sample(self._seed, position, len(self._dataset))
-            samples.append(self._dataset.sample(index, mixed(self._seed, epoch)))
-        batch = self._dataset.collate(samples)
-        batch["seeds"] = np.array([mixed(self._seed, 0, p) for p in positions], np.int64)
+    def _draw(self, position: int) -> tuple[Sample, int]:
+        epoch, index = position_to_sample(self._seed, position, len(self._dataset))
+        sample = self._dataset.sample(index, mixed(self._seed, epoch))
+        return sample, mixed(self._seed, 0, position)
+
+    def _micro_batch(self, drawn: Sequence[tuple[Sample, int]]) -> Batch:
+        batch = self._dataset.collate([sample for sample, _ in drawn])
+        batch["seeds"] = np.array([seed for _, seed in drawn], np.int64)
         return _tensors(batch, self._pin_memory)
+
+
+def _size(drawn: tuple[Sample, int]) -> int:
+    """Samples of like length share a micro-batch: half as much padding, and the same sum."""
+    return sum(part.size for part in drawn[0].values())
 
 
 def evaluation_batches(
