@@ -66,7 +66,9 @@ def comments(schema: type) -> dict[str, str]:
     found = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            found[node.target.id] = noted.get(node.lineno) or _above(node.lineno, lines, noted)
+            last = node.end_lineno or node.lineno
+            beside = [noted[number] for number in range(node.lineno, last + 1) if number in noted]
+            found[node.target.id] = " ".join(beside) or _above(node.lineno, lines, noted)
     return found
 
 

@@ -14,7 +14,8 @@ from launch.worker import run_spawned
 
 def spawn(job: dict[str, Any], count: int) -> None:
     """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for logger in ("torch.distributed.elastic", "torch.multiprocessing"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -208,6 +208,15 @@ def test_comments_name_every_choice():
         assert set(choices) <= set(re.findall(r"\w+", said[key])), key
 
 
+def test_every_field_has_a_comment():
+    for door in schema.SCHEMAS.values():
+        for key, field in schema.known_keys(door).items():
+            owner = door
+            for section in key.split(".")[:-1]:
+                owner = next(f.type for f in fields(owner) if f.name == section)
+            assert comments(owner)[field.name], key
+
+
 def test_every_number_is_checked():
     for door in (TrainConfig, VerifyConfig, EvaluateConfig, GenerateConfig):
         for key, field in schema.known_keys(door).items():

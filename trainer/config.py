@@ -25,7 +25,7 @@ class ModelConfig:
     vocab_size: int = 0  # token ids; 0 = those of the tokenizer
     max_positions: int = 0  # longest sequence; 0 = as long as the data's
     norm: str = "rmsnorm"  # rmsnorm | layernorm
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the variance
     activation: str = "swiglu"  # swiglu | geglu | gelu | gelu_tanh | relu
     positions: str = "rope"  # rope | learned
     rope_theta: float = 10_000.0  # base of the rotary frequencies
@@ -34,7 +34,7 @@ class ModelConfig:
     tied: bool = True  # output projection shares the token embedding
     dropout: float = 0.0  # on embeddings and residual branches while training; 0.0 = off
     init: str = "gpt2"  # gpt2 (normal, residual branches scaled by depth) | vit (truncated normal)
-    init_std: float = 0.02
+    init_std: float = 0.02  # standard deviation of the initial weights
     image_size: int = 0  # pixels a side, family=encoder; 0 = as the data's
     patch_size: int = 4  # pixels a side of one patch
     channels: int = 0  # of an image; 0 = as the data's
@@ -65,8 +65,8 @@ class OptimConfig:
     """AdamW and its schedule; read by trainer/optim.py."""
 
     lr: float = 1e-3  # peak learning rate
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the two moments
+    eps: float = 1e-8  # added to the root of the second moment
     weight_decay: float = 0.1  # on matrices only; norms and biases never decay
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
     warmup_steps: int = 100  # linear from 0
@@ -77,14 +77,14 @@ class OptimConfig:
 
 @dataclass
 class LossConfig:
-    """Read by trainer/loss.py."""
+    """The loss; read by trainer/loss.py."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes; 0.0 = off
 
 
 @dataclass
 class EvalConfig:
-    """Read by trainer/evaluate.py."""
+    """Evaluation while training; read by trainer/evaluate.py."""
 
     every: int = 250  # steps between evaluations on the valid split; 0 = only at the end
     samples: int = 0  # of the valid split, per evaluation; 0 = all
@@ -94,7 +94,7 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Read by trainer/checkpoint.py."""
+    """Checkpoint files; read by trainer/checkpoint.py."""
 
     every: int = 500  # steps between checkpoints; 0 = only at the end
     keep: int = 2  # newest checkpoints kept; 0 = all
@@ -102,21 +102,19 @@ class CheckpointConfig:
 
 @dataclass
 class MetricsConfig:
-    """Read by trainer/metrics.py."""
+    """What is measured and where it goes; read by trainer/metrics.py."""
 
     every: int = 10  # steps between lines on the console and in metrics.jsonl
     sample_tokens: int = 120  # length of the text shown at the end of a language-model run; 0 = off
     profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
     wandb: str = "off"  # off | offline | online
-    wandb_project: str = "samestep"
-    peak_tflops: float = (
-        0.0  # of the accelerator in the chosen precision, for MFU; 0.0 = look it up
-    )
+    wandb_project: str = "samestep"  # project of the runs on wandb
+    peak_tflops: float = 0.0  # of the device in the chosen precision, for MFU; 0.0 = look it up
 
 
 @dataclass
 class LaunchConfig:
-    """Read by launch/door.py."""
+    """How ranks are started; read by launch/door.py."""
 
     ranks: int = 0  # processes to start on this host when torchrun did not; 0 = one
 
@@ -138,9 +136,7 @@ class TrainConfig:
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     steps: int = 1000  # optimizer steps of the whole run
     batch_size: int = 32  # samples per optimizer step, over all ranks and micro-batches
-    micro_batch_size: int = (
-        0  # samples per forward on one rank; 0 = all of the rank's samples at once
-    )
+    micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's at once
     seed: int = 0  # weights, order of the samples and dropout follow from it
     run_dir: str = "runs"  # folder of this run
     resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
@@ -157,10 +153,8 @@ class VerifyConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = 3  # optimizer steps compared
-    seed: int = 0
-    tolerance: float = (
-        1e-10  # largest difference that passes, relative to the tensor's largest entry
-    )
+    seed: int = 0  # weights and batches follow from it
+    tolerance: float = 1e-10  # largest difference that passes, as a share of the largest entry
     activation_checkpointing: str = "none"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_reduction; empty = off
@@ -175,10 +169,10 @@ class EvaluateConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = "auto"  # as in training
-    device: str = "auto"
+    device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     micro_batch_size: int = 0  # 0 = as in training
     samples: int = 0  # of the split; 0 = all
-    beams: int = 1  # translation
+    beams: int = 1  # translation: beams of the decoder; 1 = greedy
 
 
 @dataclass
@@ -186,20 +180,18 @@ class GenerateConfig:
     """Use a trained run: write, translate or classify; read by trainer/generate.py."""
 
     run_dir: str = ""  # the run; its config.yaml says model and data
-    prompt: str = (
-        ""  # text to go on from; the sentence to translate; the .npy/.png file to classify
-    )
-    max_tokens: int = 200
-    temperature: float = 0.8  # 0.0 = greedy
+    prompt: str = ""  # text to go on from, sentence to translate, .npy or .png to classify
+    max_tokens: int = 200  # tokens written at most
+    temperature: float = 0.8  # above 1.0 = bolder, below = safer; 0.0 = greedy
     top_k: int = 0  # keep the k likeliest tokens; 0 = off
     top_p: float = 1.0  # keep the likeliest tokens whose probability adds up to p; 1.0 = off
     beams: int = 4  # translation; 1 = greedy
     length_penalty: float = 1.0  # beam scores are divided by length ** this
-    seed: int = 0
+    seed: int = 0  # the samples drawn follow from it
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    precision: str = "auto"
-    device: str = "auto"
+    precision: str = "auto"  # as in training
+    device: str = "auto"  # cpu | cuda; auto = cuda where there is one
 
 
 @dataclass
