@@ -4,6 +4,7 @@ Nothing here imports torch or the trainer before it is needed, so that `--help` 
 """
 
 import os
+import re
 import sys
 import time
 import traceback
@@ -21,6 +22,7 @@ from conf import schema
 from launch.messages import explain, is_mistake, log_to_stderr, write_error
 from parallel.config import ConfigError
 
+FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
 CONF = str(Path(schema.__file__).parent)
 
 
@@ -56,6 +58,7 @@ def _compose(door: Door, ranks: Any) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
+    sys.argv[1:] = map(quoted, sys.argv[1:])
 
     def task(cfg: DictConfig) -> None:
         try:
@@ -108,6 +111,16 @@ def _tell(door: Door, error: Exception) -> int:
     mistake = is_mistake(error)
     write_error(explain(door.name, error) if mistake else traceback.format_exc())
     return 2 if mistake else 1
+
+
+def quoted(argument: str) -> str:
+    """KEY=VALUE with a value that is free text in quotes: a prompt may hold commas and brackets."""
+    key, equals, text = argument.partition("=")
+    if key not in FREE_TEXT or not equals or re.fullmatch(r"(['\"]).*\1|", text, re.DOTALL):
+        return argument
+    # Hydra reads \" and, only in front of quotes, \\ inside a quoted value.
+    escaped = re.sub(r'(\\*)(?="|$)', r"\1\1", text).replace('"', '\\"')
+    return f'{key}="{escaped}"'
 
 
 def function(path: str) -> Any:
