@@ -3,13 +3,16 @@
 import ast
 import inspect
 import io
+import re
 import textwrap
 import tokenize
 from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+CONF = Path(__file__).parent
 EXAMPLES = {
     "train": """\
 Train a Transformer. The layout over ranks is a choice of cost; the trained model stays the same.
@@ -46,10 +49,20 @@ Read and tokenise a data set once, ahead of training.
 def help_text(name: str, schema: type, values: DictConfig) -> str:
     """What `--help` shows for door `name`: examples, groups and every key of `schema`."""
     plain = OmegaConf.to_container(values)  # unresolved: run_dir is decided when the run starts
-    groups = "Groups, as GROUP=OPTION:\n$APP_CONFIG_GROUPS"
+    options = [f"    {group:<12}{' '.join(names)}" for group, names in groups(name).items()]
+    choices = "\n".join(["Groups, as GROUP=OPTION:\n", *options])
     keys = "Keys, as KEY=VALUE, with their values here:\n\n" + "\n".join(_keys(schema, plain))
     more = "Also: -m sweeps over comma-separated values, --cfg job shows the composed values."
-    return "\n\n".join([EXAMPLES[name], groups, keys.replace("$", "$$"), more]) + "\n"
+    return "\n\n".join([EXAMPLES[name], choices, keys.replace("$", "$$"), more]) + "\n"
+
+
+def groups(name: str) -> dict[str, list[str]]:
+    """The groups that door `name` composes, each with its options."""
+    defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    return {
+        group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+        for group in re.findall(r"^  - (\w+):", defaults, flags=re.MULTILINE)
+    }
 
 
 def comments(schema: type) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -72,12 +71,6 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
         else:
             found[prefix + field.name] = field
     return found
-
-
-def groups(name: str) -> list[str]:
-    """The groups that door `name` composes: GROUP=OPTION on its command line."""
-    lines = (Path(__file__).parent / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    return [line[4:].split(":")[0] for line in lines if re.match(r"  - \w+:", line)]
 
 
 def run_name(started: str) -> str:

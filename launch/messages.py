@@ -9,7 +9,8 @@ from collections.abc import Callable
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.schema import SCHEMAS, groups, known_keys
+from conf.help import groups
+from conf.schema import SCHEMAS, known_keys
 from parallel.config import ConfigError
 
 TYPES = {

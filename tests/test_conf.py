@@ -110,6 +110,9 @@ def test_unknown_keys_are_refused():
         configured("+optim.foo=1")
 
 
+# The experiments' values are tuned from time to time; the messages below are about these.
+SIZES = ["model.width=128", "model.heads=4", "model.kv_heads=2", "batch_size=16"]
+SIZES += ["data.seq_len=256"]
 BAD = {
     "precision=fp31": "precision=fp31 is not one of fp64, fp32, bf16, fp16, auto; "
     "did you mean fp32?",
@@ -143,7 +146,7 @@ BAD = {
 
 @pytest.mark.parametrize("override", BAD)
 def test_bad_value_gets_its_message(override):
-    messages = found(override, world_size=2)
+    messages = found(*SIZES, override, world_size=2)
     assert len(messages) == 1
     assert BAD[override] in messages[0]
 
@@ -162,15 +165,15 @@ def test_an_image_has_no_seq_len():
 
 def test_all_problems_at_once():
     keys = ["precision=fp31", "steps=0", "optim.lr=-1", "model.kv_heads=3", "batch_size=5"]
-    messages = found(*keys, "strategy=hsdp", world_size=4)
+    messages = found(*SIZES, *keys, "strategy=hsdp", world_size=4)
     assert len(messages) == len(keys)
     for key, message in zip(sorted(keys), sorted(messages), strict=True):
         assert message.startswith(key)
 
 
 def test_sizes_left_open_follow_the_data():
-    text = complete(configured(), FACTS["text"]).model
-    assert (text.vocab_size, text.max_positions) == (1024, 256)
+    text = complete(configured("data.seq_len=99"), FACTS["text"]).model
+    assert (text.vocab_size, text.max_positions) == (1024, 99)
     images = complete(configured("experiment=images"), FACTS["images"]).model
     assert (images.image_size, images.channels, images.classes) == (28, 1, 10)
     padded = complete(configured("model.vocab_size=1088"), FACTS["text"]).model

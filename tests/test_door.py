@@ -174,7 +174,7 @@ def test_help_tells_what_a_key_means(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "optim.lr=0.5 peak learning rate" in text
     assert "bucket_mib=25.0 DDP: MiB of gradients per all-reduce" in text  # the comment above
-    assert "strategy: ddp, fsdp, hsdp, single" in text
+    assert "strategy ddp fsdp hsdp single" in text
 
 
 MISTAKES = {
@@ -204,7 +204,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("override", MISTAKES)
 def test_a_mistake_is_one_sentence(override, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["door.py", override])
+    monkeypatch.setattr(sys, "argv", ["door.py", "batch_size=16", override])
     with pytest.raises(SystemExit) as stop:
         open_door("train", work="none:none", prepare="test_door:check")
     assert stop.value.code == 2
