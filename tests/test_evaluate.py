@@ -109,7 +109,7 @@ def test_images_equal_a_count_by_hand(runtime, runs):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
-    worker, dataset = of_one_rank(runs["pairs"], runtime)
+    worker, dataset = of_one_rank(runs["pairs"], runtime, seed=1)
     tokenizer = open_tokenizer(runs["pairs"].data)
     nats, valid, _ = one_by_one(worker, dataset)
     hypotheses = []
@@ -134,35 +134,49 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
 
 
 class Echo:
-    """A tokenizer whose text is the ids, so that references can be made of what a model says."""
+    """A tokenizer of two words, so that an untrained model gets some of them right."""
 
     eot_id = 0
 
     def decode(self, ids):
-        return " ".join(map(str, ids))
+        return " ".join(str(token % 2) for token in ids)
 
 
-def evaluate_layout(runtime, configs, strategy):
+def evaluate_layout(runtime, configs, strategy, micro_batch_size):
     """The values of each family on this rank; unequal shares of samples are filled up."""
     found = {}
     for kind, config in configs.items():
-        worker = tiny.make_worker(runtime, config.model, strategy)
+        worker = tiny.make_worker(runtime, config.model, strategy, seed=1)
         dataset = open_split(config.data, "test")
         tokenizer = Echo() if kind == "pairs" else None
         if tokenizer:
-            dataset.reference = lambda index: f"{index} 1 2 3 {index} 5"
-        found[kind] = evaluate(worker, dataset, micro_batch_size=3, tokenizer=tokenizer)
+            dataset.reference = lambda index: "0 1 1 0 " * (1 + index)
+        found[kind] = evaluate(
+            worker, dataset, micro_batch_size=micro_batch_size, tokenizer=tokenizer
+        )
     return found
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout_gets_the_same_values(ranks, runtime, runs, layout):
     strategy = LAYOUTS[layout]
-    expected = evaluate_layout(runtime, runs, StrategyConfig())
+    expected = evaluate_layout(runtime, runs, StrategyConfig(), 1)
+    assert expected["pairs"]["bleu"] > 1
     world_size = strategy.replicate * strategy.shard
-    for rank in ranks.run(world_size, evaluate_layout, runs, strategy):
+    for rank in ranks.run(world_size, evaluate_layout, runs, strategy, 3):
         for kind, values in expected.items():
             assert rank[kind] == pytest.approx(values, rel=1e-12), kind
+
+
+def test_no_dropout_and_no_gradients_while_evaluating(runtime, runs):
+    worker, dataset = of_one_rank(runs["text"], runtime)
+    batch = dataset.collate([dataset.sample(0, None)])
+    inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
+    seeded = {**inputs, "seeds": torch.arange(1)}
+    assert not torch.equal(worker.model(inputs), worker.model(seeded))
+    with worker.evaluating():
+        assert torch.equal(worker.model(inputs), worker.model(seeded))
+        assert not worker.model(inputs).requires_grad
 
 
 def train_around_an_evaluation(runtime, config, strategy, evaluates):

@@ -4,17 +4,15 @@ import random
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from launch.before import training
 from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState, save
+from trainer.checkpoint import save
 from trainer.config import DataConfig, ModelConfig, TrainConfig
-from trainer.optim import Optimizer
-from trainer.precision import LossScale, resolve_precision
+from trainer.loop import start
 
 # A large init_std makes an untrained model's opinions differ from token to token.
 LLAMA = ModelConfig(
@@ -51,11 +49,7 @@ def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfi
         run_dir=str(folder / "run"),
     )  # fmt: skip
     config = training(config, runtime.world_size)
-    worker = build_worker(config, runtime)
-    scale = LossScale(resolve_precision("fp64", runtime.device), runtime.device)
-    optimizer = Optimizer(worker.model, config.optim)
-    state = TrainState(worker, optimizer, scale, tokens=torch.zeros((), dtype=torch.int64))
-    save(Path(config.run_dir), 1, state)
+    save(Path(config.run_dir), 1, start(config, runtime))
     return config
 
 
