@@ -58,7 +58,8 @@ def _compose(door: Door, ranks: Any) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    if not {"-m", "--multirun"} & set(sys.argv):  # in a sweep a comma parts values
+        sys.argv[1:] = map(quoted, sys.argv[1:])
 
     def task(cfg: DictConfig) -> None:
         try:
@@ -89,6 +90,9 @@ def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
+        if getattr(config, "device", "cpu") == "cuda":  # before anything is written
+            runtime = import_module("parallel.runtime")
+            runtime.choose_device("cuda", ranks.local_world_size if ranks else world_size)
         if door.prepare:
             config = function(door.prepare)(config, world_size)
         if door.alone and not ranks and world_size == 1 and not _strategy_given():

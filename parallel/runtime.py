@@ -74,8 +74,9 @@ class Ranks:
 @contextmanager
 def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
     """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing."""
-    chosen = _device(device, ranks)
-    if chosen.type == "cuda":
+    chosen = torch.device("cpu")
+    if choose_device(device, ranks.local_world_size) == "cuda":
+        chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
@@ -95,15 +96,19 @@ def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
             dist.destroy_process_group()
 
 
-def _device(device: str, ranks: Ranks) -> torch.device:
+def choose_device(device: str, local_ranks: int) -> str:
+    """cpu or cuda for `device` (auto, cpu or cuda) and so many ranks on this host.
+
+    Raises ConfigError where CUDA is asked for and there are too few GPUs.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not count):
-        return torch.device("cpu")
+        return "cpu"
     if not count:
         raise ConfigError(f"device={device}, but there is no CUDA device here; set device=cpu")
-    if ranks.local_world_size > count:
+    if local_ranks > count:
         raise ConfigError(
-            f"{ranks.local_world_size} ranks on this host, but it has {count} GPUs; "
+            f"{local_ranks} ranks on this host, but it has {count} GPUs; "
             f"start {count} ranks, or set device=cpu"
         )
-    return torch.device("cuda", ranks.local_rank)
+    return "cuda"

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf.check import problems
 from conf.schema import SCHEMAS
-from launch.door import open_door
+from launch.door import open_door, quoted
 from parallel.config import ConfigError, resolve
 from parallel.runtime import Ranks, process_group
 
@@ -298,3 +299,34 @@ def test_more_ranks_than_gpus(monkeypatch):
         process_group("auto", three),
     ):
         pass
+
+
+def test_cuda_is_refused_before_anything_is_prepared(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["door.py", "device=cuda"])
+    with pytest.raises(SystemExit) as stop:
+        open_door("train", work="none:none", prepare="none:none")
+    assert stop.value.code == 2
+    assert "there is no CUDA device here; set device=cpu" in capsys.readouterr().err
+
+
+TEXTS = [
+    "To be, or not: (that) is [the] 'question'",
+    'what\'s "x"=5?',
+    "a\\b",
+    "end\\",
+    'q"\\"',
+    "5",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_prompt_may_hold_anything(text):
+    (override,) = OverridesParser.create().parse_overrides([quoted(f"prompt={text}")])
+    assert override.value() == text
+
+
+def test_only_free_text_is_quoted():
+    assert quoted("optim.betas=[0.9,0.95]") == "optim.betas=[0.9,0.95]"
+    assert quoted('prompt="in quotes already"') == 'prompt="in quotes already"'
+    assert quoted("--help") == "--help"
