@@ -14,7 +14,7 @@ from trainer.config import (
     TrainConfig,
     VerifyConfig,
 )
-from trainer.run_dir import checkpoints, load_config, open_run_dir
+from trainer.run_dir import checkpoints, load_config, open_run_dir, tokenizer_path
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 
@@ -27,8 +27,24 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = complete(config, data.prepare(config.data, progress=True))
     open_run_dir(config)
+    keep_tokenizer(config)
     log.info("run_dir=%s", config.run_dir)
     return config
+
+
+def keep_tokenizer(config: TrainConfig) -> None:
+    """Copies the tokenizer into the run's folder; ConfigError if the run began with another one."""
+    tokenizer, path = data.open_tokenizer(config.data), tokenizer_path(config.run_dir)
+    if tokenizer is None:
+        return
+    if not path.exists():
+        tokenizer.save(path)
+    elif not tokenizer.same(path):
+        raise ConfigError(
+            f"run_dir={config.run_dir} was trained with another tokenizer: the text at "
+            f"data.path={config.data.path} has changed since; set data.tokenizer={path}, "
+            "or choose another run_dir"
+        )
 
 
 def verification(config: VerifyConfig, world_size: int) -> VerifyConfig:

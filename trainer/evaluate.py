@@ -12,10 +12,11 @@ from parallel.config import data_degree
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.config import EvaluateConfig
-from trainer.data import Dataset, open_split
+from trainer.data import Dataset, open_split, prepare
 from trainer.data.loader import Batch, evaluation_batches
 from trainer.generate import open_run, transformer, translate
 from trainer.loss import count_valid, cross_entropy_sum
+from trainer.run_dir import load_config
 from trainer.tokenizer import Tokenizer
 
 LARGEST_EXPONENT = 700.0  # exp of more is no float64
@@ -93,8 +94,9 @@ def bleu_signature() -> str:
 
 def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     """Evaluate the newest checkpoint of a run on config.split; a table on the console of rank 0."""
+    trained = load_config(config.run_dir)
+    prepare(trained.data)
     run = open_run(config, runtime)
-    trained = run.config
     translates = trained.data.kind == "pairs"
     share = trained.batch_size // data_degree(trained.strategy)
     values = evaluate(

@@ -21,9 +21,9 @@ from parallel.worker import Worker
 from trainer.build import build_worker
 from trainer.checkpoint import load_weights, newest
 from trainer.config import ConfigError, EvaluateConfig, GenerateConfig, TrainConfig
-from trainer.data import DataFacts, open_split, open_tokenizer, prepare
+from trainer.data import open_split, prepare
 from trainer.model import DecodingCache, Transformer
-from trainer.run_dir import load_config
+from trainer.run_dir import load_config, tokenizer_path
 from trainer.tokenizer import Tokenizer
 
 TOP_CLASSES = 5  # shown for an image
@@ -195,31 +195,27 @@ def translate(worker: Worker, source_BT: Tensor, source_valid_BT: Tensor | None 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run as it was configured, its data, and its model on the ranks there are now."""
+    """A run, and its newest checkpoint's model on the ranks there are now."""
 
     config: TrainConfig
-    facts: DataFacts
     worker: Worker
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model learned with."""
-        tokenizer = open_tokenizer(self.config.data)
-        assert tokenizer is not None, "images have no tokenizer"
-        return tokenizer
+        return Tokenizer.load(tokenizer_path(self.config.run_dir))
 
 
 def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> TrainedRun:
     """The newest checkpoint of config.run_dir under config.strategy; ConfigError without one."""
     run = load_config(config.run_dir)
     checkpoint = newest(Path(config.run_dir))
-    facts = prepare(run.data)
     here = replace(
-        run, strategy=config.strategy, precision=config.precision, device=config.device,
-        activation_checkpointing="none", compile=False,
+        run, run_dir=config.run_dir, strategy=config.strategy, precision=config.precision,
+        device=config.device, activation_checkpointing="none", compile=False,
     )  # fmt: skip
     worker = build_worker(here, runtime)
     load_weights(checkpoint, worker)
-    return TrainedRun(run, facts, worker)
+    return TrainedRun(here, worker)
 
 
 def transformer(worker: Worker) -> Transformer:
@@ -270,7 +266,8 @@ def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
 
 def classify(config: GenerateConfig, run: TrainedRun) -> Table:
     """The likeliest classes of the image that the prompt names, with their probabilities."""
-    names = run.facts.class_names
+    facts = prepare(run.config.data)
+    names = facts.class_names
     dataset = open_split(run.config.data, "test")
     named = re.fullmatch(r"(train|valid|test):(\d+)", config.prompt)
     table = Table("class", "probability", title=config.prompt)
@@ -284,7 +281,7 @@ def classify(config: GenerateConfig, run: TrainedRun) -> Table:
         image = dataset.sample(int(named[2]), None)
         table.caption = f"labelled {names[int(image['targets'])]}"
     else:
-        pixels_CHW = read_image(config.prompt, run.facts.image_size, run.facts.channels)
+        pixels_CHW = read_image(config.prompt, facts.image_size, facts.channels)
         image = {"images": pixels_CHW, "targets": np.array(0)}
     images_BCHW = torch.from_numpy(np.ascontiguousarray(dataset.collate([image])["images"]))
     with run.worker.evaluating():

@@ -48,6 +48,11 @@ def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
+def tokenizer_path(run_dir: str | Path) -> Path:
+    """The run's own copy of its tokenizer: what it is used with when the data are gone."""
+    return Path(run_dir) / "tokenizer.json"
+
+
 def load_config(run_dir: str | Path) -> TrainConfig:
     """The configuration a run was trained with; raises ConfigError if the folder holds no run."""
     path = Path(run_dir) / "config.yaml"

@@ -70,6 +70,10 @@ class Tokenizer:
         """Write a tokenizer.json."""
         self._backend.save(str(path))
 
+    def same(self, path: str | Path) -> bool:
+        """Whether a file holds this very tokenizer."""
+        return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Token ids of the text, without special tokens."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids

@@ -37,8 +37,8 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
             f"data.seq_len={config.seq_len}: every pair of the train split is longer; set "
             f"data.seq_len={int(longest.max())} to keep them all"
         )
-    if dropped:
-        log.warning("%d training pairs are longer than data.seq_len and left out.", dropped)
+    if dropped and progress:
+        log.info("%d training pairs are longer than data.seq_len and left out.", dropped)
     return DataFacts(vocab_size=record["vocab_size"], splits=kept)
 
 

@@ -1,0 +1,53 @@
+"""What happens before any rank works: the run's folder is self-contained, or the mistake is said."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launch.before import reading, training
+from trainer.config import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
+from trainer.run_dir import load_config
+from trainer.tokenizer import Tokenizer
+
+PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
+
+
+@pytest.fixture
+def config(tmp_path) -> TrainConfig:
+    text = tmp_path / "play.txt"
+    text.write_text(PLAY.read_text()[:20_000])
+    data = DataConfig(path=str(text), vocab_size=300, seq_len=16, cache=str(tmp_path / "cache"))
+    model = ModelConfig(layers=1, width=16, heads=2, ffn_width=16)
+    return TrainConfig(data=data, model=model, run_dir=str(tmp_path / "run"))
+
+
+def test_a_run_keeps_its_config_and_tokenizer(config):
+    completed = training(config, 1)
+    assert completed.model.vocab_size == 300
+    assert load_config(config.run_dir) == completed
+    tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer.json")
+    assert tokenizer.decode(tokenizer.encode("Enter Viola")) == "Enter Viola"
+    assert training(config, 1) == completed  # and may be gone on with
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(config):
+    training(config, 1)
+    Path(config.data.path).write_text(PLAY.read_text()[40_000:60_000])
+    with pytest.raises(ConfigError, match="another tokenizer") as error:
+        training(config, 1)
+    assert "data.tokenizer=" in str(error.value)
+
+
+def test_more_ranks_than_the_strategy_uses(config):
+    with pytest.raises(ConfigError, match="2 ranks"):
+        training(config, 2)
+    assert not Path(config.run_dir).exists()
+
+
+def test_reading_a_run_without_a_checkpoint(config):
+    training(config, 1)
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        reading(EvaluateConfig(run_dir=config.run_dir), 1)
+    with pytest.raises(ConfigError, match="did you mean"):
+        reading(replace(EvaluateConfig(), run_dir=config.run_dir + "s"), 1)
