@@ -1,4 +1,4 @@
-"""What happens before any rank works: the run's folder is self-contained, or the mistake is said."""
+"""What happens before any rank works: a run is complete in its folder, or a mistake is said."""
 
 from dataclasses import replace
 from pathlib import Path
