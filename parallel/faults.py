@@ -21,7 +21,10 @@ from parallel.worker import Worker
 class _OwnPartOnly(DefaultReduceScatter):
     """A reduce-scatter that forgets the other ranks."""
 
-    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, *args: Any) -> Any:
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+        async_op: bool = False,
+    ) -> Any:  # fmt: skip
         parts = input_tensor.chunk(dist.get_world_size(group))
         output_tensor.copy_(parts[dist.get_rank(group)])
 

@@ -28,7 +28,7 @@ def test_strategy_equals_one_process(ranks, strategy, family):
 
 
 @pytest.mark.parametrize("mode", ["selective", "block"])
-@pytest.mark.parametrize("family", ["decoder, Llama style", "encoder-decoder"])
+@pytest.mark.parametrize("family", ["decoder (Llama)", "encoder-decoder"])
 def test_recomputation_changes_nothing(ranks, mode, family):
     config = VerifyConfig(
         strategy=StrategyConfig(shard=2), model=FAMILIES[family], activation_checkpointing=mode
@@ -37,12 +37,12 @@ def test_recomputation_changes_nothing(ranks, mode, family):
 
 
 def test_one_rank_equals_plain_torch(ranks):
-    config = VerifyConfig(model=FAMILIES["decoder, Llama style"])
+    config = VerifyConfig(model=FAMILIES["decoder (Llama)"])
     assert verdict(ranks.run(1, compare, config)[0], TOLERANCE) == "equal"
 
 
 def find_fault(ranks, fault, strategy):
-    config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder, Llama style"], fault=fault)
+    config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder (Llama)"], fault=fault)
     found = ranks.run(world_size(strategy), compare, config)[0]
     return found, first_fault(found, TOLERANCE)
 
@@ -73,5 +73,5 @@ def test_a_mean_of_means_is_caught(ranks):
 def test_a_local_norm_is_caught(ranks):
     found, fault = find_fault(ranks, "local_gradient_norm", StrategyConfig(shard=2))
     assert fault is not None
-    assert fault.quantity == "grad_norm"
+    assert fault.quantity == "norm"
     assert largest(found, "weight") > 1e-4  # clipped by the wrong norm

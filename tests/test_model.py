@@ -264,7 +264,7 @@ def test_decoder_layer_with_memory_equals_torch():
 
 
 def test_a_document_sees_only_itself():
-    config = replace(FAMILIES["decoder, Llama style"], vocab_size=61, layers=2)
+    config = replace(FAMILIES["decoder (Llama)"], vocab_size=61, layers=2)
     model = build(config)
     tokens = torch.randint(61, (1, 10))
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
@@ -289,7 +289,7 @@ def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
         torch.testing.assert_close(second(batch | passed), whole)
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "encoder"])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "encoder (ViT)"])
 def test_decoding_with_a_cache_equals_the_whole_forward(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model = build(config).eval()
@@ -307,7 +307,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward(family):
 
 
 def test_initial_weights_depend_on_seed_and_name_alone():
-    config = replace(FAMILIES["decoder, Llama style"], vocab_size=5000, width=512)
+    config = replace(FAMILIES["decoder (Llama)"], vocab_size=5000, width=512)
     shape = torch.Size((5000, 512))  # three blocks of rows
     whole = draw_rows(config, 0, "embed.tokens.weight", shape, 0, 5000)
     parts = [draw_rows(config, 0, "embed.tokens.weight", shape, a, b)
