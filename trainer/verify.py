@@ -281,7 +281,7 @@ Rows = dict[tuple[str, str], list[Difference]]  # by model and strategy
 
 
 def report(rows: Rows, tolerance: float) -> bool:
-    """Show the largest differences, and what differs first where one is too large; true if none is."""
+    """Show the largest differences, and what differs first where one is too large; true if none."""
     console = Console()
     title = f"largest differences from one process in float64; {tolerance:g} pass"
     shown = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
