@@ -10,7 +10,7 @@ import torch
 
 from trainer.data.dataset import Dataset, Sample
 from trainer.data.loader import TrainLoader, evaluation_batches
-from trainer.data.order import mixed, permutation, position_to_sample
+from trainer.data.order import Order, mixed, permutation
 
 
 class Numbers(Dataset):
@@ -50,7 +50,7 @@ def joined(micro_batches):
 
 
 def test_an_epoch_is_a_permutation_and_every_epoch_another():
-    orders = [[position_to_sample(5, e * 101 + i, 101) for i in range(101)] for e in range(3)]
+    orders = [[Order(5, 101)(e * 101 + i) for i in range(101)] for e in range(3)]
     for epoch, order in enumerate(orders):
         assert {e for e, _ in order} == {epoch}
         assert sorted(index for _, index in order) == list(range(101))
@@ -182,7 +182,7 @@ def test_few_samples_need_few_fillers():
     assert [[b["index"].tolist() for b in r] for r in ranks] == [[[0, 1, 2]], [[3, 4, -1]]]
 
 
-class Lengths:
+class Lengths(Dataset):
     """Samples of random lengths, each of which holds its index."""
 
     def __len__(self) -> int:
@@ -213,3 +213,19 @@ def test_samples_of_like_length_share_a_micro_batch():
     assert {i: s for tokens, seeds in parts for i, s in zip(tokens, seeds, strict=True)} == seed_of
     whole.close()
     cut.close()
+
+
+def test_samples_of_like_length_share_a_batch():
+    lengths = np.random.default_rng(0).integers(1, 100, 1000)
+    order = Order(4, 1000, lengths, batch_size=10)
+    epoch = [order(i) for i in range(1000)]
+    assert sorted(index for _, index in epoch) == list(range(1000))  # each once
+    batches = lengths[[index for _, index in epoch]].reshape(-1, 10)
+    assert np.ptp(batches, axis=1).mean() < 5  # of random ones: over 80
+    # The batches come in any order, and an epoch later they are others.
+    assert abs(np.corrcoef(np.arange(100), batches.mean(axis=1))[0, 1]) < 0.3
+    again = Order(4, 1000, lengths, batch_size=10)
+    assert [again(i) for i in range(990, 2000)] == [order(i) for i in range(990, 2000)]
+    first, second = ({frozenset(e[i : i + 10]) for i in range(0, 1000, 10)} for e in (
+        [i for _, i in epoch], [order(1000 + i)[1] for i in range(1000)]))  # fmt: skip
+    assert len(first & second) < 5

@@ -69,7 +69,8 @@ def test_a_micro_batch_is_padded_to_its_longest(corpus):
 
 def test_training_leaves_out_what_is_too_long_and_evaluation_cuts_it(corpus, caplog):
     config = corpus(12, train=LINES, valid=LINES, test=LINES[:1])
-    facts = data.prepare(config)
+    with caplog.at_level("INFO"):
+        facts = data.prepare(config, progress=True)
     tokenizer = data.open_tokenizer(config)
     sides = [[tokenizer.encode(side) for side in line.split("\t")] for line in LINES]
     fit = [i for i, (s, t) in enumerate(sides) if len(s) <= 12 and len(t) + 1 <= 12]

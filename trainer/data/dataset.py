@@ -40,6 +40,10 @@ class Dataset(Protocol):
         """One micro-batch of the samples."""
         ...
 
+    def lengths(self) -> np.ndarray | None:
+        """(len,): the size of each sample where sizes differ, for batches of like samples."""
+        return None
+
     def reference(self, index: int) -> str:
         """Pairs: the target text."""
         raise AssertionError("only pairs have a target text")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.data.dataset import IGNORED, Dataset, Sample
-from trainer.data.order import mixed, position_to_sample
+from trainer.data.order import Order, mixed
 
 Batch = dict[str, torch.Tensor]
 
@@ -37,6 +37,7 @@ class TrainLoader:
         assert batch_size % data_degree == 0, (batch_size, data_degree)
         self.wait_seconds = 0.0  # that the consumer has waited for data so far
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
+        self._order = Order(seed, len(dataset), dataset.lengths(), batch_size)
         self._batch_size, self._share = batch_size, batch_size // data_degree
         self._micro_batch_size = micro_batch_size or self._share
         self._rank = data_rank
@@ -91,7 +92,7 @@ class TrainLoader:
         return [self._micro_batch(drawn[i : i + size]) for i in range(0, len(drawn), size)]
 
     def _draw(self, position: int) -> tuple[Sample, int]:
-        epoch, index = position_to_sample(self._seed, position, len(self._dataset))
+        epoch, index = self._order(position)
         sample = self._dataset.sample(index, mixed(self._seed, epoch))
         return sample, mixed(self._seed, 0, position)
 
@@ -102,7 +103,7 @@ class TrainLoader:
 
 
 def _size(drawn: tuple[Sample, int]) -> int:
-    """Samples of like length share a micro-batch: half as much padding, and the same sum."""
+    """Samples of like length share a micro-batch: less padding, and the same sum."""
     return sum(part.size for part in drawn[0].values())
 
 

@@ -90,6 +90,10 @@ class Pairs(Dataset):
             batch["source_valid"] = valid_BT
         return batch
 
+    def lengths(self) -> np.ndarray:
+        """(len,): tokens of the source and of the target together."""
+        return np.diff(self._spans[:, :2].astype(np.int64), axis=0).sum(axis=1)[self._kept]
+
     def reference(self, index: int) -> str:
         """The target text."""
         return self._line(index)[1]
