@@ -1,0 +1,73 @@
+"""Checkpoints: whole or not there, loaded in place, refused when the shape is another."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from trainer.checkpoint import TrainState, load, load_weights, newest, save
+from trainer.config import ConfigError, OptimConfig
+from trainer.optim import Optimizer
+from trainer.precision import PRECISIONS, LossScale
+
+
+def state_of(runtime, model, seed: int = 0) -> TrainState:
+    worker = tiny.make_worker(runtime, model, seed=seed)
+    zero = torch.zeros((), dtype=torch.int64)
+    scale = LossScale(PRECISIONS["fp16"], runtime.device)
+    return TrainState(worker, Optimizer(worker.model, OptimConfig()), scale, zero, zero.float())
+
+
+def round_trip(runtime, folder) -> None:
+    state = state_of(runtime, tiny.LLAMA)
+    for parameter in state.worker.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    for _ in range(3):
+        state.optimizer.step(0.1, torch.zeros(()))
+    state.step, state.tokens = 7, torch.tensor(123)
+    state.loss_scale.scale.fill_(512.0)
+    path = save(folder, 0, state)
+    other = state_of(runtime, tiny.LLAMA, seed=1)
+    load(path, other)
+    assert other.step == 7 and other.tokens.item() == 123
+    assert other.loss_scale.scale.item() == 512.0
+    assert other.optimizer.updates().item() == 3
+    for mine, theirs in zip(
+        other.worker.model.parameters(), state.worker.model.parameters(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    for name, moments in other.optimizer.state().items():
+        for key, moment in moments.items():
+            assert torch.equal(moment, state.optimizer.state()[name][key])
+    weights = tiny.make_worker(runtime, tiny.LLAMA, seed=1)
+    load_weights(path, weights)
+    assert torch.equal(weights.model.head.norm.weight, state.worker.model.head.norm.weight)
+
+
+def test_all_of_the_state_comes_back(ranks, tmp_path):
+    ranks.run(1, round_trip, tmp_path)
+
+
+def other_shape(runtime, folder) -> list[str]:
+    path = save(folder, 0, state_of(runtime, tiny.LLAMA))
+    messages = []
+    for changes in ({"ffn_width": 48}, {"layers": 3}, {"layers": 1}):
+        try:
+            load(path, state_of(runtime, replace(tiny.LLAMA, **changes)))
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_another_shape_is_refused_with_the_parameter(ranks, tmp_path):
+    wider, deeper, flatter = ranks.run(1, other_shape, tmp_path)[0]
+    assert "blocks.0.feed_forward.gate.weight is (32, 16) there and (48, 16)" in wider
+    assert "blocks.2.attention_norm.weight is missing there" in deeper
+    assert "blocks.1.attention_norm.weight is (16,) there and missing in this model" in flatter
+
+
+def test_a_partial_checkpoint_is_not_there(tmp_path):
+    (tmp_path / "checkpoints" / ".step-00000007.partial").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        newest(tmp_path)

@@ -1,0 +1,60 @@
+"""A pool of ranks that names the one that failed, died or got stuck, and starts anew."""
+
+import os
+import time
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from parallel.pool import RankFailedError, RankPool
+
+
+@pytest.fixture
+def pool():
+    pool = RankPool(2)
+    yield pool
+    pool.close()
+
+
+def total(runtime, value: int) -> int:
+    tensor = torch.tensor(value + runtime.rank)
+    dist.all_reduce(tensor)
+    return int(tensor)
+
+
+def raise_on(runtime, rank: int) -> None:
+    if runtime.rank == rank:
+        raise ValueError("planted")
+    total(runtime, 0)  # the other rank waits for it
+
+
+def sleep_on(runtime, rank: int) -> None:
+    if runtime.rank == rank:
+        time.sleep(60)
+
+
+def die_on(runtime, rank: int) -> None:
+    if runtime.rank == rank:
+        os._exit(3)
+
+
+def test_groups_of_any_size_follow_each_other(pool):
+    assert pool.run(2, total, 10) == [21, 21]
+    assert pool.run(1, total, 10) == [10]
+    assert pool.run(2, total, 20) == [41, 41]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (raise_on, "(?s)rank 1 of 2 failed.*planted"),
+        (die_on, "rank 1 died"),
+        (sleep_on, r"stuck after 4 s: ranks \[1\]"),
+    ],
+)
+def test_the_rank_at_fault_is_named_and_the_pool_starts_anew(pool, function, message):
+    assert pool.run(2, total, 0) == [1, 1]
+    with pytest.raises(RankFailedError, match=message):
+        pool.run(2, function, 1, timeout_seconds=4.0)
+    assert pool.run(2, total, 0) == [1, 1]
