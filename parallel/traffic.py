@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+Payload = dict[tuple[str, torch.dtype], int]  # bytes by (collective, dtype)
+
 
 class Traffic(TorchDispatchMode):
     """Counts the collectives issued inside a `with`: payload bytes by (collective, dtype).
@@ -18,7 +20,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.payload_bytes: dict[tuple[str, torch.dtype], int] = defaultdict(int)
+        self.payload_bytes: Payload = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":

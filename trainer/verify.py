@@ -15,10 +15,12 @@ from torch.distributed.tensor import DTensor
 
 from parallel.apply import parallelize
 from parallel.config import StrategyConfig, degrees, resolve
+from parallel.cost import step_bytes
 from parallel.faults import FAULTS
 from parallel.mesh import DATA_AXES, active, build_mesh
 from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
+from parallel.traffic import Payload, Traffic
 from parallel.worker import Worker
 from trainer.config import ModelConfig, OptimConfig, VerifyConfig
 from trainer.loss import IGNORED, count_valid, cross_entropy_sum
@@ -334,6 +336,40 @@ def walk(config: VerifyConfig) -> None:
         pool.close()
     if not report(rows, config.tolerance):
         raise SystemExit(1)
+
+
+COUNT_BYTES, NORM_BYTES = 8, 4  # the step's small ones: targets (int64), gradient norm (float32)
+
+
+def step_traffic(
+    runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
+) -> tuple[Payload, Payload]:
+    """Bytes of one bf16 step by collective: counted from those issued, and by the closed form."""
+    with torch.device("meta"):
+        model = Transformer(model_config, torch.bfloat16)
+    worker = parallelize(
+        model, build_mesh(strategy, runtime.device), strategy, runtime.device,
+        draw_rows=partial(draw_rows, model_config, 0), loss_sum=cross_entropy_sum,
+        count_valid=count_valid, compute=torch.bfloat16,
+    )  # fmt: skip
+    micro_batches = split(make_batch(model_config, 0, 0), worker)
+    for _ in range(3):  # DDP agrees on its buckets once, in the second step
+        worker.zero_grad()
+        with Traffic() as traffic:
+            worker.forward_backward(micro_batches)
+            worker.clip_grad_norm(1.0)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    blocks = [shape for name, shape in shapes.items() if name.startswith("blocks.")]
+    others = [shape for name, shape in shapes.items() if not name.startswith("blocks.")]
+    due = step_bytes(blocks, others, strategy, len(micro_batches), compute_bytes=2, reduce_bytes=4)
+    norm = NORM_BYTES if strategy.shard > 1 else 0  # replicas know the norm without asking
+    expected = {
+        ("allreduce_", torch.int64): COUNT_BYTES,
+        ("allreduce_", torch.float32): due.all_reduce + norm,
+        ("_allgather_base_", torch.bfloat16): due.all_gather,
+        ("_reduce_scatter_base_", torch.float32): due.reduce_scatter,
+    }
+    return dict(traffic.payload_bytes), {key: size for key, size in expected.items() if size}
 
 
 def world_size(strategy: StrategyConfig) -> int:

@@ -1,0 +1,24 @@
+"""Bytes of a training step by strategy: counted from the collectives issued, and the closed form.
+
+`python benchmarks/traffic.py` starts CPU ranks itself; the model is a small Llama in bf16.
+"""
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.pool import RankPool
+from trainer.verify import FAMILIES, STRATEGIES, scale_down, step_traffic, world_size
+
+if __name__ == "__main__":
+    table = Table("strategy", "collective", "dtype", "counted", "closed form")
+    pool = RankPool(max(map(world_size, STRATEGIES.values())))
+    for name, strategy in STRATEGIES.items():
+        model = scale_down(FAMILIES["decoder (Llama)"])
+        counted, due = pool.run(world_size(strategy), step_traffic, strategy, model)[0]
+        for collective, dtype in sorted(counted.keys() | due.keys(), key=str):
+            key = (collective, dtype)
+            numbers = (f"{sizes.get(key, 0):,}" for sizes in (counted, due))
+            table.add_row(name, collective.strip("_"), str(dtype)[6:], *numbers)
+        table.add_section()
+    pool.close()
+    Console().print(table)
