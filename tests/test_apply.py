@@ -1,0 +1,89 @@
+"""parallelize: who holds what, and that nobody ever holds the whole."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from parallel.apply import parallelize
+from parallel.config import StrategyConfig
+from parallel.mesh import AXES, build_mesh
+from trainer.loss import count_valid, cross_entropy_sum
+from trainer.model import Transformer, draw_rows
+from trainer.verify import FAMILIES, scale_down
+
+
+def drawn(runtime, strategy: StrategyConfig) -> dict:
+    """What a rank draws and holds of a tied model."""
+    config = replace(scale_down(FAMILIES["decoder (GPT-2)"]), vocab_size=64)
+    asked: dict[str, int] = {}
+
+    def draw(name, shape, start, stop):
+        asked[name] = stop - start
+        return draw_rows(config, 0, name, shape, start, stop)
+
+    mesh = build_mesh(strategy, runtime.device)
+    with torch.device("meta"):
+        model = Transformer(config)
+    worker = parallelize(
+        model, mesh, strategy, runtime.device, draw_rows=draw,
+        loss_sum=cross_entropy_sum, count_valid=count_valid,
+    )  # fmt: skip
+    parameters = dict(model.named_parameters())
+    local = sum(
+        (p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values()
+    )
+    return {
+        "axes": mesh.mesh_dim_names,
+        "data": (worker.data_rank, worker.data_degree),
+        "rows": {name: (asked[name], p.shape[0]) for name, p in parameters.items()},
+        "share": local / sum(p.numel() for p in parameters.values()),
+        "tied": model.head.output.weight is model.embed.tokens.weight,
+        "devices": {p.device.type for p in model.parameters()},
+    }
+
+
+def test_a_rank_draws_and_holds_its_own_rows_alone(ranks):
+    for rank, seen in enumerate(ranks.run(4, drawn, StrategyConfig(shard=4))):
+        assert seen["axes"] == AXES
+        assert seen["data"] == (rank, 4)
+        assert seen["share"] == 0.25
+        assert all(4 * own == all_rows for own, all_rows in seen["rows"].values())
+        assert seen["tied"] and seen["devices"] == {"cpu"}
+
+
+def test_replicas_hold_everything(ranks):
+    for seen in ranks.run(2, drawn, StrategyConfig(replicate=2)):
+        assert seen["share"] == 1.0
+        assert all(own == all_rows for own, all_rows in seen["rows"].values())
+        assert seen["tied"]
+
+
+def test_hybrid_sharding_holds_a_share_of_its_group(ranks):
+    seen = ranks.run(4, drawn, StrategyConfig(replicate=2, shard=2))
+    assert [s["data"] for s in seen] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert {s["share"] for s in seen} == {0.5}
+
+
+def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    config = scale_down(FAMILIES["encoder-decoder"])
+    with torch.device("meta"):
+        model = Transformer(config)
+    parallelize(
+        model, build_mesh(strategy, runtime.device), strategy, runtime.device,
+        draw_rows=partial(draw_rows, config, 5), loss_sum=cross_entropy_sum,
+        count_valid=count_valid, parameters=dtype,
+    )  # fmt: skip
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        for name, p in model.named_parameters()
+    }
+
+
+def test_no_layout_changes_an_initial_weight(ranks):
+    one = ranks.run(1, weights, StrategyConfig(), torch.float32)[0]
+    for strategy in (StrategyConfig(replicate=2), StrategyConfig(shard=3)):
+        world = strategy.replicate * strategy.shard
+        for other in ranks.run(world, weights, strategy, torch.float32):
+            assert all(torch.equal(other[name], weight) for name, weight in one.items())
