@@ -17,6 +17,7 @@ CHOICES = {
     "resume": ("auto", "never"),
     "activation_checkpointing": ("none", "selective", "block"),
     "split": ("valid", "test"),
+    "fault": ("", "skip_gradient_sum", "local_target_count", "local_gradient_norm"),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),

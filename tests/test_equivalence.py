@@ -2,7 +2,9 @@
 
 import pytest
 
+from conf.check import CHOICES
 from parallel.config import StrategyConfig
+from parallel.faults import FAULTS
 from trainer.config import VerifyConfig
 from trainer.verify import (
     FAMILIES,
@@ -75,3 +77,7 @@ def test_a_local_norm_is_caught(ranks):
     assert fault is not None
     assert fault.quantity == "norm"
     assert largest(found, "weight") > 1e-4  # clipped by the wrong norm
+
+
+def test_every_fault_can_be_asked_for():
+    assert CHOICES["fault"] == ("", *FAULTS)

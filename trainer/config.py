@@ -157,7 +157,7 @@ class VerifyConfig:
     tolerance: float = 1e-10  # largest difference that passes, as a share of the largest entry
     activation_checkpointing: str = "none"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
-    fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_reduction; empty = off
+    fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_sum; empty = off
 
 
 @dataclass

@@ -216,9 +216,14 @@ class Attention(nn.Module):
         causal: bool,
     ) -> Tensor:
         query_BHSK = query_BSHK.transpose(1, 2)
+        group = query_BHSK.shape[1] // key_BGSK.shape[1]
+        if group > 1 and mask is not None:
+            # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.
+            key_BGSK = key_BGSK.repeat_interleave(group, dim=1)
+            value_BGSK = value_BGSK.repeat_interleave(group, dim=1)
         mixed_BHSK = F.scaled_dot_product_attention(
             query_BHSK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal,
-            enable_gqa=query_BHSK.shape[1] != key_BGSK.shape[1],
+            enable_gqa=group > 1 and mask is None,
         )  # fmt: skip
         return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
 
