@@ -157,7 +157,9 @@ class VerifyConfig:
     tolerance: float = 1e-10  # largest difference that passes, as a share of the largest entry
     activation_checkpointing: str = "none"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
-    fault: str = ""  # plants a fault to be caught, e.g. skip_gradient_sum; empty = off
+    # Plants a fault to be caught: skip_gradient_sum | local_target_count | local_gradient_norm;
+    # empty = off.
+    fault: str = ""
 
 
 @dataclass
