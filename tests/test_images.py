@@ -115,15 +115,15 @@ def test_augmentation_is_a_function_of_seed_and_index(archive):
         images = [one.sample(index, seed)["images"] for seed in range(60)]
         again = [other.sample(index, seed)["images"] for seed in range(60)]
         assert all((a == b).all() for a, b in zip(images, again, strict=True))
-        assert len({image.tobytes() for image in images}) > 25
+        assert len({image.tobytes() for image in images}) == 2 * 9  # all that there are
         possible = moves(one.sample(index, None)["images"])
         assert all(image.tobytes() in possible for image in images)
     plain, moved = ([one.sample(i, seed)["images"] for i in range(20)] for seed in (None, 3))
     applied = {moves(p).index(m.tobytes()) for p, m in zip(plain, moved, strict=True)}
-    assert len(applied) > 10  # one epoch moves its samples differently
+    assert len(applied) > 6  # one epoch moves its samples differently
 
 
-def moves(image, reach=2):
+def moves(image, reach=1):
     """All images that a shift by up to `reach` pixels, with zeros, and a mirror can make."""
     _, height, width = image.shape
     found = []

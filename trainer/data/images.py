@@ -49,7 +49,7 @@ class Images(Dataset):
             np.array(record[key], np.float32)[:, None, None] for key in ("mean", "std")
         )
         # 2 of 28 or 32 pixels, 16 of 224: as much of a large image as of a small one.
-        self._reach = max(2, record["shape"][0] // 14)
+        self._reach = max(1, record["shape"][0] // 28)
 
     def __len__(self) -> int:
         return len(self._table.labels)
