@@ -328,6 +328,9 @@ def test_initialisation_per_family():
     assert query.abs().max().item() <= 0.04
     assert (query.abs() > 0.039).any()
     assert not draw_rows(vit, 0, "head.output.weight", torch.Size((10, 768)), 0, 10).any()
+    patches = draw_rows(vit, 0, "embed.patches.weight", torch.Size((768, 768)), 0, 768)
+    # A normal cut at two standard deviations keeps 0.88 of its spread.
+    assert patches.std().item() == pytest.approx(0.88 / math.sqrt(768), rel=0.01)
 
 
 def test_dropout_masks_follow_the_sample():

@@ -216,7 +216,7 @@ def test_a_resumed_run_is_mirrored_from_where_it_goes_on(
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     said: list[str] = []
     config = MetricsConfig(wandb="offline")
-    tracker = Tracker(config, tmp_path, {}, said.append, patience_seconds=30.0)
+    tracker = Tracker(config, tmp_path, {}, said.append, patience_seconds=100.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3}\n')
     tracker.close()

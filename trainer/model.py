@@ -233,7 +233,7 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def _spread(config: ModelConfig, name: str) -> float | None:
+def _spread(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
     """Standard deviation of a parameter's initial values; None = all ones; 0 = all zeros."""
     if name.endswith("norm.weight"):
         return None
@@ -241,6 +241,8 @@ def _spread(config: ModelConfig, name: str) -> float | None:
         return 0.0
     if config.init == "vit" and name == "head.output.weight":
         return 0.0
+    if name == "embed.patches.weight":  # LeCun's, as the published ViT
+        return 1.0 / math.sqrt(shape[1])
     residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
     if config.init == "gpt2" and residual:
         # GPT-2 scales by the number of residual branches that add up at the end of the stack.
@@ -257,7 +259,7 @@ def draw_rows(config: ModelConfig, seed: int, name: str, shape: torch.Size,
     just what it holds and no layout changes a weight. gpt2: normal; vit: normal cut at two
     standard deviations, as the published models.
     """
-    std = _spread(config, name)
+    std = _spread(config, name, shape)
     if std is None or std == 0.0:
         return torch.full((stop - start, *shape[1:]), 1.0 if std is None else 0.0)
     rows = max(1, ROWS_ELEMENTS // max(1, shape[1:].numel()))
