@@ -1,6 +1,7 @@
 """The loop on real text: every layout, a restart, accumulation and bad numbers."""
 
 import json
+import shutil
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -82,7 +83,8 @@ def train(ranks, config: TrainConfig, run_dir: Path, stop_after: int = 0, **chan
     config = replace(config, run_dir=str(run_dir), **changes)
     open_run_dir(config)
     degrees = (config.strategy.replicate, config.strategy.shard)
-    return config, ranks.run(degrees[0] * degrees[1], run, config, stop_after)
+    world = degrees[0] * degrees[1]
+    return config, ranks.run(world, run, config, stop_after, timeout_seconds=300.0)
 
 
 LAYOUTS = {
@@ -93,6 +95,7 @@ LAYOUTS = {
     "unequal micro-batches": {"micro_batch_size": 3},
     "fsdp 2, accumulation": {"strategy": StrategyConfig(shard=2), "micro_batch_size": 1},
     "recomputation": {"activation_checkpointing": "block"},
+    "compiled": {"compile": True, "strategy": StrategyConfig(shard=2)},
 }
 
 
@@ -103,6 +106,8 @@ def single(ranks, config, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_the_losses_of_one_process(ranks, config, single, tmp_path, layout):
+    if layout == "compiled" and shutil.which("g++") is None:
+        pytest.skip("torch.compile on a CPU needs a C++ compiler")
     other, _ = train(ranks, config, tmp_path, **LAYOUTS[layout])
     assert len(losses(other)) == 7
     assert losses(other) == pytest.approx(losses(single[0]), rel=1e-12)
