@@ -10,7 +10,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from parallel.runtime import Runtime
+from parallel.runtime import Runtime, end_process_group
 
 GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 
@@ -106,4 +106,4 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
             pipe.send((False, traceback.format_exc()))
         finally:
             if dist.is_initialized():
-                dist.destroy_process_group()
+                end_process_group()

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import _redistribute, debug
 
 from parallel.config import ConfigError
 
@@ -93,7 +94,23 @@ def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
         # NCCL would first wait for collectives whose other ranks may never come; a rank that
         # failed has to end at once, so that the launcher ends the others.
         if ranks.world_size == 1 or not failed:
-            dist.destroy_process_group()
+            end_process_group()
+
+
+def end_process_group() -> None:
+    """Destroy the process group, and what DTensor remembers of its meshes.
+
+    A later mesh of the same layout counts as equal to the old one: DTensor would take plans from
+    its caches that name groups which are gone.
+    """
+    dist.destroy_process_group()
+    # Private, so that a torch without one of them has no such cache either.
+    for owner, name in (
+        (_redistribute, "clear_redistribute_planner_cache"),
+        (getattr(_redistribute, "_gen_transform_infos", None), "cache_clear"),
+        (debug, "_clear_sharding_prop_cache"),
+    ):
+        getattr(owner, name, lambda: None)()
 
 
 def choose_device(device: str, local_ranks: int) -> str:
