@@ -31,27 +31,6 @@ def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64
     return model
 
 
-# What each model's authors or its published checkpoint state, to the last parameter.
-PUBLISHED = {
-    "gpt2": 124_439_808,
-    "llama-1b": 1_235_814_400,
-    "llama-8b": 8_030_261_248,
-    "llama-70b": 70_553_706_496,
-    "vit-b16": 86_567_656,
-    "vit-l16": 304_326_632,
-    # T5-base has 222,903,552; its two tables of 32 relative positions × 12 heads are RoPE here.
-    "t5-base": 222_903_552 - 2 * 32 * 12,
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_shapes_have_the_published_number_of_parameters(name):
-    channels = {"image_size": 224, "channels": 3} if name.startswith("vit") else {}
-    with torch.device("meta"):
-        model = Transformer(preset(name, **channels))
-    assert sum(p.numel() for p in model.parameters()) == PUBLISHED[name]
-
-
 def copy_weights(ours: Transformer, theirs: nn.Module, names: dict[str, str]) -> None:
     """Copy weights by name; `names` maps parts of our names to parts of theirs."""
     source = dict(theirs.named_parameters())

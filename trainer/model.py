@@ -148,12 +148,10 @@ class Transformer(nn.Module):
         streams = self._streams(inputs, cache)
         x, memory = self._embed(inputs, streams, cache)
         for name, block in self.blocks.items():
-            if cache is None:
-                x, memory = block(x, memory, streams)
-            elif name in cache.blocks:
-                x, memory = block(x, memory, streams, cache.blocks[name])
-            elif cache.memory is None:  # an encoder block, before the first token
-                x, memory = block(x, memory, streams)
+            own = None if cache is None else cache.blocks.get(name)
+            if cache is not None and cache.memory is not None and own is None:
+                continue  # an encoder block: the memory is what it has made of the source
+            x, memory = block(x, memory, streams, own)
         if cache is not None:
             cache.memory = memory
         return self.head(x) if self.head is not None else (x, memory)

@@ -306,16 +306,16 @@ def verify(config: VerifyConfig, runtime: Runtime) -> None:
     """Verify the config's one strategy and model on the ranks there are; exits 1 if they differ."""
     found = compare(runtime, config)
     if runtime.rank == 0:
-        row = (config.model.family, _degrees_text(config, runtime))
+        row = (config.model.family, _degrees_text(config.strategy))
         report({row: found}, config.tolerance)
     dist.barrier()  # a launcher ends all ranks as soon as one has left
     if first_fault(found, config.tolerance):
         raise SystemExit(1)
 
 
-def _degrees_text(config: VerifyConfig, runtime: Runtime) -> str:
-    resolved = degrees(resolve(config.strategy, runtime.world_size))
-    return " × ".join(f"{axis} {degree}" for axis, degree in resolved.items() if degree > 1) or "-"
+def _degrees_text(strategy: StrategyConfig) -> str:
+    above_one = (f"{axis} {degree}" for axis, degree in degrees(strategy).items() if degree > 1)
+    return " × ".join(above_one) or "-"
 
 
 def walk(config: VerifyConfig) -> None:
