@@ -7,7 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from parallel.pool import RankPool
-from trainer.verify import FAMILIES, STRATEGIES, scale_down, step_traffic, world_size
+from trainer.traffic import step_traffic
+from trainer.verify import FAMILIES, STRATEGIES, scale_down, world_size
 
 if __name__ == "__main__":
     table = Table("strategy", "collective", "dtype", "counted", "closed form")
@@ -18,7 +19,7 @@ if __name__ == "__main__":
         for collective, dtype in sorted(counted.keys() | due.keys(), key=str):
             key = (collective, dtype)
             numbers = (f"{sizes.get(key, 0):,}" for sizes in (counted, due))
-            table.add_row(name, collective.strip("_"), str(dtype)[6:], *numbers)
+            table.add_row(name, collective, str(dtype)[6:], *numbers)
         table.add_section()
     pool.close()
     Console().print(table)

@@ -17,7 +17,16 @@ CHOICES = {
     "resume": ("auto", "never"),
     "activation_checkpointing": ("none", "selective", "block"),
     "split": ("valid", "test"),
-    "fault": ("", "skip_gradient_sum", "local_target_count", "local_gradient_norm"),
+    "fault": (
+        "",
+        "skip_gradient_sum",
+        "local_target_count",
+        "local_gradient_norm",
+        "skip_input_gradient_sum",
+        "skip_output_sum",
+        "skip_gathered_gradient_sum",
+        "skip_vocabulary_mask",
+    ),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
@@ -117,8 +126,10 @@ def problems(config: Any, world_size: int) -> list[str]:
     """Every problem of a door's configuration on `world_size` ranks; empty = none."""
     found = _choices(config) + _ranges(config)
     wrong = {problem.split("=", 1)[0] for problem in found}
+    broken: list[str] = []
     if hasattr(config, "model"):
-        found += _model(config.model, wrong)
+        broken = _model(config.model, wrong)
+        found += broken
     if hasattr(config, "data"):
         found += _data(config.data)
     if hasattr(config, "model") and hasattr(config, "data"):
@@ -130,6 +141,8 @@ def problems(config: Any, world_size: int) -> list[str]:
             strategy = resolve(config.strategy, world_size)
         except ConfigError as error:
             return found + error.problems
+        if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
+            found += splits(config.model, strategy.tensor)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += _batch(config, data_degree(strategy))
     return found
@@ -152,6 +165,7 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
         found = _tokens(filled, facts)
+    found += splits(filled, config.strategy.tensor)
     if found:
         raise ConfigError(*found)
     return replace(config, model=filled)
@@ -258,6 +272,35 @@ def _batch(config: TrainConfig, degree: int) -> list[str]:
             f"(batch_size={size} / {degree} ranks); try {_near_divisors(share, micro)}"
         ]
     return []
+
+
+def splits(model: ModelConfig, degree: int) -> list[str]:
+    """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
+    fit = [d for d in range(1, model.heads + 1) if _splits_heads(model, d)]
+    found = []
+    if degree not in fit:
+        given = f"model.heads={model.heads}"
+        if model.kv_heads:
+            given += f" and model.kv_heads={model.kv_heads}"
+        found.append(
+            f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
+        )
+    # The ranks have equally many rows, and the last of them what is left.
+    rows = -(-model.vocab_size // degree)
+    if 0 < model.vocab_size <= rows * (degree - 1):
+        found.append(
+            f"strategy.tensor={degree} leaves a rank without any of model.vocab_size="
+            f"{model.vocab_size}; set model.vocab_size={degree**2} or more"
+        )
+    return found
+
+
+def _splits_heads(model: ModelConfig, degree: int) -> bool:
+    """A rank has whole query heads; key/value heads are whole, or equal parts of one."""
+    groups = model.kv_heads or model.heads
+    head_width = model.head_width or model.width // model.heads
+    shared = degree % groups == 0 and groups * head_width % degree == 0
+    return model.heads % degree == 0 and (groups % degree == 0 or shared)
 
 
 def _tokens(model: ModelConfig, facts: "DataFacts") -> list[str]:

@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from typing import TypeVar
 
-from conf.check import complete, problems
+from conf.check import complete, problems, splits
 from parallel.config import ConfigError, resolve
 from trainer import data
 from trainer.config import (
@@ -56,10 +56,13 @@ def verification(config: VerifyConfig, world_size: int) -> VerifyConfig:
 def reading(config: Reader, world_size: int) -> Reader:
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
-    load_config(config.run_dir)
+    model = load_config(config.run_dir).model
     if not checkpoints(config.run_dir):
         raise ConfigError(f"run_dir={config.run_dir} holds no checkpoint yet; train it first")
-    return replace(config, strategy=resolve(config.strategy, world_size))
+    strategy = resolve(config.strategy, world_size)
+    if found := splits(model, strategy.tensor):
+        raise ConfigError(*found)
+    return replace(config, strategy=strategy)
 
 
 def preparation(config: PrepareConfig, world_size: int) -> PrepareConfig:

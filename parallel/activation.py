@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
 from torch import nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -14,8 +15,10 @@ from torch.utils.checkpoint import (
 
 MODES = ("none", "selective", "block")
 
-# Costly to compute and cheap to keep: the results of matrix products and attention.
-_aten = torch.ops.aten
+# Costly to compute and cheap to keep: the results of matrix products and attention, and what
+# crosses the wire to become a part of the sequence. The whole sequence is gathered again, as it is
+# without recomputation.
+_aten, _wire = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
     _aten.mm.default,
     _aten.addmm.default,
@@ -24,6 +27,8 @@ KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _wire.reduce_scatter_tensor.default,
+    _wire.all_reduce.default,
 }
 
 

@@ -1,6 +1,7 @@
 """The table of contents of parallelism: what is done to a model, in which order, and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from parallel.ddp import replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
 from parallel.mesh import active
+from parallel.tensor import split_layers
 from parallel.worker import CountValid, LossSum, Worker
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
@@ -22,35 +24,42 @@ DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, device: torch.device, *,
-    draw_rows: DrawRows, loss_sum: LossSum, count_valid: CountValid,
+    draw_rows: DrawRows, loss_sum: LossSum, count_valid: CountValid, layout: Mapping[str, str],
     parameters: torch.dtype = torch.float32, compute: torch.dtype = torch.float32,
     activation_checkpointing: str = "none", compile: bool = False,
 ) -> Worker:  # fmt: skip
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
-    `parameters` is the dtype that weights are kept and gradients reduced in, `compute` the one
-    that FSDP gathers them in. The model's layers must stand in a module named `blocks`.
+    `layout` says by name how tensor parallelism splits the model's layers, which must stand in a
+    module named `blocks`. `parameters` is the dtype that weights are kept and gradients reduced
+    in, `compute` the one that FSDP gathers them in.
     """
+    # 1. The split of single layers is the innermost: all that follows treats a part as the whole.
+    split = None
+    if mesh["tensor"].size() > 1:
+        regather = activation_checkpointing == "none" and not compile
+        split = split_layers(model, mesh["tensor"], layout, strategy.sequence_parallel, regather)
+        loss_sum = partial(loss_sum, cross_entropy=split.vocabulary.cross_entropy)
     for block in model.get_submodule("blocks").children():
-        # 1. Recomputation is the innermost layer: what it wraps runs a second time.
+        # 2. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
         checkpoint_activations(block, activation_checkpointing)
-        # 2. One graph per block; all blocks look alike, so it is compiled once.
+        # 3. One graph per block; all blocks look alike, so it is compiled once.
         if compile:
             block.compile()
-    # 3. Sharding comes before the weights exist, so that no rank ever holds the whole model.
-    shards = mesh["shard"].size() > 1
-    if shards:
-        shard_mesh = active(mesh, ("replicate", "shard"))
-        assert shard_mesh is not None
-        shard(model, shard_mesh, compute, parameters, strategy.reshard_after_forward)
-    # 4. Each rank draws the rows that it holds.
-    materialise(model, device, parameters, draw_rows)
-    # 5. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
-    wrapped: nn.Module = model
+    # 4. Sharding comes before the weights exist, so that no rank ever holds the whole model.
+    #    It knows DTensors, which DDP does not: replicas of a split model go this way too.
     replicas = active(mesh, ("replicate",))
+    shards = mesh["shard"].size() > 1 or (split is not None and replicas is not None)
+    if shards:
+        axes = ("shard",) if replicas is None else ("replicate", "shard")
+        shard(model, mesh[axes], compute, parameters, strategy.reshard_after_forward)
+    # 5. Each rank draws the rows that it holds.
+    materialise(model, device, parameters, draw_rows)
+    # 6. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
+    wrapped: nn.Module = model
     if replicas is not None and not shards:
         wrapped = replicate(model, replicas, strategy.bucket_mib)
-    return Worker(model, wrapped, mesh, device, loss_sum, count_valid)
+    return Worker(model, wrapped, mesh, device, loss_sum, count_valid, split)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from typing import Any
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
-NOT_BUILT = ("pipeline", "context", "tensor")
+NOT_BUILT = ("pipeline", "context")
 
 
 class ConfigError(ValueError):
@@ -30,6 +30,9 @@ class StrategyConfig:
     # FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until its
     # backward is done (one all-gather less, more memory).
     reshard_after_forward: bool = True
+    # Tensor: between split layers each rank has its part of the sequence's positions (less memory,
+    # the same bytes on the wire); false = all of them on every rank.
+    sequence_parallel: bool = True
     # DDP: MiB of gradients per all-reduce.
     bucket_mib: float = 25.0
 

@@ -20,6 +20,13 @@ class StepBytes:
     all_gather: int = 0
     reduce_scatter: int = 0
 
+    def __add__(self, other: "StepBytes") -> "StepBytes":
+        return StepBytes(
+            self.all_reduce + other.all_reduce,
+            self.all_gather + other.all_gather,
+            self.reduce_scatter + other.reduce_scatter,
+        )
+
 
 def step_bytes(
     blocks: Iterable[Shape], others: Iterable[Shape], strategy: StrategyConfig,
@@ -30,7 +37,7 @@ def step_bytes(
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
     DDP: one all-reduce of the gradients. FSDP, per micro-batch: two all-gathers of the blocks (one
     with reshard_after_forward=false) and one of the others, which stay gathered from the forward's
-    end to the backward's start, and one reduce-scatter of the gradients. Hybrid sharding adds an
+    end to the backward's start, and one reduce-scatter of the gradients. Hybrid sharding adds one
     all-reduce of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
     """
     shards, replicas = strategy.shard, strategy.replicate
@@ -41,10 +48,51 @@ def step_bytes(
         return StepBytes(all_reduce=whole * reduce_bytes if replicas > 1 else 0)
     gathers = 2 if strategy.reshard_after_forward else 1
     return StepBytes(
-        all_reduce=micro_batches * whole * reduce_bytes // shards if replicas > 1 else 0,
+        all_reduce=whole * reduce_bytes // shards if replicas > 1 else 0,
         all_gather=micro_batches * (gathers * inside + outside) * compute_bytes,
         reduce_scatter=micro_batches * whole * reduce_bytes,
     )
+
+
+@dataclass(frozen=True)
+class SplitSequence:
+    """A sequence that flows through layers split over the tensor axis, of one micro-batch."""
+
+    samples: int
+    length: int
+    branches: int  # residual branches: a norm, a split layer, a sum
+    starts: int = 1  # sums without a norm before: token embeddings
+    ends: int = 1  # norms without a sum behind: before the output, or the encoder's last
+
+
+def tensor_bytes(
+    sequences: Iterable[SplitSequence], width: int, strategy: StrategyConfig, compute_bytes: int
+) -> StepBytes:
+    """What split layers move for activations and their gradients, forward and backward.
+
+    Whole sequences on every rank: Megatron-LM's f and g, an all-reduce per branch in each direction
+    (arXiv 1909.08053, figure 4). Sequence parallelism: an all-gather and a reduce-scatter in its
+    place, and one all-gather more in the backward (arXiv 2205.05198, section 4.2).
+    """
+    total = StepBytes()
+    for sequence in sequences:
+        once = sequence.starts + sequence.ends
+        if not strategy.sequence_parallel:
+            moved = sequence.samples * sequence.length * width * compute_bytes
+            total += StepBytes(all_reduce=(2 * sequence.branches + once) * moved)
+            continue
+        padded = math.ceil(sequence.length / strategy.tensor) * strategy.tensor
+        moved = sequence.samples * padded * width * compute_bytes
+        total += StepBytes(
+            all_gather=(3 * sequence.branches + once) * moved,
+            reduce_scatter=(2 * sequence.branches + once) * moved,
+        )
+    return total
+
+
+def cross_entropy_bytes(targets: int) -> int:
+    """All-reduces of a vocabulary-parallel loss in float32: a maximum and three sums per target."""
+    return 4 * (1 + 3) * targets
 
 
 def _elements(shape: Shape, shards: int) -> int:

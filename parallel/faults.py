@@ -14,7 +14,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 
 from parallel import ddp, gradients
 from parallel.apply import parallelize
+from parallel.collectives import Gather, padded
 from parallel.ddp import sum_gradients
+from parallel.tensor import SEQUENCE_DIM, TensorSplit
 from parallel.worker import Worker
 
 
@@ -79,4 +81,71 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-FAULTS = {f.__name__: f for f in (skip_gradient_sum, local_target_count, local_gradient_norm)}
+def _split_of(worker: Worker) -> TensorSplit:
+    assert worker.split is not None, "this fault needs strategy.tensor above 1"
+    return worker.split
+
+
+class _OwnGradient(Gather):
+    """An all-gather whose backward forgets the other ranks' gradients."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = padded(grads[0], ctx.dim, ctx.group.size()).chunk(ctx.group.size(), ctx.dim)
+        return parts[ctx.group.rank()].contiguous(), None, None, None
+
+
+def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """f of Megatron-LM: the gradients of a split layer's input are not summed."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+    split.whole = lambda x, length: x  # type: ignore[method-assign]
+    return worker
+
+
+def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
+    """g of Megatron-LM, or the reduce-scatter: a rank goes on with its own part of the sum."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+    split.sum = split.own  # type: ignore[method-assign]
+    return worker
+
+
+def skip_gathered_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """The backward of the sequence's all-gather takes this rank's gradient for the sum."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+
+    def whole(x: Tensor, length: int) -> Tensor:
+        return _OwnGradient.apply(x, length, split.group, SEQUENCE_DIM)
+
+    split.whole = whole  # type: ignore[method-assign]
+    return worker
+
+
+def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
+    """A rank adds a row of its own for the tokens that other ranks have."""
+    worker = parallelize(*args, **kwargs)
+    vocabulary = _split_of(worker).vocabulary
+    find = vocabulary.find
+
+    def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        row, mine = find(tokens)
+        return row, torch.ones_like(mine) if tokens.dim() > 1 else mine  # the loss has one dim
+
+    vocabulary.find = all_mine  # type: ignore[method-assign]
+    return worker
+
+
+FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        skip_gradient_sum,
+        local_target_count,
+        local_gradient_norm,
+        skip_input_gradient_sum,
+        skip_output_sum,
+        skip_gathered_gradient_sum,
+        skip_vocabulary_mask,
+    )
+}

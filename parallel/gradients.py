@@ -18,7 +18,9 @@ def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    return tuple(mesh.get_group(i) for i, p in enumerate(gradient.placements) if p.is_shard())
+    # Not `is_shard`: of the strided shards of FSDP × tensor it says no.
+    split = (i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
+    return tuple(mesh.get_group(i) for i in split if mesh.size(i) > 1)
 
 
 @torch.no_grad()

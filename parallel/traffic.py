@@ -9,6 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Payload = dict[tuple[str, torch.dtype], int]  # bytes by (collective, dtype)
 
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "all_gather_into_tensor": "all_gather",
+    "reduce_scatter_tensor": "reduce_scatter",
+}
+
 
 class Traffic(TorchDispatchMode):
     """Counts the collectives issued inside a `with`: payload bytes by (collective, dtype).
@@ -23,18 +31,23 @@ class Traffic(TorchDispatchMode):
         self.payload_bytes: Payload = defaultdict(int)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
         if func.namespace == "c10d":
-            self._count(func._schema.name.split("::")[1], args)
+            self._count(name, _in_place_payload(name, args))
+        elif func.namespace == "_c10d_functional" and name != "wait_tensor":
+            gathered = args[1] if name == "all_gather_into_tensor" else 1
+            self._count(name, [args[0]], gathered)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, args: Any) -> None:
-        if name == "allreduce_":
-            tensors = args[0]
-        elif name == "_allgather_base_":
-            tensors = [args[0]]
-        elif name == "_reduce_scatter_base_":
-            tensors = [args[1]]
-        else:
-            tensors = [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]
+    def _count(self, name: str, tensors: list[Tensor], times: int = 1) -> None:
         for tensor in tensors:
-            self.payload_bytes[name, tensor.dtype] += tensor.numel() * tensor.element_size()
+            key = NAMES.get(name, name), tensor.dtype
+            self.payload_bytes[key] += tensor.numel() * tensor.element_size() * times
+
+
+def _in_place_payload(name: str, args: Any) -> list[Tensor]:
+    if name == "allreduce_":
+        return args[0]
+    if name in ("_allgather_base_", "_reduce_scatter_base_"):
+        return [args[0] if name == "_allgather_base_" else args[1]]
+    return [t for t in torch.utils._pytree.tree_leaves(args) if isinstance(t, Tensor)]

@@ -1,7 +1,8 @@
 """The worker: one face for a model under any strategy, so that the loop names none."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
+from parallel.tensor import TensorSplit
 
 MicroBatch = dict[str, Tensor]
-LossSum = Callable[[Tensor, Tensor], Tensor]  # (logits, targets) -> sum over valid targets
+LossSum = Callable[..., Tensor]  # (logits, targets) -> sum over valid targets
 CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 
@@ -22,7 +24,8 @@ class Worker:
     """A parallelised model with what a training step asks of it."""
 
     def __init__(self, model: nn.Module, wrapped: nn.Module, mesh: DeviceMesh,
-                 device: torch.device, loss_sum: LossSum, count_valid: CountValid):  # fmt: skip
+                 device: torch.device, loss_sum: LossSum, count_valid: CountValid,
+                 split: TensorSplit | None = None):  # fmt: skip
         self.model = model  # the Transformer itself: canonical names of parameters
         self.mesh = mesh
         self.device = device
@@ -33,6 +36,7 @@ class Worker:
         self._wrapped = wrapped  # what a training forward goes through
         self._loss_sum = loss_sum
         self._count_valid = count_valid
+        self.split = split  # of the layers over the tensor axis
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """The micro-batch on this rank's device, copied without waiting where memory is pinned."""
@@ -59,14 +63,23 @@ class Worker:
                 loss = loss / count.clamp(min=1).to(loss.dtype)
                 (loss if scale is None else loss * scale).backward()
             total = total.to(loss.dtype) + loss.detach()
+        if self.split is not None:
+            self.split.sum_partial_gradients(self.model)
         return total, count
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """The model's logits, all classes on every rank; inside `evaluating` only."""
+        logits = self.model(*inputs)
+        return logits if self.split is None else self.split.vocabulary.gather(logits)
 
     @contextmanager
     def _reducing(self, reduce: bool) -> Iterator[None]:
-        """DDP sums gradients over ranks once, in the last micro-batch's backward.
+        """Replicas sum their gradients once, in the last micro-batch's backward.
 
-        FSDP reduces every micro-batch: an unreduced gradient would need the whole model's memory.
+        Shards do in every one: an unreduced gradient would need the whole model's memory.
         """
+        if isinstance(self._wrapped, FSDPModule):
+            self._wrapped.set_requires_all_reduce(reduce)
         if isinstance(self._wrapped, DistributedDataParallel) and not reduce:
             with self._wrapped.no_sync():
                 yield
@@ -81,8 +94,9 @@ class Worker:
         """
         training = self.model.training
         self.model.eval()
+        whole = nullcontext() if self.split is None else self.split.whole_sequences()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), whole:
                 yield
         finally:
             self.model.train(training)
@@ -91,6 +105,10 @@ class Worker:
             for module in self.model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
+
+    def partial_gradients(self) -> list[str]:
+        """Parameters that no axis splits but whose gradient is summed over the tensor axis."""
+        return [] if self.split is None else self.split.partial
 
     def gradients(self) -> list[Tensor]:
         """The gradients, in the order of the parameters."""

@@ -140,7 +140,7 @@ BAD = {
     "data=text": "data.path is empty",
     "strategy=single": "choose strategy=ddp",
     "strategy.shard=3": "start 3 ranks (torchrun --nproc_per_node=N, or launch.ranks=N)",
-    "strategy.tensor=2": "not built yet",
+    "strategy.context=2": "not built yet",
 }
 
 

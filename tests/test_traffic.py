@@ -5,7 +5,8 @@ import torch
 
 from parallel.config import StrategyConfig
 from parallel.cost import ring_bytes, step_bytes
-from trainer.verify import FAMILIES, STRATEGIES, scale_down, step_traffic, world_size
+from trainer.traffic import step_traffic
+from trainer.verify import FAMILIES, STRATEGIES, scale_down, world_size
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp 4"])
@@ -14,8 +15,12 @@ def test_bytes_of_a_step_equal_the_closed_form(ranks, strategy, family):
     degrees, model = STRATEGIES[strategy], scale_down(FAMILIES[family])
     counted, due = ranks.run(world_size(degrees), step_traffic, degrees, model)[0]
     assert counted == due
-    whole = {"ddp": ("allreduce_", torch.float32), "fsdp": ("_allgather_base_", torch.bfloat16)}
-    assert due[whole.get(strategy.split()[0], ("allreduce_", torch.float32))] > 10_000
+    moves = ("all_gather", torch.bfloat16)
+    if degrees.shard == degrees.tensor == 1:
+        moves = ("all_reduce", torch.float32)
+    elif not degrees.sequence_parallel:
+        moves = ("all_reduce", torch.bfloat16)
+    assert due[moves] > 10_000
 
 
 def test_the_closed_form_by_hand():

@@ -40,7 +40,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     with worker.evaluating():
         for batch in batches:
             inputs = worker.to_device(batch)
-            totals += _totals(worker.model(inputs), inputs["targets"])
+            totals += _totals(worker.forward(inputs), inputs["targets"])
             if tokenizer is not None:
                 translations |= _translations(worker, inputs, tokenizer, beams, length_penalty)
     nats, targets, right = worker.sum_over_data(totals).tolist()

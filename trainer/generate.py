@@ -45,7 +45,7 @@ def sample(worker: Worker, prompt_ids: Sequence[int], *, max_tokens: int, eot_id
         window, cache = history[-limit:], DecodingCache(model, capacity)
         for _ in range(max_tokens):
             tokens_BS = torch.tensor([window], device=worker.device)
-            logits_V = model({"tokens": tokens_BS}, cache)[0, -1]
+            logits_V = worker.forward({"tokens": tokens_BS}, cache)[0, -1]
             token = _first_ranks(worker, draw(logits_V, temperature, top_k, top_p, generator))
             if token == eot_id:
                 break
@@ -178,7 +178,7 @@ def translate(worker: Worker, source_BT: Tensor, source_valid_BT: Tensor | None 
     with worker.evaluating():
         cache = DecodingCache(model, max_tokens)
         # The encoder reads each sentence once; then there is a row for each beam.
-        logits_RV = model({**inputs, "tokens": tokens_B1}, cache)[row_R, -1]
+        logits_RV = worker.forward({**inputs, "tokens": tokens_B1}, cache)[row_R, -1]
         inputs = {name: tensor[row_R] for name, tensor in inputs.items()}
         cache.reorder(row_R)
         row_R = search.advance(logits_RV)
@@ -188,7 +188,7 @@ def translate(worker: Worker, source_BT: Tensor, source_valid_BT: Tensor | None 
                 break
             if beams > 1:
                 cache.reorder(row_R)
-            logits_RV = model({**inputs, "tokens": search.last_tokens()}, cache)[:, -1]
+            logits_RV = worker.forward({**inputs, "tokens": search.last_tokens()}, cache)[:, -1]
             row_R = search.advance(logits_RV)
     return search.sentences()
 
@@ -285,7 +285,7 @@ def classify(config: GenerateConfig, run: TrainedRun) -> Table:
         image = {"images": pixels_CHW, "targets": np.array(0)}
     images_BCHW = torch.from_numpy(np.ascontiguousarray(dataset.collate([image])["images"]))
     with run.worker.evaluating():
-        logits_BV = run.worker.model({"images": images_BCHW.to(run.worker.device)})
+        logits_BV = run.worker.forward({"images": images_BCHW.to(run.worker.device)})
     probability_V = logits_BV[0, : len(names)].float().softmax(-1)
     top = probability_V.topk(min(TOP_CLASSES, len(names)))
     for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):

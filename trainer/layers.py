@@ -22,14 +22,37 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class SequenceLayout:
+    """How much of a sequence flows between blocks: all of it, unless parallelism gives another.
+
+    Under sequence parallelism that is a part of its positions, and `part` says which.
+    """
+
+    part = 0
+
+    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+        """All `length` positions, for layers that mix them or are split by columns."""
+        return x_BSD
+
+    def own(self, x_BSD: Tensor) -> Tensor:
+        """Those of all positions that flow here."""
+        return x_BSD
+
+
 @dataclass
 class Stream:
-    """What attention must know of one sequence; computed once per forward, shared by all blocks."""
+    """What a block must know of one sequence; computed once per forward, shared by all blocks."""
 
+    length: int  # positions of the whole sequence
+    layout: SequenceLayout
     causal: bool  # position i sees positions ≤ i only
     mask: Tensor | None = None  # True = may be seen, (B,1,S,S) or (B,1,1,S); None = all (or causal)
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (B or 1, S, 1, K/2)
     seeds_B: Tensor | None = None  # dropout seed of each sample
+
+    def whole(self, x_BSD: Tensor) -> Tensor:
+        """All positions of what flows between blocks."""
+        return self.layout.whole(x_BSD, self.length)
 
 
 class AttentionCache:
@@ -75,6 +98,13 @@ class Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors, looked up in its own dtype and handed out in `dtype`."""
+
+    def forward(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(input, self.weight).to(dtype)
+
+
 class Norm(nn.Module):
     """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the width."""
 
@@ -107,19 +137,22 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
 
-def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float) -> Tensor:
-    """Which entries dropout keeps: a pure function of sample seed, site and position.
+def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float,
+              first: int = 0) -> Tensor:  # fmt: skip
+    """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
 
     A counter through SplitMix64's mixer (Steele et al. 2014), four 16-bit draws per counter value:
     no generator state, so neither ranks, micro-batches, resuming nor recomputation change a mask.
+    `first` is the position of the first row, where only a part of a sequence is here.
     """
-    size = shape[1:].numel()
-    counter = torch.arange((size + 3) // 4, device=seeds_B.device, dtype=torch.int64)
+    _, S, D = shape
+    row = (D + 3) // 4  # counter values per position
+    counter = torch.arange(first * row, (first + S) * row, device=seeds_B.device)
     bits = (seeds_B + site)[:, None] + counter * _GOLDEN
     bits = _fold(bits, 30) * _MIX_1
     bits = _fold(bits, 27) * _MIX_2
-    draws = _fold(bits, 31).view(torch.int16)[:, :size]
-    return (draws >= round(share * 65536) - 32768).view(shape)
+    draws = _fold(bits, 31).view(torch.int16).view(-1, S, 4 * row)[:, :, :D]
+    return draws >= round(share * 65536) - 32768
 
 
 class Dropout(nn.Module):
@@ -130,11 +163,13 @@ class Dropout(nn.Module):
         self.share = share
         self.site = 0  # tells one dropout of the model from the next; set from its name
 
-    def forward(self, x_BSD: Tensor, seeds_B: Tensor | None) -> Tensor:
-        if not self.training or self.share == 0.0 or seeds_B is None:
+    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        if not self.training or self.share == 0.0 or stream.seeds_B is None:
             return x_BSD
-        keep = keep_mask(seeds_B, self.site, x_BSD.shape, self.share)
-        return x_BSD * keep.to(x_BSD.dtype) * (1.0 / (1.0 - self.share))
+        first = stream.layout.part * x_BSD.shape[1]
+        keep = keep_mask(stream.seeds_B, self.site, x_BSD.shape, self.share, first)
+        # Of a `where` one byte per entry is kept for the backward, of a product the mask's floats.
+        return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
 
 
 def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple:
@@ -249,8 +284,9 @@ class Block(nn.Module):
     """One pre-norm layer: self-attention, cross-attention in a decoder with memory, feed-forward.
 
     What flows from block to block is (x, memory). In an encoder that feeds a decoder, `memory` is
-    the decoder's stream that waits; the encoder's last block (`turns`) norms its own output and
-    swaps the two, so that a model can be cut between any two blocks.
+    the decoder's stream that waits; the encoder's last block (`turns`) norms its own output, which
+    is the whole sequence from there on, and swaps the two, so that a model can be cut between any
+    two blocks.
     """
 
     def __init__(self, config: ModelConfig, stream: str, cross: bool = False, turns: bool = False):
@@ -276,21 +312,21 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]
         branch_BSD = self.attention(
-            self.attention_norm(x_BSD), own, cache.attention if cache else None
+            own.whole(self.attention_norm(x_BSD)), own, cache.attention if cache else None
         )
-        x_BSD = x_BSD + self.attention_dropout(branch_BSD, own.seeds_B)
+        x_BSD = x_BSD + self.attention_dropout(branch_BSD, own)
         if self.cross_attention and self.cross_norm and self.cross_dropout:
             assert memory_BTD is not None
             branch_BSD = self.cross_attention.cross(
-                self.cross_norm(x_BSD),
+                own.whole(self.cross_norm(x_BSD)),
                 memory_BTD,
                 streams["source"],
                 cache.cross if cache else None,
             )
-            x_BSD = x_BSD + self.cross_dropout(branch_BSD, own.seeds_B)
-        branch_BSD = self.feed_forward(self.feed_forward_norm(x_BSD))
-        x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own.seeds_B)
+            x_BSD = x_BSD + self.cross_dropout(branch_BSD, own)
+        branch_BSD = self.feed_forward(own.whole(self.feed_forward_norm(x_BSD)))
+        x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own)
         if self.turn_norm is not None:
             assert memory_BTD is not None
-            return memory_BTD, self.turn_norm(x_BSD)
+            return memory_BTD, own.whole(self.turn_norm(x_BSD))
         return x_BSD, memory_BTD

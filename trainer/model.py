@@ -22,13 +22,34 @@ from trainer.layers import (
     Block,
     BlockCache,
     Dropout,
+    Embedding,
     Linear,
     Norm,
+    SequenceLayout,
     Stream,
     rotary_angles,
 )
 
 Inputs = dict[str, Tensor]
+
+# How tensor parallelism splits the layers: pattern of parameter names -> a style that
+# parallel/tensor.py explains.
+TENSOR_LAYOUT = {
+    "embed.tokens": "vocabulary",
+    "embed.positions": "sequence",
+    "embed.patches": "sequence",
+    "embed.class_token": "sequence",
+    "blocks.*_norm": "sequence",
+    "blocks.*attention.query": "heads",
+    "blocks.*attention.key": "heads",
+    "blocks.*attention.value": "heads",
+    "blocks.*attention.output": "row",
+    "blocks.*.feed_forward.gate": "column",
+    "blocks.*.feed_forward.up": "column",
+    "blocks.*.feed_forward.down": "row",
+    "head.norm": "sequence",
+    "head.output": "vocabulary",
+}
 ROWS_ELEMENTS = 1 << 20  # weights are drawn in blocks of whole rows of about this many entries
 
 
@@ -61,17 +82,17 @@ class TokenEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.tokens = Embedding(config.vocab_size, config.width)
         learned = config.positions == "learned"
-        self.positions = nn.Embedding(config.max_positions, config.width) if learned else None
+        self.positions = Embedding(config.max_positions, config.width) if learned else None
         self.dropout = Dropout(config.dropout)
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream,
                 dtype: torch.dtype) -> Tensor:  # fmt: skip
-        x_BSD = F.embedding(tokens_BS, self.tokens.weight).to(dtype)
+        x_BSD = self.tokens(tokens_BS, dtype)
         if self.positions is not None:
-            x_BSD = x_BSD + F.embedding(positions_BS, self.positions.weight).to(dtype)
-        return self.dropout(x_BSD, stream.seeds_B)
+            x_BSD = x_BSD + stream.layout.own(self.positions(positions_BS, dtype))
+        return self.dropout(x_BSD, stream)
 
 
 class PatchEmbedding(nn.Module):
@@ -80,11 +101,10 @@ class PatchEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
-        patches = (config.image_size // config.patch_size) ** 2
         self.patches = Linear(config.channels * config.patch_size**2, config.width)
         has_class_token = config.pool == "class_token"
         self.class_token = nn.Parameter(torch.empty(1, config.width)) if has_class_token else None
-        self.positions = nn.Embedding(patches + has_class_token, config.width)
+        self.positions = nn.Embedding(_image_length(config), config.width)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, images_BCHW: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
@@ -93,7 +113,8 @@ class PatchEmbedding(nn.Module):
         if self.class_token is not None:
             first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
             x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
-        return self.dropout(x_BPD + self.positions.weight.to(dtype), stream.seeds_B)
+        x_BPD = stream.layout.own(x_BPD + self.positions.weight.to(dtype))
+        return self.dropout(x_BPD, stream)
 
 
 class Head(nn.Module):
@@ -107,8 +128,8 @@ class Head(nn.Module):
         outputs = config.classes if classifies else config.vocab_size
         self.output = Linear(config.width, outputs, bias=classifies)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        x_BSD = self.norm(x_BSD)
+    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        x_BSD = stream.whole(self.norm(x_BSD))
         if self.pool == "class_token":
             return self.output(x_BSD[:, 0])
         if self.pool == "mean":
@@ -126,6 +147,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.layout = SequenceLayout()
         embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
         self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
@@ -154,7 +176,9 @@ class Transformer(nn.Module):
             x, memory = block(x, memory, streams, own)
         if cache is not None:
             cache.memory = memory
-        return self.head(x) if self.head is not None else (x, memory)
+        if self.head is None:
+            return x, memory
+        return self.head(x, streams["source" if self.config.family == "encoder" else "target"])
 
     def _embed(self, inputs: Inputs, streams: dict[str, Stream],
                cache: DecodingCache | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -175,20 +199,23 @@ class Transformer(nn.Module):
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
-        streams = {}
-        if self.config.family != "decoder":
-            streams["source"] = Stream(causal=False, seeds_B=seeds_B)
-        if self.config.family == "encoder_decoder":
-            if "source_valid" in inputs:
-                streams["source"].mask = inputs["source_valid"][:, None, None, :]
+        family, layout, streams = self.config.family, self.layout, {}
+        if family == "encoder":
+            length = _image_length(self.config)
+            streams["source"] = Stream(length, layout, causal=False, seeds_B=seeds_B)
+            return streams
+        if family == "encoder_decoder":
             length = inputs["source"].shape[1]
             positions_BT = torch.arange(length, device=inputs["source"].device)[None]
-            streams["source"].rope = self._rope(positions_BT)
-        if self.config.family != "encoder":
-            rope = self._rope(_positions(inputs, cache))
-            # The target's dropout must not repeat the source's, which shares the embedding.
-            seeds_B = None if seeds_B is None else ~seeds_B
-            streams["target"] = Stream(True, _document_mask(inputs), rope, seeds_B)
+            valid_BT = inputs.get("source_valid")
+            mask = None if valid_BT is None else valid_BT[:, None, None, :]
+            rope = self._rope(positions_BT)
+            streams["source"] = Stream(length, layout, False, mask, rope, seeds_B)
+        rope = self._rope(_positions(inputs, cache))
+        # The target's dropout must not repeat the source's, which shares the embedding.
+        seeds_B = None if seeds_B is None else ~seeds_B
+        length = inputs["tokens"].shape[1]
+        streams["target"] = Stream(length, layout, True, _document_mask(inputs), rope, seeds_B)
         return streams
 
     def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -196,6 +223,11 @@ class Transformer(nn.Module):
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return rotary_angles(positions_BS, self.config, dtype)
+
+
+def _image_length(config: ModelConfig) -> int:
+    patches = (config.image_size // config.patch_size) ** 2
+    return patches + (config.pool == "class_token")
 
 
 def _blocks(config: ModelConfig) -> list[Block]:

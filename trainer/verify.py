@@ -10,22 +10,21 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import parallelize
-from parallel.config import StrategyConfig, degrees, resolve
-from parallel.cost import step_bytes
+from parallel.config import AXES, StrategyConfig, degrees, resolve
 from parallel.faults import FAULTS
-from parallel.mesh import DATA_AXES, active, build_mesh
+from parallel.mesh import DATA_AXES
 from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
-from parallel.traffic import Payload, Traffic
 from parallel.worker import Worker
+from trainer.build import parallel_model
 from trainer.config import ModelConfig, OptimConfig, VerifyConfig
-from trainer.loss import IGNORED, count_valid, cross_entropy_sum
+from trainer.loss import IGNORED
 from trainer.model import Transformer, draw_rows
 from trainer.optim import Optimizer, decays, lr_at
+from trainer.precision import PRECISIONS
 
 SAMPLES = 8  # per step, over all ranks
 MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
@@ -53,6 +52,12 @@ STRATEGIES = {
     "fsdp 4": StrategyConfig(shard=4),
     "fsdp 4, kept": StrategyConfig(shard=4, reshard_after_forward=False),
     "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "tensor 2, whole sequences": StrategyConfig(tensor=2, sequence_parallel=False),
+    "tensor 4": StrategyConfig(tensor=4),
+    "tensor 4, whole sequences": StrategyConfig(tensor=4, sequence_parallel=False),
+    "ddp 2 × tensor 2": StrategyConfig(replicate=2, tensor=2),
+    "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
 }
 
 
@@ -80,14 +85,15 @@ class Record:
     weights: dict[str, Tensor]
 
 
-def scale_down(model: ModelConfig) -> ModelConfig:
+def scale_down(model: ModelConfig, tensor: int = 1) -> ModelConfig:
     """A model small enough for float64 on CPU ranks, with the ratios of the given one.
 
     Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
     feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
+    There are as many heads as `tensor` ranks need.
     """
     group = max(1, model.heads // (model.kv_heads or model.heads))
-    heads = group * max(1, 4 // group)
+    heads = math.lcm(group * max(1, 4 // group), tensor)
     width = heads * 8
     return replace(
         model, layers=2, encoder_layers=2 if model.family == "encoder_decoder" else 0,
@@ -170,7 +176,8 @@ def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
 
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    # A clone: what needs no gathering is the tensor itself, which clipping changes in place.
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
@@ -178,17 +185,13 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
 
     Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
     """
-    mesh = build_mesh(config.strategy, runtime.device)
-    with torch.device("meta"):
-        model = Transformer(config.model, torch.float64)
-    build = FAULTS[config.fault] if config.fault else parallelize
-    worker = build(
-        model, mesh, config.strategy, runtime.device,
-        draw_rows=partial(draw_rows, config.model, config.seed),
-        loss_sum=partial(cross_entropy_sum, label_smoothing=LABEL_SMOOTHING),
-        count_valid=count_valid, parameters=torch.float64, compute=torch.float64,
+    worker = parallel_model(
+        config.model, config.strategy, runtime, PRECISIONS["fp64"],
+        seed=config.seed, label_smoothing=LABEL_SMOOTHING,
         activation_checkpointing=config.activation_checkpointing,
+        parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )  # fmt: skip
+    model = worker.model
     optimizer = Optimizer(model, OPTIM)
     record = Record([], [], [], {})
     for step in range(config.steps):
@@ -201,16 +204,14 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
         optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
     record.weights = {name: _whole(p) for name, p in model.named_parameters()}
-    return record, {name: spans(p, mesh) for name, p in model.named_parameters()}
+    return record, {name: spans(name, p, worker) for name, p in model.named_parameters()}
 
 
-def spans(parameter: Tensor, mesh: DeviceMesh) -> str:
+def spans(name: str, parameter: Tensor, worker: Worker) -> str:
     """The mesh axes that a parameter is split on or its gradient summed over."""
-    split_mesh = active(mesh, DATA_AXES)
-    names = () if split_mesh is None else split_mesh.mesh_dim_names or ()
-    if isinstance(parameter, DTensor):
-        names = parameter.device_mesh.mesh_dim_names or ()
-    return " × ".join(names)
+    axes = set(parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ())
+    axes |= {*DATA_AXES, *(("tensor",) if name in worker.partial_gradients() else ())}
+    return " × ".join(axis for axis in AXES if axis in axes and worker.mesh[axis].size() > 1)
 
 
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
@@ -246,10 +247,11 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
 
     `config.model` is scaled down first, the strategy resolved for the ranks there are.
     """
+    strategy = resolve(config.strategy, runtime.world_size)
     config = replace(
         config,
-        model=scale_down(config.model),
-        strategy=resolve(config.strategy, runtime.world_size),
+        model=scale_down(config.model, strategy.tensor),
+        strategy=strategy,
     )
     record, axes = run_layout(config, runtime)
     found: list = [None]
@@ -336,40 +338,6 @@ def walk(config: VerifyConfig) -> None:
         pool.close()
     if not report(rows, config.tolerance):
         raise SystemExit(1)
-
-
-COUNT_BYTES, NORM_BYTES = 8, 4  # the step's small ones: targets (int64), gradient norm (float32)
-
-
-def step_traffic(
-    runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
-) -> tuple[Payload, Payload]:
-    """Bytes of one bf16 step by collective: counted from those issued, and by the closed form."""
-    with torch.device("meta"):
-        model = Transformer(model_config, torch.bfloat16)
-    worker = parallelize(
-        model, build_mesh(strategy, runtime.device), strategy, runtime.device,
-        draw_rows=partial(draw_rows, model_config, 0), loss_sum=cross_entropy_sum,
-        count_valid=count_valid, compute=torch.bfloat16,
-    )  # fmt: skip
-    micro_batches = split(make_batch(model_config, 0, 0), worker)
-    for _ in range(3):  # DDP agrees on its buckets once, in the second step
-        worker.zero_grad()
-        with Traffic() as traffic:
-            worker.forward_backward(micro_batches)
-            worker.clip_grad_norm(1.0)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    blocks = [shape for name, shape in shapes.items() if name.startswith("blocks.")]
-    others = [shape for name, shape in shapes.items() if not name.startswith("blocks.")]
-    due = step_bytes(blocks, others, strategy, len(micro_batches), compute_bytes=2, reduce_bytes=4)
-    norm = NORM_BYTES if strategy.shard > 1 else 0  # replicas know the norm without asking
-    expected = {
-        ("allreduce_", torch.int64): COUNT_BYTES,
-        ("allreduce_", torch.float32): due.all_reduce + norm,
-        ("_allgather_base_", torch.bfloat16): due.all_gather,
-        ("_reduce_scatter_base_", torch.float32): due.reduce_scatter,
-    }
-    return dict(traffic.payload_bytes), {key: size for key, size in expected.items() if size}
 
 
 def world_size(strategy: StrategyConfig) -> int:

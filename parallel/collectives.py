@@ -1,0 +1,106 @@
+"""Collectives over one axis as functions of tensors, and what autograd makes of them.
+
+The functional operators of torch, not the in-place ones: activation checkpointing can keep what
+they return, and torch.compile traces them.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed._functional_collectives  # defines torch.ops._c10d_functional
+from torch import Tensor
+from torch import distributed as dist
+from torch.nn import functional as F
+
+_ops = torch.ops._c10d_functional
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
+    """The sum (or max) over the ranks."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), how, group.group_name))
+
+
+def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """The ranks' tensors, all of one shape, side by side along `dim`."""
+    parts = group.size()
+    out = _ops.wait_tensor(
+        _ops.all_gather_into_tensor(x.contiguous(), parts, group.group_name)
+    )  # along dim 0
+    out = out.unflatten(0, (parts, x.shape[0])).movedim(0, dim)
+    return out.flatten(dim, dim + 1)
+
+
+def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """This rank's part along `dim` of the sum over the ranks; the degree divides that dim."""
+    parts = group.size()
+    first = x.unflatten(dim, (parts, -1)).movedim(dim, 0).flatten(0, 1)
+    return _ops.wait_tensor(
+        _ops.reduce_scatter_tensor(first.contiguous(), "sum", parts, group.group_name)
+    )
+
+
+def padded(x: Tensor, dim: int, parts: int) -> Tensor:
+    """The tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
+    lacking = -x.shape[dim] % parts
+    return x if not lacking else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking))
+
+
+def gather_padded(x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """Undoes `scatter_padded`: the first `length` of the gathered tensor along `dim`."""
+    return all_gather(x, group, dim).narrow(dim, 0, length).contiguous()
+
+
+def scatter_padded(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """This rank's part of the sum, of the tensor padded to a multiple of the degree."""
+    return reduce_scatter(padded(x, dim, group.size()), group, dim)
+
+
+class Copy(torch.autograd.Function):
+    """Megatron-LM's f: every rank reads the same, so gradients are summed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class Sum(torch.autograd.Function):
+    """Megatron-LM's g: the ranks' parts are summed, and each part has the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
+class Gather(torch.autograd.Function):
+    """All-gather along `dim`, cut to `length`; the gradients are summed and scattered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return gather_padded(x, length, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return scatter_padded(grads[0], ctx.group, ctx.dim), None, None, None
+
+
+class Scatter(torch.autograd.Function):
+    """Reduce-scatter along `dim` of the tensor padded; the gradients are gathered."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim, ctx.length = group, dim, x.shape[dim]
+        return scatter_padded(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_padded(grads[0], ctx.length, ctx.group, ctx.dim), None, None

@@ -1,0 +1,304 @@
+"""Tensor parallelism: every layer is split over ranks by columns or rows, as in Megatron-LM.
+
+Parameters are DTensors at rest, so that checkpoints, FSDP and the optimizer see the whole; a layer
+computes on the plain local part, with collectives (arXiv 1909.08053) where the split begins and
+ends. With sequence parallelism (arXiv 2205.05198) each rank has its part of the positions between
+the split layers.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.collectives import (
+    Copy,
+    Gather,
+    Scatter,
+    Sum,
+    all_reduce,
+    gather_padded,
+    padded,
+)
+from parallel.gradients import local
+from parallel.vocab import Vocabulary
+
+# What a pattern of the model's table can say of a layer.
+COLUMN = "column"  # outputs are split: rows of the weight
+HEADS = "heads"  # outputs are split between heads; a head that several ranks share is gathered
+ROW = "row"  # inputs are split: columns of the weight; the outputs are summed
+VOCABULARY = "vocabulary"  # entries (of an embedding) or classes (of an output) are split
+SEQUENCE = "sequence"  # not split, but works on a part of the sequence
+STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
+
+SEQUENCE_DIM = 1
+
+
+def style_of(name: str, table: Mapping[str, str]) -> str:
+    """What the table says of a parameter by its canonical name; exactly one pattern must match."""
+    found = [s for p, s in table.items() if fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*")]
+    assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"
+    return found[0]
+
+
+class TensorSplit:
+    """The tensor axis of a split model: its sequence layout, its vocabulary, its gradients.
+
+    As the model's sequence layout it has `part`, `whole` and `own`. While `splits_sequence` is off
+    all ranks have all positions; that is how a model is evaluated.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, splits_sequence: bool, vocabulary: Vocabulary):
+        self.group = group
+        self.splits_sequence = splits_sequence
+        self.vocabulary = vocabulary
+        self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
+        self._gathered: _Gathered | None = None  # the latest, while a block that regathers runs
+        self._regathers = False
+
+    @property
+    def part(self) -> int:
+        """Which part of the sequence is this rank's."""
+        return self.group.rank() if self.splits_sequence else 0
+
+    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+        """All `length` positions: where the split part of a layer begins."""
+        if not self.splits_sequence:
+            return Copy.apply(x_BSD, self.group)
+        whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
+        if self._regathers:
+            self._gathered = _Gathered(whole_BSD, x_BSD.detach(), self.group)
+        return whole_BSD
+
+    def own(self, x_BSD: Tensor) -> Tensor:
+        """This rank's positions of what every rank has computed."""
+        if not self.splits_sequence:
+            return x_BSD
+        return padded(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
+            self.group.size(), SEQUENCE_DIM
+        )[self.group.rank()]
+
+    def sum(self, x_BSD: Tensor) -> Tensor:
+        """The sum over the ranks, for this rank's positions: where the split part ends."""
+        if not self.splits_sequence:
+            return Sum.apply(x_BSD, self.group)
+        return Scatter.apply(x_BSD, self.group, SEQUENCE_DIM)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """All ranks have all positions: a token that is generated has nothing to split."""
+        splits, self.splits_sequence = self.splits_sequence, False
+        try:
+            yield
+        finally:
+            self.splits_sequence = splits
+
+    @contextmanager
+    def regathering(self) -> Iterator[None]:
+        """Keep a rank's own positions for the backward, and gather them there once more.
+
+        Otherwise the gathered inputs of the split layers would be kept on every rank
+        (arXiv 2205.05198, section 4.2.2).
+        """
+        if not self.splits_sequence or not torch.is_grad_enabled():
+            yield
+            return
+        self._regathers = True
+        try:
+            with saved_tensors_hooks(self._pack, _unpack):
+                yield
+        finally:
+            self._regathers, self._gathered = False, None
+
+    def _pack(self, tensor: Tensor) -> Any:
+        gathered = self._gathered
+        if gathered is None or not gathered.is_stored_in(tensor):
+            return tensor
+        gathered.uses += 1
+        return gathered, tensor.shape
+
+    def sum_partial_gradients(self, model: nn.Module) -> None:
+        """Add up the gradients of what works on a part of the sequence, in one all-reduce."""
+        parameters = dict(model.named_parameters())
+        gradients = [parameters[name].grad for name in self.partial]
+        parts = [local(gradient) for gradient in gradients if gradient is not None]
+        if not parts:
+            return
+        flat = all_reduce(torch.cat([part.flatten() for part in parts]), self.group)
+        for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+            part.copy_(total.view_as(part))
+
+
+class _Gathered:
+    """A gathered sequence that autograd wanted to keep: the part here, to gather it again."""
+
+    def __init__(self, whole: Tensor, part: Tensor, group: dist.ProcessGroup):
+        # Held while the block runs: another tensor must not come to lie at this address.
+        self._whole: Tensor | None = whole.detach()
+        self._address = whole.untyped_storage().data_ptr()
+        self._length, self._size = whole.shape[SEQUENCE_DIM], whole.numel()
+        self._part, self._group = part, group
+        self.uses = 0  # times that it was saved
+        self._left = 0  # times that it will be asked for in this backward
+
+    def is_stored_in(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a view of all of the gathered one."""
+        return (
+            tensor.numel() == self._size
+            and tensor.is_contiguous()
+            and tensor.untyped_storage().data_ptr() == self._address
+        )
+
+    def again(self) -> Tensor:
+        """The whole, gathered once for all that ask for it in a backward."""
+        if not self._left:
+            self._whole = gather_padded(self._part, self._length, self._group, SEQUENCE_DIM)
+            self._left = self.uses
+        assert self._whole is not None
+        whole, self._left = self._whole, self._left - 1
+        if not self._left:
+            self._whole = None
+        return whole
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    gathered, shape = kept
+    return gathered.again().view(shape)
+
+
+class _Part(nn.Module):
+    """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
+
+    split: TensorSplit
+
+    def forward(self, *args: Any) -> Tensor:
+        whole = self._parameters
+        self._parameters = {name: self.part_of(p) for name, p in whole.items()}
+        try:
+            return super().forward(*args)
+        finally:
+            self._parameters = whole
+
+    def part_of(self, parameter: Any) -> Any:
+        """What to compute on, with gradients to the parameter."""
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class _SharedHeads(_Part):
+    """Heads of which there are fewer than ranks: the ranks that share one gather it."""
+
+    head_width: int
+
+    def part_of(self, parameter: Any) -> Any:
+        if parameter is None:
+            return None
+        group, rows = self.split.group, parameter.shape[0]
+        whole = Gather.apply(super().part_of(parameter), rows, group, 0)
+        head = group.rank() * (rows // self.head_width) // group.size()
+        return whole.narrow(0, head * self.head_width, self.head_width)
+
+
+class _Row(_Part):
+    """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
+
+    def forward(self, *args: Any) -> Tensor:
+        bias = self._parameters["bias"]
+        x = self.split.sum(super().forward(*args))
+        return x if bias is None else x + bias.to(x.dtype)
+
+    def part_of(self, parameter: Any) -> Any:
+        return super().part_of(parameter) if isinstance(parameter, DTensor) else None
+
+
+class _VocabularyEmbedding(_Part):
+    """Looks up the entries that this rank has, and zero for the others."""
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        row, mine = self.split.vocabulary.find(input)
+        x = super().forward(row, *args)
+        return self.split.sum(x * mine.unsqueeze(-1))
+
+
+def split_layers(
+    model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], sequence_parallel: bool,
+    regather: bool,
+) -> TensorSplit:  # fmt: skip
+    """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
+
+    `regather` gathers the inputs of split layers again in the backward instead of keeping them;
+    of no use where activations are recomputed anyway.
+    """
+    group = mesh.get_group()
+    classes = model.get_parameter("head.output.weight").shape[0]
+    split = TensorSplit(group, sequence_parallel, Vocabulary(classes, group))
+    shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for prefix, module in list(model.named_modules()):
+        styles = set()
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full_name = f"{prefix}.{name}"
+            style = style_of(full_name, table)
+            styles.add(style)
+            dim = split_dim(style, name)
+            if dim is not None:
+                if id(parameter) not in shared:
+                    shared[id(parameter)] = _distributed(parameter, mesh, dim)
+                setattr(module, name, shared[id(parameter)])
+            elif sequence_parallel:
+                split.partial.append(full_name)
+        for style in styles - {SEQUENCE}:
+            parent = model.get_submodule(prefix.rpartition(".")[0])
+            _work_on_part(module, style, split, parent)
+    model.layout = split
+    if regather and sequence_parallel:
+        for block in model.get_submodule("blocks").children():
+            block.forward = _with(split.regathering, block.forward)
+    return split
+
+
+def split_dim(style: str, name: str) -> int | None:
+    """The dim that a parameter is split along; None = every rank has the whole."""
+    if style == SEQUENCE or (style == ROW and name.endswith("bias")):
+        return None
+    return 1 if style == ROW else 0
+
+
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    parts = parameter.chunk(mesh.size(), dim)
+    rank = mesh.get_local_rank()
+    own = parts[rank] if rank < len(parts) else parts[0].narrow(dim, 0, 0)
+    whole = DTensor.from_local(
+        torch.empty_like(own, memory_format=torch.contiguous_format), mesh, [Shard(dim)],
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any) -> None:
+    """Give a layer the class that computes on its part of the parameters."""
+    part: type = _Row if style == ROW else _Part
+    if isinstance(module, nn.Embedding):
+        part = _VocabularyEmbedding
+    elif style == HEADS and module.get_parameter("weight").shape[0] < (
+        split.group.size() * parent.head_width
+    ):
+        part = _SharedHeads
+        module.head_width = parent.head_width
+    module.__class__ = type(f"{type(module).__name__}Part", (part, type(module)), {})
+    module.split = split
+
+
+def _with(context: Callable, function: Callable) -> Callable:
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return function(*args, **kwargs)
+
+    return inside

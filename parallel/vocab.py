@@ -1,0 +1,79 @@
+"""The cross-entropy of logits whose classes are split over ranks; they are never gathered.
+
+Megatron-LM (arXiv 1909.08053), section 3: per target one maximum and three sums cross the ranks.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from parallel.collectives import all_gather, all_reduce
+
+
+class Vocabulary:
+    """`size` classes in rows of ceil(size / degree) per rank, as a DTensor shards them."""
+
+    def __init__(self, size: int, group: dist.ProcessGroup):
+        self.size, self.group = size, group
+        self.rows = -(-size // group.size())
+        self.first = min(size, group.rank() * self.rows)
+        self.own = min(size - self.first, self.rows)
+
+    def cross_entropy(self, input: Tensor, target: Tensor, *, ignore_index: int,
+                      reduction: str = "sum", label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
+        """As torch's function of that name, of this rank's classes: input (N, own classes)."""
+        assert reduction == "sum"
+        return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
+
+    def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each entry its row here and whether it is here at all; row 0 of those that are not."""
+        row = tokens - self.first
+        mine = (row >= 0) & (row < self.own)
+        return row * mine, mine
+
+    def gather(self, logits: Tensor) -> Tensor:
+        """(…, size): the logits of all classes, on every rank; without gradients."""
+        lacking = self.rows - self.own
+        logits = torch.nn.functional.pad(logits, (0, lacking)) if lacking else logits
+        return all_gather(logits, self.group, logits.dim() - 1)[..., : self.size]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The loss and its gradient need the exponentials of the same differences: one is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocabulary: Vocabulary,
+                ignored: int, smoothing: float) -> Tensor:  # fmt: skip
+        group, size, own = vocabulary.group, vocabulary.size, vocabulary.own
+        valid_N = targets_N != ignored
+        # A rank may hold no class at all: its maximum is that of nothing.
+        least_N = logits_NV.new_full((len(targets_N),), torch.finfo(logits_NV.dtype).min)
+        most_N = all_reduce(logits_NV.amax(1) if own else least_N, group, "max")
+        shifted_NV = logits_NV - most_N[:, None]
+        place_N, mine_N = vocabulary.find(targets_N)  # an ignored one is nowhere
+        if own:
+            target_N = shifted_NV.gather(1, place_N[:, None])[:, 0] * mine_N
+        else:
+            target_N = torch.zeros_like(most_N)
+        all_N = shifted_NV.sum(1)
+        share_NV = shifted_NV.exp_()
+        sums_3N = torch.stack((target_N, share_NV.sum(1), all_N))
+        target_N, total_N, all_N = all_reduce(sums_3N, group)
+        share_NV /= total_N[:, None]  # this rank's part of the softmax
+        log_total_N = total_N.log()
+        loss_N = log_total_N - (1.0 - smoothing) * target_N - smoothing / size * all_N
+        ctx.save_for_backward(share_NV, place_N, mine_N, valid_N)
+        ctx.smoothing, ctx.size = smoothing, size
+        return torch.where(valid_N, loss_N, 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        share_NV, place_N, mine_N, valid_N = ctx.saved_tensors
+        grad_NV = share_NV - ctx.smoothing / ctx.size if ctx.smoothing else share_NV.clone()
+        if grad_NV.shape[1]:
+            taken_N1 = (-(1.0 - ctx.smoothing) * mine_N.to(grad_NV.dtype))[:, None]
+            grad_NV.scatter_add_(1, place_N[:, None], taken_N1)
+        grad_NV *= (valid_N * grads[0])[:, None]
+        return grad_NV, None, None, None, None
