@@ -42,6 +42,11 @@ def degrees(strategy: StrategyConfig) -> dict[str, int]:
     return {axis: getattr(strategy, axis) for axis in AXES}
 
 
+def world_size(strategy: StrategyConfig) -> int:
+    """Ranks that a strategy without an open degree takes."""
+    return math.prod(degrees(strategy).values())
+
+
 def data_degree(strategy: StrategyConfig) -> int:
     """Ranks that see different samples: replicate × shard."""
     return strategy.replicate * strategy.shard

@@ -99,7 +99,7 @@ def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     """f of Megatron-LM: the gradients of a split layer's input are not summed."""
     worker = parallelize(*args, **kwargs)
     split = _split_of(worker)
-    split.whole = lambda x, length: x  # type: ignore[method-assign]
+    split.whole = lambda x_BSD, length: x_BSD  # type: ignore[method-assign]
     return worker
 
 
@@ -116,8 +116,8 @@ def skip_gathered_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     worker = parallelize(*args, **kwargs)
     split = _split_of(worker)
 
-    def whole(x: Tensor, length: int) -> Tensor:
-        return _OwnGradient.apply(x, length, split.group, SEQUENCE_DIM)
+    def whole(x_BSD: Tensor, length: int) -> Tensor:
+        return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
 
     split.whole = whole  # type: ignore[method-assign]
     return worker

@@ -41,9 +41,14 @@ STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
 SEQUENCE_DIM = 1
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means this parameter, or the module that it is of."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
 def style_of(name: str, table: Mapping[str, str]) -> str:
     """What the table says of a parameter by its canonical name; exactly one pattern must match."""
-    found = [s for p, s in table.items() if fnmatchcase(name, p) or fnmatchcase(name, f"{p}.*")]
+    found = [style for pattern, style in table.items() if fits(name, pattern)]
     assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"
     return found[0]
 
@@ -60,8 +65,10 @@ class TensorSplit:
         self.splits_sequence = splits_sequence
         self.vocabulary = vocabulary
         self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
-        self._gathered: _Gathered | None = None  # the latest, while a block that regathers runs
         self._regathers = False
+        # The latest gathered sequence while a block regathers; held, so that no other tensor comes
+        # to lie at its address.
+        self._latest: tuple[Tensor, _Gathered] | None = None
 
     @property
     def part(self) -> int:
@@ -74,7 +81,7 @@ class TensorSplit:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
         if self._regathers:
-            self._gathered = _Gathered(whole_BSD, x_BSD.detach(), self.group)
+            self._latest = whole_BSD, _Gathered(x_BSD.detach(), length, self.group)
         return whole_BSD
 
     def own(self, x_BSD: Tensor) -> Tensor:
@@ -115,12 +122,12 @@ class TensorSplit:
             with saved_tensors_hooks(self._pack, _unpack):
                 yield
         finally:
-            self._regathers, self._gathered = False, None
+            self._regathers, self._latest = False, None
 
     def _pack(self, tensor: Tensor) -> Any:
-        gathered = self._gathered
-        if gathered is None or not gathered.is_stored_in(tensor):
+        if self._latest is None or not _is_view_of_all(self._latest[0], tensor):
             return tensor
+        gathered = self._latest[1]
         gathered.uses += 1
         return gathered, tensor.shape
 
@@ -139,22 +146,11 @@ class TensorSplit:
 class _Gathered:
     """A gathered sequence that autograd wanted to keep: the part here, to gather it again."""
 
-    def __init__(self, whole: Tensor, part: Tensor, group: dist.ProcessGroup):
-        # Held while the block runs: another tensor must not come to lie at this address.
-        self._whole: Tensor | None = whole.detach()
-        self._address = whole.untyped_storage().data_ptr()
-        self._length, self._size = whole.shape[SEQUENCE_DIM], whole.numel()
-        self._part, self._group = part, group
+    def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup):
+        self._part, self._length, self._group = part, length, group
+        self._whole: Tensor | None = None
         self.uses = 0  # times that it was saved
-        self._left = 0  # times that it will be asked for in this backward
-
-    def is_stored_in(self, tensor: Tensor) -> bool:
-        """Whether the tensor is a view of all of the gathered one."""
-        return (
-            tensor.numel() == self._size
-            and tensor.is_contiguous()
-            and tensor.untyped_storage().data_ptr() == self._address
-        )
+        self._left = 0  # times that it will still be asked for in this backward
 
     def again(self) -> Tensor:
         """The whole, gathered once for all that ask for it in a backward."""
@@ -166,6 +162,14 @@ class _Gathered:
         if not self._left:
             self._whole = None
         return whole
+
+
+def _is_view_of_all(whole: Tensor, tensor: Tensor) -> bool:
+    return (
+        tensor.numel() == whole.numel()
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    )
 
 
 def _unpack(kept: Any) -> Tensor:
@@ -257,7 +261,7 @@ def split_layers(
         for style in styles - {SEQUENCE}:
             parent = model.get_submodule(prefix.rpartition(".")[0])
             _work_on_part(module, style, split, parent)
-    model.layout = split
+    model.layout = split  # type: ignore[assignment]
     if regather and sequence_parallel:
         for block in model.get_submodule("blocks").children():
             block.forward = _with(split.regathering, block.forward)
@@ -293,7 +297,7 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
         part = _SharedHeads
         module.head_width = parent.head_width
     module.__class__ = type(f"{type(module).__name__}Part", (part, type(module)), {})
-    module.split = split
+    module.split = split  # type: ignore[assignment]
 
 
 def _with(context: Callable, function: Callable) -> Callable:

@@ -7,10 +7,10 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import parallelize
-from parallel.config import StrategyConfig
+from parallel.config import StrategyConfig, world_size
 from parallel.mesh import AXES, build_mesh
 from trainer.loss import count_valid, cross_entropy_sum
-from trainer.model import Transformer, draw_rows
+from trainer.model import TENSOR_LAYOUT, Transformer, draw_rows
 from trainer.verify import FAMILIES, scale_down
 
 
@@ -28,7 +28,7 @@ def drawn(runtime, strategy: StrategyConfig) -> dict:
         model = Transformer(config)
     worker = parallelize(
         model, mesh, strategy, runtime.device, draw_rows=draw,
-        loss_sum=cross_entropy_sum, count_valid=count_valid,
+        loss_sum=cross_entropy_sum, count_valid=count_valid, layout=TENSOR_LAYOUT,
     )  # fmt: skip
     parameters = dict(model.named_parameters())
     local = sum(
@@ -66,6 +66,12 @@ def test_hybrid_sharding_holds_a_share_of_its_group(ranks):
     assert {s["share"] for s in seen} == {0.5}
 
 
+def test_a_tensor_rank_holds_its_part_of_every_matrix(ranks):
+    for seen in ranks.run(4, drawn, StrategyConfig(tensor=4)):
+        assert 0.25 < seen["share"] < 0.3  # norms, positions and biases behind a sum are whole
+        assert seen["tied"]
+
+
 def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     config = scale_down(FAMILIES["encoder-decoder"])
     with torch.device("meta"):
@@ -73,7 +79,7 @@ def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, 
     parallelize(
         model, build_mesh(strategy, runtime.device), strategy, runtime.device,
         draw_rows=partial(draw_rows, config, 5), loss_sum=cross_entropy_sum,
-        count_valid=count_valid, parameters=dtype,
+        count_valid=count_valid, layout=TENSOR_LAYOUT, parameters=dtype,
     )  # fmt: skip
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
@@ -83,7 +89,11 @@ def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, 
 
 def test_no_layout_changes_an_initial_weight(ranks):
     one = ranks.run(1, weights, StrategyConfig(), torch.float32)[0]
-    for strategy in (StrategyConfig(replicate=2), StrategyConfig(shard=3)):
-        world = strategy.replicate * strategy.shard
-        for other in ranks.run(world, weights, strategy, torch.float32):
+    for strategy in (
+        StrategyConfig(replicate=2),
+        StrategyConfig(shard=3),
+        StrategyConfig(tensor=4),
+        StrategyConfig(shard=2, tensor=2),
+    ):
+        for other in ranks.run(world_size(strategy), weights, strategy, torch.float32):
             assert all(torch.equal(other[name], weight) for name, weight in one.items())

@@ -3,7 +3,7 @@
 import pytest
 
 from conf.check import CHOICES
-from parallel.config import StrategyConfig
+from parallel.config import StrategyConfig, world_size
 from parallel.faults import FAULTS
 from trainer.config import VerifyConfig
 from trainer.verify import (
@@ -13,7 +13,6 @@ from trainer.verify import (
     first_fault,
     largest,
     verdict,
-    world_size,
 )
 
 TOLERANCE = 1e-10
@@ -81,3 +80,22 @@ def test_a_local_norm_is_caught(ranks):
 
 def test_every_fault_can_be_asked_for():
     assert CHOICES["fault"] == ("", *FAULTS)
+
+
+@pytest.mark.parametrize(
+    ("fault", "sequence_parallel", "family"),
+    [
+        ("skip_input_gradient_sum", False, "decoder (Llama)"),
+        ("skip_output_sum", False, "decoder (GPT-2)"),
+        ("skip_gathered_gradient_sum", True, "encoder-decoder"),
+        ("skip_output_sum", True, "encoder (ViT)"),
+        ("skip_vocabulary_mask", True, "decoder (Llama)"),
+        ("skip_vocabulary_mask", False, "encoder-decoder"),
+    ],
+)
+def test_a_fault_of_a_split_layer_is_caught_and_named(ranks, fault, sequence_parallel, family):
+    strategy = StrategyConfig(tensor=2, sequence_parallel=sequence_parallel)
+    config = VerifyConfig(strategy=strategy, model=FAMILIES[family], fault=fault)
+    first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
+    assert first is not None
+    assert first.parameter and first.axis == "tensor" and first.step == 0

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel.config import StrategyConfig
+from parallel.config import StrategyConfig, world_size
 from parallel.runtime import Ranks, process_group
 from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
@@ -23,6 +23,8 @@ LAYOUTS = {
     "ddp 3": StrategyConfig(replicate=3),
     "fsdp 2": StrategyConfig(shard=2),
     "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
+    "tensor 4": StrategyConfig(tensor=4),
+    "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
 }
 
 
@@ -162,8 +164,7 @@ def test_any_layout_gets_the_same_values(ranks, runtime, runs, layout):
     strategy = LAYOUTS[layout]
     expected = evaluate_layout(runtime, runs, StrategyConfig(), 1)
     assert expected["pairs"]["bleu"] > 1
-    world_size = strategy.replicate * strategy.shard
-    for rank in ranks.run(world_size, evaluate_layout, runs, strategy, 3):
+    for rank in ranks.run(world_size(strategy), evaluate_layout, runs, strategy, 3):
         for kind, values in expected.items():
             assert rank[kind] == pytest.approx(values, rel=1e-12), kind
 

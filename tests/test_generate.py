@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from parallel.config import StrategyConfig
+from parallel.config import StrategyConfig, world_size
 from parallel.runtime import Ranks, process_group
 from trainer.config import ConfigError, GenerateConfig
 from trainer.data import open_split, open_tokenizer
@@ -218,12 +218,15 @@ def use_everywhere(runtime, strategy):
         StrategyConfig(shard=2, reshard_after_forward=False),
         StrategyConfig(replicate=2),
         StrategyConfig(replicate=3),
+        StrategyConfig(tensor=4),
+        StrategyConfig(replicate=2, tensor=2),
     ],
 )
 def test_any_layout_writes_the_same(ranks, runtime, strategy):
     text, greedy_ids, beam_ids = use_everywhere(runtime, StrategyConfig())
-    found = ranks.run(strategy.shard * strategy.replicate, use_everywhere, strategy)
+    found = ranks.run(world_size(strategy), use_everywhere, strategy)
     assert [rank[0] for rank in found] == [text] * len(found)
+    found = found[:: strategy.tensor]  # the ranks that split a layer have the same sentences
     assert [ids for rank in found for ids in rank[1]] == greedy_ids
     assert [ids for rank in found for ids in rank[2]] == beam_ids
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conf.check import complete
-from parallel.config import resolve
+from parallel.config import resolve, world_size
 from parallel.gradients import local
 from trainer import loop
 from trainer.config import (
@@ -82,8 +82,7 @@ def losses(config: TrainConfig) -> list[float]:
 def train(ranks, config: TrainConfig, run_dir: Path, stop_after: int = 0, **changes):
     config = replace(config, run_dir=str(run_dir), **changes)
     open_run_dir(config)
-    degrees = (config.strategy.replicate, config.strategy.shard)
-    world = degrees[0] * degrees[1]
+    world = world_size(config.strategy)
     return config, ranks.run(world, run, config, stop_after, timeout_seconds=300.0)
 
 
@@ -96,7 +95,18 @@ LAYOUTS = {
     "fsdp 2, accumulation": {"strategy": StrategyConfig(shard=2), "micro_batch_size": 1},
     "recomputation": {"activation_checkpointing": "block"},
     "compiled": {"compile": True, "strategy": StrategyConfig(shard=2)},
-}
+    "tensor 2": {"strategy": StrategyConfig(tensor=2)},
+    "tensor 4, accumulation": {"strategy": StrategyConfig(tensor=4), "micro_batch_size": 3},
+    "tensor 2, kept products": {
+        "strategy": StrategyConfig(tensor=2), "activation_checkpointing": "selective",
+    },
+    "tensor 2, recomputation": {
+        "strategy": StrategyConfig(tensor=2), "activation_checkpointing": "block",
+    },
+    "tensor 2, compiled": {"compile": True, "strategy": StrategyConfig(tensor=2)},
+    "fsdp 2 x tensor 2": {"strategy": StrategyConfig(shard=2, tensor=2)},
+    "ddp 2 x tensor 2": {"strategy": StrategyConfig(replicate=2, tensor=2), "micro_batch_size": 2},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +116,7 @@ def single(ranks, config, tmp_path_factory):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_has_the_losses_of_one_process(ranks, config, single, tmp_path, layout):
-    if layout == "compiled" and shutil.which("g++") is None:
+    if "compiled" in layout and shutil.which("g++") is None:
         pytest.skip("torch.compile on a CPU needs a C++ compiler")
     other, _ = train(ranks, config, tmp_path, **LAYOUTS[layout])
     assert len(losses(other)) == 7
@@ -119,8 +129,12 @@ def test_every_layout_has_the_losses_of_one_process(ranks, config, single, tmp_p
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(
-    "strategy", [StrategyConfig(), StrategyConfig(replicate=2), StrategyConfig(shard=2)],
-    ids=["single", "ddp 2", "fsdp 2"],
+    "strategy",
+    [
+        StrategyConfig(), StrategyConfig(replicate=2), StrategyConfig(shard=2),
+        StrategyConfig(tensor=2),
+    ],
+    ids=["single", "ddp 2", "fsdp 2", "tensor 2"],
 )  # fmt: skip
 def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, strategy, precision):
     changes = {"strategy": strategy, "precision": precision}
@@ -140,9 +154,19 @@ def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, stra
         assert all(torch.equal(again[rank][name], tensor) for name, tensor in tensors.items())
 
 
-def test_another_layout_goes_on_with_the_same_run(ranks, config, single, tmp_path):
-    train(ranks, config, tmp_path, stop_after=5, strategy=StrategyConfig(shard=2))
-    resumed, _ = train(ranks, config, tmp_path, strategy=StrategyConfig(replicate=2))
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (StrategyConfig(shard=2), StrategyConfig(replicate=2)),
+        (StrategyConfig(shard=2), StrategyConfig(tensor=4)),
+        (StrategyConfig(shard=2, tensor=2), StrategyConfig()),
+        (StrategyConfig(tensor=2), StrategyConfig(shard=2, tensor=2)),
+        (StrategyConfig(), StrategyConfig(replicate=2, tensor=2, sequence_parallel=False)),
+    ],
+)
+def test_another_layout_goes_on_with_the_same_run(ranks, config, single, tmp_path, first, then):
+    train(ranks, config, tmp_path, stop_after=5, strategy=first)
+    resumed, _ = train(ranks, config, tmp_path, strategy=then)
     assert losses(resumed) == pytest.approx(losses(single[0]), rel=1e-10)
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from parallel.config import StrategyConfig
+from parallel.config import StrategyConfig, world_size
 from parallel.cost import ring_bytes, step_bytes
 from trainer.traffic import step_traffic
-from trainer.verify import FAMILIES, STRATEGIES, scale_down, world_size
+from trainer.verify import FAMILIES, STRATEGIES, scale_down
 
 
 @pytest.mark.parametrize("strategy", [name for name in STRATEGIES if name != "ddp 4"])

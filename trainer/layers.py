@@ -101,7 +101,7 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """A table of vectors, looked up in its own dtype and handed out in `dtype`."""
 
-    def forward(self, input: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(self, input: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
         return F.embedding(input, self.weight).to(dtype)
 
 

@@ -9,8 +9,12 @@ from torch.nn import functional as F
 IGNORED = -100  # a target that counts for nothing: padding
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
-                      cross_entropy: Callable[..., Tensor] = F.cross_entropy) -> Tensor:  # fmt: skip
+def cross_entropy_sum(
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy,
+) -> Tensor:
     """Sum over valid targets of the cross-entropy in nats; logits (…, classes), targets (…).
 
     Half-precision logits are raised to float32 first. Label smoothing: arXiv 1512.00567.

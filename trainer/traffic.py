@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from parallel.config import StrategyConfig
-from parallel.cost import StepBytes, cross_entropy_bytes, SplitSequence, step_bytes, tensor_bytes
+from parallel.cost import SplitSequence, StepBytes, cross_entropy_bytes, step_bytes, tensor_bytes
 from parallel.runtime import Runtime
 from parallel.tensor import HEADS, split_dim, style_of
 from parallel.traffic import Payload, Traffic
@@ -41,7 +41,8 @@ def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
     """The closed form: gradients and weights, activations, and the listed small ones."""
     degree, times = strategy.tensor, len(micro_batches)
     partial, shared_heads = 0, 0
-    blocks, others = [], []
+    blocks: list[tuple[int, ...]] = []
+    others: list[tuple[int, ...]] = []
     for name, parameter in worker.model.named_parameters():
         style, shape = style_of(name, TENSOR_LAYOUT), list(parameter.shape)
         dim = split_dim(style, name)

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import parallelize
-from parallel.config import AXES, StrategyConfig, degrees, resolve
+from parallel.config import AXES, StrategyConfig, degrees, resolve, world_size
 from parallel.faults import FAULTS
 from parallel.mesh import DATA_AXES
 from parallel.pool import RankFailedError, RankPool
@@ -338,8 +338,3 @@ def walk(config: VerifyConfig) -> None:
         pool.close()
     if not report(rows, config.tolerance):
         raise SystemExit(1)
-
-
-def world_size(strategy: StrategyConfig) -> int:
-    """Ranks that a strategy without an open degree takes."""
-    return math.prod(degrees(strategy).values())
