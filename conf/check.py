@@ -110,6 +110,7 @@ RANGES = {
     "optim.min_lr_ratio": SHARE,
     "optim.max_grad_norm": COUNT_OR_OFF,
     "loss.label_smoothing": SHARE_BELOW_ONE,
+    "loss.chunks": COUNT,
     "eval.every": COUNT_OR_OFF,
     "eval.samples": COUNT_OR_OFF,
     "eval.beams": COUNT,
@@ -143,6 +144,13 @@ def problems(config: Any, world_size: int) -> list[str]:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
             found += splits(config.model, strategy.tensor)
+        if strategy.async_tensor and (strategy.tensor == 1 or not getattr(config, "compile", True)):
+            found.append(
+                f"strategy.async_tensor=true overlaps what compile=true has compiled of "
+                f"strategy.tensor above 1, but strategy.tensor={strategy.tensor} and "
+                f"compile={str(getattr(config, 'compile', False)).lower()}; set compile=true, or "
+                "strategy.async_tensor=false"
+            )
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += _batch(config, data_degree(strategy))
     return found

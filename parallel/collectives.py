@@ -23,20 +23,18 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """The ranks' tensors, all of one shape, side by side along `dim`."""
     parts = group.size()
-    out = _ops.wait_tensor(
+    gathered = _ops.wait_tensor(
         _ops.all_gather_into_tensor(x.contiguous(), parts, group.group_name)
-    )  # along dim 0
-    out = out.unflatten(0, (parts, x.shape[0])).movedim(0, dim)
-    return out.flatten(dim, dim + 1)
+    )
+    # In these very operators inductor finds what it can overlap with a matrix product.
+    return gathered if dim == 0 else torch.cat(gathered.chunk(parts), dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """This rank's part along `dim` of the sum over the ranks; the degree divides that dim."""
     parts = group.size()
-    first = x.unflatten(dim, (parts, -1)).movedim(dim, 0).flatten(0, 1)
-    return _ops.wait_tensor(
-        _ops.reduce_scatter_tensor(first.contiguous(), "sum", parts, group.group_name)
-    )
+    x = x.contiguous() if dim == 0 else torch.cat(x.chunk(parts, dim))
+    return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", parts, group.group_name))
 
 
 def padded(x: Tensor, dim: int, parts: int) -> Tensor:

@@ -33,6 +33,9 @@ class StrategyConfig:
     # Tensor: between split layers each rank has its part of the sequence's positions (less memory,
     # the same bytes on the wire); false = all of them on every rank.
     sequence_parallel: bool = True
+    # Tensor, CUDA with NVLink and compile=true: collectives overlap with the matrix products that
+    # they feed, through symmetric memory.
+    async_tensor: bool = False
     # DDP: MiB of gradients per all-reduce.
     bucket_mib: float = 25.0
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ class Runtime:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     device: torch.device
 
 
@@ -88,7 +90,9 @@ def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
     )
     failed = True
     try:
-        yield Runtime(ranks.rank, ranks.world_size, ranks.local_rank, chosen)
+        yield Runtime(
+            ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, chosen
+        )
         failed = False
     finally:
         # NCCL would first wait for collectives whose other ranks may never come; a rank that
@@ -111,6 +115,29 @@ def end_process_group() -> None:
         (debug, "_clear_sharding_prop_cache"),
     ):
         getattr(owner, name, lambda: None)()
+
+
+def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:
+    """Raises ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
+
+    Files differ where a folder is not mounted, or another one; all must be the same before ranks
+    train as one.
+    """
+    everyone: list = [None] * runtime.world_size
+    dist.all_gather_object(everyone, facts)
+    problems = []
+    for name in facts:
+        found = [theirs[name] for theirs in everyone]
+        usual = Counter(found).most_common(1)[0][0]
+        odd = [str(rank) for rank, fact in enumerate(found) if fact != usual]
+        if odd:
+            ranks = f"rank{'s' * (len(odd) > 1)} {', '.join(odd)}"
+            problems.append(
+                f"{name} is another on {ranks} than on the other {len(found) - len(odd)}; every "
+                "host must see the same files and the same code"
+            )
+    if problems:
+        raise ConfigError(*problems)
 
 
 def choose_device(device: str, local_ranks: int) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -27,6 +28,7 @@ from parallel.collectives import (
     gather_padded,
     padded,
 )
+from parallel.config import ConfigError
 from parallel.gradients import local
 from parallel.vocab import Vocabulary
 
@@ -230,6 +232,24 @@ class _VocabularyEmbedding(_Part):
         row, mine = self.split.vocabulary.find(input)
         x = super().forward(row, *args)
         return self.split.sum(x * mine.unsqueeze(-1))
+
+
+def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let compiled blocks overlap the group's collectives with matrix products.
+
+    torch decomposes both and interleaves the pieces through symmetric memory (torch's
+    asynchronous tensor parallelism). Raises ConfigError where the hardware cannot.
+    """
+    peers = range(torch.cuda.device_count()) if device.type == "cuda" else []
+    reach = all(torch.cuda.can_device_access_peer(a, b) for a in peers for b in peers if a != b)
+    if not peers or not reach or torch.cuda.get_device_capability(device) < (9, 0):
+        raise ConfigError(
+            "strategy.async_tensor=true needs NVIDIA GPUs of the Hopper generation or later that "
+            f"reach each other's memory (NVLink), but the ranks compute on {device.type}; "
+            "set strategy.async_tensor=false"
+        )
+    enable_symm_mem_for_group(group.group_name)
+    torch._inductor.config._micro_pipeline_tp = True
 
 
 def split_layers(

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,11 +13,13 @@ from parallel.config import StrategyConfig
 from parallel.gradients import local
 from parallel.runtime import Runtime
 from parallel.tensor import SEQUENCE, STYLES, fits, style_of
+from parallel.traffic import Traffic
+from parallel.vocab import Vocabulary
 from trainer.build import parallel_model
 from trainer.config import ModelConfig
 from trainer.model import TENSOR_LAYOUT, Transformer
-from trainer.precision import Precision
-from trainer.verify import FAMILIES
+from trainer.precision import PRECISIONS, Precision
+from trainer.verify import FAMILIES, make_batch, scale_down, split
 
 GPT = ModelConfig(
     layers=1, width=256, heads=4, ffn_width=1024, vocab_size=64, max_positions=64, dropout=0.1,
@@ -93,3 +96,64 @@ def test_a_layer_keeps_as_much_as_the_paper_says(ranks, degree, sequence_paralle
     # arXiv 2205.05198, table 2, without the attention scores, which a fused kernel never keeps.
     factor = 34 / degree if sequence_parallel else 10 + 24 / degree
     assert kept == pytest.approx(factor * B * S * D, rel=0.1)
+
+
+def vocabulary_loss(runtime: Runtime, classes: int, smoothing: float, scale: float) -> list[float]:
+    """Largest differences from torch of the loss, its gradient and the gathered logits."""
+    vocabulary = Vocabulary(classes, dist.group.WORLD)
+    generator = torch.Generator().manual_seed(0)
+    logits = scale * torch.randn(9, classes, dtype=torch.float64, generator=generator)
+    targets = torch.randint(0, classes, (9,), generator=generator)
+    targets[[2, 7]] = -100
+    own = logits[:, vocabulary.first : vocabulary.first + vocabulary.own].clone()
+    options = {"ignore_index": -100, "reduction": "sum", "label_smoothing": smoothing}
+    ours = vocabulary.cross_entropy(own.requires_grad_(), targets, **options)
+    theirs = torch.nn.functional.cross_entropy(logits.requires_grad_(), targets, **options)
+    (2 * ours).backward()
+    (2 * theirs).backward()
+    due = logits.grad[:, vocabulary.first : vocabulary.first + vocabulary.own]
+    gap = (own.grad - due).abs().max().item() if vocabulary.own else 0.0
+    whole = vocabulary.gather(own.detach())
+    return [abs(ours.item() - theirs.item()), gap, (whole - logits).abs().max().item()]
+
+
+@pytest.mark.parametrize("classes", [12, 11, 5, 2])  # even, uneven, a rank with none, two with none
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("scale", [1.0, 1e3])
+def test_the_loss_of_a_split_vocabulary_is_torch_s(ranks, classes, smoothing, scale):
+    for differences in ranks.run(4, vocabulary_loss, classes, smoothing, scale):
+        assert max(differences) < 1e-12 * 9 * scale
+
+
+def shared_key(runtime: Runtime) -> tuple[int, int]:
+    """Rows of a key's weight that a rank has, and all of them."""
+    config = replace(scale_down(FAMILIES["decoder (Llama)"]), heads=4, kv_heads=1)
+    worker = parallel_model(config, StrategyConfig(tensor=4), runtime, PRECISIONS["fp64"])
+    weight = dict(worker.model.named_parameters())["blocks.0.attention.key.weight"]
+    return local(weight).shape[0], weight.shape[0]
+
+
+def test_a_shared_head_lies_in_parts(ranks):
+    # One head of width 8 over four ranks: no rank keeps a copy, nor a copy's optimizer state.
+    assert ranks.run(4, shared_key) == [(2, 8)] * 4
+
+
+def activation_bytes(runtime: Runtime, mode: str) -> dict[str, int]:
+    """What a step moves of activations, by collective."""
+    worker = parallel_model(
+        scale_down(FAMILIES["decoder (Llama)"]), StrategyConfig(tensor=2), runtime,
+        PRECISIONS["bf16"], activation_checkpointing=mode,
+    )  # fmt: skip
+    micro_batches = split(make_batch(worker.model.config, 0, 0), worker)
+    with Traffic() as traffic:
+        worker.forward_backward(micro_batches)
+    return {name: size for (name, dtype), size in traffic.payload_bytes.items()
+            if dtype == torch.bfloat16}  # fmt: skip
+
+
+def test_kept_collectives_are_not_repeated(ranks):
+    none, selective, block = (
+        ranks.run(2, activation_bytes, mode)[0] for mode in ("none", "selective", "block")
+    )
+    assert selective == none
+    assert block["reduce_scatter"] > none["reduce_scatter"]

@@ -1,5 +1,7 @@
 """From a config to a model spread over ranks: the one place that joins trainer/ and parallel/."""
 
+import logging
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -10,35 +12,54 @@ from parallel.config import StrategyConfig, resolve
 from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.worker import Worker
-from trainer.config import ModelConfig, TrainConfig
-from trainer.loss import count_valid, cross_entropy_sum
-from trainer.model import TENSOR_LAYOUT, Transformer, draw_rows
+from trainer.config import LossConfig, ModelConfig, TrainConfig
+from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
+from trainer.model import TENSOR_LAYOUT, Head, Transformer, draw_rows
 from trainer.precision import Precision, resolve_precision
+
+log = logging.getLogger(__name__)
 
 
 def build_worker(config: TrainConfig, runtime: Runtime) -> Worker:
     """The config's model under its strategy on the ranks there are, with its initial weights."""
+    strategy = resolve(config.strategy, runtime.world_size)
+    if strategy.tensor > runtime.local_world_size:
+        log.warning(
+            "strategy.tensor=%d is more than the %d ranks of this host: the activations of every "
+            "layer cross the network several times in each direction, which is many times slower "
+            "than inside a host; use strategy.tensor=%d and more strategy.shard or "
+            "strategy.replicate", strategy.tensor, runtime.local_world_size,
+            math.gcd(strategy.tensor, runtime.local_world_size),
+        )  # fmt: skip
     return parallel_model(
-        config.model, resolve(config.strategy, runtime.world_size), runtime,
-        resolve_precision(config.precision, runtime.device), seed=config.seed,
-        label_smoothing=config.loss.label_smoothing,
+        config.model, strategy, runtime,
+        resolve_precision(config.precision, runtime.device), seed=config.seed, loss=config.loss,
         activation_checkpointing=config.activation_checkpointing, compile=config.compile,
     )  # fmt: skip
 
 
 def parallel_model(
     config: ModelConfig, strategy: StrategyConfig, runtime: Runtime, precision: Precision, *,
-    seed: int = 0, label_smoothing: float = 0.0, activation_checkpointing: str = "none",
+    seed: int = 0, loss: LossConfig | None = None, activation_checkpointing: str = "none",
     compile: bool = False, parallelize: Callable[..., Worker] = apply.parallelize,
 ) -> Worker:  # fmt: skip
     """A model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
+    loss = loss or LossConfig()
+    loss_sum = partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
+    if loss.chunks > 1:
+        head = model.head
+        assert isinstance(head, Head)
+        head.defers_output = True
+        loss_sum = partial(
+            chunked_cross_entropy_sum, project=head.output, chunks=loss.chunks,
+            label_smoothing=loss.label_smoothing,
+        )  # fmt: skip
     return parallelize(
         model, mesh, strategy, runtime.device, draw_rows=partial(draw_rows, config, seed),
-        loss_sum=partial(cross_entropy_sum, label_smoothing=label_smoothing),
-        count_valid=count_valid, layout=TENSOR_LAYOUT,
+        loss_sum=loss_sum, count_valid=count_valid, layout=TENSOR_LAYOUT,
         parameters=precision.parameters, compute=precision.compute,
         activation_checkpointing=activation_checkpointing, compile=compile,
     )  # fmt: skip

@@ -80,6 +80,9 @@ class LossConfig:
     """The loss; read by trainer/loss.py."""
 
     label_smoothing: float = 0.0  # share of the target spread over all classes; 0.0 = off
+    # Pieces of a micro-batch whose logits are made, used and forgotten one after another: less
+    # memory where the vocabulary is large, for one matrix product more; 1 = off.
+    chunks: int = 1
 
 
 @dataclass

@@ -129,7 +129,10 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-_GOLDEN, _MIX_1, _MIX_2 = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+# 32 bits of the golden ratio: a compiler folds counter × stride into an index, which must not
+# overflow. The other two are SplitMix64's.
+_STRIDE = 0x9E3779B9
+_MIX_1, _MIX_2 = map(_signed, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _fold(bits: Tensor, shift: int) -> Tensor:
@@ -148,7 +151,7 @@ def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float,
     _, S, D = shape
     row = (D + 3) // 4  # counter values per position
     counter = torch.arange(first * row, (first + S) * row, device=seeds_B.device)
-    bits = (seeds_B + site)[:, None] + counter * _GOLDEN
+    bits = (seeds_B + site)[:, None] + counter * _STRIDE
     bits = _fold(bits, 30) * _MIX_1
     bits = _fold(bits, 27) * _MIX_2
     draws = _fold(bits, 31).view(torch.int16).view(-1, S, 4 * row)[:, :, :D]

@@ -2,17 +2,18 @@
 
 import os
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from parallel.runtime import Runtime
+from parallel.runtime import Runtime, same_everywhere
 from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, load, save
 from trainer.config import ConfigError, TrainConfig
-from trainer.data import open_split, open_tokenizer
+from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
@@ -33,6 +34,10 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    if runtime.world_size > 1:
+        resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
+        facts = {"the configuration": resolved, "the data": fingerprint(config.data)}
+        same_everywhere(runtime, facts)
     state = start(config, runtime)
     loader = open_loader(config, state)
     try:

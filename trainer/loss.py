@@ -1,10 +1,12 @@
 """The loss, always as a sum: it is divided once, by the global number of valid targets."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100  # a target that counts for nothing: padding
 
@@ -26,6 +28,30 @@ def cross_entropy_sum(
         logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED,
         reduction="sum", label_smoothing=label_smoothing,
     )  # fmt: skip
+
+
+def chunked_cross_entropy_sum(
+    hidden: Tensor,
+    targets: Tensor,
+    project: Callable[[Tensor], Tensor],
+    chunks: int,
+    **options: Any,
+) -> Tensor:
+    """As `cross_entropy_sum` of project(hidden), in pieces whose logits never exist together.
+
+    The backward computes a piece's logits again; hidden (…, width), targets (…).
+    """
+
+    def piece(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+        return cross_entropy_sum(project(hidden_ND), targets_N, **options)
+
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    pieces = hidden.flatten(0, -2).chunk(chunks), targets.flatten().chunk(chunks)
+    for hidden_ND, targets_N in zip(*pieces, strict=True):
+        total = total + checkpoint(
+            piece, hidden_ND, targets_N, use_reentrant=False, preserve_rng_state=False
+        )
+    return total
 
 
 def count_valid(targets: Tensor) -> Tensor:

@@ -118,7 +118,12 @@ class PatchEmbedding(nn.Module):
 
 
 class Head(nn.Module):
-    """Final norm and projection to logits; a classifier pools its sequence first."""
+    """Final norm and projection to logits; a classifier pools its sequence first.
+
+    With `defers_output` a model in training ends before the projection, which the loss does.
+    """
+
+    defers_output = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -131,10 +136,10 @@ class Head(nn.Module):
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
         x_BSD = stream.whole(self.norm(x_BSD))
         if self.pool == "class_token":
-            return self.output(x_BSD[:, 0])
+            x_BSD = x_BSD[:, 0]
         if self.pool == "mean":
-            return self.output(x_BSD.mean(dim=1))
-        return self.output(x_BSD)
+            x_BSD = x_BSD.mean(dim=1)
+        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
 
 
 class Transformer(nn.Module):

@@ -20,7 +20,7 @@ from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import parallel_model
-from trainer.config import ModelConfig, OptimConfig, VerifyConfig
+from trainer.config import LossConfig, ModelConfig, OptimConfig, VerifyConfig
 from trainer.loss import IGNORED
 from trainer.model import Transformer, draw_rows
 from trainer.optim import Optimizer, decays, lr_at
@@ -187,7 +187,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     """
     worker = parallel_model(
         config.model, config.strategy, runtime, PRECISIONS["fp64"],
-        seed=config.seed, label_smoothing=LABEL_SMOOTHING,
+        seed=config.seed, loss=LossConfig(LABEL_SMOOTHING),
         activation_checkpointing=config.activation_checkpointing,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )  # fmt: skip

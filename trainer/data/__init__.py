@@ -1,6 +1,7 @@
 """What is learned from: text, images or pairs, prepared once and read the same by any layout."""
 
 from difflib import get_close_matches
+from hashlib import blake2b
 from pathlib import Path
 
 from trainer.config import ConfigError, DataConfig
@@ -9,9 +10,10 @@ from trainer.data.dataset import DataFacts, Dataset
 from trainer.data.source import SPLITS, locate
 from trainer.tokenizer import SMALLEST, Tokenizer, too_small
 
-__all__ = ["DataFacts", "Dataset", "open_split", "open_tokenizer", "prepare"]
+__all__ = ["DataFacts", "Dataset", "fingerprint", "open_split", "open_tokenizer", "prepare"]
 
 READERS = {"text": text, "images": images, "pairs": pairs}
+FINGERPRINT_SAMPLES = 64  # of each split, at least
 
 
 def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
@@ -34,6 +36,18 @@ def open_split(config: DataConfig, split: str) -> Dataset:
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
     return READERS[config.kind].open_split(config, _root(config), split)
+
+
+def fingerprint(config: DataConfig) -> str:
+    """A digest of what this rank reads: the sizes of the splits, and samples spread over each."""
+    digest = blake2b(digest_size=16)
+    for split in SPLITS:
+        dataset = open_split(config, split)
+        digest.update(repr((split, len(dataset), dataset.targets, dataset.characters)).encode())
+        for index in range(0, len(dataset), max(1, len(dataset) // FINGERPRINT_SAMPLES)):
+            for name, value in sorted(dataset.sample(index, None).items()):
+                digest.update(name.encode() + value.tobytes())
+    return digest.hexdigest()
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
