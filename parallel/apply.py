@@ -57,6 +57,8 @@ def parallelize(
         shard(model, mesh[axes], compute, parameters, strategy.reshard_after_forward)
     # 5. Each rank draws the rows that it holds.
     materialise(model, device, parameters, draw_rows)
+    if split is not None and not shards:
+        split.compute_on_leaves(model)
     # 6. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
     wrapped: nn.Module = model
     if replicas is not None and not shards:

@@ -67,6 +67,7 @@ class TensorSplit:
         self.splits_sequence = splits_sequence
         self.vocabulary = vocabulary
         self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
+        self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
         self._regathers = False
         # The latest gathered sequence while a block regathers; held, so that no other tensor comes
         # to lie at its address.
@@ -133,8 +134,34 @@ class TensorSplit:
         gathered.uses += 1
         return gathered, tensor.shape
 
-    def sum_partial_gradients(self, model: nn.Module) -> None:
-        """Add up the gradients of what works on a part of the sequence, in one all-reduce."""
+    def compute_on_leaves(self, model: nn.Module) -> None:
+        """Let autograd work on plain tensors, views of the DTensors at rest.
+
+        For parameters that stay where they are: FSDP's are other tensors in every forward.
+        """
+        made: dict[int, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, _Part):
+                for name, p in module.named_parameters(recurse=False):
+                    if isinstance(p, DTensor):
+                        leaf = made.setdefault(id(p), local(p.detach()).requires_grad_())
+                        module.leaves[name] = leaf
+                        self._leaves[leaf] = p
+
+    def finish_gradients(self, model: nn.Module) -> None:
+        """Give the parameters at rest their gradients, those summed that ranks have parts of."""
+        for leaf, parameter in self._leaves.items():
+            assert isinstance(parameter, DTensor)
+            if leaf.grad is not None:
+                parameter.grad = DTensor.from_local(
+                    leaf.grad, parameter.device_mesh, parameter.placements, run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+                leaf.grad = None
+        self._sum_partial_gradients(model)
+
+    def _sum_partial_gradients(self, model: nn.Module) -> None:
+        """One all-reduce for all that works on a part of the sequence."""
         parameters = dict(model.named_parameters())
         gradients = [parameters[name].grad for name in self.partial]
         parts = [local(gradient) for gradient in gradients if gradient is not None]
@@ -185,10 +212,14 @@ class _Part(nn.Module):
     """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
 
     split: TensorSplit
+    leaves: dict[str, Tensor]  # see `compute_on_leaves`
 
     def forward(self, *args: Any) -> Tensor:
         whole = self._parameters
-        self._parameters = {name: self.part_of(p) for name, p in whole.items()}
+        self._parameters = {
+            name: self.part_of(self.leaves.get(name, parameter))
+            for name, parameter in whole.items()
+        }
         try:
             return super().forward(*args)
         finally:
@@ -207,8 +238,9 @@ class _SharedHeads(_Part):
     def part_of(self, parameter: Any) -> Any:
         if parameter is None:
             return None
-        group, rows = self.split.group, parameter.shape[0]
-        whole = Gather.apply(super().part_of(parameter), rows, group, 0)
+        group, part = self.split.group, super().part_of(parameter)
+        rows = part.shape[0] * group.size()
+        whole = Gather.apply(part, rows, group, 0)
         head = group.rank() * (rows // self.head_width) // group.size()
         return whole.narrow(0, head * self.head_width, self.head_width)
 
@@ -217,12 +249,12 @@ class _Row(_Part):
     """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
 
     def forward(self, *args: Any) -> Tensor:
-        bias = self._parameters["bias"]
-        x = self.split.sum(super().forward(*args))
+        bias, self._parameters["bias"] = self._parameters["bias"], None
+        try:
+            x = self.split.sum(super().forward(*args))
+        finally:
+            self._parameters["bias"] = bias
         return x if bias is None else x + bias.to(x.dtype)
-
-    def part_of(self, parameter: Any) -> Any:
-        return super().part_of(parameter) if isinstance(parameter, DTensor) else None
 
 
 class _VocabularyEmbedding(_Part):
@@ -317,7 +349,7 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
         part = _SharedHeads
         module.head_width = parent.head_width
     module.__class__ = type(f"{type(module).__name__}Part", (part, type(module)), {})
-    module.split = split  # type: ignore[assignment]
+    module.split, module.leaves = split, {}  # type: ignore[assignment]
 
 
 def _with(context: Callable, function: Callable) -> Callable:

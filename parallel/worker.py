@@ -64,7 +64,7 @@ class Worker:
                 (loss if scale is None else loss * scale).backward()
             total = total.to(loss.dtype) + loss.detach()
         if self.split is not None:
-            self.split.sum_partial_gradients(self.model)
+            self.split.finish_gradients(self.model)
         return total, count
 
     def forward(self, *inputs: Any) -> Tensor:

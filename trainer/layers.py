@@ -99,10 +99,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors, looked up in its own dtype and handed out in `dtype`."""
+    """A table of vectors, looked up in its own dtype and handed out in `dtype` (None = as is)."""
 
-    def forward(self, input: Tensor, dtype: torch.dtype) -> Tensor:  # type: ignore[override]
-        return F.embedding(input, self.weight).to(dtype)
+    def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.embedding(input, self.weight).to(dtype or self.weight.dtype)
 
 
 class Norm(nn.Module):

@@ -1,0 +1,251 @@
+"""An eager training step on two CPU ranks, every layer split over them, in three ways.
+
+`python benchmarks/tensor.py [width] [segments] [steps per segment]` starts the ranks itself:
+
+* ours: DTensors at rest, plain tensors in compute, with and without sequence parallelism;
+* DTensor compute: torch's `parallelize_module` on the same model, with and without sequence
+  parallelism and its parallel loss;
+* the floor: the same model with plain sliced weights, and two all-reduces a block by hand.
+
+The segments alternate within one run, and ratios are taken segment by segment.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
+
+from parallel.config import StrategyConfig
+from parallel.mesh import build_mesh
+from parallel.pool import RankPool
+from parallel.runtime import Runtime
+from parallel.vocab import Vocabulary
+from trainer.build import parallel_model
+from trainer.config import ModelConfig, OptimConfig
+from trainer.layers import SequenceLayout
+from trainer.loss import cross_entropy_sum
+from trainer.model import Transformer, draw_rows
+from trainer.optim import Optimizer
+from trainer.precision import PRECISIONS
+
+RANKS, SAMPLES, SEQ_LEN, LAYERS = 2, 4, 128, 4
+Step = Callable[[dict[str, Tensor]], Tensor]
+
+
+def shape(width: int) -> ModelConfig:
+    """A Llama-style decoder with heads of 64 and Llama's ratio of the feed-forward layer, 8/3."""
+    return ModelConfig(
+        layers=LAYERS, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
+        vocab_size=4096, max_positions=SEQ_LEN, tied=False,
+    )  # fmt: skip
+
+
+def ours(config: ModelConfig, runtime: Runtime, sequence_parallel: bool) -> Step:
+    """The step that launch/train.py takes."""
+    strategy = StrategyConfig(tensor=RANKS, sequence_parallel=sequence_parallel)
+    worker = parallel_model(config, strategy, runtime, PRECISIONS["fp32"])
+    optimizer = Optimizer(worker.model, OptimConfig())
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        worker.zero_grad()
+        loss, _ = worker.forward_backward([batch])
+        optimizer.step(1e-3, torch.zeros(()))
+        return loss
+
+    return step
+
+
+def filled(config: ModelConfig) -> Transformer:
+    """The whole model with its initial weights."""
+    model = Transformer(config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(draw_rows(config, 0, name, p.shape, 0, p.shape[0]))
+    return model
+
+
+def plain_step(model: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor],
+               context: Callable = nullcontext) -> Step:  # fmt: skip
+    """Forward, backward and torch's fused AdamW by hand."""
+    # Fused AdamW takes no list of DTensors and plain tensors together.
+    kinds = (True, False)
+    groups = [[p for p in model.parameters() if isinstance(p, DTensor) is kind] for kind in kinds]
+    optimizer = torch.optim.AdamW(
+        [{"params": group} for group in groups if group], lr=1e-3, fused=True
+    )
+
+    def step(batch: dict[str, Tensor]) -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with context():
+            loss = loss_sum(model(batch), batch["targets"]) / batch["targets"].numel()
+            loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def dtensor_compute(
+    config: ModelConfig, runtime: Runtime, sequence_parallel: bool, splits_loss: bool = True
+) -> Step:
+    """torch's tensor parallelism, as its tutorial applies it; there logits are gathered."""
+    mesh = build_mesh(StrategyConfig(tensor=RANKS), runtime.device)["tensor"]
+    between = Shard(1) if sequence_parallel else Replicate()
+    plan: dict = {
+        "embed.tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "head.output": ColwiseParallel(
+            input_layouts=between,
+            output_layouts=Shard(-1) if splits_loss else Replicate(),
+            use_local_output=not splits_loss,
+        ),
+    }
+    for i in range(LAYERS):
+        branches = {"attention": ("query", "key", "value"), "feed_forward": ("gate", "up")}
+        rows = {"attention": "output", "feed_forward": "down"}
+        for branch, columns in branches.items():
+            for column in columns:
+                plan[f"blocks.{i}.{branch}.{column}"] = ColwiseParallel()
+            plan[f"blocks.{i}.{branch}.{rows[branch]}"] = RowwiseParallel(output_layouts=between)
+            if sequence_parallel:
+                plan[f"blocks.{i}.{branch}_norm"] = SequenceParallel()
+                others = (None,) * (2 if branch == "attention" else 0)  # stream and cache
+                plan[f"blocks.{i}.{branch}"] = PrepareModuleInput(
+                    input_layouts=(between, *others),
+                    desired_input_layouts=(Replicate(), *others),
+                )
+    if sequence_parallel:
+        plan["head.norm"] = SequenceParallel()
+    return plain_step(
+        parallelize_module(filled(config), mesh, plan), cross_entropy_sum,
+        loss_parallel if splits_loss else nullcontext,
+    )  # fmt: skip
+
+
+class _F(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _G(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        dist.all_reduce(x)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad
+
+
+class _FloorLayout(SequenceLayout):
+    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+        return _F.apply(x_BSD)
+
+
+def floor(config: ModelConfig, runtime: Runtime) -> Step:
+    """Slices of the weights as plain parameters of a narrower model, and f and g by hand."""
+    whole = filled(config).state_dict()
+    model = Transformer(replace(
+        config, heads=config.heads // RANKS, head_width=config.width // config.heads,
+        ffn_width=config.ffn_width // RANKS, vocab_size=config.vocab_size // RANKS,
+    ))  # fmt: skip
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            for dim in range(p.dim()):
+                if p.shape[dim] != whole[name].shape[dim]:
+                    whole[name] = whole[name].chunk(RANKS, dim)[runtime.rank]
+            p.copy_(whole[name])
+    model.layout = _FloorLayout()
+    for block in model.blocks.values():
+        for row in (block.attention.output, block.feed_forward.down):
+            row.register_forward_hook(lambda module, inputs, output: _G.apply(output))
+    vocabulary = Vocabulary(config.vocab_size, dist.group.WORLD)
+    tokens = model.embed.tokens  # type: ignore[union-attr]
+    look_up = tokens.forward
+
+    def own_rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
+        row, mine = vocabulary.find(ids)
+        return _G.apply(look_up(row, dtype) * mine.unsqueeze(-1))
+
+    tokens.forward = own_rows
+    return plain_step(
+        model, lambda logits, targets: cross_entropy_sum(
+            logits, targets, cross_entropy=vocabulary.cross_entropy
+        ),
+    )  # fmt: skip
+
+
+def measure(runtime: Runtime, width: int, segments: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per step of each way, segment by segment; all must have the same first loss."""
+    config = shape(width)
+    ways = {
+        "floor": floor(config, runtime),
+        "ours": ours(config, runtime, sequence_parallel=False),
+        "DTensor compute": dtensor_compute(config, runtime, sequence_parallel=False),
+        "ours, sequence parallel": ours(config, runtime, sequence_parallel=True),
+        "DTensor compute, sequence parallel": dtensor_compute(
+            config, runtime, sequence_parallel=True
+        ),
+        "DTensor compute, sequence parallel, logits gathered": dtensor_compute(
+            config, runtime, sequence_parallel=True, splits_loss=False
+        ),
+    }
+    generator = torch.Generator().manual_seed(0)
+    size = (SAMPLES, SEQ_LEN + 1)
+    ids = torch.randint(0, config.vocab_size, size, generator=generator)
+    batch = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+    first = [float(step(batch)) for step in ways.values()]
+    assert max(first) - min(first) < 1e-4, first
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(segments):
+        for name, step in ways.items():
+            dist.barrier()
+            began = time.perf_counter()
+            for _ in range(steps):
+                step(batch)
+            seconds[name].append((time.perf_counter() - began) / steps)
+    return seconds
+
+
+if __name__ == "__main__":
+    width, segments, steps = [*map(int, sys.argv[1:]), *(512, 5, 4)[len(sys.argv) - 1 :]]
+    pool = RankPool(RANKS)
+    seconds = pool.run(RANKS, measure, width, segments, steps, timeout_seconds=3600.0)[0]
+    pool.close()
+    table = Table(
+        "step", "median ms", "ours is faster by", "least and most",
+        title=f"width {width}, {RANKS} CPU ranks, {segments} segments of {steps} steps",
+    )  # fmt: skip
+    for name, times in seconds.items():
+        mine = seconds["ours, sequence parallel" if "sequence" in name else "ours"]
+        ratios = [theirs / own for theirs, own in zip(times, mine, strict=True)]
+        table.add_row(
+            name, f"{1000 * statistics.median(times):.0f}", f"{statistics.median(ratios):.3f}",
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
+        )  # fmt: skip
+    Console().print(table)
