@@ -42,8 +42,8 @@ def keep_tokenizer(config: TrainConfig) -> None:
     elif not tokenizer.same(path):
         raise ConfigError(
             f"run_dir={config.run_dir} was trained with another tokenizer: the text at "
-            f"data.path={config.data.path} has changed since; set data.tokenizer={path}, "
-            "or choose another run_dir"
+            f"data.path={config.data.path} has changed since; put the old text back, or choose "
+            "another run_dir"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.before import reading, training
+from parallel.config import StrategyConfig
 from trainer.config import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
 from trainer.run_dir import load_config
 from trainer.tokenizer import Tokenizer
@@ -34,14 +35,22 @@ def test_a_run_keeps_its_config_and_tokenizer(config):
 def test_a_run_does_not_go_on_with_another_tokenizer(config):
     training(config, 1)
     Path(config.data.path).write_text(PLAY.read_text()[40_000:60_000])
-    with pytest.raises(ConfigError, match="another tokenizer") as error:
+    with pytest.raises(ConfigError, match="another tokenizer"):
         training(config, 1)
-    assert "data.tokenizer=" in str(error.value)
 
 
 def test_more_ranks_than_the_strategy_uses(config):
     with pytest.raises(ConfigError, match="2 ranks"):
         training(config, 2)
+    assert not Path(config.run_dir).exists()
+
+
+def test_a_vocabulary_too_small_to_split(config):
+    # 300 entries in 23 parts are 14 a rank: the last two would have none.
+    wide = replace(config.model, width=23 * 16, heads=23)
+    config = replace(config, model=wide, strategy=StrategyConfig(tensor=23))
+    with pytest.raises(ConfigError, match="leaves a rank without any"):
+        training(config, 23)
     assert not Path(config.run_dir).exists()
 
 

@@ -141,14 +141,30 @@ BAD = {
     "strategy=single": "choose strategy=ddp",
     "strategy.shard=3": "start 3 ranks (torchrun --nproc_per_node=N, or launch.ranks=N)",
     "strategy.context=2": "not built yet",
+    "strategy=tensor strategy.async_tensor=true": "strategy.tensor=2 and compile=false; "
+    "set compile=true",
+    "strategy=tensor model.heads=3 model.width=96 model.kv_heads=0": "strategy.tensor=2 does not "
+    "divide model.heads=3; try 1, 3",
 }
 
 
 @pytest.mark.parametrize("override", BAD)
 def test_bad_value_gets_its_message(override):
-    messages = found(*SIZES, override, world_size=2)
+    messages = found(*SIZES, *override.split(" "), world_size=2)
     assert len(messages) == 1
     assert BAD[override] in messages[0]
+
+
+def test_heads_that_a_tensor_degree_fits():
+    many = ("model.width=512", "model.heads=16", "model.kv_heads=4", "strategy=tensor")
+    for degree in (2, 4, 8, 16):  # from 8 on a key/value head is shared by ranks
+        assert found(*SIZES, *many, f"strategy.tensor={degree}", world_size=degree) == []
+    messages = found(*SIZES, *many, world_size=32)
+    assert messages == [
+        "strategy.tensor=32 does not divide model.heads=16 and model.kv_heads=4; try 1, 2, 4, 8, 16"
+    ]
+    odd = (*many, "model.heads=12", "model.kv_heads=6", "model.width=384")
+    assert found(*SIZES, *odd, world_size=4)[0].endswith("try 1, 2, 3, 6, 12")
 
 
 def test_image_size_must_be_whole_patches():

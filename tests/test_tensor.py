@@ -2,21 +2,25 @@
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
+import tiny
 import torch
 from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.config import StrategyConfig
+from parallel.config import ConfigError, StrategyConfig
 from parallel.gradients import local
-from parallel.runtime import Runtime
+from parallel.runtime import Runtime, same_everywhere
 from parallel.tensor import SEQUENCE, STYLES, fits, style_of
 from parallel.traffic import Traffic
 from parallel.vocab import Vocabulary
+from trainer import build
 from trainer.build import parallel_model
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TrainConfig
+from trainer.data import fingerprint, prepare
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS, Precision
 from trainer.verify import FAMILIES, make_batch, scale_down, split
@@ -157,3 +161,63 @@ def test_kept_collectives_are_not_repeated(ranks):
     )
     assert selective == none
     assert block["reduce_scatter"] > none["reduce_scatter"]
+
+
+def differing(runtime: Runtime, odd: int) -> str:
+    facts = {"the data": "b" if runtime.rank == odd else "a", "the configuration": "c"}
+    try:
+        same_everywhere(runtime, facts)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_sees_other_files_is_named(ranks):
+    for message in ranks.run(4, differing, 2):
+        assert message.startswith("the data is another on rank 2 than on the other 3;")
+    assert ranks.run(4, differing, -1) == [""] * 4
+
+
+def test_a_fingerprint_sees_another_file(tmp_path):
+    data = tiny.pairs_data(tmp_path)
+    prepare(data)
+    before = fingerprint(data)
+    assert fingerprint(data) == before
+    lines = (tmp_path / "valid.tsv").read_text().splitlines()
+    source, target = lines[3].split("\t")
+    lines[3] = f"{target[::-1]}\t{source}"  # as many tokens, perhaps; not the same
+    (tmp_path / "valid.tsv").write_text("\n".join(lines) + "\n")
+    prepare(data)
+    assert fingerprint(data) != before
+
+
+def warned(runtime: Runtime, local_world_size: int) -> list[str]:
+    messages: list[str] = []
+    config = TrainConfig(
+        model=scale_down(FAMILIES["decoder (Llama)"]), strategy=StrategyConfig(tensor=2)
+    )
+    with mock.patch.object(build.log, "warning", lambda text, *args: messages.append(text % args)):
+        build.build_worker(config, replace(runtime, local_world_size=local_world_size))
+    return messages
+
+
+def test_layers_split_over_hosts_are_warned_about(ranks):
+    assert ranks.run(2, warned, 2)[0] == []
+    (message,) = ranks.run(2, warned, 1)[0]
+    assert "strategy.tensor=2 is more than the 1 ranks of this host" in message
+    assert "use strategy.tensor=1" in message
+
+
+def asynchronous(runtime: Runtime) -> str:
+    config = scale_down(FAMILIES["decoder (Llama)"])
+    strategy = StrategyConfig(tensor=2, async_tensor=True)
+    try:
+        parallel_model(config, strategy, runtime, PRECISIONS["fp32"], compile=True)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_asynchronous_collectives_want_their_hardware(ranks):
+    for message in ranks.run(2, asynchronous):
+        assert "needs NVIDIA GPUs" in message and "set strategy.async_tensor=false" in message
