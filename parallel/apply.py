@@ -15,7 +15,7 @@ from parallel.ddp import replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
 from parallel.mesh import active
-from parallel.tensor import overlap_collectives, split_layers
+from parallel.tensor import split_layers
 from parallel.worker import CountValid, LossSum, Worker
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
@@ -38,9 +38,7 @@ def parallelize(
     split = None
     if mesh["tensor"].size() > 1:
         regather = activation_checkpointing == "none" and not compile
-        split = split_layers(model, mesh["tensor"], layout, strategy.sequence_parallel, regather)
-        if strategy.async_tensor:
-            overlap_collectives(split.group, device)
+        split = split_layers(model, mesh["tensor"], layout, strategy, device, regather)
         loss_sum = partial(loss_sum, cross_entropy=split.vocabulary.cross_entropy)
     for block in model.get_submodule("blocks").children():
         # 2. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.

@@ -28,7 +28,7 @@ from parallel.collectives import (
     gather_padded,
     padded,
 )
-from parallel.config import ConfigError
+from parallel.config import ConfigError, StrategyConfig
 from parallel.gradients import local
 from parallel.vocab import Vocabulary
 
@@ -285,8 +285,8 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def split_layers(
-    model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], sequence_parallel: bool,
-    regather: bool,
+    model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], strategy: StrategyConfig,
+    device: torch.device, regather: bool,
 ) -> TensorSplit:  # fmt: skip
     """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
 
@@ -294,8 +294,10 @@ def split_layers(
     of no use where activations are recomputed anyway.
     """
     group = mesh.get_group()
+    if strategy.async_tensor:
+        overlap_collectives(group, device)
     classes = model.get_parameter("head.output.weight").shape[0]
-    split = TensorSplit(group, sequence_parallel, Vocabulary(classes, group))
+    split = TensorSplit(group, strategy.sequence_parallel, Vocabulary(classes, group))
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for prefix, module in list(model.named_modules()):
         styles = set()
@@ -308,13 +310,13 @@ def split_layers(
                 if id(parameter) not in shared:
                     shared[id(parameter)] = _distributed(parameter, mesh, dim)
                 setattr(module, name, shared[id(parameter)])
-            elif sequence_parallel:
+            elif strategy.sequence_parallel:
                 split.partial.append(full_name)
         for style in styles - {SEQUENCE}:
             parent = model.get_submodule(prefix.rpartition(".")[0])
             _work_on_part(module, style, split, parent)
     model.layout = split  # type: ignore[assignment]
-    if regather and sequence_parallel:
+    if regather and strategy.sequence_parallel:
         for block in model.get_submodule("blocks").children():
             block.forward = _with(split.regathering, block.forward)
     return split
