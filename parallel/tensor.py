@@ -6,7 +6,7 @@ ends. With sequence parallelism (arXiv 2205.05198) each rank has its part of the
 the split layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -25,11 +24,11 @@ from parallel.collectives import (
     Scatter,
     Sum,
     all_reduce,
-    gather_padded,
     padded,
 )
 from parallel.config import ConfigError, StrategyConfig
 from parallel.gradients import local
+from parallel.regather import Regather
 from parallel.vocab import Vocabulary
 
 # What a pattern of the model's table can say of a layer.
@@ -68,10 +67,7 @@ class TensorSplit:
         self.vocabulary = vocabulary
         self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
         self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
-        self._regathers = False
-        # The latest gathered sequence while a block regathers; held, so that no other tensor comes
-        # to lie at its address.
-        self._latest: tuple[Tensor, _Gathered] | None = None
+        self.regather = Regather(group, SEQUENCE_DIM)
 
     @property
     def part(self) -> int:
@@ -83,8 +79,7 @@ class TensorSplit:
         if not self.splits_sequence:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
-        if self._regathers:
-            self._latest = whole_BSD, _Gathered(x_BSD.detach(), length, self.group)
+        self.regather.remember(whole_BSD, x_BSD)
         return whole_BSD
 
     def own(self, x_BSD: Tensor) -> Tensor:
@@ -109,30 +104,6 @@ class TensorSplit:
             yield
         finally:
             self.splits_sequence = splits
-
-    @contextmanager
-    def regathering(self) -> Iterator[None]:
-        """Keep a rank's own positions for the backward, and gather them there once more.
-
-        Otherwise the gathered inputs of the split layers would be kept on every rank
-        (arXiv 2205.05198, section 4.2.2).
-        """
-        if not self.splits_sequence or not torch.is_grad_enabled():
-            yield
-            return
-        self._regathers = True
-        try:
-            with saved_tensors_hooks(self._pack, _unpack):
-                yield
-        finally:
-            self._regathers, self._latest = False, None
-
-    def _pack(self, tensor: Tensor) -> Any:
-        if self._latest is None or not _is_view_of_all(self._latest[0], tensor):
-            return tensor
-        gathered = self._latest[1]
-        gathered.uses += 1
-        return gathered, tensor.shape
 
     def compute_on_leaves(self, model: nn.Module) -> None:
         """Let autograd work on plain tensors, views of the DTensors at rest.
@@ -170,42 +141,6 @@ class TensorSplit:
         flat = all_reduce(torch.cat([part.flatten() for part in parts]), self.group)
         for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
             part.copy_(total.view_as(part))
-
-
-class _Gathered:
-    """A gathered sequence that autograd wanted to keep: the part here, to gather it again."""
-
-    def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup):
-        self._part, self._length, self._group = part, length, group
-        self._whole: Tensor | None = None
-        self.uses = 0  # times that it was saved
-        self._left = 0  # times that it will still be asked for in this backward
-
-    def again(self) -> Tensor:
-        """The whole, gathered once for all that ask for it in a backward."""
-        if not self._left:
-            self._whole = gather_padded(self._part, self._length, self._group, SEQUENCE_DIM)
-            self._left = self.uses
-        assert self._whole is not None
-        whole, self._left = self._whole, self._left - 1
-        if not self._left:
-            self._whole = None
-        return whole
-
-
-def _is_view_of_all(whole: Tensor, tensor: Tensor) -> bool:
-    return (
-        tensor.numel() == whole.numel()
-        and tensor.is_contiguous()
-        and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
-    )
-
-
-def _unpack(kept: Any) -> Tensor:
-    if isinstance(kept, Tensor):
-        return kept
-    gathered, shape = kept
-    return gathered.again().view(shape)
 
 
 class _Part(nn.Module):
@@ -318,7 +253,7 @@ def split_layers(
     model.layout = split  # type: ignore[assignment]
     if regather and strategy.sequence_parallel:
         for block in model.get_submodule("blocks").children():
-            block.forward = _with(split.regathering, block.forward)
+            block.forward = split.regather.inside(block.forward)
     return split
 
 
@@ -352,11 +287,3 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
         module.head_width = parent.head_width
     module.__class__ = type(f"{type(module).__name__}Part", (part, type(module)), {})
     module.split, module.leaves = split, {}  # type: ignore[assignment]
-
-
-def _with(context: Callable, function: Callable) -> Callable:
-    def inside(*args: Any, **kwargs: Any) -> Any:
-        with context():
-            return function(*args, **kwargs)
-
-    return inside

@@ -1,0 +1,89 @@
+"""Gathered sequences are not kept for the backward: a rank's part is, and is gathered once more.
+
+Otherwise the inputs of split layers would be kept whole on every rank (arXiv 2205.05198, section
+4.2.2).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.autograd.graph import saved_tensors_hooks
+
+from parallel.collectives import gather_padded
+
+
+class Regather:
+    """Inside the functions that it wraps, what autograd keeps of a gathered tensor is its part."""
+
+    def __init__(self, group: dist.ProcessGroup, dim: int):
+        self._group, self._dim = group, dim
+        self._inside = False
+        # The latest gathered tensor; held, so that no other comes to lie at its address.
+        self._latest: tuple[Tensor, _Gathered] | None = None
+
+    def remember(self, whole: Tensor, part: Tensor) -> None:
+        """`whole` has been gathered from the ranks' parts, of which this is one."""
+        if self._inside:
+            length = whole.shape[self._dim]
+            self._latest = whole, _Gathered(part.detach(), length, self._group, self._dim)
+
+    def inside(self, function: Callable) -> Callable:
+        """The function, keeping parts."""
+
+        def keeping_parts(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return function(*args, **kwargs)
+            self._inside = True
+            try:
+                with saved_tensors_hooks(self._pack, _unpack):
+                    return function(*args, **kwargs)
+            finally:
+                self._inside, self._latest = False, None
+
+        return keeping_parts
+
+    def _pack(self, tensor: Tensor) -> Any:
+        if self._latest is None or not _is_view_of_all(self._latest[0], tensor):
+            return tensor
+        gathered = self._latest[1]
+        gathered.uses += 1
+        return gathered, tensor.shape
+
+
+class _Gathered:
+    """The part of a gathered tensor that autograd wanted to keep."""
+
+    def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup, dim: int):
+        self._part, self._length, self._group, self._dim = part, length, group, dim
+        self._whole: Tensor | None = None
+        self.uses = 0  # times that it was saved
+        self._left = 0  # times that it will still be asked for in this backward
+
+    def again(self) -> Tensor:
+        """The whole, gathered once for all that ask for it in a backward."""
+        if not self._left:
+            self._whole = gather_padded(self._part, self._length, self._group, self._dim)
+            self._left = self.uses
+        assert self._whole is not None
+        whole, self._left = self._whole, self._left - 1
+        if not self._left:
+            self._whole = None
+        return whole
+
+
+def _is_view_of_all(whole: Tensor, tensor: Tensor) -> bool:
+    return (
+        tensor.numel() == whole.numel()
+        and tensor.is_contiguous()
+        and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    )
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    gathered, shape = kept
+    return gathered.again().view(shape)
