@@ -1,6 +1,7 @@
 """An eager training step on two CPU ranks, every layer split over them, in three ways.
 
-`python benchmarks/tensor.py [width] [segments] [steps per segment]` starts the ranks itself:
+`python benchmarks/tensor.py [width] [samples of 128 tokens] [segments] [steps per segment]` starts
+the ranks itself:
 
 * ours: DTensors at rest, plain tensors in compute, with and without sequence parallelism;
 * DTensor compute: torch's `parallelize_module` on the same model, with and without sequence
@@ -45,7 +46,7 @@ from trainer.model import Transformer, draw_rows
 from trainer.optim import Optimizer
 from trainer.precision import PRECISIONS
 
-RANKS, SAMPLES, SEQ_LEN, LAYERS = 2, 4, 128, 4
+RANKS, SEQ_LEN, LAYERS = 2, 128, 4
 Step = Callable[[dict[str, Tensor]], Tensor]
 
 
@@ -200,7 +201,9 @@ def floor(config: ModelConfig, runtime: Runtime) -> Step:
     )  # fmt: skip
 
 
-def measure(runtime: Runtime, width: int, segments: int, steps: int) -> dict[str, list[float]]:
+def measure(
+    runtime: Runtime, width: int, samples: int, segments: int, steps: int
+) -> dict[str, list[float]]:
     """Seconds per step of each way, segment by segment; all must have the same first loss."""
     config = shape(width)
     ways = {
@@ -216,7 +219,7 @@ def measure(runtime: Runtime, width: int, segments: int, steps: int) -> dict[str
         ),
     }
     generator = torch.Generator().manual_seed(0)
-    size = (SAMPLES, SEQ_LEN + 1)
+    size = (samples, SEQ_LEN + 1)
     ids = torch.randint(0, config.vocab_size, size, generator=generator)
     batch = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
     first = [float(step(batch)) for step in ways.values()]
@@ -233,13 +236,15 @@ def measure(runtime: Runtime, width: int, segments: int, steps: int) -> dict[str
 
 
 if __name__ == "__main__":
-    width, segments, steps = [*map(int, sys.argv[1:]), *(512, 5, 4)[len(sys.argv) - 1 :]]
+    defaults = (512, 4, 10, 3)
+    width, samples, segments, steps = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
     pool = RankPool(RANKS)
-    seconds = pool.run(RANKS, measure, width, segments, steps, timeout_seconds=3600.0)[0]
+    arguments = (width, samples, segments, steps)
+    seconds = pool.run(RANKS, measure, *arguments, timeout_seconds=3600.0)[0]
     pool.close()
     table = Table(
-        "step", "median ms", "ours is faster by", "least and most",
-        title=f"width {width}, {RANKS} CPU ranks, {segments} segments of {steps} steps",
+        "step of", "median ms", "ours is faster by", "least and most",
+        title=f"width {width}, {samples} × {SEQ_LEN} tokens, {RANKS} CPU ranks",
     )  # fmt: skip
     for name, times in seconds.items():
         mine = seconds["ours, sequence parallel" if "sequence" in name else "ours"]

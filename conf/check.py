@@ -5,11 +5,19 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from parallel.config import ConfigError, data_degree, resolve
+from parallel.config import ConfigError, StrategyConfig, data_degree, resolve
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from trainer.data import DataFacts
+
+# Faults that need strategy.tensor above 1.
+SPLIT_FAULTS = (
+    "skip_input_gradient_sum",
+    "skip_output_sum",
+    "skip_sequence_gather",
+    "skip_vocabulary_mask",
+)
 
 CHOICES = {
     "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
@@ -22,10 +30,7 @@ CHOICES = {
         "skip_gradient_sum",
         "local_target_count",
         "local_gradient_norm",
-        "skip_input_gradient_sum",
-        "skip_output_sum",
-        "skip_gathered_gradient_sum",
-        "skip_vocabulary_mask",
+        *SPLIT_FAULTS,
     ),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("rmsnorm", "layernorm"),
@@ -144,6 +149,7 @@ def problems(config: Any, world_size: int) -> list[str]:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
             found += splits(config.model, strategy.tensor)
+        found += _fault(getattr(config, "fault", ""), strategy)
         if strategy.async_tensor and (strategy.tensor == 1 or not getattr(config, "compile", True)):
             found.append(
                 f"strategy.async_tensor=true overlaps what compile=true has compiled of "
@@ -278,6 +284,17 @@ def _batch(config: TrainConfig, degree: int) -> list[str]:
         return [
             f"micro_batch_size={micro} does not divide the {share} samples of one rank "
             f"(batch_size={size} / {degree} ranks); try {_near_divisors(share, micro)}"
+        ]
+    return []
+
+
+def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
+    """Why a fault cannot be planted in this layout."""
+    if fault in SPLIT_FAULTS and strategy.tensor == 1:
+        return [f"fault={fault} is one of split layers; set strategy=tensor"]
+    if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
+        return [
+            f"fault={fault} is one of sequence parallelism; set strategy.sequence_parallel=true"
         ]
     return []
 

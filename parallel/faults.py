@@ -82,7 +82,7 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
 
 
 def _split_of(worker: Worker) -> TensorSplit:
-    assert worker.split is not None, "this fault needs strategy.tensor above 1"
+    assert worker.split is not None  # the check of the configuration has seen to it
     return worker.split
 
 
@@ -96,30 +96,36 @@ class _OwnGradient(Gather):
 
 
 def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """f of Megatron-LM: the gradients of a split layer's input are not summed."""
-    worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
-    split.whole = lambda x_BSD, length: x_BSD  # type: ignore[method-assign]
-    return worker
-
-
-def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
-    """g of Megatron-LM, or the reduce-scatter: a rank goes on with its own part of the sum."""
-    worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
-    split.sum = split.own  # type: ignore[method-assign]
-    return worker
-
-
-def skip_gathered_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """The backward of the sequence's all-gather takes this rank's gradient for the sum."""
+    """A split layer's input gets this rank's gradient: f, or the all-gather's backward."""
     worker = parallelize(*args, **kwargs)
     split = _split_of(worker)
 
     def whole(x_BSD: Tensor, length: int) -> Tensor:
+        if not split.splits_sequence:
+            return x_BSD
         return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
 
     split.whole = whole  # type: ignore[method-assign]
+    return worker
+
+
+def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
+    """A rank takes its own positions for everybody's where the sequence should be gathered."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+
+    def whole(x_BSD: Tensor, length: int) -> Tensor:
+        return torch.cat([x_BSD] * split.group.size(), SEQUENCE_DIM)[:, :length]
+
+    split.whole = whole  # type: ignore[method-assign]
+    return worker
+
+
+def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
+    """A rank goes on with its own part of a split layer's output: g, or the reduce-scatter."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+    split.sum = split.own  # type: ignore[method-assign]
     return worker
 
 
@@ -137,15 +143,12 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-FAULTS = {
+SPLIT_FAULTS = {
     fault.__name__: fault
     for fault in (
-        skip_gradient_sum,
-        local_target_count,
-        local_gradient_norm,
-        skip_input_gradient_sum,
-        skip_output_sum,
-        skip_gathered_gradient_sum,
-        skip_vocabulary_mask,
+        skip_input_gradient_sum, skip_output_sum, skip_sequence_gather, skip_vocabulary_mask
     )
-}
+}  # fmt: skip
+FAULTS = {
+    fault.__name__: fault for fault in (skip_gradient_sum, local_target_count, local_gradient_norm)
+} | SPLIT_FAULTS

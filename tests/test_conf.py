@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from conf import schema
 from conf.check import CHOICES, RANGES, complete, problems
 from conf.help import comments
-from parallel.config import AXES, ConfigError
+from parallel.config import AXES, ConfigError, StrategyConfig
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
 from trainer.data import DataFacts
 from trainer.model import Transformer
@@ -165,6 +165,17 @@ def test_heads_that_a_tensor_degree_fits():
     ]
     odd = (*many, "model.heads=12", "model.kv_heads=6", "model.width=384")
     assert found(*SIZES, *odd, world_size=4)[0].endswith("try 1, 2, 3, 6, 12")
+
+
+def test_a_fault_must_have_its_place():
+    fault = VerifyConfig(fault="skip_output_sum")
+    assert problems(fault, 1) == [
+        "fault=skip_output_sum is one of split layers; set strategy=tensor"
+    ]
+    whole = StrategyConfig(tensor=2, sequence_parallel=False)
+    assert problems(replace(fault, strategy=whole), 2) == []
+    gather = VerifyConfig(fault="skip_sequence_gather", strategy=whole)
+    assert "set strategy.sequence_parallel=true" in problems(gather, 2)[0]
 
 
 def test_image_size_must_be_whole_patches():

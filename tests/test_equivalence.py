@@ -2,9 +2,10 @@
 
 import pytest
 
+import conf.check
 from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
-from parallel.faults import FAULTS
+from parallel.faults import FAULTS, SPLIT_FAULTS
 from trainer.config import VerifyConfig
 from trainer.verify import (
     FAMILIES,
@@ -80,6 +81,7 @@ def test_a_local_norm_is_caught(ranks):
 
 def test_every_fault_can_be_asked_for():
     assert CHOICES["fault"] == ("", *FAULTS)
+    assert tuple(SPLIT_FAULTS) == conf.check.SPLIT_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,8 @@ def test_every_fault_can_be_asked_for():
     [
         ("skip_input_gradient_sum", False, "decoder (Llama)"),
         ("skip_output_sum", False, "decoder (GPT-2)"),
-        ("skip_gathered_gradient_sum", True, "encoder-decoder"),
+        ("skip_input_gradient_sum", True, "encoder-decoder"),
+        ("skip_sequence_gather", True, "decoder (Llama)"),
         ("skip_output_sum", True, "encoder (ViT)"),
         ("skip_vocabulary_mask", True, "decoder (Llama)"),
         ("skip_vocabulary_mask", False, "encoder-decoder"),

@@ -162,7 +162,7 @@ class VerifyConfig:
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     # Plants a fault to be caught: skip_gradient_sum | local_target_count | local_gradient_norm, and
     # with strategy.tensor above 1 skip_input_gradient_sum | skip_output_sum |
-    # skip_gathered_gradient_sum | skip_vocabulary_mask; empty = off.
+    # skip_sequence_gather | skip_vocabulary_mask; empty = off.
     fault: str = ""
 
 
