@@ -7,6 +7,6 @@ from parallel.pool import RankPool
 
 @pytest.fixture(scope="session")
 def ranks():
-    pool = RankPool(4)
+    pool = RankPool(8)
     yield pool
     pool.close()

@@ -58,6 +58,12 @@ STRATEGIES = {
     "tensor 4, whole sequences": StrategyConfig(tensor=4, sequence_parallel=False),
     "ddp 2 × tensor 2": StrategyConfig(replicate=2, tensor=2),
     "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
+    "fsdp 2 × tensor 2, whole sequences": StrategyConfig(
+        shard=2, tensor=2, sequence_parallel=False
+    ),
+    "ddp 2 × tensor 4": StrategyConfig(replicate=2, tensor=4),
+    "fsdp 2 × tensor 4": StrategyConfig(shard=2, tensor=4),
+    "hsdp 2×2 × tensor 2": StrategyConfig(replicate=2, shard=2, tensor=2),
 }
 
 
