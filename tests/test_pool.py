@@ -6,6 +6,8 @@ import time
 import pytest
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from parallel.pool import RankFailedError, RankPool
 
@@ -58,3 +60,17 @@ def test_the_rank_at_fault_is_named_and_the_pool_starts_anew(pool, function, mes
     with pytest.raises(RankFailedError, match=message):
         pool.run(2, function, 1, timeout_seconds=4.0)
     assert pool.run(2, total, 0) == [1, 1]
+
+
+def gathered(runtime, sizes: tuple[int, ...]) -> list[float]:
+    """A tensor that lies in parts on the last axis of a mesh."""
+    mesh = init_device_mesh("cpu", sizes, mesh_dim_names=("a", "b"))
+    part = torch.full((1,), float(mesh.get_local_rank("b")))
+    return DTensor.from_local(part, mesh, [Replicate(), Shard(0)]).full_tensor().tolist()
+
+
+def test_a_later_group_does_not_meet_an_earlier_one_s_plans(ranks):
+    # DTensor keeps plans by the layout of a mesh, which name groups that are gone by then.
+    for _ in range(2):
+        assert ranks.run(4, gathered, (2, 2)) == [[0.0, 1.0]] * 4
+        assert ranks.run(2, gathered, (1, 2)) == [[0.0, 1.0]] * 2
