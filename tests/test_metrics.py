@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import select
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,16 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     )
 
 
+def read_until(terminal: int, end: str) -> str:
+    """A terminal hands out what was written in pieces as it likes."""
+    written = b""
+    while not written.endswith(end.encode()):
+        ready, _, _ = select.select([terminal], [], [], 10)
+        assert ready, f"{end!r} never came after {written!r}"
+        written += os.read(terminal, 1 << 16)
+    return written.decode()
+
+
 def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
     clock = FakeClock()
@@ -177,10 +188,9 @@ def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
             recorder.training(2, 3.2, 0.8, 1e-3, tokens=12_300, wait_seconds=1.0)
             recorder.step_done()
         file.flush()
-        written = os.read(ours, 1 << 16).decode()
+        written = read_until(ours, "\x1b[?25h")  # the cursor is back
     os.close(ours)
     assert "loss 3.2" in written and "wait 10.0 %" in written
-    assert written.endswith("\x1b[?25h")  # the cursor is back
 
 
 def test_an_exception_passes_and_closes_everything(tmp_path: Path) -> None:
