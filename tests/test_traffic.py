@@ -23,6 +23,12 @@ def test_bytes_of_a_step_equal_the_closed_form(ranks, strategy, family):
     assert due[moves] > 10_000
 
 
+def test_bytes_of_shared_heads_that_fsdp_gathers(ranks):
+    degrees, model = StrategyConfig(shard=2, tensor=4), scale_down(FAMILIES["decoder (Llama)"])
+    counted, due = ranks.run(8, step_traffic, degrees, model)[0]
+    assert model.kv_heads < 4 and counted == due
+
+
 def test_the_closed_form_by_hand():
     blocks, others = [(10, 4), (3,)], [(7, 2)]
     forms = {"compute_bytes": 2, "reduce_bytes": 4}

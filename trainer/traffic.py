@@ -40,6 +40,8 @@ def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
                micro_batches: list[dict[str, Tensor]]) -> Payload:  # fmt: skip
     """The closed form: gradients and weights, activations, and the listed small ones."""
     degree, times = strategy.tensor, len(micro_batches)
+    # FSDP hands a layer its weights in bf16, and their gradients come back so.
+    fsdp = strategy.shard > 1 or (degree > 1 and strategy.replicate > 1)
     partial, shared_heads = 0, 0
     blocks: list[tuple[int, ...]] = []
     others: list[tuple[int, ...]] = []
@@ -51,7 +53,7 @@ def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
         elif name in worker.partial_gradients():
             partial += math.ceil(shape[0] / strategy.shard) * math.prod(shape[1:]) * FLOAT_BYTES
         if style == HEADS and parameter.shape[0] < degree * model.width // model.heads:
-            shared_heads += parameter.numel() * FLOAT_BYTES
+            shared_heads += times * parameter.numel()
         (blocks if name.startswith("blocks.") else others).append(tuple(shape))
     due = step_bytes(blocks, others, strategy, times, compute_bytes=2, reduce_bytes=FLOAT_BYTES)
     moved, floats = StepBytes(), partial + _norms(strategy) * FLOAT_BYTES
@@ -59,14 +61,15 @@ def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
         for micro_batch in micro_batches:
             moved += tensor_bytes(_sequences(model, micro_batch), model.width, strategy, 2)
             floats += cross_entropy_bytes(micro_batch["targets"].numel())
+    half, full = (2 * shared_heads, 0) if fsdp else (0, FLOAT_BYTES * shared_heads)
     return {
         ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
         ("all_reduce", torch.float32): due.all_reduce + floats,
         ("all_reduce", torch.bfloat16): moved.all_reduce,
-        ("all_gather", torch.bfloat16): due.all_gather + moved.all_gather,
-        ("all_gather", torch.float32): times * shared_heads,
-        ("reduce_scatter", torch.bfloat16): moved.reduce_scatter,
-        ("reduce_scatter", torch.float32): due.reduce_scatter + times * shared_heads,
+        ("all_gather", torch.bfloat16): due.all_gather + moved.all_gather + half,
+        ("all_gather", torch.float32): full,
+        ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
+        ("reduce_scatter", torch.float32): due.reduce_scatter + full,
     }
 
 

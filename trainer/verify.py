@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from parallel.apply import parallelize
 from parallel.config import AXES, StrategyConfig, degrees, resolve, world_size
@@ -182,8 +182,13 @@ def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
 
 def _whole(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
-    # A clone: what needs no gathering is the tensor itself, which clipping changes in place.
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
+    if isinstance(tensor, DTensor):
+        # Axis by axis, outermost first: FSDP has split what the tensor axis had left.
+        for axes in range(1, tensor.device_mesh.ndim + 1):
+            placements = [Replicate()] * axes + list(tensor.placements[axes:])
+            tensor = tensor.redistribute(placements=placements)
+        tensor = tensor.to_local()
+    return tensor.clone()  # it may be the gradient itself, which clipping changes in place
 
 
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
@@ -304,6 +309,7 @@ def report(rows: Rows, tolerance: float) -> bool:
         shown.add_row(model, strategy, *values, "equal" if equal else "DIFFERS")
         if not equal:
             faults.append(f"{model}, {strategy}: {verdict(found, tolerance)}")
+    console.width = max(console.width, console.measure(shown).maximum)  # a log file's is 80
     console.print(shown)
     for fault in faults:
         console.print(fault, soft_wrap=True, highlight=False)
