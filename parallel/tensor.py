@@ -74,6 +74,10 @@ class TensorSplit:
         """Which part of the sequence is this rank's."""
         return self.group.rank() if self.splits_sequence else 0
 
+    def part_length(self, length: int) -> int:
+        """How many of `length` positions are this rank's, with padding."""
+        return -(-length // self.group.size()) if self.splits_sequence else length
+
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
         """All `length` positions: where the split part of a layer begins."""
         if not self.splits_sequence:

@@ -263,9 +263,21 @@ def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
         first.head, second.embed = None, None
         for name in list(first.blocks):
             del (first if int(name) >= cut else second).blocks[name]
-        x, memory = first(batch)
-        passed = {"x": x} if memory is None else {"x": x, "memory": memory}
-        torch.testing.assert_close(second(batch | passed), whole)
+        flow = first(batch)
+        shapes = [tuple(tensor.shape) for tensor in flow if tensor is not None]
+        assert shapes == second.flow_shapes(batch, cut)
+        torch.testing.assert_close(second(batch, flow=flow), whole)
+        assert [tuple(whole.shape)] == second.flow_shapes(batch, second.depth)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_runs_of_blocks_one_after_another_are_the_whole_model(family):
+    config = replace(scale_down(FAMILIES[family]), dropout=0.0)
+    batch, model = make_batch(config, seed=1, step=0), build(config)
+    flow = None
+    for name in model.blocks:
+        flow = model(batch, flow=flow, blocks=[name])
+    torch.testing.assert_close(flow, model(batch))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "encoder (ViT)"])

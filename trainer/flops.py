@@ -44,20 +44,29 @@ def flops_per_sample(config: ModelConfig, seq_len: int, source_len: int = 0) -> 
     activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
     encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
     """
+    return sum(flops_per_block(config, seq_len, source_len))
+
+
+def flops_per_block(config: ModelConfig, seq_len: int, source_len: int = 0) -> list[float]:
+    """As `flops_per_sample`, of each block: the first with the embedding, the last with the head.
+
+    By these a pipeline is cut.
+    """
     if config.family == "encoder":
         patches = (config.image_size // config.patch_size) ** 2
-        length = patches + (config.pool == "class_token")
-        pixels = config.channels * config.patch_size**2
-        blocks = config.layers * _block(config, length)
+        blocks = config.layers * [_block(config, patches + (config.pool == "class_token"))]
+        costs = [2.0 * 3 * block for block in blocks]
         # Pixels need no gradient: the backward of the first layer is one product, not two.
-        return 2.0 * (3 * (blocks + config.width * config.classes)
-                      + 2 * patches * pixels * config.width)  # fmt: skip
-    blocks = config.layers * _block(config, seq_len)
+        costs[0] += 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
+        costs[-1] += 2.0 * 3 * config.width * config.classes
+        return costs
+    blocks = config.layers * [_block(config, seq_len)]
     if config.family == "encoder_decoder":
         depth = config.encoder_layers or config.layers
-        blocks += depth * _block(config, source_len)
-        blocks += config.layers * _attention(config, seq_len, source_len)
-    return 2.0 * 3 * (blocks + seq_len * config.width * config.vocab_size)
+        cross = _attention(config, seq_len, source_len)
+        blocks = depth * [_block(config, source_len)] + [block + cross for block in blocks]
+    blocks[-1] += seq_len * config.width * config.vocab_size
+    return [2.0 * 3 * block for block in blocks]
 
 
 def _block(config: ModelConfig, length: int) -> int:

@@ -30,6 +30,10 @@ class SequenceLayout:
 
     part = 0
 
+    def part_length(self, length: int) -> int:
+        """How many of `length` positions flow between blocks."""
+        return length
+
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
         """All `length` positions, for layers that mix them or are split by columns."""
         return x_BSD

@@ -2,8 +2,10 @@
 
 The contract with parallel/, which tests hold:
 1. blocks stand in a ModuleDict keyed "0", "1", … and keep their names when others are taken out;
-2. `embed` and `head` may be None, and the forward passes through;
-3. what flows between blocks is one tuple (x, memory), so that any model can be cut anywhere;
+2. `embed` and `head` may be None where they are not needed, and a forward may be of any run of
+   blocks;
+3. what flows between blocks is one tuple (x, memory), whose shapes `flow_shapes` tells, so that any
+   model can be cut anywhere;
 4. numbers of heads are read from tensor shapes, so that a shard of a weight just works.
 """
 
@@ -11,6 +13,7 @@ The contract with parallel/, which tests hold:
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +34,7 @@ from trainer.layers import (
 )
 
 Inputs = dict[str, Tensor]
+Flow = tuple[Tensor, Tensor | None]  # x, and the memory or the stream that waits for it
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
 # parallel/tensor.py explains.
@@ -57,6 +61,7 @@ class DecodingCache:
     """What a model remembers while generating: a cache per decoder block, and the memory."""
 
     def __init__(self, model: "Transformer", capacity: int):
+        self.length = 0  # tokens cached so far
         self.memory: Tensor | None = None
         self.blocks = {
             name: BlockCache(AttentionCache(capacity), AttentionCache(0))
@@ -64,10 +69,9 @@ class DecodingCache:
             if block.stream == "target"
         }
 
-    @property
-    def length(self) -> int:
-        """Tokens cached so far."""
-        return next(iter(self.blocks.values())).attention.length
+    def advance(self, inputs: Inputs) -> None:
+        """Go on behind the tokens of these inputs; after the last block has seen them."""
+        self.length += inputs["tokens"].shape[1]
 
     def reorder(self, rows_B: Tensor) -> None:
         """Keep the given rows of the batch."""
@@ -156,6 +160,8 @@ class Transformer(nn.Module):
         embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
         self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
+        self.depth = len(self.blocks)  # of the whole model, also where blocks are taken out
+        self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = Head(config)
         self.head: nn.Module | None = head
         if config.tied and isinstance(self.embed, TokenEmbedding):
@@ -164,39 +170,67 @@ class Transformer(nn.Module):
             if isinstance(module, Dropout):
                 module.site = _hash(name)
 
-    def forward(self, inputs: Inputs, cache: DecodingCache | None = None) -> Tensor | tuple:
+    def forward(self, inputs: Inputs, cache: DecodingCache | None = None, flow: Flow | None = None,
+                blocks: Sequence[str] | None = None) -> Tensor | Flow:  # fmt: skip
         """Logits of one micro-batch: (B,S,V), or (B,classes) of an encoder.
 
         `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
         (B,C,height,width); optionally `documents` and `positions` (B,S) of packed samples,
         `source_valid` (B,T) where there is padding, and `seeds` (B,) for dropout.
-        Without `embed`, `x` and `memory` come in the inputs; without `head`, they are returned.
+        Of a model that is cut, `blocks` are the ones to run and `flow` what the block before the
+        first of them has returned; what the last of them returns is returned.
         """
         streams = self._streams(inputs, cache)
-        x, memory = self._embed(inputs, streams, cache)
-        for name, block in self.blocks.items():
-            own = None if cache is None else cache.blocks.get(name)
-            if cache is not None and cache.memory is not None and own is None:
-                continue  # an encoder block: the memory is what it has made of the source
-            x, memory = block(x, memory, streams, own)
+        x, memory = self._embed(inputs, streams, cache) if flow is None else flow
+        names = tuple(self.blocks) if blocks is None else blocks
+        resumes = cache is not None and cache.length > 0
+        for name in names:
+            block = self.blocks[name]
+            if resumes and block.stream == "source":
+                continue  # the memory is what it has made of the source
+            x, memory = block(x, memory, streams, None if cache is None else cache.blocks.get(name))
         if cache is not None:
-            cache.memory = memory
-        if self.head is None:
+            if int(names[-1]) >= self.encoder_depth - 1:  # the last of the encoder has turned
+                cache.memory = memory
+            if blocks is None:
+                cache.advance(inputs)
+        if self.head is None or int(names[-1]) != self.depth - 1:
             return x, memory
         return self.head(x, streams["source" if self.config.family == "encoder" else "target"])
 
+    def flow_shapes(self, inputs: Inputs, block: int, cache: DecodingCache | None = None
+                    ) -> list[tuple[int, ...]]:  # fmt: skip
+        """Shapes of what flows into a block: of x, and of the memory where there is one.
+
+        Behind the last block: of the logits. With a cache, the memory flows once.
+        """
+        config, part = self.config, self.layout.part_length
+        if block == self.depth:
+            outputs = config.classes if config.family == "encoder" else config.vocab_size
+            lead = inputs["images" if config.family == "encoder" else "tokens"].shape
+            return [(*(lead[:1] if config.family == "encoder" else lead), outputs)]
+        if config.family == "encoder":
+            return [(len(inputs["images"]), part(_image_length(config)), config.width)]
+        B, S = inputs["tokens"].shape
+        target = (B, part(S), config.width)
+        if config.family == "decoder" or (cache is not None and cache.length > 0):
+            return [target]
+        T = inputs["source"].shape[1]
+        if block < self.encoder_depth:
+            return [(B, part(T), config.width), target]
+        return [target, (B, T, config.width)]
+
     def _embed(self, inputs: Inputs, streams: dict[str, Stream],
-               cache: DecodingCache | None) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+               cache: DecodingCache | None) -> Flow:  # fmt: skip
         """The first (x, memory): for an encoder-decoder the source, and the target that waits."""
-        if self.embed is None:
-            return inputs["x"], inputs.get("memory")
+        assert self.embed is not None
         if self.config.family == "encoder":
             return self.embed(inputs["images"], streams["source"], self.dtype), None
         positions_BS = _positions(inputs, cache)
         target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
         if self.config.family == "decoder":
             return target, None
-        if cache is not None and cache.memory is not None:
+        if cache is not None and cache.length > 0:
             return target, cache.memory
         positions_BT = torch.arange(inputs["source"].shape[1], device=target.device)[None]
         source = self.embed(inputs["source"], positions_BT, streams["source"], self.dtype)
