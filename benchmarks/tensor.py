@@ -62,7 +62,7 @@ def ours(config: ModelConfig, runtime: Runtime, sequence_parallel: bool) -> Step
     """The step that launch/train.py takes."""
     strategy = StrategyConfig(tensor=RANKS, sequence_parallel=sequence_parallel)
     worker = parallel_model(config, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.model, OptimConfig())
+    optimizer = Optimizer(worker.parameters(), OptimConfig())
 
     def step(batch: dict[str, Tensor]) -> Tensor:
         worker.zero_grad()

@@ -1,6 +1,6 @@
 """The table of contents of parallelism: what is done to a model, in which order, and why."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -15,7 +15,9 @@ from parallel.ddp import replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
 from parallel.mesh import active
+from parallel.pipeline import pipelined
 from parallel.tensor import split_layers
+from parallel.vocab import Vocabulary
 from parallel.worker import CountValid, LossSum, Worker
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
@@ -25,53 +27,69 @@ DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 def parallelize(
     model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, device: torch.device, *,
     draw_rows: DrawRows, loss_sum: LossSum, count_valid: CountValid, layout: Mapping[str, str],
+    costs: Sequence[float],
     parameters: torch.dtype = torch.float32, compute: torch.dtype = torch.float32,
     activation_checkpointing: str = "none", compile: bool = False,
 ) -> Worker:  # fmt: skip
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
     `layout` says by name how tensor parallelism splits the model's layers, which must stand in a
-    module named `blocks`. `parameters` is the dtype that weights are kept and gradients reduced
-    in, `compute` the one that FSDP gathers them in.
+    module named `blocks`; by the `costs` of the blocks a pipeline is cut. `parameters` is the
+    dtype that weights are kept and gradients reduced in, `compute` the one that FSDP gathers them
+    in.
     """
-    # 1. The split of single layers is the innermost: all that follows treats a part as the whole.
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    ties = _ties(model)
+    classes = model.get_parameter("head.output.weight").shape[0]
+    # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
+    pipeline = None
+    if mesh["pipeline"].size() > 1:
+        pipeline = pipelined(model, mesh["pipeline"], strategy, costs, device, compute)
+    # 2. The split of single layers is the innermost: all that follows treats a part as the whole.
     split = None
     if mesh["tensor"].size() > 1:
         regather = activation_checkpointing == "none" and not compile
-        split = split_layers(model, mesh["tensor"], layout, strategy, device, regather)
-        loss_sum = partial(loss_sum, cross_entropy=split.vocabulary.cross_entropy)
+        vocabulary = Vocabulary(classes, mesh["tensor"].get_group())
+        split = split_layers(model, mesh["tensor"], layout, strategy, device, vocabulary, regather)
+        loss_sum = partial(loss_sum, cross_entropy=vocabulary.cross_entropy)
     for block in model.get_submodule("blocks").children():
-        # 2. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
+        # 3. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
         checkpoint_activations(block, activation_checkpointing)
-        # 3. One graph per block; all blocks look alike, so it is compiled once.
+        # 4. One graph per block; all blocks look alike, so it is compiled once.
         if compile:
             block.compile()
-    # 4. Sharding comes before the weights exist, so that no rank ever holds the whole model.
-    #    It knows DTensors, which DDP does not: replicas of a split model go this way too.
+    # 5. Sharding comes before the weights exist, so that no rank ever holds the whole model.
+    #    It knows DTensors and forwards that wait for their backward, which DDP does not:
+    #    replicas of split layers and of stages go this way too.
     replicas = active(mesh, ("replicate",))
-    shards = mesh["shard"].size() > 1 or (split is not None and replicas is not None)
+    knows_ddp = split is None and pipeline is None
+    shards = mesh["shard"].size() > 1 or (replicas is not None and not knows_ddp)
     if shards:
         axes = ("shard",) if replicas is None else ("replicate", "shard")
-        shard(model, mesh[axes], compute, parameters, strategy.reshard_after_forward)
-    # 5. Each rank draws the rows that it holds.
-    materialise(model, device, parameters, draw_rows)
+        keeps = pipeline is not None or not strategy.reshard_after_forward
+        shard(model, mesh[axes], compute, parameters, reshard_after_forward=not keeps)
+    # 6. Each rank draws the rows that it holds.
+    materialise(model, device, parameters, draw_rows, ties)
     if split is not None and not shards:
         split.compute_on_leaves(model)
-    # 6. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
+    # 7. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
     wrapped: nn.Module = model
     if replicas is not None and not shards:
         wrapped = replicate(model, replicas, strategy.bucket_mib)
-    return Worker(model, wrapped, mesh, device, loss_sum, count_valid, split)
+    return Worker(
+        model, wrapped, mesh, device, loss_sum, count_valid, split=split, pipeline=pipeline,
+        ties=ties, shapes=shapes,
+    )  # fmt: skip
 
 
 @torch.no_grad()
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
-                draw_rows: DrawRows) -> None:  # fmt: skip
+                draw_rows: DrawRows, ties: Mapping[str, str]) -> None:  # fmt: skip
     """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
-    ties = _ties(model)
     model.to(dtype)
+    here = _ties(model)  # `to_empty` parts what is shared
     model.to_empty(device=device)
-    for alias, name in ties.items():
+    for alias, name in here.items():
         owner, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
     for name, parameter in model.named_parameters():
@@ -82,13 +100,14 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
             )
         if 0 in shape:
             continue  # fewer rows than ranks: this one holds none
+        name = ties.get(name, name)  # the first of its names may be another rank's
         rows = draw_rows(name, parameter.shape, offset[0], offset[0] + shape[0])
         inner = tuple(slice(o, o + s) for o, s in zip(offset[1:], shape[1:], strict=True))
         local(parameter).copy_(rows[(slice(None), *inner)])
 
 
 def _ties(model: nn.Module) -> dict[str, str]:
-    """Second names of parameters, with the first: `to_empty` parts what is shared."""
+    """Second names of shared parameters, with the first."""
     first: dict[int, str] = {}
     every = model.named_parameters(remove_duplicate=False)
     names = {name: first.setdefault(id(parameter), name) for name, parameter in every}

@@ -1,13 +1,13 @@
 """Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` answer at once."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
-NOT_BUILT = ("pipeline", "context")
+NOT_BUILT = ("context",)
 
 
 class ConfigError(ValueError):
@@ -36,6 +36,12 @@ class StrategyConfig:
     # Tensor, CUDA with NVLink and compile=true: collectives overlap with the matrix products that
     # they feed, through symmetric memory.
     async_tensor: bool = False
+    # Pipeline: gpipe | 1f1b | interleaved | looped_bfs | zero_bubble | zbv | dualpipev
+    schedule: str = "gpipe"
+    schedule_csv: str = ""  # pipeline: a file with an own schedule, in torch's format; empty = off
+    stages_per_rank: int = 0  # pipeline: stages that a rank holds; 0 = as few as the schedule takes
+    # Pipeline: the first block of each stage but the first; empty = cut so that all cost alike.
+    split: list[int] = field(default_factory=list)
     # DDP: MiB of gradients per all-reduce.
     bucket_mib: float = 25.0
 

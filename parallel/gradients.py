@@ -24,8 +24,13 @@ def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Euclidean norm of all gradients together: one small all-reduce per set of split axes."""
+def global_norm(
+    gradients: Iterable[Tensor], device: torch.device, stages: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Euclidean norm of all gradients together: one small all-reduce per set of split axes.
+
+    And one over `stages`, the ranks of a pipeline, each of which has parameters of its own.
+    """
     parts: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
         parts.setdefault(_split_groups(gradient), []).append(local(gradient))
@@ -36,6 +41,8 @@ def global_norm(gradients: Iterable[Tensor], device: torch.device) -> Tensor:
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total.to(square.dtype) + square
+    if stages is not None:
+        dist.all_reduce(total, group=stages)
     return total.sqrt()
 
 

@@ -41,7 +41,7 @@ class RankPool:
             self._pipes.append(ours)
 
     def run(self, world_size: int, function: Callable, *args: Any,
-            timeout_seconds: float = 120.0) -> list:  # fmt: skip
+            timeout_seconds: float = 300.0) -> list:  # fmt: skip
         """Results of `function(runtime, *args)` in rank order.
 
         The function must be importable by name. RankFailedError names the rank that raised, or

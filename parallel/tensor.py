@@ -225,7 +225,7 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def split_layers(
     model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], strategy: StrategyConfig,
-    device: torch.device, regather: bool,
+    device: torch.device, vocabulary: Vocabulary, regather: bool,
 ) -> TensorSplit:  # fmt: skip
     """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
 
@@ -235,8 +235,7 @@ def split_layers(
     group = mesh.get_group()
     if strategy.async_tensor:
         overlap_collectives(group, device)
-    classes = model.get_parameter("head.output.weight").shape[0]
-    split = TensorSplit(group, strategy.sequence_parallel, Vocabulary(classes, group))
+    split = TensorSplit(group, strategy.sequence_parallel, vocabulary)
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for prefix, module in list(model.named_modules()):
         styles = set()

@@ -1,6 +1,6 @@
 """The worker: one face for a model under any strategy, so that the loop names none."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
+from parallel.pipeline import LossOf, Pipeline
 from parallel.tensor import TensorSplit
 
 MicroBatch = dict[str, Tensor]
@@ -24,9 +25,11 @@ class Worker:
     """A parallelised model with what a training step asks of it."""
 
     def __init__(self, model: nn.Module, wrapped: nn.Module, mesh: DeviceMesh,
-                 device: torch.device, loss_sum: LossSum, count_valid: CountValid,
-                 split: TensorSplit | None = None):  # fmt: skip
-        self.model = model  # the Transformer itself: canonical names of parameters
+                 device: torch.device, loss_sum: LossSum, count_valid: CountValid, *,
+                 split: TensorSplit | None, pipeline: Pipeline | None, ties: Mapping[str, str],
+                 shapes: Mapping[str, torch.Size]):  # fmt: skip
+        self.model = model  # the Transformer itself, or this rank's stages of it
+        self.shapes = shapes  # of the whole model's parameters, by canonical name
         self.mesh = mesh
         self.device = device
         data = data_mesh(mesh)
@@ -37,6 +40,10 @@ class Worker:
         self._loss_sum = loss_sum
         self._count_valid = count_valid
         self.split = split  # of the layers over the tensor axis
+        self.pipeline = pipeline
+        self._ties = ties  # second names of shared parameters, with the first
+        if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
+            pipeline.tied = next(self._tied(), None)
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """The micro-batch on this rank's device, copied without waiting where memory is pinned."""
@@ -53,24 +60,41 @@ class Worker:
         """
         counts = [self._count_valid(m["targets"]) for m in micro_batches]
         count = self.sum_over_data(torch.stack(counts).sum().to(self.device, non_blocking=True))
-        total = torch.zeros((), device=self.device)
-        last = len(micro_batches) - 1
-        for i, micro_batch in enumerate(micro_batches):
-            inputs = self.to_device(micro_batch)
-            with self._reducing(i == last):
-                logits = self._wrapped(inputs)
-                loss = self._loss_sum(logits, inputs["targets"])
-                loss = loss / count.clamp(min=1).to(loss.dtype)
-                (loss if scale is None else loss * scale).backward()
-            total = total.to(loss.dtype) + loss.detach()
+        inputs = list(map(self.to_device, micro_batches))
+        weights = next(self.model.parameters()).dtype
+        total = torch.zeros((), device=self.device, dtype=torch.promote_types(weights, torch.float))
+
+        def share_of_mean(logits: Tensor, number: int) -> Tensor:
+            nonlocal total
+            loss = self._loss_sum(logits, inputs[number]["targets"])
+            loss = loss / count.clamp(min=1).to(loss.dtype)
+            total = total + loss.detach()
+            return loss if scale is None else loss * scale
+
+        if self.pipeline is None:
+            self._accumulate(inputs, share_of_mean)
+        else:
+            self.pipeline.run(inputs, share_of_mean)
         if self.split is not None:
             self.split.finish_gradients(self.model)
+        if self.pipeline is not None:
+            self.pipeline.sum_tied_gradient()
+            # It is zero but on the rank that has the logits.
+            dist.all_reduce(total, group=self.pipeline.group)
         return total, count
 
-    def forward(self, *inputs: Any) -> Tensor:
+    def _accumulate(self, inputs: list[MicroBatch], loss_of: LossOf) -> None:
+        """One micro-batch after another, forward and backward."""
+        for number, micro_batch in enumerate(inputs):
+            with self._reducing(number == len(inputs) - 1):
+                loss_of(self._wrapped(micro_batch), number).backward()
+
+    def forward(self, inputs: MicroBatch, cache: Any = None) -> Tensor:
         """The model's logits, all classes on every rank; inside `evaluating` only."""
-        logits = self.model(*inputs)
-        return logits if self.split is None else self.split.vocabulary.gather(logits)
+        whole = self.split.vocabulary.gather if self.split is not None else lambda logits: logits
+        if self.pipeline is not None:
+            return self.pipeline.forward(inputs, cache, whole)
+        return whole(self.model(inputs, cache))
 
     @contextmanager
     def _reducing(self, reduce: bool) -> Iterator[None]:
@@ -110,15 +134,31 @@ class Worker:
         """Parameters that no axis splits but whose gradient is summed over the tensor axis."""
         return [] if self.split is None else self.split.partial
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What this rank has of the parameters, by canonical name."""
+        return {self._ties.get(n, n): p for n, p in self.model.named_parameters()}
+
+    def _tied(self) -> Iterator[nn.Parameter]:
+        """Parameters of which another rank has a copy: with neither or both names, none."""
+        for name, parameter in self.model.named_parameters():
+            if name in self._ties or name in self._ties.values():
+                yield parameter
+
     def gradients(self) -> list[Tensor]:
         """The gradients, in the order of the parameters."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _counted_gradients(self) -> list[Tensor]:
+        """The gradients that make up the norm: a tied parameter counts where its first name is."""
+        named = self.model.named_parameters()
+        return [p.grad for n, p in named if p.grad is not None and n not in self._ties]
 
     def clip_grad_norm(self, max_norm: float, scale: Tensor | None = None) -> Tensor:
         """Undo `scale`, clip to the global norm, and return the norm before clipping."""
         scale = torch.ones((), device=self.device) if scale is None else scale
         gradients = self.gradients()
-        norm = global_norm(gradients, self.device)
+        stages = None if self.pipeline is None else self.pipeline.group
+        norm = global_norm(self._counted_gradients(), self.device, stages)
         norm = norm / scale.to(norm.dtype)
         clip(gradients, norm, max_norm, scale)
         return norm

@@ -16,7 +16,8 @@ def state_of(runtime, model, seed: int = 0) -> TrainState:
     worker = tiny.make_worker(runtime, model, seed=seed)
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
-    return TrainState(worker, Optimizer(worker.model, OptimConfig()), scale, zero, zero.float())
+    optimizer = Optimizer(worker.parameters(), OptimConfig())
+    return TrainState(worker, optimizer, scale, zero, zero.float())
 
 
 def round_trip(runtime, folder) -> None:

@@ -59,7 +59,7 @@ def test_optimizer_equals_torch_and_decays_matrices_only():
         ],
         lr=0.01, betas=(0.9, 0.95), eps=1e-8, foreach=False,
     )  # fmt: skip
-    optimizer = Optimizer(ours, config)
+    optimizer = Optimizer(dict(ours.named_parameters()), config)
     for step in range(4):
         gradients(ours, step)
         gradients(theirs, step)
@@ -73,7 +73,7 @@ def test_optimizer_equals_torch_and_decays_matrices_only():
 
 def test_a_skipped_update_changes_nothing():
     model = Small()
-    optimizer = Optimizer(model, OptimConfig())
+    optimizer = Optimizer(dict(model.named_parameters()), OptimConfig())
     gradients(model, 0)
     optimizer.step(0.1, torch.zeros(()))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -13,6 +13,7 @@ from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.config import LossConfig, ModelConfig, TrainConfig
+from trainer.flops import flops_per_block
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Head, Transformer, draw_rows
 from trainer.precision import Precision, resolve_precision
@@ -60,6 +61,7 @@ def parallel_model(
     return parallelize(
         model, mesh, strategy, runtime.device, draw_rows=partial(draw_rows, config, seed),
         loss_sum=loss_sum, count_valid=count_valid, layout=TENSOR_LAYOUT,
+        costs=flops_per_block(config, config.max_positions, config.max_positions),
         parameters=precision.parameters, compute=precision.compute,
         activation_checkpointing=activation_checkpointing, compile=compile,
     )  # fmt: skip

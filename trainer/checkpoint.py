@@ -37,7 +37,7 @@ class TrainState:
 def _tensors(state: TrainState) -> dict[str, Any]:
     """What a checkpoint holds: every tensor by its canonical name."""
     return {
-        "model": dict(state.worker.model.named_parameters()),
+        "model": state.worker.parameters(),
         "optimizer": state.optimizer.state(),
         "updates": state.optimizer.updates(),
         "loss_scale": state.loss_scale.state(),
@@ -73,7 +73,7 @@ def load(path: Path, state: TrainState) -> None:
     Raises ConfigError if the checkpoint's model has other parameters or shapes.
     """
     tensors = _tensors(state)
-    _check_shapes(path, tensors["model"])
+    _check_shapes(path, state.worker)
     dcp.load(tensors, checkpoint_id=path)
     state.optimizer.set_updates(tensors["updates"].item())
     state.loss_scale.load(tensors["loss_scale"])
@@ -83,19 +83,19 @@ def load(path: Path, state: TrainState) -> None:
 
 def load_weights(path: Path, worker: Worker) -> None:
     """Read a checkpoint's weights alone; raises as `load`."""
-    weights = {"model": dict(worker.model.named_parameters())}
-    _check_shapes(path, weights["model"])
+    weights = {"model": worker.parameters()}
+    _check_shapes(path, worker)
     dcp.load(weights, checkpoint_id=path)
 
 
-def _check_shapes(path: Path, model: dict) -> None:
+def _check_shapes(path: Path, worker: Worker) -> None:
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     saved = {
         name.removeprefix("model."): tuple(entry.size)
         for name, entry in metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    ours = {name: tuple(parameter.shape) for name, parameter in model.items()}
+    ours = {name: tuple(shape) for name, shape in worker.shapes.items()}
     for name in [*ours, *saved]:
         if ours.get(name) != saved.get(name):
             raise ConfigError(

@@ -54,7 +54,7 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
         worker,
-        Optimizer(worker.model, config.optim),
+        Optimizer(worker.parameters(), config.optim),
         LossScale(precision, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         bad_step=torch.zeros((), device=runtime.device),

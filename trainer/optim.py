@@ -1,6 +1,7 @@
 """AdamW on what this rank holds of each parameter, and the learning rate as a function of step."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,8 @@ class Optimizer:
     parameters freely, and skips an update on the device when told that a gradient is not finite.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig):
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimConfig):
+        self.parameters = dict(parameters)  # by canonical name
         # Detached views of the same memory: what AdamW changes, the model sees.
         self._local = {name: _local(p.detach()) for name, p in self.parameters.items()}
         groups: dict[float, list[Tensor]] = {config.weight_decay: [], 0.0: []}

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain, pairwise
 
 import torch
 from rich import box
@@ -64,6 +65,22 @@ STRATEGIES = {
     "ddp 2 × tensor 4": StrategyConfig(replicate=2, tensor=4),
     "fsdp 2 × tensor 4": StrategyConfig(shard=2, tensor=4),
     "hsdp 2×2 × tensor 2": StrategyConfig(replicate=2, shard=2, tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+    "pipeline 4": StrategyConfig(pipeline=4),
+    **{
+        f"pipeline {ranks}, {schedule}": StrategyConfig(pipeline=ranks, schedule=schedule)
+        for schedule in ("1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
+        for ranks in (2, 4)
+    },
+    "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
+    "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
+    "fsdp 2 × pipeline 2, zbv": StrategyConfig(shard=2, pipeline=2, schedule="zbv"),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
+    "tensor 2 × pipeline 2, zero_bubble": StrategyConfig(
+        tensor=2, pipeline=2, schedule="zero_bubble"
+    ),
+    "hsdp 2×2 × pipeline 2": StrategyConfig(replicate=2, shard=2, pipeline=2),
+    "fsdp 2 × tensor 2 × pipeline 2": StrategyConfig(shard=2, tensor=2, pipeline=2),
 }
 
 
@@ -91,18 +108,20 @@ class Record:
     weights: dict[str, Tensor]
 
 
-def scale_down(model: ModelConfig, tensor: int = 1) -> ModelConfig:
+def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 2) -> ModelConfig:
     """A model small enough for float64 on CPU ranks, with the ratios of the given one.
 
     Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
     feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
-    There are as many heads as `tensor` ranks need.
+    There are as many heads as `tensor` ranks need, and at least as many blocks as `stages`.
     """
     group = max(1, model.heads // (model.kv_heads or model.heads))
     heads = math.lcm(group * max(1, 4 // group), tensor)
     width = heads * 8
+    two = model.family == "encoder_decoder"
+    layers = max(2, math.ceil(stages / (2 if two else 1)))
     return replace(
-        model, layers=2, encoder_layers=2 if model.family == "encoder_decoder" else 0,
+        model, layers=layers, encoder_layers=layers if two else 0,
         width=width, heads=heads, kv_heads=heads // group, head_width=0,
         ffn_width=max(8, round(width * model.ffn_width / model.width)),
         vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
@@ -175,9 +194,9 @@ def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
     """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
     rows = SAMPLES // worker.data_degree
     own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
-    first = max(1, rows // MICRO_BATCHES - 1)
-    bounds = [(0, first), (first, rows)] if rows > 1 else [(0, 1)]
-    return [{k: v[start:stop] for k, v in own.items()} for start, stop in bounds]
+    count = min(rows, MICRO_BATCHES * worker.mesh["pipeline"].size())
+    bounds = [*range(count), rows]  # the last has all the others
+    return [{k: v[i:j] for k, v in own.items()} for i, j in pairwise(bounds)]
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -202,39 +221,40 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         activation_checkpointing=config.activation_checkpointing,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )  # fmt: skip
-    model = worker.model
-    optimizer = Optimizer(model, OPTIM)
+    optimizer = Optimizer(worker.parameters(), OPTIM)
     record = Record([], [], [], {})
     for step in range(config.steps):
         micro_batches = split(make_batch(config.model, config.seed, step), worker)
         worker.zero_grad()
         loss, _ = worker.forward_backward(micro_batches)
         record.losses.append(worker.sum_over_data(loss).item())
-        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         record.gradients.append({name: _whole(g) for name, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
         optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
-    record.weights = {name: _whole(p) for name, p in model.named_parameters()}
-    return record, {name: spans(name, p, worker) for name, p in model.named_parameters()}
+    record.weights = {name: _whole(p) for name, p in worker.parameters().items()}
+    return record, {name: spans(name, p, worker) for name, p in worker.parameters().items()}
 
 
 def spans(name: str, parameter: Tensor, worker: Worker) -> str:
     """The mesh axes that a parameter is split on or its gradient summed over."""
     axes = set(parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ())
-    axes |= {*DATA_AXES, *(("tensor",) if name in worker.partial_gradients() else ())}
+    axes |= {"pipeline", *DATA_AXES, *(("tensor",) if name in worker.partial_gradients() else ())}
     return " × ".join(axis for axis in AXES if axis in axes and worker.mesh[axis].size() > 1)
 
 
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
-    """Every compared number, in the order in which training makes them.
+    """Every number that a rank can compare, in the order in which training makes them.
 
+    Gradients and weights are those of `axes`, the parameters that the rank has.
     Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
     or to a thousandth of the global norm where that is more, since some gradients (of a key's
     bias) are zero but for rounding.
     """
     found = []
     for step, gradients in enumerate(reference.gradients):
-        for name, theirs in gradients.items():
+        for name in axes:
+            theirs = gradients[name]
             scale = max(theirs.abs().max().item(), 1e-3 * reference.norms[step])
             mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
             gap = _gap(mine, theirs) / scale
@@ -242,10 +262,26 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
         found.append(Difference("loss", step, _gap(ours.losses[step], reference.losses[step])))
         found.append(Difference("norm", step, _gap(ours.norms[step], reference.norms[step])))
     last = len(ours.losses) - 1
-    for name, weight in reference.weights.items():
-        gap = _gap(ours.weights[name], weight)
+    for name in axes:
+        gap = _gap(ours.weights[name], reference.weights[name])
         found.append(Difference("weight", last, gap, name, axes[name]))
     return found
+
+
+def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
+    """What all ranks have found as one list in training's order: of each number the worst."""
+    worst: dict[tuple, Difference] = {}
+    for difference in chain.from_iterable(found):
+        key = (difference.quantity, difference.step, difference.parameter)
+        if key not in worst or difference.value > worst[key].value:
+            worst[key] = difference
+    place = {name: i for i, name in enumerate(names)}
+    order = ("gradient", "loss", "norm", "weight")
+
+    def when(d: Difference) -> tuple:
+        return d.quantity == "weight", d.step, order.index(d.quantity), place.get(d.parameter, 0)
+
+    return sorted(worst.values(), key=when)
 
 
 def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
@@ -261,16 +297,18 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     strategy = resolve(config.strategy, runtime.world_size)
     config = replace(
         config,
-        model=scale_down(config.model, strategy.tensor),
+        model=scale_down(config.model, strategy.tensor, 2 * strategy.pipeline),
         strategy=strategy,
     )
     record, axes = run_layout(config, runtime)
-    found: list = [None]
+    reference: list = [None]
     if runtime.rank == 0:
-        reference = run_reference(config.model, config.steps, config.seed)
-        found = [differences(record, reference, axes)]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+        reference = [run_reference(config.model, config.steps, config.seed)]
+    dist.broadcast_object_list(reference, src=0)
+    # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
+    found: list = [None] * runtime.world_size
+    dist.all_gather_object(found, differences(record, reference[0], axes))
+    return merged(found, list(reference[0].weights))
 
 
 def largest(found: list[Difference], quantity: str) -> float:
