@@ -5,19 +5,20 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from parallel.config import ConfigError, StrategyConfig, data_degree, resolve
+from conf.layout import (
+    PIPELINE_FAULTS,
+    SPLIT_FAULTS,
+    batch_problems,
+    layout_problems,
+    model_problems,
+    near_divisors,
+)
+from parallel.config import ConfigError, resolve
+from parallel.schedule import SCHEDULES
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
     from trainer.data import DataFacts
-
-# Faults that need strategy.tensor above 1.
-SPLIT_FAULTS = (
-    "skip_input_gradient_sum",
-    "skip_output_sum",
-    "skip_sequence_gather",
-    "skip_vocabulary_mask",
-)
 
 CHOICES = {
     "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
@@ -31,7 +32,9 @@ CHOICES = {
         "local_target_count",
         "local_gradient_norm",
         *SPLIT_FAULTS,
+        *PIPELINE_FAULTS,
     ),
+    "strategy.schedule": tuple(SCHEDULES),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
@@ -88,6 +91,7 @@ RANGES = {
     "length_penalty": COUNT_OR_OFF,
     "launch.ranks": COUNT_OR_OFF,
     "strategy.bucket_mib": POSITIVE,
+    "strategy.stages_per_rank": COUNT_OR_OFF,
     "model.layers": COUNT,
     "model.encoder_layers": COUNT_OR_OFF,
     "model.width": COUNT,
@@ -142,23 +146,16 @@ def problems(config: Any, world_size: int) -> list[str]:
         found += _fit(config.model, config.data)
     if hasattr(config, "optim"):
         found += _betas(config.optim.betas)
-    if hasattr(config, "strategy"):
+    if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
             strategy = resolve(config.strategy, world_size)
         except ConfigError as error:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
-            found += splits(config.model, strategy.tensor)
-        found += _fault(getattr(config, "fault", ""), strategy)
-        if strategy.async_tensor and (strategy.tensor == 1 or not getattr(config, "compile", True)):
-            found.append(
-                f"strategy.async_tensor=true overlaps what compile=true has compiled of "
-                f"strategy.tensor above 1, but strategy.tensor={strategy.tensor} and "
-                f"compile={str(getattr(config, 'compile', False)).lower()}; set compile=true, or "
-                "strategy.async_tensor=false"
-            )
+            found += model_problems(config.model, strategy)
+        found += layout_problems(config, strategy)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
-            found += _batch(config, data_degree(strategy))
+            found += batch_problems(config, strategy)
     return found
 
 
@@ -179,7 +176,7 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
         found = _tokens(filled, facts)
-    found += splits(filled, config.strategy.tensor)
+    found += model_problems(filled, config.strategy)
     if found:
         raise ConfigError(*found)
     return replace(config, model=filled)
@@ -217,12 +214,12 @@ def _model(model: ModelConfig, wrong: set[str]) -> list[str]:
     if model.kv_heads and model.heads % model.kv_heads:
         found.append(
             f"model.kv_heads={model.kv_heads} does not divide model.heads={model.heads}; "
-            f"try {_near_divisors(model.heads, model.kv_heads)}"
+            f"try {near_divisors(model.heads, model.kv_heads)}"
         )
     if not model.head_width and model.width % model.heads:
         found.append(
             f"model.heads={model.heads} does not divide model.width={model.width}; "
-            f"try {_near_divisors(model.width, model.heads)}, or set model.head_width"
+            f"try {near_divisors(model.width, model.heads)}, or set model.head_width"
         )
         return found
     head_width = model.head_width or model.width // model.heads
@@ -243,7 +240,7 @@ def _patches(model: ModelConfig) -> list[str]:
         return []
     return [
         f"model.patch_size={model.patch_size} does not divide model.image_size="
-        f"{model.image_size}; try {_near_divisors(model.image_size, model.patch_size)}"
+        f"{model.image_size}; try {near_divisors(model.image_size, model.patch_size)}"
     ]
 
 
@@ -270,62 +267,6 @@ def _fit(model: ModelConfig, data: DataConfig) -> list[str]:
             f"set data.seq_len={model.max_positions} or less"
         ]
     return []
-
-
-def _batch(config: TrainConfig, degree: int) -> list[str]:
-    size, micro = config.batch_size, config.micro_batch_size
-    if size % degree:
-        return [
-            f"batch_size={size} is not divisible by the {degree} ranks that see different samples "
-            f"(strategy.replicate × strategy.shard); try {_near_multiples(size, degree)}"
-        ]
-    share = size // degree
-    if micro and share % micro:
-        return [
-            f"micro_batch_size={micro} does not divide the {share} samples of one rank "
-            f"(batch_size={size} / {degree} ranks); try {_near_divisors(share, micro)}"
-        ]
-    return []
-
-
-def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
-    """Why a fault cannot be planted in this layout."""
-    if fault in SPLIT_FAULTS and strategy.tensor == 1:
-        return [f"fault={fault} is one of split layers; set strategy=tensor"]
-    if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
-        return [
-            f"fault={fault} is one of sequence parallelism; set strategy.sequence_parallel=true"
-        ]
-    return []
-
-
-def splits(model: ModelConfig, degree: int) -> list[str]:
-    """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
-    fit = [d for d in range(1, model.heads + 1) if _splits_heads(model, d)]
-    found = []
-    if degree not in fit:
-        given = f"model.heads={model.heads}"
-        if model.kv_heads:
-            given += f" and model.kv_heads={model.kv_heads}"
-        found.append(
-            f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
-        )
-    # The ranks have equally many rows, and the last of them what is left.
-    rows = -(-model.vocab_size // degree)
-    if 0 < model.vocab_size <= rows * (degree - 1):
-        found.append(
-            f"strategy.tensor={degree} leaves a rank without any of model.vocab_size="
-            f"{model.vocab_size}; set model.vocab_size={degree**2} or more"
-        )
-    return found
-
-
-def _splits_heads(model: ModelConfig, degree: int) -> bool:
-    """A rank has whole query heads; key/value heads are whole, or equal parts of one."""
-    groups = model.kv_heads or model.heads
-    head_width = model.head_width or model.width // model.heads
-    shared = degree % groups == 0 and groups * head_width % degree == 0
-    return model.heads % degree == 0 and (groups % degree == 0 or shared)
 
 
 def _tokens(model: ModelConfig, facts: "DataFacts") -> list[str]:
@@ -356,15 +297,3 @@ def _value(config: Any, key: str) -> Any:
     for name in key.split("."):
         config = getattr(config, name, None)
     return config
-
-
-def _near_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` just below and above `wanted`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    near = [*[d for d in divisors if d < wanted][-1:], *[d for d in divisors if d > wanted][:1]]
-    return " or ".join(map(str, near))
-
-
-def _near_multiples(number: int, factor: int) -> str:
-    below = number // factor * factor
-    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

@@ -4,8 +4,10 @@ import logging
 from dataclasses import replace
 from typing import TypeVar
 
-from conf.check import complete, problems, splits
-from parallel.config import ConfigError, resolve
+from conf.check import complete, problems
+from conf.layout import micro_batch_size, model_problems
+from parallel.config import ConfigError, data_degree, resolve
+from parallel.schedule import stages_per_rank, warnings
 from trainer import data
 from trainer.config import (
     EvaluateConfig,
@@ -25,11 +27,24 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     """The checked and completed configuration; its data is prepared and its folder open."""
     _check(config, world_size)
     config = replace(config, strategy=resolve(config.strategy, world_size))
+    config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
+    for warning in pipeline_warnings(config):
+        log.warning("%s", warning)
     config = complete(config, data.prepare(config.data, progress=True))
     open_run_dir(config)
     keep_tokenizer(config)
     log.info("run_dir=%s", config.run_dir)
     return config
+
+
+def pipeline_warnings(config: TrainConfig) -> list[str]:
+    """What runs in a pipeline, but leaves its ranks idle."""
+    strategy = config.strategy
+    share = config.batch_size // data_degree(strategy)
+    return warnings(
+        strategy.schedule, strategy.pipeline, stages_per_rank(strategy),
+        share // config.micro_batch_size, strategy.schedule_csv,
+    )  # fmt: skip
 
 
 def keep_tokenizer(config: TrainConfig) -> None:
@@ -60,7 +75,7 @@ def reading(config: Reader, world_size: int) -> Reader:
     if not checkpoints(config.run_dir):
         raise ConfigError(f"run_dir={config.run_dir} holds no checkpoint yet; train it first")
     strategy = resolve(config.strategy, world_size)
-    if found := splits(model, strategy.tensor):
+    if found := model_problems(model, strategy):
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
 

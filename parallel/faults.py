@@ -16,6 +16,7 @@ from parallel import ddp, gradients
 from parallel.apply import parallelize
 from parallel.collectives import Gather, padded
 from parallel.ddp import sum_gradients
+from parallel.pipeline import LossOf, Pipeline, Stage
 from parallel.tensor import SEQUENCE_DIM, TensorSplit
 from parallel.worker import Worker
 
@@ -74,8 +75,11 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
     worker = parallelize(*args, **kwargs)
 
     def clip_by_own_part(max_norm: float, scale: Tensor | None = None) -> Tensor:
+        own, worker.stages_group = worker.stages_group, None
         with mock.patch.object(gradients, "_split_groups", lambda gradient: ()):
-            return type(worker).clip_grad_norm(worker, max_norm, scale)
+            norm = type(worker).clip_grad_norm(worker, max_norm, scale)
+        worker.stages_group = own
+        return norm
 
     worker.clip_grad_norm = clip_by_own_part  # type: ignore[method-assign]
     return worker
@@ -143,12 +147,68 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
+def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
+    """A stage works on what it had received before: the first micro-batch's, for all of them."""
+    worker = parallelize(*args, **kwargs)
+    for stage in _pipeline_of(worker).stages:
+        _stale(stage)
+    return worker
+
+
+def _stale(stage: Stage) -> None:
+    compute, first = stage.forward_one_chunk, []
+
+    def on_old_input(number: int, *args: Any, **kwargs: Any) -> Any:
+        first.extend(stage._inputs[number] if number == 0 and not stage.is_first else [])
+        if number and first and stage._inputs[number][0].shape == first[0].shape:
+            stage._inputs[number] = [tensor.detach().clone() for tensor in first]
+        return compute(number, *args, **kwargs)
+
+    stage.forward_one_chunk = on_old_input  # type: ignore[method-assign]
+
+
+def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """The first and the last stage's copies of a tied weight keep their own gradients."""
+    worker = parallelize(*args, **kwargs)
+    _pipeline_of(worker).tied = None
+    return worker
+
+
+def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
+    """Each micro-batch's loss is divided by its own number of targets, and by their number."""
+    worker = parallelize(*args, **kwargs)
+    pipeline = _pipeline_of(worker)
+    run = pipeline.run
+
+    def mean_of_means(micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
+        counts = [worker._count_valid(m["targets"]) for m in micro_batches]
+        total = torch.stack(counts).sum()
+
+        def scaled(logits: Tensor, number: int) -> Tensor:
+            own = counts[number].clamp(min=1) * len(counts)
+            return loss_of(logits, number) * (total / own)
+
+        run(micro_batches, scaled)
+
+    pipeline.run = mean_of_means  # type: ignore[method-assign]
+    return worker
+
+
+def _pipeline_of(worker: Worker) -> Pipeline:
+    assert worker.pipeline is not None  # the check of the configuration has seen to it
+    return worker.pipeline
+
+
 SPLIT_FAULTS = {
     fault.__name__: fault
     for fault in (
         skip_input_gradient_sum, skip_output_sum, skip_sequence_gather, skip_vocabulary_mask
     )
 }  # fmt: skip
+PIPELINE_FAULTS = {
+    fault.__name__: fault for fault in (stale_stage_input, skip_tied_gradient_sum, local_loss_scale)
+}
 FAULTS = {
     fault.__name__: fault for fault in (skip_gradient_sum, local_target_count, local_gradient_norm)
-} | SPLIT_FAULTS
+}
+FAULTS |= SPLIT_FAULTS | PIPELINE_FAULTS

@@ -22,7 +22,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from parallel.collectives import all_reduce
 from parallel.config import StrategyConfig
 from parallel.gradients import local
-from parallel.schedule import SCHEDULES, rank_of
+from parallel.schedule import SCHEDULES, placed, stages_per_rank
 
 Flow = tuple[Tensor | None, ...]
 LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) -> loss
@@ -327,9 +327,8 @@ def pipelined(
     device: torch.device, dtype: torch.dtype,
 ) -> Pipeline:  # fmt: skip
     """Leave in a meta model the layers of this rank's stages alone."""
-    per_rank = strategy.stages_per_rank or SCHEDULES[strategy.schedule].least_stages
-    count = mesh.size() * per_rank
-    placement = [rank_of(strategy.schedule, stage, mesh.size()) for stage in range(count)]
+    count = mesh.size() * stages_per_rank(strategy)
+    placement = placed(strategy, mesh.size())
     stages = runs(len(costs), strategy.split or cut(costs, count))
     pipeline = Pipeline(model, mesh.get_group(), strategy, stages, placement, device, dtype)
     own = {name for stage in pipeline.stages for name in stage.blocks}

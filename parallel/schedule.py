@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from parallel.config import ConfigError
+from parallel.config import ConfigError, StrategyConfig
 from parallel.simulate import KINDS, Action, bubble, simulate
 
 CSV_KEY = "strategy.schedule_csv"
@@ -62,6 +62,21 @@ def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tup
     if SCHEDULES[schedule].v_shaped:
         return rank, 2 * ranks - 1 - rank
     return tuple(range(rank, ranks * stages_per_rank, ranks))
+
+
+def stages_per_rank(strategy: StrategyConfig) -> int:
+    """Stages that each rank of a pipeline has; as few as the schedule takes, if it is left open."""
+    return strategy.stages_per_rank or SCHEDULES[strategy.schedule].least_stages
+
+
+def placed(strategy: StrategyConfig, ranks: int) -> list[int]:
+    """The rank of each stage of a pipeline; an own schedule says it itself."""
+    count = ranks * stages_per_rank(strategy)
+    if not strategy.schedule_csv:
+        return [rank_of(strategy.schedule, stage, ranks) for stage in range(count)]
+    lists = _lists(strategy.schedule_csv, ranks)
+    owner = {action.stage: rank for rank, listed in lists.items() for action in listed}
+    return [owner[stage] for stage in range(count)]
 
 
 def rank_of(schedule: str, stage: int, ranks: int) -> int:
@@ -163,6 +178,14 @@ def read_csv(
     A row per rank of the pipeline, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch),
     empty ones idle. Which rank has which stages is the file's choice.
     """
+    actions = _lists(path, ranks)
+    found = _misplaced(actions, stages_per_rank) or _uncounted(actions, micro_batches)
+    if found:
+        raise ConfigError(*(f"{CSV_KEY}={path}: {problem}" for problem in found))
+    return actions
+
+
+def _lists(path: str, ranks: int) -> dict[int, list[Action]]:
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -175,11 +198,7 @@ def read_csv(
             f"{CSV_KEY}={path} has {len(rows)} rows, but strategy.pipeline={ranks}; it must have "
             f"one row per rank: set strategy.pipeline={max(1, len(rows))}"
         )
-    actions = {rank: _row(path, rank, row) for rank, row in enumerate(rows)}
-    found = _misplaced(actions, stages_per_rank) or _uncounted(actions, micro_batches)
-    if found:
-        raise ConfigError(*(f"{CSV_KEY}={path}: {problem}" for problem in found))
-    return actions
+    return {rank: _row(path, rank, row) for rank, row in enumerate(rows)}
 
 
 def _other(schedule: str, stages_per_rank: int) -> str:

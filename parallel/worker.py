@@ -41,6 +41,7 @@ class Worker:
         self._count_valid = count_valid
         self.split = split  # of the layers over the tensor axis
         self.pipeline = pipeline
+        self.stages_group = None if pipeline is None else pipeline.group
         self._ties = ties  # second names of shared parameters, with the first
         if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
             pipeline.tied = next(self._tied(), None)
@@ -80,7 +81,7 @@ class Worker:
         if self.pipeline is not None:
             self.pipeline.sum_tied_gradient()
             # It is zero but on the rank that has the logits.
-            dist.all_reduce(total, group=self.pipeline.group)
+            dist.all_reduce(total, group=self.stages_group)
         return total, count
 
     def _accumulate(self, inputs: list[MicroBatch], loss_of: LossOf) -> None:
@@ -157,8 +158,7 @@ class Worker:
         """Undo `scale`, clip to the global norm, and return the norm before clipping."""
         scale = torch.ones((), device=self.device) if scale is None else scale
         gradients = self.gradients()
-        stages = None if self.pipeline is None else self.pipeline.group
-        norm = global_norm(self._counted_gradients(), self.device, stages)
+        norm = global_norm(self._counted_gradients(), self.device, self.stages_group)
         norm = norm / scale.to(norm.dtype)
         clip(gradients, norm, max_norm, scale)
         return norm

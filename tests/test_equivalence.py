@@ -2,10 +2,10 @@
 
 import pytest
 
-import conf.check
+import conf.layout
 from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
-from parallel.faults import FAULTS, SPLIT_FAULTS
+from parallel.faults import FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
 from trainer.config import VerifyConfig
 from trainer.verify import (
     FAMILIES,
@@ -89,7 +89,8 @@ def test_a_local_norm_is_caught(ranks):
 
 def test_every_fault_can_be_asked_for():
     assert CHOICES["fault"] == ("", *FAULTS)
-    assert tuple(SPLIT_FAULTS) == conf.check.SPLIT_FAULTS
+    assert tuple(SPLIT_FAULTS) == conf.layout.SPLIT_FAULTS
+    assert tuple(PIPELINE_FAULTS) == conf.layout.PIPELINE_FAULTS
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,26 @@ def test_a_fault_of_a_split_layer_is_caught_and_named(ranks, fault, sequence_par
     first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
     assert first is not None
     assert first.parameter and first.axis == "tensor" and first.step == 0
+
+
+@pytest.mark.parametrize(
+    ("fault", "family", "schedule"),
+    [
+        ("stale_stage_input", "decoder (Llama)", "gpipe"),
+        ("stale_stage_input", "encoder-decoder", "interleaved"),
+        ("skip_tied_gradient_sum", "decoder (GPT-2)", "1f1b"),
+        ("local_loss_scale", "encoder-decoder", "gpipe"),
+        ("local_gradient_norm", "decoder (Llama)", "gpipe"),
+    ],
+)
+def test_a_fault_of_a_pipeline_is_caught_and_named(ranks, fault, family, schedule):
+    strategy = StrategyConfig(pipeline=2, schedule=schedule)
+    config = VerifyConfig(strategy=strategy, model=FAMILIES[family], fault=fault)
+    first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
+    assert first is not None and first.step == 0
+    if fault == "local_gradient_norm":
+        assert first.quantity == "norm"
+        return
+    assert (first.quantity, first.axis) == ("gradient", "pipeline")
+    if fault == "skip_tied_gradient_sum":
+        assert first.parameter == "embed.tokens.weight"

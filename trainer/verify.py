@@ -14,11 +14,19 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 from parallel.apply import parallelize
-from parallel.config import AXES, StrategyConfig, degrees, resolve, world_size
+from parallel.config import (
+    AXES,
+    StrategyConfig,
+    data_degree,
+    degrees,
+    resolve,
+    world_size,
+)
 from parallel.faults import FAULTS
 from parallel.mesh import DATA_AXES
 from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
+from parallel.schedule import placed
 from parallel.worker import Worker
 from trainer.build import parallel_model
 from trainer.config import LossConfig, ModelConfig, OptimConfig, VerifyConfig
@@ -108,18 +116,18 @@ class Record:
     weights: dict[str, Tensor]
 
 
-def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 2) -> ModelConfig:
+def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 1) -> ModelConfig:
     """A model small enough for float64 on CPU ranks, with the ratios of the given one.
 
     Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
     feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
-    There are as many heads as `tensor` ranks need, and at least as many blocks as `stages`.
+    There are as many heads as `tensor` ranks need, and more blocks than `stages`.
     """
     group = max(1, model.heads // (model.kv_heads or model.heads))
     heads = math.lcm(group * max(1, 4 // group), tensor)
     width = heads * 8
     two = model.family == "encoder_decoder"
-    layers = max(2, math.ceil(stages / (2 if two else 1)))
+    layers = max(2, math.ceil((stages + 1) / (2 if two else 1)))
     return replace(
         model, layers=layers, encoder_layers=layers if two else 0,
         width=width, heads=heads, kv_heads=heads // group, head_width=0,
@@ -129,34 +137,43 @@ def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 2) -> ModelCon
     )  # fmt: skip
 
 
-def make_batch(model: ModelConfig, seed: int, step: int) -> dict[str, Tensor]:
+def samples(strategy: StrategyConfig) -> int:
+    """Samples per step: enough that the ranks of a pipeline have micro-batches to work on."""
+    if strategy.pipeline == 1:
+        return SAMPLES
+    return data_degree(strategy) * (MICRO_BATCHES * strategy.pipeline + 1)
+
+
+def make_batch(
+    model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
+) -> dict[str, Tensor]:
     """A global batch with unequal numbers of valid targets per sample, padding and documents."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
     draw = partial(torch.randint, generator=generator)
-    seeds = draw(0, 1 << 62, (SAMPLES,))
+    seeds = draw(0, 1 << 62, (samples,))
     if model.family == "encoder":
-        size = (SAMPLES, model.channels, model.image_size, model.image_size)
-        targets = draw(0, model.classes, (SAMPLES,))
+        size = (samples, model.channels, model.image_size, model.image_size)
+        targets = draw(0, model.classes, (samples,))
         targets[1] = IGNORED
         images = torch.randn(size, generator=generator, dtype=torch.float64)
         return {"images": images, "targets": targets, "seeds": seeds}
-    tokens, targets = draw(0, model.vocab_size, (2, SAMPLES, SEQ_LEN))
-    lengths = draw(1, SEQ_LEN + 1, (SAMPLES,))
+    tokens, targets = draw(0, model.vocab_size, (2, samples, SEQ_LEN))
+    lengths = draw(1, SEQ_LEN + 1, (samples,))
     targets[torch.arange(SEQ_LEN) >= lengths[:, None]] = IGNORED
     batch = {"tokens": tokens, "targets": targets, "seeds": seeds}
     if model.family == "decoder":
-        cut = draw(1, SEQ_LEN, (SAMPLES, 1))
+        cut = draw(1, SEQ_LEN, (samples, 1))
         position = torch.arange(SEQ_LEN)[None]
         batch["documents"] = (position >= cut).long()
         batch["positions"] = torch.where(position >= cut, position - cut, position)
     else:
-        batch["source"] = draw(0, model.vocab_size, (SAMPLES, SEQ_LEN - 1))
-        valid = draw(1, SEQ_LEN, (SAMPLES, 1))
+        batch["source"] = draw(0, model.vocab_size, (samples, SEQ_LEN - 1))
+        valid = draw(1, SEQ_LEN, (samples, 1))
         batch["source_valid"] = torch.arange(SEQ_LEN - 1)[None] < valid
     return batch
 
 
-def run_reference(model_config: ModelConfig, steps: int, seed: int) -> Record:
+def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -> Record:
     """The same steps in one process with plain torch: no mesh, no wrapper, no own optimizer."""
     model = Transformer(model_config, torch.float64).double()
     for name, parameter in model.named_parameters():
@@ -172,7 +189,7 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int) -> Record:
     )  # fmt: skip
     record = Record([], [], [], {})
     for step in range(steps):
-        batch = make_batch(model_config, seed, step)
+        batch = make_batch(model_config, seed, step, size)
         logits = model(batch).flatten(0, -2)
         loss = nn.functional.cross_entropy(
             logits, batch["targets"].flatten(), label_smoothing=LABEL_SMOOTHING
@@ -192,7 +209,7 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int) -> Record:
 
 def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
     """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
-    rows = SAMPLES // worker.data_degree
+    rows = len(batch["targets"]) // worker.data_degree
     own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
     count = min(rows, MICRO_BATCHES * worker.mesh["pipeline"].size())
     bounds = [*range(count), rows]  # the last has all the others
@@ -224,7 +241,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     optimizer = Optimizer(worker.parameters(), OPTIM)
     record = Record([], [], [], {})
     for step in range(config.steps):
-        micro_batches = split(make_batch(config.model, config.seed, step), worker)
+        batch = make_batch(config.model, config.seed, step, samples(config.strategy))
+        micro_batches = split(batch, worker)
         worker.zero_grad()
         loss, _ = worker.forward_backward(micro_batches)
         record.losses.append(worker.sum_over_data(loss).item())
@@ -295,15 +313,14 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     `config.model` is scaled down first, the strategy resolved for the ranks there are.
     """
     strategy = resolve(config.strategy, runtime.world_size)
-    config = replace(
-        config,
-        model=scale_down(config.model, strategy.tensor, 2 * strategy.pipeline),
-        strategy=strategy,
-    )
+    stages = len(placed(strategy, strategy.pipeline))
+    model = scale_down(config.model, strategy.tensor, stages)
+    config = replace(config, model=model, strategy=strategy)
     record, axes = run_layout(config, runtime)
     reference: list = [None]
     if runtime.rank == 0:
-        reference = [run_reference(config.model, config.steps, config.seed)]
+        size = samples(strategy)
+        reference = [run_reference(config.model, config.steps, config.seed, size)]
     dist.broadcast_object_list(reference, src=0)
     # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
     found: list = [None] * runtime.world_size

@@ -1,0 +1,161 @@
+"""Whether a strategy fits the model and the batch: pure functions, every problem at once."""
+
+from typing import Any
+
+from parallel.config import StrategyConfig, data_degree
+from parallel.schedule import problems as schedule_problems
+from parallel.schedule import stages_per_rank, takes
+from trainer.config import ModelConfig, TrainConfig
+
+# Faults that need strategy.tensor, or strategy.pipeline, above 1.
+SPLIT_FAULTS = (
+    "skip_input_gradient_sum",
+    "skip_output_sum",
+    "skip_sequence_gather",
+    "skip_vocabulary_mask",
+)
+PIPELINE_FAULTS = ("stale_stage_input", "skip_tied_gradient_sum", "local_loss_scale")
+
+
+def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
+    """What is wrong with a resolved strategy for a door's configuration, but for its model."""
+    found = _fault(getattr(config, "fault", ""), strategy)
+    compiles = getattr(config, "compile", False)
+    if strategy.async_tensor and (strategy.tensor == 1 or not compiles):
+        found.append(
+            "strategy.async_tensor=true overlaps what compile=true has compiled of "
+            f"strategy.tensor above 1, but strategy.tensor={strategy.tensor} and "
+            f"compile={str(compiles).lower()}; set compile=true, or strategy.async_tensor=false"
+        )
+    return found
+
+
+def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a model's layers cannot be spread so; empty = they can."""
+    return splits(model, strategy.tensor) + _stages(model, strategy)
+
+
+def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a step's samples cannot be dealt to ranks and micro-batches."""
+    size, micro, degree = config.batch_size, config.micro_batch_size, data_degree(strategy)
+    if size % degree:
+        return [
+            f"batch_size={size} is not divisible by the {degree} ranks that see different samples "
+            f"(strategy.replicate × strategy.shard); try {_near_multiples(size, degree)}"
+        ]
+    share = size // degree
+    if micro and share % micro:
+        return [
+            f"micro_batch_size={micro} does not divide the {share} samples of one rank "
+            f"(batch_size={size} / {degree} ranks); try {near_divisors(share, micro)}"
+        ]
+    if strategy.pipeline == 1:
+        return []
+    count = share // micro_batch_size(config, strategy)
+    return schedule_problems(
+        strategy.schedule, strategy.pipeline, stages_per_rank(strategy), count,
+        strategy.schedule_csv,
+    )  # fmt: skip
+
+
+def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
+    """Samples per forward, where 0 was left to us: the share of one rank.
+
+    Or in a pipeline the least share of it that makes at least two micro-batches per rank.
+    """
+    share = config.batch_size // data_degree(strategy)
+    if config.micro_batch_size or strategy.pipeline == 1:
+        return config.micro_batch_size or share
+    counts = [
+        count
+        for count in range(1, share + 1)
+        if share % count == 0 and takes(strategy.schedule, strategy.pipeline, count)
+    ]
+    enough = [count for count in counts if count >= 2 * strategy.pipeline]
+    return share // (enough[0] if enough else max(counts, default=1))
+
+
+def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a model cannot be cut into the pipeline's stages."""
+    if strategy.pipeline == 1:
+        return []
+    blocks, sizes = model.layers, f"model.layers={model.layers}"
+    if model.family == "encoder_decoder":
+        depth = model.encoder_layers or model.layers
+        blocks, sizes = blocks + depth, f"{sizes} and {depth} of the encoder"
+    per_rank = stages_per_rank(strategy)
+    stages = strategy.pipeline * per_rank
+    if stages > blocks:
+        near = f"set strategy.pipeline={max(1, blocks // per_rank)}"
+        return [
+            f"strategy.pipeline={strategy.pipeline} with {per_rank} stages per rank needs {stages} "
+            f"blocks, one for each stage, but the model has {blocks} ({sizes}); {near} or less"
+        ]
+    firsts = list(strategy.split)
+    rises = all(a < b for a, b in zip([0, *firsts], [*firsts, blocks], strict=True))
+    if firsts and (len(firsts) != stages - 1 or not rises):
+        even = [round(blocks * stage / stages) for stage in range(1, stages)]
+        return [
+            f"strategy.split={_short(firsts)} must be the first blocks of stages 1 to "
+            f"{stages - 1}: {stages - 1} rising numbers from 1 to {blocks - 1}, e.g. {_short(even)}; or empty, "
+            "to cut where all stages cost alike"
+        ]
+    return []
+
+
+def _short(numbers: list[int]) -> str:
+    return f"[{','.join(map(str, numbers))}]"
+
+
+def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
+    """Why a fault cannot be planted in this layout."""
+    if fault in SPLIT_FAULTS and strategy.tensor == 1:
+        return [f"fault={fault} is one of split layers; set strategy=tensor"]
+    if fault in PIPELINE_FAULTS and strategy.pipeline == 1:
+        return [f"fault={fault} is one of a pipeline; set strategy=pipeline"]
+    if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
+        return [
+            f"fault={fault} is one of sequence parallelism; set strategy.sequence_parallel=true"
+        ]
+    return []
+
+
+def splits(model: ModelConfig, degree: int) -> list[str]:
+    """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
+    fit = [d for d in range(1, model.heads + 1) if _splits_heads(model, d)]
+    found = []
+    if degree not in fit:
+        given = f"model.heads={model.heads}"
+        if model.kv_heads:
+            given += f" and model.kv_heads={model.kv_heads}"
+        found.append(
+            f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
+        )
+    # The ranks have equally many rows, and the last of them what is left.
+    rows = -(-model.vocab_size // degree)
+    if 0 < model.vocab_size <= rows * (degree - 1):
+        found.append(
+            f"strategy.tensor={degree} leaves a rank without any of model.vocab_size="
+            f"{model.vocab_size}; set model.vocab_size={degree**2} or more"
+        )
+    return found
+
+
+def _splits_heads(model: ModelConfig, degree: int) -> bool:
+    """A rank has whole query heads; key/value heads are whole, or equal parts of one."""
+    groups = model.kv_heads or model.heads
+    head_width = model.head_width or model.width // model.heads
+    shared = degree % groups == 0 and groups * head_width % degree == 0
+    return model.heads % degree == 0 and (groups % degree == 0 or shared)
+
+
+def near_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` just below and above `wanted`."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    near = [*[d for d in divisors if d < wanted][-1:], *[d for d in divisors if d > wanted][:1]]
+    return " or ".join(map(str, near))
+
+
+def _near_multiples(number: int, factor: int) -> str:
+    below = number // factor * factor
+    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)
