@@ -41,6 +41,7 @@ def test_every_span_is_a_box_in_its_place(layout):
     spans = steps(*layout)
     axes = picture(spans, "as it ran").axes[0]
     assert len(axes.patches) == len(spans)
+    assert axes.get_title(loc="left") == "as it ran" and axes.yaxis_inverted()
     for span, box in zip(spans, axes.patches, strict=True):
         assert box.get_x() == pytest.approx(1e3 * span.start)
         assert box.get_width() == pytest.approx(1e3 * (span.end - span.start))
