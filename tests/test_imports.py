@@ -19,7 +19,8 @@ OPTIONAL = {"wandb", "datasets"}
 PLAIN = ("trainer.model", "trainer.layers", "trainer.loss", "trainer.optim", "trainer.tokenizer")
 # What answers before torch is loaded.
 LIGHT = (
-    *("parallel.config", "trainer.config", "trainer.run_dir", "trainer.data"),
+    *("parallel.config", "parallel.schedule", "parallel.simulate"),
+    *("trainer.config", "trainer.run_dir", "trainer.data"),
     *("conf.schema", "conf.check", "conf.help", "launch.door", "launch.messages", "launch.before"),
 )
 

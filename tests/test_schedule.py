@@ -132,6 +132,9 @@ def test_a_simulation_by_hand():
     }  # fmt: skip
     assert bubble(simulate(lists)) == 2 / 14
 
+    late = [span._replace(start=span.start + 9, end=span.end + 9) for span in simulate(lists)]
+    assert bubble(late) == 2 / 14
+
     slow = simulate(lists, lambda action: 3 if action.stage else 2)
     assert max(span.end for span in slow) == 20
     assert bubble(slow) == 1 - (4 * 2 + 6 * 3) / (2 * 20)
@@ -143,6 +146,8 @@ def test_results_of_an_overlapped_pair_leave_together():
     pair[1].append(Action(1, "B", 1))
     ends = {span[:4]: span.end for span in simulate(pair)}
     assert ends[1, 1, "F", 1] == 3 and ends[1, 1, "B", 0] == 5 and ends[0, 0, "B", 0] == 7
+    whole = {0: [Action(0, "F", 0, joined=True), Action(0, "B", 0)]}
+    assert [span.end for span in simulate(whole)] == [1, 3]
     pair[0][1] = Action(0, "F", 1, joined=True)  # now with 0B0: the two wait for each other
     with pytest.raises(ConfigError, match="rank 0 at 0B0 waits for 1B0 of rank 1; rank 1 at 1F1"):
         simulate(pair)
@@ -178,6 +183,7 @@ BAD = {
     "set strategy.pipeline=1",
     (GOOD[0], ",1F0,1X0,1F1,1I1,1W0,1W1"): "row 2 (rank 1), cell 3: '1X0' is not an action",
     (GOOD[0], ",1F0,1RECV_F0"): "row 2 (rank 1), cell 3: '1RECV_F0' is not an action",
+    (GOOD[0], ",1F0,1I0,1F1 1I1,1W0,1W1"): "row 2 (rank 1), cell 4: '1F1 1I1' is not an action",
     ("0F0,0F1,0F00,0B0,0B1", GOOD[1]): "row 1 (rank 0) has 0F0 2 times; it must be there once",
     ("0F0,0F1,1B0,0B1", GOOD[1]): "stage 1 is in rows 1 (rank 0) and 2 (rank 1); a stage is on one "
     "rank",
@@ -198,6 +204,7 @@ BAD = {
     ("0F0,0B0,0F1,0B1", "1F0,1F1,1B0,1B1"): "the schedule cannot go on (deadlock): rank 0 at 0B0 "
     "waits for 1B0 of rank 1; rank 1 at 1F1 waits for 0F1 of rank 0",
     (GOOD[0], ",1I0,1F0,1F1,1I1,1W0,1W1"): "rank 1 at 1I0 waits for 1F0 of rank 1",
+    (GOOD[0], ",1F0,1W0,1I0,1F1,1I1,1W1"): "rank 1 at 1W0 waits for 1I0 of rank 1",
     (*GOOD, ",,"): "",  # a line of nothing at the end
 }
 
