@@ -8,8 +8,8 @@ from rich.table import Table
 
 from parallel.config import world_size
 from parallel.pool import RankPool
+from trainer.cases import FAMILIES, STRATEGIES, scale_down
 from trainer.traffic import step_traffic
-from trainer.verify import FAMILIES, STRATEGIES, scale_down
 
 if __name__ == "__main__":
     table = Table("strategy", "collective", "dtype", "counted", "closed form")

@@ -97,8 +97,8 @@ def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
         even = [round(blocks * stage / stages) for stage in range(1, stages)]
         return [
             f"strategy.split={_short(firsts)} must be the first blocks of stages 1 to "
-            f"{stages - 1}: {stages - 1} rising numbers from 1 to {blocks - 1}, e.g. {_short(even)}; or empty, "
-            "to cut where all stages cost alike"
+            f"{stages - 1}: {stages - 1} rising numbers from 1 to {blocks - 1}, e.g. "
+            f"{_short(even)}; or empty, to cut where all stages cost alike"
         ]
     return []
 

@@ -1,7 +1,7 @@
 """The table of contents of parallelism: what is done to a model, in which order, and why."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,72 +14,80 @@ from parallel.config import StrategyConfig
 from parallel.ddp import replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
-from parallel.mesh import active
 from parallel.pipeline import pipelined
 from parallel.tensor import split_layers
-from parallel.vocab import Vocabulary
-from parallel.worker import CountValid, LossSum, Worker
+from parallel.worker import CountValid, LossSum, Whole, Worker
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
 DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What parallelism must know of a model, whose blocks stand in a module named `blocks`."""
+
+    draw_rows: DrawRows
+    loss_sum: LossSum
+    count_valid: CountValid
+    layout: Mapping[str, str]  # how tensor parallelism splits the layers, by name
+    costs: Sequence[float] = ()  # of the blocks, by which a pipeline is cut
+
+
 def parallelize(
-    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, device: torch.device, *,
-    draw_rows: DrawRows, loss_sum: LossSum, count_valid: CountValid, layout: Mapping[str, str],
-    costs: Sequence[float],
-    parameters: torch.dtype = torch.float32, compute: torch.dtype = torch.float32,
-    activation_checkpointing: str = "none", compile: bool = False,
+    model: nn.Module, facts: Facts, mesh: DeviceMesh, strategy: StrategyConfig,
+    device: torch.device, *, parameters: torch.dtype = torch.float32,
+    compute: torch.dtype = torch.float32, activation_checkpointing: str = "none",
+    compile: bool = False,
 ) -> Worker:  # fmt: skip
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
-    `layout` says by name how tensor parallelism splits the model's layers, which must stand in a
-    module named `blocks`; by the `costs` of the blocks a pipeline is cut. `parameters` is the
-    dtype that weights are kept and gradients reduced in, `compute` the one that FSDP gathers them
-    in.
+    `parameters` is the dtype that weights are kept and gradients reduced in, `compute` the one
+    that FSDP gathers them in.
     """
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    ties = _ties(model)
+    whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
     classes = model.get_parameter("head.output.weight").shape[0]
     # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
-    pipeline = None
-    if mesh["pipeline"].size() > 1:
-        pipeline = pipelined(model, mesh["pipeline"], strategy, costs, device, compute)
+    pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device, compute)
     # 2. The split of single layers is the innermost: all that follows treats a part as the whole.
-    split = None
-    if mesh["tensor"].size() > 1:
-        regather = activation_checkpointing == "none" and not compile
-        vocabulary = Vocabulary(classes, mesh["tensor"].get_group())
-        split = split_layers(model, mesh["tensor"], layout, strategy, device, vocabulary, regather)
-        loss_sum = partial(loss_sum, cross_entropy=vocabulary.cross_entropy)
+    split = split_layers(model, mesh["tensor"], facts.layout, strategy, device, classes)
     for block in model.get_submodule("blocks").children():
         # 3. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
         checkpoint_activations(block, activation_checkpointing)
+        if split is not None and activation_checkpointing == "none" and not compile:
+            split.gather_again(block)
         # 4. One graph per block; all blocks look alike, so it is compiled once.
         if compile:
             block.compile()
     # 5. Sharding comes before the weights exist, so that no rank ever holds the whole model.
-    #    It knows DTensors and forwards that wait for their backward, which DDP does not:
-    #    replicas of split layers and of stages go this way too.
-    replicas = active(mesh, ("replicate",))
-    knows_ddp = split is None and pipeline is None
-    shards = mesh["shard"].size() > 1 or (replicas is not None and not knows_ddp)
-    if shards:
-        axes = ("shard",) if replicas is None else ("replicate", "shard")
-        keeps = pipeline is not None or not strategy.reshard_after_forward
-        shard(model, mesh[axes], compute, parameters, reshard_after_forward=not keeps)
+    sharded = shard_over(model, mesh, strategy, compute, parameters)
     # 6. Each rank draws the rows that it holds.
-    materialise(model, device, parameters, draw_rows, ties)
-    if split is not None and not shards:
+    materialise(model, device, parameters, facts.draw_rows, whole.ties)
+    if split is not None and not sharded:
         split.compute_on_leaves(model)
     # 7. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
-    wrapped: nn.Module = model
-    if replicas is not None and not shards:
-        wrapped = replicate(model, replicas, strategy.bucket_mib)
-    return Worker(
-        model, wrapped, mesh, device, loss_sum, count_valid, split=split, pipeline=pipeline,
-        ties=ties, shapes=shapes,
-    )  # fmt: skip
+    replicas = mesh["replicate"]
+    plain = replicas.size() > 1 and not sharded
+    wrapped = replicate(model, replicas, strategy.bucket_mib) if plain else model
+    losses = facts.loss_sum, facts.count_valid
+    return Worker(model, wrapped, whole, mesh, device, *losses, split=split, pipeline=pipeline)
+
+
+def shard_over(
+    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, compute: torch.dtype,
+    parameters: torch.dtype,
+) -> bool:  # fmt: skip
+    """Shard a meta model with FSDP, if its strategy needs that; whether it does.
+
+    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: replicas of
+    split layers and of stages go this way too. In a pipeline weights stay gathered for a step.
+    """
+    staged = mesh["pipeline"].size() > 1
+    replicas = mesh["replicate"].size() > 1
+    if mesh["shard"].size() == 1 and not (replicas and (staged or mesh["tensor"].size() > 1)):
+        return False
+    axes = ("replicate", "shard") if replicas else ("shard",)
+    shard(model, mesh[axes], compute, parameters, strategy.reshard_after_forward and not staged)
+    return True
 
 
 @torch.no_grad()

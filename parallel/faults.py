@@ -156,11 +156,14 @@ def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
 
 
 def _stale(stage: Stage) -> None:
-    compute, first = stage.forward_one_chunk, []
+    compute = stage.forward_one_chunk
+    first: list[Tensor] = []
 
     def on_old_input(number: int, *args: Any, **kwargs: Any) -> Any:
-        first.extend(stage._inputs[number] if number == 0 and not stage.is_first else [])
-        if number and first and stage._inputs[number][0].shape == first[0].shape:
+        own = stage._inputs.get(number, [])
+        if number == 0:
+            first[:] = own
+        elif [tensor.shape for tensor in own] == [tensor.shape for tensor in first]:
             stage._inputs[number] = [tensor.detach().clone() for tensor in first]
         return compute(number, *args, **kwargs)
 

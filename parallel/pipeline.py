@@ -125,6 +125,9 @@ class Stage:
         outputs = [tensor.detach().contiguous() for tensor in self._computed[number][0]]
         return self._pipeline.transfers(dist.isend, outputs, self.stage_index + 1)
 
+    def release_fwd_send_outputs(self, number: int) -> None:
+        """Nothing: what was sent is kept for the backward; asked for since torch 2.15."""
+
     def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
         """Post the receipt of the gradients of what has flowed on."""
         if self.is_last:
@@ -325,8 +328,10 @@ class Pipeline:
 def pipelined(
     model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, costs: Sequence[float],
     device: torch.device, dtype: torch.dtype,
-) -> Pipeline:  # fmt: skip
-    """Leave in a meta model the layers of this rank's stages alone."""
+) -> Pipeline | None:  # fmt: skip
+    """Leave in a meta model the layers of this rank's stages alone; None if there is but one."""
+    if mesh.size() == 1:
+        return None
     count = mesh.size() * stages_per_rank(strategy)
     placement = placed(strategy, mesh.size())
     stages = runs(len(costs), strategy.split or cut(costs, count))

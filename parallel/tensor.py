@@ -109,6 +109,14 @@ class TensorSplit:
         finally:
             self.splits_sequence = splits
 
+    def gather_again(self, block: nn.Module) -> None:
+        """Let a block gather the inputs of split layers again in the backward, not keep them.
+
+        Of no use where activations are recomputed anyway.
+        """
+        if self.splits_sequence:
+            block.forward = self.regather.inside(block.forward)
+
     def compute_on_leaves(self, model: nn.Module) -> None:
         """Let autograd work on plain tensors, views of the DTensors at rest.
 
@@ -225,17 +233,19 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def split_layers(
     model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], strategy: StrategyConfig,
-    device: torch.device, vocabulary: Vocabulary, regather: bool,
-) -> TensorSplit:  # fmt: skip
+    device: torch.device, classes: int,
+) -> TensorSplit | None:  # fmt: skip
     """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
 
-    `regather` gathers the inputs of split layers again in the backward instead of keeping them;
-    of no use where activations are recomputed anyway.
+    `classes` are those of the output, which another rank of a pipeline may have. None if there is
+    but one rank.
     """
+    if mesh.size() == 1:
+        return None
     group = mesh.get_group()
     if strategy.async_tensor:
         overlap_collectives(group, device)
-    split = TensorSplit(group, strategy.sequence_parallel, vocabulary)
+    split = TensorSplit(group, strategy.sequence_parallel, Vocabulary(classes, group))
     shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
     for prefix, module in list(model.named_modules()):
         styles = set()
@@ -254,9 +264,6 @@ def split_layers(
             parent = model.get_submodule(prefix.rpartition(".")[0])
             _work_on_part(module, style, split, parent)
     model.layout = split  # type: ignore[assignment]
-    if regather and strategy.sequence_parallel:
-        for block in model.get_submodule("blocks").children():
-            block.forward = split.regather.inside(block.forward)
     return split
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,15 +23,22 @@ LossSum = Callable[..., Tensor]  # (logits, targets) -> sum over valid targets
 CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The parameters of the whole model, wherever they are."""
+
+    shapes: Mapping[str, torch.Size]  # by canonical name
+    ties: Mapping[str, str]  # second names of shared parameters, with the canonical one
+
+
 class Worker:
     """A parallelised model with what a training step asks of it."""
 
-    def __init__(self, model: nn.Module, wrapped: nn.Module, mesh: DeviceMesh,
+    def __init__(self, model: nn.Module, wrapped: nn.Module, whole: Whole, mesh: DeviceMesh,
                  device: torch.device, loss_sum: LossSum, count_valid: CountValid, *,
-                 split: TensorSplit | None, pipeline: Pipeline | None, ties: Mapping[str, str],
-                 shapes: Mapping[str, torch.Size]):  # fmt: skip
+                 split: TensorSplit | None, pipeline: Pipeline | None):  # fmt: skip
         self.model = model  # the Transformer itself, or this rank's stages of it
-        self.shapes = shapes  # of the whole model's parameters, by canonical name
+        self.whole = whole
         self.mesh = mesh
         self.device = device
         data = data_mesh(mesh)
@@ -37,12 +46,13 @@ class Worker:
         self.data_rank = data.get_local_rank()
         self.data_degree = data.size()
         self._wrapped = wrapped  # what a training forward goes through
+        if split is not None:
+            loss_sum = partial(loss_sum, cross_entropy=split.vocabulary.cross_entropy)
         self._loss_sum = loss_sum
         self._count_valid = count_valid
         self.split = split  # of the layers over the tensor axis
         self.pipeline = pipeline
         self.stages_group = None if pipeline is None else pipeline.group
-        self._ties = ties  # second names of shared parameters, with the first
         if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
             pipeline.tied = next(self._tied(), None)
 
@@ -137,12 +147,12 @@ class Worker:
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this rank has of the parameters, by canonical name."""
-        return {self._ties.get(n, n): p for n, p in self.model.named_parameters()}
+        return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
 
     def _tied(self) -> Iterator[nn.Parameter]:
         """Parameters of which another rank has a copy: with neither or both names, none."""
         for name, parameter in self.model.named_parameters():
-            if name in self._ties or name in self._ties.values():
+            if name in self.whole.ties or name in self.whole.ties.values():
                 yield parameter
 
     def gradients(self) -> list[Tensor]:
@@ -152,7 +162,7 @@ class Worker:
     def _counted_gradients(self) -> list[Tensor]:
         """The gradients that make up the norm: a tied parameter counts where its first name is."""
         named = self.model.named_parameters()
-        return [p.grad for n, p in named if p.grad is not None and n not in self._ties]
+        return [p.grad for n, p in named if p.grad is not None and n not in self.whole.ties]
 
     def clip_grad_norm(self, max_norm: float, scale: Tensor | None = None) -> Tensor:
         """Undo `scale`, clip to the global norm, and return the norm before clipping."""

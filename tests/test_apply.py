@@ -6,12 +6,12 @@ from functools import partial
 import torch
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import parallelize
+from parallel.apply import Facts, parallelize
 from parallel.config import StrategyConfig, world_size
 from parallel.mesh import AXES, build_mesh
+from trainer.cases import FAMILIES, scale_down
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer, draw_rows
-from trainer.verify import FAMILIES, scale_down
 
 
 def drawn(runtime, strategy: StrategyConfig) -> dict:
@@ -26,10 +26,8 @@ def drawn(runtime, strategy: StrategyConfig) -> dict:
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config)
-    worker = parallelize(
-        model, mesh, strategy, runtime.device, draw_rows=draw,
-        loss_sum=cross_entropy_sum, count_valid=count_valid, layout=TENSOR_LAYOUT,
-    )  # fmt: skip
+    facts = Facts(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT)
+    worker = parallelize(model, facts, mesh, strategy, runtime.device)
     parameters = dict(model.named_parameters())
     local = sum(
         (p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters.values()
@@ -76,11 +74,9 @@ def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, 
     config = scale_down(FAMILIES["encoder-decoder"])
     with torch.device("meta"):
         model = Transformer(config)
-    parallelize(
-        model, build_mesh(strategy, runtime.device), strategy, runtime.device,
-        draw_rows=partial(draw_rows, config, 5), loss_sum=cross_entropy_sum,
-        count_valid=count_valid, layout=TENSOR_LAYOUT, parameters=dtype,
-    )  # fmt: skip
+    facts = Facts(partial(draw_rows, config, 5), cross_entropy_sum, count_valid, TENSOR_LAYOUT)
+    mesh = build_mesh(strategy, runtime.device)
+    parallelize(model, facts, mesh, strategy, runtime.device, parameters=dtype)
     return {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach()
         for name, p in model.named_parameters()

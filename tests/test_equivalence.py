@@ -6,15 +6,9 @@ import conf.layout
 from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
 from parallel.faults import FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
+from trainer.cases import FAMILIES, STRATEGIES
 from trainer.config import VerifyConfig
-from trainer.verify import (
-    FAMILIES,
-    STRATEGIES,
-    compare,
-    first_fault,
-    largest,
-    verdict,
-)
+from trainer.verify import compare, first_fault, largest, verdict
 
 TOLERANCE = 1e-10
 

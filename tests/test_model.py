@@ -10,10 +10,10 @@ import transformers
 import yaml
 from torch import nn
 
+from trainer.cases import FAMILIES, make_batch, scale_down
 from trainer.config import ModelConfig
 from trainer.layers import Dropout, SequenceLayout, Stream, keep_mask
 from trainer.model import DecodingCache, Transformer, draw_rows
-from trainer.verify import FAMILIES, make_batch, scale_down
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 

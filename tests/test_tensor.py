@@ -19,11 +19,11 @@ from parallel.traffic import Traffic
 from parallel.vocab import Vocabulary
 from trainer import build
 from trainer.build import parallel_model
+from trainer.cases import FAMILIES, make_batch, scale_down, split
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data import fingerprint, prepare
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS, Precision
-from trainer.verify import FAMILIES, make_batch, scale_down, split
 
 GPT = ModelConfig(
     layers=1, width=256, heads=4, ffn_width=1024, vocab_size=64, max_positions=64, dropout=0.1,

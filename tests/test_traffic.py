@@ -5,8 +5,8 @@ import torch
 
 from parallel.config import StrategyConfig, world_size
 from parallel.cost import ring_bytes, step_bytes
+from trainer.cases import FAMILIES, STRATEGIES, scale_down
 from trainer.traffic import step_traffic
-from trainer.verify import FAMILIES, STRATEGIES, scale_down
 
 
 @pytest.mark.parametrize("strategy", [n for n, s in STRATEGIES.items() if world_size(s) <= 4])

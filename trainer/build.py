@@ -58,10 +58,13 @@ def parallel_model(
             chunked_cross_entropy_sum, project=head.output, chunks=loss.chunks,
             label_smoothing=loss.label_smoothing,
         )  # fmt: skip
-    return parallelize(
-        model, mesh, strategy, runtime.device, draw_rows=partial(draw_rows, config, seed),
-        loss_sum=loss_sum, count_valid=count_valid, layout=TENSOR_LAYOUT,
+    facts = apply.Facts(
+        draw_rows=partial(draw_rows, config, seed), loss_sum=loss_sum, count_valid=count_valid,
+        layout=TENSOR_LAYOUT,
         costs=flops_per_block(config, config.max_positions, config.max_positions),
+    )  # fmt: skip
+    return parallelize(
+        model, facts, mesh, strategy, runtime.device,
         parameters=precision.parameters, compute=precision.compute,
         activation_checkpointing=activation_checkpointing, compile=compile,
     )  # fmt: skip

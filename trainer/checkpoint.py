@@ -95,7 +95,7 @@ def _check_shapes(path: Path, worker: Worker) -> None:
         for name, entry in metadata.items()
         if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    ours = {name: tuple(shape) for name, shape in worker.shapes.items()}
+    ours = {name: tuple(shape) for name, shape in worker.whole.shapes.items()}
     for name in [*ours, *saved]:
         if ours.get(name) != saved.get(name):
             raise ConfigError(

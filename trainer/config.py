@@ -160,10 +160,10 @@ class VerifyConfig:
     tolerance: float = 1e-10  # largest difference that passes, as a share of the largest entry
     activation_checkpointing: str = "none"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
-    # Plants a fault to be caught: skip_gradient_sum | local_target_count | local_gradient_norm; with
-    # strategy.tensor above 1 skip_input_gradient_sum | skip_output_sum | skip_sequence_gather |
-    # skip_vocabulary_mask; in a pipeline stale_stage_input | skip_tied_gradient_sum |
-    # local_loss_scale; empty = off.
+    # Plants a fault to be caught: skip_gradient_sum | local_target_count | local_gradient_norm;
+    # with strategy.tensor above 1 skip_input_gradient_sum | skip_output_sum |
+    # skip_sequence_gather | skip_vocabulary_mask; in a pipeline stale_stage_input |
+    # skip_tied_gradient_sum | local_loss_scale; empty = off.
     fault: str = ""
 
 

@@ -12,10 +12,10 @@ from parallel.tensor import HEADS, split_dim, style_of
 from parallel.traffic import Payload, Traffic
 from parallel.worker import Worker
 from trainer.build import parallel_model
+from trainer.cases import make_batch, split
 from trainer.config import ModelConfig
 from trainer.model import TENSOR_LAYOUT
 from trainer.precision import PRECISIONS
-from trainer.verify import make_batch, split
 
 COUNT_BYTES, FLOAT_BYTES = 8, 4  # a number of targets (int64); a gradient or a norm (float32)
 

@@ -2,8 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 
 import torch
 from rich import box
@@ -17,7 +16,6 @@ from parallel.apply import parallelize
 from parallel.config import (
     AXES,
     StrategyConfig,
-    data_degree,
     degrees,
     resolve,
     world_size,
@@ -29,68 +27,15 @@ from parallel.runtime import Runtime
 from parallel.schedule import placed
 from parallel.worker import Worker
 from trainer.build import parallel_model
+from trainer.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
 from trainer.config import LossConfig, ModelConfig, OptimConfig, VerifyConfig
-from trainer.loss import IGNORED
 from trainer.model import Transformer, draw_rows
 from trainer.optim import Optimizer, decays, lr_at
 from trainer.precision import PRECISIONS
 
-SAMPLES = 8  # per step, over all ranks
-MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
-SEQ_LEN = 12
 LABEL_SMOOTHING = 0.1
 # AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): eps is not small.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
-
-# One model of each kind that the project trains; `walk` proves every strategy on all of them.
-FAMILIES = {
-    "decoder (Llama)": ModelConfig(heads=8, kv_heads=4, ffn_width=344, tied=False),
-    "decoder (GPT-2)": ModelConfig(
-        norm="layernorm", activation="gelu_tanh", positions="learned", bias=True
-    ),
-    "encoder (ViT)": ModelConfig(
-        family="encoder", norm="layernorm", activation="gelu", positions="learned", bias=True,
-        init="vit", pool="class_token",
-    ),
-    "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
-}  # fmt: skip
-STRATEGIES = {
-    "ddp 2": StrategyConfig(replicate=2),
-    "ddp 4": StrategyConfig(replicate=4),
-    "fsdp 2": StrategyConfig(shard=2),
-    "fsdp 4": StrategyConfig(shard=4),
-    "fsdp 4, kept": StrategyConfig(shard=4, reshard_after_forward=False),
-    "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
-    "tensor 2": StrategyConfig(tensor=2),
-    "tensor 2, whole sequences": StrategyConfig(tensor=2, sequence_parallel=False),
-    "tensor 4": StrategyConfig(tensor=4),
-    "tensor 4, whole sequences": StrategyConfig(tensor=4, sequence_parallel=False),
-    "ddp 2 × tensor 2": StrategyConfig(replicate=2, tensor=2),
-    "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
-    "fsdp 2 × tensor 2, whole sequences": StrategyConfig(
-        shard=2, tensor=2, sequence_parallel=False
-    ),
-    "ddp 2 × tensor 4": StrategyConfig(replicate=2, tensor=4),
-    "fsdp 2 × tensor 4": StrategyConfig(shard=2, tensor=4),
-    "hsdp 2×2 × tensor 2": StrategyConfig(replicate=2, shard=2, tensor=2),
-    "pipeline 2": StrategyConfig(pipeline=2),
-    "pipeline 4": StrategyConfig(pipeline=4),
-    **{
-        f"pipeline {ranks}, {schedule}": StrategyConfig(pipeline=ranks, schedule=schedule)
-        for schedule in ("1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
-        for ranks in (2, 4)
-    },
-    "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
-    "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
-    "fsdp 2 × pipeline 2, zbv": StrategyConfig(shard=2, pipeline=2, schedule="zbv"),
-    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
-    "tensor 2 × pipeline 2, zero_bubble": StrategyConfig(
-        tensor=2, pipeline=2, schedule="zero_bubble"
-    ),
-    "hsdp 2×2 × pipeline 2": StrategyConfig(replicate=2, shard=2, pipeline=2),
-    "fsdp 2 × tensor 2 × pipeline 2": StrategyConfig(shard=2, tensor=2, pipeline=2),
-}
-
 
 QUANTITIES = ("loss", "norm", "gradient", "weight")
 
@@ -114,63 +59,6 @@ class Record:
     norms: list[float]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
-
-
-def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 1) -> ModelConfig:
-    """A model small enough for float64 on CPU ranks, with the ratios of the given one.
-
-    Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
-    feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
-    There are as many heads as `tensor` ranks need, and more blocks than `stages`.
-    """
-    group = max(1, model.heads // (model.kv_heads or model.heads))
-    heads = math.lcm(group * max(1, 4 // group), tensor)
-    width = heads * 8
-    two = model.family == "encoder_decoder"
-    layers = max(2, math.ceil((stages + 1) / (2 if two else 1)))
-    return replace(
-        model, layers=layers, encoder_layers=layers if two else 0,
-        width=width, heads=heads, kv_heads=heads // group, head_width=0,
-        ffn_width=max(8, round(width * model.ffn_width / model.width)),
-        vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
-        image_size=8, patch_size=4, channels=3, classes=7,
-    )  # fmt: skip
-
-
-def samples(strategy: StrategyConfig) -> int:
-    """Samples per step: enough that the ranks of a pipeline have micro-batches to work on."""
-    if strategy.pipeline == 1:
-        return SAMPLES
-    return data_degree(strategy) * (MICRO_BATCHES * strategy.pipeline + 1)
-
-
-def make_batch(
-    model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
-) -> dict[str, Tensor]:
-    """A global batch with unequal numbers of valid targets per sample, padding and documents."""
-    generator = torch.Generator().manual_seed(1000 * seed + step)
-    draw = partial(torch.randint, generator=generator)
-    seeds = draw(0, 1 << 62, (samples,))
-    if model.family == "encoder":
-        size = (samples, model.channels, model.image_size, model.image_size)
-        targets = draw(0, model.classes, (samples,))
-        targets[1] = IGNORED
-        images = torch.randn(size, generator=generator, dtype=torch.float64)
-        return {"images": images, "targets": targets, "seeds": seeds}
-    tokens, targets = draw(0, model.vocab_size, (2, samples, SEQ_LEN))
-    lengths = draw(1, SEQ_LEN + 1, (samples,))
-    targets[torch.arange(SEQ_LEN) >= lengths[:, None]] = IGNORED
-    batch = {"tokens": tokens, "targets": targets, "seeds": seeds}
-    if model.family == "decoder":
-        cut = draw(1, SEQ_LEN, (samples, 1))
-        position = torch.arange(SEQ_LEN)[None]
-        batch["documents"] = (position >= cut).long()
-        batch["positions"] = torch.where(position >= cut, position - cut, position)
-    else:
-        batch["source"] = draw(0, model.vocab_size, (samples, SEQ_LEN - 1))
-        valid = draw(1, SEQ_LEN, (samples, 1))
-        batch["source_valid"] = torch.arange(SEQ_LEN - 1)[None] < valid
-    return batch
 
 
 def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -> Record:
@@ -205,15 +93,6 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -
         optimizer.step()
     record.weights = {n: p.detach().clone() for n, p in names.items()}
     return record
-
-
-def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
-    rows = len(batch["targets"]) // worker.data_degree
-    own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
-    count = min(rows, MICRO_BATCHES * worker.mesh["pipeline"].size())
-    bounds = [*range(count), rows]  # the last has all the others
-    return [{k: v[i:j] for k, v in own.items()} for i, j in pairwise(bounds)]
 
 
 def _whole(tensor: Tensor) -> Tensor:
