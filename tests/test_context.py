@@ -1,7 +1,8 @@
 """Context parallelism: attention over a sequence that several ranks have parts of."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -9,8 +10,12 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from parallel.activation import checkpoint_activations
 from parallel.context import METHODS, ContextSplit, zigzag
+from parallel.cost import context_bytes
 from parallel.runtime import Runtime
+from parallel.tiles import KERNELS
+from parallel.traffic import Payload, Traffic
 
 B, K = 2, 8
 
@@ -160,6 +165,89 @@ def test_lower_precision(ranks, method, sees, dtype):
     bound = 0.1 if dtype == torch.bfloat16 else 1e-5
     for differences in ranks.run(2, gaps, method, case):
         assert max(differences) < bound
+
+
+def counted_bytes(runtime: Runtime, method: str, case: Case) -> tuple[Payload, Payload]:
+    """What one attention moves, forward and backward: counted, and by the closed form."""
+    with Traffic() as traffic:
+        gaps(runtime, method, case)
+    rows, keys = (2 * math.ceil(n / 2 / runtime.world_size) for n in (case.length, case.keys))
+    due = context_bytes(
+        method, (B, case.heads, rows, K), (B, case.kv_heads, keys, K), runtime.world_size, 8
+    )
+    counted = {name: size for (name, _), size in traffic.payload_bytes.items()}
+    return counted, {name: size for name, size in asdict(due).items() if size}
+
+
+@pytest.mark.parametrize("case", ["causal", "another sequence, odd lengths"])
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_equal_the_closed_form(ranks, method, degree, case):
+    for counted, due in ranks.run(degree, counted_bytes, method, CASES[case]):
+        assert counted == due and bool(due) == (degree > 1)
+
+
+class Attending(torch.nn.Module):
+    """A block that only attends."""
+
+    def __init__(self, split: ContextSplit, case: Case):
+        super().__init__()
+        self.split, self.case, self.visible = split, case, visible_of(case)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        causal = self.case.sees == "causal"
+        return self.split.attend(query, key, value, self.case.keys, self.visible, causal).sin()
+
+
+def recomputed_gap(runtime: Runtime, method: str, case: Case, mode: str) -> float:
+    """Largest difference that recomputing or compiling makes to output and gradients."""
+    split = ContextSplit(dist.group.WORLD, method)
+    columns = split.positions(case.length)
+    results = []
+    for changed in (False, True):
+        block = Attending(split, case)
+        if changed and mode == "compile":
+            block.compile(backend="aot_eager", fullgraph=True)
+        elif changed:
+            checkpoint_activations(block, mode)
+        inputs = [part_of(x, columns, 0.0).requires_grad_() for x in whole_tensors(case)[:3]]
+        out = block(*inputs)
+        out.pow(2).sum().backward()
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    return max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("sees", ["causal", "documents"])
+@pytest.mark.parametrize("mode", ["block", "selective", "compile"])
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputing_and_compiling_change_nothing(ranks, method, mode, sees):
+    case = Case(12, sees, kv_heads=2)
+    for difference in ranks.run(2, recomputed_gap, method, case, mode):
+        assert difference < 1e-13
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "some"])
+def test_every_kernel_of_a_tile_computes_the_same(mask):
+    query, key, value, grad = whole_tensors(Case(7, "all", key_length=7))
+    sees = torch.rand(B, 1, 7, 7, generator=torch.Generator().manual_seed(1)) < 0.5
+    sees[..., 0] = True  # what rows without a key give is for tile_forward to say
+    options = (sees if mask == "some" else None, mask == "causal")
+    results = []
+    for kernel in (KERNELS["cpu"], KERNELS["products"]):
+        out, lse = kernel.forward(query, key, value, *options)
+        grads = kernel.backward(grad, query, key, value, out, lse.contiguous(), *options)
+        results.append([out, lse, *grads])
+    for fused, products in zip(*results, strict=True):
+        assert torch.allclose(fused, products, rtol=0, atol=1e-13)
+
+
+def test_the_fused_kernel_of_cuda_takes_what_it_is_given():
+    # On the meta device its signature and shapes are checked, no number is computed.
+    query, key = (torch.empty(B, 4, n, K, dtype=torch.bfloat16, device="meta") for n in (6, 10))
+    out, lse = KERNELS["cuda"].forward(query, key, key, None, False)
+    assert (out.shape, lse.shape, lse.dtype) == (query.shape, query.shape[:3], torch.float32)
+    grads = KERNELS["cuda"].backward(out, query, key, key, out, lse, None, False)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
 
 
 def test_zigzag_by_hand():
