@@ -83,7 +83,7 @@ def _repeat(x_BGCK: Tensor, heads: int) -> Tensor:
     return x_BGCK.repeat_interleave(heads // x_BGCK.shape[1], dim=1)
 
 
-def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, float]:
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, float]:
     """Scores (B,H,R,C), -inf where nothing is to be seen, and their scale."""
     scale, dtype = query.shape[-1] ** -0.5, accumulator(query.dtype)
     scores = query.to(dtype) @ key.to(dtype).mT * scale
@@ -95,7 +95,7 @@ def _shares(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tu
 def _products_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    scores, _ = _shares(query, key, mask, causal)
+    scores, _ = _scores(query, key, mask, causal)
     lse = scores.logsumexp(-1)
     share = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return share @ value.to(share.dtype), lse
@@ -105,7 +105,7 @@ def _products_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
     mask: Tensor | None, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    scores, scale = _shares(query, key, mask, causal)
+    scores, scale = _scores(query, key, mask, causal)
     share = (scores - lse.unsqueeze(-1)).exp()
     grad = grad.to(share.dtype)
     mean = (grad * out).sum(-1, keepdim=True)
