@@ -37,6 +37,27 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", parts, group.group_name))
 
 
+def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Of every rank the part along dim 0 that is meant for this one; the degree divides it."""
+    sizes = [x.shape[0] // group.size()] * group.size()
+    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name))
+
+
+def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The previous rank's tensor, not to be read before `wait`; this rank's goes to the next."""
+    rank, parts = group.rank(), group.size()
+    # An all-to-all with one part: NCCL sends no empty ones, and unlike pairs of send and receive
+    # it is a functional operator, and in no order that could lock.
+    given, taken = [0] * parts, [0] * parts
+    given[(rank + 1) % parts] = taken[(rank - 1) % parts] = x.shape[0]
+    return _ops.all_to_all_single(x.contiguous(), taken, given, group.group_name)
+
+
+def wait(x: Tensor) -> Tensor:
+    """What has been started, arrived."""
+    return _ops.wait_tensor(x)
+
+
 def padded(x: Tensor, dim: int, parts: int) -> Tensor:
     """The tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
     lacking = -x.shape[dim] % parts
@@ -102,3 +123,16 @@ class Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return gather_padded(grads[0], ctx.length, ctx.group, ctx.dim), None, None
+
+
+class Exchange(torch.autograd.Function):
+    """All-to-all along dim 0, whose gradients go back the way that the parts came."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_to_all(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return all_to_all(grads[0], ctx.group), None

@@ -13,18 +13,23 @@ Shape = tuple[int, ...]
 class StepBytes:
     """Bytes of one optimizer step by collective: the whole tensor that a rank takes part in.
 
-    Of an all-gather that is its output, of a reduce-scatter its input.
+    Of an all-gather that is its output, of a reduce-scatter and an all-to-all its input, of a send
+    what is sent, all of it over the wire.
     """
 
     all_reduce: int = 0
     all_gather: int = 0
     reduce_scatter: int = 0
+    all_to_all: int = 0
+    send: int = 0
 
     def __add__(self, other: "StepBytes") -> "StepBytes":
         return StepBytes(
             self.all_reduce + other.all_reduce,
             self.all_gather + other.all_gather,
             self.reduce_scatter + other.reduce_scatter,
+            self.all_to_all + other.all_to_all,
+            self.send + other.send,
         )
 
 
@@ -88,6 +93,27 @@ def tensor_bytes(
             reduce_scatter=(2 * sequence.branches + once) * moved,
         )
     return total
+
+
+def context_bytes(
+    method: str, query_BHSK: Shape, key_BGTK: Shape, degree: int, compute_bytes: int
+) -> StepBytes:
+    """What one attention over a split sequence moves, forward and backward, of a rank's shapes.
+
+    Gathering: keys and values all-gathered, their gradients reduce-scattered (arXiv 2407.21783,
+    section 3.3.2). Ring: both sent n-1 times in each direction, and their gradients n times, the
+    last time home (arXiv 2310.01889). Ulysses: queries, results, keys and values change sides once
+    in each direction, key/value heads repeated until the ranks divide them (arXiv 2309.14509).
+    """
+    if degree == 1:
+        return StepBytes()
+    queries, keys = (math.prod(shape) * compute_bytes for shape in (query_BHSK, key_BGTK))
+    if method == "all_gather":
+        return StepBytes(all_gather=2 * degree * keys, reduce_scatter=2 * degree * keys)
+    if method == "ring":
+        return StepBytes(send=2 * keys * (2 * (degree - 1) + degree))
+    times = degree // math.gcd(key_BGTK[1], degree)
+    return StepBytes(all_to_all=2 * (2 * queries + 2 * times * keys))
 
 
 def cross_entropy_bytes(targets: int) -> int:

@@ -15,6 +15,7 @@ NAMES = {
     "_reduce_scatter_base_": "reduce_scatter",
     "all_gather_into_tensor": "all_gather",
     "reduce_scatter_tensor": "reduce_scatter",
+    "all_to_all_single": "all_to_all",
 }
 
 
@@ -22,8 +23,9 @@ class Traffic(TorchDispatchMode):
     """Counts the collectives issued inside a `with`: payload bytes by (collective, dtype).
 
     The payload of an all-reduce is the reduced tensor, of an all-gather the gathered one, of a
-    reduce-scatter the one before the reduction. What a ring puts on each rank's wire follows from
-    it: twice (n-1)/n of an all-reduce's payload, once (n-1)/n of the others'.
+    reduce-scatter and an all-to-all the one before. What a ring puts on each rank's wire follows
+    from it: twice (n-1)/n of an all-reduce's payload, once (n-1)/n of the others'. An all-to-all
+    that has something for one other rank only is a "send": all of it is on the wire.
     """
 
     def __init__(self) -> None:
@@ -36,6 +38,10 @@ class Traffic(TorchDispatchMode):
             self._count(name, _in_place_payload(name, args))
         elif func.namespace == "_c10d_functional" and name != "wait_tensor":
             gathered = args[1] if name == "all_gather_into_tensor" else 1
+            if name == "all_to_all_single" and len(args[2]) > 1 == sum(
+                size > 0 for size in args[2]
+            ):
+                name = "send"
             self._count(name, [args[0]], gathered)
         return func(*args, **(kwargs or {}))
 

@@ -1,0 +1,162 @@
+"""Attention computed tile by tile: each tile with its log-sum-exp, by which tiles are merged.
+
+The softmax is online (arXiv 1805.02867), the gradients of a tile need nothing but the result and
+the log-sum-exp of all tiles (FlashAttention, arXiv 2205.14135, appendix B).
+"""
+
+# B batch, R query and C key positions, H query heads, G key/value heads, K width of a head.
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class Kernel(NamedTuple):
+    """Attention of a tile with as many key/value heads as query heads, and its gradients.
+
+    Forward of (query, key, value, mask, causal): output and log-sum-exp (B,H,R). Backward of
+    (gradient, query, key, value, output, log-sum-exp, mask, causal): those of query, key, value.
+    """
+
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def tile_forward(
+    query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """A tile's output (B,H,R,K) and log-sum-exp (B,H,R), which is -inf where it sees nothing."""
+    heads = query_BHRK.shape[1]
+    out_BHRK, lse_BHR = kernel_for(query_BHRK, mask).forward(
+        query_BHRK, _repeat(key_BGCK, heads), _repeat(value_BGCK, heads), mask, causal
+    )
+    if mask is not None:
+        lse_BHR = lse_BHR.masked_fill(~mask.any(-1), -torch.inf)
+    return out_BHRK, lse_BHR
+
+
+def tile_backward(
+    grad_BHRK: Tensor, query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor,
+    out_BHRK: Tensor, lse_BHR: Tensor, mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """A tile's gradients of query, key and value, from the result and log-sum-exp of all tiles."""
+    heads, groups = query_BHRK.shape[1], key_BGCK.shape[1]
+    # Of a row that sees nothing at all every exp(-inf - lse) must be 0.
+    lse_BHR = lse_BHR.masked_fill(lse_BHR == -torch.inf, 0.0).contiguous()
+    query_grad, *shared = kernel_for(query_BHRK, mask).backward(
+        grad_BHRK, query_BHRK, _repeat(key_BGCK, heads), _repeat(value_BGCK, heads),
+        out_BHRK, lse_BHR, mask, causal,
+    )  # fmt: skip
+    key_grad, value_grad = (grad.unflatten(1, (groups, -1)).sum(2) for grad in shared)
+    return query_grad, key_grad, value_grad
+
+
+def merge(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Tensor) -> None:
+    """Take one more tile of the same rows into the first two, in place."""
+    total_BHR = torch.logaddexp(lse_BHR, more_lse_BHR)
+    finite_BHR = total_BHR.masked_fill(total_BHR == -torch.inf, 0.0)
+    old_BHR1 = (lse_BHR - finite_BHR).exp().unsqueeze(-1)
+    new_BHR1 = (more_lse_BHR - finite_BHR).exp().unsqueeze(-1)
+    out_BHRK.copy_(out_BHRK * old_BHR1 + more_BHRK * new_BHR1)
+    lse_BHR.copy_(total_BHR)
+
+
+def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
+    """The fused kernel that has what this needs, or matrix products."""
+    device, width = query_BHRK.device.type, query_BHRK.shape[-1]
+    half = query_BHRK.dtype in (torch.float16, torch.bfloat16)
+    if device == "cuda" and (not half or mask is not None or width % 8 or width > 256):
+        return KERNELS["products"]
+    return KERNELS.get(device, KERNELS["products"])
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """What is summed up over tiles is at least float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _repeat(x_BGCK: Tensor, heads: int) -> Tensor:
+    return x_BGCK.repeat_interleave(heads // x_BGCK.shape[1], dim=1)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, float]:
+    """Scores (B,H,R,C), -inf where nothing is to be seen, and their scale."""
+    scale, dtype = query.shape[-1] ** -0.5, accumulator(query.dtype)
+    scores = query.to(dtype) @ key.to(dtype).mT * scale
+    if causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)), scale
+
+
+def _products_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    scores, _ = _scores(query, key, mask, causal)
+    lse = scores.logsumexp(-1)
+    share = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    return share @ value.to(share.dtype), lse
+
+
+def _products_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    scores, scale = _scores(query, key, mask, causal)
+    share = (scores - lse.unsqueeze(-1)).exp()
+    grad = grad.to(share.dtype)
+    mean = (grad * out).sum(-1, keepdim=True)
+    score_grad = share * (grad @ value.to(share.dtype).mT - mean) * scale
+    grads = score_grad @ key.to(share.dtype), score_grad.mT @ query.to(share.dtype), share.mT @ grad
+    return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
+
+
+def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A mask as numbers that are added to scores."""
+    if mask is None:
+        return None
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
+
+
+def _cpu_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, 0.0, causal, attn_mask=_bias(mask, query.dtype)
+    )
+
+
+def _cpu_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(mask, query.dtype)
+    )
+
+
+def _cuda_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal)[:2]
+
+
+def _cuda_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
+    mask: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return _aten._scaled_dot_product_flash_attention_backward(
+        grad.contiguous(), query, key, value, out.contiguous(), lse, None, None,
+        query.shape[2], key.shape[2], 0.0, causal, no_dropout, no_dropout,
+    )  # fmt: skip
+
+
+KERNELS = {
+    "cpu": Kernel(_cpu_forward, _cpu_backward),
+    "cuda": Kernel(_cuda_forward, _cuda_backward),
+    "products": Kernel(_products_forward, _products_backward),
+}
