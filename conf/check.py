@@ -35,6 +35,7 @@ CHOICES = {
         *PIPELINE_FAULTS,
     ),
     "strategy.schedule": tuple(SCHEDULES),
+    "strategy.context_method": ("all_gather", "ring", "ulysses"),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),

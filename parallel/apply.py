@@ -11,12 +11,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from parallel.activation import checkpoint_activations
 from parallel.config import StrategyConfig
+from parallel.context import share_sequences
 from parallel.ddp import replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
+from parallel.mesh import copies_mesh, shards_mesh
 from parallel.pipeline import pipelined
 from parallel.tensor import split_layers
-from parallel.worker import CountValid, LossSum, Whole, Worker
+from parallel.worker import Axes, CountValid, LossSum, Whole, Worker
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
 DrawRows = Callable[[str, torch.Size, int, int], Tensor]
@@ -48,45 +50,48 @@ def parallelize(
     classes = model.get_parameter("head.output.weight").shape[0]
     # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
     pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device, compute)
-    # 2. The split of single layers is the innermost: all that follows treats a part as the whole.
+    # 2. Ranks that share sequences have but their positions of each; attention joins them.
+    context = share_sequences(model, mesh["context"], strategy.context_method)
+    # 3. The split of single layers is the innermost: all that follows treats a part as the whole.
     split = split_layers(model, mesh["tensor"], facts.layout, strategy, device, classes)
     for block in model.get_submodule("blocks").children():
-        # 3. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
+        # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
         checkpoint_activations(block, activation_checkpointing)
         if split is not None and activation_checkpointing == "none" and not compile:
             split.gather_again(block)
-        # 4. One graph per block; all blocks look alike, so it is compiled once.
+        # 5. One graph per block; all blocks look alike, so it is compiled once.
         if compile:
             block.compile()
-    # 5. Sharding comes before the weights exist, so that no rank ever holds the whole model.
-    sharded = shard_over(model, mesh, strategy, compute, parameters)
-    # 6. Each rank draws the rows that it holds.
+    # 6. Sharding comes before the weights exist, so that no rank ever holds the whole model.
+    copies = copies_mesh(mesh)
+    sharded = shard_over(model, mesh, copies, strategy, compute, parameters)
+    # 7. Each rank draws the rows that it holds.
     materialise(model, device, parameters, facts.draw_rows, whole.ties)
     if split is not None and not sharded:
         split.compute_on_leaves(model)
-    # 7. Plain replication wraps the finished model; with shards, FSDP has summed over replicas.
-    replicas = mesh["replicate"]
-    plain = replicas.size() > 1 and not sharded
-    wrapped = replicate(model, replicas, strategy.bucket_mib) if plain else model
-    losses = facts.loss_sum, facts.count_valid
-    return Worker(model, wrapped, whole, mesh, device, *losses, split=split, pipeline=pipeline)
+    # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
+    wrapped: nn.Module = model
+    if copies is not None and not sharded:
+        wrapped = replicate(model, copies, strategy.bucket_mib)
+    axes = Axes(split, context, pipeline)
+    return Worker(model, wrapped, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
 
 
 def shard_over(
-    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, compute: torch.dtype,
-    parameters: torch.dtype,
+    model: nn.Module, mesh: DeviceMesh, copies: DeviceMesh | None, strategy: StrategyConfig,
+    compute: torch.dtype, parameters: torch.dtype,
 ) -> bool:  # fmt: skip
     """Shard a meta model with FSDP, if its strategy needs that; whether it does.
 
-    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: replicas of
+    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: copies of
     split layers and of stages go this way too. In a pipeline weights stay gathered for a step.
     """
     staged = mesh["pipeline"].size() > 1
-    replicas = mesh["replicate"].size() > 1
-    if mesh["shard"].size() == 1 and not (replicas and (staged or mesh["tensor"].size() > 1)):
+    beyond_ddp = staged or mesh["tensor"].size() > 1
+    if mesh["shard"].size() == 1 and (copies is None or not beyond_ddp):
         return False
-    axes = ("replicate", "shard") if replicas else ("shard",)
-    shard(model, mesh[axes], compute, parameters, strategy.reshard_after_forward and not staged)
+    frees = strategy.reshard_after_forward and not staged
+    shard(model, shards_mesh(mesh, copies), compute, parameters, frees)
     return True
 
 

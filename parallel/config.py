@@ -7,7 +7,6 @@ from typing import Any
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
-NOT_BUILT = ("context",)
 
 
 class ConfigError(ValueError):
@@ -36,6 +35,7 @@ class StrategyConfig:
     # Tensor, CUDA with NVLink and compile=true: collectives overlap with the matrix products that
     # they feed, through symmetric memory.
     async_tensor: bool = False
+    context_method: str = "all_gather"  # context: all_gather | ring | ulysses
     # Pipeline: gpipe | 1f1b | interleaved | looped_bfs | zero_bubble | zbv | dualpipev
     schedule: str = "gpipe"
     schedule_csv: str = ""  # pipeline: a file with an own schedule, in torch's format; empty = off
@@ -67,8 +67,6 @@ def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
     for axis, degree in degrees(strategy).items():
         if degree == 0 or degree < -1:
             problems.append(f"strategy.{axis}={degree} must be at least 1, or -1 (all ranks left)")
-        elif axis in NOT_BUILT and degree != 1:
-            problems.append(f"strategy.{axis}={degree}: this axis is not built yet; it must be 1")
     open_axes = [axis for axis, degree in degrees(strategy).items() if degree == -1]
     if len(open_axes) > 1:
         keys = ", ".join(f"strategy.{axis}" for axis in open_axes)

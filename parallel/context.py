@@ -10,8 +10,9 @@ them round a ring, or to trade positions for heads.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from parallel.collectives import Exchange, Gather
@@ -26,9 +27,27 @@ SEQUENCE_DIM = 2  # of (B,H,S,K)
 class ContextSplit:
     """The context axis: which positions a rank has, and attention over those of all ranks."""
 
+    shares = True
+
     def __init__(self, group: dist.ProcessGroup, method: str):
         assert method in METHODS, method
         self.group, self.method = group, method
+        self.first = group.rank() == 0
+
+    def share(self, length: int) -> int:
+        """How many positions of a sequence are here, with padding."""
+        return 2 * chunk_length(length, self.group.size())
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of (B, length, …) the rows of this rank; behind the end the last one, again."""
+        rows = self.positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
+        return x.index_select(1, rows)
+
+    def whole(self, x: Tensor, length: int) -> Tensor:
+        """Undoes `take`, with gradients: each rank's are of what all have made of the whole."""
+        parts = self.group.size()
+        gathered = Gather.apply(x.movedim(1, 0), parts * x.shape[1], self.group, 0)
+        return in_order(gathered.movedim(0, 1).chunk(parts, 1), 1)[:, :length]
 
     def positions(self, length: int, device: torch.device | None = None) -> Tensor:
         """This rank's positions of a sequence; see `zigzag`."""
@@ -67,6 +86,14 @@ class ContextSplit:
             return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
         rows = zigzag(queries * parts, parts, part, query_BHSK.device)
         return _whole(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
+
+
+def share_sequences(model: nn.Module, mesh: DeviceMesh, method: str) -> ContextSplit | None:
+    """Let a model work on this rank's positions of each sequence; None if there is but one rank."""
+    if mesh.size() == 1:
+        return None
+    model.context = ContextSplit(mesh.get_group(), method)  # type: ignore[assignment]
+    return model.context  # type: ignore[return-value]
 
 
 def _whole(

@@ -1,18 +1,28 @@
 """The one device mesh of five named axes, and the groups that its users need."""
 
-import torch
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+import warnings
 
-from parallel.config import AXES, StrategyConfig, degrees
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.config import AXES, StrategyConfig, degrees, world_size
 
 # The axes whose ranks see different samples; the innermost varies fastest.
 DATA_AXES = ("replicate", "shard")
+# The axes whose ranks have copies of one parameter, and gradients of different data.
+COPY_AXES = ("replicate", "context")
 
 
 def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
-    """The mesh of a resolved strategy: axes (pipeline, replicate, shard, context, tensor)."""
-    sizes = tuple(degrees(strategy).values())
-    return init_device_mesh(device.type, sizes, mesh_dim_names=AXES)
+    """The mesh of a resolved strategy.
+
+    Ranks count up along AXES, the last fastest. The mesh lists context before shard, since
+    hybrid sharding takes the axes of copies in front of the sharded one.
+    """
+    ranks = torch.arange(world_size(strategy)).view(*degrees(strategy).values())
+    order = ("pipeline", "replicate", "context", "shard", "tensor")
+    permuted = ranks.permute(*(AXES.index(axis) for axis in order)).contiguous()
+    return DeviceMesh(device.type, permuted, mesh_dim_names=order)
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
@@ -20,7 +30,24 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[DATA_AXES]._flatten("data")
 
 
-def active(mesh: DeviceMesh, axes: tuple[str, ...]) -> DeviceMesh | None:
-    """The sub-mesh of those axes whose degree is above 1; None if there is none."""
-    names = tuple(axis for axis in axes if mesh[axis].size() > 1)
-    return mesh[names] if names else None
+def copies_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+    """replicate × context as one axis: the ranks with copies of a parameter; None if it has one.
+
+    Call it once per mesh.
+    """
+    names = tuple(axis for axis in COPY_AXES if mesh[axis].size() > 1)
+    if not names:
+        return None
+    return mesh[names]._flatten("copies") if len(names) > 1 else mesh[names]
+
+
+def shards_mesh(mesh: DeviceMesh, copies: DeviceMesh | None) -> DeviceMesh:
+    """What FSDP shards over: the shard axis, behind that of the copies if there are any."""
+    if copies is None:
+        return mesh["shard"]
+    (name,) = copies.mesh_dim_names or ()
+    with warnings.catch_warnings():
+        # torch means to ask for the flattened mesh itself, but has no way to put two together:
+        # `_concatenate` makes its groups in an order that differs between ranks, and hangs.
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        return mesh[(name, "shard")]

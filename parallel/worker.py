@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
+from parallel.context import ContextSplit
 from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
 from parallel.pipeline import LossOf, Pipeline
@@ -31,12 +32,21 @@ class Whole:
     ties: Mapping[str, str]  # second names of shared parameters, with the canonical one
 
 
+@dataclass(frozen=True)
+class Axes:
+    """What the axes with more than one rank have made of a model; None where there is one."""
+
+    split: TensorSplit | None  # of the layers, tensor
+    context: ContextSplit | None  # of the sequences, context
+    pipeline: Pipeline | None
+
+
 class Worker:
     """A parallelised model with what a training step asks of it."""
 
     def __init__(self, model: nn.Module, wrapped: nn.Module, whole: Whole, mesh: DeviceMesh,
-                 device: torch.device, loss_sum: LossSum, count_valid: CountValid, *,
-                 split: TensorSplit | None, pipeline: Pipeline | None):  # fmt: skip
+                 device: torch.device, loss_sum: LossSum, count_valid: CountValid,
+                 axes: Axes):  # fmt: skip
         self.model = model  # the Transformer itself, or this rank's stages of it
         self.whole = whole
         self.mesh = mesh
@@ -46,12 +56,12 @@ class Worker:
         self.data_rank = data.get_local_rank()
         self.data_degree = data.size()
         self._wrapped = wrapped  # what a training forward goes through
-        if split is not None:
-            loss_sum = partial(loss_sum, cross_entropy=split.vocabulary.cross_entropy)
+        self.split, self.context, self.pipeline = axes.split, axes.context, axes.pipeline
+        if self.split is not None:
+            loss_sum = partial(loss_sum, cross_entropy=self.split.vocabulary.cross_entropy)
         self._loss_sum = loss_sum
         self._count_valid = count_valid
-        self.split = split  # of the layers over the tensor axis
-        self.pipeline = pipeline
+        pipeline = self.pipeline
         self.stages_group = None if pipeline is None else pipeline.group
         if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
             pipeline.tied = next(self._tied(), None)
@@ -77,7 +87,8 @@ class Worker:
 
         def share_of_mean(logits: Tensor, number: int) -> Tensor:
             nonlocal total
-            loss = self._loss_sum(logits, inputs[number]["targets"])
+            targets = self.model.own_targets(inputs[number]["targets"])  # type: ignore[operator]
+            loss = self._loss_sum(logits, targets)
             loss = loss / count.clamp(min=1).to(loss.dtype)
             total = total + loss.detach()
             return loss if scale is None else loss * scale
@@ -92,6 +103,8 @@ class Worker:
             self.pipeline.sum_tied_gradient()
             # It is zero but on the rank that has the logits.
             dist.all_reduce(total, group=self.stages_group)
+        if self.context is not None:
+            dist.all_reduce(total, group=self.context.group)
         return total, count
 
     def _accumulate(self, inputs: list[MicroBatch], loss_of: LossOf) -> None:
@@ -104,8 +117,12 @@ class Worker:
         """The model's logits, all classes on every rank; inside `evaluating` only."""
         whole = self.split.vocabulary.gather if self.split is not None else lambda logits: logits
         if self.pipeline is not None:
-            return self.pipeline.forward(inputs, cache, whole)
-        return whole(self.model(inputs, cache))
+            logits = self.pipeline.forward(inputs, cache, whole)
+        else:
+            logits = whole(self.model(inputs, cache))
+        if self.context is None or cache is not None or logits.dim() < 3:
+            return logits  # a classifier's are of the whole sequence
+        return self.context.whole(logits, inputs["targets"].shape[1])
 
     @contextmanager
     def _reducing(self, reduce: bool) -> Iterator[None]:

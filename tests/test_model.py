@@ -12,7 +12,7 @@ from torch import nn
 
 from trainer.cases import FAMILIES, make_batch, scale_down
 from trainer.config import ModelConfig
-from trainer.layers import Dropout, SequenceLayout, Stream, keep_mask
+from trainer.layers import Context, Dropout, SequenceLayout, Stream, keep_mask
 from trainer.model import DecodingCache, Transformer, draw_rows
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
@@ -326,16 +326,17 @@ def test_initialisation_per_family():
 
 def test_dropout_masks_follow_the_sample():
     seeds = torch.tensor([11, 12, 13])
-    mask = keep_mask(seeds, 5, torch.Size((3, 200, 64)), 0.1)
+    places = torch.arange(200)
+    mask = keep_mask(seeds, 5, 64, 0.1, places)
     assert mask.float().mean().item() == pytest.approx(0.9, abs=0.003)
-    alone = keep_mask(seeds[1:2], 5, torch.Size((1, 200, 64)), 0.1)
+    alone = keep_mask(seeds[1:2], 5, 64, 0.1, places)
     assert torch.equal(mask[1:2], alone)
-    part = keep_mask(seeds, 5, torch.Size((3, 50, 64)), 0.1, first=150)
-    assert torch.equal(mask[:, 150:], part)
+    part = torch.tensor([150, 3, 77])
+    assert torch.equal(mask[:, part], keep_mask(seeds, 5, 64, 0.1, part))
     assert not torch.equal(mask[0], mask[1])
-    assert not torch.equal(mask, keep_mask(seeds, 6, torch.Size((3, 200, 64)), 0.1))
+    assert not torch.equal(mask, keep_mask(seeds, 6, 64, 0.1, places))
     # Neighbouring seeds, sites and positions are independent: no pair agrees more than by chance.
-    flat = keep_mask(torch.arange(64), 5, torch.Size((64, 64, 64)), 0.5).flatten(1).double() * 2 - 1
+    flat = keep_mask(torch.arange(64), 5, 64, 0.5, torch.arange(64)).flatten(1).double() * 2 - 1
     correlation = (flat @ flat.T / 4096 - torch.eye(64)).abs().max().item()
     assert correlation < 6 / math.sqrt(4096)
     shifted = (flat[:, 1:] * flat[:, :-1]).mean().item()
@@ -345,7 +346,10 @@ def test_dropout_masks_follow_the_sample():
 def test_dropout_keeps_the_expectation_and_is_off_in_evaluation():
     layer = Dropout(0.25)
     x = torch.ones(8, 50, 64)
-    stream = Stream(50, SequenceLayout(), causal=True, seeds_B=torch.arange(8))
+    stream = Stream(
+        50, 50, SequenceLayout(), Context(), causal=True, places_S=torch.arange(50),
+        seeds_B=torch.arange(8),
+    )  # fmt: skip
     assert layer(x, stream).mean().item() == pytest.approx(1.0, abs=0.02)
     assert layer(x, stream).unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert torch.equal(layer.eval()(x, stream), x)

@@ -55,6 +55,23 @@ STRATEGIES = {
         for schedule in ("1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
         for ranks in (2, 4)
     },
+    **{
+        f"context {ranks}, {method}": StrategyConfig(context=ranks, context_method=method)
+        for method in ("all_gather", "ring", "ulysses")
+        for ranks in (2, 4)
+    },
+    "ddp 2 × context 2": StrategyConfig(replicate=2, context=2),
+    "fsdp 2 × context 2, ring": StrategyConfig(shard=2, context=2, context_method="ring"),
+    "context 2 × tensor 2": StrategyConfig(context=2, tensor=2),
+    "context 2 × tensor 2, ulysses, whole sequences": StrategyConfig(
+        context=2, tensor=2, context_method="ulysses", sequence_parallel=False
+    ),
+    "pipeline 2 × context 2": StrategyConfig(pipeline=2, context=2),
+    "pipeline 2 × context 2, ring, zero_bubble": StrategyConfig(
+        pipeline=2, context=2, context_method="ring", schedule="zero_bubble"
+    ),
+    "hsdp 2×2 × context 2": StrategyConfig(replicate=2, shard=2, context=2),
+    "pipeline 2 × context 2 × tensor 2": StrategyConfig(pipeline=2, context=2, tensor=2),
     "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
     "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
     "fsdp 2 × pipeline 2, zbv": StrategyConfig(shard=2, pipeline=2, schedule="zbv"),

@@ -25,10 +25,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class SequenceLayout:
     """How much of a sequence flows between blocks: all of it, unless parallelism gives another.
 
-    Under sequence parallelism that is a part of its positions, and `part` says which.
+    Under sequence parallelism that is a part of its positions.
     """
-
-    part = 0
 
     def part_length(self, length: int) -> int:
         """How many of `length` positions flow between blocks."""
@@ -43,20 +41,69 @@ class SequenceLayout:
         return x_BSD
 
 
+class Context:
+    """Which positions of a sequence are here: all, unless ranks share sequences (context axis)."""
+
+    shares = False
+    first = True  # of the ranks that share a sequence
+
+    def share(self, length: int) -> int:
+        """How many of `length` positions are here."""
+        return length
+
+    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
+        """(share,): which they are."""
+        return torch.arange(length, device=device)
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of (B, length, …) the rows that are here."""
+        return x
+
+    def whole(self, x: Tensor, length: int) -> Tensor:
+        """Undoes `take`."""
+        return x
+
+    def attend(
+        self, query_BHSK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, key_length: int,
+        visible: Callable, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """Attention from the queries that are here to all keys, where they are shared."""
+        raise NotImplementedError
+
+
 @dataclass
 class Stream:
     """What a block must know of one sequence; computed once per forward, shared by all blocks."""
 
-    length: int  # positions of the whole sequence
+    length: int  # positions that are here, of `total`
+    total: int
     layout: SequenceLayout
+    context: Context
     causal: bool  # position i sees positions ≤ i only
-    mask: Tensor | None = None  # True = may be seen, (B,1,S,S) or (B,1,1,S); None = all (or causal)
+    places_S: Tensor  # positions of what flows between blocks here; dropout's masks follow them
+    documents_BS: Tensor | None = None  # of all positions: those of one document see each other
+    valid_BS: Tensor | None = None  # of all positions, as keys: False = padding
+    mask: Tensor | None = None  # `visible` for all positions; None = all (or causal), or shared
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (B or 1, S, 1, K/2)
     seeds_B: Tensor | None = None  # dropout seed of each sample
 
     def whole(self, x_BSD: Tensor) -> Tensor:
-        """All positions of what flows between blocks."""
+        """What flows between blocks, at all positions that are here."""
         return self.layout.whole(x_BSD, self.length)
+
+    def visible(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
+        """(B or 1, 1, R or 1, C), True = this row may see that column; None = all may all."""
+        mask = None
+        if self.causal:
+            mask = (columns_C <= rows_R[:, None])[None]
+        if self.documents_BS is not None:
+            own_BR = self.documents_BS[:, rows_R.clamp(max=self.total - 1)]
+            same = own_BR[:, :, None] == self.documents_BS[:, None, columns_C]
+            mask = same if mask is None else same & mask
+        if self.valid_BS is not None:
+            valid = self.valid_BS[:, None, columns_C]
+            mask = valid if mask is None else valid & mask
+        return None if mask is None else mask[:, None]
 
 
 class AttentionCache:
@@ -144,17 +191,17 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
 
-def keep_mask(seeds_B: Tensor, site: int, shape: torch.Size, share: float,
-              first: int = 0) -> Tensor:  # fmt: skip
+def keep_mask(seeds_B: Tensor, site: int, width: int, share: float,
+              places_S: Tensor) -> Tensor:  # fmt: skip
     """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
 
     A counter through SplitMix64's mixer (Steele et al. 2014), four 16-bit draws per counter value:
     no generator state, so neither ranks, micro-batches, resuming nor recomputation change a mask.
-    `first` is the position of the first row, where only a part of a sequence is here.
+    `places_S` are the positions of the rows, of which only some may be here.
     """
-    _, S, D = shape
+    S, D = len(places_S), width
     row = (D + 3) // 4  # counter values per position
-    counter = torch.arange(first * row, (first + S) * row, device=seeds_B.device)
+    counter = (places_S[:, None] * row + torch.arange(row, device=seeds_B.device)).flatten()
     bits = (seeds_B + site)[:, None] + counter * _STRIDE
     bits = _fold(bits, 30) * _MIX_1
     bits = _fold(bits, 27) * _MIX_2
@@ -173,8 +220,8 @@ class Dropout(nn.Module):
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
         if not self.training or self.share == 0.0 or stream.seeds_B is None:
             return x_BSD
-        first = stream.layout.part * x_BSD.shape[1]
-        keep = keep_mask(stream.seeds_B, self.site, x_BSD.shape, self.share, first)
+        width = x_BSD.shape[-1]
+        keep = keep_mask(stream.seeds_B, self.site, width, self.share, stream.places_S)
         # Of a `where` one byte per entry is kept for the backward, of a product the mask's floats.
         return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
 
@@ -228,11 +275,11 @@ class Attention(nn.Module):
             query_BSHK, key_BSGK = rotate(query_BSHK, stream.rope), rotate(key_BSGK, stream.rope)
         key_BGSK = key_BSGK.transpose(1, 2)
         value_BGSK = self._heads(self.value(x_BSD)).transpose(1, 2)
-        causal = stream.causal and stream.mask is None
+        causal = stream.causal and stream.documents_BS is None and stream.valid_BS is None
         if cache is not None:
             causal = causal and cache.length == 0  # a later token sees all that is cached
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
-        return self._attend(query_BSHK, key_BGSK, value_BGSK, stream.mask, causal)
+        return self._attend(query_BSHK, key_BGSK, value_BGSK, stream, causal)
 
     def cross(
         self, x_BSD: Tensor, memory_BTD: Tensor, memory: Stream, cache: AttentionCache | None = None
@@ -246,7 +293,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.key, cache.value = key_BGTK, value_BGTK
         return self._attend(
-            self._heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory.mask, causal=False
+            self._heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory, causal=False
         )
 
     def _attend(
@@ -254,10 +301,15 @@ class Attention(nn.Module):
         query_BSHK: Tensor,
         key_BGSK: Tensor,
         value_BGSK: Tensor,
-        mask: Tensor | None,
+        keys: Stream,
         causal: bool,
     ) -> Tensor:
-        query_BHSK = query_BSHK.transpose(1, 2)
+        query_BHSK, mask = query_BSHK.transpose(1, 2), keys.mask
+        if keys.context.shares:
+            mixed_BHSK = keys.context.attend(
+                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible, causal
+            )
+            return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
         group = query_BHSK.shape[1] // key_BGSK.shape[1]
         if group > 1 and mask is not None:
             # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.

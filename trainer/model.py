@@ -24,6 +24,7 @@ from trainer.layers import (
     AttentionCache,
     Block,
     BlockCache,
+    Context,
     Dropout,
     Embedding,
     Linear,
@@ -32,6 +33,7 @@ from trainer.layers import (
     Stream,
     rotary_angles,
 )
+from trainer.loss import IGNORED
 
 Inputs = dict[str, Tensor]
 Flow = tuple[Tensor, Tensor | None]  # x, and the memory or the stream that waits for it
@@ -93,9 +95,10 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream,
                 dtype: torch.dtype) -> Tensor:  # fmt: skip
-        x_BSD = self.tokens(tokens_BS, dtype)
+        x_BSD = self.tokens(stream.context.take(tokens_BS), dtype)
         if self.positions is not None:
-            x_BSD = x_BSD + stream.layout.own(self.positions(positions_BS, dtype))
+            own_BS = stream.context.take(positions_BS)
+            x_BSD = x_BSD + stream.layout.own(self.positions(own_BS, dtype))
         return self.dropout(x_BSD, stream)
 
 
@@ -117,8 +120,8 @@ class PatchEmbedding(nn.Module):
         if self.class_token is not None:
             first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
             x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
-        x_BPD = stream.layout.own(x_BPD + self.positions.weight.to(dtype))
-        return self.dropout(x_BPD, stream)
+        x_BPD = stream.context.take(x_BPD + self.positions.weight.to(dtype))
+        return self.dropout(stream.layout.own(x_BPD), stream)
 
 
 class Head(nn.Module):
@@ -139,6 +142,8 @@ class Head(nn.Module):
 
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
         x_BSD = stream.whole(self.norm(x_BSD))
+        if self.pool:
+            x_BSD = stream.context.whole(x_BSD, stream.total)
         if self.pool == "class_token":
             x_BSD = x_BSD[:, 0]
         if self.pool == "mean":
@@ -157,6 +162,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.layout = SequenceLayout()
+        self.context = Context()
         embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
         self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
@@ -204,11 +210,16 @@ class Transformer(nn.Module):
 
         Behind the last block: of the logits. With a cache, the memory flows once.
         """
-        config, part = self.config, self.layout.part_length
+        config, context = self.config, self.context if cache is None else Context()
+
+        def part(length: int) -> int:
+            return self.layout.part_length(context.share(length))
+
         if block == self.depth:
             outputs = config.classes if config.family == "encoder" else config.vocab_size
-            lead = inputs["images" if config.family == "encoder" else "tokens"].shape
-            return [(*(lead[:1] if config.family == "encoder" else lead), outputs)]
+            if config.family == "encoder":
+                return [(len(inputs["images"]), outputs)]
+            return [(len(inputs["tokens"]), context.share(inputs["tokens"].shape[1]), outputs)]
         if config.family == "encoder":
             return [(len(inputs["images"]), part(_image_length(config)), config.width)]
         B, S = inputs["tokens"].shape
@@ -218,7 +229,7 @@ class Transformer(nn.Module):
         T = inputs["source"].shape[1]
         if block < self.encoder_depth:
             return [(B, part(T), config.width), target]
-        return [target, (B, T, config.width)]
+        return [target, (B, context.share(T), config.width)]
 
     def _embed(self, inputs: Inputs, streams: dict[str, Stream],
                cache: DecodingCache | None) -> Flow:  # fmt: skip
@@ -238,24 +249,53 @@ class Transformer(nn.Module):
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
-        family, layout, streams = self.config.family, self.layout, {}
-        if family == "encoder":
+        # A token that is written has no sequence to share.
+        context = self.context if cache is None else Context()
+        if self.config.family == "encoder":
+            device = inputs["images"].device
             length = _image_length(self.config)
-            streams["source"] = Stream(length, layout, causal=False, seeds_B=seeds_B)
-            return streams
-        if family == "encoder_decoder":
-            length = inputs["source"].shape[1]
-            positions_BT = torch.arange(length, device=inputs["source"].device)[None]
-            valid_BT = inputs.get("source_valid")
-            mask = None if valid_BT is None else valid_BT[:, None, None, :]
-            rope = self._rope(positions_BT)
-            streams["source"] = Stream(length, layout, False, mask, rope, seeds_B)
-        rope = self._rope(_positions(inputs, cache))
+            return {"source": self._stream(length, context, device, seeds_B)}
+        streams = {}
+        if self.config.family == "encoder_decoder":
+            T, device = inputs["source"].shape[1], inputs["source"].device
+            streams["source"] = self._stream(
+                T, context, device, seeds_B, torch.arange(T, device=device)[None],
+                valid_BS=inputs.get("source_valid"),
+            )  # fmt: skip
         # The target's dropout must not repeat the source's, which shares the embedding.
         seeds_B = None if seeds_B is None else ~seeds_B
-        length = inputs["tokens"].shape[1]
-        streams["target"] = Stream(length, layout, True, _document_mask(inputs), rope, seeds_B)
+        S, device = inputs["tokens"].shape[1], inputs["tokens"].device
+        streams["target"] = self._stream(
+            S, context, device, seeds_B, _positions(inputs, cache), causal=True,
+            documents_BS=inputs.get("documents"),
+        )  # fmt: skip
         return streams
+
+    def _stream(
+        self, total: int, context: Context, device: torch.device, seeds_B: Tensor | None,
+        positions_BS: Tensor | None = None, *, causal: bool = False,
+        documents_BS: Tensor | None = None, valid_BS: Tensor | None = None,
+    ) -> Stream:  # fmt: skip
+        rows_S = context.positions(total, device)
+        stream = Stream(
+            len(rows_S), total, self.layout, context, causal,
+            places_S=self.layout.own(rows_S[None, :, None])[0, :, 0],
+            documents_BS=documents_BS, valid_BS=valid_BS, seeds_B=seeds_B,
+            rope=None if positions_BS is None else self._rope(context.take(positions_BS)),
+        )  # fmt: skip
+        if not context.shares and (documents_BS is not None or valid_BS is not None):
+            stream.mask = stream.visible(rows_S, rows_S)
+        return stream
+
+    def own_targets(self, targets: Tensor) -> Tensor:
+        """Of a micro-batch's targets those that are learned from here."""
+        context = self.context
+        if not context.shares or (targets.dim() == 1 and context.first):
+            return targets
+        if targets.dim() == 1:  # every rank classifies the whole sequence: one counts
+            return torch.full_like(targets, IGNORED)
+        real_S = context.positions(targets.shape[1], targets.device) < targets.shape[1]
+        return torch.where(real_S, context.take(targets), IGNORED)
 
     def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rope":
@@ -285,15 +325,6 @@ def _positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
     start = 0 if cache is None else cache.length
     length = inputs["tokens"].shape[1]
     return torch.arange(start, start + length, device=inputs["tokens"].device)[None]
-
-
-def _document_mask(inputs: Inputs) -> Tensor | None:
-    """(B,1,S,S): same document and not the future; None when plain causal attention does."""
-    if "documents" not in inputs:
-        return None
-    documents_BS = inputs["documents"]
-    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
-    return same_BSS.tril()[:, None]
 
 
 def _hash(*parts: object) -> int:
