@@ -6,6 +6,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any
 
 from conf.layout import (
+    CONTEXT_FAULTS,
     PIPELINE_FAULTS,
     SPLIT_FAULTS,
     batch_problems,
@@ -33,6 +34,7 @@ CHOICES = {
         "local_gradient_norm",
         *SPLIT_FAULTS,
         *PIPELINE_FAULTS,
+        *CONTEXT_FAULTS,
     ),
     "strategy.schedule": tuple(SCHEDULES),
     "strategy.context_method": ("all_gather", "ring", "ulysses"),

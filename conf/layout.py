@@ -7,19 +7,27 @@ from parallel.schedule import problems as schedule_problems
 from parallel.schedule import stages_per_rank, takes
 from trainer.config import ModelConfig, TrainConfig
 
-# Faults that need strategy.tensor, or strategy.pipeline, above 1.
+# Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
 SPLIT_FAULTS = (
     "skip_input_gradient_sum",
     "skip_output_sum",
     "skip_sequence_gather",
     "skip_vocabulary_mask",
 )
+CONTEXT_FAULTS = ("skip_ring_step",)
 PIPELINE_FAULTS = ("stale_stage_input", "skip_tied_gradient_sum", "local_loss_scale")
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """What is wrong with a resolved strategy for a door's configuration, but for its model."""
     found = _fault(getattr(config, "fault", ""), strategy)
+    data = getattr(config, "data", None)
+    if data is not None and data.kind != "images" and data.seq_len < 2 * strategy.context > 2:
+        found.append(
+            f"strategy.context={strategy.context} gives each rank two pieces of every sequence, "
+            f"but data.seq_len={data.seq_len}; set strategy.context={max(1, data.seq_len // 2)} or "
+            "less"
+        )
     compiles = getattr(config, "compile", False)
     if strategy.async_tensor and (strategy.tensor == 1 or not compiles):
         found.append(
@@ -32,7 +40,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
 
 def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Why a model's layers cannot be spread so; empty = they can."""
-    return splits(model, strategy.tensor) + _stages(model, strategy)
+    return splits(model, strategy.tensor) + _shares(model, strategy) + _stages(model, strategy)
 
 
 def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
@@ -75,6 +83,20 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
     return share // (enough[0] if enough else max(counts, default=1))
 
 
+def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why attention cannot trade positions for heads over the context axis."""
+    heads = model.heads // strategy.tensor
+    if strategy.context_method != "ulysses" or heads % strategy.context == 0:
+        return []
+    fit = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+    each = f" on each of strategy.tensor={strategy.tensor} ranks" if strategy.tensor > 1 else ""
+    return [
+        f"strategy.context={strategy.context} does not divide the {heads} heads{each}, which "
+        f"strategy.context_method=ulysses deals out; try strategy.context={fit}, or "
+        "strategy.context_method=ring or all_gather"
+    ]
+
+
 def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Why a model cannot be cut into the pipeline's stages."""
     if strategy.pipeline == 1:
@@ -111,6 +133,10 @@ def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
     """Why a fault cannot be planted in this layout."""
     if fault in SPLIT_FAULTS and strategy.tensor == 1:
         return [f"fault={fault} is one of split layers; set strategy=tensor"]
+    if fault in CONTEXT_FAULTS and (strategy.context == 1 or strategy.context_method != "ring"):
+        return [
+            f"fault={fault} is one of a ring; set strategy=context strategy.context_method=ring"
+        ]
     if fault in PIPELINE_FAULTS and strategy.pipeline == 1:
         return [f"fault={fault} is one of a pipeline; set strategy=pipeline"]
     if fault == "skip_sequence_gather" and not strategy.sequence_parallel:

@@ -93,12 +93,26 @@ def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
     if used == 1:
         return (
             f"{world_size} ranks were started but {_product(strategy)} uses one; start 1 rank, "
-            "or choose strategy=ddp or strategy=fsdp"
+            "or choose strategy=ddp or strategy=fsdp, or set degrees whose product is "
+            f"{world_size}, e.g. strategy.shard={world_size}"
         )
+    near = _near_layouts(strategy, used, world_size)
+    instead = f"; {world_size} ranks fit {' or '.join(near)}" if near else ""
     return (
         f"{world_size} ranks were started but {_product(strategy)} uses {used}; "
-        f"start {used} ranks {HOW}, or set one degree to -1 (all ranks that are left)"
+        f"start {used} ranks {HOW}, or set one degree to -1 (all ranks that are left){instead}"
     )
+
+
+def _near_layouts(strategy: StrategyConfig, used: int, world_size: int) -> list[str]:
+    """Strategies for these ranks that differ in one degree from the one that was asked for."""
+    near = []
+    for axis, degree in degrees(strategy).items():
+        others = used // degree
+        if degree > 1 and world_size % others == 0:
+            changes: dict[str, Any] = {axis: world_size // others}
+            near.append(_product(replace(strategy, **changes)))
+    return near
 
 
 def _indivisible(strategy: StrategyConfig, fixed: int, world_size: int) -> str:

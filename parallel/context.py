@@ -28,6 +28,7 @@ class ContextSplit:
     """The context axis: which positions a rank has, and attention over those of all ranks."""
 
     shares = True
+    ring = Ring
 
     def __init__(self, group: dist.ProcessGroup, method: str):
         assert method in METHODS, method
@@ -73,7 +74,7 @@ class ContextSplit:
         assert queries % 2 == 0 and query_BHSK.shape[1] % key_BGTK.shape[1] == 0
         if self.method == RING and parts > 1:
             both_2BGTK = torch.stack((key_BGTK, value_BGTK))
-            ring = Ring(self.group, key_length, visible, causal)
+            ring = self.ring(self.group, key_length, visible, causal)
             return RingAttention.apply(query_BHSK, both_2BGTK, ring)
         if self.method == ULYSSES and parts > 1:
             query_BHRK = _to_heads(query_BHSK, self.group)

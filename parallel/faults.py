@@ -17,6 +17,7 @@ from parallel.apply import parallelize
 from parallel.collectives import Gather, padded
 from parallel.ddp import sum_gradients
 from parallel.pipeline import LossOf, Pipeline, Stage
+from parallel.ring import Ring, Tile
 from parallel.tensor import SEQUENCE_DIM, TensorSplit
 from parallel.worker import Worker
 
@@ -147,6 +148,22 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
+class _ShortRing(Ring):
+    """A ring that stops one step early: a rank never meets its successor's keys."""
+
+    def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
+        left_out = (self.group.rank() + 1) % self.group.size()
+        return None if owner == left_out else super().tile(query_BHSK, keys, owner)
+
+
+def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
+    """Ring attention leaves out the last step."""
+    worker = parallelize(*args, **kwargs)
+    assert worker.context is not None  # the check of the configuration has seen to it
+    worker.context.ring = _ShortRing  # type: ignore[misc]
+    return worker
+
+
 def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
     """A stage works on what it had received before: the first micro-batch's, for all of them."""
     worker = parallelize(*args, **kwargs)
@@ -214,4 +231,5 @@ PIPELINE_FAULTS = {
 FAULTS = {
     fault.__name__: fault for fault in (skip_gradient_sum, local_target_count, local_gradient_norm)
 }
-FAULTS |= SPLIT_FAULTS | PIPELINE_FAULTS
+CONTEXT_FAULTS = {skip_ring_step.__name__: skip_ring_step}
+FAULTS |= SPLIT_FAULTS | PIPELINE_FAULTS | CONTEXT_FAULTS

@@ -175,15 +175,15 @@ def test_help_tells_what_a_key_means(monkeypatch, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "optim.lr=0.5 peak learning rate" in text
     assert "bucket_mib=25.0 DDP: MiB of gradients per all-reduce" in text  # the comment above
-    assert "strategy ddp fsdp hsdp pipeline single" in text
+    assert "strategy context ddp fsdp hsdp hybrid pipeline single" in text
 
 
 MISTAKES = {
     "optm.lr=1": "optm.lr does not exist; did you mean optim.lr?",
     "lr=1": "lr does not exist; did you mean optim.lr?",
     "modle=gpt2": "modle does not exist; did you mean model?",
-    "strategy=dpp": "strategy=dpp does not exist; strategy is one of ddp, fsdp, hsdp, pipeline, "
-    "single, tensor; "
+    "strategy=dpp": "strategy=dpp does not exist; strategy is one of context, ddp, fsdp, hsdp, "
+    "hybrid, pipeline, single, tensor; "
     "did you mean strategy=ddp?",
     "strategy=5": "a group's option is a name; --help lists them",
     "steps=abc": "steps=abc must be a whole number",

@@ -163,7 +163,8 @@ class VerifyConfig:
     # Plants a fault to be caught: skip_gradient_sum | local_target_count | local_gradient_norm;
     # with strategy.tensor above 1 skip_input_gradient_sum | skip_output_sum |
     # skip_sequence_gather | skip_vocabulary_mask; in a pipeline stale_stage_input |
-    # skip_tied_gradient_sum | local_loss_scale; empty = off.
+    # skip_tied_gradient_sum | local_loss_scale; with strategy.context_method=ring skip_ring_step;
+    # empty = off.
     fault: str = ""
 
 

@@ -136,12 +136,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
 def spans(name: str, parameter: Tensor, worker: Worker) -> str:
     """The mesh axes that a parameter is split on or its gradient summed over."""
     axes = set(parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ())
-    axes |= {
-        "pipeline",
-        "context",
-        *DATA_AXES,
-        *(("tensor",) if name in worker.partial_gradients() else ()),
-    }
+    axes |= {"pipeline", "context", *DATA_AXES}
+    axes |= {"tensor"} if name in worker.partial_gradients() else set()
     return " × ".join(axis for axis in AXES if axis in axes and worker.mesh[axis].size() > 1)
 
 
