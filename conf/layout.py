@@ -35,6 +35,12 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
             f"strategy.tensor above 1, but strategy.tensor={strategy.tensor} and "
             f"compile={str(compiles).lower()}; set compile=true, or strategy.async_tensor=false"
         )
+    metrics = getattr(config, "metrics", None)
+    if metrics is not None and metrics.timeline and strategy.pipeline == 1:
+        found.append(
+            "metrics.timeline=true draws a pipeline's schedule, but strategy.pipeline=1; set "
+            "strategy=pipeline, or metrics.timeline=false"
+        )
     return found
 
 

@@ -7,6 +7,7 @@ same micro-batches, nothing but (x, memory) travels, in the shapes that each mic
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
@@ -22,7 +23,9 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from parallel.collectives import all_reduce
 from parallel.config import StrategyConfig
 from parallel.gradients import local
+from parallel.recording import Recording
 from parallel.schedule import SCHEDULES, placed, stages_per_rank
+from parallel.simulate import Action
 
 Flow = tuple[Tensor | None, ...]
 LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) -> loss
@@ -113,7 +116,8 @@ class Stage:
     ) -> Tensor | Flow:
         """Compute; the last stage returns logits."""
         inputs = [tensor.requires_grad_() for tensor in self._inputs.pop(number, [])]
-        output = self._pipeline.compute(number, self.blocks, inputs)
+        with self._pipeline.recorded(self.stage_index, "F", number):
+            output = self._pipeline.compute(number, self.blocks, inputs)
         flows = (output,) if isinstance(output, Tensor) else output
         self._computed[number] = [tensor for tensor in flows if tensor is not None], inputs
         return output
@@ -147,6 +151,10 @@ class Stage:
         last_backward: bool = False,
     ) -> None:  # fmt: skip
         """Gradients of inputs and weights; without `full_backward` those of weights come later."""
+        with self._pipeline.recorded(self.stage_index, "B" if full_backward else "I", number):
+            self._backward(number, loss, full_backward)
+
+    def _backward(self, number: int, loss: Tensor | None, full_backward: bool) -> None:
         outputs, inputs = self._computed.pop(number)
         grads = self._output_grads.pop(number, None)
         if loss is not None:
@@ -169,7 +177,8 @@ class Stage:
 
     def backward_weight_one_chunk(self, number: int, last_backward: bool = False) -> None:
         """The gradients of weights that were left for later."""
-        self._weight_jobs.pop(number)()
+        with self._pipeline.recorded(self.stage_index, "W", number):
+            self._weight_jobs.pop(number)()
 
     def get_bwd_send_ops(self, number: int) -> list[dist.P2POp]:
         """Post the sending of the gradients of what has flowed in."""
@@ -197,12 +206,13 @@ class Pipeline:
         self.model, self.group, self.rank = model, group, group.rank()
         self.runs, self.placement = list(runs), placement  # of each stage: blocks, rank
         self.device, self.dtype = device, dtype
-        self._strategy, self._schedules = strategy, dict[int, Any]()
+        self.strategy, self._schedules = strategy, dict[int, Any]()
         own = [stage for stage, rank in enumerate(placement) if rank == self.rank]
         self.stages = [Stage(index, self) for index in own]
         self._micro_batches: list[dict[str, Tensor]] = []
         self._loss_of: LossOf | None = None
         self.tied: Tensor | None = None  # a parameter that another rank has too
+        self.recording: Recording | None = None  # of the step that is to come
         all_reduce(torch.zeros(1, device=device), group)  # opens the group's connections
 
     @property
@@ -230,6 +240,8 @@ class Pipeline:
         count = len(micro_batches)
         if count not in self._schedules:
             self._schedules[count] = self._new_schedule(count)
+        if self.recording is not None:
+            self.recording.start()
         self._schedules[count].step(target=torch.arange(count), return_outputs=False)
         if fsdp is not None:
             _reduce_gradients(fsdp)
@@ -237,17 +249,24 @@ class Pipeline:
 
     def _new_schedule(self, micro_batches: int) -> Any:
         options = {"loss_fn": self._loss, "scale_grads": False}
-        if self._strategy.schedule_csv:
+        if self.strategy.schedule_csv:
             own = schedules._PipelineScheduleRuntime(self.stages, micro_batches, **options)
-            own._load_csv(self._strategy.schedule_csv)
+            own._load_csv(self.strategy.schedule_csv)
             return own
-        rules = SCHEDULES[self._strategy.schedule]
+        rules = SCHEDULES[self.strategy.schedule]
         stages = self.stages[0] if rules.most_stages == 1 else self.stages
         return getattr(schedules, rules.torch_class)(stages, micro_batches, **options)
 
     def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
         assert self._loss_of is not None
-        return self._loss_of(logits, int(number))
+        with self.recorded(len(self.runs) - 1, "F", int(number)):  # it is part of that forward
+            return self._loss_of(logits, int(number))
+
+    def recorded(self, stage: int, kind: str, number: int) -> AbstractContextManager[None]:
+        """Around what an action computes: a span of the recording, if there is one."""
+        if self.recording is None:
+            return nullcontext()
+        return self.recording.span(Action(stage, kind, number))
 
     def compute(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
         """One stage's forward of a micro-batch."""

@@ -17,6 +17,7 @@ from parallel.context import ContextSplit
 from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
 from parallel.pipeline import LossOf, Pipeline
+from parallel.recording import Recording
 from parallel.tensor import TensorSplit
 
 MicroBatch = dict[str, Tensor]
@@ -112,6 +113,18 @@ class Worker:
         for number, micro_batch in enumerate(inputs):
             with self._reducing(number == len(inputs) - 1):
                 loss_of(self._wrapped(micro_batch), number).backward()
+
+    @contextmanager
+    def recording(self) -> Iterator[Recording]:
+        """Record what the ranks of a pipeline compute when, in the step inside."""
+        pipeline = self.pipeline
+        assert pipeline is not None, "metrics.timeline is refused without one"
+        name = pipeline.strategy.schedule_csv or pipeline.strategy.schedule
+        pipeline.recording = Recording(name, pipeline.group, self.device)
+        try:
+            yield pipeline.recording
+        finally:
+            pipeline.recording = None
 
     def forward(self, inputs: MicroBatch, cache: Any = None) -> Tensor:
         """The model's logits, all classes on every rank; inside `evaluating` only."""

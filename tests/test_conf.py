@@ -151,6 +151,8 @@ BAD = {
     "strategy=pipeline strategy.schedule=gpip": "did you mean gpipe?",
     "strategy=tensor strategy.async_tensor=true": "strategy.tensor=2 and compile=false; "
     "set compile=true",
+    "metrics.timeline=true": "metrics.timeline=true draws a pipeline's schedule, but "
+    "strategy.pipeline=1; set strategy=pipeline, or metrics.timeline=false",
     "strategy=tensor model.heads=3 model.width=96 model.kv_heads=0": "strategy.tensor=2 does not "
     "divide model.heads=3; try 1, 3",
 }
@@ -173,6 +175,11 @@ def test_heads_that_a_tensor_degree_fits():
     ]
     odd = (*many, "model.heads=12", "model.kv_heads=6", "model.width=384")
     assert found(*SIZES, *odd, world_size=4)[0].endswith("try 1, 2, 3, 6, 12")
+
+
+def test_a_pipelines_schedule_can_be_drawn():
+    overrides = ("strategy=pipeline", "metrics.timeline=true")
+    assert found(*SIZES, *overrides, world_size=2) == []
 
 
 def test_a_fault_must_have_its_place():

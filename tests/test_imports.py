@@ -13,8 +13,8 @@ FILES = {
     for path in (ROOT / package).rglob("*.py")
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-# Extras that a machine may not have are imported where they are used.
-OPTIONAL = {"wandb", "datasets"}
+# Imported where they are used: extras that a machine may not have, and matplotlib for one picture.
+OPTIONAL = {"wandb", "datasets", "trainer.timeline"}
 # What knows no ranks.
 PLAIN = ("trainer.model", "trainer.layers", "trainer.loss", "trainer.optim", "trainer.tokenizer")
 # What answers before torch is loaded.
@@ -90,8 +90,16 @@ def test_what_answers_at_once_loads_no_torch(module):
 @pytest.mark.parametrize("module", FILES)
 def test_imports_stand_on_top(module):
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
-    inside = {name.split(".")[0] for function in functions for name in imports(function)}
-    assert inside <= OPTIONAL
+    inside = {name for function in functions for name in imports(function)}
+    assert all(name in OPTIONAL or name.split(".")[0] in OPTIONAL for name in inside)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_loads_matplotlib_but_a_picture(module):
+    on_top = [node for node in TREES[module].body if isinstance(node, ast.Import | ast.ImportFrom)]
+    loaded = {name for node in on_top for name in imports(node)}
+    assert "trainer.timeline" not in loaded
+    assert module == "trainer.timeline" or "matplotlib" not in packages(module)
 
 
 @pytest.mark.parametrize("module", FILES)

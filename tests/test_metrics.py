@@ -221,6 +221,22 @@ def test_due_is_the_same_on_all_ranks(tmp_path: Path, first: bool) -> None:
         assert [step for step in range(1, 26) if recorder.due(step)] == [10, 20, 25]
 
 
+@pytest.mark.parametrize(
+    ("start_step", "steps", "drawn"), [(0, 8, [5]), (0, 3, [3]), (20, 40, [25]), (8, 8, [])]
+)
+def test_one_step_is_drawn_after_warm_up(
+    tmp_path: Path, start_step: int, steps: int, drawn: list[int]
+) -> None:
+    config = MetricsConfig(timeline=True)
+    options = {"start_step": start_step, "steps": steps}
+    taken = range(start_step + 1, steps + 1)
+    for first in (True, False):  # the ranks record it together
+        with make(tmp_path, config=config, first=first, **options) as recorder:
+            assert [step for step in taken if recorder.draws(step)] == drawn
+    with make(tmp_path, **options) as recorder:
+        assert not any(recorder.draws(step) for step in taken)
+
+
 @pytest.mark.parametrize(("steps", "first_traced"), [(16, 10), (5, 3)])
 def test_profiler_traces_the_steps_after_warm_up(
     tmp_path: Path, steps: int, first_traced: int

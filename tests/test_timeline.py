@@ -85,16 +85,15 @@ def test_numbers_that_do_not_fit_are_left_out():
 
 def test_heading_has_the_bubble_beside_the_formula():
     ran = simulate(actions("1f1b", 2, 1, 4), lambda action: 1 if action.kind == "F" else 1.5)
-    assert heading(ran, "1f1b", 2, 1, 4) == (
+    assert heading(ran, "1f1b") == (
         "1f1b: 2 ranks, 4 micro-batches, bubble 20.0 %, by formula 20.0 %"
     )
     # Rank 0 is busy for all of 36, rank 1 for 24.
     slow = simulate(actions("zbv", 2, 2, 4), lambda action: 1 + (action.stage == 0))
-    assert heading(slow, "zbv", 2, 2, 4).endswith(
-        "4 micro-batches, bubble 16.7 %, by formula 4.0 %"
+    assert heading(slow, "zbv") == (
+        "zbv: 2 ranks × 2 stages, 4 micro-batches, bubble 16.7 %, by formula 4.0 %"
     )
-    own = heading(ran, "own.csv", 2, 2, 4)
-    assert own == "own.csv: 2 ranks × 2 stages, 4 micro-batches, bubble 20.0 %"
+    assert heading(ran, "own.csv") == "own.csv: 2 ranks, 4 micro-batches, bubble 20.0 %"
 
 
 def test_help_does_not_load_it():

@@ -109,6 +109,8 @@ class MetricsConfig:
 
     every: int = 10  # steps between lines on the console and in metrics.jsonl
     sample_tokens: int = 120  # length of the text shown at the end of a language-model run; 0 = off
+    # Pipeline: draw when each rank computed what, of the 5th step, in run_dir/timeline.png.
+    timeline: bool = False
     profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "samestep"  # project of the runs on wandb

@@ -1,6 +1,8 @@
 """Training: build everything, then take the same steps whatever the layout."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -120,7 +122,9 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
     """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
     recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
-        step = take_step(config, state, next(loader))
+        micro_batches = next(loader)
+        with drawn(state, recorder):
+            step = take_step(config, state, micro_batches)
         recorder.step_done()
         if recorder.due(state.step):
             report(config, state, step, loader, recorder)
@@ -132,6 +136,18 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
             stop_if_bad(state, config.run_dir)
             with recorder.pause():
                 save(Path(config.run_dir), config.checkpoint.keep, state)
+
+
+@contextmanager
+def drawn(state: TrainState, recorder: Recorder) -> Iterator[None]:
+    """Around a step: the one that metrics.timeline asks for is recorded, and drawn."""
+    if not recorder.draws(state.step + 1):
+        yield
+        return
+    with state.worker.recording() as recording:
+        yield
+    with recorder.pause():
+        recorder.timeline(state.step, recording.gather(), recording.schedule)
 
 
 def report(config: TrainConfig, state: TrainState, step: Step, loader: TrainLoader,

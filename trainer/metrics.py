@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the console, a profiler's trace and, mirrored, wandb.
+"""What a run tells: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb.
 
 One rank writes. Everything here is plain Python on numbers that the loop already has; the one thing
 it asks of the device is to be idle where a pause begins and ends, so that times are right.
@@ -9,7 +9,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -19,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from parallel.simulate import Span
 from trainer.config import MetricsConfig
 from trainer.flops import peak_flops
 from trainer.tracker import Tracker
 
 PROFILER_WARMUP_STEPS = 10
+DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
 SHOWN_WAIT_SHARE = 0.01  # the live bar mentions waiting for data from here on
 
 
@@ -244,6 +246,11 @@ class Recorder:
         """
         return step % self._config.every == 0 or step == self._steps
 
+    def draws(self, step: int) -> bool:
+        """Whether this step is the one whose timeline is drawn; the same on every rank."""
+        drawn = min(self._start_step + DRAWN_STEP, self._steps)
+        return self._config.timeline and step == drawn
+
     def training(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, wait_seconds: float
     ) -> None:
@@ -274,6 +281,16 @@ class Recorder:
         if self._first:
             self._file.append({"step": step, "split": split, **values})
             self._display.evaluation(step, split, values)
+
+    def timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
+        """Draw a pipeline's step as it ran."""
+        if not self._first:
+            return
+        from trainer.timeline import draw, heading  # noqa: PLC0415 (loads matplotlib: 0.5 s)
+
+        path, title = self._run_dir / "timeline.png", heading(spans, schedule)
+        draw(spans, path, f"step {step}, {title}")
+        self.say(f"timeline of step {step}: {path} ({title})")
 
     def say(self, text: str) -> None:
         """One line on the console."""

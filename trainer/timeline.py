@@ -25,14 +25,17 @@ DIGIT = 0.7  # a digit and its share of the margin, of a font's size
 BRIGHT = 0.5  # from this luminance on a number is dark
 
 
-def heading(spans: Sequence[Span], schedule: str, ranks: int, stages_per_rank: int,
-            micro_batches: int) -> str:  # fmt: skip
+def heading(spans: Sequence[Span], schedule: str) -> str:
     """What a picture shows: the bubble as it was, beside the formula of a schedule by name."""
-    stages = f" × {stages_per_rank} stages" if stages_per_rank > 1 else ""
-    parts = [f"{schedule}: {ranks} ranks{stages}, {micro_batches} micro-batches"]
+    ranks, stages, micro_batches = (
+        len({getattr(span, name) for span in spans}) for name in ("rank", "stage", "micro_batch")
+    )
+    per_rank = stages // ranks
+    each = f" × {per_rank} stages" if per_rank > 1 else ""
+    parts = [f"{schedule}: {ranks} ranks{each}, {micro_batches} micro-batches"]
     parts.append(f"bubble {100 * bubble(spans):.1f} %")
     if schedule in SCHEDULES:
-        formula = bubble_formula(schedule, ranks, micro_batches, stages_per_rank)
+        formula = bubble_formula(schedule, ranks, micro_batches, per_rank)
         parts.append(f"by formula {100 * formula:.1f} %")
     return ", ".join(parts)
 

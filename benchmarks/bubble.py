@@ -1,0 +1,110 @@
+"""How long two CPU ranks are idle in a pipeline: measured, by formula, and simulated.
+
+`python benchmarks/bubble.py [width] [blocks] [micro-batches of 128 tokens] [steps]` starts the
+ranks itself, each on a core of its own where there are as many. Every schedule takes as many
+recorded steps, in turn. Simulated: the schedule's own lists with the median time of each stage's
+actions, as if messages took no time and no action ever waited for the machine.
+"""
+
+import os
+import statistics
+import sys
+from collections import defaultdict
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from parallel.actions import actions
+from parallel.config import StrategyConfig
+from parallel.pool import RankPool
+from parallel.runtime import Runtime
+from parallel.schedule import SCHEDULES, bubble_formula, stages_per_rank, takes
+from parallel.simulate import Action, Span, bubble, simulate
+from parallel.worker import Worker
+from trainer.build import parallel_model
+from trainer.config import ModelConfig
+from trainer.precision import PRECISIONS
+
+RANKS, SEQ_LEN, WARMUP_STEPS = 2, 128, 2
+
+
+def strategy_of(schedule: str) -> StrategyConfig:
+    """A pipeline of two ranks."""
+    return StrategyConfig(pipeline=RANKS, schedule=schedule)
+
+
+def workers(width: int, blocks: int, micro_batches: int, runtime: Runtime) -> dict[str, Worker]:
+    """A pipeline of each schedule, cut where stages have equally many blocks."""
+    config = ModelConfig(
+        layers=blocks, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
+        vocab_size=256, max_positions=SEQ_LEN, tied=False,
+    )  # fmt: skip
+    return {
+        schedule: parallel_model(config, strategy_of(schedule), runtime, PRECISIONS["fp32"])
+        for schedule in SCHEDULES
+        if takes(schedule, RANKS, micro_batches)
+    }
+
+
+def measure(
+    runtime: Runtime, width: int, blocks: int, micro_batches: int, steps: int
+) -> dict[str, list[list[Span]]]:
+    """The spans of every step, by schedule; on the first rank."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[runtime.rank % len(cores)]})
+    pipelines = workers(width, blocks, micro_batches, runtime)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (micro_batches, 1, SEQ_LEN + 1), generator=generator)
+    batches = [{"tokens": i[:, :-1].contiguous(), "targets": i[:, 1:].contiguous()} for i in ids]
+    found: dict[str, list[list[Span]]] = {schedule: [] for schedule in pipelines}
+    for step in range(WARMUP_STEPS + steps):
+        for schedule, worker in pipelines.items():
+            worker.zero_grad()
+            with worker.recording() as recording:
+                worker.forward_backward(batches)
+            spans = recording.gather()
+            if step >= WARMUP_STEPS:
+                found[schedule].append(spans)
+    os.sched_setaffinity(0, cores)
+    return found
+
+
+def simulated(schedule: str, micro_batches: int, steps: list[list[Span]]) -> float:
+    """The bubble of a schedule's lists whose actions take their stage's median time."""
+    times: dict[tuple[int, str], list[float]] = defaultdict(list)
+    for span in (span for spans in steps for span in spans):
+        times[span.stage, span.kind].append(span.end - span.start)
+    cost = {action: statistics.median(seconds) for action, seconds in times.items()}
+
+    def cost_of(action: Action) -> float:
+        return cost[action.stage, action.kind]
+
+    stages = stages_per_rank(strategy_of(schedule))
+    return bubble(simulate(actions(schedule, RANKS, stages, micro_batches), cost_of))
+
+
+if __name__ == "__main__":
+    defaults = (512, 8, 4, 10)
+    numbers = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
+    pool = RankPool(RANKS)
+    found = pool.run(RANKS, measure, *numbers, timeout_seconds=3600.0)[0]
+    pool.close()
+    width, blocks, micro_batches, steps = numbers
+    table = Table(
+        "schedule", "bubble, median", "least and most", "formula", "simulated", "step, median ms",
+        title=f"{blocks} blocks of width {width}, {micro_batches} × {SEQ_LEN} tokens, {RANKS} CPU "
+        f"ranks, {steps} steps",
+    )  # fmt: skip
+    for schedule, ran in found.items():
+        shares = [100 * bubble(spans) for spans in ran]
+        lengths = [max(span.end for span in spans) for spans in ran]
+        stages = stages_per_rank(strategy_of(schedule))
+        formula = 100 * bubble_formula(schedule, RANKS, micro_batches, stages)
+        table.add_row(
+            schedule, f"{statistics.median(shares):.1f} %",
+            f"{min(shares):.1f} to {max(shares):.1f}", f"{formula:.1f} %",
+            f"{100 * simulated(schedule, micro_batches, ran):.1f} %",
+            f"{1000 * statistics.median(lengths):.0f}",
+        )  # fmt: skip
+    Console().print(table)
