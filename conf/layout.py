@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from parallel.config import StrategyConfig, data_degree
+from parallel.config import ConfigError, StrategyConfig, data_degree
+from parallel.schedule import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
 from parallel.schedule import problems as schedule_problems
-from parallel.schedule import stages_per_rank, takes
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig, VerifyConfig
 
 # Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
 SPLIT_FAULTS = (
@@ -16,6 +16,7 @@ SPLIT_FAULTS = (
 )
 CONTEXT_FAULTS = ("skip_ring_step",)
 PIPELINE_FAULTS = ("stale_stage_input", "skip_tied_gradient_sum", "local_loss_scale")
+VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
@@ -41,7 +42,50 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
             "metrics.timeline=true draws a pipeline's schedule, but strategy.pipeline=1; set "
             "strategy=pipeline, or metrics.timeline=false"
         )
+    if strategy.pipeline > 1:
+        found += _schedule(config, strategy)
     return found
+
+
+def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
+    """Why a schedule does not go with what else is asked for."""
+    found: list[str] = []
+    # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
+    if isinstance(config, VerifyConfig) or not (
+        isinstance(config, TrainConfig) or strategy.schedule_csv
+    ):
+        found = schedule_problems(
+            strategy.schedule, strategy.pipeline, stages_per_rank(strategy),
+            VERIFIED * strategy.pipeline, strategy.schedule_csv,
+        )  # fmt: skip
+    try:
+        return found + _one_pass(config, strategy)
+    except ConfigError:
+        return found  # told where the schedule's lists are checked
+
+
+def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
+    """What does not go with a backward in two passes.
+
+    A compiled graph has but one, and what is recomputed would be for each layer's weights anew.
+    """
+    asked = []
+    if getattr(config, "compile", False):
+        asked.append(("compile", "true", "false"))
+    mode = getattr(config, "activation_checkpointing", "none")
+    if mode != "none":
+        asked.append(("activation_checkpointing", mode, "none"))
+    if not asked or not splits_backward(strategy):
+        return []
+    fit = " or ".join(n for n, rules in SCHEDULES.items() if not rules.splits_backward)
+    name, other = f"strategy.schedule={strategy.schedule}", f"strategy.schedule={fit}"
+    if strategy.schedule_csv:
+        name, other = f"{CSV_KEY}={strategy.schedule_csv}", "write B for I and W there"
+    return [
+        f"{key}={value} needs a backward in one pass, but {name} computes gradients of inputs and "
+        f"of weights apart; set {key}={off}, or {other}"
+        for key, value, off in asked
+    ]
 
 
 def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:

@@ -1,8 +1,9 @@
 """Closed forms of what a layout costs; the tests hold them against what is counted."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from parallel.config import StrategyConfig
 
@@ -37,13 +38,14 @@ def step_bytes(
     blocks: Iterable[Shape], others: Iterable[Shape], strategy: StrategyConfig,
     micro_batches: int, compute_bytes: int, reduce_bytes: int,
 ) -> StepBytes:  # fmt: skip
-    """What a step must move for its gradients and, with shards, its weights.
+    """What a step must move for a rank's gradients and, with shards, its weights.
 
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
     DDP: one all-reduce of the gradients. FSDP, per micro-batch: two all-gathers of the blocks (one
     with reshard_after_forward=false) and one of the others, which stay gathered from the forward's
-    end to the backward's start, and one reduce-scatter of the gradients. Hybrid sharding adds one
-    all-reduce of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
+    end to the backward's start, and one reduce-scatter of the gradients; in a pipeline one of each
+    per step, as weights stay gathered over the micro-batches. Hybrid sharding adds one all-reduce
+    of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
     """
     shards, replicas = strategy.shard, strategy.replicate
     inside = sum(_elements(shape, shards) for shape in blocks)
@@ -51,12 +53,30 @@ def step_bytes(
     whole = inside + outside
     if shards == 1:
         return StepBytes(all_reduce=whole * reduce_bytes if replicas > 1 else 0)
-    gathers = 2 if strategy.reshard_after_forward else 1
+    staged = strategy.pipeline > 1
+    times = 1 if staged else micro_batches
+    gathers = 2 if strategy.reshard_after_forward and not staged else 1
     return StepBytes(
         all_reduce=whole * reduce_bytes // shards if replicas > 1 else 0,
-        all_gather=micro_batches * (gathers * inside + outside) * compute_bytes,
-        reduce_scatter=micro_batches * whole * reduce_bytes,
+        all_gather=times * (gathers * inside + outside) * compute_bytes,
+        reduce_scatter=times * whole * reduce_bytes,
     )
+
+
+def stage_bytes(
+    flows: Sequence[Iterable[Shape]], placement: Sequence[int], rank: int, compute_bytes: int
+) -> StepBytes:
+    """What a rank of a pipeline sends for one micro-batch to the ranks of neighbouring stages.
+
+    `flows` are the shapes of what flows into each stage, `placement` is the rank of each. Over a
+    border between two ranks activations go on, and gradients of the same shapes come back (GPipe,
+    arXiv 1811.06965, section 2.2): either rank sends as much. Stages on one rank send nothing.
+    """
+    sent = 0
+    for stage, ends in enumerate(pairwise(placement), 1):
+        if ends[0] != ends[1] and rank in ends:
+            sent += sum(math.prod(shape) for shape in flows[stage]) * compute_bytes
+    return StepBytes(send=sent)
 
 
 @dataclass(frozen=True)
@@ -68,6 +88,7 @@ class SplitSequence:
     branches: int  # residual branches: a norm, a split layer, a sum
     starts: int = 1  # sums without a norm before: token embeddings
     ends: int = 1  # norms without a sum behind: before the output, or the encoder's last
+    backwards: int = 1  # 2 where gradients of inputs and of weights are computed apart
 
 
 def tensor_bytes(
@@ -77,7 +98,9 @@ def tensor_bytes(
 
     Whole sequences on every rank: Megatron-LM's f and g, an all-reduce per branch in each direction
     (arXiv 1909.08053, figure 4). Sequence parallelism: an all-gather and a reduce-scatter in its
-    place, and one all-gather more in the backward (arXiv 2205.05198, section 4.2).
+    place, and one all-gather more in the backward (arXiv 2205.05198, section 4.2). Where a pipeline
+    splits the backward it is one more in either half, as autograd asks for what it has kept of a
+    layer in both.
     """
     total = StepBytes()
     for sequence in sequences:
@@ -89,7 +112,7 @@ def tensor_bytes(
         padded = math.ceil(sequence.length / strategy.tensor) * strategy.tensor
         moved = sequence.samples * padded * width * compute_bytes
         total += StepBytes(
-            all_gather=(3 * sequence.branches + once) * moved,
+            all_gather=((2 + sequence.backwards) * sequence.branches + once) * moved,
             reduce_scatter=(2 * sequence.branches + once) * moved,
         )
     return total

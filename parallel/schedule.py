@@ -34,7 +34,7 @@ class Schedule:
     v_shaped: bool = False  # rank 0 has the first stage and the last, not stages 0, ranks, …
     least_micro_batches: int = 0  # per rank of the pipeline; 0 = one is enough
     whole_rounds: bool = False  # micro-batches go in rounds, of at least as many as ranks
-    splits_backward: bool = False  # gradients of inputs and of weights apart; not with compile
+    splits_backward: bool = False  # gradients of inputs and of weights apart, in two passes
 
 
 SCHEDULES = {
@@ -94,6 +94,14 @@ def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
     # torch makes as many rounds as are full, and each has equally many micro-batches.
     rounds = max(1, micro_batches // ranks)
     return not rules.whole_rounds or micro_batches % rounds == 0
+
+
+def splits_backward(strategy: StrategyConfig) -> bool:
+    """Whether gradients of inputs and of weights are computed apart; ConfigError as `read_csv`."""
+    if not strategy.schedule_csv:
+        return SCHEDULES[strategy.schedule].splits_backward
+    lists = _lists(strategy.schedule_csv, strategy.pipeline)
+    return any(action.kind in "IW" for listed in lists.values() for action in listed)
 
 
 def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_rank: int) -> float:

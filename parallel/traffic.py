@@ -25,7 +25,7 @@ class Traffic(TorchDispatchMode):
     The payload of an all-reduce is the reduced tensor, of an all-gather the gathered one, of a
     reduce-scatter and an all-to-all the one before. What a ring puts on each rank's wire follows
     from it: twice (n-1)/n of an all-reduce's payload, once (n-1)/n of the others'. An all-to-all
-    that has something for one other rank only is a "send": all of it is on the wire.
+    that has something for one other rank only is a "send" too: all of it is on the wire.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Traffic(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if func.namespace == "c10d":
+        if func.namespace == "c10d" and name != "recv_":  # the sender has counted it
             self._count(name, _in_place_payload(name, args))
         elif func.namespace == "_c10d_functional" and name != "wait_tensor":
             gathered = args[1] if name == "all_gather_into_tensor" else 1

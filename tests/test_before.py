@@ -45,6 +45,20 @@ def test_more_ranks_than_the_strategy_uses(config):
     assert not Path(config.run_dir).exists()
 
 
+def test_a_pipeline_that_mostly_waits_is_warned_about(config, caplog):
+    deep = replace(config.model, layers=2)
+    config = replace(config, model=deep, strategy=StrategyConfig(pipeline=-1), batch_size=4)
+    with caplog.at_level("WARNING"):
+        assert training(config, 2).micro_batch_size == 1  # two micro-batches a rank
+        assert caplog.messages == []
+        training(replace(config, micro_batch_size=4, run_dir=config.run_dir + "2"), 2)
+    assert caplog.messages == [
+        "strategy.schedule=gpipe: 1 micro-batches (batch_size / (micro_batch_size × ranks that see "
+        "different samples)) are fewer than strategy.pipeline=2 ranks, which are idle for 50 % of "
+        "a step (bubble); change batch_size or micro_batch_size for 2 or more"
+    ]
+
+
 def test_a_vocabulary_too_small_to_split(config):
     # 300 entries in 23 parts are 14 a rank: the last two would have none.
     wide = replace(config.model, width=23 * 16, heads=23)

@@ -111,8 +111,8 @@ def test_unknown_keys_are_refused():
 
 
 # The experiments' values are tuned from time to time; the messages below are about these.
-SIZES = ["model.width=128", "model.heads=4", "model.kv_heads=2", "batch_size=16"]
-SIZES += ["data.seq_len=256"]
+SIZES = ["model.width=128", "model.heads=4", "model.kv_heads=2", "model.layers=4"]
+SIZES += ["batch_size=16", "data.seq_len=256"]
 BAD = {
     "precision=fp31": "precision=fp31 is not one of fp64, fp32, bf16, fp16, auto; "
     "did you mean fp32?",
@@ -155,6 +155,27 @@ BAD = {
     "strategy.pipeline=1; set strategy=pipeline, or metrics.timeline=false",
     "strategy=tensor model.heads=3 model.width=96 model.kv_heads=0": "strategy.tensor=2 does not "
     "divide model.heads=3; try 1, 3",
+    "strategy=pipeline model.layers=1": "strategy.pipeline=2 with 1 stages per rank needs 2 "
+    "blocks, one for each stage, but the model has 1 (model.layers=1); set strategy.pipeline=1",
+    "strategy=pipeline strategy.split=[4]": "strategy.split=[4] must be the first blocks of stages "
+    "1 to 1: 1 rising numbers from 1 to 3, e.g. [2]",
+    "strategy=pipeline strategy.split=[1,2]": "strategy.split=[1,2] must be the first blocks",
+    "strategy=pipeline strategy.split=[0]": "strategy.split=[0] must be the first blocks",
+    "strategy=pipeline strategy.schedule=zbv strategy.split=[2,1,3]": "e.g. [1,2,3]; or empty",
+    "strategy=pipeline strategy.schedule=dualpipe": "did you mean dualpipev?",
+    "strategy=pipeline strategy.stages_per_rank=2 strategy.schedule=1f1b": "stages_per_rank=2 "
+    "must be exactly 1 for strategy.schedule=1f1b; set strategy.stages_per_rank=1",
+    "strategy=pipeline strategy.schedule=1f1b micro_batch_size=16": "takes at least 2 "
+    "micro-batches, but there are 1",
+    "strategy=pipeline strategy.schedule=zero_bubble batch_size=15 micro_batch_size=3": "takes 2 "
+    "rounds of equally many micro-batches, but there are 5",
+    "strategy=pipeline strategy.schedule_csv=none.csv": "strategy.schedule_csv=none.csv cannot be "
+    "read",
+    "strategy=pipeline strategy.schedule=zbv compile=true": "compile=true needs a backward in one "
+    "pass, but strategy.schedule=zbv computes gradients of inputs and of weights apart; set "
+    "compile=false, or strategy.schedule=gpipe or 1f1b or interleaved or looped_bfs",
+    "strategy=pipeline strategy.schedule=zero_bubble activation_checkpointing=block": "set "
+    "activation_checkpointing=none, or strategy.schedule=gpipe",
 }
 
 
@@ -191,6 +212,33 @@ def test_a_fault_must_have_its_place():
     assert problems(replace(fault, strategy=whole), 2) == []
     gather = VerifyConfig(fault="skip_sequence_gather", strategy=whole)
     assert "set strategy.sequence_parallel=true" in problems(gather, 2)[0]
+
+
+@pytest.mark.parametrize("door", ["verify", "evaluate", "generate"])
+def test_every_door_refuses_stages_that_a_schedule_does_not_take(door):
+    keys = ["strategy=pipeline", "strategy.schedule=zbv", "strategy.stages_per_rank=3"]
+    messages = found(*keys, *(["model.layers=6"] * (door == "verify")), world_size=2, name=door)
+    assert len(messages) == 1
+    assert messages[0].startswith("strategy.stages_per_rank=3 must be exactly 2")
+
+
+def test_an_own_schedule_that_stands_still_or_splits_the_backward(tmp_path):
+    path = tmp_path / "own.csv"
+    keys = [*SIZES, "strategy=pipeline", "batch_size=2", "micro_batch_size=1"]
+    keys += [f"strategy.schedule_csv={path}"]
+    path.write_text("0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n")
+    assert found(*keys, "compile=true", world_size=2) == []
+    path.write_text("0F0,0B0,0F1,0B1\n1F0,1F1,1B1,1B0\n")
+    assert found(*keys, world_size=2) == [
+        f"strategy.schedule_csv={path}: the schedule cannot go on (deadlock): rank 0 at 0B0 waits "
+        "for 1B0 of rank 1; rank 1 at 1F1 waits for 0F1 of rank 0"
+    ]
+    path.write_text("0F0,0F1,0B0,0B1\n1F0,1I0,1F1,1B1,1W0\n")
+    assert found(*keys, world_size=2) == []
+    assert found(*keys, "compile=true", world_size=2) == [
+        f"compile=true needs a backward in one pass, but strategy.schedule_csv={path} computes "
+        "gradients of inputs and of weights apart; set compile=false, or write B for I and W there"
+    ]
 
 
 def test_image_size_must_be_whole_patches():

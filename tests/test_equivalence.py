@@ -6,7 +6,7 @@ import conf.layout
 from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
 from parallel.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
-from trainer.cases import FAMILIES, STRATEGIES
+from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES
 from trainer.config import VerifyConfig
 from trainer.verify import compare, first_fault, largest, verdict
 
@@ -38,10 +38,13 @@ def test_strategy_equals_one_process(ranks, strategy, family):
 
 @pytest.mark.parametrize("mode", ["selective", "block"])
 @pytest.mark.parametrize("family", ["decoder (Llama)", "encoder-decoder"])
-def test_recomputation_changes_nothing(ranks, mode, family):
-    config = VerifyConfig(
-        strategy=StrategyConfig(shard=2), model=FAMILIES[family], activation_checkpointing=mode
-    )
+@pytest.mark.parametrize(
+    "strategy",
+    [StrategyConfig(shard=2), StrategyConfig(pipeline=2, schedule="1f1b")],
+    ids=["fsdp 2", "pipeline 2"],
+)
+def test_recomputation_changes_nothing(ranks, mode, family, strategy):
+    config = VerifyConfig(strategy=strategy, model=FAMILIES[family], activation_checkpointing=mode)
     assert verdict(ranks.run(2, compare, config)[0], TOLERANCE) == "equal"
 
 
@@ -91,6 +94,10 @@ def test_every_fault_can_be_asked_for():
     assert tuple(SPLIT_FAULTS) == conf.layout.SPLIT_FAULTS
     assert tuple(PIPELINE_FAULTS) == conf.layout.PIPELINE_FAULTS
     assert tuple(CONTEXT_FAULTS) == conf.layout.CONTEXT_FAULTS
+
+
+def test_the_checks_know_the_micro_batches_of_a_verification():
+    assert conf.layout.VERIFIED == MICRO_BATCHES
 
 
 @pytest.mark.parametrize(

@@ -1,67 +1,75 @@
 """Bytes of a training step: counted from the collectives that it issues, and by the closed form."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
+from parallel.actions import actions
 from parallel.config import StrategyConfig
-from parallel.cost import SplitSequence, StepBytes, cross_entropy_bytes, step_bytes, tensor_bytes
+from parallel.cost import (
+    Shape,
+    SplitSequence,
+    StepBytes,
+    cross_entropy_bytes,
+    stage_bytes,
+    step_bytes,
+    tensor_bytes,
+)
+from parallel.gradients import local
+from parallel.pipeline import Pipeline
 from parallel.runtime import Runtime
 from parallel.tensor import HEADS, split_dim, style_of
 from parallel.traffic import Payload, Traffic
-from parallel.worker import Worker
+from parallel.worker import MicroBatch, Worker
 from trainer.build import parallel_model
-from trainer.cases import make_batch, split
+from trainer.cases import make_batch, samples, split
 from trainer.config import ModelConfig
-from trainer.model import TENSOR_LAYOUT
+from trainer.generate import transformer
+from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS
 
 COUNT_BYTES, FLOAT_BYTES = 8, 4  # a number of targets (int64); a gradient or a norm (float32)
+COMPUTE_BYTES = 2  # bf16
 
 
 def step_traffic(
     runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
 ) -> tuple[Payload, Payload]:
-    """Bytes of one bf16 step by collective: counted from those issued, and by the closed form."""
+    """Bytes of one bf16 step of this rank by collective: counted, and by the closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"])
-    micro_batches = split(make_batch(model_config, 0, 0), worker)
+    micro_batches = split(make_batch(model_config, 0, 0, samples(strategy)), worker)
     for _ in range(3):  # DDP agrees on its buckets once, in the second step
         worker.zero_grad()
         with Traffic() as traffic:
             worker.forward_backward(micro_batches)
             worker.clip_grad_norm(1.0)
-    due = _due_bytes(worker, strategy, model_config, micro_batches)
+    due = _due_bytes(worker, strategy, micro_batches)
     counted = {key: size for key, size in traffic.payload_bytes.items() if size}
     return counted, {key: size for key, size in due.items() if size}
 
 
-def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
-               micro_batches: list[dict[str, Tensor]]) -> Payload:  # fmt: skip
+def _due_bytes(
+    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+) -> Payload:
     """The closed form: gradients and weights, activations, and the listed small ones."""
-    degree, times = strategy.tensor, len(micro_batches)
+    blocks, others = _shapes(worker)
+    due = step_bytes(blocks, others, strategy, len(micro_batches), COMPUTE_BYTES, FLOAT_BYTES)
+    moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
+    if worker.split is not None:
+        moved += _activations(worker, strategy, micro_batches)
+        floats += _partial_gradients(worker) * FLOAT_BYTES
+        heads = len(micro_batches) * _shared_heads(worker)
+        if transformer(worker).head is not None:
+            floats += sum(cross_entropy_bytes(m["targets"].numel()) for m in micro_batches)
+    if worker.pipeline is not None:
+        moved += _flows(worker.pipeline, transformer(worker), micro_batches)
+        floats += FLOAT_BYTES  # the loss, which the last stage has
+        tied = 0 if worker.pipeline.tied is None else local(worker.pipeline.tied).numel()
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
-    fsdp = strategy.shard > 1 or (degree > 1 and strategy.replicate > 1)
-    partial, shared_heads = 0, 0
-    blocks: list[tuple[int, ...]] = []
-    others: list[tuple[int, ...]] = []
-    for name, parameter in worker.model.named_parameters():
-        style, shape = style_of(name, TENSOR_LAYOUT), list(parameter.shape)
-        dim = split_dim(style, name)
-        if degree > 1 and dim is not None:
-            shape[dim] = math.ceil(shape[dim] / degree)  # the first rank's
-        elif name in worker.partial_gradients():
-            partial += math.ceil(shape[0] / strategy.shard) * math.prod(shape[1:]) * FLOAT_BYTES
-        if style == HEADS and parameter.shape[0] < degree * model.width // model.heads:
-            shared_heads += times * parameter.numel()
-        (blocks if name.startswith("blocks.") else others).append(tuple(shape))
-    due = step_bytes(blocks, others, strategy, times, compute_bytes=2, reduce_bytes=FLOAT_BYTES)
-    moved, floats = StepBytes(), partial + _norms(strategy) * FLOAT_BYTES
-    if degree > 1:
-        for micro_batch in micro_batches:
-            moved += tensor_bytes(_sequences(model, micro_batch), model.width, strategy, 2)
-            floats += cross_entropy_bytes(micro_batch["targets"].numel())
-    half, full = (2 * shared_heads, 0) if fsdp else (0, FLOAT_BYTES * shared_heads)
+    fsdp = isinstance(worker.model, FSDPModule)
+    half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
     return {
         ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
         ("all_reduce", torch.float32): due.all_reduce + floats,
@@ -70,27 +78,116 @@ def _due_bytes(worker: Worker, strategy: StrategyConfig, model: ModelConfig,
         ("all_gather", torch.float32): full,
         ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
         ("reduce_scatter", torch.float32): due.reduce_scatter + full,
+        ("send", torch.bfloat16): moved.send,
+        ("send", torch.float32): FLOAT_BYTES * tied,
     }
+
+
+def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:
+    """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
+    degree, rank = worker.mesh["tensor"].size(), worker.mesh["tensor"].get_local_rank()
+    blocks: list[Shape] = []
+    others: list[Shape] = []
+    for name, parameter in worker.model.named_parameters():
+        shape, dim = list(parameter.shape), split_dim(style_of(name, TENSOR_LAYOUT), name)
+        if dim is not None:
+            rows = math.ceil(shape[dim] / degree)
+            shape[dim] = max(0, min(rows, shape[dim] - rank * rows))
+        (blocks if name.startswith("blocks.") else others).append(tuple(shape))
+    return blocks, others
 
 
 def _norms(strategy: StrategyConfig) -> int:
     """All-reduces of the gradient norm: one per axis and set of axes that parameters are split on.
 
-    Split layers are one set, what every tensor rank has whole is another.
+    Split layers are one set, what every tensor rank has whole is another. One more adds up what the
+    ranks of a pipeline have.
     """
-    shards, tensor = strategy.shard > 1, strategy.tensor > 1
-    return (shards + tensor) + (shards if tensor else 0)
+    shards, tensor, staged = strategy.shard > 1, strategy.tensor > 1, strategy.pipeline > 1
+    return (shards + tensor) + (shards if tensor else 0) + staged
 
 
-def _sequences(model: ModelConfig, micro_batch: dict[str, Tensor]) -> list[SplitSequence]:
-    """The sequences that flow through the model's split layers."""
-    if model.family == "encoder":
-        length = (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
-        return [SplitSequence(len(micro_batch["images"]), length, 2 * model.layers, starts=0)]
-    samples, length = micro_batch["tokens"].shape
-    if model.family == "decoder":
-        return [SplitSequence(samples, length, 2 * model.layers)]
-    source = SplitSequence(
-        samples, micro_batch["source"].shape[1], 2 * (model.encoder_layers or model.layers)
+def _partial_gradients(worker: Worker) -> int:
+    """Elements of the gradients that work on a part of the sequence: they are summed once."""
+    parameters = dict(worker.model.named_parameters())
+    return sum(local(parameters[name]).numel() for name in worker.partial_gradients())
+
+
+def _shared_heads(worker: Worker) -> int:
+    """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
+    config = transformer(worker).config
+    least = worker.mesh["tensor"].size() * config.width // config.heads
+    return sum(
+        parameter.numel()
+        for name, parameter in worker.model.named_parameters()
+        if style_of(name, TENSOR_LAYOUT) == HEADS and parameter.shape[0] < least
     )
-    return [source, SplitSequence(samples, length, 3 * model.layers)]
+
+
+def _activations(
+    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+) -> StepBytes:
+    """What the split layers move that this rank holds."""
+    model, pipeline = transformer(worker), worker.pipeline
+    if pipeline is None:
+        stages, split_backwards = {0: tuple(model.blocks)}, set()
+    else:
+        stages = {stage.stage_index: stage.blocks for stage in pipeline.stages}
+        split_backwards = _split_backwards(strategy, pipeline, len(micro_batches))
+    sequences = [
+        sequence
+        for stage, blocks in stages.items()
+        for number, micro_batch in enumerate(micro_batches)
+        for sequence in _sequences(model, blocks, micro_batch, (stage, number) in split_backwards)
+    ]
+    return tensor_bytes(sequences, model.config.width, strategy, COMPUTE_BYTES)
+
+
+def _split_backwards(
+    strategy: StrategyConfig, pipeline: Pipeline, micro_batches: int
+) -> set[tuple[int, int]]:
+    """Stages and micro-batches whose backward comes in two halves; the first stage's is one."""
+    per_rank = len(pipeline.stages)
+    lists = actions(strategy.schedule, strategy.pipeline, per_rank, micro_batches)
+    return {(a.stage, a.micro_batch) for own in lists.values() for a in own if a.kind == "I"} - {
+        (0, micro_batch) for micro_batch in range(micro_batches)
+    }
+
+
+def _sequences(model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch,
+               splits_backward: bool) -> list[SplitSequence]:  # fmt: skip
+    """The sequences that flow through the layers of one stage."""
+    sizes, family = _sizes(model, micro_batch), model.config.family
+    last = int(blocks[-1]) == model.depth - 1
+    found = []
+    for stream, (count, length) in sizes.items():
+        own = [model.blocks[name] for name in blocks if model.blocks[name].stream == stream]
+        found.append(SplitSequence(
+            count, length, branches=sum(2 + (b.cross_attention is not None) for b in own),
+            starts=int(blocks[0] == "0" and family != "encoder"),
+            ends=sum(b.turn_norm is not None for b in own) + (last and stream == list(sizes)[-1]),
+            backwards=2 if splits_backward else 1,
+        ))  # fmt: skip
+    return found
+
+
+def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
+    """Samples and positions of each sequence, in the order in which blocks work on them."""
+    config = model.config
+    if config.family == "encoder":
+        length = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
+        return {"source": (len(micro_batch["images"]), length)}
+    count, length = micro_batch["tokens"].shape
+    target = {"target": (count, length)}
+    if config.family == "decoder":
+        return target
+    return {"source": (count, micro_batch["source"].shape[1]), **target}
+
+
+def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:
+    """What this rank's stages send."""
+    moved = StepBytes()
+    for micro_batch in micro_batches:
+        flows = [model.flow_shapes(micro_batch, int(blocks[0])) for blocks in pipeline.runs]
+        moved += stage_bytes(flows, pipeline.placement, pipeline.rank, COMPUTE_BYTES)
+    return moved

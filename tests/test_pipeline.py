@@ -1,0 +1,136 @@
+"""Stages: where a model is cut, how much is in flight in a real run, and own schedules."""
+
+import random
+from collections import Counter
+from itertools import combinations, pairwise
+from unittest import mock
+
+import pytest
+
+from parallel.actions import actions
+from parallel.config import StrategyConfig
+from parallel.pipeline import Stage, cut, runs
+from parallel.simulate import in_flight
+from trainer import verify
+from trainer.build import parallel_model
+from trainer.cases import FAMILIES, make_batch, samples, scale_down, split
+from trainer.config import LossConfig, VerifyConfig
+from trainer.flops import flops_per_block
+from trainer.precision import PRECISIONS
+from trainer.verify import compare, verdict
+
+LLAMA = FAMILIES["decoder (Llama)"]
+
+
+def test_cuts_by_hand():
+    assert cut([1, 1, 1, 1], 2) == [2]
+    assert cut([1, 1, 1, 1], 1) == []
+    assert cut([5, 1, 1, 1], 2) == [1]
+    assert cut([1, 1, 1, 5], 2) == [3]
+    assert cut([1, 2, 3, 4], 4) == [1, 2, 3]
+    # Three of two blocks each would cost as much at most as this, but the others are more alike.
+    assert cut([2, 2, 4, 1, 1], 3) == [2, 3]
+
+
+def costs_of_stages(costs, firsts):
+    return [sum(costs[i:j]) for i, j in pairwise([0, *firsts, len(costs)])]
+
+
+def test_no_cut_is_better():
+    draw = random.Random(0)
+    for _ in range(300):
+        blocks = draw.randint(1, 8)
+        costs = [draw.choice((1, 1, 2, 3, 7)) for _ in range(blocks)]
+        stages = draw.randint(1, blocks)
+        found = cut(costs, stages)
+        every = combinations(range(1, blocks), stages - 1)
+
+        def worth(firsts, costs=costs):
+            stages = costs_of_stages(costs, firsts)
+            return max(stages), sum(cost**2 for cost in stages)
+
+        assert len(found) == stages - 1
+        assert worth(found) == min(map(worth, every))
+
+
+def test_an_encoder_is_cheaper_than_its_decoder():
+    config = scale_down(FAMILIES["encoder-decoder"], stages=7)
+    costs = flops_per_block(config, 12, 12)
+    assert costs[0] == costs[3] < costs[4] == costs[6] < costs[7]  # the last has the head
+    assert cut(costs, 2) == [5]  # the first rank has one block more, the second the costly ones
+
+
+def test_runs_of_blocks():
+    assert runs(5, [2, 3]) == [("0", "1"), ("2",), ("3", "4")]
+    assert runs(2, []) == [("0", "1")]
+
+
+def most_in_flight(runtime, strategy):
+    """By stage of this rank, the most micro-batches whose activations it has held at once."""
+    worker = parallel_model(scale_down(LLAMA, stages=8), strategy, runtime, PRECISIONS["fp64"])
+    most: Counter = Counter()
+    forward = Stage.forward_one_chunk
+
+    def watched(self, *args, **options):
+        output = forward(self, *args, **options)
+        held = len(self._computed.keys() | self._weight_jobs.keys())
+        most[self.stage_index] = max(most[self.stage_index], held)
+        return output
+
+    batch = make_batch(worker.model.config, 0, 0, samples(strategy))
+    with mock.patch.object(Stage, "forward_one_chunk", watched):
+        worker.forward_backward(split(batch, worker))
+    kept = [s for s in worker.pipeline.stages if s._computed or s._weight_jobs or s._inputs]
+    assert not kept  # nothing stays behind a step
+    return dict(most)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
+def test_micro_batches_in_flight_are_those_of_the_lists(ranks, schedule, degree):
+    strategy = StrategyConfig(pipeline=degree, schedule=schedule)
+    found: dict = {}
+    for own in ranks.run(degree, most_in_flight, strategy):
+        found |= own
+    count = 2 * degree
+    per_rank = len(found) // degree
+    assert found == in_flight(actions(schedule, degree, per_rank, count))
+    if schedule == "gpipe":
+        assert found == dict.fromkeys(range(degree), count)
+    if schedule == "1f1b":
+        assert found == {stage: degree - stage for stage in range(degree)}
+
+
+# Stage 0 and 1 on one rank, and the backward in two passes here and there.
+OWN = """0F0,0F1,1F0,1F1,0F2,1F2,0F3,1F3,,1B0,1B1,0B0,1B2,0B1,1B3,0B2,0B3
+,2F0,3F0,3B0,2F1,2I0,3F1,3I1,2F2,3F2,2B1,3B2,2W0,2B2,2F3,3F3,3W1,3B3,2B3
+"""
+
+
+@pytest.mark.parametrize("family", ["decoder (GPT-2)", "encoder-decoder"])
+@pytest.mark.parametrize("degrees", [{}, {"shard": 2}], ids=["alone", "fsdp 2"])
+def test_an_own_schedule_equals_one_process(ranks, tmp_path, family, degrees):
+    path = tmp_path / "own.csv"
+    path.write_text(OWN)
+    strategy = StrategyConfig(pipeline=2, stages_per_rank=2, schedule_csv=str(path), **degrees)
+    config = VerifyConfig(strategy=strategy, model=FAMILIES[family])
+    assert verdict(ranks.run(4 if degrees else 2, compare, config)[0], 1e-10) == "equal"
+
+
+def test_stages_that_are_chosen_equal_one_process(ranks):
+    strategy = StrategyConfig(pipeline=2, schedule="interleaved", split=[1, 2, 4])
+    config = VerifyConfig(strategy=strategy, model=LLAMA)
+    assert verdict(ranks.run(2, compare, config)[0], 1e-10) == "equal"
+
+
+def compare_in_pieces(runtime, config):
+    with mock.patch.object(verify, "LossConfig", lambda smoothing: LossConfig(smoothing, chunks=3)):
+        return compare(runtime, config)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble", "zbv"])
+@pytest.mark.parametrize("family", ["decoder (Llama)", "encoder-decoder"])
+def test_a_loss_in_pieces_equals_one_process(ranks, schedule, family):
+    strategy = StrategyConfig(pipeline=2, schedule=schedule)
+    config = VerifyConfig(strategy=strategy, model=FAMILIES[family])
+    assert verdict(ranks.run(2, compare_in_pieces, config)[0], 1e-10) == "equal"
