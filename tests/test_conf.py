@@ -146,7 +146,6 @@ BAD = {
     "strategy.context_method=ulysses deals out; try strategy.context=1, 3, or",
     "strategy=context data.seq_len=3": "data.seq_len=3; set strategy.context=1 or less",
     "strategy=pipeline strategy.stages_per_rank=2": "strategy.stages_per_rank=2 must be exactly 1",
-    "strategy=pipeline model.layers=1": "needs 2 blocks, one for each stage, but the model has 1",
     "strategy=pipeline strategy.split=[5]": "strategy.split=[5] must be the first blocks of stages",
     "strategy=pipeline strategy.schedule=gpip": "did you mean gpipe?",
     "strategy=tensor strategy.async_tensor=true": "strategy.tensor=2 and compile=false; "
