@@ -47,7 +47,7 @@ def step_bytes(
     per step, as weights stay gathered over the micro-batches. Hybrid sharding adds one all-reduce
     of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
     """
-    shards, replicas = strategy.shard, strategy.replicate
+    shards, replicas = strategy.shard, strategy.replicate * strategy.context
     inside = sum(_elements(shape, shards) for shape in blocks)
     outside = sum(_elements(shape, shards) for shape in others)
     whole = inside + outside

@@ -37,7 +37,9 @@ def test_bytes_of_a_step_equal_the_closed_form_on_every_rank(ranks, strategy, fa
         assert counted == formula
         due += formula
     moves = ("all_gather", torch.bfloat16)
-    if degrees.pipeline > 1:
+    if degrees.context > 1 and degrees.context_method == "ulysses":
+        moves = ("all_to_all", torch.bfloat16)
+    elif degrees.pipeline > 1 or (degrees.context > 1 and degrees.context_method == "ring"):
         moves = ("send", torch.bfloat16)
     elif degrees.shard == degrees.tensor == 1:
         moves = ("all_reduce", torch.float32)

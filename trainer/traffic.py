@@ -12,6 +12,7 @@ from parallel.cost import (
     Shape,
     SplitSequence,
     StepBytes,
+    context_bytes,
     cross_entropy_bytes,
     stage_bytes,
     step_bytes,
@@ -56,15 +57,20 @@ def _due_bytes(
     """The closed form: gradients and weights, activations, and the listed small ones."""
     blocks, others = _shapes(worker)
     due = step_bytes(blocks, others, strategy, len(micro_batches), COMPUTE_BYTES, FLOAT_BYTES)
+    model = transformer(worker)
     moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
     if worker.split is not None:
         moved += _activations(worker, strategy, micro_batches)
         floats += _partial_gradients(worker) * FLOAT_BYTES
         heads = len(micro_batches) * _shared_heads(worker)
-        if transformer(worker).head is not None:
-            floats += sum(cross_entropy_bytes(m["targets"].numel()) for m in micro_batches)
+        if model.head is not None:
+            targets = (model.own_targets(m["targets"]) for m in micro_batches)
+            floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
+    if worker.context is not None:
+        moved += sum((_attentions(model, strategy, m) for m in micro_batches), StepBytes())
+        floats += FLOAT_BYTES  # the loss, of which each rank has a part
     if worker.pipeline is not None:
-        moved += _flows(worker.pipeline, transformer(worker), micro_batches)
+        moved += _flows(worker.pipeline, model, micro_batches)
         floats += FLOAT_BYTES  # the loss, which the last stage has
         tied = 0 if worker.pipeline.tied is None else local(worker.pipeline.tied).numel()
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
@@ -78,6 +84,7 @@ def _due_bytes(
         ("all_gather", torch.float32): full,
         ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
         ("reduce_scatter", torch.float32): due.reduce_scatter + full,
+        ("all_to_all", torch.bfloat16): moved.all_to_all,
         ("send", torch.bfloat16): moved.send,
         ("send", torch.float32): FLOAT_BYTES * tied,
     }
@@ -171,17 +178,39 @@ def _sequences(model: Transformer, blocks: Sequence[str], micro_batch: MicroBatc
     return found
 
 
+def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch) -> StepBytes:
+    """What attention of this rank's blocks moves where sequences are shared."""
+    config, degree, moved = model.config, strategy.context, StepBytes()
+    sizes = _sizes(model, micro_batch)
+    width = config.head_width or config.width // config.heads
+    queries = config.heads // strategy.tensor
+    groups = max(1, (config.kv_heads or config.heads) // strategy.tensor)
+    for block in model.blocks.values():
+        count, length = sizes[str(block.stream)]
+        seen = [length] + ([sizes["source"][1]] if block.cross_attention is not None else [])
+        for keys in seen:
+            moved += context_bytes(
+                strategy.context_method, (count, queries, length, width),
+                (count, groups, keys, width), degree, COMPUTE_BYTES,
+            )  # fmt: skip
+    if config.family == "encoder" and model.head is not None:  # it pools the whole sequence
+        count, length = sizes["source"]
+        pooled = count * length * degree * config.width * COMPUTE_BYTES
+        moved += StepBytes(all_gather=pooled, reduce_scatter=pooled)
+    return moved
+
+
 def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
-    """Samples and positions of each sequence, in the order in which blocks work on them."""
-    config = model.config
+    """Samples and positions here of each sequence, in the order in which blocks work on them."""
+    config, share = model.config, model.context.share
     if config.family == "encoder":
         length = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
-        return {"source": (len(micro_batch["images"]), length)}
+        return {"source": (len(micro_batch["images"]), share(length))}
     count, length = micro_batch["tokens"].shape
-    target = {"target": (count, length)}
+    target = {"target": (count, share(length))}
     if config.family == "decoder":
         return target
-    return {"source": (count, micro_batch["source"].shape[1]), **target}
+    return {"source": (count, share(micro_batch["source"].shape[1])), **target}
 
 
 def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:
