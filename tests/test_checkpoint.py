@@ -1,19 +1,24 @@
 """Checkpoints: whole or not there, loaded in place, refused when the shape is another."""
 
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch.distributed import checkpoint as dcp
 
+from parallel.config import StrategyConfig, world_size
 from trainer.checkpoint import TrainState, load, load_weights, newest, save
 from trainer.config import ConfigError, OptimConfig
 from trainer.optim import Optimizer
 from trainer.precision import PRECISIONS, LossScale
+from trainer.verify import whole
 
 
-def state_of(runtime, model, seed: int = 0) -> TrainState:
-    worker = tiny.make_worker(runtime, model, seed=seed)
+def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = None) -> TrainState:
+    worker = tiny.make_worker(runtime, model, strategy, seed)
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
     optimizer = Optimizer(worker.parameters(), OptimConfig())
@@ -48,6 +53,56 @@ def round_trip(runtime, folder) -> None:
 
 def test_all_of_the_state_comes_back(ranks, tmp_path):
     ranks.run(1, round_trip, tmp_path)
+
+
+def whole_state(state: TrainState) -> dict[str, torch.Tensor]:
+    """Weights and moments that this rank has a part of, as whole tensors."""
+    moments = {
+        f"{name}, {key}": moment
+        for name, moments in state.optimizer.state().items()
+        for key, moment in moments.items()
+    }
+    return {name: whole(t) for name, t in {**state.worker.parameters(), **moments}.items()}
+
+
+def write(runtime, folder, model, strategy) -> tuple[Path, dict[str, torch.Tensor]]:
+    state = state_of(runtime, model, strategy=strategy)
+    for parameter in state.worker.model.parameters():
+        parameter.grad = 0.1 * parameter.detach() + 0.01  # of a tied one the same on both ranks
+    for _ in range(2):
+        state.optimizer.step(0.1, torch.zeros(()))
+    return save(folder, 0, state), whole_state(state)
+
+
+def read(runtime, path, model, strategy) -> dict[str, torch.Tensor]:
+    state = state_of(runtime, model, seed=1, strategy=strategy)
+    load(path, state)
+    return whole_state(state)
+
+
+LAYOUTS = {
+    "single": StrategyConfig(),
+    "pipeline 2": StrategyConfig(pipeline=2),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
+    "fsdp 2": StrategyConfig(shard=2),
+    "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
+    "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
+}
+
+
+@pytest.mark.parametrize("model", [tiny.GPT, tiny.TRANSLATOR], ids=["decoder", "encoder-decoder"])
+@pytest.mark.parametrize(("first", "then"), list(pairwise([*LAYOUTS, "single"])))
+def test_another_layout_reads_the_very_same_state(ranks, tmp_path, model, first, then):
+    assert model.tied
+    wrote = ranks.run(world_size(LAYOUTS[first]), write, tmp_path, model, LAYOUTS[first])
+    saved = {name: tensor for _, tensors in wrote for name, tensor in tensors.items()}
+    found = ranks.run(world_size(LAYOUTS[then]), read, wrote[0][0], model, LAYOUTS[then])
+    assert {name for tensors in found for name in tensors} == saved.keys()
+    for tensors in found:
+        assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())
+    metadata = dcp.FileSystemReader(wrote[0][0]).read_metadata().state_dict_metadata
+    assert "model.embed.tokens.weight" in metadata
+    assert not [name for name in metadata if "head.output.weight" in name]  # it is the same
 
 
 def other_shape(runtime, folder) -> list[str]:

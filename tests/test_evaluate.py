@@ -25,6 +25,10 @@ LAYOUTS = {
     "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
     "tensor 4": StrategyConfig(tensor=4),
     "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+    "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
+    "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
 }
 
 
@@ -192,11 +196,19 @@ def train_around_an_evaluation(runtime, config, strategy, evaluates):
     return loss.item(), worker.clip_grad_norm(1.0).item(), kinds
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_evaluation_leaves_a_sharded_model_as_it_was(ranks, runs, reshard):
-    strategy = StrategyConfig(shard=2, reshard_after_forward=reshard)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        StrategyConfig(shard=2), StrategyConfig(shard=2, reshard_after_forward=False),
+        StrategyConfig(shard=2, pipeline=2),
+    ],
+    ids=["freed", "kept", "pipeline"],
+)  # fmt: skip
+def test_evaluation_leaves_a_sharded_model_as_it_was(ranks, runs, strategy):
     with_it, without = (
-        ranks.run(2, train_around_an_evaluation, runs["text"], strategy, evaluates)
+        ranks.run(
+            world_size(strategy), train_around_an_evaluation, runs["text"], strategy, evaluates
+        )
         for evaluates in (True, False)
     )
     assert with_it == without

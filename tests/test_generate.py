@@ -17,6 +17,7 @@ from trainer.data import open_split, open_tokenizer
 from trainer.generate import draw, generate, keep_likeliest, read_image, sample, translate
 
 PROMPT = [3, 1, 4, 1, 5]
+IMAGES = replace(tiny.CLASSIFIER, image_size=8, channels=1, classes=7, max_positions=5)
 NO_END = -1  # an id that no model writes
 BOS = EOS = 0
 PAD = 1
@@ -201,14 +202,19 @@ def test_batched_beams_equal_a_plain_beam_search(runtime, beams, penalty):
     assert found != ours(worker, sources, max_tokens=8)
 
 
-def use_everywhere(runtime, strategy):
-    """Texts and translations of one rank; each rank has sentences of its own."""
-    writer = tiny.make_worker(runtime, tiny.LLAMA, strategy)
+def use_everywhere(runtime, strategy, layers=2):
+    """Texts, translations and classes of one rank; each rank has sentences of its own."""
+    writer, translator, classifier = (
+        tiny.make_worker(runtime, replace(model, layers=layers), strategy)
+        for model in (tiny.LLAMA, tiny.TRANSLATOR, IMAGES)
+    )
     text = sample(writer, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
-    translator = tiny.make_worker(runtime, tiny.TRANSLATOR, strategy)
     share = len(SOURCES) // translator.data_degree
     own = SOURCES[translator.data_rank * share :][:share]
-    return text, ours(translator, own), ours(translator, own, beams=3)
+    with classifier.evaluating():
+        images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        classes = classifier.forward({"images": images.double()}).argsort(-1).tolist()
+    return text, classes, ours(translator, own), ours(translator, own, beams=3)
 
 
 @pytest.mark.parametrize(
@@ -220,15 +226,25 @@ def use_everywhere(runtime, strategy):
         StrategyConfig(replicate=3),
         StrategyConfig(tensor=4),
         StrategyConfig(replicate=2, tensor=2),
+        StrategyConfig(pipeline=2),
+        StrategyConfig(pipeline=2, schedule="interleaved"),
+        StrategyConfig(pipeline=2, schedule="zbv"),
+        StrategyConfig(pipeline=4, schedule="1f1b"),
+        StrategyConfig(shard=2, pipeline=2),
+        StrategyConfig(tensor=2, pipeline=2),
     ],
 )
 def test_any_layout_writes_the_same(ranks, runtime, strategy):
-    text, greedy_ids, beam_ids = use_everywhere(runtime, StrategyConfig())
-    found = ranks.run(world_size(strategy), use_everywhere, strategy)
-    assert [rank[0] for rank in found] == [text] * len(found)
-    found = found[:: strategy.tensor]  # the ranks that split a layer have the same sentences
-    assert [ids for rank in found for ids in rank[1]] == greedy_ids
-    assert [ids for rank in found for ids in rank[2]] == beam_ids
+    layers = 4 if strategy.pipeline > 1 else 2
+    text, classes, greedy_ids, beam_ids = use_everywhere(runtime, StrategyConfig(), layers)
+    found = ranks.run(world_size(strategy), use_everywhere, strategy, layers)
+    assert [rank[:2] for rank in found] == [(text, classes)] * len(found)
+    # The ranks of a pipeline, its axis the outermost, and those that split a layer, the innermost,
+    # have the same sentences.
+    size = len(found) // strategy.pipeline
+    for stage in (found[i : i + size : strategy.tensor] for i in range(0, len(found), size)):
+        assert [ids for rank in stage for ids in rank[2]] == greedy_ids
+        assert [ids for rank in stage for ids in rank[3]] == beam_ids
 
 
 def answer(capsys, runtime, run, prompt, **options):

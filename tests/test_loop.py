@@ -87,6 +87,8 @@ def train(ranks, config: TrainConfig, run_dir: Path, stop_after: int = 0, **chan
     return config, ranks.run(world, run, config, stop_after, timeout_seconds=300.0)
 
 
+PIPELINE = StrategyConfig(pipeline=2)
+ONE_F_ONE_B = StrategyConfig(pipeline=2, schedule="1f1b")
 LAYOUTS = {
     "ddp 2": {"strategy": StrategyConfig(replicate=2)},
     "fsdp 2": {"strategy": StrategyConfig(shard=2)},
@@ -112,6 +114,36 @@ LAYOUTS = {
     "tensor 2, compiled": {"compile": True, "strategy": StrategyConfig(tensor=2)},
     "fsdp 2 x tensor 2": {"strategy": StrategyConfig(shard=2, tensor=2)},
     "ddp 2 x tensor 2": {"strategy": StrategyConfig(replicate=2, tensor=2), "micro_batch_size": 2},
+    "pipeline 2": {"strategy": PIPELINE, "micro_batch_size": 2},
+    "pipeline 2, one micro-batch": {"strategy": PIPELINE},
+    "pipeline 2, unequal micro-batches": {"strategy": ONE_F_ONE_B, "micro_batch_size": 3},
+    "pipeline 2, zero bubble": {
+        "strategy": StrategyConfig(pipeline=2, schedule="zero_bubble"), "micro_batch_size": 2,
+    },
+    "pipeline 2, loss in pieces": {
+        "strategy": ONE_F_ONE_B, "micro_batch_size": 2, "loss": LossConfig(chunks=3),
+    },
+    "fsdp 2 x pipeline 2, loss in pieces": {
+        "strategy": StrategyConfig(shard=2, pipeline=2), "micro_batch_size": 1,
+        "loss": LossConfig(chunks=3),
+    },
+    "pipeline 2, kept products": {
+        "strategy": PIPELINE, "micro_batch_size": 2, "activation_checkpointing": "selective",
+    },
+    "pipeline 2, recomputation": {
+        "strategy": ONE_F_ONE_B, "micro_batch_size": 2, "activation_checkpointing": "block",
+    },
+    "pipeline 2, compiled": {"strategy": PIPELINE, "micro_batch_size": 2, "compile": True},
+    "fsdp 2 x pipeline 2, 1f1b, compiled": {
+        "strategy": StrategyConfig(shard=2, pipeline=2, schedule="1f1b"), "micro_batch_size": 2,
+        "compile": True,
+    },
+    "ddp 2 x pipeline 2": {
+        "strategy": StrategyConfig(replicate=2, pipeline=2), "micro_batch_size": 2,
+    },
+    "tensor 2 x pipeline 2": {
+        "strategy": StrategyConfig(tensor=2, pipeline=2), "micro_batch_size": 2,
+    },
 }  # fmt: skip
 
 
@@ -138,12 +170,12 @@ def test_every_layout_has_the_losses_of_one_process(ranks, config, single, tmp_p
     "strategy",
     [
         StrategyConfig(), StrategyConfig(replicate=2), StrategyConfig(shard=2),
-        StrategyConfig(tensor=2),
+        StrategyConfig(tensor=2), PIPELINE, StrategyConfig(shard=2, pipeline=2),
     ],
-    ids=["single", "ddp 2", "fsdp 2", "tensor 2"],
+    ids=["single", "ddp 2", "fsdp 2", "tensor 2", "pipeline 2", "fsdp 2 x pipeline 2"],
 )  # fmt: skip
 def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, strategy, precision):
-    changes = {"strategy": strategy, "precision": precision}
+    changes = {"strategy": strategy, "precision": precision, "micro_batch_size": 2}
     unbroken, weights = train(ranks, config, tmp_path / "unbroken", **changes)
     broken, nothing = train(ranks, config, tmp_path / "broken", stop_after=5, **changes)
     assert nothing[0] == {}
@@ -168,9 +200,15 @@ def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, stra
         (StrategyConfig(shard=2, tensor=2), StrategyConfig()),
         (StrategyConfig(tensor=2), StrategyConfig(shard=2, tensor=2)),
         (StrategyConfig(), StrategyConfig(replicate=2, tensor=2, sequence_parallel=False)),
+        (StrategyConfig(), PIPELINE),
+        (ONE_F_ONE_B, StrategyConfig(tensor=2, pipeline=2)),
+        (StrategyConfig(tensor=2, pipeline=2), StrategyConfig(shard=2, pipeline=2)),
+        (StrategyConfig(shard=2, pipeline=2), StrategyConfig(shard=2, tensor=2)),
+        (StrategyConfig(replicate=2, pipeline=2), StrategyConfig()),
     ],
 )
 def test_another_layout_goes_on_with_the_same_run(ranks, config, single, tmp_path, first, then):
+    config = replace(config, micro_batch_size=2)
     train(ranks, config, tmp_path, stop_after=5, strategy=first)
     resumed, _ = train(ranks, config, tmp_path, strategy=then)
     assert losses(resumed) == pytest.approx(losses(single[0]), rel=1e-10)

@@ -95,7 +95,8 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -
     return record
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a parameter or gradient with all that other ranks of its mesh have of it."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         # Axis by axis, outermost first: FSDP has split what the tensor axis had left.
@@ -126,10 +127,10 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         loss, _ = worker.forward_backward(micro_batches)
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
-        record.gradients.append({name: _whole(g) for name, g in gradients.items()})
+        record.gradients.append({name: whole(g) for name, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
         optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
-    record.weights = {name: _whole(p) for name, p in worker.parameters().items()}
+    record.weights = {name: whole(p) for name, p in worker.parameters().items()}
     return record, {name: spans(name, p, worker) for name, p in worker.parameters().items()}
 
 
