@@ -13,7 +13,7 @@ from matplotlib.image import imread
 from launch.before import training
 from parallel.actions import actions
 from parallel.config import StrategyConfig, world_size
-from parallel.recording import merged
+from parallel.recording import Recording, merged
 from parallel.schedule import stages_per_rank
 from parallel.simulate import Action, Span, bubble
 from trainer import loop, timeline
@@ -23,16 +23,16 @@ from trainer.loss import cross_entropy_sum
 LOSS_SECONDS = 0.02
 LAYOUTS = {
     "gpipe": StrategyConfig(pipeline=2),
-    "1f1b": StrategyConfig(pipeline=2, schedule="1f1b"),
     "zbv": StrategyConfig(pipeline=2, schedule="zbv"),
     "dualpipev": StrategyConfig(pipeline=2, schedule="dualpipev"),
     "1f1b, ddp 2": StrategyConfig(pipeline=2, replicate=2, schedule="1f1b"),
 }
 
 
-def drawn(runtime, config: TrainConfig) -> list[tuple[list[Span], Path, str]]:
-    """What this rank draws in training; a loss takes a while there."""
-    seen = []
+def drawn(runtime, config: TrainConfig) -> tuple[list[tuple[list[Span], Path, str]], int]:
+    """What this rank draws in training, and how many steps it records; a loss takes a while."""
+    seen, recorded = [], []
+    timeline_draw, start = timeline.draw, Recording.start
 
     def draw(spans, path, title):
         seen.append((spans, path, title))
@@ -42,17 +42,18 @@ def drawn(runtime, config: TrainConfig) -> list[tuple[list[Span], Path, str]]:
         time.sleep(LOSS_SECONDS)
         return cross_entropy_sum(*args, **options)
 
-    timeline_draw = timeline.draw
     with (
         mock.patch("trainer.timeline.draw", draw),
         mock.patch("trainer.build.cross_entropy_sum", slow_loss),
+        mock.patch("trainer.metrics.DRAWN_STEP", 2),
+        mock.patch.object(Recording, "start", lambda self: (start(self), recorded.append(self))),
     ):
         loop.train(config, runtime)
-    return seen
+    return seen, len(recorded)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, capsys, layout):
+def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, layout):
     strategy = LAYOUTS[layout]
     world = world_size(strategy)
     config = TrainConfig(
@@ -62,11 +63,12 @@ def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, capsys, layout):
         metrics=MetricsConfig(timeline=True, sample_tokens=0), device="cpu", steps=3,
         batch_size=4 * strategy.replicate, micro_batch_size=1, run_dir=str(tmp_path / "run"),
     )  # fmt: skip
-    first, *others = ranks.run(world, drawn, training(config, world))
-    assert not any(others)
-    ((spans, path, title),) = first
+    results = ranks.run(world, drawn, training(config, world))
+    assert [len(seen) for seen, _ in results] == [1] + [0] * (world - 1)
+    assert [recorded for _, recorded in results] == [1] * world
+    ((spans, path, title),) = results[0][0]
     assert path == tmp_path / "run" / "timeline.png" and imread(path).shape[0] > 200
-    assert title.startswith(f"step 3, {strategy.schedule}: 2 ranks")
+    assert title.startswith(f"step 2, {strategy.schedule}: 2 ranks")
     lists = actions(strategy.schedule, 2, stages_per_rank(strategy), 4)
     for rank, listed in lists.items():
         own = [span for span in spans if span.rank == rank]
