@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import tiny
+import torch
 from matplotlib.image import imread
 
 from launch.before import training
@@ -99,3 +100,15 @@ def test_ranks_of_one_host_share_its_clock():
     assert merged([("a", 100.0, first), ("b", 5000.0, second)]) == [
         Span(0, 0, "F", 0, 0.0, 1.0), Span(1, 1, "F", 0, 2.0, 3.0),
     ]  # fmt: skip
+
+
+def test_a_second_piece_prolongs_a_span():
+    recording = Recording("1f1b", None, torch.device("cpu"))
+    action = Action(1, "F", 0)
+    with recording.span(action):
+        pass
+    between = time.perf_counter()
+    with recording.span(action):
+        pass
+    ((start, end),) = recording._marks.values()
+    assert start <= between <= end
