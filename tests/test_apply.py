@@ -44,11 +44,43 @@ def drawn(runtime, strategy: StrategyConfig) -> dict:
 
 def test_a_rank_draws_and_holds_its_own_rows_alone(ranks):
     for rank, seen in enumerate(ranks.run(4, drawn, StrategyConfig(shard=4))):
-        assert seen["axes"] == AXES
+        assert set(seen["axes"]) == set(AXES)
         assert seen["data"] == (rank, 4)
         assert seen["share"] == 0.25
         assert all(4 * own == all_rows for own, all_rows in seen["rows"].values())
         assert seen["tied"] and seen["devices"] == {"cpu"}
+
+
+def held_by_stage(runtime) -> set[str]:
+    """The parameters that a rank of a pipeline has drawn, and no others are there."""
+    config = replace(scale_down(FAMILIES["decoder (GPT-2)"]), vocab_size=64)
+    asked = set()
+
+    def draw(name, shape, start, stop):
+        asked.add(name)
+        return draw_rows(config, 0, name, shape, start, stop)
+
+    strategy = StrategyConfig(pipeline=2)
+    with torch.device("meta"):
+        model = Transformer(config)
+    facts = Facts(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT, costs=(1.0, 1.0))
+    mesh = build_mesh(strategy, runtime.device)
+    worker = parallelize(model, facts, mesh, strategy, runtime.device)
+    assert asked == worker.parameters().keys()
+    return asked
+
+
+def test_a_stage_draws_its_own_layers_alone(ranks):
+    first, second = ranks.run(2, held_by_stage)
+    # The head's projection is tied: it is drawn, on both ranks, as the embedding.
+    assert first & second == {"embed.tokens.weight"}
+    assert {name.partition(".attention")[0] for name in first if "attention." in name} == {
+        "blocks.0"
+    }
+    assert {name.partition(".attention")[0] for name in second if "attention." in name} == {
+        "blocks.1"
+    }
+    assert "embed.positions.weight" in first and "head.norm.weight" in second
 
 
 def test_replicas_hold_everything(ranks):

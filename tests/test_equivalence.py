@@ -1,11 +1,14 @@
 """The heart: every strategy takes the same steps as one process, and a planted fault is named."""
 
+from dataclasses import replace
+
 import pytest
 
 import conf.layout
 from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
 from parallel.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
+from parallel.schedule import SCHEDULES
 from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES
 from trainer.config import VerifyConfig
 from trainer.verify import compare, first_fault, largest, verdict
@@ -34,6 +37,17 @@ def test_strategy_equals_one_process(ranks, strategy, family):
     assert verdict(found, TOLERANCE) == "equal"
     # The comparison is of something: the gradients of every parameter at every step.
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("family", ["decoder (Llama)", "decoder (GPT-2)", "encoder-decoder"])
+def test_pipelines_of_tied_and_untied_weights(ranks, schedule, family):
+    """STRATEGIES run the families as they are: Llama untied, the others tied."""
+    other = replace(FAMILIES[family], tied=not FAMILIES[family].tied)
+    config = VerifyConfig(strategy=StrategyConfig(pipeline=2, schedule=schedule), model=other)
+    found = ranks.run(2, compare, config)[0]
+    assert verdict(found, TOLERANCE) == "equal"
+    assert ("head.output.weight" in {d.parameter for d in found}) is not other.tied
 
 
 @pytest.mark.parametrize("mode", ["selective", "block"])
