@@ -1,5 +1,6 @@
 """Ranks, their device and their process group; one process is a group of one."""
 
+import gc
 import json
 import os
 from collections import Counter
@@ -115,6 +116,9 @@ def end_process_group() -> None:
         (debug, "_clear_sharding_prop_cache"),
     ):
         getattr(owner, name, lambda: None)()
+    # A model, its stages and its hooks hold each other, and with them groups, each of which has
+    # threads of its own as long as it is there.
+    gc.collect()
 
 
 def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:

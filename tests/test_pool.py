@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from parallel.config import StrategyConfig
 from parallel.pool import RankFailedError, RankPool
+from parallel.runtime import Runtime
+from trainer.build import parallel_model
+from trainer.cases import FAMILIES, scale_down
+from trainer.precision import PRECISIONS
 
 
 @pytest.fixture
@@ -74,3 +80,21 @@ def test_a_later_group_does_not_meet_an_earlier_one_s_plans(ranks):
     for _ in range(2):
         assert ranks.run(4, gathered, (2, 2)) == [[0.0, 1.0]] * 4
         assert ranks.run(2, gathered, (1, 2)) == [[0.0, 1.0]] * 2
+
+
+def threads(runtime: Runtime) -> int:
+    return len(os.listdir("/proc/self/task"))
+
+
+def replicas(runtime: Runtime) -> None:
+    strategy = StrategyConfig(replicate=2)
+    parallel_model(scale_down(FAMILIES["decoder (Llama)"]), strategy, runtime, PRECISIONS["fp32"])
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
+def test_groups_that_have_ended_leave_no_threads(ranks):
+    ranks.run(2, replicas)
+    before = ranks.run(2, threads)
+    for _ in range(3):
+        ranks.run(2, replicas)
+    assert ranks.run(2, threads) == before
