@@ -13,9 +13,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from parallel.config import StrategyConfig
 from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
-from trainer.build import parallel_model
-from trainer.cases import FAMILIES, scale_down
-from trainer.precision import PRECISIONS
+from trainer.cases import FAMILIES
+from trainer.config import VerifyConfig
+from trainer.verify import compare
 
 
 @pytest.fixture
@@ -83,18 +83,14 @@ def test_a_later_group_does_not_meet_an_earlier_one_s_plans(ranks):
 
 
 def threads(runtime: Runtime) -> int:
-    return len(os.listdir("/proc/self/task"))
-
-
-def replicas(runtime: Runtime) -> None:
-    strategy = StrategyConfig(replicate=2)
-    parallel_model(scale_down(FAMILIES["decoder (Llama)"]), strategy, runtime, PRECISIONS["fp32"])
+    return len(list(Path("/proc/self/task").iterdir()))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
 def test_groups_that_have_ended_leave_no_threads(ranks):
-    ranks.run(2, replicas)
+    config = VerifyConfig(strategy=StrategyConfig(pipeline=2), model=FAMILIES["decoder (Llama)"])
+    ranks.run(2, compare, config)
     before = ranks.run(2, threads)
-    for _ in range(3):
-        ranks.run(2, replicas)
+    for _ in range(2):
+        ranks.run(2, compare, config)
     assert ranks.run(2, threads) == before
