@@ -6,24 +6,20 @@ recorded steps, in turn. Simulated: the schedule's own lists with the median tim
 actions, as if messages took no time and no action ever waited for the machine.
 """
 
-import os
 import statistics
-import sys
 from collections import defaultdict
 
-import torch
 from rich.console import Console
 from rich.table import Table
+from workload import by_sample, llama, on_ranks, pin, random_batch
 
 from parallel.actions import actions
 from parallel.config import StrategyConfig
-from parallel.pool import RankPool
 from parallel.runtime import Runtime
 from parallel.schedule import SCHEDULES, bubble_formula, stages_per_rank, takes
 from parallel.simulate import Action, Span, bubble, simulate
 from parallel.worker import Worker
 from trainer.build import parallel_model
-from trainer.config import ModelConfig
 from trainer.precision import PRECISIONS
 
 RANKS, SEQ_LEN, WARMUP_STEPS = 2, 128, 2
@@ -36,10 +32,7 @@ def strategy_of(schedule: str) -> StrategyConfig:
 
 def workers(width: int, blocks: int, micro_batches: int, runtime: Runtime) -> dict[str, Worker]:
     """A pipeline of each schedule, cut where stages have equally many blocks."""
-    config = ModelConfig(
-        layers=blocks, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
-        vocab_size=256, max_positions=SEQ_LEN, tied=False,
-    )  # fmt: skip
+    config = llama(width, blocks, SEQ_LEN, vocab_size=256)
     return {
         schedule: parallel_model(config, strategy_of(schedule), runtime, PRECISIONS["fp32"])
         for schedule in SCHEDULES
@@ -51,12 +44,9 @@ def measure(
     runtime: Runtime, width: int, blocks: int, micro_batches: int, steps: int
 ) -> dict[str, list[list[Span]]]:
     """The spans of every step, by schedule; on the first rank."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[runtime.rank % len(cores)]})
+    pin(runtime.rank)
     pipelines = workers(width, blocks, micro_batches, runtime)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 256, (micro_batches, 1, SEQ_LEN + 1), generator=generator)
-    batches = [{"tokens": i[:, :-1].contiguous(), "targets": i[:, 1:].contiguous()} for i in ids]
+    batches = by_sample(random_batch(micro_batches, SEQ_LEN, vocab_size=256))
     found: dict[str, list[list[Span]]] = {schedule: [] for schedule in pipelines}
     for step in range(WARMUP_STEPS + steps):
         for schedule, worker in pipelines.items():
@@ -66,7 +56,6 @@ def measure(
             spans = recording.gather()
             if step >= WARMUP_STEPS:
                 found[schedule].append(spans)
-    os.sched_setaffinity(0, cores)
     return found
 
 
@@ -85,11 +74,7 @@ def simulated(schedule: str, micro_batches: int, steps: list[list[Span]]) -> flo
 
 
 if __name__ == "__main__":
-    defaults = (512, 8, 4, 10)
-    numbers = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
-    pool = RankPool(RANKS)
-    found = pool.run(RANKS, measure, *numbers, timeout_seconds=3600.0)[0]
-    pool.close()
+    found, numbers = on_ranks(RANKS, measure, defaults=(512, 8, 4, 10))
     width, blocks, micro_batches, steps = numbers
     table = Table(
         "schedule", "bubble, median", "least and most", "formula", "simulated", "step, median ms",

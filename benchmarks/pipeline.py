@@ -10,60 +10,33 @@ segment]` starts the ranks itself. Both run torch's GPipe and 1F1B:
 The segments alternate within one run, and ratios are taken segment by segment.
 """
 
-import os
 import statistics
-import sys
-import time
 from collections.abc import Callable
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch import distributed as dist
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.nn import functional as F
+from workload import Batch, alternate, by_sample, llama, on_ranks, pin, random_batch, train_step
 
 from parallel.config import StrategyConfig
-from parallel.pool import RankPool
 from parallel.runtime import Runtime
-from trainer.build import parallel_model
-from trainer.config import ModelConfig, OptimConfig
+from trainer.config import ModelConfig
 from trainer.layers import SequenceLayout, Stream
 from trainer.model import Transformer, draw_rows
-from trainer.optim import Optimizer
-from trainer.precision import PRECISIONS
 
 RANKS, SEQ_LEN = 2, 128
 TORCH_CLASSES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
-Batch = dict[str, Tensor]
 Step = Callable[[Batch], float | None]  # the loss, on ranks that know it
 
 
-def shape(width: int, blocks: int) -> ModelConfig:
-    """A Llama-style decoder with heads of 64, whose embedding and head cost little."""
-    return ModelConfig(
-        layers=blocks, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
-        vocab_size=256, max_positions=SEQ_LEN, tied=False,
-    )  # fmt: skip
-
-
 def ours(config: ModelConfig, runtime: Runtime, schedule: str) -> Step:
-    """The step that launch/train.py takes."""
+    """A micro-batch per sample."""
     strategy = StrategyConfig(pipeline=RANKS, schedule=schedule)
-    worker = parallel_model(config, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
-
-    def step(batch: Batch) -> float:
-        samples = len(batch["tokens"])
-        worker.zero_grad()
-        loss, _ = worker.forward_backward(
-            [{name: t[i : i + 1] for name, t in batch.items()} for i in range(samples)]
-        )
-        optimizer.step(1e-3, torch.zeros(()))
-        return loss.item()
-
-    return step
+    step = train_step(config, strategy, runtime)
+    return lambda batch: step(by_sample(batch)).item()
 
 
 class Part(nn.Module):
@@ -119,39 +92,21 @@ def measure(
     runtime: Runtime, width: int, blocks: int, micro_batches: int, segments: int, steps: int
 ) -> dict[str, list[float]]:
     """Seconds per step of each way, segment by segment; all must have the same first losses."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[runtime.rank % len(cores)]})
-    config = shape(width, blocks)
+    pin(runtime.rank)
+    config = llama(width, blocks, SEQ_LEN, vocab_size=256)  # embedding and head cost little
     ways: dict[str, Step] = {}
     for schedule in TORCH_CLASSES:
         ways[f"{schedule}, torch"] = bare(config, runtime, schedule, micro_batches)
         ways[f"{schedule}, ours"] = ours(config, runtime, schedule)
-    generator = torch.Generator().manual_seed(0)
-    size = (micro_batches, SEQ_LEN + 1)
-    ids = torch.randint(0, config.vocab_size, size, generator=generator)
-    batch = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+    batch = random_batch(micro_batches, SEQ_LEN, config.vocab_size)
     for _ in range(2):  # the second loss is of weights that both have trained
         losses = [loss for step in ways.values() if (loss := step(batch)) is not None]
         assert max(losses) - min(losses) < 1e-4, losses
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(segments):
-        for name, step in ways.items():
-            dist.barrier()
-            began = time.perf_counter()
-            for _ in range(steps):
-                step(batch)
-            dist.barrier()
-            seconds[name].append((time.perf_counter() - began) / steps)
-    os.sched_setaffinity(0, cores)
-    return seconds
+    return alternate(ways, batch, segments, steps)
 
 
 if __name__ == "__main__":
-    defaults = (512, 8, 8, 10, 3)
-    numbers = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
-    pool = RankPool(RANKS)
-    seconds = pool.run(RANKS, measure, *numbers, timeout_seconds=3600.0)[0]
-    pool.close()
+    seconds, numbers = on_ranks(RANKS, measure, defaults=(512, 8, 8, 10, 3))
     width, blocks, micro_batches, segments, steps = numbers
     table = Table(
         "step of", "median ms", "least ms", "tokens/s", "ours / torch, tokens/s", "least and most",

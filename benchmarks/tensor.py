@@ -12,8 +12,6 @@ The segments alternate within one run, and ratios are taken segment by segment.
 """
 
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,45 +30,26 @@ from torch.distributed.tensor.parallel import (
     loss_parallel,
     parallelize_module,
 )
+from workload import alternate, llama, on_ranks, random_batch, train_step
 
 from parallel.config import StrategyConfig
 from parallel.mesh import build_mesh
-from parallel.pool import RankPool
 from parallel.runtime import Runtime
 from parallel.vocab import Vocabulary
-from trainer.build import parallel_model
-from trainer.config import ModelConfig, OptimConfig
+from trainer.config import ModelConfig
 from trainer.layers import SequenceLayout
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer, draw_rows
-from trainer.optim import Optimizer
-from trainer.precision import PRECISIONS
 
 RANKS, SEQ_LEN, LAYERS = 2, 128, 4
 Step = Callable[[dict[str, Tensor]], Tensor]
 
 
-def shape(width: int) -> ModelConfig:
-    """A Llama-style decoder with heads of 64 and Llama's ratio of the feed-forward layer, 8/3."""
-    return ModelConfig(
-        layers=LAYERS, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
-        vocab_size=4096, max_positions=SEQ_LEN, tied=False,
-    )  # fmt: skip
-
-
 def ours(config: ModelConfig, runtime: Runtime, sequence_parallel: bool) -> Step:
-    """The step that launch/train.py takes."""
+    """The whole batch in one micro-batch."""
     strategy = StrategyConfig(tensor=RANKS, sequence_parallel=sequence_parallel)
-    worker = parallel_model(config, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
-
-    def step(batch: dict[str, Tensor]) -> Tensor:
-        worker.zero_grad()
-        loss, _ = worker.forward_backward([batch])
-        optimizer.step(1e-3, torch.zeros(()))
-        return loss
-
-    return step
+    step = train_step(config, strategy, runtime)
+    return lambda batch: step([batch])
 
 
 def filled(config: ModelConfig) -> Transformer:
@@ -205,7 +184,7 @@ def measure(
     runtime: Runtime, width: int, samples: int, segments: int, steps: int
 ) -> dict[str, list[float]]:
     """Seconds per step of each way, segment by segment; all must have the same first loss."""
-    config = shape(width)
+    config = llama(width, LAYERS, SEQ_LEN, vocab_size=4096)
     ways = {
         "floor": floor(config, runtime),
         "ours": ours(config, runtime, sequence_parallel=False),
@@ -218,30 +197,15 @@ def measure(
             config, runtime, sequence_parallel=True, splits_loss=False
         ),
     }
-    generator = torch.Generator().manual_seed(0)
-    size = (samples, SEQ_LEN + 1)
-    ids = torch.randint(0, config.vocab_size, size, generator=generator)
-    batch = {"tokens": ids[:, :-1].contiguous(), "targets": ids[:, 1:].contiguous()}
+    batch = random_batch(samples, SEQ_LEN, config.vocab_size)
     first = [float(step(batch)) for step in ways.values()]
     assert max(first) - min(first) < 1e-4, first
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(segments):
-        for name, step in ways.items():
-            dist.barrier()
-            began = time.perf_counter()
-            for _ in range(steps):
-                step(batch)
-            seconds[name].append((time.perf_counter() - began) / steps)
-    return seconds
+    return alternate(ways, batch, segments, steps)
 
 
 if __name__ == "__main__":
-    defaults = (512, 4, 10, 3)
-    width, samples, segments, steps = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
-    pool = RankPool(RANKS)
-    arguments = (width, samples, segments, steps)
-    seconds = pool.run(RANKS, measure, *arguments, timeout_seconds=3600.0)[0]
-    pool.close()
+    seconds, numbers = on_ranks(RANKS, measure, defaults=(512, 4, 10, 3))
+    width, samples, segments, steps = numbers
     table = Table(
         "step of", "median ms", "ours is faster by", "least and most",
         title=f"width {width}, {samples} × {SEQ_LEN} tokens, {RANKS} CPU ranks",

@@ -54,10 +54,7 @@ def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
     if isinstance(config, VerifyConfig) or not (
         isinstance(config, TrainConfig) or strategy.schedule_csv
     ):
-        found = schedule_problems(
-            strategy.schedule, strategy.pipeline, stages_per_rank(strategy),
-            VERIFIED * strategy.pipeline, strategy.schedule_csv,
-        )  # fmt: skip
+        found = schedule_problems(strategy, VERIFIED * strategy.pipeline)
     try:
         return found + _one_pass(config, strategy)
     except ConfigError:
@@ -109,11 +106,7 @@ def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
         ]
     if strategy.pipeline == 1:
         return []
-    count = share // micro_batch_size(config, strategy)
-    return schedule_problems(
-        strategy.schedule, strategy.pipeline, stages_per_rank(strategy), count,
-        strategy.schedule_csv,
-    )  # fmt: skip
+    return schedule_problems(strategy, share // micro_batch_size(config, strategy))
 
 
 def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:

@@ -7,7 +7,7 @@ from typing import TypeVar
 from conf.check import complete, problems
 from conf.layout import micro_batch_size, model_problems
 from parallel.config import ConfigError, data_degree, resolve
-from parallel.schedule import stages_per_rank, warnings
+from parallel.schedule import warnings
 from trainer import data
 from trainer.config import (
     EvaluateConfig,
@@ -28,23 +28,14 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     _check(config, world_size)
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
-    for warning in pipeline_warnings(config):
+    share = config.batch_size // data_degree(config.strategy)
+    for warning in warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
     config = complete(config, data.prepare(config.data, progress=True))
     open_run_dir(config)
     keep_tokenizer(config)
     log.info("run_dir=%s", config.run_dir)
     return config
-
-
-def pipeline_warnings(config: TrainConfig) -> list[str]:
-    """What runs in a pipeline, but leaves its ranks idle."""
-    strategy = config.strategy
-    share = config.batch_size // data_degree(strategy)
-    return warnings(
-        strategy.schedule, strategy.pipeline, stages_per_rank(strategy),
-        share // config.micro_batch_size, strategy.schedule_csv,
-    )  # fmt: skip
 
 
 def keep_tokenizer(config: TrainConfig) -> None:

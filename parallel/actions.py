@@ -1,12 +1,24 @@
 """The actions of a schedule as torch runs them, read from its own classes with no process group."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.pipelining import schedules
 
 from parallel.schedule import SCHEDULES, stages_of
 from parallel.simulate import KINDS, Action
+
+
+class _OneFOneB(schedules.Schedule1F1B):
+    """1F1B with any number of micro-batches: torch's runs with fewer than stages, but refuses."""
+
+    def __init__(self, *args: Any, **options: Any):
+        schedules.PipelineScheduleSingle.__init__(self, *args, **options)
+
+
+def class_of(schedule: str) -> Any:
+    """torch's class of a schedule."""
+    return _OneFOneB if schedule == "1f1b" else getattr(schedules, SCHEDULES[schedule].torch_class)
 
 
 class _Stage:
@@ -42,7 +54,7 @@ def actions(
 
     An overlapped forward and backward of DualPipeV are two actions, of which the first is joined.
     """
-    torch_class = getattr(schedules, SCHEDULES[schedule].torch_class)
+    torch_class = class_of(schedule)
     stages = {
         rank: [
             _Stage(stage, ranks * stages_per_rank, rank, ranks)
@@ -58,11 +70,6 @@ def actions(
     for (stage,) in stages.values():
         _dry_run(torch_class(stage, micro_batches), micro_batches)
     return {rank: stages[rank][0].ran for rank in range(ranks)}
-
-
-def torch_order(actions: Mapping[int, Sequence[Action]]) -> dict[int, list[schedules._Action]]:
-    """The lists as torch's own kind of action, to run them (`_prepare_schedule_with_comms`)."""
-    return {rank: _nested(listed) for rank, listed in actions.items()}
 
 
 def _dry_run(schedule: Any, micro_batches: int) -> None:
@@ -82,17 +89,3 @@ def _flat(order: Sequence[schedules._Action]) -> list[Action]:
             if kind in KINDS and micro_batch is not None:
                 flat.append(Action(part.stage_index, kind, micro_batch, part is not parts[-1]))
     return flat
-
-
-def _nested(listed: Sequence[Action]) -> list[schedules._Action]:
-    order: list[schedules._Action] = []
-    pair: tuple[schedules._Action, ...] = ()
-    for action in listed:
-        kind = schedules._ComputationType(action.kind)
-        pair += (schedules._Action(action.stage, kind, action.micro_batch),)
-        if action.joined:
-            continue
-        overlap = schedules._Action(-1, schedules.OVERLAP_F_B, None, pair)
-        order.append(overlap if len(pair) > 1 else pair[0])
-        pair = ()
-    return order

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from parallel.actions import class_of
 from parallel.collectives import all_reduce
 from parallel.config import StrategyConfig
 from parallel.gradients import local
@@ -255,7 +256,7 @@ class Pipeline:
             return own
         rules = SCHEDULES[self.strategy.schedule]
         stages = self.stages[0] if rules.most_stages == 1 else self.stages
-        return getattr(schedules, rules.torch_class)(stages, micro_batches, **options)
+        return class_of(self.strategy.schedule)(stages, micro_batches, **options)
 
     def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
         assert self._loss_of is not None

@@ -39,7 +39,7 @@ class Schedule:
 
 SCHEDULES = {
     "gpipe": Schedule("ScheduleGPipe", 1, 1),
-    "1f1b": Schedule("Schedule1F1B", 1, 1, least_micro_batches=1),
+    "1f1b": Schedule("Schedule1F1B", 1, 1),
     # torch takes one stage per rank here too, but the two are 1f1b and gpipe then.
     "interleaved": Schedule("ScheduleInterleaved1F1B", 2, whole_rounds=True),
     "looped_bfs": Schedule("ScheduleLoopedBFS", 2),
@@ -59,9 +59,8 @@ def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tup
 
     A loop gives rank r the stages r, r + ranks, …; a V the stages r and 2·ranks - 1 - r.
     """
-    if SCHEDULES[schedule].v_shaped:
-        return rank, 2 * ranks - 1 - rank
-    return tuple(range(rank, ranks * stages_per_rank, ranks))
+    stages = range(ranks * stages_per_rank)
+    return tuple(stage for stage in stages if rank_of(schedule, stage, ranks) == rank)
 
 
 def stages_per_rank(strategy: StrategyConfig) -> int:
@@ -134,43 +133,41 @@ def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_ran
     return idle / (3 * v * m + idle)
 
 
-def problems(
-    schedule: str, ranks: int, stages_per_rank: int, micro_batches: int, csv_path: str = ""
-) -> list[str]:
-    """Why this pipeline cannot run; an own schedule at `csv_path` stands for the named one."""
-    if csv_path:
+def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
+    """Why this pipeline cannot run; an own schedule stands for the named one."""
+    ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
+    if path:
         try:
-            simulate(read_csv(csv_path, ranks, stages_per_rank, micro_batches))
+            simulate(read_csv(path, ranks, per_rank, micro_batches))
         except ConfigError as error:
-            start = f"{CSV_KEY}={csv_path}"
+            start = f"{CSV_KEY}={path}"
             return [p if p.startswith(start) else f"{start}: {p}" for p in error.problems]
         return []
     found = []
-    rules = SCHEDULES[schedule]
+    schedule, rules = strategy.schedule, SCHEDULES[strategy.schedule]
     least, most = rules.least_stages, rules.most_stages
-    if stages_per_rank < least or (most is not None and stages_per_rank > most):
+    if per_rank < least or (most is not None and per_rank > most):
         must = f"exactly {least}" if least == most else f"at least {least}"
         found.append(
-            f"strategy.stages_per_rank={stages_per_rank} must be {must} for strategy.schedule="
-            f"{schedule}; set strategy.stages_per_rank={least}{_other(schedule, stages_per_rank)}"
+            f"strategy.stages_per_rank={per_rank} must be {must} for strategy.schedule={schedule}; "
+            f"set strategy.stages_per_rank={least}{_other(schedule, per_rank)}"
         )
     if micro_batches < 1 or not takes(schedule, ranks, micro_batches):
         found.append(_wrong_count(schedule, ranks, micro_batches))
     return found
 
 
-def warnings(
-    schedule: str, ranks: int, stages_per_rank: int, micro_batches: int, csv_path: str = ""
-) -> list[str]:
+def warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
     """What runs, but badly: fewer micro-batches than ranks. For what `problems` lets pass."""
+    ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if micro_batches >= ranks:
         return []
-    if csv_path:
-        name = f"{CSV_KEY}={csv_path}"
-        share = bubble(simulate(read_csv(csv_path, ranks, stages_per_rank, micro_batches)))
+    if path:
+        name = f"{CSV_KEY}={path}"
+        share = bubble(simulate(read_csv(path, ranks, per_rank, micro_batches)))
     else:
-        name = f"strategy.schedule={schedule}"
-        share = bubble_formula(schedule, ranks, micro_batches, stages_per_rank)
+        name = f"strategy.schedule={strategy.schedule}"
+        share = bubble_formula(strategy.schedule, ranks, micro_batches, per_rank)
     return [
         f"{name}: {micro_batches} micro-batches ({BATCH}) are fewer than strategy.pipeline={ranks} "
         f"ranks, which are idle for {100 * share:.0f} % of a step (bubble); {BATCH_CHANGE} for "

@@ -164,7 +164,7 @@ BAD = {
     "strategy=pipeline strategy.schedule=dualpipe": "did you mean dualpipev?",
     "strategy=pipeline strategy.stages_per_rank=2 strategy.schedule=1f1b": "stages_per_rank=2 "
     "must be exactly 1 for strategy.schedule=1f1b; set strategy.stages_per_rank=1",
-    "strategy=pipeline strategy.schedule=1f1b micro_batch_size=16": "takes at least 2 "
+    "strategy=pipeline strategy.schedule=dualpipev micro_batch_size=16": "takes at least 4 "
     "micro-batches, but there are 1",
     "strategy=pipeline strategy.schedule=zero_bubble batch_size=15 micro_batch_size=3": "takes 2 "
     "rounds of equally many micro-batches, but there are 5",

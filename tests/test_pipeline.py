@@ -134,3 +134,15 @@ def test_a_loss_in_pieces_equals_one_process(ranks, schedule, family):
     strategy = StrategyConfig(pipeline=2, schedule=schedule)
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family])
     assert verdict(ranks.run(2, compare_in_pieces, config)[0], 1e-10) == "equal"
+
+
+def compare_with_few(runtime, config):
+    with mock.patch.object(verify, "samples", lambda _strategy: 2):
+        return compare(runtime, config)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
+def test_fewer_micro_batches_than_ranks_equal_one_process(ranks, schedule):
+    strategy = StrategyConfig(pipeline=3, schedule=schedule)
+    config = VerifyConfig(strategy=strategy, model=LLAMA)
+    assert verdict(ranks.run(3, compare_with_few, config)[0], 1e-10) == "equal"
