@@ -1,14 +1,19 @@
 """What happens once, before any rank works: the checks, the data and the run's folder."""
 
 import logging
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
 
 from conf.check import complete, problems
 from conf.layout import micro_batch_size, model_problems
 from parallel.config import ConfigError, data_degree, resolve
 from parallel.schedule import warnings
-from trainer import data
+from trainer import data, goodput
 from trainer.config import (
     EvaluateConfig,
     GenerateConfig,
@@ -25,6 +30,7 @@ log = logging.getLogger(__name__)
 
 def training(config: TrainConfig, world_size: int) -> TrainConfig:
     """The checked and completed configuration; its data is prepared and its folder open."""
+    opened = _opened()
     _check(config, world_size)
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
@@ -34,8 +40,18 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     config = complete(config, data.prepare(config.data, progress=True))
     open_run_dir(config)
     keep_tokenizer(config)
+    goodput.begin(Path(config.run_dir), opened, time.time())
     log.info("run_dir=%s", config.run_dir)
     return config
+
+
+def _opened() -> float:
+    """When this start began, by the monotonic clock: with the process, or later in a sweep."""
+    now = time.monotonic()
+    job = HydraConfig.get().job if HydraConfig.initialized() else None
+    if job is not None and not OmegaConf.is_missing(job, "num") and job.num > 0:
+        return now
+    return now - goodput.process_seconds()
 
 
 def keep_tokenizer(config: TrainConfig) -> None:

@@ -73,7 +73,8 @@ def run(runtime, config: TrainConfig, stop_after: int = 0) -> dict[str, torch.Te
 
 def lines(config: TrainConfig) -> list[dict]:
     text = (Path(config.run_dir) / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+    found = [json.loads(line) for line in text.splitlines()]
+    return [line for line in found if line.get("event") != "goodput"]
 
 
 def losses(config: TrainConfig) -> list[float]:

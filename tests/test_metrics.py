@@ -1,5 +1,6 @@
 """The recorder on a fake clock: right times, no step twice, valid JSON, one writer."""
 
+import errno
 import io
 import json
 import os
@@ -12,7 +13,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from trainer.config import MetricsConfig
+from parallel.simulate import Span
+from trainer.config import ConfigError, MetricsConfig
+from trainer.display import Lasting
 from trainer.metrics import Recorder
 
 
@@ -41,7 +44,8 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{constant} is not JSON")
 
     text = (run_dir / "metrics.jsonl").read_text()
-    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    found = [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+    return [line for line in found if line.get("event") != "goodput"]
 
 
 def shown(recorder: Recorder) -> str:
@@ -120,7 +124,7 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: li
         recorder.start(0)
         recorder.evaluation(8, "test", {"eval_loss": 1.0})
     assert [line["step"] for line in lines(tmp_path)] == [*kept, 8]
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["goodput.json", "metrics.jsonl"]
 
 
 def test_an_evaluation_line(tmp_path: Path) -> None:
@@ -252,3 +256,102 @@ def test_profiler_traces_the_steps_after_warm_up(
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     names = {event["name"] for event in events if "training step" in event.get("name", "")}
     assert names == {f"training step {first_traced + i}" for i in range(2)}
+
+
+def test_goodput_is_the_last_line_of_a_run(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with make(tmp_path, clock=clock) as recorder:
+        clock.seconds += 10
+        recorder.start(0)
+        for _ in range(3):
+            with recorder.waiting():
+                clock.seconds += 1
+            clock.seconds += 4
+            recorder.step_done()
+        recorder.training(3, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=3.0)
+        written = json.loads((tmp_path / "goodput.json").read_text())  # at once: a kill may come
+        with recorder.pause("evaluation"):
+            clock.seconds += 20
+        with recorder.pause("save"):
+            clock.seconds += 5
+    assert written["seconds"]["useful"] == 8.0
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (line["step"], line["event"], line["total_seconds"]) == (3, "goodput", 50.0)
+    seconds = {k.removesuffix("_seconds"): s for k, s in line.items() if k.endswith("_seconds")}
+    assert {k: s for k, s in seconds.items() if s} == {
+        "useful": 8.0, "restart": 15.0, "data_wait": 2.0, "evaluation": 20.0, "save": 5.0,
+        "total": 50.0,
+    }  # fmt: skip
+    assert shown(recorder).splitlines()[-1].startswith("goodput 16.0 % of 50 s in 1 start; lost: ")
+
+
+class FullDisk:
+    """Stands in for an open file: takes so many bytes more, then there is no room."""
+
+    def __init__(self, file: Any, room: int):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = min(self.room, len(data))
+        self.room -= taken
+        return self.file.write(data[:taken])
+
+
+def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        disk = FullDisk(recorder._file._file, room=70)
+        recorder._file._file = disk
+        for step in (1, 2, 3):  # the second is cut in the middle
+            recorder.evaluation(step, "valid", {"eval_loss": 1.0})
+            assert [line["step"] for line in lines(tmp_path)] == [1]
+        disk.room = 10_000
+        recorder.evaluation(4, "valid", {"eval_loss": 1.0})
+        assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+        disk.room = 0
+        recorder.evaluation(5, "valid", {"eval_loss": 1.0})
+    said = [line for line in shown(recorder).splitlines() if "metrics.jsonl" in line]
+    assert len(said) == 3  # once for each time that it was full, and at the end
+    assert "cannot be written (No space left on device); training goes on" in said[0]
+    assert said[-1].endswith("there was no room for the last 1 lines")
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_a_metrics_file_that_cannot_be_opened_is_a_mistake(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
+        make(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_dropped_with_their_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"st\xff\xfe\x00p": 2}\n{"step": 2}\n')
+    with make(tmp_path, start_step=2):
+        pass
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_picture_that_finds_no_room_ends_no_run(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        recorder._run_dir = tmp_path / "gone"
+        recorder.timeline(5, [Span(0, 0, "F", 0, 0.0, 1.0)], "gpipe")
+        recorder._run_dir = tmp_path
+    assert "timeline.png cannot be written" in shown(recorder)
+
+
+class Broken(io.StringIO):
+    """A stream without a descriptor whose reader has left."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+def test_a_console_without_a_reader_is_switched_off(tmp_path: Path) -> None:
+    with make(tmp_path, console=Console(file=Lasting(Broken()))) as recorder:  # type: ignore[arg-type]
+        recorder.start(0)
+        for step in (2, 4):
+            recorder.training(step, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]

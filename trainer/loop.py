@@ -122,19 +122,20 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
     """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
     recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
-        micro_batches = next(loader)
+        with recorder.waiting():
+            micro_batches = next(loader)
         with drawn(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
         if recorder.due(state.step):
             report(config, state, step, loader, recorder)
         if due(state.step, config.eval.every, config.steps):
-            with recorder.pause():
+            with recorder.pause("evaluation"):
                 values = measure(config, state.worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
         if due(state.step, config.checkpoint.every, config.steps):
             stop_if_bad(state, config.run_dir)
-            with recorder.pause():
+            with recorder.pause("save"):
                 save(Path(config.run_dir), config.checkpoint.keep, state)
 
 
@@ -165,7 +166,8 @@ def finish(config: TrainConfig, state: TrainState, recorder: Recorder) -> dict[s
     values: dict[str, float] = {}
     if config.eval.test:
         tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None
-        values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer)
+        with recorder.pause("evaluation"):
+            values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer)
         recorder.evaluation(state.step, "test", values)
     if config.data.kind == "text" and config.metrics.sample_tokens:
         writer = open_tokenizer(config.data)

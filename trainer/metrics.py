@@ -6,27 +6,28 @@ it asks of the device is to be idle where a pause begins and ends, so that times
 
 import json
 import math
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from parallel.simulate import Span
-from trainer.config import MetricsConfig
+from trainer.config import ConfigError, MetricsConfig
+from trainer.display import Display, open_console
 from trainer.flops import peak_flops
+from trainer.goodput import Goodput, sentence
 from trainer.tracker import Tracker
 
 PROFILER_WARMUP_STEPS = 10
 DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
-SHOWN_WAIT_SHARE = 0.01  # the live bar mentions waiting for data from here on
 
 
 class Stopwatch:
@@ -61,31 +62,77 @@ class Stopwatch:
 class MetricsFile:
     """metrics.jsonl: one JSON object a line, whole at any moment."""
 
-    def __init__(self, path: Path, start_step: int):
-        """Open to append; lines that a resumed run would write a second time are dropped."""
-        if path.exists():
-            _keep_until(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, start_step: int, say: Callable[[str], None]):
+        """Open to append; lines that a resumed run would write a second time are dropped.
+
+        Raises ConfigError if the file cannot be written.
+        """
+        self._path, self._say = path, say
+        self._waiting = b""  # lines that found no room yet
+        self._full = False
+        try:
+            self.dropped = _keep_until(path, start_step) if path.exists() else []
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
+            ) from error
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line, at once; numbers that are not finite become null."""
+        """Write one line, at once; numbers that are not finite become null.
+
+        Where there is no room, lines wait in memory until there is.
+        """
         finite = {k: None if _is_bad(value) else value for k, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self._full:
+                self._say(
+                    f"{self._path} cannot be written ({error.strerror}); training goes on, and "
+                    "its lines are kept until they can"
+                )
+            self._full = True
+        else:
+            self._full = False
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, after a last try to write what waits."""
+        with suppress(OSError):
+            self._write()
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            self._say(f"{self._path}: there was no room for the last {count} lines")
         self._file.close()
 
+    def _write(self) -> None:
+        whole = os.fstat(self._file.fileno()).st_size
+        left = memoryview(self._waiting)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), whole)  # a line is there or it is not
+            raise
+        self._waiting = b""
 
-def _keep_until(path: Path, start_step: int) -> None:
-    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _is_before(line, start_step)]
-    if len(kept) < len(lines):
+
+def _keep_until(path: Path, start_step: int) -> list[str]:
+    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
+
+    Returns the lines dropped.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in lines:
+        (kept if _is_before(line, start_step) else dropped).append(line)
+    if dropped:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
+    return dropped
 
 
 def _is_before(line: str, start_step: int) -> bool:
@@ -100,83 +147,6 @@ def _is_before(line: str, start_step: int) -> bool:
 
 def _is_bad(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
-
-
-class Display:
-    """The console: a live bar on a terminal, one plain line per record elsewhere."""
-
-    def __init__(self, console: Console, steps: int, unit: str):
-        self._console = console
-        self._steps = steps
-        self._unit = unit
-        # Colours may be forced on a log file; a bar that redraws itself must not be.
-        live = console.is_interactive and console.file.isatty()
-        columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
-        self._bar = Progress(*columns, console=console, refresh_per_second=4) if live else None
-        self._seconds_left = math.nan
-        self._details = ""
-
-    def start(self, step: int) -> None:
-        """Show the bar."""
-        if self._bar is not None:
-            self._bar.add_task(f"step {step}/{self._steps}", total=self._steps, completed=step)
-            self._bar.start()
-
-    def close(self) -> None:
-        """Leave the terminal as it was, the bar at its last state."""
-        if self._bar is not None:
-            self._bar.stop()
-
-    def advance(self, step: int) -> None:
-        """Move the bar to a finished step."""
-        if self._bar is not None and self._bar.tasks:
-            head = f"step {step}/{self._steps}"
-            self._bar.update(
-                self._bar.tasks[0].id, completed=step, description=head + self._details
-            )
-
-    def training(self, record: dict[str, Any], seconds_left: float) -> None:
-        """Show a training record; `seconds_left` of the whole run."""
-        rate, wait = record["tokens_per_second"], record["data_wait_share"]
-        parts = [f"  loss {record['loss']:.4g}"]
-        if self._bar is None:  # the bar must fit a narrow terminal
-            parts.append(f"  grad {record['grad_norm']:.2g}")
-        parts += [f"  lr {record['lr']:.1e}", f"  {_short(rate)} {self._unit}/s"]
-        if "mfu" in record:
-            parts.append(f"  mfu {100 * record['mfu']:.0f} %")
-        if self._bar is None or wait > SHOWN_WAIT_SHARE:
-            parts.append(f"  wait {100 * wait:.1f} %")
-        self._details = "".join(parts) + f"  eta {_duration(seconds_left)}"
-        if self._bar is None:
-            self.say(f"step {record['step']}/{self._steps}{self._details}")
-        self.advance(record["step"])
-
-    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Show an evaluation."""
-        parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items()]
-        self.say(f"step {step}  {split}: {'  '.join(parts)}")
-
-    def say(self, text: str) -> None:
-        """One line, never wrapped nor coloured by its content; above the bar."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _short(number: float) -> str:
-    """Three digits and a unit: 12345 is 12.3k."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{suffix}"
-    return f"{number:.3g}"
-
-
-def _duration(seconds: float) -> str:
-    """4:10, 1:02:03, 2d 3:04:05."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    days, hour = divmod(hours, 24)
-    if not hours:
-        return f"{minute}:{second:02}"
-    return (f"{days}d " if days else "") + f"{hour}:{minute:02}:{second:02}"
 
 
 def memory_gib(device: torch.device) -> float:
@@ -199,7 +169,7 @@ class Recorder:
         self, config: MetricsConfig, run_dir: Path, *, first: bool, steps: int, start_step: int,
         resolved: dict[str, Any], flops_per_token: float, devices: int, device: torch.device,
         precision_name: str, unit: str = "tok", console: Console | None = None,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] = time.monotonic,
     ):  # fmt: skip
         self._config, self._run_dir = config, Path(run_dir)
         self._first, self._steps, self._start_step = first, steps, start_step
@@ -210,12 +180,14 @@ class Recorder:
         self._stopwatch = Stopwatch(clock)
         self._step = self._line_step = start_step
         self._line_tokens, self._line_wait_seconds = 0, 0.0
+        self._started = False
         self.profiler: profile | None = None
         if first:
-            console = console or Console()
-            self._display = Display(console, steps, unit)
-            self._file = MetricsFile(self._run_dir / "metrics.jsonl", start_step)
+            self._display = Display(console or open_console(), steps, unit)
+            path = self._run_dir / "metrics.jsonl"
+            self._file = MetricsFile(path, start_step, self.say)
             self._tracker = Tracker(config, self._run_dir, resolved, self.say)
+            self._goodput = Goodput(self._run_dir, clock)
 
     def __enter__(self) -> Self:
         return self
@@ -226,6 +198,8 @@ class Recorder:
         try:
             if self.profiler is not None:
                 self.profiler.stop()
+            if self._started:
+                self._tell_goodput()
         finally:
             self._display.close()
             self._file.close()
@@ -234,6 +208,7 @@ class Recorder:
     def start(self, tokens: int) -> None:
         """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""
         self._line_tokens = tokens
+        self._started = True
         if self._first:
             self._display.start(self._start_step)
             self._start_profiler()
@@ -275,6 +250,7 @@ class Recorder:
         seconds_left = (self._steps - step) * (record["step_seconds"] + paused_seconds)
         self._display.training(record, seconds_left)
         self._tracker.poll()
+        self._goodput.save()
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """An evaluation line; `values` holds `eval_loss` and the task's metrics."""
@@ -289,8 +265,9 @@ class Recorder:
         from trainer.timeline import draw, heading  # noqa: PLC0415 (loads matplotlib: 0.5 s)
 
         path, title = self._run_dir / "timeline.png", heading(spans, schedule)
-        draw(spans, path, f"step {step}, {title}")
-        self.say(f"timeline of step {step}: {path} ({title})")
+        with self._forgiving(path):
+            draw(spans, path, f"step {step}, {title}")
+            self.say(f"timeline of step {step}: {path} ({title})")
 
     def say(self, text: str) -> None:
         """One line on the console."""
@@ -298,10 +275,19 @@ class Recorder:
             self._display.say(text)
 
     @contextmanager
-    def pause(self) -> Iterator[None]:
-        """What happens in here (evaluation, checkpoint, sample) is not counted as training."""
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for the next step's data."""
+        with self._goodput.during("data_wait") if self._first else nullcontext():
+            yield
+
+    @contextmanager
+    def pause(self, kind: str = "other") -> Iterator[None]:
+        """What happens in here is not counted as training but as `kind` (goodput.py)."""
         self._synchronize()  # steps that the device still works on are training
-        with self._stopwatch.pause():
+        with (
+            self._stopwatch.pause(),
+            self._goodput.during(kind) if self._first else nullcontext(),
+        ):
             try:
                 yield
             finally:
@@ -311,10 +297,25 @@ class Recorder:
         """Call once after every step: moves the bar and the profiler."""
         self._step += 1
         if self._first:
+            self._goodput.step_done(self._step)
             self._display.advance(self._step)
         if self.profiler is not None:
-            with self._stopwatch.pause():  # writing the trace takes seconds
+            # Writing the trace takes seconds.
+            with self._stopwatch.pause(), self._goodput.during("other"):
                 self.profiler.step()
+
+    def _tell_goodput(self) -> None:
+        values = self._goodput.close()
+        self._file.append({"step": self._step, **values})
+        self.say(sentence(values))
+
+    @contextmanager
+    def _forgiving(self, path: Path) -> Iterator[None]:
+        """A file that is nice to have: if it cannot be written, that is said."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{path} cannot be written ({error.strerror or error}); training goes on")
 
     def _synchronize(self) -> None:
         if self._first and self._device.type == "cuda":
@@ -337,8 +338,9 @@ class Recorder:
 
     def _write_trace(self, profiler: profile) -> None:
         path = self._run_dir / "trace.json"
-        profiler.export_chrome_trace(str(path))
-        self.say(f"profiler trace: {path}; open it at https://ui.perfetto.dev")
+        with self._forgiving(path):
+            profiler.export_chrome_trace(str(path))
+            self.say(f"profiler trace: {path}; open it at https://ui.perfetto.dev")
 
 
 def _known_peak(device: torch.device, precision_name: str) -> float | None:
