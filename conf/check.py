@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CHOICES = {
     "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
     "device": ("cpu", "cuda", "auto"),
+    "on_bad_step": ("stop", "skip", "rollback"),
     "resume": ("auto", "never"),
     "activation_checkpointing": ("none", "selective", "block"),
     "split": ("valid", "test"),
@@ -84,6 +85,9 @@ RANGES = {
     "batch_size": COUNT,
     "micro_batch_size": COUNT_OR_OFF,
     "seed": COUNT_OR_OFF,
+    "max_bad_steps": COUNT,
+    "spike_sigma": COUNT_OR_OFF,
+    "spike_window": Interval(8, 1024),  # the longest is trainer/guard.py's
     "samples": COUNT_OR_OFF,
     "beams": COUNT,
     "tolerance": COUNT_OR_OFF,
@@ -128,6 +132,7 @@ RANGES = {
     "eval.beams": COUNT,
     "checkpoint.every": COUNT_OR_OFF,
     "checkpoint.keep": COUNT_OR_OFF,
+    "checkpoint.check_replicas_every": COUNT_OR_OFF,
     "metrics.every": COUNT,
     "metrics.sample_tokens": COUNT_OR_OFF,
     "metrics.profile_steps": COUNT_OR_OFF,

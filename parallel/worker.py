@@ -92,7 +92,9 @@ class Worker:
             loss = self._loss_sum(logits, targets)
             loss = loss / count.clamp(min=1).to(loss.dtype)
             total = total + loss.detach()
-            return loss if scale is None else loss * scale
+            # Zero times a loss that is not finite is NaN: its gradient may be finite, and only
+            # what is in the gradient reaches the other ranks.
+            return loss * (loss.detach() * 0 + (1 if scale is None else scale))
 
         if self.pipeline is None:
             self._accumulate(inputs, share_of_mean)

@@ -11,7 +11,8 @@ from torch.distributed import checkpoint as dcp
 
 from parallel.config import StrategyConfig, world_size
 from trainer.checkpoint import TrainState, load, load_weights, newest, save
-from trainer.config import ConfigError, OptimConfig
+from trainer.config import ConfigError, OptimConfig, TrainConfig
+from trainer.guard import Guard
 from trainer.optim import Optimizer
 from trainer.precision import PRECISIONS, LossScale
 from trainer.verify import whole
@@ -22,7 +23,8 @@ def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = No
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
     optimizer = Optimizer(worker.parameters(), OptimConfig())
-    return TrainState(worker, optimizer, scale, zero, zero.float())
+    guard = Guard(TrainConfig(run_dir="nowhere"), runtime.device)
+    return TrainState(worker, optimizer, scale, guard, zero)
 
 
 def round_trip(runtime, folder) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.worker import Worker
 from trainer.config import ConfigError
+from trainer.guard import Guard
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
 from trainer.run_dir import checkpoint_path, checkpoints
@@ -29,8 +30,8 @@ class TrainState:
     worker: Worker
     optimizer: Optimizer
     loss_scale: LossScale
+    guard: Guard
     tokens: Tensor  # valid targets learned from so far, int64 on the device
-    bad_step: Tensor  # the first step that was not finite, 0 = none; never saved
     step: int = 0  # optimizer steps done
 
 
@@ -41,6 +42,7 @@ def _tensors(state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer.state(),
         "updates": state.optimizer.updates(),
         "loss_scale": state.loss_scale.state(),
+        "guard": state.guard.state(),
         "tokens": state.tokens,
         "step": torch.tensor(state.step),
     }
@@ -77,6 +79,7 @@ def load(path: Path, state: TrainState) -> None:
     dcp.load(tensors, checkpoint_id=path)
     state.optimizer.set_updates(tensors["updates"].item())
     state.loss_scale.load(tensors["loss_scale"])
+    state.guard.load(tensors["guard"])
     state.tokens.copy_(tensors["tokens"])
     state.step = int(tensors["step"].item())
 

@@ -101,6 +101,9 @@ class CheckpointConfig:
 
     every: int = 500  # steps between checkpoints; 0 = only at the end
     keep: int = 2  # newest checkpoints kept; 0 = all
+    # Steps between comparisons of weights and moments that several ranks have a copy of: they must
+    # be the same to the bit; 0 = off.
+    check_replicas_every: int = 0
 
 
 @dataclass
@@ -144,6 +147,17 @@ class TrainConfig:
     micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's at once
     seed: int = 0  # weights, order of the samples and dropout follow from it
     run_dir: str = "runs"  # folder of this run
+    # A step whose loss or gradient is not finite, or whose loss is a spike, is never learned from.
+    # stop: end the run; skip: go on without its update; rollback: go back to the last good
+    # checkpoint and leave its samples out from then on.
+    on_bad_step: str = "stop"  # stop | skip | rollback
+    # Bad steps in a row, or returns in a row to one checkpoint, that stop the run.
+    max_bad_steps: int = 5
+    # A loss so many standard deviations above the median of the last losses is a spike; 0.0 = off.
+    spike_sigma: float = 0.0
+    spike_window: int = (
+        64  # steps whose losses a spike is measured by; none before there are so many
+    )
     resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block

@@ -14,12 +14,13 @@ from parallel.runtime import Runtime, same_everywhere
 from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, load, save
-from trainer.config import ConfigError, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
 from trainer.generate import sample
+from trainer.guard import Guard, RolledBackError, check_replicas
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
@@ -30,7 +31,7 @@ from trainer.tokenizer import Tokenizer
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Train one job on this rank, to its end; returns the last evaluation's values.
 
-    Raises ConfigError when a loss or gradient is no longer finite.
+    Raises ConfigError where a bad step stops it (guard.py).
     """
     if config.deterministic:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
@@ -41,13 +42,18 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         facts = {"the configuration": resolved, "the data": fingerprint(config.data)}
         same_everywhere(runtime, facts)
     state = start(config, runtime)
-    loader = open_loader(config, state)
-    try:
-        with open_recorder(config, runtime, state) as recorder:
-            take_steps(config, state, loader, recorder)
-            return finish(config, state, recorder)
-    finally:
-        loader.close()
+    if config.on_bad_step == "rollback" and not checkpoints(config.run_dir):
+        save(Path(config.run_dir), config.checkpoint.keep, state)  # something to go back to
+    while True:
+        loader = open_loader(config, state)
+        try:
+            with open_recorder(config, runtime, state) as recorder:
+                take_steps(config, state, loader, recorder)
+                return finish(config, state, recorder)
+        except RolledBackError:
+            restore(config, state)  # as a run that is started again, but for its processes
+        finally:
+            loader.close()
 
 
 def start(config: TrainConfig, runtime: Runtime) -> TrainState:
@@ -58,13 +64,18 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
         worker,
         Optimizer(worker.parameters(), config.optim),
         LossScale(precision, runtime.device),
+        Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
-        bad_step=torch.zeros((), device=runtime.device),
     )
+    restore(config, state)
+    return state
+
+
+def restore(config: TrainConfig, state: TrainState) -> None:
+    """Bring the run to where its newest checkpoint left it, if there is one."""
     saved = checkpoints(config.run_dir)
     if saved:
         load(saved[-1][1], state)
-    return state
 
 
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
@@ -73,7 +84,7 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     return TrainLoader(
         open_split(config.data, "train"), config.seed, config.batch_size, config.micro_batch_size,
         worker.data_rank, worker.data_degree, first_step=state.step,
-        pin_memory=worker.device.type == "cuda",
+        pin_memory=worker.device.type == "cuda", left_out=state.guard.left_out,
     )  # fmt: skip
 
 
@@ -108,12 +119,11 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     worker.zero_grad()
     loss, count = worker.forward_backward(micro_batches, scale)
     grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, scale)
-    skip = (~grad_norm.isfinite()).float()
-    state.optimizer.step(lr, skip)
+    drop, overflow = state.guard.judge(worker, loss, grad_norm, state.loss_scale)
+    state.optimizer.step(lr, drop)
     state.tokens += count
     state.step += 1
-    remember_if_bad(state, skip)
-    state.loss_scale.update(skip)
+    state.loss_scale.update(overflow)
     return Step(loss, grad_norm, lr)
 
 
@@ -129,12 +139,16 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
         recorder.step_done()
         if recorder.due(state.step):
             report(config, state, step, loader, recorder)
+        compared = config.checkpoint.check_replicas_every
+        if compared and state.step % compared == 0:
+            with recorder.pause("other"):
+                check_replicas(state.step, state.worker, state.optimizer, recorder, config.run_dir)
         if due(state.step, config.eval.every, config.steps):
             with recorder.pause("evaluation"):
                 values = measure(config, state.worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
         if due(state.step, config.checkpoint.every, config.steps):
-            stop_if_bad(state, config.run_dir)
+            state.guard.look(state.step, state.worker, loader, recorder)  # no NaN is ever saved
             with recorder.pause("save"):
                 save(Path(config.run_dir), config.checkpoint.keep, state)
 
@@ -154,7 +168,7 @@ def drawn(state: TrainState, recorder: Recorder) -> Iterator[None]:
 def report(config: TrainConfig, state: TrainState, step: Step, loader: TrainLoader,
            recorder: Recorder) -> None:  # fmt: skip
     """A line of metrics; here, and only here, the host waits for the device."""
-    stop_if_bad(state, config.run_dir)
+    state.guard.look(state.step, state.worker, loader, recorder)
     recorder.training(
         state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
         int(state.tokens.item()), loader.wait_seconds,
@@ -193,27 +207,3 @@ def measure(config: TrainConfig, worker: Worker, split: str, samples: int,
 def due(step: int, every: int, steps: int) -> bool:
     """Whether something that happens every so many steps (0 = only at the end) happens now."""
     return step == steps or (every > 0 and step % every == 0)
-
-
-def remember_if_bad(state: TrainState, skip: Tensor) -> None:
-    """Keep the number of the first bad step on the device.
-
-    fp16 overflows now and then and its scale adapts: it is bad once the scale has fallen below 1
-    and still overflows.
-    """
-    scale = state.loss_scale
-    bad = (skip > 0) & (scale.scale < 1.0) if scale.dynamic else skip > 0
-    state.bad_step = torch.where((state.bad_step == 0) & bad, float(state.step), state.bad_step)
-
-
-def stop_if_bad(state: TrainState, run_dir: str) -> None:
-    """Raise ConfigError if a step was bad; it is the same on every rank, as the norm is."""
-    step = int(state.bad_step.item())
-    if not step:
-        return
-    saved = checkpoints(run_dir)
-    good = f"the last good checkpoint is {saved[-1][1]}" if saved else "there is no checkpoint yet"
-    raise ConfigError(
-        f"loss or gradient is not finite at step {step}; no update was made with it, and {good}. "
-        "Try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (or bf16 for fp16)"
-    )

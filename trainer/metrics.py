@@ -127,7 +127,7 @@ def _keep_until(path: Path, start_step: int) -> list[str]:
     kept: list[str] = []
     dropped: list[str] = []
     for line in lines:
-        (kept if _is_before(line, start_step) else dropped).append(line)
+        (kept if _stays(line, start_step) else dropped).append(line)
     if dropped:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
@@ -135,13 +135,16 @@ def _keep_until(path: Path, start_step: int) -> list[str]:
     return dropped
 
 
-def _is_before(line: str, start_step: int) -> bool:
-    # A run that starts over keeps nothing: its evaluation at step 0 comes again too.
-    if start_step == 0 or not line.endswith("\n"):
+def _stays(line: str, start_step: int) -> bool:
+    if not line.endswith("\n"):
         return False
     try:
-        return json.loads(line)["step"] <= start_step
-    except (ValueError, TypeError, KeyError):
+        record = json.loads(line)
+        if record.get("action") == "rollback":
+            return True  # what was left out of the data does not come again
+        # A run that starts over keeps nothing else: its evaluation at step 0 comes again too.
+        return 0 < start_step >= record["step"]
+    except (ValueError, TypeError, KeyError, AttributeError):
         return False
 
 
@@ -257,6 +260,12 @@ class Recorder:
         if self._first:
             self._file.append({"step": step, "split": split, **values})
             self._display.evaluation(step, split, values)
+
+    def event(self, record: dict[str, Any], text: str) -> None:
+        """A line with `event` and `step` of something that has happened; `text` on the console."""
+        if self._first:
+            self._file.append(record)
+            self.say(text)
 
     def timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
         """Draw a pipeline's step as it ran."""

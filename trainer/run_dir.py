@@ -25,7 +25,7 @@ def open_run_dir(config: TrainConfig) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         problems = _problems(config, folder)
         if not problems:
-            _write_atomically(
+            write_atomically(
                 folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config))
             )
     except OSError as error:
@@ -124,7 +124,8 @@ def _no_run(run_dir: str) -> str:
     )
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old text or the new one, whole."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

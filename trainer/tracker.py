@@ -119,10 +119,15 @@ def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str
 
 
 def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
-    """A line's values under wandb's names: an evaluation's stand under its split."""
-    prefix = f"{record['split']}/" if "split" in record else ""
-    hidden = ("step", "split")
-    return {prefix + k: v for k, v in record.items() if k not in hidden and v is not None}
+    """A line's numbers under wandb's names: an evaluation's under its split, an event's under it.
+
+    An event may have none but its step.
+    """
+    under = record.get("split") or record.get("event")
+    prefix = f"{under}/" if under else ""
+    hidden = () if "event" in record else ("step",)
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+    return {prefix + k: v for k, v in numbers.items() if k not in hidden}
 
 
 def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:

@@ -3,13 +3,13 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from trainer.data.dataset import IGNORED, Dataset, Sample
-from trainer.data.order import Order, mixed
+from trainer.data.order import Order, data_step, mixed
 
 Batch = dict[str, torch.Tensor]
 
@@ -19,7 +19,8 @@ class TrainLoader:
 
     Rank r of D owns the positions [r × B / D, (r + 1) × B / D) of a step's B samples. What is at
     a position depends on the seed alone, so the state of the data is the step. A micro-batch has
-    `seeds` (B,) int64 beside the data: the dropout seed of each sample.
+    `seeds` (B,) int64 beside the data: the dropout seed of each sample. Steps of the data that are
+    `left_out` never come: the ones behind them move up.
     """
 
     def __init__(
@@ -33,14 +34,16 @@ class TrainLoader:
         first_step: int,
         pin_memory: bool = False,
         prefetch: int = 2,
+        left_out: Collection[int] = (),
     ):
         assert batch_size % data_degree == 0, (batch_size, data_degree)
         self.wait_seconds = 0.0  # that the consumer has waited for data so far
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
-        self._order = Order(seed, len(dataset), dataset.lengths(), batch_size)
+        self._left_out = left_out
         self._batch_size, self._share = batch_size, batch_size // data_degree
         self._micro_batch_size = micro_batch_size or self._share
         self._rank = data_rank
+        self._order = self._new_order()
         self._ready: queue.Queue[list[Batch] | Exception] = queue.Queue(max(1, prefetch))
         self._closed = threading.Event()
         self._error: Exception | None = None
@@ -67,6 +70,19 @@ class TrainLoader:
         self._closed.set()
         self._thread.join(timeout=5)
 
+    def sample_ids(self, step: int, data_rank: int) -> list[int]:
+        """Which samples of the data set, by index, that rank learns from at `step` (from 0)."""
+        order = self._new_order()  # the other one is the thread's
+        return sorted(order(position)[1] for position in self._positions(step, data_rank))
+
+    def _new_order(self) -> Order:
+        dataset = self._dataset
+        return Order(self._seed, len(dataset), dataset.lengths(), self._batch_size)
+
+    def _positions(self, step: int, data_rank: int) -> range:
+        first = data_step(step, self._left_out) * self._batch_size + data_rank * self._share
+        return range(first, first + self._share)
+
     def _fill(self, step: int) -> None:
         item: list[Batch] | Exception
         while not self._closed.is_set() and self._error is None:
@@ -85,9 +101,7 @@ class TrainLoader:
             step += 1
 
     def _step(self, step: int) -> list[Batch]:
-        first = step * self._batch_size + self._rank * self._share
-        positions = range(first, first + self._share)
-        drawn = sorted(map(self._draw, positions), key=_size)
+        drawn = sorted(map(self._draw, self._positions(step, self._rank)), key=_size)
         size = self._micro_batch_size
         return [self._micro_batch(drawn[i : i + size]) for i in range(0, len(drawn), size)]
 

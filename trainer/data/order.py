@@ -1,5 +1,6 @@
 """Which sample comes when: a function of the seed and the position alone, never of the ranks."""
 
+from collections.abc import Collection
 from hashlib import blake2b
 
 import numpy as np
@@ -9,6 +10,13 @@ def mixed(*numbers: int) -> int:
     """63 random bits made of the numbers; the same on every machine and with every library."""
     digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def data_step(step: int, left_out: Collection[int]) -> int:
+    """The step of the data that `step` of a run learns from; both from 0, in the same order."""
+    for skipped in sorted(left_out):
+        step += skipped <= step
+    return step
 
 
 WINDOW_BATCHES = 50  # samples are grouped by length among those of so many batches
