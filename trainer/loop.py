@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel.runtime import Runtime, same_everywhere
 from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState, load, save
+from trainer.checkpoint import TrainState, restore
 from trainer.config import ConfigError, TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
@@ -24,6 +24,7 @@ from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
 from trainer.run_dir import checkpoints
+from trainer.saver import Saver
 from trainer.tokenizer import Tokenizer
 
 
@@ -36,22 +37,28 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    data = fingerprint(config.data)
     if runtime.world_size > 1:
         resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
-        facts = {"the configuration": resolved, "the data": fingerprint(config.data)}
-        same_everywhere(runtime, facts)
-    state = start(config, runtime)
+        same_everywhere(runtime, {"the configuration": resolved, "the data": data})
+    state = start(config, runtime, data)
     loader = open_loader(config, state)
     try:
-        with open_recorder(config, runtime, state) as recorder:
-            take_steps(config, state, loader, recorder)
+        with (
+            open_recorder(config, runtime, state) as recorder,
+            Saver(config, state, data) as saver,
+        ):
+            take_steps(config, state, loader, recorder, saver)
             return finish(config, state, recorder)
     finally:
         loader.close()
 
 
-def start(config: TrainConfig, runtime: Runtime) -> TrainState:
-    """The run at its first step, or where its newest checkpoint left it."""
+def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
+    """The run at its first step, or where its newest good checkpoint left it.
+
+    `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
+    """
     worker = build_worker(config, runtime)
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
@@ -61,9 +68,7 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         bad_step=torch.zeros((), device=runtime.device),
     )
-    saved = checkpoints(config.run_dir)
-    if saved:
-        load(saved[-1][1], state)
+    restore(config, state, data)
     return state
 
 
@@ -118,7 +123,7 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
 
 
 def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
-               recorder: Recorder) -> None:  # fmt: skip
+               recorder: Recorder, saver: Saver) -> None:  # fmt: skip
     """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
     recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
@@ -128,14 +133,17 @@ def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
         recorder.step_done()
         if recorder.due(state.step):
             report(config, state, step, loader, recorder)
+        eval_loss = None
         if due(state.step, config.eval.every, config.steps):
             with recorder.pause():
                 values = measure(config, state.worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
+            eval_loss = values["eval_loss"]
         if due(state.step, config.checkpoint.every, config.steps):
-            stop_if_bad(state, config.run_dir)
             with recorder.pause():
-                save(Path(config.run_dir), config.checkpoint.keep, state)
+                saver.wait()
+                stop_if_bad(state, config.run_dir)
+                saver.save(state, eval_loss)
 
 
 @contextmanager
