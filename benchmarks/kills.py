@@ -74,14 +74,18 @@ def fork(work, *args) -> int:
 
 def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mmap.mmap) -> None:
     """What one rank does: the job, as its doors would start it; rank 0 tells which step is done."""
-    step_done = Recorder.step_done
+    step_done, begin = Recorder.step_done, Recorder.start
 
     def tell(self: Recorder) -> None:
         step_done(self)
-        if rank == 0:
-            reached[:8] = self._step.to_bytes(8, "little")
+        reached[:8] = self._step.to_bytes(8, "little")
 
-    Recorder.step_done = tell  # type: ignore[method-assign]
+    def tell_start(self: Recorder, tokens: int) -> None:
+        begin(self, tokens)
+        reached[8] = 1
+
+    if rank == 0:
+        Recorder.step_done, Recorder.start = tell, tell_start  # type: ignore[method-assign]
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
     with process_group("cpu", Ranks(store, rank, ranks)) as runtime:
         loop.train(config, runtime)
@@ -125,11 +129,15 @@ class Campaign:
         self.folder, self.runs = folder / self.name.replace(" ", "-"), 0
         self.counts: Counter[str] = Counter()
         self.most_steps_lost = 0
-        self.reached = mmap.mmap(-1, 8)
+        self.reached = mmap.mmap(-1, 9)  # the step, and whether training has begun
         whole = replace(self.base, run_dir=str(self.folder / "unbroken"))
+        children = start(whole, ranks, self.reached)
         began = time.monotonic()
-        assert wait(start(whole, ranks, self.reached)) == {0}, "the unbroken run failed"
-        self.seconds = time.monotonic() - began
+        while not self.reached[8]:
+            time.sleep(0.001)
+        self.start_seconds, began = time.monotonic() - began, time.monotonic()
+        assert wait(children) == {0}, "the unbroken run failed"
+        self.train_seconds = time.monotonic() - began
         self.expected = digests(whole)
 
     def run(self, kills: int) -> None:
@@ -147,11 +155,16 @@ class Campaign:
         saved = newest_good(config)
         if saved == STEPS:  # the kill before came after the last save
             return True
-        self.reached[:8] = saved.to_bytes(8, "little")
+        self.reached[:9] = saved.to_bytes(8, "little") + b"\0"
         children = start(config, self.ranks, self.reached)
-        deadline = time.monotonic() + self.draw.uniform(0.0, 1.2 * self.seconds)
+        # One in ten while it starts, the others while it trains.
+        waits = self.draw.random() < 0.9
+        seconds = self.draw.uniform(0.0, self.train_seconds if waits else self.start_seconds)
+        deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            time.sleep(self.draw.uniform(0.0005, 0.004))
+            time.sleep(self.draw.uniform(0.0, 0.002))
+            if waits and not self.reached[8]:
+                deadline = time.monotonic() + seconds
             ended = [child for child in children if os.waitpid(child, os.WNOHANG)[0]]
             if ended:
                 left = [child for child in children if child not in ended]

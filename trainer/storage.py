@@ -134,7 +134,7 @@ class Shard:
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         yield len(text).to_bytes(8, "little") + text
-        data = memoryview(self._buffer.numpy())  # type: ignore[arg-type]
+        data = self._buffer.numpy().data
         for start in range(0, len(data), PIECE_BYTES):
             yield data[start : start + PIECE_BYTES]
 
