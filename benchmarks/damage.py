@@ -1,6 +1,6 @@
 """Random damage to a run's newest checkpoint: all of it must be found, named and got over.
 
-`python benchmarks/damage.py [damages of each kind]`: a bit flipped, a file cut short, a file missing,
+`python benchmarks/damage.py [damages of each kind]`: a bit flipped, a file cut short or missing,
 a garbled manifest; 2 ranks. Each time the file must be named, and the run must go on from the older
 checkpoint, to the bit. Exits with 1 if one was missed.
 """
