@@ -25,7 +25,8 @@ CHOICES = {
     "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
     "device": ("cpu", "cuda", "auto"),
     "on_bad_step": ("stop", "skip", "rollback"),
-    "resume": ("auto", "never"),
+    "resume": ("auto", "never", "always", "scratch"),
+    "checkpoint.on_error": ("continue", "stop"),
     "activation_checkpointing": ("none", "selective", "block"),
     "split": ("valid", "test"),
     "fault": (
@@ -133,6 +134,9 @@ RANGES = {
     "checkpoint.every": COUNT_OR_OFF,
     "checkpoint.keep": COUNT_OR_OFF,
     "checkpoint.check_replicas_every": COUNT_OR_OFF,
+    "checkpoint.keep_every": COUNT_OR_OFF,
+    "checkpoint.grace_seconds": COUNT_OR_OFF,
+    "resume_step": COUNT_OR_OFF,
     "metrics.every": COUNT,
     "metrics.sample_tokens": COUNT_OR_OFF,
     "metrics.profile_steps": COUNT_OR_OFF,
@@ -154,6 +158,8 @@ def problems(config: Any, world_size: int) -> list[str]:
         found += _fit(config.model, config.data)
     if hasattr(config, "optim"):
         found += _betas(config.optim.betas)
+    if isinstance(config, TrainConfig):
+        found += _checkpoints(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
             strategy = resolve(config.strategy, world_size)
@@ -213,6 +219,22 @@ def _betas(betas: list[float]) -> list[str]:
     if len(betas) == 2 and all(beta in SHARE_BELOW_ONE for beta in betas):
         return []
     return [f"optim.betas={betas} must be two numbers, each {SHARE_BELOW_ONE}, e.g. [0.9,0.95]"]
+
+
+def _checkpoints(config: TrainConfig) -> list[str]:
+    found = []
+    if config.checkpoint.keep_best and not config.eval.every:
+        found.append(
+            "checkpoint.keep_best=true goes by the loss on the valid split, but eval.every=0 "
+            "measures it at the end only; set eval.every, best to checkpoint.every="
+            f"{config.checkpoint.every}, or checkpoint.keep_best=false"
+        )
+    if config.resume_step and config.resume == "never":
+        found.append(
+            f"resume_step={config.resume_step} goes on with a run, but resume=never refuses one; "
+            "set resume=auto, or resume_step=0"
+        )
+    return found
 
 
 def _model(model: ModelConfig, wrong: set[str]) -> list[str]:

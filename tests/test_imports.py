@@ -20,8 +20,9 @@ PLAIN = ("trainer.model", "trainer.layers", "trainer.loss", "trainer.optim", "tr
 # What answers before torch is loaded.
 LIGHT = (
     *("parallel.config", "parallel.schedule", "parallel.simulate"),
-    *("trainer.config", "trainer.run_dir", "trainer.data"),
+    *("trainer.config", "trainer.run_dir", "trainer.data", "trainer.manifest", "trainer.audit"),
     *("conf.schema", "conf.check", "conf.help", "launch.door", "launch.messages", "launch.before"),
+    "launch.checkpoint",
 )
 
 

@@ -10,9 +10,11 @@ from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
-from trainer.checkpoint import save
+from trainer.checkpoint import TrainState
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.loop import start
+from trainer.run_dir import checkpoint_path
+from trainer.saver import Saver
 
 # A large init_std makes an untrained model's opinions differ from token to token.
 LLAMA = ModelConfig(
@@ -49,8 +51,15 @@ def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfi
         run_dir=str(folder / "run"),
     )  # fmt: skip
     config = training(config, runtime.world_size)
-    save(Path(config.run_dir), 1, start(config, runtime))
+    save(config, start(config, runtime))
     return config
+
+
+def save(config: TrainConfig, state: TrainState, eval_loss: float | None = None) -> Path:
+    """Save a state as a run does; where it is now."""
+    with Saver(config, state) as saver:
+        saver.save(state, eval_loss)
+    return checkpoint_path(config.run_dir, state.step)
 
 
 def text_data(folder: Path) -> DataConfig:

@@ -1,22 +1,34 @@
-"""Checkpoints: torch.distributed.checkpoint folders that appear whole or not at all."""
+"""Checkpoints read: the newest good one is found by all ranks together and loaded into a run."""
 
+import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from parallel.worker import Worker
-from trainer.config import ConfigError
+from trainer.config import ConfigError, TrainConfig
 from trainer.guard import Guard
+from trainer.manifest import (
+    DamagedError,
+    Manifest,
+    OtherFormatError,
+    file_problems,
+    read_manifest,
+)
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
-from trainer.run_dir import checkpoint_path, checkpoints
+from trainer.run_dir import checkpoint_path, checkpoints, differences, identity, leftovers
+from trainer.storage import read
+
+log = logging.getLogger(__name__)
+
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass
@@ -33,84 +45,224 @@ class TrainState:
     guard: Guard
     tokens: Tensor  # valid targets learned from so far, int64 on the device
     step: int = 0  # optimizer steps done
+    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
 
 
-def _tensors(state: TrainState) -> dict[str, Any]:
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
     """What a checkpoint holds: every tensor by its canonical name."""
-    return {
-        "model": state.worker.parameters(),
-        "optimizer": state.optimizer.state(),
-        "updates": state.optimizer.updates(),
-        "loss_scale": state.loss_scale.state(),
-        "guard": state.guard.state(),
-        "tokens": state.tokens,
-        "step": torch.tensor(state.step),
-    }
+    found: dict[str, Tensor] = dict(_weights(state.worker))
+    for name, moments in state.optimizer.state().items():
+        found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
+    found |= {f"loss_scale.{name}": tensor for name, tensor in state.loss_scale.state().items()}
+    found |= {f"guard.{name}": tensor for name, tensor in state.guard.state().items()}
+    found["updates"] = state.optimizer.updates()
+    found["tokens"] = state.tokens
+    found["step"] = torch.tensor(state.step)
+    return found
 
 
-def save(run_dir: Path, keep: int, state: TrainState) -> Path:
-    """Write a checkpoint, then forget all but the newest `keep` (0 = none); all ranks call it.
+def _weights(worker: Worker) -> dict[str, Tensor]:
+    return {f"model.{name}": parameter for name, parameter in worker.parameters().items()}
 
-    It is written under a temporary name and renamed when every rank is done.
+
+@dataclass
+class Choice:
+    """The checkpoint to read, and those newer ones that are passed over."""
+
+    path: Path | None = None  # None = none is good
+    manifest: Manifest | None = None
+    damaged: dict[int, str] = field(default_factory=dict)  # why, by step
+
+
+def choose(run_dir: Path, step: int = 0) -> Choice:
+    """The newest checkpoint that is what was saved (or that of `step`); the same on every rank.
+
+    Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
+    version: older ones are no replacement for it.
     """
-    final = checkpoint_path(run_dir, state.step)
-    partial = final.with_name(f".{final.name}.partial")
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
-    dcp.save(_tensors(state), checkpoint_id=partial)
-    if first:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        for _, old in checkpoints(run_dir)[:-keep] if keep else []:
-            shutil.rmtree(old)
-    dist.barrier()
-    return final
+    choice = Choice()
+    steps = _agreed([step for step, _ in checkpoints(run_dir)])
+    for candidate in reversed([s for s in steps if step in (0, s)]):
+        path = checkpoint_path(run_dir, candidate)
+        try:
+            choice.manifest = _checked(path)
+        except OtherFormatError as error:
+            raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
+        except DamagedError as error:
+            choice.damaged[candidate] = str(error)
+        except FileNotFoundError:  # removed meanwhile by the run that writes here
+            continue
+        else:
+            choice.path = path
+            break
+    return choice
 
 
-def load(path: Path, state: TrainState) -> None:
-    """Read a whole checkpoint into a run, in place; the layout may be another one.
+def _checked(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, raising on every rank what is wrong in the eyes of any rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    problem: DamagedError | None = None
+    try:
+        manifest = read_manifest(folder)
+        mine = set(sorted(manifest.files)[rank::ranks])
+        found = file_problems(folder, manifest, mine)
+        problem = DamagedError(found[0]) if found else None
+    except DamagedError as error:
+        problem = error
+    except OSError as error:
+        problem = DamagedError(f"cannot be read: {error}")
+    everyone = _everyone(problem)
+    if not any(everyone):
+        return manifest
+    if not _agreed(folder.exists()):
+        raise FileNotFoundError(folder)
+    raise next(error for error in everyone if error)
 
-    Raises ConfigError if the checkpoint's model has other parameters or shapes.
+
+def _agreed(value: Any) -> Any:
+    """Rank 0's (picklable) value, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _everyone(value: Any) -> list:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
+    """Go on from the newest good checkpoint of config.run_dir, or from config.resume_step.
+
+    Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
+    on from is set aside. `data` is the fingerprint of what is learned from (empty = not compared).
+    Without any checkpoint the state stays as it is. ConfigError if there are some but none is good
+    (unless config.resume is scratch), if the checkpoint's model, config or data is another.
     """
-    tensors = _tensors(state)
-    _check_shapes(path, state.worker)
-    dcp.load(tensors, checkpoint_id=path)
+    run_dir, first = Path(config.run_dir), dist.get_rank() == 0
+    if first:
+        _clear(run_dir)
+    state.run = _agreed(uuid4().hex)
+    while True:
+        choice = choose(run_dir, config.resume_step)
+        if choice.path is None:
+            break
+        assert choice.manifest is not None
+        _same_run(config, choice.manifest, data)
+        if _load(choice.path, choice.manifest, state):
+            state.run = choice.manifest.run
+            break
+    lines = [
+        f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
+        for step, reason in choice.damaged.items()
+    ]
+    if choice.path is None and choice.damaged and config.resume != "scratch":
+        raise ConfigError(
+            "\n".join(lines) + f"\nno checkpoint in run_dir={run_dir} is good; put one back, set "
+            "resume_step to another, choose another run_dir, or begin again with resume=scratch"
+        )
+    if first:
+        for line in lines:
+            log.warning(line)
+        if choice.damaged:
+            lost = max(choice.damaged) - state.step
+            log.warning("going on from step %d: %d steps are done again", state.step, lost)
+        _set_aside(run_dir, state.step)
+
+
+def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
+    problems = differences(config.run_dir, manifest.config, identity(config))
+    if data and manifest.data and data != manifest.data:
+        problems.append(
+            f"run_dir={config.run_dir} was trained on other data: what data.path="
+            f"{config.data.path} holds has changed since step {manifest.step}; put the old data "
+            "back, or choose another run_dir"
+        )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _load(path: Path, manifest: Manifest, state: TrainState) -> bool:
+    tensors = tensors_of(state)
+    _check_shapes(path, manifest, state.worker)
+    if not _read(path, manifest, tensors):
+        return False
     state.optimizer.set_updates(tensors["updates"].item())
-    state.loss_scale.load(tensors["loss_scale"])
-    state.guard.load(tensors["guard"])
-    state.tokens.copy_(tensors["tokens"])
+    state.guard.load({n: tensors[f"guard.{n}"] for n in state.guard.state()})
     state.step = int(tensors["step"].item())
+    return True
 
 
-def load_weights(path: Path, worker: Worker) -> None:
-    """Read a checkpoint's weights alone; raises as `load`."""
-    weights = {"model": worker.parameters()}
-    _check_shapes(path, worker)
-    dcp.load(weights, checkpoint_id=path)
+def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
+    """Fill the tensors, on all ranks; False if the checkpoint was removed meanwhile."""
+    problem = ""
+    try:
+        read(path, manifest, tensors)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems = [f"rank {r}: {text}" for r, text in enumerate(_everyone(problem)) if text]
+    if problems and _agreed(path.exists()):
+        raise RuntimeError(f"{path} is good but cannot be read: {problems[0]}")
+    return not problems
 
 
-def _check_shapes(path: Path, worker: Worker) -> None:
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+def load_weights(run_dir: Path, worker: Worker) -> Path:
+    """Read the weights of a run's newest good checkpoint into a model; which one it was.
+
+    Raises ConfigError if there is none, or if its model has other parameters or shapes.
+    """
+    while True:
+        choice = choose(run_dir)
+        if dist.get_rank() == 0:
+            for step, reason in choice.damaged.items():
+                log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
+        if choice.path is None:
+            what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
+            raise ConfigError(f"run_dir={run_dir} holds {what}; train there first")
+        assert choice.manifest is not None
+        _check_shapes(choice.path, choice.manifest, worker)
+        if _read(choice.path, choice.manifest, _weights(worker)):
+            return choice.path
+
+
+def _check_shapes(path: Path, manifest: Manifest, worker: Worker) -> None:
     saved = {
-        name.removeprefix("model."): tuple(entry.size)
-        for name, entry in metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        name.removeprefix("model."): entry.shape
+        for name, entry in manifest.tensors.items()
+        if name.startswith("model.")
     }
     ours = {name: tuple(shape) for name, shape in worker.whole.shapes.items()}
-    for name in [*ours, *saved]:
-        if ours.get(name) != saved.get(name):
-            raise ConfigError(
-                f"checkpoint {path} has another shape: {name} is {saved.get(name, 'missing')} "
-                f"there and {ours.get(name, 'missing')} in this model; set model=… as in the run's "
-                "config.yaml, or choose another run_dir"
-            )
+    other = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+    if not other:
+        return
+    missing = "missing"
+    shown = "; ".join(
+        f"{name} is {saved.get(name, missing)} there and {ours.get(name, missing)} in this model"
+        for name in other[:DIFFERENCES_SHOWN]
+    )
+    more = f"; and {len(other) - DIFFERENCES_SHOWN} more" if len(other) > DIFFERENCES_SHOWN else ""
+    raise ConfigError(
+        f"checkpoint {path} has another shape: {shown}{more}; set model=… as in the run's "
+        "config.yaml, or choose another run_dir"
+    )
 
 
-def newest(run_dir: Path) -> Path:
-    """The newest complete checkpoint; raises ConfigError if there is none."""
-    found = checkpoints(run_dir)
-    if not found:
-        raise ConfigError(f"run_dir={run_dir} holds no checkpoint yet; train there first")
-    return found[-1][1]
+def _clear(run_dir: Path) -> None:
+    """Remove what a save or a removal that was killed has left."""
+    left = leftovers(run_dir)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    if left:
+        names = ", ".join(path.name for path in left)
+        log.info("removed what a killed run left unfinished in %s: %s", left[0].parent, names)
+
+
+def _set_aside(run_dir: Path, step: int) -> None:
+    """Rename checkpoints newer than the step gone on from: from here on the run is another."""
+    for newer, path in checkpoints(run_dir):
+        if newer > step:
+            aside = path.with_name(f"unused-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is not gone on from; it is now %s", path, aside.name)

@@ -97,13 +97,18 @@ class EvalConfig:
 
 @dataclass
 class CheckpointConfig:
-    """Checkpoint files; read by trainer/checkpoint.py."""
+    """Checkpoint files; read by trainer/saver.py."""
 
     every: int = 500  # steps between checkpoints; 0 = only at the end
     keep: int = 2  # newest checkpoints kept; 0 = all
     # Steps between comparisons of weights and moments that several ranks have a copy of: they must
     # be the same to the bit; 0 = off.
     check_replicas_every: int = 0
+    keep_best: bool = False  # keep also the one with the least loss on the valid split, at its step
+    keep_every: int = 0  # keep also those of every so many steps; 0 = off
+    async_save: bool = True  # training goes on while files are written, beside a copy in memory
+    on_error: str = "continue"  # a save that failed: continue (the next one tries again) | stop
+    grace_seconds: float = 0.0  # warn if a save takes longer: what a scheduler grants; 0 = off
 
 
 @dataclass
@@ -158,7 +163,10 @@ class TrainConfig:
     spike_window: int = (
         64  # steps whose losses a spike is measured by; none before there are so many
     )
-    resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
+    # auto = go on from the newest good checkpoint in run_dir, if there is one | never = refuse to |
+    # always = refuse to begin at step 0 | scratch = as auto, but begin again where none is good
+    resume: str = "auto"
+    resume_step: int = 0  # go on from this checkpoint, and set newer ones aside; 0 = newest good
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block
     deterministic: bool = False  # refuse kernels whose result varies from run to run

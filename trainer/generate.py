@@ -19,7 +19,7 @@ from torch import Tensor
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
-from trainer.checkpoint import load_weights, newest
+from trainer.checkpoint import load_weights
 from trainer.config import ConfigError, EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.data import open_split, prepare
 from trainer.model import DecodingCache, Transformer
@@ -206,15 +206,14 @@ class TrainedRun:
 
 
 def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> TrainedRun:
-    """The newest checkpoint of config.run_dir under config.strategy; ConfigError without one."""
+    """The newest good checkpoint of config.run_dir under config.strategy; ConfigError without."""
     run = load_config(config.run_dir)
-    checkpoint = newest(Path(config.run_dir))
     here = replace(
         run, run_dir=config.run_dir, strategy=config.strategy, precision=config.precision,
         device=config.device, activation_checkpointing="none", compile=False,
     )  # fmt: skip
     worker = build_worker(here, runtime)
-    load_weights(checkpoint, worker)
+    load_weights(Path(config.run_dir), worker)
     return TrainedRun(here, worker)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from parallel.runtime import Runtime, same_everywhere
 from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState, load, save
+from trainer.checkpoint import TrainState, restore
 from trainer.config import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
@@ -24,7 +24,7 @@ from trainer.guard import Guard, RolledBackError, check_replicas
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
-from trainer.run_dir import checkpoints
+from trainer.saver import Saver
 from trainer.tokenizer import Tokenizer
 
 
@@ -37,27 +37,33 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    data = fingerprint(config.data)
     if runtime.world_size > 1:
         resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
-        facts = {"the configuration": resolved, "the data": fingerprint(config.data)}
-        same_everywhere(runtime, facts)
-    state = start(config, runtime)
-    if config.on_bad_step == "rollback" and not checkpoints(config.run_dir):
-        save(Path(config.run_dir), config.checkpoint.keep, state)  # something to go back to
-    while True:
-        loader = open_loader(config, state)
-        try:
-            with open_recorder(config, runtime, state) as recorder:
-                take_steps(config, state, loader, recorder)
-                return finish(config, state, recorder)
-        except RolledBackError:
-            restore(config, state)  # as a run that is started again, but for its processes
-        finally:
-            loader.close()
+        same_everywhere(runtime, {"the configuration": resolved, "the data": data})
+    state = start(config, runtime, data)
+    with Saver(config, state, data) as saver:
+        if config.on_bad_step == "rollback" and state.step == 0:
+            saver.save(state)  # something to go back to
+        while True:
+            loader = open_loader(config, state)
+            try:
+                with open_recorder(config, runtime, state) as recorder:
+                    run = Run(config, state, loader, recorder, saver)
+                    take_steps(run)
+                    return finish(run)
+            except RolledBackError:
+                saver.forget()
+                restore(config, state, data)  # as a run started again, but for its processes
+            finally:
+                loader.close()
 
 
-def start(config: TrainConfig, runtime: Runtime) -> TrainState:
-    """The run at its first step, or where its newest checkpoint left it."""
+def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
+    """The run at its first step, or where its newest good checkpoint left it.
+
+    `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
+    """
     worker = build_worker(config, runtime)
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
@@ -67,15 +73,8 @@ def start(config: TrainConfig, runtime: Runtime) -> TrainState:
         Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
     )
-    restore(config, state)
+    restore(config, state, data)
     return state
-
-
-def restore(config: TrainConfig, state: TrainState) -> None:
-    """Bring the run to where its newest checkpoint left it, if there is one."""
-    saved = checkpoints(config.run_dir)
-    if saved:
-        load(saved[-1][1], state)
 
 
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
@@ -104,6 +103,17 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
 
 
 @dataclass(frozen=True)
+class Run:
+    """A run on this rank, with what serves it."""
+
+    config: TrainConfig
+    state: TrainState
+    loader: TrainLoader
+    recorder: Recorder
+    saver: Saver
+
+
+@dataclass(frozen=True)
 class Step:
     """What a step leaves on the device: this rank's part of the mean loss, and the norm."""
 
@@ -127,30 +137,33 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     return Step(loss, grad_norm, lr)
 
 
-def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
-               recorder: Recorder) -> None:  # fmt: skip
+def take_steps(run: Run) -> None:
     """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
+    config, state, recorder = run.config, run.state, run.recorder
     recorder.start(int(state.tokens.item()))
     while state.step < config.steps:
         with recorder.waiting():
-            micro_batches = next(loader)
+            micro_batches = next(run.loader)
         with drawn(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
         if recorder.due(state.step):
-            report(config, state, step, loader, recorder)
+            report(run, step)
         compared = config.checkpoint.check_replicas_every
         if compared and state.step % compared == 0:
             with recorder.pause("other"):
                 check_replicas(state.step, state.worker, state.optimizer, recorder, config.run_dir)
+        eval_loss = None
         if due(state.step, config.eval.every, config.steps):
             with recorder.pause("evaluation"):
                 values = measure(config, state.worker, "valid", config.eval.samples)
             recorder.evaluation(state.step, "valid", values)
+            eval_loss = values["eval_loss"]
         if due(state.step, config.checkpoint.every, config.steps):
-            state.guard.look(state.step, state.worker, loader, recorder)  # no NaN is ever saved
             with recorder.pause("save"):
-                save(Path(config.run_dir), config.checkpoint.keep, state)
+                run.saver.wait()  # then all know what is newest
+                state.guard.look(state.step, state.worker, run.loader, recorder)  # saves no NaN
+                run.saver.save(state, eval_loss)
 
 
 @contextmanager
@@ -165,18 +178,19 @@ def drawn(state: TrainState, recorder: Recorder) -> Iterator[None]:
         recorder.timeline(state.step, recording.gather(), recording.schedule)
 
 
-def report(config: TrainConfig, state: TrainState, step: Step, loader: TrainLoader,
-           recorder: Recorder) -> None:  # fmt: skip
+def report(run: Run, step: Step) -> None:
     """A line of metrics; here, and only here, the host waits for the device."""
-    state.guard.look(state.step, state.worker, loader, recorder)
-    recorder.training(
+    state = run.state
+    state.guard.look(state.step, state.worker, run.loader, run.recorder)
+    run.recorder.training(
         state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
-        int(state.tokens.item()), loader.wait_seconds,
+        int(state.tokens.item()), run.loader.wait_seconds,
     )  # fmt: skip
 
 
-def finish(config: TrainConfig, state: TrainState, recorder: Recorder) -> dict[str, float]:
+def finish(run: Run) -> dict[str, float]:
     """The test split's values and, of a language model, a sample of what it writes."""
+    config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
     if config.eval.test:
         tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None

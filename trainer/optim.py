@@ -99,7 +99,8 @@ class Optimizer:
 
     def updates(self) -> Tensor:
         """Updates made so far, as a float32 scalar; skipped ones do not count."""
-        return max((s["step"] for s in self._adamw.state.values()), key=lambda step: step.item())
+        # A rank's empty tensors never count an update. Nothing is read back from the device.
+        return torch.stack([state["step"] for state in self._adamw.state.values()]).max()
 
     def set_updates(self, updates: float) -> None:
         """Go on counting from `updates`: AdamW's bias correction depends on it."""

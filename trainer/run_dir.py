@@ -12,6 +12,7 @@ from yaml import YAMLError
 
 from parallel.config import ConfigError
 from trainer.config import TrainConfig
+from trainer.manifest import DamagedError, check
 
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "data", "seed", "precision", "batch_size")
@@ -42,10 +43,38 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 
 
 def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """The complete checkpoints of a run as (step, folder), oldest first."""
+    """The published checkpoints of a run as (step, folder), oldest first by step.
+
+    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
+    """
     folder = Path(run_dir) / "checkpoints"
     named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def leftovers(run_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints that were being written or removed when their run was killed."""
+    return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The values that make a run what it is, by dotted key."""
+    flat = _flat(dataclasses.asdict(config))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.split(".")[0] in IDENTITY and key not in FREE
+    }
+
+
+def differences(run_dir: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Every key of two identities that has another value, as a problem."""
+    return [
+        f"run_dir={run_dir} holds a run with {key}={before[key]}, not {after[key]}; "
+        f"set {key}={before[key]}, or choose another run_dir"
+        for key in after
+        if key in before and before[key] != after[key]
+    ]
 
 
 def tokenizer_path(run_dir: str | Path) -> Path:
@@ -73,31 +102,51 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
     if not (folder / "config.yaml").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             return [f"run_dir={folder} is not empty and holds no run; choose another run_dir"]
+        if config.resume == "always" or config.resume_step:
+            return [f"{_no_run(config.run_dir)}, or set resume=auto to begin one"]
         return []
     found = checkpoints(folder)
-    newest = found[-1][0] if found else 0
     if found and config.resume == "never":
         return [
-            f"run_dir={folder} holds a run at step {newest} and resume=never; "
+            f"run_dir={folder} holds a run at step {found[-1][0]} and resume=never; "
             "set resume=auto to go on, or choose another run_dir"
         ]
-    problems = _differences(load_config(folder), config)
-    if found and newest >= config.steps:
-        problems.append(
-            f"run_dir={folder} holds a finished run (step {newest} of steps={config.steps}); "
-            "raise steps, or choose another run_dir"
-        )
-    return problems
+    problems = differences(config.run_dir, identity(load_config(folder)), identity(config))
+    return problems + _checkpoint_problems(config, folder, found)
 
 
-def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
-    before, after = _flat(dataclasses.asdict(old)), _flat(dataclasses.asdict(new))
-    return [
-        f"run_dir={new.run_dir} holds a run with {key}={before[key]}, not {after[key]}; "
-        f"set {key}={before[key]}, or choose another run_dir"
-        for key in after
-        if key.split(".")[0] in IDENTITY and key not in FREE and before[key] != after[key]
-    ]
+def _checkpoint_problems(
+    config: TrainConfig, folder: Path, found: list[tuple[int, Path]]
+) -> list[str]:
+    steps = [step for step, _ in found]
+    if config.resume_step and config.resume_step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        return [
+            f"resume_step={config.resume_step}, but run_dir={folder} holds no checkpoint of that "
+            f"step; there are: {there}; 0 is the newest"
+        ]
+    if not found and config.resume == "always":
+        return [
+            f"run_dir={folder} holds no checkpoint and resume=always; set resume=auto to begin "
+            "at step 0"
+        ]
+    if config.resume_step:
+        found = [(step, path) for step, path in found if step == config.resume_step]
+    for step, path in reversed(found):
+        if step >= config.steps and _is_good(path):
+            return [
+                f"run_dir={folder} holds a finished run (step {step} of steps={config.steps}); "
+                "raise steps, or choose another run_dir"
+            ]
+    return []
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        check(path)
+    except DamagedError:
+        return False
+    return True
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

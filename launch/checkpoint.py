@@ -1,0 +1,43 @@
+"""Show, check and compare checkpoints: `python launch/checkpoint.py --help`."""
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from launch.messages import write_error
+from parallel.config import ConfigError
+from trainer.audit import show, verify
+
+
+def main(arguments: list[str]) -> int:
+    """Runs one command; 0 = fine, 1 = damaged or different, 2 = a user's mistake."""
+    parser = argparse.ArgumentParser(description="Show, check and compare checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser(
+        "list", help="all checkpoints of a run, by name and size of files"
+    )
+    listing.add_argument("run_dir", type=Path)
+    checking = commands.add_parser("verify", help="every byte of a checkpoint or of all of a run")
+    checking.add_argument("path", type=Path, nargs="+", help="a checkpoint, or a run's folder")
+    comparing = commands.add_parser("diff", help="the largest difference of each tensor")
+    for name in ("first", "second"):
+        comparing.add_argument(name, type=Path, help="a checkpoint, or a run (its newest one)")
+    given = parser.parse_args(arguments)
+    try:
+        if given.command == "list":
+            good = show(given.run_dir)
+        elif given.command == "verify":
+            found = [verify(path) for path in given.path]
+            good = all(found)
+        else:  # loads torch
+            compare = import_module("trainer.difference").show_difference
+            good = compare(given.first, given.second)
+    except ConfigError as error:
+        write_error("\n".join(error.problems))
+        return 2
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,232 @@
+"""What a checkpoint's folder says about itself, and whether that is so; free of torch.
+
+The manifest begins with a checksum of all its other bytes, in every version of the format. What is
+read here was perhaps damaged, or made by somebody else: nothing in it is run, and no path of it
+leads out of the folder.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = "manifest.json"
+_HEAD = b'{"sha256": "'
+_DIGITS = 64
+
+
+class DamagedError(Exception):
+    """A checkpoint that must not be read; the message names the file and what is wrong with it."""
+
+
+class OtherFormatError(DamagedError):
+    """A checkpoint that is perhaps whole, but written by another version."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor, and the file that has it under the tensor's name."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A whole tensor: dtype as safetensors names it, and the chunks that make it up."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file's size in bytes and its digest."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint: of which run and step, under which layout, and all that it holds."""
+
+    run: str  # the same for all checkpoints of a run
+    step: int
+    layout: dict[str, int]  # the degrees, and the number of ranks, that wrote it
+    config: dict[str, Any]  # the keys that make up a run's identity (run_dir.py)
+    data: str  # fingerprint of what is learned from; empty = not known
+    eval_loss: float | None  # on the valid split at this very step, if it was evaluated
+    tensors: dict[str, TensorEntry]
+    files: dict[str, FileEntry]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write a folder's manifest, and wait until it and the folder are on the disk."""
+    body = json.dumps({"format": FORMAT, **asdict(manifest)}, allow_nan=False).encode()
+    text = _HEAD + b"0" * _DIGITS + b'",\n' + body[1:]
+    digest = hashlib.sha256(text).hexdigest().encode()
+    with (folder / NAME).open("xb") as file:
+        file.write(text.replace(b"0" * _DIGITS, digest, 1))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A folder's manifest; raises DamagedError if it is not one, and OtherFormatError."""
+    path = folder / NAME
+    if (folder / ".metadata").exists() and not path.exists():
+        raise OtherFormatError(
+            ".metadata: this is a checkpoint of torch.distributed.checkpoint, as versions before "
+            f"format {FORMAT} wrote them; it holds pickled code and is not read"
+        )
+    text = _read(path)
+    head = len(_HEAD)
+    digest = text[head : head + _DIGITS]
+    zeroed = text[:head] + b"0" * _DIGITS + text[head + _DIGITS :]
+    if not text.startswith(_HEAD) or hashlib.sha256(zeroed).hexdigest().encode() != digest:
+        raise DamagedError(f"{NAME} is garbled: it does not fit its own checksum")
+    try:
+        body = json.loads(text)
+        version = body["format"]
+        if version != FORMAT:
+            raise OtherFormatError(
+                f"{NAME} is of format version {version}, this version reads {FORMAT}; use the "
+                "version that wrote it"
+            )
+        return _manifest(body)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DamagedError(f"{NAME} is not a manifest: {error!r}") from error
+
+
+def _read(path: Path) -> bytes:
+    problem = _unreadable(path)
+    if problem:
+        raise DamagedError(problem)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
+
+
+def _unreadable(path: Path) -> str:
+    if path.is_symlink():
+        return f"{path.name} is a link, which is not followed"
+    if not path.is_file():
+        return f"{path.name} is missing"
+    return ""
+
+
+def _manifest(body: dict[str, Any]) -> Manifest:
+    files = {name: FileEntry(int(f["size"]), str(f["sha256"])) for name, f in body["files"].items()}
+    tensors = {name: _tensor(entry) for name, entry in body["tensors"].items()}
+    for name in files:
+        if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == NAME:
+            raise ValueError(f"the file name {name!r} is none that a checkpoint has")
+    for name, tensor in tensors.items():
+        held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+        if held != math.prod(tensor.shape) or not all(_fits(c, tensor) for c in tensor.chunks):
+            raise ValueError(f"the chunks of {name} do not make up {tensor.shape}")
+        if not {chunk.file for chunk in tensor.chunks} <= files.keys():
+            raise ValueError(f"{name} is in a file that is not listed")
+    loss = body["eval_loss"]
+    return Manifest(
+        str(body["run"]), int(body["step"]), dict(body["layout"]), dict(body["config"]),
+        str(body["data"]), None if loss is None else float(loss), tensors, files,
+    )  # fmt: skip
+
+
+def _tensor(entry: dict[str, Any]) -> TensorEntry:
+    chunks = (Chunk(_ints(c["offsets"]), _ints(c["sizes"]), c["file"]) for c in entry["chunks"])
+    return TensorEntry(str(entry["dtype"]), _ints(entry["shape"]), tuple(chunks))
+
+
+def _ints(values: list) -> tuple[int, ...]:
+    return tuple(map(int, values))
+
+
+def _fits(chunk: Chunk, tensor: TensorEntry) -> bool:
+    boxes = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
+    return all(begin >= 0 < size and begin + size <= whole for begin, size, whole in boxes)
+
+
+def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
+    """The manifest of a folder whose files are all there with the right size.
+
+    Of the files in `hashed` (None = all) the content is compared too. Raises DamagedError for the
+    first problem, as `read_manifest` does.
+    """
+    manifest = read_manifest(folder)
+    problems = file_problems(folder, manifest, manifest.files if hashed is None else hashed)
+    if problems:
+        raise DamagedError(problems[0])
+    return manifest
+
+
+def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> list[str]:
+    """All that differs between a folder and its manifest; hashes the files in `hashed` only."""
+    named = re.fullmatch(r"step-(\d+)", folder.name)
+    problems = []
+    if named and int(named[1]) != manifest.step:
+        problems.append(f"{NAME} is that of step {manifest.step}")
+    for name, entry in manifest.files.items():
+        path = folder / name
+        problem = _unreadable(path)
+        try:
+            size = 0 if problem else path.stat().st_size
+            if problem:
+                problems.append(problem)
+            elif size != entry.size:
+                problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
+            elif name in hashed and _digest(path) != entry.sha256:
+                problems.append(
+                    f"{name} is not what was saved: its {size:,} bytes have another SHA-256 than "
+                    f"{NAME} says"
+                )
+        except OSError as error:
+            problems.append(f"{name} cannot be read: {error.strerror}")
+    return problems
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
+    """The steps, of those with their evaluation loss, whose good checkpoints are kept.
+
+    The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
+    `best` is asked for: of equal ones the oldest.
+    """
+    steps = sorted(losses)
+    if not keep:
+        return set(steps)
+    chosen = set(steps[-keep:]) | {step for step in steps if every and step % every == 0}
+    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    if best and measured:
+        chosen.add(min(measured, key=lambda step: (measured[step], step)))
+    return chosen
