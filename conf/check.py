@@ -84,6 +84,7 @@ RANGES = {
     "batch_size": COUNT,
     "micro_batch_size": COUNT_OR_OFF,
     "seed": COUNT_OR_OFF,
+    "timeout_seconds": COUNT_OR_OFF,
     "samples": COUNT_OR_OFF,
     "beams": COUNT,
     "tolerance": COUNT_OR_OFF,

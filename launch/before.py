@@ -1,6 +1,7 @@
 """What happens once, before any rank works: the checks, the data and the run's folder."""
 
 import logging
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TypeVar
 
@@ -23,8 +24,11 @@ Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 log = logging.getLogger(__name__)
 
 
-def training(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The checked and completed configuration; its data is prepared and its folder open."""
+def training(config: TrainConfig, world_size: int, held: ExitStack | None = None) -> TrainConfig:
+    """The checked and completed configuration; its data is prepared and its folder open.
+
+    No other run is let into the folder until `held` ends (None = that is not looked after).
+    """
     _check(config, world_size)
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
@@ -32,7 +36,7 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     for warning in warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
     config = complete(config, data.prepare(config.data, progress=True))
-    open_run_dir(config)
+    open_run_dir(config, held)
     keep_tokenizer(config)
     log.info("run_dir=%s", config.run_dir)
     return config
@@ -53,13 +57,15 @@ def keep_tokenizer(config: TrainConfig) -> None:
         )
 
 
-def verification(config: VerifyConfig, world_size: int) -> VerifyConfig:
+def verification(
+    config: VerifyConfig, world_size: int, held: ExitStack | None = None
+) -> VerifyConfig:
     """The checked configuration."""
     _check(config, world_size)
     return replace(config, strategy=resolve(config.strategy, world_size))
 
 
-def reading(config: Reader, world_size: int) -> Reader:
+def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
     model = load_config(config.run_dir).model
@@ -71,7 +77,9 @@ def reading(config: Reader, world_size: int) -> Reader:
     return replace(config, strategy=strategy)
 
 
-def preparation(config: PrepareConfig, world_size: int) -> PrepareConfig:
+def preparation(
+    config: PrepareConfig, world_size: int, held: ExitStack | None = None
+) -> PrepareConfig:
     """The checked configuration."""
     _check(config, world_size)
     return config

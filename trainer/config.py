@@ -144,6 +144,9 @@ class TrainConfig:
     micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's at once
     seed: int = 0  # weights, order of the samples and dropout follow from it
     run_dir: str = "runs"  # folder of this run
+    # A rank that makes no progress for so long ends the run and is named; ten times as long while
+    # the run starts or saves; 0.0 = off.
+    timeout_seconds: float = 600.0
     resume: str = "auto"  # auto = go on from the newest checkpoint in run_dir | never = refuse one
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block

@@ -1,8 +1,8 @@
 """Training: build everything, then take the same steps whatever the layout."""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from parallel.runtime import Runtime, same_everywhere
+from parallel.watch import StoppedError
 from parallel.worker import MicroBatch, Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, load, save
@@ -20,6 +21,7 @@ from trainer.data.loader import TrainLoader
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
 from trainer.generate import sample
+from trainer.guard import Guard, guarded, own_code
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
@@ -30,24 +32,28 @@ from trainer.tokenizer import Tokenizer
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Train one job on this rank, to its end; returns the last evaluation's values.
 
-    Raises ConfigError when a loss or gradient is no longer finite.
+    Raises ConfigError when a loss or gradient is no longer finite, StoppedError when a signal has
+    asked for an end and all is saved, and PeerLostError when another rank is gone.
     """
     if config.deterministic:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    if runtime.world_size > 1:
-        resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
-        facts = {"the configuration": resolved, "the data": fingerprint(config.data)}
-        same_everywhere(runtime, facts)
-    state = start(config, runtime)
-    loader = open_loader(config, state)
-    try:
-        with open_recorder(config, runtime, state) as recorder:
-            take_steps(config, state, loader, recorder)
-            return finish(config, state, recorder)
-    finally:
-        loader.close()
+    with guarded(config, runtime) as guard:
+        if runtime.world_size > 1:
+            resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
+            data, code = fingerprint(config.data), own_code()
+            facts = {"the configuration": resolved, "the data": data, "this project's code": code}
+            same_everywhere(runtime, facts)
+        state = start(config, runtime)
+        guard.begin(state.step)
+        loader = open_loader(config, state)
+        try:
+            with open_recorder(config, runtime, state) as recorder:
+                take_steps(config, state, loader, recorder, guard)
+                return finish(config, state, recorder, guard)
+        finally:
+            loader.close()
 
 
 def start(config: TrainConfig, runtime: Runtime) -> TrainState:
@@ -118,24 +124,41 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
 
 
 def take_steps(config: TrainConfig, state: TrainState, loader: TrainLoader,
-               recorder: Recorder) -> None:  # fmt: skip
-    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
+               recorder: Recorder, guard: Guard) -> None:  # fmt: skip
+    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due.
+
+    Raises StoppedError after a checkpoint, where a signal has asked for an end.
+    """
     recorder.start(int(state.tokens.item()))
+    guard.go_on()
+    if state.step and guard.on_any(recorder.lacks("valid")):  # it was stopped in an evaluation
+        evaluate_if_due(config, state, recorder, guard)
+        guard.go_on()
     while state.step < config.steps:
         micro_batches = next(loader)
-        with drawn(state, recorder):
+        with guard.watch.training(), drawn(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
+        guard.done(state.step)
         if recorder.due(state.step):
             report(config, state, step, loader, recorder)
-        if due(state.step, config.eval.every, config.steps):
-            with recorder.pause():
-                values = measure(config, state.worker, "valid", config.eval.samples)
-            recorder.evaluation(state.step, "valid", values)
-        if due(state.step, config.checkpoint.every, config.steps):
+            guard.note()
+        evaluate_if_due(config, state, recorder, guard)
+        if guard.stopping or due(state.step, config.checkpoint.every, config.steps):
             stop_if_bad(state, config.run_dir)
-            with recorder.pause():
+            with recorder.pause(), guard.watch.long():
                 save(Path(config.run_dir), config.checkpoint.keep, state)
+            guard.go_on()
+
+
+def evaluate_if_due(config: TrainConfig, state: TrainState, recorder: Recorder,
+                    guard: Guard) -> None:  # fmt: skip
+    """The valid split's values, where they fall due; left to the next start if this run stops."""
+    if guard.stopping or not due(state.step, config.eval.every, config.steps):
+        return
+    with recorder.pause(), suppress(StoppedError):
+        values = measure(config, state.worker, "valid", config.eval.samples, between=guard.go_on)
+        recorder.evaluation(state.step, "valid", values)
 
 
 @contextmanager
@@ -160,31 +183,36 @@ def report(config: TrainConfig, state: TrainState, step: Step, loader: TrainLoad
     )  # fmt: skip
 
 
-def finish(config: TrainConfig, state: TrainState, recorder: Recorder) -> dict[str, float]:
+def finish(config: TrainConfig, state: TrainState, recorder: Recorder,
+           guard: Guard) -> dict[str, float]:  # fmt: skip
     """The test split's values and, of a language model, a sample of what it writes."""
     values: dict[str, float] = {}
-    if config.eval.test:
+    if config.eval.test and guard.on_any(recorder.lacks("test")):
         tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None
-        values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer)
+        values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer,
+                         between=guard.go_on)  # fmt: skip
         recorder.evaluation(state.step, "test", values)
     if config.data.kind == "text" and config.metrics.sample_tokens:
         writer = open_tokenizer(config.data)
         assert writer is not None
-        text = sample(
-            state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
-            temperature=0.8, seed=config.seed,
-        )  # fmt: skip
+        with guard.watch.long():
+            text = sample(
+                state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
+                temperature=0.8, seed=config.seed,
+            )  # fmt: skip
         recorder.say(f"a sample:\n{writer.decode(text)}")
     return values
 
 
 def measure(config: TrainConfig, worker: Worker, split: str, samples: int,
-            tokenizer: Tokenizer | None = None) -> dict[str, float]:  # fmt: skip
+            tokenizer: Tokenizer | None = None,
+            between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
     """The values of a split (evaluate.py); BLEU too where a tokenizer is given."""
     share = config.batch_size // worker.data_degree
     return evaluate(
         worker, open_split(config.data, split), samples=samples, tokenizer=tokenizer,
         micro_batch_size=config.micro_batch_size or share, beams=config.eval.beams,
+        between=between,
     )  # fmt: skip
 
 

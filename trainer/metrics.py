@@ -63,8 +63,11 @@ class MetricsFile:
 
     def __init__(self, path: Path, start_step: int):
         """Open to append; lines that a resumed run would write a second time are dropped."""
+        self.evaluated: set[str] = set()  # splits that a run which goes on has measured already
         if path.exists():
-            _keep_until(path, start_step)
+            kept = _keep_until(path, start_step)
+            lines = map(json.loads, kept)
+            self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, record: dict[str, Any]) -> None:
@@ -78,14 +81,18 @@ class MetricsFile:
         self._file.close()
 
 
-def _keep_until(path: Path, start_step: int) -> None:
-    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle."""
+def _keep_until(path: Path, start_step: int) -> list[str]:
+    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
+
+    Returns the lines that stay.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _is_before(line, start_step)]
     if len(kept) < len(lines):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
+    return kept
 
 
 def _is_before(line: str, start_step: int) -> bool:
@@ -245,6 +252,10 @@ class Recorder:
         The same on every rank: the loop may gather the line's numbers with a collective.
         """
         return step % self._config.every == 0 or step == self._steps
+
+    def lacks(self, split: str) -> bool:
+        """Whether no evaluation of the step that this run goes on from is in the file."""
+        return self._first and split not in self._file.evaluated
 
     def draws(self, step: int) -> bool:
         """Whether this step is the one whose timeline is drawn; the same on every rank."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,36 @@ from yaml import YAMLError
 
 from parallel.config import ConfigError
 from trainer.config import TrainConfig
+from trainer.lock import hold
+from trainer.status import read_status, write_atomically
 
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "data", "seed", "precision", "batch_size")
 FREE = ("data.cache",)
 
 
-def open_run_dir(config: TrainConfig) -> None:
-    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot."""
+class AlreadyFinishedError(Exception):
+    """There is nothing left to do in a run's folder; the message says where it ended."""
+
+
+def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
+    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot.
+
+    The folder is locked before anything is written there, until `held` ends (None = it is not).
+    Raises AlreadyFinishedError if the run has done its steps.
+    """
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        problems = _problems(config, folder)
-        if not problems:
-            _write_atomically(
-                folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config))
-            )
+        _refuse(config, folder)
+        if held is not None:
+            held.enter_context(hold(folder))
+            _refuse(config, folder)  # what it was a moment ago is another's
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:
         raise ConfigError(
             f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir"
         ) from error
-    if problems:
-        raise ConfigError(*problems)
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
@@ -69,6 +78,22 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     return loaded
 
 
+def _refuse(config: TrainConfig, folder: Path) -> None:
+    problems = _problems(config, folder)
+    if problems:
+        raise ConfigError(*problems)
+    found = checkpoints(folder)
+    newest = found[-1][0] if found else 0
+    status = read_status(folder)
+    # A run that was stopped while it measured the test split goes on with that.
+    left = status is not None and status.state != "finished" and newest == config.steps
+    if newest >= config.steps and not left:
+        raise AlreadyFinishedError(
+            f"run_dir={folder} is already finished at step {newest} (steps={config.steps}); "
+            "raise steps to go on"
+        )
+
+
 def _problems(config: TrainConfig, folder: Path) -> list[str]:
     if not (folder / "config.yaml").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -81,13 +106,7 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
             f"run_dir={folder} holds a run at step {newest} and resume=never; "
             "set resume=auto to go on, or choose another run_dir"
         ]
-    problems = _differences(load_config(folder), config)
-    if found and newest >= config.steps:
-        problems.append(
-            f"run_dir={folder} holds a finished run (step {newest} of steps={config.steps}); "
-            "raise steps, or choose another run_dir"
-        )
-    return problems
+    return _differences(load_config(folder), config)
 
 
 def _differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -122,9 +141,3 @@ def _no_run(run_dir: str) -> str:
     return (
         f"{what}; the newest run is run_dir={runs[-1]}" if runs else f"{what}; name a run's folder"
     )
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
