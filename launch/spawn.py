@@ -20,8 +20,9 @@ SAVING_SECONDS = 24 * 3600
 def spawn(job: dict[str, Any], count: int) -> None:
     """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
     began = time.time()
-    for logger in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
+        if logger.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

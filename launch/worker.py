@@ -1,5 +1,6 @@
 """What one rank does with a job: its process group, the work, and word of what went wrong."""
 
+import signal
 import traceback
 from contextlib import ExitStack
 from importlib import import_module
@@ -9,7 +10,7 @@ from conf.schema import typed
 from launch.messages import explain, log_to_stderr, write_error
 from parallel.config import ConfigError
 from parallel.runtime import Ranks, process_group
-from parallel.watch import LONG, STOPPED, PeerLostError, StoppedError
+from parallel.watch import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
 
 
 def follow(ranks: Ranks) -> int:
@@ -44,6 +45,8 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except StoppedError:
+            for number in SIGNALS:  # the launcher may send it again
+                signal.signal(number, signal.SIG_IGN)
             raise SystemExit(STOPPED) from None
         except Exception as error:
             # Said before the group ends: its end fails the other ranks, and theirs is no cause.

@@ -97,9 +97,9 @@ def _details(seen: Mapping[int, Seen], blamed: list[int]) -> list[str]:
     parties: dict[str, list[int]] = {}
     for rank in sorted(set(seen) - set(blamed)):
         beat = seen[rank].beat
-        doing = f"wait in {beat.collective}" if beat.waiting else "compute"
+        doing = f"waiting in {beat.collective}" if beat.waiting else "computing"
         parties.setdefault(f"{doing}, at {beat.place}", []).append(rank)
-    return lines + [f"  {named(ranks)} {doing}" for doing, ranks in parties.items()]
+    return lines + [f"  {named(ranks)}: {doing}" for doing, ranks in parties.items()]
 
 
 def named(ranks: list[int]) -> str:

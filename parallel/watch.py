@@ -67,7 +67,7 @@ class Watch:
         self._tell = tell
         self._window = window_seconds
         self._interval = min(1.0, timeout_seconds / 10) if timeout_seconds else 1.0
-        self._asked_at = self._failed_at = 0.0
+        self._signalled_at = self._failed_at = 0.0
         self._step, self._progress, self._long = 0, 0, True  # a run starts slowly
         self._shown = -1  # progress at the last beat
         self._own_steps, self._own_seconds = 0, 0.0
@@ -95,7 +95,7 @@ class Watch:
             self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants
-                    self._handlers[number] = signal.signal(number, _noted)
+                    self._handlers[number] = signal.signal(number, self._asked)
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -109,8 +109,7 @@ class Watch:
             with suppress(dist.DistError):
                 self._store.set(f"beat{self.runtime.rank}", _raw(replace(self._beat(), left=True)))
         for number, handler in self._handlers.items():
-            # A process that leaves because of a signal must not be ended by its echo.
-            signal.signal(number, signal.SIG_IGN if self.signal else handler)
+            signal.signal(number, handler)
         if self._handlers:
             signal.set_wakeup_fd(self._old_wakeup)
         os.close(self._read)
@@ -185,6 +184,9 @@ class Watch:
         verb = "is" if len(gone) == 1 else "are"
         return PeerLostError(f"{named(gone)} {verb} gone ({steps}): killed, or crashed{why}")
 
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
     # The thread.
 
     def _run(self) -> None:
@@ -205,12 +207,11 @@ class Watch:
         self._leave_if_orphaned()  # a launcher's death may come as a signal
         now = time.monotonic()
         name = signal.Signals(number).name
-        if not self.signal:
-            self.signal, self._asked_at = number, now
+        if not self._signalled_at:
+            self._signalled_at = now
             log.info("%s: the run saves and ends after this step; again = at once", name)
-        elif now - (self._asked_at or now) > ECHO_SECONDS:
+        elif now - self._signalled_at > ECHO_SECONDS:
             self._end(f"a second signal ({name}): left at once", self.runtime.rank, 128 + number)
-        self._asked_at = self._asked_at or now
 
     def _leave_if_orphaned(self) -> None:
         if self._launched and os.getppid() != self._parent:
@@ -313,7 +314,3 @@ class Watch:
 
 def _raw(beat: Beat) -> str:
     return json.dumps(asdict(beat))
-
-
-def _noted(number: int, frame: FrameType | None) -> None:
-    """The thread has the signal already."""

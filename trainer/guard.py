@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -88,7 +89,7 @@ class Guard:
         how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
         if self._runtime.rank == 0:
             log.info("stopped at step %d of %d; %s", self.step, self._config.steps, how)
-        self.note("stopped", "a signal", STOPPED)
+        self.note("stopped", signal.Signals(self.watch.signal).name, STOPPED)
         self.watch.together()
 
     def _tell(self, reason: str, rank: int, code: int) -> None:
