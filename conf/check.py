@@ -89,6 +89,7 @@ RANGES = {
     "max_bad_steps": COUNT,
     "spike_sigma": COUNT_OR_OFF,
     "spike_window": Interval(8, 1024),  # the longest is trainer/guard.py's
+    "timeout_seconds": COUNT_OR_OFF,
     "samples": COUNT_OR_OFF,
     "beams": COUNT,
     "tolerance": COUNT_OR_OFF,

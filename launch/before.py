@@ -2,6 +2,7 @@
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +29,11 @@ Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 log = logging.getLogger(__name__)
 
 
-def training(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The checked and completed configuration; its data is prepared and its folder open."""
+def training(config: TrainConfig, world_size: int, held: ExitStack | None = None) -> TrainConfig:
+    """The checked and completed configuration; its data is prepared and its folder open.
+
+    No other run is let into the folder until `held` ends (None = that is not looked after).
+    """
     opened = _opened()
     _check(config, world_size)
     config = replace(config, strategy=resolve(config.strategy, world_size))
@@ -38,7 +42,7 @@ def training(config: TrainConfig, world_size: int) -> TrainConfig:
     for warning in warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
     config = complete(config, data.prepare(config.data, progress=True))
-    open_run_dir(config)
+    open_run_dir(config, held)
     keep_tokenizer(config)
     goodput.begin(Path(config.run_dir), opened, time.time())
     log.info("run_dir=%s", config.run_dir)
@@ -69,13 +73,15 @@ def keep_tokenizer(config: TrainConfig) -> None:
         )
 
 
-def verification(config: VerifyConfig, world_size: int) -> VerifyConfig:
+def verification(
+    config: VerifyConfig, world_size: int, held: ExitStack | None = None
+) -> VerifyConfig:
     """The checked configuration."""
     _check(config, world_size)
     return replace(config, strategy=resolve(config.strategy, world_size))
 
 
-def reading(config: Reader, world_size: int) -> Reader:
+def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
     model = load_config(config.run_dir).model
@@ -87,7 +93,9 @@ def reading(config: Reader, world_size: int) -> Reader:
     return replace(config, strategy=strategy)
 
 
-def preparation(config: PrepareConfig, world_size: int) -> PrepareConfig:
+def preparation(
+    config: PrepareConfig, world_size: int, held: ExitStack | None = None
+) -> PrepareConfig:
     """The checked configuration."""
     _check(config, world_size)
     return config

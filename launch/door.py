@@ -3,15 +3,18 @@
 Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
 """
 
+import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -21,9 +24,14 @@ from omegaconf import DictConfig
 from conf import schema
 from launch.messages import explain, is_mistake, log_to_stderr, write_error
 from parallel.config import ConfigError
+from trainer.run_dir import AlreadyFinishedError
 
 FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
 CONF = str(Path(schema.__file__).parent)
+STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
+EXIT_SECONDS = 10.0  # that the end of a process may take
+
+log = logging.getLogger(__name__)
 
 
 class JobFailedError(Exception):
@@ -36,21 +44,40 @@ class Door:
 
     name: str
     work: str  # runs on every rank: (config, runtime)
-    prepare: str  # runs once, before any rank works: (config, world_size) → completed config
+    # Runs once, before any rank works: (config, world_size, held) → completed config. What it
+    # enters in `held` is left when the job has ended.
+    prepare: str
     alone: str = ""  # runs once in this process in place of ranks, where they were not asked for
 
 
 def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
-    """Runs a command on all of its ranks and exits: 0 = done, 1 = failed, 2 = a user's mistake."""
-    ranks = import_module("parallel.runtime").Ranks.of_torchrun() if "RANK" in os.environ else None
+    """Runs a command on all of its ranks and exits.
+
+    0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
+    77 = a rank hung, 128 + n = left at once by signal n.
+    """
+    try:
+        torchrun = "RANK" in os.environ
+        ranks = import_module("parallel.runtime").Ranks.of_torchrun() if torchrun else None
+    except ConfigError as error:
+        write_error(explain(name, error))
+        sys.exit(2)
     if ranks and ranks.rank:
-        sys.exit(import_module("launch.worker").follow(ranks))
+        leave(import_module("launch.worker").follow(ranks))
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
     schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started))
     code = _compose(Door(name, work, prepare, alone), ranks)
     if ranks:
         ranks.post({"stop": 1 if code else 0})
+    leave(code)
+
+
+def leave(code: int) -> NoReturn:
+    """Exits, and soon: what is left of threads and groups must not hold a process that is done."""
+    last = threading.Timer(EXIT_SECONDS, os._exit, [code])
+    last.daemon = True
+    last.start()
     sys.exit(code)
 
 
@@ -65,7 +92,7 @@ def _compose(door: Door, ranks: Any) -> int:
         try:
             _run_job(door, cfg, ranks)
         except SystemExit as stop:
-            if HydraConfig.get().mode == RunMode.MULTIRUN and not ranks:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not ranks and stop.code != STOPPED:
                 raise JobFailedError(stop.code) from None
             raise
 
@@ -87,6 +114,14 @@ def _compose(door: Door, ranks: Any) -> int:
 
 def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
     """Checks and prepares one composed job, then runs it on every rank; SystemExit if it fails."""
+    with ExitStack() as held:
+        try:
+            _run_held(door, cfg, ranks, held)
+        except AlreadyFinishedError as finished:
+            log.info("%s", finished)
+
+
+def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
@@ -94,10 +129,12 @@ def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
             runtime = import_module("parallel.runtime")
             runtime.choose_device("cuda", ranks.local_world_size if ranks else world_size)
         if door.prepare:
-            config = function(door.prepare)(config, world_size)
+            config = function(door.prepare)(config, world_size, held)
         if door.alone and not ranks and world_size == 1 and not _strategy_given():
             function(door.alone)(config)
             return
+    except AlreadyFinishedError:
+        raise
     except Exception as error:
         raise SystemExit(_tell(door, error)) from None
     job = {"door": door.name, "work": door.work, "config": asdict(config)}

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 import uuid
 from typing import Any
 
@@ -10,12 +11,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch.worker import run_spawned
+from trainer.status import read_status
+
+# A signal makes the ranks save; they are given what that takes. A second one ends them at once.
+SAVING_SECONDS = 24 * 3600
 
 
 def spawn(job: dict[str, Any], count: int) -> None:
     """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
-    for logger in ("torch.distributed.elastic", "torch.multiprocessing"):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    began = time.time()
+    for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
+        if logger.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(logger).setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -26,6 +33,8 @@ def spawn(job: dict[str, Any], count: int) -> None:
         max_restarts=0,
         start_method="spawn",
         monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        shutdown_timeout=SAVING_SECONDS,
     )
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // count))
@@ -33,9 +42,15 @@ def spawn(job: dict[str, Any], count: int) -> None:
         elastic_launch(config, run_spawned)(job)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
-        raise SystemExit(2 if 2 in codes else 1) from None
+        raise SystemExit(_left_with(job, began) or (2 if 2 in codes else 1)) from None
     except SignalException as error:
-        raise SystemExit(128 + int(error.sigval)) from None
+        raise SystemExit(_left_with(job, began) or 128 + int(error.sigval)) from None
     finally:
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
+
+
+def _left_with(job: dict[str, Any], began: float) -> int | None:
+    """The exit code that the ranks of a training run have left word of."""
+    status = read_status(job["config"]["run_dir"]) if job["door"] == "train" else None
+    return status.code if status and status.updated >= began else None

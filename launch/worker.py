@@ -1,5 +1,6 @@
 """What one rank does with a job: its process group, the work, and word of what went wrong."""
 
+import signal
 import traceback
 from contextlib import ExitStack
 from importlib import import_module
@@ -9,6 +10,7 @@ from conf.schema import typed
 from launch.messages import explain, log_to_stderr, write_error
 from parallel.config import ConfigError
 from parallel.runtime import Ranks, process_group
+from parallel.watch import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
 
 
 def follow(ranks: Ranks) -> int:
@@ -37,10 +39,15 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
     module, _, name = job["work"].partition(":")
     with ExitStack() as stack:
         try:
-            runtime = stack.enter_context(process_group(config.device, ranks))
+            patience = LONG * getattr(config, "timeout_seconds", 0.0)
+            runtime = stack.enter_context(process_group(config.device, ranks, patience))
             getattr(import_module(module), name)(config, runtime)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
+        except StoppedError:
+            for number in SIGNALS:  # the launcher may send it again
+                signal.signal(number, signal.SIG_IGN)
+            raise SystemExit(STOPPED) from None
         except Exception as error:
             # Said before the group ends: its end fails the other ranks, and theirs is no cause.
             raise SystemExit(_tell(error, job["door"], ranks)) from None
@@ -48,11 +55,12 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
 
 def _tell(error: Exception, door: str, ranks: Ranks) -> int:
     first = ranks.first("error")
-    if isinstance(error, ConfigError):
-        if first:
-            write_error(explain(door, error))
-        return 2
-    text = traceback.format_exc() if first else f"stopped as well: {type(error).__name__}"
+    if not first:  # its end is a consequence of the first one's
+        return 2 if isinstance(error, ConfigError) else 1
+    if isinstance(error, ConfigError | PeerLostError):
+        write_error(explain(door, error))
+        return 2 if isinstance(error, ConfigError) else 1
+    text = traceback.format_exc()
     prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
     write_error("\n".join(prefix + line for line in text.splitlines()))
     return 1

@@ -100,7 +100,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         store = dist.PrefixStore(f"task{task}", launch_store)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            runtime = Runtime(rank, world_size, rank, world_size, torch.device("cpu"))
+            runtime = Runtime(rank, world_size, rank, world_size, torch.device("cpu"), store)
             pipe.send((True, function(runtime, *args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))

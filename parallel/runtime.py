@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import _redistribute, debug
 
 from parallel.config import ConfigError
+from parallel.whereabouts import KEPT_COLLECTIVES
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)
@@ -29,6 +30,7 @@ class Runtime:
     local_rank: int
     local_world_size: int
     device: torch.device
+    store: dist.Store | None = None  # of this job; outlives a rank that is stopped or killed
 
 
 class Ranks:
@@ -46,7 +48,14 @@ class Ranks:
     @classmethod
     def of_torchrun(cls) -> "Ranks":
         """The ranks that torchrun (or anything that sets its variables) started."""
-        store, rank, world_size = next(dist.rendezvous("env://"))
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+        except dist.DistNetworkError as error:
+            where = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT"
+            raise ConfigError(
+                f"{where}={os.environ['MASTER_PORT']} cannot be used: "
+                f"{str(error).splitlines()[0]}; choose a free port"
+            ) from error
         return cls(store, rank, world_size, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
     @classmethod
@@ -76,14 +85,19 @@ class Ranks:
 
 
 @contextmanager
-def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
-    """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing."""
+def process_group(device: str, ranks: Ranks, timeout_seconds: float = 0.0) -> Iterator[Runtime]:
+    """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing.
+
+    `timeout_seconds`: what a collective may take at least; torch's default where that is longer.
+    """
     chosen = torch.device("cpu")
     if choose_device(device, ranks.local_world_size) == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+        timeout=max(timedelta(minutes=30), timedelta(seconds=timeout_seconds)),
         # An own prefix: the addresses of an earlier group of this launch are still in the store.
         store=dist.PrefixStore(f"group{ranks.jobs}", ranks.store),
         rank=ranks.rank,
@@ -92,8 +106,9 @@ def process_group(device: str, ranks: Ranks) -> Iterator[Runtime]:
     failed = True
     try:
         yield Runtime(
-            ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, chosen
-        )
+            ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, chosen,
+            dist.PrefixStore(f"job{ranks.jobs}", ranks.store),
+        )  # fmt: skip
         failed = False
     finally:
         # NCCL would first wait for collectives whose other ranks may never come; a rank that
@@ -119,6 +134,18 @@ def end_process_group() -> None:
     # A model, its stages and its hooks hold each other, and with them groups, each of which has
     # threads of its own as long as it is there.
     gc.collect()
+
+
+def largest(runtime: Runtime, values: list[int]) -> list[int]:
+    """The largest of each of a few numbers over all ranks, which must call it together.
+
+    On the host, so that no device is waited for.
+    """
+    if runtime.world_size == 1:
+        return values
+    numbers = torch.tensor(values)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
 
 
 def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
 # What the doors below run, on ranks that are processes of their own.
 
 
-def check(config, world_size):
+def check(config, world_size, held):
     found = problems(config, world_size)
     if found:
         raise ConfigError(*found)

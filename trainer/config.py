@@ -152,6 +152,9 @@ class TrainConfig:
     micro_batch_size: int = 0  # samples per forward on one rank; 0 = all of the rank's at once
     seed: int = 0  # weights, order of the samples and dropout follow from it
     run_dir: str = "runs"  # folder of this run
+    # A rank that makes no progress for so long ends the run and is named; ten times as long while
+    # the run starts or saves; 0.0 = off.
+    timeout_seconds: float = 600.0
     # A step whose loss or gradient is not finite, or whose loss is a spike, is never learned from.
     # stop: end the run; skip: go on without its update; rollback: go back to the last good
     # checkpoint and leave its samples out from then on.

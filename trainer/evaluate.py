@@ -1,6 +1,7 @@
 """What a model is worth: its loss per target on a split, and the figure its task is known by."""
 
 import math
+from collections.abc import Callable
 
 import sacrebleu
 import torch
@@ -24,12 +25,14 @@ LARGEST_EXPONENT = 700.0  # exp of more is no float64
 
 def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples: int = 0,
              tokenizer: Tokenizer | None = None, beams: int = 1,
-             length_penalty: float = 1.0) -> dict[str, float]:  # fmt: skip
+             length_penalty: float = 1.0,
+             between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
     """Values of the first `samples` samples (0 = all); every rank calls it and gets the same.
 
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` and
     `perplexity` per token. Images: `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100)
     of translations by `beams` beams where a `tokenizer` is given. `micro_batch_size`: per rank.
+    `between` is called after each micro-batch, on all ranks alike; what it raises ends it.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
     translations: dict[int, str] = {}
@@ -43,6 +46,8 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
             totals += _totals(worker.forward(inputs), inputs["targets"])
             if tokenizer is not None:
                 translations |= _translations(worker, inputs, tokenizer, beams, length_penalty)
+            if between is not None:
+                between()
     nats, targets, right = worker.sum_over_data(totals).tolist()
     loss = nats / targets
     values = {"eval_loss": loss}

@@ -20,7 +20,8 @@ from trainer.data.order import data_step
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
-from trainer.run_dir import checkpoint_path, checkpoints, write_atomically
+from trainer.run_dir import checkpoint_path, checkpoints
+from trainer.status import write_atomically
 
 LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
 LONGEST_WINDOW = 1024  # losses remembered, whatever spike_window is

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from parallel.runtime import Runtime, same_everywhere
-from parallel.worker import MicroBatch, Worker
+from parallel.watch import StoppedError
+from parallel.worker import MicroBatch
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, restore
 from trainer.config import TrainConfig
@@ -25,38 +26,43 @@ from trainer.metrics import Recorder
 from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
 from trainer.saver import Saver
+from trainer.supervisor import Supervisor, own_code, supervised
 from trainer.tokenizer import Tokenizer
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Train one job on this rank, to its end; returns the last evaluation's values.
 
-    Raises ConfigError where a bad step stops it (guard.py).
+    Raises ConfigError where a bad step stops it (guard.py) or a save fails (saver.py), StoppedError
+    when a signal has asked for an end and all is saved, PeerLostError when another rank is gone.
     """
     if config.deterministic:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
-    data = fingerprint(config.data)
-    if runtime.world_size > 1:
-        resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
-        same_everywhere(runtime, {"the configuration": resolved, "the data": data})
-    state = start(config, runtime, data)
-    with Saver(config, state, data) as saver:
-        if config.on_bad_step == "rollback" and state.step == 0:
-            saver.save(state)  # something to go back to
-        while True:
-            loader = open_loader(config, state)
-            try:
-                with open_recorder(config, runtime, state) as recorder:
-                    run = Run(config, state, loader, recorder, saver)
-                    take_steps(run)
-                    return finish(run)
-            except RolledBackError:
-                saver.forget()
-                restore(config, state, data)  # as a run started again, but for its processes
-            finally:
-                loader.close()
+    with supervised(config, runtime) as supervisor:
+        data = fingerprint(config.data)
+        if runtime.world_size > 1:
+            resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
+            facts = {"the configuration": resolved, "the data": data}
+            same_everywhere(runtime, facts | {"this project's code": own_code()})
+        state = start(config, runtime, data)
+        supervisor.begin(state.step)
+        with Saver(config, state, data) as saver:
+            if config.on_bad_step == "rollback" and state.step == 0:
+                saver.save(state)  # something to go back to
+            while True:
+                loader = open_loader(config, state)
+                try:
+                    with open_recorder(config, runtime, state) as recorder:
+                        run = Run(config, state, loader, recorder, saver, supervisor)
+                        take_steps(run)
+                        return finish(run)
+                except RolledBackError:
+                    saver.forget()
+                    restore(config, state, data)  # as a run started again, but for its processes
+                finally:
+                    loader.close()
 
 
 def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
@@ -111,6 +117,7 @@ class Run:
     loader: TrainLoader
     recorder: Recorder
     saver: Saver
+    supervisor: Supervisor
 
 
 @dataclass(frozen=True)
@@ -138,32 +145,56 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
 
 
 def take_steps(run: Run) -> None:
-    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due."""
-    config, state, recorder = run.config, run.state, run.recorder
+    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due.
+
+    Raises StoppedError after a checkpoint, where a signal has asked for an end.
+    """
+    config, state, recorder, supervisor = run.config, run.state, run.recorder, run.supervisor
     recorder.start(int(state.tokens.item()))
+    supervisor.go_on()
+    if state.step and supervisor.on_any(recorder.lacks("valid", state.step)):  # stopped in there
+        evaluate_if_due(run)
+        supervisor.go_on()
     while state.step < config.steps:
         with recorder.waiting():
             micro_batches = next(run.loader)
-        with drawn(state, recorder):
+        with supervisor.watch.training(), drawn(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
+        supervisor.done(state.step)
         if recorder.due(state.step):
             report(run, step)
         compared = config.checkpoint.check_replicas_every
         if compared and state.step % compared == 0:
             with recorder.pause("other"):
                 check_replicas(state.step, state.worker, state.optimizer, recorder, config.run_dir)
-        eval_loss = None
-        if due(state.step, config.eval.every, config.steps):
-            with recorder.pause("evaluation"):
-                values = measure(config, state.worker, "valid", config.eval.samples)
-            recorder.evaluation(state.step, "valid", values)
-            eval_loss = values["eval_loss"]
-        if due(state.step, config.checkpoint.every, config.steps):
-            with recorder.pause("save"):
-                run.saver.wait()  # then all know what is newest
-                state.guard.look(state.step, state.worker, run.loader, recorder)  # saves no NaN
-                run.saver.save(state, eval_loss)
+        eval_loss = evaluate_if_due(run)
+        if supervisor.stopping or due(state.step, config.checkpoint.every, config.steps):
+            save(run, eval_loss)
+            supervisor.go_on()
+
+
+def evaluate_if_due(run: Run) -> float | None:
+    """The loss on the valid split, where it falls due; left to the next start if this run stops."""
+    config, state, supervisor = run.config, run.state, run.supervisor
+    if supervisor.stopping or not due(state.step, config.eval.every, config.steps):
+        return None
+    with run.recorder.pause("evaluation"), suppress(StoppedError):
+        values = measure(run, "valid", config.eval.samples)
+        run.recorder.evaluation(state.step, "valid", values)
+        return values["eval_loss"]
+    return None
+
+
+def save(run: Run, eval_loss: float | None) -> None:
+    """A checkpoint, which a run that stops waits for."""
+    state = run.state
+    with run.recorder.pause("save"), run.supervisor.watch.long():
+        run.saver.wait()  # then all know what is newest
+        state.guard.look(state.step, state.worker, run.loader, run.recorder)  # no NaN is saved
+        run.saver.save(state, eval_loss)
+        if run.supervisor.stopping:
+            run.saver.wait()
 
 
 @contextmanager
@@ -186,35 +217,42 @@ def report(run: Run, step: Step) -> None:
         state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
         int(state.tokens.item()), run.loader.wait_seconds,
     )  # fmt: skip
+    run.supervisor.note()
 
 
 def finish(run: Run) -> dict[str, float]:
     """The test split's values and, of a language model, a sample of what it writes."""
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
-    if config.eval.test:
+    if config.eval.test and run.supervisor.on_any(recorder.lacks("test", state.step)):
         tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None
         with recorder.pause("evaluation"):
-            values = measure(config, state.worker, "test", samples=0, tokenizer=tokenizer)
+            values = measure(run, "test", samples=0, tokenizer=tokenizer)
         recorder.evaluation(state.step, "test", values)
     if config.data.kind == "text" and config.metrics.sample_tokens:
         writer = open_tokenizer(config.data)
         assert writer is not None
-        text = sample(
-            state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
-            temperature=0.8, seed=config.seed,
-        )  # fmt: skip
+        with run.supervisor.watch.long():
+            text = sample(
+                state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
+                temperature=0.8, seed=config.seed,
+            )  # fmt: skip
         recorder.say(f"a sample:\n{writer.decode(text)}")
     return values
 
 
-def measure(config: TrainConfig, worker: Worker, split: str, samples: int,
+def measure(run: Run, split: str, samples: int,
             tokenizer: Tokenizer | None = None) -> dict[str, float]:  # fmt: skip
-    """The values of a split (evaluate.py); BLEU too where a tokenizer is given."""
+    """The values of a split (evaluate.py); BLEU too where a tokenizer is given.
+
+    Raises StoppedError where a signal asks for an end meanwhile.
+    """
+    config, worker = run.config, run.state.worker
     share = config.batch_size // worker.data_degree
     return evaluate(
         worker, open_split(config.data, split), samples=samples, tokenizer=tokenizer,
         micro_batch_size=config.micro_batch_size or share, beams=config.eval.beams,
+        between=run.supervisor.go_on,
     )  # fmt: skip
 
 

@@ -71,12 +71,15 @@ class MetricsFile:
         self._waiting = b""  # lines that found no room yet
         self._full = False
         try:
-            self.dropped = _keep_until(path, start_step) if path.exists() else []
+            kept, self.dropped = _parted(path, start_step) if path.exists() else ([], [])
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise ConfigError(
                 f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
             ) from error
+        lines = map(json.loads, kept)
+        # Splits that a run which goes on has measured already.
+        self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
 
     def append(self, record: dict[str, Any]) -> None:
         """Write one line, at once; numbers that are not finite become null.
@@ -118,10 +121,10 @@ class MetricsFile:
         self._waiting = b""
 
 
-def _keep_until(path: Path, start_step: int) -> list[str]:
+def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
     """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
 
-    Returns the lines dropped.
+    Returns the lines that stay and those dropped.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept: list[str] = []
@@ -132,7 +135,7 @@ def _keep_until(path: Path, start_step: int) -> list[str]:
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text("".join(kept), encoding="utf-8")
         partial.replace(path)
-    return dropped
+    return kept, dropped
 
 
 def _stays(line: str, start_step: int) -> bool:
@@ -223,6 +226,10 @@ class Recorder:
         The same on every rank: the loop may gather the line's numbers with a collective.
         """
         return step % self._config.every == 0 or step == self._steps
+
+    def lacks(self, split: str, step: int) -> bool:
+        """Whether a step's evaluation is not in the file from before this run went on."""
+        return self._first and not (step == self._start_step and split in self._file.evaluated)
 
     def draws(self, step: int) -> bool:
         """Whether this step is the one whose timeline is drawn; the same on every rank."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +13,37 @@ from yaml import YAMLError
 
 from parallel.config import ConfigError
 from trainer.config import TrainConfig
+from trainer.lock import hold
 from trainer.manifest import DamagedError, check
+from trainer.status import read_status, write_atomically
 
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "data", "seed", "precision", "batch_size")
 FREE = ("data.cache",)
 
 
-def open_run_dir(config: TrainConfig) -> None:
-    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot."""
+class AlreadyFinishedError(Exception):
+    """There is nothing left to do in a run's folder; the message says where it ended."""
+
+
+def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
+    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot.
+
+    The folder is locked before anything is written there, until `held` ends (None = it is not).
+    Raises AlreadyFinishedError if the run has done its steps.
+    """
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        problems = _problems(config, folder)
-        if not problems:
-            write_atomically(
-                folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config))
-            )
+        _refuse(config, folder)
+        if held is not None:
+            held.enter_context(hold(folder))
+            _refuse(config, folder)  # what it was a moment ago is another's
+        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     except OSError as error:
         raise ConfigError(
             f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir"
         ) from error
-    if problems:
-        raise ConfigError(*problems)
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
@@ -98,6 +107,22 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     return loaded
 
 
+def _refuse(config: TrainConfig, folder: Path) -> None:
+    problems = _problems(config, folder)
+    if problems:
+        raise ConfigError(*problems)
+    found = [c for c in checkpoints(folder) if config.resume_step in (0, c[0])]
+    done = next((s for s, path in reversed(found) if s >= config.steps and _is_good(path)), 0)
+    status = read_status(folder)
+    # A run that was stopped while it measured the test split goes on with that.
+    left = status is not None and status.state != "finished" and done == config.steps
+    if done and not left:
+        raise AlreadyFinishedError(
+            f"run_dir={folder} is already finished at step {done} (steps={config.steps}); "
+            "raise steps to go on"
+        )
+
+
 def _problems(config: TrainConfig, folder: Path) -> list[str]:
     if not (folder / "config.yaml").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
@@ -112,32 +137,21 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
             "set resume=auto to go on, or choose another run_dir"
         ]
     problems = differences(config.run_dir, identity(load_config(folder)), identity(config))
-    return problems + _checkpoint_problems(config, folder, found)
+    return problems + _checkpoint_problems(config, folder, [step for step, _ in found])
 
 
-def _checkpoint_problems(
-    config: TrainConfig, folder: Path, found: list[tuple[int, Path]]
-) -> list[str]:
-    steps = [step for step, _ in found]
+def _checkpoint_problems(config: TrainConfig, folder: Path, steps: list[int]) -> list[str]:
     if config.resume_step and config.resume_step not in steps:
         there = ", ".join(map(str, steps)) or "none"
         return [
             f"resume_step={config.resume_step}, but run_dir={folder} holds no checkpoint of that "
             f"step; there are: {there}; 0 is the newest"
         ]
-    if not found and config.resume == "always":
+    if not steps and config.resume == "always":
         return [
             f"run_dir={folder} holds no checkpoint and resume=always; set resume=auto to begin "
             "at step 0"
         ]
-    if config.resume_step:
-        found = [(step, path) for step, path in found if step == config.resume_step]
-    for step, path in reversed(found):
-        if step >= config.steps and _is_good(path):
-            return [
-                f"run_dir={folder} holds a finished run (step {step} of steps={config.steps}); "
-                "raise steps, or choose another run_dir"
-            ]
     return []
 
 
@@ -171,10 +185,3 @@ def _no_run(run_dir: str) -> str:
     return (
         f"{what}; the newest run is run_dir={runs[-1]}" if runs else f"{what}; name a run's folder"
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees the old text or the new one, whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

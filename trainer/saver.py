@@ -20,6 +20,7 @@ from uuid import uuid4
 from torch import distributed as dist
 
 from parallel.config import AXES
+from parallel.watch import StoppedError
 from trainer.checkpoint import TrainState, tensors_of
 from trainer.config import ConfigError, TrainConfig
 from trainer.manifest import (
@@ -95,8 +96,10 @@ class Saver:
         if kind is None:
             self.wait(last=True)
         elif self._thread is not None:
-            # After a user's mistake all ranks are alive; after anything else one may be dead.
-            self._thread.join(None if issubclass(kind, ConfigError) else LEAVING_SECONDS)
+            # After a user's mistake or a signal all ranks are alive; after anything else one may be
+            # dead.
+            together = issubclass(kind, ConfigError | StoppedError)
+            self._thread.join(None if together else LEAVING_SECONDS)
 
     def save(self, state: TrainState, eval_loss: float | None = None) -> None:
         """Save the run as it is now, with its loss on the valid split where that was measured.

@@ -1,0 +1,150 @@
+"""A signal to any rank: all stop at the same step, with a checkpoint that the run goes on from."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from tiny import LLAMA, text_data
+
+from launch.before import training
+from parallel.config import StrategyConfig
+from parallel.gradients import local
+from parallel.watch import StoppedError
+from trainer import loop
+from trainer.config import CheckpointConfig, EvalConfig, MetricsConfig, TrainConfig
+from trainer.metrics import Recorder
+from trainer.run_dir import AlreadyFinishedError, checkpoints
+from trainer.status import read_status
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    return TrainConfig(
+        model=replace(LLAMA, vocab_size=0, max_positions=0),
+        data=text_data(tmp_path_factory.mktemp("signals")),
+        precision="fp64", device="cpu", batch_size=4, steps=6,
+        checkpoint=CheckpointConfig(every=4, keep=0), eval=EvalConfig(every=2),
+        metrics=MetricsConfig(every=1, sample_tokens=0),
+    )  # fmt: skip
+
+
+def run(runtime, config: TrainConfig, signals: str = "", at: int = 0, rank: int = 0):
+    """Train on this rank; `rank` is sent signals in step, evaluation or save number `at`."""
+    calls = {"step": "take_step", "evaluation": "measure", "save": "save"}
+    patches = []
+    for where in calls if runtime.rank == rank else ():
+        real, numbers = getattr(loop, calls[where]), iter(range(1, 100))
+
+        def call(*args, where=where, real=real, numbers=numbers, **options):
+            if f"{where} {next(numbers)}" == f"{signals.split(':')[0]} {at}":
+                os.kill(os.getpid(), signal.Signals[signals.split(":")[1]])
+            return real(*args, **options)
+
+        patches.append(mock.patch.object(loop, calls[where], call))
+    for patch in patches:
+        patch.start()
+    try:
+        loop.train(config, runtime)
+    except StoppedError:
+        return "stopped"
+    finally:
+        for patch in patches:
+            patch.stop()
+    worker = loop.start(config, runtime).worker
+    return {name: local(p.detach()).clone() for name, p in worker.model.named_parameters()}
+
+
+def opened(config: TrainConfig, run_dir: Path, world: int) -> TrainConfig:
+    strategy = StrategyConfig(shard=world)
+    return training(replace(config, run_dir=str(run_dir), strategy=strategy), world)
+
+
+def lines(config: TrainConfig) -> list[tuple]:
+    """What is the same in every run of the same training."""
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    keys = ("step", "split", "loss", "eval_loss", "tokens")
+    return [tuple(json.loads(line).get(key) for key in keys) for line in text.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def unbroken(ranks, config, tmp_path_factory):
+    whole = opened(config, tmp_path_factory.mktemp("whole"), 2)
+    weights = ranks.run(2, run, whole)
+    return lines(whole), weights
+
+
+WHEN = {
+    "in a step": ("step:SIGTERM", 3, 3),
+    "in a step before one that is saved anyway": ("step:SIGINT", 4, 4),
+    "in an evaluation": ("evaluation:SIGUSR1", 1, 2),
+    "in a save": ("save:SIGTERM", 1, 4),
+    "in the last evaluation but one": ("evaluation:SIGTERM", 3, 6),
+    "in the evaluation of the test split": ("evaluation:SIGTERM", 4, 6),
+}
+
+
+@pytest.mark.parametrize("when", WHEN)
+def test_all_ranks_stop_where_one_was_told_to(ranks, config, unbroken, tmp_path, when):
+    signals, at, step = WHEN[when]
+    config = opened(config, tmp_path, 2)
+    assert ranks.run(2, run, config, signals, at, 1) == ["stopped", "stopped"]
+    assert checkpoints(tmp_path)[-1][0] == step
+    status = read_status(tmp_path)
+    assert (status.state, status.step, status.checkpoint) == ("stopped", step, step)
+    assert (status.reason, status.code) == (signals.split(":")[1], 75)
+    again = opened(config, tmp_path, 2)
+    weights = ranks.run(2, run, again)
+    assert read_status(tmp_path).state == "finished"
+    assert lines(again) == unbroken[0]  # none is missing, none comes twice
+    for ours, theirs in zip(weights, unbroken[1], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_one_process_stops_too(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 1)
+    assert ranks.run(1, run, config, "step:SIGTERM", 2) == ["stopped"]
+    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+
+
+def test_a_finished_run_is_left_alone(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 1)
+    ranks.run(1, run, config)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(AlreadyFinishedError, match=r"already finished at step 6 \(steps=6\)"):
+        opened(config, tmp_path, 1)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    with pytest.raises(AlreadyFinishedError):
+        opened(replace(config, steps=5), tmp_path, 1)
+    opened(replace(config, steps=8), tmp_path, 1)
+
+
+def told_before_it_starts(runtime, config: TrainConfig) -> str:
+    begin = Recorder.start
+
+    def start(self: Recorder, tokens: int) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        begin(self, tokens)
+
+    with mock.patch.object(Recorder, "start", start):
+        return run(runtime, config)
+
+
+def test_a_signal_before_the_first_step_saves_nothing(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 1)
+    assert ranks.run(1, told_before_it_starts, config) == ["stopped"]
+    assert checkpoints(tmp_path) == []
+
+
+def handlers_after(runtime, config: TrainConfig) -> list:
+    run(runtime, config)
+    return [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+def test_handlers_are_given_back(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 1)
+    assert ranks.run(1, handlers_after, config) == [[signal.SIG_DFL, signal.SIG_DFL]]

@@ -1,0 +1,96 @@
+"""status.json: how a run fares, for those who look from outside; torchrun's exit code is always 1.
+
+Written by the first rank, or by the first one that fails.
+"""
+
+import json
+import logging
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run at one moment; times are seconds since 1970."""
+
+    state: str  # running | finished | stopped (the same command goes on) | failed
+    step: int  # optimizer steps done
+    steps: int  # of the whole run
+    checkpoint: int | None  # step of the newest one
+    reason: str  # why it stopped or failed
+    rank: int  # that says so, or that is to blame
+    code: int | None  # that the run exits with; None = it runs
+    from_step: int  # where it began, or went on
+    attempts: int  # starts in a row of one launch that went on from there
+    pid: int
+    host: str
+    started: float
+    updated: float
+
+
+def read_status(run_dir: str | Path) -> Status | None:
+    """The status of a run; None if it has none, or one of another version."""
+    try:
+        return Status(**json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class StatusFile:
+    """Writes a run's status; a disk that is full does not stop the run."""
+
+    def __init__(self, run_dir: str | Path, steps: int):
+        self._run_dir, self._steps = Path(run_dir), steps
+        self._started = time.time()
+        self._begun = self._warned = False
+        self._from_step, self._attempts = 0, 1
+
+    def begin(self, from_step: int, restarted: bool, first: bool) -> Status | None:
+        """The run starts at this step; the status that it finds. Only the first rank writes."""
+        before = read_status(self._run_dir)
+        self._from_step = from_step
+        if not first:
+            return before
+        again = restarted and before is not None and before.from_step == from_step
+        self._attempts = before.attempts + 1 if before and again else 1
+        self.write("running", from_step)
+        self._begun = True
+        return before
+
+    @property
+    def attempts(self) -> int:
+        """Starts in a row, this one included, from the same step."""
+        return self._attempts
+
+    def write(self, state: str, step: int, *, reason: str = "", rank: int = 0,
+              code: int | None = None, checkpoint: int | None = None) -> None:  # fmt: skip
+        """Replace the file, unless a rank has said that it failed: the first one's word stands."""
+        before = read_status(self._run_dir)
+        if self._begun and before and before.state == "failed":
+            return
+        status = Status(
+            state, step, self._steps, checkpoint, reason, rank, code,
+            self._from_step, self._attempts,
+            os.getpid(), socket.gethostname(), self._started, time.time(),
+        )  # fmt: skip
+        try:
+            text = json.dumps(asdict(status), indent=1) + "\n"
+            write_atomically(self._run_dir / "status.json", text)
+        except FileNotFoundError:
+            pass  # two ranks wrote at once, and the other one's is there
+        except OSError as error:
+            if not self._warned:
+                log.warning("%s cannot be written: %s", self._run_dir / "status.json", error)
+            self._warned = True
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that is whole at any moment."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
