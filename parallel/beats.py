@@ -11,6 +11,7 @@ SLOW_RATIO = 2.0  # a rank that computes so many times as long as the median is 
 class Beat:
     """What a rank says of itself, about every second, as long as its process runs."""
 
+    number: int  # so that no two are the same
     host: str
     pid: int
     parent: int  # of the launcher: ranks of one parent can end each other
@@ -58,7 +59,7 @@ def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float)
     if not stuck and not silent:
         return None
     # All ranks stand still when one does: whose heart has stopped for a few beats is the cause.
-    silent = silent or [rank for rank, seconds in quiet.items() if seconds > 3 * interval + 1.0]
+    silent = silent or [rank for rank, seconds in quiet.items() if seconds > 2.5 * interval + 0.5]
     blamed = silent or _behind({rank: seen[rank].beat for rank in seen})
     seconds = max([quiet[r] for r in silent] or [now - seen[r].moved for r in blamed])
     what = "silent" if silent else "without progress"

@@ -69,6 +69,7 @@ class Watch:
         self._interval = min(1.0, timeout_seconds / 10) if timeout_seconds else 1.0
         self._signalled_at = self._failed_at = 0.0
         self._step, self._progress, self._long = 0, 0, True  # a run starts slowly
+        self._number = 0  # of beats
         self._shown = -1  # progress at the last beat
         self._own_steps, self._own_seconds = 0, 0.0
         self._parent = os.getppid()
@@ -236,10 +237,12 @@ class Watch:
         stands = self._progress == self._shown
         self._shown = self._progress
         collective, waiting = last_collective(self.runtime.device.type == "cuda")
+        self._number += 1
         return Beat(
-            socket.gethostname(), os.getpid(), self._parent, self._step, self._progress,
-            self.timeout * (LONG if self._long else 1), collective, waiting or waits(frame),
-            place(frame), stack(frame) if stands else "", self._own_seconds, self._own_steps,
+            self._number, socket.gethostname(), os.getpid(), self._parent, self._step,
+            self._progress, self.timeout * (LONG if self._long else 1), collective,
+            waiting or waits(frame), place(frame), stack(frame) if stands else "",
+            self._own_seconds, self._own_steps,
         )  # fmt: skip
 
     def _beats(self) -> dict[int, bytes]:

@@ -6,7 +6,7 @@ from parallel.beats import Beat, Seen, judge, slow
 
 TIMEOUT, INTERVAL = 10.0, 1.0
 BEAT = Beat(
-    "a", 1, 0, step=7, progress=7, patience=TIMEOUT, collective="gloo:all_reduce #12",
+    0, "a", 1, 0, step=7, progress=7, patience=TIMEOUT, collective="gloo:all_reduce #12",
     waiting=True, place="trainer/loop.py:1 (take_step)", stack="", own_seconds=0.0, own_steps=0,
 )  # fmt: skip
 
