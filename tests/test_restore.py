@@ -13,7 +13,7 @@ import tiny
 import torch
 from test_checkpoint import run_in, state_of
 from test_manifest import Evil
-from test_saver import Heard, config_of, here
+from test_saver import config_of, heard, here
 
 from parallel.config import StrategyConfig
 from parallel.gradients import local
@@ -41,17 +41,14 @@ def saved(runtime, folder, strategy=None, keep=0):
 
 def resumed(runtime, config, data="") -> tuple[int, list[str]]:
     """The step that a new state goes on from, and what is said."""
-    heard = Heard()
-    module.log.addHandler(heard)
     state = state_of(runtime, tiny.LLAMA, seed=1, strategy=config.strategy)
-    try:
-        restore(config, state, data)
-    except ConfigError as error:
-        return -1, error.problems
-    finally:
-        module.log.removeHandler(heard)
+    with heard(module.log) as lines:
+        try:
+            restore(config, state, data)
+        except ConfigError as error:
+            return -1, error.problems
     assert state.tokens.item() == state.step
-    return state.step, heard.lines
+    return state.step, lines
 
 
 def test_random_damage_is_found_named_and_got_over(ranks, tmp_path):
