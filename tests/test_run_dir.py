@@ -6,6 +6,7 @@ import pytest
 
 from parallel.config import ConfigError
 from trainer.config import OptimConfig, StrategyConfig, TrainConfig
+from trainer.manifest import NAME, Manifest, write_manifest
 from trainer.run_dir import checkpoint_path, checkpoints, load_config, open_run_dir
 
 
@@ -13,7 +14,9 @@ def started(run_dir, *steps, **values):
     config = TrainConfig(run_dir=str(run_dir), **values)
     open_run_dir(config)
     for step in steps:
-        checkpoint_path(run_dir, step).mkdir(parents=True)
+        folder = checkpoint_path(run_dir, step)
+        folder.mkdir(parents=True)
+        write_manifest(folder, Manifest("", step, {}, {}, "", None, {}, {}))
     return config
 
 
@@ -62,6 +65,32 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     config = started(tmp_path, 500, 1000)
     assert "(step 1000 of steps=1000); raise steps" in refused(config)[0]
     open_run_dir(replace(config, steps=1001))
+
+
+def test_a_damaged_end_is_no_end(tmp_path):
+    config = started(tmp_path, 500, 1000)
+    (checkpoint_path(tmp_path, 1000) / NAME).write_text("{}")
+    open_run_dir(config)
+
+
+def test_resume_always(tmp_path):
+    started(tmp_path / "llama-tiny")
+    typo = TrainConfig(run_dir=str(tmp_path / "lama-tiny"), resume="always")
+    assert "did you mean" in refused(typo)[0] and "llama-tiny" in refused(typo)[0]
+    assert "holds no checkpoint and resume=always" in refused(
+        TrainConfig(run_dir=str(tmp_path / "llama-tiny"), resume="always")
+    )[0]  # fmt: skip
+    started(tmp_path / "vit-tiny", 10)
+    open_run_dir(TrainConfig(run_dir=str(tmp_path / "vit-tiny"), resume="always"))
+
+
+def test_resume_step(tmp_path):
+    config = started(tmp_path, 500, 1000)
+    open_run_dir(replace(config, resume_step=500))  # though the run is finished
+    assert "there are: 500, 1000; 0 is the newest" in refused(replace(config, resume_step=999))[0]
+    assert "finished run (step 1000" in refused(replace(config, resume_step=1000))[0]
+    nowhere = TrainConfig(run_dir=str(tmp_path / "x"), resume_step=500)
+    assert "holds no run" in refused(nowhere)[0]
 
 
 def test_resume_never(tmp_path):

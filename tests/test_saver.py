@@ -4,6 +4,8 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
@@ -28,17 +30,20 @@ from trainer.storage import DTYPES, read, read_whole
 FSDP = StrategyConfig(shard=2)
 
 
-class Heard(logging.Handler):
-    """What the saver says on this rank."""
-
-    def __init__(self):
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-        module.log.addHandler(self)
-        module.log.setLevel(logging.INFO)
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
+@contextmanager
+def heard(log: logging.Logger) -> Iterator[list[str]]:
+    """What a logger says on this rank."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield lines
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def here(run_dir) -> list[str]:
@@ -85,7 +90,7 @@ def failing(runtime, folder, on_error: str) -> tuple[list[str], list[str], list[
     """Saves of which the second fails on the last rank: messages, lines and folders."""
     config = config_of(folder, FSDP, on_error=on_error, keep=5)
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
-    write, heard, messages, folders = storage.Shard.write, Heard(), [], []
+    write, messages, folders = storage.Shard.write, [], []
 
     def full(self, path):
         entry = write(self, path)  # the half that was written
@@ -93,7 +98,11 @@ def failing(runtime, folder, on_error: str) -> tuple[list[str], list[str], list[
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return entry
 
-    with mock.patch.object(storage.Shard, "write", full), Saver(config, state) as saver:
+    with (
+        heard(module.log) as lines,
+        mock.patch.object(storage.Shard, "write", full),
+        Saver(config, state) as saver,
+    ):
         for state.step in (10, 20, 30):
             try:
                 saver.save(state)
@@ -103,7 +112,7 @@ def failing(runtime, folder, on_error: str) -> tuple[list[str], list[str], list[
                 saver._outcome = {}
             torch.distributed.barrier()
             folders.append(here(folder))
-    return messages, heard.lines, folders
+    return messages, lines, folders
 
 
 def test_a_full_disk_on_one_rank(ranks, tmp_path):
@@ -261,7 +270,7 @@ def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(ranks, tmp_path):
 
 
 def grace(runtime, folder) -> list[str]:
-    state, heard = state_of(runtime, tiny.LLAMA), Heard()
+    state = state_of(runtime, tiny.LLAMA)
     write = storage.Shard.write
 
     def slow(self, path):
@@ -269,10 +278,14 @@ def grace(runtime, folder) -> list[str]:
         return write(self, path)
 
     config = config_of(folder, grace_seconds=0.04)
-    with mock.patch.object(storage.Shard, "write", slow), Saver(config, state) as saver:
+    with (
+        heard(module.log) as lines,
+        mock.patch.object(storage.Shard, "write", slow),
+        Saver(config, state) as saver,
+    ):
         for state.step in (1, 2):
             saver.save(state)
-    return heard.lines
+    return lines
 
 
 def test_a_save_longer_than_the_grace_is_told_once(ranks, tmp_path):

@@ -80,22 +80,24 @@ def choose(run_dir: Path, step: int = 0) -> Choice:
     Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
     version: older ones are no replacement for it.
     """
-    choice = Choice()
-    steps = _agreed([step for step, _ in checkpoints(run_dir)])
-    for candidate in reversed([s for s in steps if step in (0, s)]):
-        path = checkpoint_path(run_dir, candidate)
-        try:
-            choice.manifest = _checked(path)
-        except OtherFormatError as error:
-            raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
-        except DamagedError as error:
-            choice.damaged[candidate] = str(error)
-        except FileNotFoundError:  # removed meanwhile by the run that writes here
-            continue
-        else:
-            choice.path = path
-            break
-    return choice
+    while True:
+        choice, removed = Choice(), False
+        steps = _agreed([step for step, _ in checkpoints(run_dir)])
+        for candidate in reversed([s for s in steps if step in (0, s)]):
+            path = checkpoint_path(run_dir, candidate)
+            try:
+                choice.manifest = _checked(path)
+            except OtherFormatError as error:
+                raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
+            except DamagedError as error:
+                choice.damaged[candidate] = str(error)
+            except FileNotFoundError:  # by the run that writes here: there is a newer one
+                removed = True
+            else:
+                choice.path = path
+                return choice
+        if not removed:
+            return choice
 
 
 def _checked(folder: Path) -> Manifest:

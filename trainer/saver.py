@@ -223,7 +223,8 @@ class Saver:
                 _remove(path)
 
     def _warn(self, save: Save) -> None:
-        if "problem" in self._outcome and self._config.checkpoint.on_error == "continue":
+        told = self._config.checkpoint.on_error == "stop" or save.step >= self._config.steps
+        if "problem" in self._outcome and not told:  # as the run's error
             log.warning("%s; training goes on, and the next save tries again",
                         self._outcome["problem"])  # fmt: skip
         seconds, grace = time.monotonic() - save.began, self._config.checkpoint.grace_seconds

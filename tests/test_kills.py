@@ -1,0 +1,20 @@
+"""kill -9 of all ranks at random moments: a short campaign of benchmarks/kills.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_no_kill_loses_a_checkpoint():
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "kills.py", "18"], capture_output=True, text=True,
+        timeout=600, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert found.returncode == 0, found.stdout + found.stderr
+    lines = found.stdout.splitlines()
+    assert len(lines) == 6 and all("0 did harm" in line for line in lines)
+    assert all("0 with other bits" in line for line in lines)
