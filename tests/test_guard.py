@@ -278,7 +278,8 @@ def test_no_spike_is_found_where_none_is_looked_for(ranks, config, tmp_path, cha
     assert events(config) == []
 
 
-def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path):
+@pytest.mark.parametrize("kill_after", [0, 4])
+def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path, kill_after):
     options = {"on_bad_step": "skip", "max_bad_steps": 2}
     apart, (message,) = run(
         ranks, config, "single", ended, "nan", {1, 3, 5}, 0, run_dir=str(tmp_path / "apart"),
@@ -286,8 +287,8 @@ def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path):
     )  # fmt: skip
     assert message == "" and len(events(apart)) == 3
     in_row, (message,) = run(
-        ranks, config, "single", ended, "nan", {2, 3, 4}, 0, run_dir=str(tmp_path / "in row"),
-        **options,
+        ranks, config, "single", again_and_again, {2, 3, 4}, kill_after,
+        run_dir=str(tmp_path / "in row"), **options,
     )  # fmt: skip
     # Step 3 is the last before a checkpoint: what is in a row is counted across it.
     assert "not finite at step 4" in message and "max_bad_steps=2 in a row" in message
@@ -309,8 +310,9 @@ def test_returning_in_vain_ends_the_run(ranks, config, tmp_path, kill_after):
 
 
 def again_and_again(runtime, config, bad, kill_after) -> str:
-    state, message = train(runtime, config, "nan", bad, 1, kill_after)
-    return ended(runtime, config, "nan", bad, 1) if state is None else message
+    last = runtime.world_size - 1
+    state, message = train(runtime, config, "nan", bad, last, kill_after)
+    return ended(runtime, config, "nan", bad, last) if state is None else message
 
 
 def test_a_rollback_before_the_first_checkpoint_starts_over(ranks, config, tmp_path):
