@@ -95,6 +95,17 @@ def test_a_resumed_run_goes_on_as_if_never_stopped():
         assert torch.equal(joined(unbroken), joined(again))
 
 
+def test_steps_that_are_left_out_never_come():
+    dataset = Numbers(21)
+    whole = steps(dataset, 7)
+    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, left_out={5, 0, 2})
+    for step, expected in enumerate((3, 4, 6), start=1):
+        assert torch.equal(joined(next(loader)), joined(whole[expected]))
+        found = loader.sample_ids(step, data_rank=0)
+        assert sorted(found) == sorted(joined(whole[expected])[:, 0].tolist())
+    loader.close()
+
+
 def test_every_sample_comes_once_an_epoch_with_the_seed_of_the_epoch():
     rows = torch.cat([joined(step) for step in steps(Numbers(16), 4)])
     for epoch in range(2):

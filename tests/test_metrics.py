@@ -127,6 +127,21 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: li
     assert sorted(path.name for path in tmp_path.iterdir()) == ["goodput.json", "metrics.jsonl"]
 
 
+@pytest.mark.parametrize(("start_step", "kept"), [(0, ["rollback"]), (4, ["skip", "rollback"])])
+def test_what_was_left_out_of_the_data_stays_said(
+    tmp_path: Path, start_step: int, kept: list[str]
+) -> None:
+    # The other lines behind the checkpoint come again.
+    with make(tmp_path) as recorder:
+        for step, action in ((3, "skip"), (5, "rollback"), (6, "skip"), (7, "stop")):
+            record = {"event": "bad_step", "step": step, "rank": None, "action": action}
+            recorder.event(record, f"step {step} is bad")
+        assert "step 7 is bad\n" in shown(recorder)
+    with make(tmp_path, start_step=start_step):
+        pass
+    assert [line["action"] for line in lines(tmp_path)] == kept
+
+
 def test_an_evaluation_line(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
         recorder.evaluation(250, "valid", {"eval_loss": 1.6, "bits_per_character": 2.31})

@@ -242,6 +242,9 @@ def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
 def test_wandb_names() -> None:
     assert to_wandb({"step": 1, "loss": 2.0, "grad_norm": None}) == {"loss": 2.0}
     assert to_wandb({"step": 1, "split": "test", "bleu": 3.0}) == {"test/bleu": 3.0}
+    event = {"event": "bad_step", "step": 5, "rank": None, "kind": "spike", "samples": [1, 2]}
+    assert to_wandb(event) == {"bad_step/step": 5}
+    assert to_wandb(event | {"rank": 3}) == {"bad_step/step": 5, "bad_step/rank": 3}
 
 
 def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ device decides that before the update, which it drops; the host hears of it at t
 
 import json
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -213,7 +214,8 @@ def _what(bad: BadStep) -> str:
 
 def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
     """A line in metrics.jsonl and one on the console."""
-    samples = [i for share in bad.shares for i in loader.sample_ids(bad.step - 1, share)]
+    shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
+    samples = sorted(chain.from_iterable(shares))
     record = {
         "event": "bad_step", "step": bad.step, "rank": bad.rank, "kind": bad.kind,
         "action": action, "samples": samples,

@@ -73,7 +73,7 @@ class TrainLoader:
     def sample_ids(self, step: int, data_rank: int) -> list[int]:
         """Which samples of the data set, by index, that rank learns from at `step` (from 0)."""
         order = self._new_order()  # the other one is the thread's
-        return sorted(order(position)[1] for position in self._positions(step, data_rank))
+        return [order(position)[1] for position in self._positions(step, data_rank)]
 
     def _new_order(self) -> Order:
         dataset = self._dataset

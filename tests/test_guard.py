@@ -1,0 +1,437 @@
+"""Bad numbers: found before they are learned from, said with their samples, left out as asked."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from conf.check import complete
+from parallel.config import ConfigError, StrategyConfig, resolve, world_size
+from parallel.gradients import local
+from trainer import loop
+from trainer.checkpoint import TrainState, load
+from trainer.config import (
+    CheckpointConfig,
+    EvalConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from trainer.data import prepare
+from trainer.data.order import Order, data_step
+from trainer.loss import cross_entropy_sum
+from trainer.metrics import Recorder
+from trainer.run_dir import checkpoints, open_run_dir
+
+LAYOUTS = {
+    "single": StrategyConfig(),
+    "ddp 2": StrategyConfig(replicate=2),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+}
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> TrainConfig:
+    data = tiny.text_data(tmp_path_factory.mktemp("guard"))
+    draft = TrainConfig(
+        data=data, model=ModelConfig(layers=2, width=16, heads=4, ffn_width=32, dropout=0.1),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=EvalConfig(every=0, samples=8, test=False),
+        checkpoint=CheckpointConfig(every=3), metrics=MetricsConfig(every=2, sample_tokens=0),
+        precision="fp64", device="cpu", steps=7, batch_size=BATCH, micro_batch_size=2,
+    )  # fmt: skip
+    return complete(draft, prepare(data))
+
+
+class NanGradient(torch.autograd.Function):
+    """Nothing forwards, NaN backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * torch.nan
+
+
+POISONS = {
+    "nan": lambda loss: loss * torch.nan,
+    "inf": lambda loss: loss + torch.inf,  # of a finite gradient
+    "gradient": NanGradient.apply,
+    "spike": lambda loss: loss * 1e4,
+}
+
+
+def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
+          kill_after: int = 0) -> tuple[TrainState | None, str]:  # fmt: skip
+    """Train where, on one rank, the first micro-batch of `bad` steps of the data is poisoned.
+
+    The state at the end, None after the kill at that step (counted as they are made); and the
+    message of the error that ended the run.
+    """
+    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    pending, states, steps = [], [], iter(range(1, 100))
+    take_step, step_done = loop.take_step, Recorder.step_done
+
+    def poisoned_step(config, state, micro_batches):
+        states[:] = [state]
+        now = data_step(state.step, state.guard.left_out) in bad and runtime.rank == rank
+        pending[:] = [True] * now
+        return take_step(config, state, micro_batches)
+
+    def poisoned_loss(*args, **options):
+        loss = cross_entropy_sum(*args, **options)
+        return POISONS[poison](loss) if pending and pending.pop() else loss
+
+    def kill(self):
+        step_done(self)
+        if next(steps) == kill_after:
+            raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(loop, "take_step", poisoned_step),
+        mock.patch("trainer.build.cross_entropy_sum", poisoned_loss),
+        mock.patch.object(Recorder, "step_done", kill),
+    ):
+        try:
+            loop.train(config, runtime)
+        except KeyboardInterrupt:
+            return None, ""
+        except ConfigError as error:
+            return states[0], str(error)
+    return states[0], ""
+
+
+def by_hand(runtime, config: TrainConfig, data_steps: list[int | None]) -> TrainState:
+    """A run that learns from these steps of the data; from nothing at a step of None."""
+    config = replace(config, run_dir=f"{config.run_dir}/none",
+                     strategy=resolve(config.strategy, runtime.world_size))  # fmt: skip
+    state = loop.start(config, runtime)
+    loader = loop.open_loader(config, state)
+    for step in data_steps:
+        if step is None:
+            state.step += 1
+        else:
+            loop.take_step(config, state, loader._step(step))
+    loader.close()
+    return state
+
+
+def parts(state: TrainState) -> dict[str, Tensor]:
+    """This rank's part of weights and moments, and the number of updates."""
+    found = {name: local(p.detach()).clone() for name, p in state.worker.parameters().items()}
+    for name, moments in state.optimizer.state().items():
+        found |= {f"{name}, {key}": local(m).clone() for key, m in moments.items()}
+    return found | {"updates": state.optimizer.updates().clone()}
+
+
+def compared(runtime, config, poison, bad, rank, data_steps, kill_after=0) -> tuple[list[str], str]:
+    """What differs between the poisoned run, resumed if it is killed, and one by hand."""
+    state, error = train(runtime, config, poison, bad, rank, kill_after)
+    if state is None:
+        state, error = train(runtime, config, poison, bad, rank)
+    assert state is not None
+    ours, theirs = parts(state), parts(by_hand(runtime, config, data_steps))
+    return [name for name in theirs if not torch.equal(ours[name], theirs[name])], error
+
+
+def run(ranks, config: TrainConfig, layout: str, function, *args, **changes) -> tuple:
+    """The config it was run with, and what the ranks return."""
+    config = replace(config, strategy=LAYOUTS[layout], **changes)
+    open_run_dir(config)
+    return config, ranks.run(world_size(config.strategy), function, config, *args)
+
+
+def lines(config: TrainConfig) -> list[dict]:
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def events(config: TrainConfig) -> list[dict]:
+    return [line for line in lines(config) if "event" in line]
+
+
+def samples(config: TrainConfig, step: int, shares: slice = slice(None)) -> list[int]:
+    """The samples of a step of the data, by the pure order of samples."""
+    size = len(loop.open_split(config.data, "train"))
+    order = Order(config.seed, size)
+    ids = [order(position)[1] for position in range(step * BATCH, (step + 1) * BATCH)]
+    return sorted(ids[shares])
+
+
+CASES = [
+    *((layout, "nan") for layout in LAYOUTS),
+    *(("ddp 2", poison) for poison in ("inf", "gradient")),
+    *(("fsdp 2", poison) for poison in ("inf", "gradient")),
+    ("single", "gradient"), ("tensor 2", "inf"), ("pipeline 2", "inf"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "poison"), CASES)
+def test_a_skipped_step_is_one_that_was_left_out(ranks, config, tmp_path, layout, poison):
+    last = world_size(LAYOUTS[layout]) - 1
+    config, results = run(
+        ranks, config, layout, compared, poison, {4}, last, [0, 1, 2, 3, None, 5, 6],
+        run_dir=str(tmp_path), on_bad_step="skip",
+    )  # fmt: skip
+    assert results == [([], "")] * (last + 1)
+    (event,) = events(config)
+    known = poison != "gradient"  # whose it is
+    shared = layout not in ("ddp 2", "fsdp 2")  # of one share that all ranks read
+    rank = (0 if layout in ("single", "pipeline 2") else last) if known else None
+    assert event == {
+        "event": "bad_step", "step": 5, "rank": rank, "kind": "loss" if known else "gradient",
+        "action": "skip",
+        "samples": samples(config, 4, slice(None) if shared or not known else slice(4, 8)),
+    }  # fmt: skip
+    losses = {line["step"]: line["loss"] for line in lines(config) if "loss" in line}
+    assert sorted(losses) == [2, 4, 6, 7] and all(losses.values())
+
+
+@pytest.mark.parametrize(
+    ("layout", "poison"),
+    [("single", "nan"), ("ddp 2", "inf"), ("fsdp 2", "nan"), ("fsdp 2", "gradient")],
+)
+@pytest.mark.parametrize("kill_after", [0, 7])
+def test_a_rollback_is_a_run_whose_data_never_had_the_step(
+    ranks, config, tmp_path, layout, poison, kill_after
+):
+    # Step 5 is bad, which step 6's line finds; the seventh step made is number 4 again.
+    last = world_size(LAYOUTS[layout]) - 1
+    config, results = run(
+        ranks, config, layout, compared, poison, {4}, last, [0, 1, 2, 3, 5, 6, 7], kill_after,
+        run_dir=str(tmp_path), on_bad_step="rollback",
+    )  # fmt: skip
+    assert results == [([], "")] * (last + 1)
+    (event,) = events(config)
+    assert (event["step"], event["action"]) == (5, "rollback")
+    assert set(event["samples"]) <= set(samples(config, 4))
+    assert [line["step"] for line in lines(config) if "loss" in line] == [2, 4, 6, 7]
+
+
+@pytest.mark.parametrize("layout", ["single", "ddp 2", "fsdp 2"])
+@pytest.mark.parametrize("poison", ["nan", "gradient"])
+def test_by_default_a_bad_step_ends_the_run(ranks, config, tmp_path, layout, poison):
+    last = world_size(LAYOUTS[layout]) - 1
+    config, results = run(
+        ranks, config, layout, ended, poison, {4}, last, run_dir=str(tmp_path)
+    )  # fmt: skip
+    for message in results:
+        what = "loss is not finite at step 5 on rank" if poison == "nan" else "gradient is not"
+        for word in (what, "step-00000003", "on_bad_step=skip or rollback", "optim.lr"):
+            assert word in message
+    assert [event["action"] for event in events(config)] == ["stop"]
+    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert ranks.run(1, finite, replace(config, strategy=StrategyConfig())) == [True]
+
+
+def ended(runtime, config, poison, bad, rank) -> str:
+    return train(runtime, config, poison, bad, rank)[1]
+
+
+def finite(runtime, config: TrainConfig) -> bool:
+    """Whether all that the checkpoints hold is."""
+    state = loop.start(replace(config, run_dir=f"{config.run_dir}/none"), runtime)
+    good = True
+    for _, path in checkpoints(config.run_dir):
+        load(path, state)
+        good &= all(bool(t.isfinite().all()) for t in parts(state).values())
+        good &= all(bool(t.isfinite().all()) for t in state.guard.state().values())
+    return good
+
+
+@pytest.mark.parametrize(
+    ("policy", "data_steps"),
+    [
+        ("skip", [*range(10), None, *range(11, 14)]),
+        ("rollback", [*range(10), *range(11, 15)]),
+    ],
+)
+@pytest.mark.parametrize("layout", ["single", "ddp 2"])
+def test_a_spike_is_a_bad_step(ranks, config, tmp_path, layout, policy, data_steps):
+    last = world_size(LAYOUTS[layout]) - 1
+    # It is killed behind the checkpoint at 9, with two steps more of the window than are known.
+    config, results = run(
+        ranks, config, layout, compared, "spike", {10}, last, data_steps, 10,
+        run_dir=str(tmp_path), on_bad_step=policy, spike_sigma=6.0, spike_window=8, steps=14,
+    )  # fmt: skip
+    assert results == [([], "")] * (last + 1)
+    (event,) = events(config)
+    assert (event["step"], event["kind"], event["rank"]) == (11, "spike", None)
+    assert event["samples"] == samples(config, 10)
+
+
+@pytest.mark.parametrize("changes", [{"spike_sigma": 0.0}, {"spike_window": 16}])
+def test_no_spike_is_found_where_none_is_looked_for(ranks, config, tmp_path, changes):
+    rule = {"spike_sigma": 6.0, "spike_window": 8, "steps": 14} | changes
+    config, _ = run(ranks, config, "single", ended, "spike", {10}, 0, run_dir=str(tmp_path), **rule)
+    assert events(config) == []
+
+
+@pytest.mark.parametrize("kill_after", [0, 4])
+def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path, kill_after):
+    options = {"on_bad_step": "skip", "max_bad_steps": 2}
+    apart, (message,) = run(
+        ranks, config, "single", ended, "nan", {1, 3, 5}, 0, run_dir=str(tmp_path / "apart"),
+        **options,
+    )  # fmt: skip
+    assert message == "" and len(events(apart)) == 3
+    in_row, (message,) = run(
+        ranks, config, "single", again_and_again, {2, 3, 4}, kill_after,
+        run_dir=str(tmp_path / "in row"), **options,
+    )  # fmt: skip
+    # Step 3 is the last before a checkpoint: what is in a row is counted across it.
+    assert "not finite at step 4" in message and "max_bad_steps=2 in a row" in message
+    assert [event["action"] for event in events(in_row)] == ["skip", "stop"]
+
+
+@pytest.mark.parametrize("kill_after", [0, 5])
+def test_returning_in_vain_ends_the_run(ranks, config, tmp_path, kill_after):
+    config, results = run(
+        ranks, config, "ddp 2", again_and_again, {3, 4, 5}, kill_after, run_dir=str(tmp_path),
+        on_bad_step="rollback", max_bad_steps=3, metrics=replace(config.metrics, every=1),
+    )  # fmt: skip
+    for message in results:
+        assert "not finite at step 4" in message and "step-00000003" in message
+        assert "max_bad_steps=3 times" in message
+    assert [event["action"] for event in events(config)] == ["rollback", "rollback", "stop"]
+    rollbacks = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert rollbacks == [{"step": 3, "data_steps": [3]}, {"step": 3, "data_steps": [4]}]
+
+
+def again_and_again(runtime, config, bad, kill_after) -> str:
+    last = runtime.world_size - 1
+    state, message = train(runtime, config, "nan", bad, last, kill_after)
+    return ended(runtime, config, "nan", bad, last) if state is None else message
+
+
+def test_a_rollback_before_the_first_checkpoint_starts_over(ranks, config, tmp_path):
+    config, results = run(
+        ranks, config, "fsdp 2", compared, "nan", {0}, 1, [1, 2, 3, 4, 5, 6, 7],
+        run_dir=str(tmp_path), on_bad_step="rollback",
+    )  # fmt: skip
+    assert results == [([], ""), ([], "")]
+
+
+def test_a_damaged_list_of_rollbacks_is_no_empty_one(ranks, config, tmp_path):
+    config = replace(config, run_dir=str(tmp_path), on_bad_step="rollback")
+    open_run_dir(config)
+    (tmp_path / "rollbacks.json").write_text('[{"step": 3, "data_')
+    (message,) = ranks.run(1, refused, config)
+    assert "rollbacks.json is damaged" in message
+
+
+def refused(runtime, config) -> str:
+    with pytest.raises(ConfigError) as raised:
+        loop.train(config, runtime)
+    return str(raised.value)
+
+
+def overflowing(runtime, config: TrainConfig) -> tuple[int, float, str]:
+    """fp16 whose loss scale is far too high; and whose loss is never finite."""
+    state = loop.start(config, runtime)
+    state.loss_scale.scale.fill_(2.0**40)
+    loader = loop.open_loader(config, state)
+    recorder = mock.Mock()
+    for _ in range(4):
+        loop.take_step(config, state, next(loader))
+    state.guard.look(state.step, state.worker, loader, recorder)
+    loader.close()
+    scale = state.loss_scale.scale.item()
+    message = train(runtime, replace(config, steps=30), "nan", set(range(99)), 0)[1]
+    return recorder.event.call_count, scale, message
+
+
+def test_an_overflow_of_fp16_is_healthy_until_its_scale_is_below_one(ranks, config, tmp_path):
+    _, ((count, scale, message),) = run(
+        ranks, config, "single", overflowing, run_dir=str(tmp_path), precision="fp16",
+        checkpoint=CheckpointConfig(every=0),
+    )  # fmt: skip
+    assert count == 0 and scale == 2.0**36
+    assert "step 16" in message  # 2**14 halved 15 times is below 1
+
+
+READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
+
+
+def healthy(runtime, config: TrainConfig) -> list[str]:
+    """What of the device a healthy step reads back."""
+    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    state = loop.start(config, runtime)
+    loader = loop.open_loader(config, state)
+    loop.take_step(config, state, next(loader))
+    micro_batches, read = next(loader), []
+    patches = [
+        mock.patch.object(Tensor, name, lambda *_, name=name: read.append(name)) for name in READS
+    ]
+    for patch in patches:
+        patch.start()
+    try:
+        loop.take_step(config, state, micro_batches)
+    finally:
+        for patch in patches:
+            patch.stop()
+        loader.close()
+    return read
+
+
+# Not in a pipeline, whose schedule reads the numbers of micro-batches, on the host.
+@pytest.mark.parametrize("layout", ["single", "ddp 2", "fsdp 2", "tensor 2"])
+def test_a_healthy_step_reads_nothing_back(ranks, config, tmp_path, layout):
+    _, results = run(
+        ranks, config, layout, healthy, run_dir=str(tmp_path), on_bad_step="skip", spike_sigma=6.0
+    )
+    assert not any(results)
+
+
+def test_data_step():
+    assert [data_step(step, ()) for step in range(3)] == [0, 1, 2]
+    left_out = {4, 0, 5}
+    assert [data_step(step, left_out) for step in range(6)] == [1, 2, 3, 6, 7, 8]
+
+
+def drifting(runtime, config: TrainConfig) -> str:
+    """Train where rank 1's weights are changed a little behind the third step."""
+    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    take_step = loop.take_step
+
+    def step(config, state, micro_batches):
+        done = take_step(config, state, micro_batches)
+        if runtime.rank == 1 and state.step == 3:
+            local(state.worker.parameters()["head.norm.weight"].detach())[0] += 1e-3
+        return done
+
+    with mock.patch.object(loop, "take_step", step):
+        return refused(runtime, config)
+
+
+@pytest.mark.parametrize("layout", ["ddp 2", "tensor 2"])
+def test_replicas_that_differ_end_the_run(ranks, config, tmp_path, layout):
+    config, results = run(
+        ranks, config, layout, drifting, run_dir=str(tmp_path),
+        checkpoint=CheckpointConfig(every=4, check_replicas_every=2),
+    )  # fmt: skip
+    for message in results:
+        assert message.startswith("replicas differ at step 4: ")
+        assert "on ranks 0 and 1 of 2 with a copy" in message
+    (event,) = events(config)
+    assert (event["event"], event["step"], event["rank"]) == ("replicas_differ", 4, None)
+    assert checkpoints(tmp_path) == []
+
+
+def test_replicas_that_agree_go_unmentioned(ranks, config, tmp_path):
+    config, _ = run(
+        ranks, config, "fsdp 2", ended, "nan", set(), 0, run_dir=str(tmp_path),
+        checkpoint=CheckpointConfig(every=0, check_replicas_every=1),
+    )  # fmt: skip
+    assert events(config) == [] and len(checkpoints(tmp_path)) == 1
