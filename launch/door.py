@@ -19,7 +19,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf import schema
-from launch.messages import explain, is_mistake, log_to_stderr, write_error
+from launch.messages import (
+    explain,
+    is_mistake,
+    log_to_stderr,
+    occupy_standard_streams,
+    write_error,
+)
 from parallel.config import ConfigError
 
 FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
@@ -42,6 +48,7 @@ class Door:
 
 def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     """Runs a command on all of its ranks and exits: 0 = done, 1 = failed, 2 = a user's mistake."""
+    occupy_standard_streams()
     ranks = import_module("parallel.runtime").Ranks.of_torchrun() if "RANK" in os.environ else None
     if ranks and ranks.rank:
         sys.exit(import_module("launch.worker").follow(ranks))
