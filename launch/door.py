@@ -26,6 +26,7 @@ from launch.messages import (
     occupy_standard_streams,
     write_error,
 )
+from launch.versions import torch_problem
 from parallel.config import ConfigError
 
 FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
@@ -49,6 +50,10 @@ class Door:
 def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     """Runs a command on all of its ranks and exits: 0 = done, 1 = failed, 2 = a user's mistake."""
     occupy_standard_streams()
+    if problem := torch_problem():
+        if os.environ.get("RANK", "0") == "0":
+            write_error(problem)
+        sys.exit(2)
     ranks = import_module("parallel.runtime").Ranks.of_torchrun() if "RANK" in os.environ else None
     if ranks and ranks.rank:
         sys.exit(import_module("launch.worker").follow(ranks))

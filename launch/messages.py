@@ -62,6 +62,8 @@ def explain(name: str, error: BaseException) -> str:
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
+        if reason.startswith("Lexer"):
+            reason = "it holds a character that must be quoted"
         return f"cannot read {error.override}: {reason}; write KEY=VALUE, quoted for the shell"
     for pattern, say in SAID.items():
         found = re.search(pattern, str(error))

@@ -20,6 +20,7 @@ from typing import Any
 from trainer.config import MetricsConfig
 
 POLL_SECONDS = 1.0  # between looks at the file
+INSTALL = 'pip install "samestep[wandb]"'
 KEPT = "metrics.jsonl has everything"
 
 
@@ -208,7 +209,11 @@ def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) 
             if not failed:
                 say(f"wandb does not take all records ({_brief(error)}); {KEPT}")
             failed = True
-    run.finish()
+    try:
+        run.finish()
+    except Exception:
+        if not failed:  # else it is said already
+            raise
 
 
 def _brief(error: BaseException) -> str:
@@ -235,7 +240,7 @@ def _main(text: str) -> None:
     try:
         _mirror(mirror, ended, say)
     except ImportError as error:
-        say(f"wandb cannot be imported ({_brief(error)}): pip install wandb; {KEPT}")
+        say(f"wandb cannot be imported ({_brief(error)}): {INSTALL}; {KEPT}")
     except Exception as error:
         say(f"wandb gave up ({_brief(error)}); {KEPT}")
 
