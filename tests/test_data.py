@@ -182,6 +182,21 @@ def test_settings_that_cannot_be(config, settings, message):
         data.prepare(config)
 
 
+@pytest.mark.parametrize("method", ["open", "exists"])
+def test_what_may_not_be_read_is_named(config, monkeypatch, method):
+    """As root everything may be read: the refusal is put in the system's mouth."""
+    kept = getattr(Path, method)
+
+    def refused(path, *args, **options):
+        if path.name == "play.txt":
+            raise PermissionError(13, "Permission denied")
+        return kept(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, refused)
+    with pytest.raises(ConfigError, match=r"data\.path.*play\.txt cannot be read: .*Permission"):
+        data.prepare(config)
+
+
 def test_all_mistakes_are_told_at_once_and_with_the_nearest_name(config):
     config.path = config.path.replace("play", "plya")
     config.seq_len = config.vocab_size = 0
