@@ -155,6 +155,24 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
     assert (place / "r=[0]" / "checkpoints" / "step-00000004").is_dir()
 
 
+TALKS = """
+from trainer.display import open_console
+console = open_console()
+for _ in range(3):
+    console.print("a line")
+"""
+
+
+def test_a_console_that_failed_does_not_fail_again_at_the_end():
+    """What Python still holds for stdout is written when it ends: status 120 if that fails."""
+    command = f'exec "{sys.executable}" -c "$0" > /dev/full'
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["sh", "-c", command, TALKS], check=False, env=environment, stderr=subprocess.PIPE
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 CLOSED = """
 import os, sys
 from launch.messages import occupy_standard_streams, write_error

@@ -44,13 +44,14 @@ def test_a_file_of_another_size_or_kind_is_refused(path: Path) -> None:
         TokenFile(path, "uint16", 5000, 300)
 
 
-def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path) -> None:
+@pytest.mark.parametrize("bad", [300, 50257])
+def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path, bad: int) -> None:
     with path.open("r+b") as file:
         file.seek(2 * 812)
-        file.write(np.uint16(50257).tobytes())
+        file.write(np.uint16(bad).tobytes())
     tokens = TokenFile(path, "uint16", len(IDS), 300)
     assert (tokens.read(0, 812) == IDS[:812]).all()
-    with pytest.raises(ConfigError, match=r"token 50257 at offset 812 is not below .*=300; delete"):
+    with pytest.raises(ConfigError, match=rf"token {bad} at offset 812 is not below .*=300; del"):
         tokens.read(800, 817)
 
 
