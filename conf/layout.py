@@ -1,5 +1,6 @@
 """Whether a strategy fits the model and the batch: pure functions, every problem at once."""
 
+from math import isqrt
 from typing import Any
 
 from parallel.config import ConfigError, StrategyConfig, data_degree
@@ -118,9 +119,7 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
     if config.micro_batch_size or strategy.pipeline == 1:
         return config.micro_batch_size or share
     counts = [
-        count
-        for count in range(1, share + 1)
-        if share % count == 0 and takes(strategy.schedule, strategy.pipeline, count)
+        count for count in divisors(share) if takes(strategy.schedule, strategy.pipeline, count)
     ]
     enough = [count for count in counts if count >= 2 * strategy.pipeline]
     return share // (enough[0] if enough else max(counts, default=1))
@@ -131,7 +130,7 @@ def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     heads = model.heads // strategy.tensor
     if strategy.context_method != "ulysses" or heads % strategy.context == 0:
         return []
-    fit = ", ".join(str(d) for d in range(1, heads + 1) if heads % d == 0)
+    fit = ", ".join(map(str, divisors(heads)))
     each = f" on each of strategy.tensor={strategy.tensor} ranks" if strategy.tensor > 1 else ""
     return [
         f"strategy.context={strategy.context} does not divide the {heads} heads{each}, which "
@@ -191,7 +190,7 @@ def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
 
 def splits(model: ModelConfig, degree: int) -> list[str]:
     """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
-    fit = [d for d in range(1, model.heads + 1) if _splits_heads(model, d)]
+    fit = [d for d in divisors(model.heads) if _splits_heads(model, d)]
     found = []
     if degree not in fit:
         given = f"model.heads={model.heads}"
@@ -218,10 +217,18 @@ def _splits_heads(model: ModelConfig, degree: int) -> bool:
     return model.heads % degree == 0 and (groups % degree == 0 or shared)
 
 
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, rising; of one that no size can have, 1 and itself."""
+    if number > 1e12:
+        return [1, number]
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
 def near_divisors(number: int, wanted: int) -> str:
     """The divisors of `number` just below and above `wanted`."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    near = [*[d for d in divisors if d < wanted][-1:], *[d for d in divisors if d > wanted][:1]]
+    found = divisors(number)
+    near = [*[d for d in found if d < wanted][-1:], *[d for d in found if d > wanted][:1]]
     return " or ".join(map(str, near))
 
 

@@ -1,6 +1,8 @@
 """What happens once, before any rank works: the checks, the data and the run's folder."""
 
 import logging
+import os
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -36,17 +38,34 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     """
     opened = _opened()
     _check(config, world_size)
+    _check_compiler(config)
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
     for warning in warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
-    config = complete(config, data.prepare(config.data, progress=True))
+    facts = data.prepare(config.data, progress=True)
+    if facts.splits["train"] < config.batch_size:
+        log.warning(
+            "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
+            "more than once", facts.splits["train"], config.batch_size,
+        )  # fmt: skip
+    config = complete(config, facts)
     open_run_dir(config, held)
     keep_tokenizer(config)
     goodput.begin(Path(config.run_dir), opened, time.time())
     log.info("run_dir=%s", config.run_dir)
     return config
+
+
+def _check_compiler(config: TrainConfig) -> None:
+    """Raises ConfigError where torch.compile would end in a trace for want of a compiler."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if config.compile and not any(map(shutil.which, names)):
+        raise ConfigError(
+            "compile=true needs a C++ compiler, but there is none here; install g++, or set "
+            "compile=false"
+        )
 
 
 def _opened() -> float:
@@ -64,7 +83,13 @@ def keep_tokenizer(config: TrainConfig) -> None:
     if tokenizer is None:
         return
     if not path.exists():
-        tokenizer.save(path)
+        try:
+            tokenizer.save(path)
+        except OSError as error:
+            raise ConfigError(
+                f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another "
+                "run_dir"
+            ) from error
     elif not tokenizer.same(path):
         raise ConfigError(
             f"run_dir={config.run_dir} was trained with another tokenizer: the text at "

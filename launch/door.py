@@ -22,7 +22,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf import schema
-from launch.messages import explain, is_mistake, log_to_stderr, write_error
+from launch.messages import (
+    explain,
+    is_mistake,
+    log_to_stderr,
+    occupy_standard_streams,
+    write_error,
+)
+from launch.versions import torch_problem
 from parallel.config import ConfigError
 from trainer.run_dir import AlreadyFinishedError
 
@@ -56,6 +63,11 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
     77 = a rank hung, 128 + n = left at once by signal n.
     """
+    occupy_standard_streams()
+    if problem := torch_problem():
+        if os.environ.get("RANK", "0") == "0":
+            write_error(problem)
+        sys.exit(2)
     try:
         torchrun = "RANK" in os.environ
         ranks = import_module("parallel.runtime").Ranks.of_torchrun() if torchrun else None

@@ -2,9 +2,11 @@
 
 import difflib
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -26,8 +28,20 @@ TYPES = {
 
 def write_error(text: str) -> None:
     """Writes one message to stderr, in one piece so that ranks do not mix theirs."""
-    sys.stderr.write(text.rstrip("\n") + "\n")
-    sys.stderr.flush()
+    # AttributeError: there is no stderr. The exit status tells as well, and must not change.
+    with suppress(OSError, AttributeError):
+        sys.stderr.write(text.rstrip("\n") + "\n")
+        sys.stderr.flush()
+
+
+def occupy_standard_streams() -> None:
+    """Leads closed stdin, stdout and stderr nowhere.
+
+    Else the next files get their numbers, and what a library says to stderr lands in a checkpoint.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def log_to_stderr(rank: int) -> None:
@@ -48,6 +62,8 @@ def explain(name: str, error: BaseException) -> str:
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
         reason = error.message.splitlines()[0]
+        if reason.startswith("Lexer"):
+            reason = "it holds a character that must be quoted"
         return f"cannot read {error.override}: {reason}; write KEY=VALUE, quoted for the shell"
     for pattern, say in SAID.items():
         found = re.search(pattern, str(error))

@@ -69,16 +69,28 @@ def test_whatever_changes_is_prepared_anew(config, change):
     assert found in Path(config.path).read_text()
 
 
-def test_a_damaged_folder_is_made_again(config):
+def test_a_damaged_folder_is_made_again(config, caplog):
     facts = data.prepare(config)
     file = next(Path(config.cache).glob("*/train.bin"))
     content = file.read_bytes()
     for damage in (lambda: file.write_bytes(content[:100]), file.unlink):
         damage()
-        with pytest.raises(ConfigError, match=r"missing or damaged"):
+        with pytest.raises(ConfigError, match=r"is (missing|damaged)"):
             data.open_split(config, "train")
         assert data.prepare(config) == facts
         assert file.read_bytes() == content
+    cut, gone = caplog.messages
+    assert f"train.bin is damaged: it has 100 bytes, not {len(content)}; it is prepared" in cut
+    assert "train.bin is missing; it is prepared anew" in gone
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"splits": {}}'])
+def test_a_garbled_record_is_made_again(config, caplog, text):
+    facts = data.prepare(config)
+    record = next(Path(config.cache).glob("*/prepared.json"))
+    record.write_text(text)
+    assert data.prepare(config) == facts
+    assert "prepared.json is damaged; it is prepared anew" in caplog.text
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(config, monkeypatch):
@@ -151,6 +163,8 @@ SETTINGS = [
     ({"path": "bundled:shakespear"}, r"set data\.path=bundled:shakespeare"),
     ({"path": "bundled:fashion-mnist"}, r"data\.kind=text: .* is data\.kind=images"),
     ({"path": "pyproject.tml"}, r"pyproject\.tml: no such file or folder"),
+    ({"path": "x" * 300}, r"cannot be read: File name too long"),
+    ({"path": "/".join(["long"] * 1000)}, r"cannot be read: File name too long"),
     ({"seq_len": 0}, r"data\.seq_len=0 must be at least 1"),
     ({"seq_len": 1, "kind": "pairs"}, r"data\.seq_len=1 must be at least 2"),
     ({"vocab_size": 100}, r"data\.vocab_size=100 must be at least 258"),
@@ -165,6 +179,21 @@ def test_settings_that_cannot_be(config, settings, message):
     for key, value in settings.items():
         setattr(config, key, value)
     with pytest.raises(ConfigError, match=message):
+        data.prepare(config)
+
+
+@pytest.mark.parametrize("method", ["open", "exists"])
+def test_what_may_not_be_read_is_named(config, monkeypatch, method):
+    """As root everything may be read: the refusal is put in the system's mouth."""
+    kept = getattr(Path, method)
+
+    def refused(path, *args, **options):
+        if path.name == "play.txt":
+            raise PermissionError(13, "Permission denied")
+        return kept(path, *args, **options)
+
+    monkeypatch.setattr(Path, method, refused)
+    with pytest.raises(ConfigError, match=r"data\.path.*play\.txt cannot be read: .*Permission"):
         data.prepare(config)
 
 

@@ -94,6 +94,18 @@ def test_a_start_counts_from_its_process_on(tmp_path: Path, monkeypatch) -> None
     assert read(tmp_path).down_seconds == pytest.approx(60.0)
 
 
+def test_what_comes_between_two_meters_of_a_process_is_booked(tmp_path: Path) -> None:
+    clock = FakeClock()
+    meter = Goodput(tmp_path, clock)
+    steps(meter, clock, range(1, 4))
+    meter.close()
+    clock.seconds += 9  # the weights of step 2 are loaded again
+    meter = Goodput(tmp_path, clock)
+    steps(meter, clock, range(3, 5))
+    assert kinds(meter) == {"restart": 2.0 + 11.0, "useful": 6.0}
+    assert meter.ledger.starts == 1
+
+
 @pytest.mark.parametrize(
     "content", ["", "[]", "{", '{"steps": 1}', '{"seconds": {"useful": 1}}', '{"seconds": "a"}']
 )

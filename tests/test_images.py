@@ -232,3 +232,22 @@ def test_folders_that_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"empty holds no images"):
         data.prepare(config_for(tmp_path, tmp_path / "empty"))
+
+
+def test_images_that_change_or_vanish_while_a_run_reads_them(folder, tmp_path):
+    config = folder()
+    data.prepare(config)
+    train = data.open_split(config, "train")
+    for row, path in enumerate(train._table.paths[:3]):
+        train.sample(row, None)
+        if row == 0:
+            Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(path)
+            message = r"was 8 × 8 pixels when the run began and is 8 × 9; put"
+        elif row == 1:
+            path.unlink()
+            message = "cannot be read as an image: .*No such file"
+        else:
+            path.write_bytes(path.read_bytes()[:60])
+            message = "is damaged"
+        with pytest.raises(ConfigError, match=message):
+            train.sample(row, None)

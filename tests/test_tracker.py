@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from trainer.config import MetricsConfig
 from trainer.metrics import Recorder
-from trainer.tracker import Tracker, follow, to_wandb
+from trainer.tracker import Tracker, follow, furthest, is_mirrored, to_wandb
 
 # The tracker's process imports this in wandb's place; what it does goes into a file.
 FAKE_WANDB = """
@@ -91,20 +92,23 @@ def wait_until(happened: Callable[[], object]) -> None:
     raise AssertionError("it did not happen in 30 s")
 
 
-def track(run_dir: Path, mode: str = "offline") -> list[str]:
-    """A short run of three records; returns what the console showed of wandb."""
-    run_dir.mkdir(exist_ok=True)
+def track(
+    run_dir: Path, mode: str = "offline", start_step: int = 0, steps: tuple[int, ...] = (1, 2, 3)
+) -> list[str]:
+    """A short run of a record a step; returns what the console showed of wandb."""
+    run_dir.mkdir(exist_ok=True, parents=True)
     said = io.StringIO()
     with Recorder(
-        MetricsConfig(wandb=mode), run_dir, first=True, steps=3, start_step=0,
+        MetricsConfig(wandb=mode), run_dir, first=True, steps=3, start_step=start_step,
         resolved={"seed": 1}, flops_per_token=0.0, devices=1, device=torch.device("cpu"),
         precision_name="fp32", console=Console(file=said),
     ) as recorder:  # fmt: skip
         # These tests may wait long on a busy machine; a run waits for seconds.
         recorder._tracker._patience_seconds = 30.0
-        for step in (1, 2, 3):
+        for step in steps:
             recorder.evaluation(step, "valid", {"eval_loss": 1.0, "accuracy": float("nan")})
-    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 3
+    written = (run_dir / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in written] == [*range(1, start_step + 1), *steps]
     return [line for line in said.getvalue().splitlines() if not line.startswith("step ")]
 
 
@@ -112,9 +116,10 @@ def test_wandb_mirrors_the_records(tmp_path: Path, fake_wandb: FakeWandb) -> Non
     assert track(tmp_path / "a run") == []
     init, *records, end = fake_wandb.notes()
     run_dir = str(tmp_path / "a run")
+    assert re.fullmatch("a run-[0-9a-f]{6}", init["init"].pop("id"))
     assert init["init"] == {
         "mode": "offline", "project": "samestep", "dir": run_dir, "config": {"seed": 1},
-        "id": "a run", "resume": "allow",
+        "name": "a run", "resume": "allow",
     }  # fmt: skip
     assert records[0] == {"step": 1, "values": {"valid/eval_loss": 1.0}}
     assert fake_wandb.steps() == [1, 2, 3]
@@ -223,6 +228,35 @@ def test_a_resumed_run_is_mirrored_from_where_it_goes_on(
     assert fake_wandb.steps() == [3]
 
 
+def test_every_start_has_the_same_id_and_no_line_comes_twice(
+    tmp_path: Path, fake_wandb: FakeWandb
+) -> None:
+    track(tmp_path / "run")  # to step 3; killed, and resumed from the checkpoint of step 1
+    track(tmp_path / "run", start_step=1, steps=(2, 3, 4))
+    track(tmp_path / "elsewhere" / "run")
+    ids = [note["init"]["id"] for note in fake_wandb.notes() if "init" in note]
+    assert ids[0] == ids[1] != ids[2]
+    assert fake_wandb.steps() == [1, 2, 3, 4, 1, 2, 3]
+
+
+def test_what_was_never_mirrored_is_not_left_out(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    track(tmp_path / "run", "off")
+    track(tmp_path / "run", start_step=1, steps=(2, 3, 4))
+    assert fake_wandb.steps() == [2, 3, 4]
+
+
+def test_the_furthest_lines_say_what_was_mirrored() -> None:
+    lines = ['{"step": 4}', '{"step": 5}', '{"step": 5, "event": "skip"}', "{", "[1]", "{}", "5"]
+    assert furthest(lines) == [[5, ""], [5, "skip"]]
+    assert furthest([]) == []
+    seen = furthest(lines)
+    assert is_mirrored({"step": 4, "split": "valid"}, seen)
+    assert is_mirrored({"step": 5, "loss": 1.0}, seen)
+    assert not is_mirrored({"step": 5, "split": "valid"}, seen)
+    assert not is_mirrored({"step": 6}, seen)
+    assert not is_mirrored({"step": 1}, [])
+
+
 def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st')
@@ -251,4 +285,5 @@ def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_X_DISABLE_STATS", "true")
     assert track(tmp_path / "a run") == []
-    assert list((tmp_path / "a run" / "wandb").glob("offline-run-*-a run/run-a run.wandb"))
+    (kept,) = (tmp_path / "a run" / "wandb").glob("offline-run-*/run-a run-*.wandb")
+    assert kept.stat().st_size > 0

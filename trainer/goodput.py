@@ -36,7 +36,7 @@ class Ledger:
     starts: int = 0
     down_seconds: float = 0.0  # between what one start last wrote and the next: off, or lost
     written: float = 0.0  # seconds since the epoch at the last writing; 0.0 = never
-    opened: float | None = None  # when a start began, by the monotonic clock, until it is booked
+    opened: float | None = None  # what was not booked yet began here, by the monotonic clock
 
 
 def read(run_dir: Path) -> Ledger:
@@ -126,6 +126,7 @@ class Goodput:
         """Book the rest, save, and return the line of metrics.jsonl but for its step."""
         self._book()
         self._add("restart" if self._restarting else "other")
+        self.ledger.opened = self._mark  # this process may go on: back from a rollback
         self.save()
         return record(self.ledger)
 

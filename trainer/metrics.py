@@ -192,7 +192,8 @@ class Recorder:
             self._display = Display(console or open_console(), steps, unit)
             path = self._run_dir / "metrics.jsonl"
             self._file = MetricsFile(path, start_step, self.say)
-            self._tracker = Tracker(config, self._run_dir, resolved, self.say)
+            dropped = self._file.dropped
+            self._tracker = Tracker(config, self._run_dir, resolved, self.say, dropped=dropped)
             self._goodput = Goodput(self._run_dir, clock)
 
     def __enter__(self) -> Self:

@@ -67,8 +67,10 @@ class Tokenizer:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json."""
-        self._backend.save(str(path))
+        """Write a tokenizer.json, whole or not at all; raises OSError."""
+        partial = Path(path).with_name(f".{Path(path).name}.partial")
+        partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
+        partial.replace(path)
 
     def same(self, path: str | Path) -> bool:
         """Whether a file holds this very tokenizer."""

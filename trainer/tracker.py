@@ -7,10 +7,12 @@ None of that reaches the trainer: it starts `python -m trainer.tracker`, which f
 import json
 import os
 import re
+import secrets
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from typing import Any
 from trainer.config import MetricsConfig
 
 POLL_SECONDS = 1.0  # between looks at the file
+INSTALL = 'pip install "samestep[wandb]"'
 KEPT = "metrics.jsonl has everything"
 
 
@@ -29,6 +32,7 @@ class Mirror:
     project: str
     run_dir: str
     offset: int  # bytes of metrics.jsonl that an earlier start of this run has mirrored
+    mirrored: list[list[Any]]  # (step, kind) of lines that an earlier start has mirrored beyond it
     resolved: dict[str, Any]
     grace_seconds: float  # the process ends itself this long after the run
 
@@ -39,8 +43,12 @@ class Tracker:
     def __init__(
         self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
         say: Callable[[str], None], patience_seconds: float = 5.0, grace_seconds: float = 120.0,
+        dropped: Sequence[str] = (),
     ):  # fmt: skip
-        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if wandb is off."""
+        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if wandb is off.
+
+        `dropped` are lines of an earlier start that are written a second time: wandb has them.
+        """
         self._say = say
         self._patience_seconds = patience_seconds
         self._heard = b""
@@ -49,8 +57,9 @@ class Tracker:
             return
         offset = (run_dir / "metrics.jsonl").stat().st_size
         mirror = Mirror(
-            config.wandb, config.wandb_project, str(run_dir), offset, resolved, grace_seconds
-        )
+            config.wandb, config.wandb_project, str(run_dir), offset,
+            furthest(dropped) if run_id_path(run_dir).exists() else [], resolved, grace_seconds,
+        )  # fmt: skip
         try:
             self._process = _start(mirror)
         except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
@@ -118,16 +127,56 @@ def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str
             ended.wait(POLL_SECONDS)
 
 
+def kind_of(record: dict[str, Any]) -> str:
+    """What a line is of: a split that was evaluated, an event, or (empty) training."""
+    return str(record.get("split") or record.get("event") or "")
+
+
+def furthest(lines: Sequence[str]) -> list[list[Any]]:
+    """The (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
+    found: list[list[Any]] = []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            record = json.loads(line)
+            found.append([int(record["step"]), kind_of(record)])
+    last = max((step for step, _ in found), default=0)
+    return [entry for entry in found if entry[0] == last]
+
+
+def is_mirrored(record: dict[str, Any], mirrored: list[list[Any]]) -> bool:
+    """Whether an earlier start has passed on this line, going by the furthest ones that it has."""
+    step = record["step"]
+    return bool(mirrored) and (step < mirrored[0][0] or [step, kind_of(record)] in mirrored)
+
+
 def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
     """A line's numbers under wandb's names: an evaluation's under its split, an event's under it.
 
     An event may have none but its step.
     """
-    under = record.get("split") or record.get("event")
-    prefix = f"{under}/" if under else ""
+    kind = kind_of(record)
+    prefix = f"{kind}/" if kind else ""
     hidden = () if "event" in record else ("step",)
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
     return {prefix + k: v for k, v in numbers.items() if k not in hidden}
+
+
+def run_id_path(run_dir: Path) -> Path:
+    """Where the id of the run on wandb is kept, so that every start goes on with the same one."""
+    return run_dir / "wandb" / "run-id"
+
+
+def _run_id(run_dir: Path) -> str:
+    """The run's id: its folder's name, and what tells it from a run of the same name elsewhere."""
+    path = run_id_path(run_dir)
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    if known:  # empty: there was no room for it
+        return known
+    name = re.sub(r"[/\\#?%:]", "-", run_dir.resolve().name)
+    made = f"{name[:100]}-{secrets.token_hex(3)}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(made, encoding="utf-8")
+    return made
 
 
 def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
@@ -136,7 +185,8 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
     options: dict[str, Any] = {
         "mode": mirror.mode, "project": mirror.project,
         "dir": mirror.run_dir, "config": mirror.resolved,
-        "id": re.sub(r"[/\\#?%:]", "-", Path(mirror.run_dir).resolve().name), "resume": "allow",
+        "id": _run_id(Path(mirror.run_dir)), "name": Path(mirror.run_dir).resolve().name,
+        "resume": "allow",
         "settings": wandb.Settings(silent=True, console="off", init_timeout=10),
     }  # fmt: skip
     if mirror.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -157,12 +207,17 @@ def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) 
     failed = False
     for record in follow(Path(mirror.run_dir) / "metrics.jsonl", mirror.offset, ended):
         try:
-            run.log(to_wandb(record), step=record["step"])
+            if not is_mirrored(record, mirror.mirrored):
+                run.log(to_wandb(record), step=record["step"])
         except Exception as error:
             if not failed:
                 say(f"wandb does not take all records ({_brief(error)}); {KEPT}")
             failed = True
-    run.finish()
+    try:
+        run.finish()
+    except Exception:
+        if not failed:  # else it is said already
+            raise
 
 
 def _brief(error: BaseException) -> str:
@@ -189,7 +244,7 @@ def _main(text: str) -> None:
     try:
         _mirror(mirror, ended, say)
     except ImportError as error:
-        say(f"wandb cannot be imported ({_brief(error)}): pip install wandb; {KEPT}")
+        say(f"wandb cannot be imported ({_brief(error)}): {INSTALL}; {KEPT}")
     except Exception as error:
         say(f"wandb gave up ({_brief(error)}); {KEPT}")
 

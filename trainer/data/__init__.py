@@ -32,7 +32,7 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
-    """The train, valid or test split, after `prepare`; cheap, since token files are mapped."""
+    """The train, valid or test split, after `prepare`; cheap: tokens are read when asked for."""
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
     return READERS[config.kind].open_split(config, _root(config), split)
@@ -84,4 +84,6 @@ def _problems(config: DataConfig) -> list[str]:
             locate(config)
         except ConfigError as error:
             problems += error.problems
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            problems.append(f"data.path={config.path} cannot be read: {error.strerror}")
     return problems

@@ -1,5 +1,6 @@
 """Labelled images as tables: read from an .npz archive, or from a folder of class folders."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -33,7 +34,13 @@ class Table:
         """(H, W, C) uint8."""
         if self.pixels is not None:
             return np.asarray(self.pixels[row])
-        return _decode(self.paths[row], self.shape[2])
+        image = _decode(self.paths[row], self.shape[2])
+        if image.shape != self.shape:
+            raise ConfigError(
+                f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
+                f"and is {_size(image.shape)}; put the old image back"
+            )
+        return image
 
     def rows(self, order: np.ndarray) -> "Table":
         """These rows as a table, in this order."""
@@ -44,6 +51,10 @@ class Table:
             pixels=None if self.pixels is None else self.pixels[order],
             paths=tuple(self.paths[i] for i in order) if self.paths else (),
         )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} × {shape[0]}"
 
 
 def _open(path: Path) -> Image.Image:

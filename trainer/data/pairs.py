@@ -15,6 +15,7 @@ from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
 from trainer.data.prepared import Record, build, opened, progress_bar
 from trainer.data.source import Part, read_text, split_parts
 from trainer.data.text import check_ids, describe, folder_of, make_tokenizer, token_dtype
+from trainer.data.tokens import TokenFile
 from trainer.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,7 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
-    """A prepared split, memory-mapped."""
+    """A prepared split."""
     folder = folder_of(config, split_parts(config, root))
     return Pairs(folder, opened(folder), split, config.seq_len)
 
@@ -58,11 +59,13 @@ class Pairs(Dataset):
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
         self._seq_len = seq_len
         self._text = folder / f"{split}.tsv"
-        self._ids = [
-            np.memmap(folder / f"{split}.{column}.bin", dtype=record["dtype"], mode="r")
-            for column in COLUMNS
-        ]
         self._spans = _spans(folder, split)
+        self._ids = [
+            TokenFile(
+                folder / f"{split}.{column}.bin", record["dtype"], int(count), record["vocab_size"]
+            )
+            for column, count in zip(COLUMNS, self._spans[-1], strict=False)
+        ]
         self._kept = _kept(self._spans, split, seq_len)
 
     def __len__(self) -> int:
@@ -72,8 +75,8 @@ class Pairs(Dataset):
         """source (T,), tokens (S,) from BOS on, targets (S,) up to EOS; int64."""
         row = self._kept[index]
         (low, high) = self._spans[row : row + 2, :2].astype(int)
-        source_T = self._ids[0][low[0] : min(high[0], low[0] + self._seq_len)].astype(np.int64)
-        target_s = self._ids[1][low[1] : min(high[1], low[1] + self._seq_len - 1)].astype(np.int64)
+        source_T = self._ids[0].read(low[0], min(high[0], low[0] + self._seq_len))
+        target_s = self._ids[1].read(low[1], min(high[1], low[1] + self._seq_len - 1))
         return {
             "source": source_T,
             "tokens": np.concatenate([[self._eot_id], target_s]),
@@ -107,7 +110,10 @@ class Pairs(Dataset):
         start, end = self._spans[row : row + 2, 2].astype(int)
         with self._text.open("rb") as file:
             file.seek(start)
-            return file.read(end - start).decode().rstrip("\n").split("\t")
+            sides = file.read(end - start).decode().rstrip("\n").split("\t")
+        if len(sides) != 2:
+            raise ConfigError(f"{self._text} is damaged: bytes {start} to {end} are no pair")
+        return sides
 
 
 def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
@@ -119,7 +125,7 @@ def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
 
 def _spans(folder: Path, split: str) -> np.ndarray:
     """(pairs + 1, 3) int64: where source ids, target ids and text of each pair begin."""
-    spans: np.ndarray = np.load(folder / f"{split}.npy", mmap_mode="r")
+    spans: np.ndarray = np.load(folder / f"{split}.npy")
     return spans
 
 

@@ -1,6 +1,7 @@
 """Folders of prepared data: written once, whole or not at all, and reused while nothing changed."""
 
 import json
+import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ FORMAT = 1  # raise it when the files of a prepared folder change their meaning
 
 Record = dict[str, Any]
 
+log = logging.getLogger(__name__)
+
 
 def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Path:
     """The folder that is made of these ingredients: another one as soon as any of them changes."""
@@ -36,6 +39,8 @@ def build(folder: Path, write: Callable[[Path], Record]) -> Record:
     record = read(folder)
     if record is not None:
         return record
+    if folder.exists():
+        log.warning("%s; it is prepared anew", damage(folder))
     try:
         return _build(folder, write)
     except OSError as error:
@@ -71,19 +76,38 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 def read(folder: Path) -> Record | None:
     """The record of a complete prepared folder, or None."""
+    return None if damage(folder) else _record(folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a prepared folder, with the bytes found and expected; empty = nothing."""
     try:
-        record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        complete = all((folder / f).stat().st_size == n for f, n in record["files"].items())
-    except (OSError, ValueError, KeyError):
-        return None
-    return record if complete else None
+        sizes = dict(_record(folder)["files"])
+    except OSError:
+        return f"{folder} is missing or holds no {RECORD}"
+    except (ValueError, KeyError, TypeError):
+        return f"{folder / RECORD} is damaged"
+    for name, expected in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected:
+            return f"{path} is damaged: it has {path.stat().st_size} bytes, not {expected}"
+    return ""
 
 
 def opened(folder: Path) -> Record:
-    """The record of a folder that `prepare` has made."""
-    record = read(folder)
-    if record is None:
-        raise ConfigError(f"{folder} is missing or damaged: trainer.data.prepare makes it again")
+    """The record of a folder that `prepare` has made; ConfigError if it is no longer whole."""
+    if found := damage(folder):
+        raise ConfigError(
+            f"{found}; data.path or data.cache has changed since it was prepared. Start again: "
+            "it is prepared anew"
+        )
+    return _record(folder)
+
+
+def _record(folder: Path) -> Record:
+    record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return record
 
 

@@ -15,6 +15,7 @@ from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
 from trainer.data.order import mixed
 from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
 from trainer.data.source import Part, name_of, read_text, split_parts
+from trainer.data.tokens import TokenFile
 from trainer.tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters tokenised as one string; the tokenizer is slow on longer ones
@@ -39,11 +40,12 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Text":
-    """A prepared split, memory-mapped."""
+    """A prepared split."""
     folder = folder_of(config, split_parts(config, root))
     record = opened(folder)
-    tokens_N = np.memmap(folder / f"{split}.bin", dtype=record["dtype"], mode="r")
-    return Text(tokens_N, config.seq_len, record, split)
+    count = record["splits"][split]["tokens"]
+    tokens = TokenFile(folder / f"{split}.bin", record["dtype"], count, record["vocab_size"])
+    return Text(tokens, config.seq_len, record, split)
 
 
 class Text(Dataset):
@@ -53,23 +55,23 @@ class Text(Dataset):
     its own, and windows at the end move back to be whole.
     """
 
-    def __init__(self, tokens_N: np.ndarray, seq_len: int, record: Record, split: str):
+    def __init__(self, tokens: TokenFile, seq_len: int, record: Record, split: str):
         self.characters = record["splits"][split]["characters"]
-        self.targets = len(tokens_N) - 1
-        self._tokens_N = tokens_N
+        self.targets = len(tokens) - 1
+        self._tokens = tokens
         self._seq_len = seq_len
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
 
     def __len__(self) -> int:
-        return _windows(len(self._tokens_N), self._seq_len)
+        return _windows(len(self._tokens), self._seq_len)
 
     def sample(self, index: int, seed: int | None) -> Sample:
         """tokens (S,) and targets (S,) int64."""
         start = index * self._seq_len
         if seed is not None:
             offset = mixed(seed) % self._seq_len
-            start = max(0, min(start + offset, len(self._tokens_N) - self._seq_len - 1))
-        window = self._tokens_N[start : start + self._seq_len + 1].astype(np.int64)
+            start = max(0, min(start + offset, len(self._tokens) - self._seq_len - 1))
+        window = self._tokens.read(start, start + self._seq_len + 1)
         tokens_S = np.full(self._seq_len, self._pad_id, np.int64)
         targets_S = np.full(self._seq_len, IGNORED, np.int64)
         tokens_S[: len(window) - 1] = window[:-1]
