@@ -7,7 +7,13 @@ import pytest
 from parallel.config import ConfigError
 from trainer.config import OptimConfig, StrategyConfig, TrainConfig
 from trainer.manifest import NAME, Manifest, write_manifest
-from trainer.run_dir import checkpoint_path, checkpoints, load_config, open_run_dir
+from trainer.run_dir import (
+    AlreadyFinishedError,
+    checkpoint_path,
+    checkpoints,
+    load_config,
+    open_run_dir,
+)
 
 
 def started(run_dir, *steps, **values):
@@ -63,7 +69,8 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     config = started(tmp_path, 500, 1000)
-    assert "(step 1000 of steps=1000); raise steps" in refused(config)[0]
+    with pytest.raises(AlreadyFinishedError, match=r"finished at step 1000 .*; raise steps"):
+        open_run_dir(config)
     open_run_dir(replace(config, steps=1001))
 
 
@@ -88,7 +95,8 @@ def test_resume_step(tmp_path):
     config = started(tmp_path, 500, 1000)
     open_run_dir(replace(config, resume_step=500))  # though the run is finished
     assert "there are: 500, 1000; 0 is the newest" in refused(replace(config, resume_step=999))[0]
-    assert "finished run (step 1000" in refused(replace(config, resume_step=1000))[0]
+    with pytest.raises(AlreadyFinishedError, match="finished at step 1000"):
+        open_run_dir(replace(config, resume_step=1000))
     nowhere = TrainConfig(run_dir=str(tmp_path / "x"), resume_step=500)
     assert "holds no run" in refused(nowhere)[0]
 
