@@ -1,10 +1,10 @@
 """Random kill -9 of all ranks while they train and save: no kill may lose a checkpoint.
 
-`python benchmarks/kills.py [kills in all]`: 1, 2 and 4 ranks, synchronous and asynchronous saves in
-turn. After each kill the newest checkpoint is checked byte by byte and at most the save in flight
-may be lost; a run that has come to its end must have the files of the unbroken one, to the bit.
-Exits with 1 if a kill did harm. Ranks are forked from a process that has loaded everything: a
-start takes a fraction of a second.
+`python benchmarks/kills.py [kills in all] [steps of a run] [most ranks]`: 1, 2 and 4 ranks,
+synchronous and asynchronous saves in turn. After each kill the newest checkpoint is checked byte by
+byte, and at most the save in flight may be lost; a run that has come to its end must have the files
+of the unbroken one, to the bit. Exits with 1 if a kill did harm. Ranks are forked from a process
+that has loaded everything: a start takes a fraction of a second.
 """
 
 import mmap
@@ -39,11 +39,11 @@ from trainer.manifest import DamagedError, check
 from trainer.metrics import Recorder
 from trainer.run_dir import checkpoints
 
-STEPS, EVERY = 60, 3
+EVERY = 3  # steps between saves
 WORLDS = {1: StrategyConfig(), 2: StrategyConfig(shard=2), 4: StrategyConfig(shard=2, tensor=2)}
 
 
-def job(folder: Path, strategy: StrategyConfig, async_save: bool) -> TrainConfig:
+def job(folder: Path, strategy: StrategyConfig, async_save: bool, steps: int) -> TrainConfig:
     """A tiny model on a scene of the bundled play, with a save every few steps."""
     play = folder / "play.txt"
     if not play.exists():
@@ -55,7 +55,7 @@ def job(folder: Path, strategy: StrategyConfig, async_save: bool) -> TrainConfig
         optim=OptimConfig(lr=1e-2, warmup_steps=2), strategy=strategy, device="cpu",
         eval=EvalConfig(every=0, samples=4, test=False),
         checkpoint=CheckpointConfig(every=EVERY, keep=2, async_save=async_save),
-        metrics=MetricsConfig(every=1, sample_tokens=0), steps=STEPS, batch_size=8,
+        metrics=MetricsConfig(every=1, sample_tokens=0), steps=steps, batch_size=8,
     )  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def wait(children: list[int]) -> set[int]:
 def digests(config: TrainConfig) -> dict[str, str]:
     """SHA-256 of each file of the last checkpoint."""
     step, path = checkpoints(config.run_dir)[-1]
-    assert step == STEPS, step
+    assert step == config.steps, step
     return {name: entry.sha256 for name, entry in check(path).files.items()}
 
 
@@ -123,9 +123,10 @@ def newest_good(config: TrainConfig) -> int:
 class Campaign:
     """Kills of one kind of run, again and again, until it has had enough."""
 
-    def __init__(self, folder: Path, ranks: int, async_save: bool, draw: random.Random):
+    def __init__(self, folder: Path, ranks: int, async_save: bool, steps: int, draw: random.Random):
         self.name = f"{ranks} ranks, {'asynchronous' if async_save else 'synchronous'} saves"
-        self.base, self.ranks, self.draw = job(folder, WORLDS[ranks], async_save), ranks, draw
+        self.base, self.ranks = job(folder, WORLDS[ranks], async_save, steps), ranks
+        self.draw = draw
         self.folder, self.runs = folder / self.name.replace(" ", "-"), 0
         self.counts: Counter[str] = Counter()
         self.most_steps_lost = 0
@@ -153,7 +154,7 @@ class Campaign:
     def attempt(self, config: TrainConfig) -> bool:
         """Start the run once more, and kill it unless it ends before; whether it has ended."""
         saved = newest_good(config)
-        if saved == STEPS:  # the kill before came after the last save
+        if saved == config.steps:  # the kill before came after the last save
             return True
         self.reached[:9] = saved.to_bytes(8, "little") + b"\0"
         children = start(config, self.ranks, self.reached)
@@ -170,7 +171,7 @@ class Campaign:
                 left = [child for child in children if child not in ended]
                 statuses = wait(left)
                 if len(ended) == self.ranks or statuses <= {0}:
-                    return newest_good(config) == STEPS or self.harm("a run ended early")
+                    return newest_good(config) == config.steps or self.harm("a run ended early")
                 return self.harm(f"a rank failed: {statuses}")
         for child in children:
             os.kill(child, signal.SIGKILL)
@@ -201,13 +202,14 @@ class Campaign:
         return False
 
 
-def main(kills: int) -> int:
+def main(kills: int = 500, steps: int = 60, most_ranks: int = 4) -> int:
     """All kinds of runs in turn, and a line for each; the exit status."""
     draw, harm = random.Random(0), 0
-    kinds = [(ranks, async_save) for ranks in WORLDS for async_save in (False, True)]
+    worlds = [ranks for ranks in WORLDS if ranks <= most_ranks]
+    kinds = [(ranks, async_save) for ranks in worlds for async_save in (False, True)]
     with TemporaryDirectory() as folder:
         for number, (ranks, async_save) in enumerate(kinds):
-            campaign = Campaign(Path(folder), ranks, async_save, draw)
+            campaign = Campaign(Path(folder), ranks, async_save, steps, draw)
             campaign.run(kills * (number + 1) // len(kinds) - kills * number // len(kinds))
             counts = campaign.counts
             sys.stdout.write(
@@ -222,4 +224,4 @@ def main(kills: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 500))
+    sys.exit(main(*map(int, sys.argv[1:])))

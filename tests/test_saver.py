@@ -313,7 +313,7 @@ def any_tensor(runtime, folder) -> None:
     """Every dtype; no dims; shards that are uneven, empty, or of two axes; and read as others."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     torch.manual_seed(0)
-    whole = {f"{dtype}": torch.randint(0, 2, (5, 3)).to(dtype) for dtype in DTYPES}
+    whole = {f"{dtype}": torch.randint(0, 2, (3, 5)).to(dtype) for dtype in DTYPES}
     whole |= {f"none {dtype}": torch.tensor(1).to(dtype) for dtype in DTYPES}
     layouts = [
         (Shard(0), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Replicate()), (Replicate(),) * 2,
