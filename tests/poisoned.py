@@ -1,0 +1,156 @@
+"""Runs with bad numbers in them, and the same runs made by hand without the bad steps."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from parallel.config import ConfigError, StrategyConfig, resolve, world_size
+from parallel.gradients import local
+from trainer import loop
+from trainer.checkpoint import TrainState
+from trainer.config import TrainConfig
+from trainer.data.order import Order, data_step
+from trainer.loss import cross_entropy_sum
+from trainer.metrics import Recorder
+from trainer.run_dir import open_run_dir
+
+LAYOUTS = {
+    "single": StrategyConfig(),
+    "ddp 2": StrategyConfig(replicate=2),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+}
+BATCH = 8
+
+
+class NanGradient(torch.autograd.Function):
+    """Nothing forwards, NaN backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0] * torch.nan
+
+
+POISONS = {
+    "nan": lambda loss: loss * torch.nan,
+    "inf": lambda loss: loss + torch.inf,  # of a finite gradient
+    "gradient": NanGradient.apply,
+    "spike": lambda loss: loss * 1e4,
+}
+
+
+def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
+          kill_after: int = 0) -> tuple[TrainState | None, str]:  # fmt: skip
+    """Train where, on one rank, the first micro-batch of `bad` steps of the data is poisoned.
+
+    The state at the end, None after the kill at that step (counted as they are made); and the
+    message of the error that ended the run.
+    """
+    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    pending, states, steps = [], [], iter(range(1, 100))
+    take_step, step_done = loop.take_step, Recorder.step_done
+
+    def poisoned_step(config, state, micro_batches):
+        states[:] = [state]
+        now = data_step(state.step, state.guard.left_out) in bad and runtime.rank == rank
+        pending[:] = [True] * now
+        return take_step(config, state, micro_batches)
+
+    def poisoned_loss(*args, **options):
+        loss = cross_entropy_sum(*args, **options)
+        return POISONS[poison](loss) if pending and pending.pop() else loss
+
+    def kill(self):
+        step_done(self)
+        if next(steps) == kill_after:
+            raise KeyboardInterrupt
+
+    with (
+        mock.patch.object(loop, "take_step", poisoned_step),
+        mock.patch("trainer.build.cross_entropy_sum", poisoned_loss),
+        mock.patch.object(Recorder, "step_done", kill),
+    ):
+        try:
+            loop.train(config, runtime)
+        except KeyboardInterrupt:
+            return None, ""
+        except ConfigError as error:
+            return states[0], str(error)
+    return states[0], ""
+
+
+def by_hand(runtime, config: TrainConfig, data_steps: list[int | None]) -> TrainState:
+    """A run that learns from these steps of the data; from nothing at a step of None."""
+    config = replace(config, run_dir=f"{config.run_dir}/none",
+                     strategy=resolve(config.strategy, runtime.world_size))  # fmt: skip
+    state = loop.start(config, runtime)
+    loader = loop.open_loader(config, state)
+    for step in data_steps:
+        if step is None:
+            state.step += 1
+        else:
+            loop.take_step(config, state, loader._step(step))
+    loader.close()
+    return state
+
+
+def parts(state: TrainState) -> dict[str, Tensor]:
+    """This rank's part of weights and moments, and the number of updates."""
+    found = {name: local(p.detach()).clone() for name, p in state.worker.parameters().items()}
+    for name, moments in state.optimizer.state().items():
+        found |= {f"{name}, {key}": local(m).clone() for key, m in moments.items()}
+    return found | {"updates": state.optimizer.updates().clone()}
+
+
+def compared(runtime, config, poison, bad, rank, data_steps, kill_after=0) -> tuple[list[str], str]:
+    """What differs between the poisoned run, resumed if it is killed, and one by hand."""
+    state, error = train(runtime, config, poison, bad, rank, kill_after)
+    if state is None:
+        state, error = train(runtime, config, poison, bad, rank)
+    assert state is not None
+    ours, theirs = parts(state), parts(by_hand(runtime, config, data_steps))
+    return [name for name in theirs if not torch.equal(ours[name], theirs[name])], error
+
+
+def run(ranks, config: TrainConfig, layout: str, function, *args, **changes) -> tuple:
+    """The config it was run with, and what the ranks return."""
+    config = replace(config, strategy=LAYOUTS[layout], **changes)
+    open_run_dir(config)
+    return config, ranks.run(world_size(config.strategy), function, config, *args)
+
+
+def lines(config: TrainConfig) -> list[dict]:
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def events(config: TrainConfig) -> list[dict]:
+    return [line for line in lines(config) if "event" in line]
+
+
+def samples(config: TrainConfig, step: int, shares: slice = slice(None)) -> list[int]:
+    """The samples of a step of the data, by the pure order of samples."""
+    size = len(loop.open_split(config.data, "train"))
+    order = Order(config.seed, size)
+    ids = [order(position)[1] for position in range(step * BATCH, (step + 1) * BATCH)]
+    return sorted(ids[shares])
+
+
+def ended(runtime, config, poison, bad, rank) -> str:
+    return train(runtime, config, poison, bad, rank)[1]
+
+
+def again_and_again(runtime, config, bad, kill_after) -> str:
+    last = runtime.world_size - 1
+    state, message = train(runtime, config, "nan", bad, last, kill_after)
+    return ended(runtime, config, "nan", bad, last) if state is None else message
