@@ -134,8 +134,11 @@ def lines(config: TrainConfig) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+OF_GUARD = ("bad_step", "replicas_differ")
+
+
 def events(config: TrainConfig) -> list[dict]:
-    return [line for line in lines(config) if "event" in line]
+    return [line for line in lines(config) if line.get("event") in OF_GUARD]
 
 
 def samples(config: TrainConfig, step: int, shares: slice = slice(None)) -> list[int]:

@@ -25,7 +25,7 @@ from conf.check import complete
 from parallel.config import ConfigError, StrategyConfig, resolve, world_size
 from parallel.gradients import local
 from trainer import loop
-from trainer.checkpoint import load
+from trainer.checkpoint import restore
 from trainer.config import (
     CheckpointConfig,
     EvalConfig,
@@ -121,8 +121,8 @@ def finite(runtime, config: TrainConfig) -> bool:
     """Whether all that the checkpoints hold is."""
     state = loop.start(replace(config, run_dir=f"{config.run_dir}/none"), runtime)
     good = True
-    for _, path in checkpoints(config.run_dir):
-        load(path, state)
+    for step, _ in reversed(checkpoints(config.run_dir)):
+        restore(replace(config, resume_step=step), state)
         good &= all(bool(t.isfinite().all()) for t in parts(state).values())
         good &= all(bool(t.isfinite().all()) for t in state.guard.state().values())
     return good

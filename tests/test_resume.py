@@ -9,12 +9,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 
 from conf.check import complete
 from parallel.config import StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint import TrainState, load, save
+from trainer.checkpoint import TrainState, restore
 from trainer.config import (
     CheckpointConfig,
     DataConfig,
@@ -27,7 +28,7 @@ from trainer.config import (
 from trainer.data import open_split, prepare
 from trainer.data.order import mixed
 from trainer.metrics import Recorder
-from trainer.run_dir import checkpoint_path, open_run_dir
+from trainer.run_dir import open_run_dir
 from trainer.verify import whole
 
 LAYOUTS = {
@@ -97,9 +98,10 @@ def gathered(state: TrainState) -> dict[str, torch.Tensor]:
 
 def begun(runtime, config: TrainConfig, strategy: StrategyConfig, folder: Path) -> tuple:
     """The first half of a run, saved in `folder`; what it did, and its whole state."""
-    state = loop.start(replace(config, strategy=strategy, run_dir=str(folder)), runtime)
+    config = replace(config, strategy=strategy, run_dir=str(folder))
+    state = loop.start(config, runtime)
     told = steps_to(config, state, SAVED)
-    save(folder, 0, state)
+    tiny.save(config, state)
     return told, gathered(state)
 
 
@@ -108,7 +110,7 @@ def ended(runtime, config: TrainConfig, strategy: StrategyConfig, folders: dict)
     state = loop.start(replace(config, strategy=strategy, run_dir="nowhere"), runtime)
     found = {}
     for name, folder in folders.items():
-        load(checkpoint_path(folder, SAVED), state)
+        restore(replace(config, run_dir=str(folder)), state)
         loaded = gathered(state)
         found[name] = steps_to(config, state, STEPS), loaded
     return found
