@@ -5,6 +5,7 @@ a garbled manifest; 2 ranks. Each time the file must be named, and the run must 
 checkpoint, to the bit. Exits with 1 if one was missed.
 """
 
+import logging
 import random
 import shutil
 import sys
@@ -97,6 +98,7 @@ def measure(runtime: Runtime, count: int) -> list[str]:
     folder = [TemporaryDirectory()] if runtime.rank == 0 else []
     names = [folder[0].name if folder else ""]
     dist.broadcast_object_list(names, src=0)
+    logging.disable(logging.WARNING)  # each damage is told by the run
     wrong = survive(runtime, Path(names[0]), count)
     dist.barrier()
     return wrong
