@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import multiprocessing as mp
 
 from parallel.runtime import Runtime, end_process_group
+from parallel.whereabouts import record_few_collectives
 
 GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 
@@ -91,6 +92,7 @@ def _receive(pipe: Connection, rank: int) -> tuple[bool, Any]:
 
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
+    record_few_collectives()
     launch_store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:

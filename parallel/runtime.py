@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import _redistribute, debug
 
 from parallel.config import ConfigError
-from parallel.whereabouts import KEPT_COLLECTIVES
+from parallel.whereabouts import record_few_collectives
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)
@@ -94,7 +94,7 @@ def process_group(device: str, ranks: Ranks, timeout_seconds: float = 0.0) -> It
     if choose_device(device, ranks.local_world_size) == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))
+    record_few_collectives()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         timeout=max(timedelta(minutes=30), timedelta(seconds=timeout_seconds)),
