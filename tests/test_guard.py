@@ -217,7 +217,7 @@ def overflowing(runtime, config: TrainConfig) -> tuple[int, float, str]:
     recorder = mock.Mock()
     for _ in range(4):
         loop.take_step(config, state, next(loader))
-    state.guard.look(state.step, state.worker, loader, recorder)
+    state.guard.look(state.step, state.worker, loader, recorder, lambda: None)
     loader.close()
     scale = state.loss_scale.scale.item()
     message = train(runtime, replace(config, steps=30), "nan", set(range(99)), 0)[1]

@@ -5,6 +5,7 @@ device decides that before the update, which it drops; the host hears of it at t
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -121,17 +122,20 @@ class Guard:
         self._bad_in_row = int(state["bad_in_row"].item())
         self._flags.clear()
 
-    def look(self, step: int, worker: Worker, loader: TrainLoader, recorder: Recorder) -> None:
+    def look(self, step: int, worker: Worker, loader: TrainLoader, recorder: Recorder,
+             settle: Callable[[], None]) -> None:  # fmt: skip
         """Report the bad steps since the last look, up to `step`; here the host waits.
 
-        All ranks call it. Raises RolledBackError where the run must go back, and ConfigError where
-        on_bad_step=stop or max_bad_steps ends it.
+        All ranks call it. `settle` waits for a save in flight, so that all know what is newest
+        before the run goes back there. Raises RolledBackError where the run must go back, and
+        ConfigError where on_bad_step=stop or max_bad_steps ends it.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
         numbers = self._bad(flags)
         if not numbers:
             return
+        settle()
         saved = checkpoints(self._config.run_dir)
         everyone: list = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, (worker.data_rank, flags, saved[-1][0] if saved else None))
@@ -150,7 +154,7 @@ class Guard:
         if why:
             raise ConfigError(f"{_what(found[-1])}; no update was made with it, {why}")
         if policy == "rollback":
-            recorder.say(f"going back to the checkpoint of step {good}")
+            recorder.goes_back(f"going back to the checkpoint of step {good}")
             raise RolledBackError
 
     @property

@@ -188,13 +188,17 @@ def evaluate_if_due(run: Run) -> float | None:
 
 def save(run: Run, eval_loss: float | None) -> None:
     """A checkpoint, which a run that stops waits for."""
-    state = run.state
     with run.recorder.pause("save"), run.supervisor.watch.long():
-        run.saver.wait()  # then all know what is newest
-        state.guard.look(state.step, state.worker, run.loader, run.recorder)  # no NaN is saved
-        run.saver.save(state, eval_loss)
+        look(run)  # no NaN is ever saved
+        run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
+
+
+def look(run: Run) -> None:
+    """Hear of bad steps since the last time, and do what is to be done about them."""
+    state = run.state
+    state.guard.look(state.step, state.worker, run.loader, run.recorder, run.saver.wait)
 
 
 @contextmanager
@@ -212,7 +216,7 @@ def drawn(state: TrainState, recorder: Recorder) -> Iterator[None]:
 def report(run: Run, step: Step) -> None:
     """A line of metrics; here, and only here, the host waits for the device."""
     state = run.state
-    state.guard.look(state.step, state.worker, run.loader, run.recorder)
+    look(run)
     run.recorder.training(
         state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
         int(state.tokens.item()), run.loader.wait_seconds,

@@ -286,6 +286,13 @@ class Recorder:
             draw(spans, path, f"step {step}, {title}")
             self.say(f"timeline of step {step}: {path} ({title})")
 
+    def goes_back(self, text: str) -> None:
+        """Say that the run goes back to a checkpoint; its next recorder goes on with the sums."""
+        self._started = False
+        if self._first:
+            self._goodput.close()
+        self.say(text)
+
     def say(self, text: str) -> None:
         """One line on the console."""
         if self._first:
