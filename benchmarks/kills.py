@@ -38,6 +38,7 @@ from trainer.config import (
 from trainer.manifest import DamagedError, check
 from trainer.metrics import Recorder
 from trainer.run_dir import checkpoints
+from trainer.saver import Save, Saver
 
 EVERY = 3  # steps between saves
 WORLDS = {1: StrategyConfig(), 2: StrategyConfig(shard=2), 4: StrategyConfig(shard=2, tensor=2)}
@@ -74,7 +75,7 @@ def fork(work, *args) -> int:
 
 def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mmap.mmap) -> None:
     """What one rank does: the job, as its doors would start it; rank 0 tells which step is done."""
-    step_done, begin = Recorder.step_done, Recorder.start
+    step_done, begin, write = Recorder.step_done, Recorder.start, Saver._run
 
     def tell(self: Recorder) -> None:
         step_done(self)
@@ -84,8 +85,13 @@ def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mm
         begin(self, tokens)
         reached[8] = 1
 
+    def tell_save(self: Saver, save: Save) -> None:
+        reached[9:17] = save.step.to_bytes(8, "little")
+        write(self, save)
+
     if rank == 0:
         Recorder.step_done, Recorder.start = tell, tell_start  # type: ignore[method-assign]
+        Saver._run = tell_save  # type: ignore[method-assign]
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
     with process_group("cpu", Ranks(store, rank, ranks)) as runtime:
         loop.train(config, runtime)
@@ -130,7 +136,9 @@ class Campaign:
         self.folder, self.runs = folder / self.name.replace(" ", "-"), 0
         self.counts: Counter[str] = Counter()
         self.most_steps_lost = 0
-        self.reached = mmap.mmap(-1, 9)  # the step, and whether training has begun
+        # The step done, whether training has begun, the step of the newest save that has begun:
+        # in shared memory, so that a kill does not lose them.
+        self.reached = mmap.mmap(-1, 17)
         whole = replace(self.base, run_dir=str(self.folder / "unbroken"))
         children = start(whole, ranks, self.reached)
         began = time.monotonic()
@@ -138,7 +146,7 @@ class Campaign:
             time.sleep(0.001)
         self.start_seconds, began = time.monotonic() - began, time.monotonic()
         assert wait(children) == {0}, "the unbroken run failed"
-        self.train_seconds = time.monotonic() - began
+        self.step_seconds = (time.monotonic() - began) / steps
         self.expected = digests(whole)
 
     def run(self, kills: int) -> None:
@@ -156,20 +164,21 @@ class Campaign:
         saved = newest_good(config)
         if saved == config.steps:  # the kill before came after the last save
             return True
-        self.reached[:9] = saved.to_bytes(8, "little") + b"\0"
+        self.reached[:17] = saved.to_bytes(8, "little") + b"\0" + saved.to_bytes(8, "little")
         children = start(config, self.ranks, self.reached)
-        # One in ten while it starts, the others while it trains.
-        waits = self.draw.random() < 0.9
-        seconds = self.draw.uniform(0.0, self.train_seconds if waits else self.start_seconds)
+        # One in ten while it starts; the others in or just behind a step drawn from those to come.
+        step, seconds = 0, self.draw.uniform(0.0, self.start_seconds)
+        if self.draw.random() < 0.9:
+            step = saved + self.draw.randrange(1, config.steps - saved + 1)
+            seconds = self.draw.uniform(0.0, 1.5 * self.step_seconds)
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             time.sleep(self.draw.uniform(0.0, 0.002))
-            if waits and not self.reached[8]:
+            if self.step(0) < step:
                 deadline = time.monotonic() + seconds
             ended = [child for child in children if os.waitpid(child, os.WNOHANG)[0]]
             if ended:
-                left = [child for child in children if child not in ended]
-                statuses = wait(left)
+                statuses = wait([child for child in children if child not in ended])
                 if len(ended) == self.ranks or statuses <= {0}:
                     return newest_good(config) == config.steps or self.harm("a run ended early")
                 return self.harm(f"a rank failed: {statuses}")
@@ -180,18 +189,20 @@ class Campaign:
         self.look(config, saved)
         return False
 
+    def step(self, place: int) -> int:
+        """A step that the run has told of."""
+        return int.from_bytes(self.reached[place : place + 8], "little")
+
     def look(self, config: TrainConfig, before: int) -> None:
         """What a kill has left."""
-        reached = int.from_bytes(self.reached[:8], "little")
+        reached, begun = self.step(0), self.step(9)
         try:
             newest = newest_good(config)
         except DamagedError as error:
             self.harm(f"unloadable: {error}")
             return
-        # The save in flight was begun at the last multiple; the one before had to be there.
-        last = reached // EVERY * EVERY
-        if newest < max(before, last - EVERY):
-            self.harm(f"at step {newest} after step {reached} was reached")
+        if newest < max(before, begun - EVERY):
+            self.harm(f"at step {newest} when the save of step {begun} had begun")
         self.counts["during a save"] += any((Path(config.run_dir) / "checkpoints").glob(".step*"))
         self.most_steps_lost = max(self.most_steps_lost, reached - newest)
 
