@@ -56,6 +56,8 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
     77 = a rank hung, 128 + n = left at once by signal n.
     """
+    # When a launcher ends before its ranks torch writes a C++ trace of each lost connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     try:
         torchrun = "RANK" in os.environ
         ranks = import_module("parallel.runtime").Ranks.of_torchrun() if torchrun else None
