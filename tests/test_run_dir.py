@@ -6,7 +6,14 @@ import pytest
 
 from parallel.config import ConfigError
 from trainer.config import OptimConfig, StrategyConfig, TrainConfig
-from trainer.run_dir import checkpoint_path, checkpoints, load_config, open_run_dir
+from trainer.run_dir import (
+    AlreadyFinishedError,
+    checkpoint_path,
+    checkpoints,
+    load_config,
+    open_run_dir,
+)
+from trainer.status import StatusFile
 
 
 def started(run_dir, *steps, **values):
@@ -60,8 +67,21 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
     config = started(tmp_path, 500, 1000)
-    assert "(step 1000 of steps=1000); raise steps" in refused(config)[0]
+    with pytest.raises(AlreadyFinishedError, match=r"at step 1000 \(steps=1000\); raise steps"):
+        open_run_dir(config)
     open_run_dir(replace(config, steps=1001))
+
+
+def test_a_run_that_was_stopped_at_its_last_step_goes_on(tmp_path):
+    config = started(tmp_path, 1000)
+    status = StatusFile(tmp_path, steps=1000)
+    status.write("stopped", 1000)
+    open_run_dir(config)  # the test split is not measured yet
+    with pytest.raises(AlreadyFinishedError):
+        open_run_dir(replace(config, steps=900))
+    status.write("finished", 1000)
+    with pytest.raises(AlreadyFinishedError):
+        open_run_dir(config)
 
 
 def test_resume_never(tmp_path):
