@@ -63,6 +63,8 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
     77 = a rank hung, 128 + n = left at once by signal n.
     """
+    # When a launcher ends before its ranks torch writes a C++ trace of each lost connection.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     occupy_standard_streams()
     if problem := torch_problem():
         if os.environ.get("RANK", "0") == "0":

@@ -39,6 +39,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 ECHO_SECONDS = 1.0
 LONG = 10  # times timeout_seconds without progress while a run starts or saves
 FAILED, STOPPED, HUNG = 1, 75, 77  # exit codes
+COMPARED_STEPS = 20  # at least, before a rank is called slow
 GRACE_SECONDS = 3.0  # for a rank to leave by itself once another one has failed
 
 log = logging.getLogger(__name__)
@@ -274,8 +275,10 @@ class Watch:
     def _compare(self, now: float) -> None:
         """Name a rank whose own time in training steps is far above the others', once."""
         beats = {rank: seen.beat for rank, seen in self._seen.items()}
-        if self._before and now - self._before_at < self._window:
-            return
+        if self._before:
+            steps = beats[0].own_steps - self._before[0].own_steps  # all ranks take the same
+            if now - self._before_at < self._window or steps < COMPARED_STEPS:
+                return
         for rank, ratio in slow(self._before, beats).items():
             if rank not in self._slow:
                 log.warning(

@@ -5,6 +5,7 @@ import os
 import re
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -331,3 +332,21 @@ def test_only_free_text_is_quoted():
     assert quoted("optim.betas=[0.9,0.95]") == "optim.betas=[0.9,0.95]"
     assert quoted('prompt="in quotes already"') == 'prompt="in quotes already"'
     assert quoted("--help") == "--help"
+
+
+def test_a_port_in_use_is_one_line(monkeypatch, capsys):
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        port = str(busy.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                            "MASTER_PORT": port}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["door.py"])
+        with pytest.raises(SystemExit) as stop:
+            open_door("train", work="none:none", prepare="none:none")
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "MASTER_PORT" in line]
+    assert len(lines) == 1
+    assert f"MASTER_PORT={port} cannot be used" in lines[0]
+    assert "choose a free port" in lines[0]

@@ -121,6 +121,7 @@ def test_the_first_failure_stands(tmp_path):
     first.write("failed", 4, reason="connection closed by peer", rank=0, code=1)
     found = read_status(tmp_path)
     assert (found.reason, found.rank, found.state) == ("a bug", 1, "failed")
+    assert found.attempts == 1  # which only the first rank knows of
     again = StatusFile(tmp_path, 100)
     assert again.begin(0, restarted=True, first=True).reason == "a bug"
     assert (read_status(tmp_path).state, read_status(tmp_path).attempts) == ("running", 2)

@@ -14,6 +14,7 @@ from trainer.run_dir import (
     load_config,
     open_run_dir,
 )
+from trainer.status import StatusFile
 
 
 def started(run_dir, *steps, **values):
@@ -99,6 +100,18 @@ def test_resume_step(tmp_path):
         open_run_dir(replace(config, resume_step=1000))
     nowhere = TrainConfig(run_dir=str(tmp_path / "x"), resume_step=500)
     assert "holds no run" in refused(nowhere)[0]
+
+
+def test_a_run_that_was_stopped_at_its_last_step_goes_on(tmp_path):
+    config = started(tmp_path, 1000)
+    status = StatusFile(tmp_path, steps=1000)
+    status.write("stopped", 1000)
+    open_run_dir(config)  # the test split is not measured yet
+    with pytest.raises(AlreadyFinishedError):
+        open_run_dir(replace(config, steps=900))
+    status.write("finished", 1000)
+    with pytest.raises(AlreadyFinishedError):
+        open_run_dir(config)
 
 
 def test_resume_never(tmp_path):

@@ -15,8 +15,8 @@ from launch.before import training
 from parallel.config import StrategyConfig
 from parallel.gradients import local
 from parallel.watch import StoppedError
-from trainer import loop
-from trainer.config import CheckpointConfig, EvalConfig, MetricsConfig, TrainConfig
+from trainer import guard, loop
+from trainer.config import CheckpointConfig, ConfigError, EvalConfig, MetricsConfig, TrainConfig
 from trainer.metrics import Recorder
 from trainer.run_dir import AlreadyFinishedError, checkpoints
 from trainer.status import read_status
@@ -148,3 +148,61 @@ def handlers_after(runtime, config: TrainConfig) -> list:
 def test_handlers_are_given_back(ranks, config, tmp_path):
     config = opened(config, tmp_path, 1)
     assert ranks.run(1, handlers_after, config) == [[signal.SIG_DFL, signal.SIG_DFL]]
+
+
+def restarted(runtime, config: TrainConfig, count: int) -> str:
+    """What a run says that torchrun has restarted, and that fails at its first step."""
+    with (
+        mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=str(count)),
+        mock.patch.object(loop, "take_step", side_effect=RuntimeError("planted")),
+        pytest.raises((RuntimeError, ConfigError)) as raised,
+    ):
+        loop.train(config, runtime)
+    return str(raised.value)
+
+
+def test_restarts_without_progress_end(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 2)
+    said = [ranks.run(2, restarted, config, count)[0] for count in range(3)]
+    assert said[:2] == ["planted", "planted"]
+    assert said[2].startswith("no progress since step 0: 3 attempts from there have failed")
+    assert "RuntimeError: planted" in said[2]
+    assert read_status(tmp_path).reason.startswith("no progress since step 0")
+    # Started by hand, it is tried again.
+    assert ranks.run(2, restarted, config, 0)[0] == "planted"
+
+
+def test_a_failed_run_leaves_word(ranks, config, tmp_path):
+    config = opened(config, tmp_path, 1)
+    assert ranks.run(1, restarted, config, 0) == ["planted"]
+    status = read_status(tmp_path)
+    assert (status.state, status.rank, status.code) == ("failed", 0, 1)
+    assert status.reason == "RuntimeError: planted"
+
+
+def other_code(runtime, config: TrainConfig) -> str:
+    code = str(runtime.rank) if runtime.rank < 2 else "1"
+    with (
+        mock.patch.object(loop, "own_code", lambda: code),
+        pytest.raises(ConfigError) as raised,
+    ):
+        loop.train(config, runtime)
+    return str(raised.value)
+
+
+def test_ranks_with_another_code_are_named(ranks, config, tmp_path):
+    config = replace(config, batch_size=6)
+    config = opened(config, tmp_path, 3)
+    for message in ranks.run(3, other_code, config):
+        assert "this project's code is another on rank 0 than on the other 2" in message
+
+
+def test_the_code_is_that_of_the_files(tmp_path, monkeypatch):
+    for name in ("trainer", "parallel"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.py").write_text("x = 1")
+    monkeypatch.setattr(guard, "__file__", str(tmp_path / "trainer" / "guard.py"))
+    before = guard.own_code()
+    assert guard.own_code() == before
+    (tmp_path / "parallel" / "model.py").write_text("x = 2")
+    assert guard.own_code() != before

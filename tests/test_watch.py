@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -156,7 +157,8 @@ def dies(runtime: Runtime, watch: Watch, folder: Path) -> None:
     try:
         steps(runtime, watch, 1000)
     except RuntimeError:
-        lost = watch.lost()
+        with mock.patch("parallel.watch.oom_kills", lambda: watch._oom_kills + 1):
+            lost = watch.lost()
         assert isinstance(lost, PeerLostError)
         logging.error("%s", lost)
 
@@ -166,6 +168,7 @@ def test_the_survivors_know_who_is_gone(start):
     assert ranks.codes() == [0, -signal.SIGKILL]
     pid = ranks.processes[1].pid
     expected = f"rank 1 is gone (pid {pid} on {os.uname().nodename}, step 3): killed, or crashed"
+    expected += "; out of memory (cgroup oom_kill 1)"
     assert expected in ranks.said(0)
 
 

@@ -48,24 +48,19 @@ class StatusFile:
         self._run_dir, self._steps = Path(run_dir), steps
         self._started = time.time()
         self._begun = self._warned = False
-        self._from_step, self._attempts = 0, 1
+        self._from_step = 0
+        self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
 
     def begin(self, from_step: int, restarted: bool, first: bool) -> Status | None:
         """The run starts at this step; the status that it finds. Only the first rank writes."""
         before = read_status(self._run_dir)
-        self._from_step = from_step
-        if not first:
-            return before
-        again = restarted and before is not None and before.from_step == from_step
-        self._attempts = before.attempts + 1 if before and again else 1
-        self.write("running", from_step)
-        self._begun = True
+        if first:
+            again = restarted and before is not None and before.from_step == from_step
+            self.attempts = before.attempts + 1 if before and again else 1
+            self._from_step = from_step
+            self.write("running", from_step)
+            self._begun = True
         return before
-
-    @property
-    def attempts(self) -> int:
-        """Starts in a row, this one included, from the same step."""
-        return self._attempts
 
     def write(self, state: str, step: int, *, reason: str = "", rank: int = 0,
               code: int | None = None, checkpoint: int | None = None) -> None:  # fmt: skip
@@ -73,10 +68,12 @@ class StatusFile:
         before = read_status(self._run_dir)
         if self._begun and before and before.state == "failed":
             return
+        from_step, attempts = self._from_step, self.attempts
+        if not attempts and before:
+            from_step, attempts = before.from_step, before.attempts
         status = Status(
             state, step, self._steps, checkpoint, reason, rank, code,
-            self._from_step, self._attempts,
-            os.getpid(), socket.gethostname(), self._started, time.time(),
+            from_step, attempts, os.getpid(), socket.gethostname(), self._started, time.time(),
         )  # fmt: skip
         try:
             text = json.dumps(asdict(status), indent=1) + "\n"
