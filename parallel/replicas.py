@@ -62,9 +62,9 @@ def odd_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> list[Od
     if tensors:
         own[: len(keys), 0] = torch.tensor(list(keys), device=device)
         own[: len(keys), 1] = torch.stack([digest(local(t), weights) for t in tensors.values()])
-    everyone = torch.empty(dist.get_world_size() * len(own), 2, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(everyone, own)
-    found = _odd(everyone.view(-1, len(own), 2).tolist())
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    found = _odd(torch.stack(everyone).tolist())
     if not found:
         return []
     every: list = [None] * dist.get_world_size()
