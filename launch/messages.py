@@ -1,5 +1,6 @@
 """Hydra's errors in one readable message: what is, what must be, and the nearest valid value."""
 
+import atexit
 import difflib
 import logging
 import os
@@ -50,6 +51,22 @@ def log_to_stderr(rank: int) -> None:
         level=logging.WARNING if rank else logging.INFO,
         format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
     )
+    atexit.register(let_go_of_streams)
+
+
+def let_go_of_streams() -> None:
+    """Leads a stdout or stderr that cannot take what it was given nowhere.
+
+    Python flushes them when it ends, and if that fails the exit status is 120: a launcher would
+    take a run that is done for one that failed.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def explain(name: str, error: BaseException) -> str:

@@ -10,6 +10,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from launch.messages import let_go_of_streams
 from launch.worker import run_spawned
 from trainer.status import read_status
 
@@ -36,6 +37,7 @@ def spawn(job: dict[str, Any], count: int) -> None:
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
         shutdown_timeout=SAVING_SECONDS,
     )
+    let_go_of_streams()  # multiprocessing flushes them where it starts a process
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // count))
     try:

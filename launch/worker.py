@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from conf.schema import typed
-from launch.messages import explain, log_to_stderr, write_error
+from launch.messages import explain, let_go_of_streams, log_to_stderr, write_error
 from parallel.config import ConfigError
 from parallel.runtime import Ranks, process_group
 from parallel.watch import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
@@ -29,7 +29,10 @@ def run_alone(job: dict[str, Any]) -> None:
 
 def run_spawned(job: dict[str, Any]) -> None:
     """Runs a job in a process that launch/spawn.py started."""
-    run(job, Ranks.of_torchrun())
+    try:
+        run(job, Ranks.of_torchrun())
+    finally:
+        let_go_of_streams()  # multiprocessing flushes them before anything that is done at exit
 
 
 def run(job: dict[str, Any], ranks: Ranks) -> None:

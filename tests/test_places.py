@@ -141,7 +141,7 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
     with open("/dev/full", "w") as full:  # noqa: PTH123
         process = subprocess.Popen(
             command, stdout=theirs, stderr=full, cwd=place,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         )  # fmt: skip
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"step 1/4")
@@ -166,11 +166,30 @@ for _ in range(3):
 def test_a_console_that_failed_does_not_fail_again_at_the_end():
     """What Python still holds for stdout is written when it ends: status 120 if that fails."""
     command = f'exec "{sys.executable}" -c "$0" > /dev/full'
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     done = subprocess.run(
         ["sh", "-c", command, TALKS], check=False, env=environment, stderr=subprocess.PIPE
     )
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+LOGS = """
+import logging, sys
+from launch.messages import let_go_of_streams, log_to_stderr
+log_to_stderr(0)
+logging.info("a line")
+if "let go" in sys.argv:
+    let_go_of_streams()
+    sys.stderr.flush()  # as multiprocessing does where it starts and ends a process
+"""
+
+
+@pytest.mark.parametrize("argument", ["", "let go"])
+def test_a_full_log_changes_no_exit_status(argument):
+    command = f'exec "{sys.executable}" -c "$0" "$1" > /dev/full 2> /dev/full'
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    asked = ["sh", "-c", command, LOGS, argument]
+    assert subprocess.run(asked, check=False, env=environment).returncode == 0
 
 
 CLOSED = """
