@@ -61,7 +61,7 @@ def test_diff(ranks, run_dir, tmp_path, capsys):
     assert main(["diff", first, first]) == 0
     assert main(["diff", first, str(run_dir)]) == 1
     shown = capsys.readouterr().out
-    assert "step: 0 and 10" in shown and "63 of 65 tensors are equal to the bit" in shown
+    assert "step: 0 and 10" in shown and "66 of 68 tensors are equal to the bit" in shown
     (line,) = [line for line in shown.splitlines() if "attention.query.weight" in line]
     assert "(16, 16) float64" in line and " 0.5 " in line
     # Another layout of the very same state.
