@@ -28,6 +28,8 @@ from trainer.model import Transformer, draw_rows
 from trainer.optim import decays, lr_at
 from trainer.precision import resolve_precision
 from trainer.run_dir import open_run_dir
+from trainer.saver import Saver
+from trainer.supervisor import supervised
 
 
 def configured(overrides: list[str], run_dir: str) -> TrainConfig:
@@ -110,14 +112,23 @@ def measure(config: TrainConfig, runtime: Runtime, segments: int, steps: int) ->
         plain.take_steps(steps)
         between = synchronise(runtime.device)
         part = replace(config, steps=state.step + steps)  # for the recorder's last line
-        with loop.open_recorder(part, runtime, state) as recorder:
+        with (
+            supervised(part, runtime) as supervisor,
+            Saver(part, state) as saver,
+            loop.open_recorder(part, runtime, state) as recorder,
+        ):
+            run = loop.Run(part, state, loader, recorder, saver, supervisor)
             began = synchronise(runtime.device)
             recorder.start(int(state.tokens.item()))
             for _ in range(steps):
-                step = loop.take_step(config, state, next(loader))
+                with recorder.waiting():
+                    micro_batches = next(loader)
+                with supervisor.watch.training():
+                    step = loop.take_step(config, state, micro_batches)
                 recorder.step_done()
+                supervisor.done(state.step)
                 if recorder.due(state.step):
-                    loop.report(config, state, step, loader, recorder)
+                    loop.report(run, step)
             ended = synchronise(runtime.device)
         if segment:  # the first one warms up
             seconds["plain"].append(between - started)

@@ -20,8 +20,8 @@ from workload import llama, on_ranks, pin, random_batch, train_step
 from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
 from trainer.config import TrainConfig
-from trainer.guard import Guard
 from trainer.lock import share
+from trainer.supervisor import Supervisor
 
 SEQ_LEN, VOCAB = 128, 1024
 KINDS = ("plain", "watched", "plain, processor", "watched, processor")
@@ -43,21 +43,21 @@ def measure(runtime: Runtime, _ranks: int, segments: int, steps: int, width: int
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     with TemporaryDirectory() as folder:
         config = TrainConfig(run_dir=folder)
-        guard = Guard(config, runtime)
+        supervisor = Supervisor(config, runtime)
         for segment in range(segments + 1):
             began = times()
             for _ in range(steps):
                 step(batch)
             plain = times() - began
-            with share(folder), Guard(config, runtime).watch as watch:
-                guard.watch = watch
+            with share(folder), Supervisor(config, runtime).watch as watch:
+                supervisor.watch = watch
                 began = times()
                 for number in range(1, steps + 1):
                     with watch.training():
                         step(batch)
-                    guard.done(number)
+                    supervisor.done(number)
                     if number % 10 == 0:
-                        guard.note()
+                        supervisor.note()
                 watched = times() - began
             if segment:  # the first one warms up
                 for name, value in zip(
