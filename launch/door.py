@@ -77,9 +77,13 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
 
 def leave(code: int) -> NoReturn:
     """Exits, and soon: what is left of threads and groups must not hold a process that is done."""
-    last = threading.Timer(EXIT_SECONDS, os._exit, [code])
-    last.daemon = True
-    last.start()
+
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(EXIT_SECONDS)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
     sys.exit(code)
 
 
