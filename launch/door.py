@@ -89,15 +89,14 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
 
 def leave(code: int) -> NoReturn:
     """Exits, and soon: what is left of threads and groups must not hold a process that is done."""
-    last = threading.Timer(EXIT_SECONDS, _end, [code])
-    last.daemon = True
-    last.start()
-    sys.exit(code)
 
-
-def _end(code: int) -> None:
-    if not threading.main_thread().is_alive():  # else somebody has caught the exit
+    def end() -> None:
+        threading.main_thread().join()
+        time.sleep(EXIT_SECONDS)
         os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
+    sys.exit(code)
 
 
 def _compose(door: Door, ranks: Any) -> int:

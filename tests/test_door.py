@@ -350,3 +350,16 @@ def test_a_port_in_use_is_one_line(monkeypatch, capsys):
     assert len(lines) == 1
     assert f"MASTER_PORT={port} cannot be used" in lines[0]
     assert "choose a free port" in lines[0]
+
+
+def test_a_thread_that_does_not_end_holds_no_process():
+    code = (
+        "import threading, time; from launch import door\n"
+        "door.EXIT_SECONDS = 0.5\n"
+        "threading.Thread(target=time.sleep, args=[600]).start()\n"
+        "door.leave(75)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120
+    )
+    assert done.returncode == 75
