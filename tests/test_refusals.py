@@ -119,7 +119,7 @@ def test_huge_sizes_are_answered_at_once(size):
         problems(config, world_size(config.strategy))
 
 
-def refuse(config, world_size):
+def refuse(config, world_size, _held):
     """A preparation that lets nothing through: a run is not what is asked for here."""
     raise ConfigError(*(problems(config, world_size) or ["nothing wrong"]))
 

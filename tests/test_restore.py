@@ -230,7 +230,7 @@ def unread(runtime, folder) -> str:
 def test_the_state_has_no_tensor_that_is_not_saved(ranks, tmp_path):
     names = ranks.run(1, names_of)[0]
     kinds = {name.split(".")[0] for name in names}
-    assert kinds == {"model", "optimizer", "loss_scale", "updates", "tokens", "step"}
+    assert kinds == {"model", "optimizer", "loss_scale", "guard", "updates", "tokens", "step"}
 
 
 def names_of(runtime) -> list[str]:
