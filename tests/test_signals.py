@@ -15,7 +15,7 @@ from launch.before import training
 from parallel.config import StrategyConfig
 from parallel.gradients import local
 from parallel.watch import StoppedError
-from trainer import guard, loop
+from trainer import loop, supervisor
 from trainer.config import CheckpointConfig, ConfigError, EvalConfig, MetricsConfig, TrainConfig
 from trainer.metrics import Recorder
 from trainer.run_dir import AlreadyFinishedError, checkpoints
@@ -68,7 +68,8 @@ def lines(config: TrainConfig) -> list[tuple]:
     """What is the same in every run of the same training."""
     text = (Path(config.run_dir) / "metrics.jsonl").read_text()
     keys = ("step", "split", "loss", "eval_loss", "tokens")
-    return [tuple(json.loads(line).get(key) for key in keys) for line in text.splitlines()]
+    records = [record for record in map(json.loads, text.splitlines()) if "event" not in record]
+    return [tuple(record.get(key) for key in keys) for record in records]
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +202,8 @@ def test_the_code_is_that_of_the_files(tmp_path, monkeypatch):
     for name in ("trainer", "parallel"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.py").write_text("x = 1")
-    monkeypatch.setattr(guard, "__file__", str(tmp_path / "trainer" / "guard.py"))
-    before = guard.own_code()
-    assert guard.own_code() == before
+    monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "trainer" / "supervisor.py"))
+    before = supervisor.own_code()
+    assert supervisor.own_code() == before
     (tmp_path / "parallel" / "model.py").write_text("x = 2")
-    assert guard.own_code() != before
+    assert supervisor.own_code() != before
