@@ -133,10 +133,7 @@ def _compose(door: Door, ranks: Any) -> int:
 def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
     """Checks and prepares one composed job, then runs it on every rank; SystemExit if it fails."""
     with ExitStack() as held:
-        try:
-            _run_held(door, cfg, ranks, held)
-        except AlreadyFinishedError as finished:
-            log.info("%s", finished)
+        _run_held(door, cfg, ranks, held)
 
 
 def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
@@ -151,8 +148,9 @@ def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
         if door.alone and not ranks and world_size == 1 and not _strategy_given():
             function(door.alone)(config)
             return
-    except AlreadyFinishedError:
-        raise
+    except AlreadyFinishedError as finished:
+        log.info("%s", finished)
+        return
     except Exception as error:
         raise SystemExit(_tell(door, error)) from None
     job = {"door": door.name, "work": door.work, "config": asdict(config)}

@@ -148,14 +148,27 @@ def largest(runtime: Runtime, values: list[int]) -> list[int]:
     return numbers.tolist()
 
 
+def agreed(value: Any) -> Any:
+    """Rank 0's (picklable) value, on every rank, which must call it together."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's (picklable) value, in rank order; `group`: of these ranks (None = all)."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
 def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:
     """Raises ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
 
     Files differ where a folder is not mounted, or another one; all must be the same before ranks
     train as one.
     """
-    everyone: list = [None] * runtime.world_size
-    dist.all_gather_object(everyone, facts)
+    everyone = everyones(facts)
     problems = []
     for name in facts:
         found = [theirs[name] for theirs in everyone]

@@ -18,6 +18,7 @@ from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
 from parallel.pipeline import LossOf, Pipeline
 from parallel.recording import Recording
+from parallel.runtime import everyones
 from parallel.tensor import TensorSplit
 
 MicroBatch = dict[str, Tensor]
@@ -223,6 +224,4 @@ class Worker:
 
     def gather_over_data(self, value: object) -> list:
         """Every such rank's (picklable) value, in rank order."""
-        values: list = [None] * self.data_degree
-        dist.all_gather_object(values, value, group=self.data_group)
-        return values
+        return everyones(value, self.data_group)

@@ -4,13 +4,13 @@ import logging
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
 from trainer.config import ConfigError, TrainConfig
 from trainer.guard import Guard
@@ -82,7 +82,7 @@ def choose(run_dir: Path, step: int = 0) -> Choice:
     """
     while True:
         choice, removed = Choice(), False
-        steps = _agreed([step for step, _ in checkpoints(run_dir)])
+        steps = agreed([step for step, _ in checkpoints(run_dir)])
         for candidate in reversed([s for s in steps if step in (0, s)]):
             path = checkpoint_path(run_dir, candidate)
             try:
@@ -113,25 +113,12 @@ def _checked(folder: Path) -> Manifest:
         problem = error
     except OSError as error:
         problem = DamagedError(f"cannot be read: {error}")
-    everyone = _everyone(problem)
+    everyone = everyones(problem)
     if not any(everyone):
         return manifest
-    if not _agreed(folder.exists()):
+    if not agreed(folder.exists()):
         raise FileNotFoundError(folder)
     raise next(error for error in everyone if error)
-
-
-def _agreed(value: Any) -> Any:
-    """Rank 0's (picklable) value, on every rank."""
-    values = [value]
-    dist.broadcast_object_list(values, src=0)
-    return values[0]
-
-
-def _everyone(value: Any) -> list:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
@@ -145,7 +132,7 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
     run_dir, first = Path(config.run_dir), dist.get_rank() == 0
     if first:
         _clear(run_dir)
-    state.run = _agreed(uuid4().hex)
+    state.run = agreed(uuid4().hex)
     while True:
         choice = choose(run_dir, config.resume_step)
         if choice.path is None:
@@ -203,8 +190,8 @@ def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
         read(path, manifest, tensors)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = [f"rank {r}: {text}" for r, text in enumerate(_everyone(problem)) if text]
-    if problems and _agreed(path.exists()):
+    problems = [f"rank {r}: {text}" for r, text in enumerate(everyones(problem)) if text]
+    if problems and agreed(path.exists()):
         raise RuntimeError(f"{path} is good but cannot be read: {problems[0]}")
     return not problems
 

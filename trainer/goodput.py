@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainer.status import write_atomically
+
 NAME = "goodput.json"
 # Kinds of seconds, and what the console calls those that are lost.
 LOST = {
@@ -56,10 +58,8 @@ def write(run_dir: Path, ledger: Ledger, now: float) -> None:
     A disk that is full costs the figures of one line, never the run.
     """
     ledger.written = now
-    partial = run_dir / f".{NAME}.partial"
     with suppress(OSError):
-        partial.write_text(json.dumps(asdict(ledger)), encoding="utf-8")
-        partial.replace(run_dir / NAME)
+        write_atomically(run_dir / NAME, json.dumps(asdict(ledger)))
 
 
 def begin(run_dir: Path, opened: float, now: float) -> None:

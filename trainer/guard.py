@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel.replicas import odd_replicas
+from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.loader import TrainLoader
@@ -137,8 +138,7 @@ class Guard:
             return
         settle()
         saved = checkpoints(self._config.run_dir)
-        everyone: list = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, (worker.data_rank, flags, saved[-1][0] if saved else None))
+        everyone = everyones((worker.data_rank, flags, saved[-1][0] if saved else None))
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         policy, why = self._config.on_bad_step, self._why_stop(good)
@@ -259,11 +259,11 @@ def check_replicas(step: int, worker: Worker, optimizer: Optimizer, recorder: Re
 def _read_rollbacks(run_dir: str) -> list[Rollback]:
     """What rank 0 reads, on every rank."""
     path = _rollbacks_path(run_dir)
-    text = [path.read_text(encoding="utf-8") if dist.get_rank() == 0 and path.exists() else "[]"]
-    dist.broadcast_object_list(text, src=0)
+    reads = dist.get_rank() == 0 and path.exists()
+    text = agreed(path.read_text(encoding="utf-8") if reads else "[]")
     try:
         return [Rollback(int(r["step"]), [int(s) for s in r["data_steps"]])
-                for r in json.loads(text[0])]  # fmt: skip
+                for r in json.loads(text)]  # fmt: skip
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
             f"{path} is damaged: it says which steps of the data are left out; write it again, as "

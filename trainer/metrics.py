@@ -24,6 +24,7 @@ from trainer.config import ConfigError, MetricsConfig
 from trainer.display import Display, open_console
 from trainer.flops import peak_flops
 from trainer.goodput import Goodput, sentence
+from trainer.status import write_atomically
 from trainer.tracker import Tracker
 
 PROFILER_WARMUP_STEPS = 10
@@ -132,9 +133,7 @@ def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
     for line in lines:
         (kept if _stays(line, start_step) else dropped).append(line)
     if dropped:
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(path, "".join(kept))
     return kept, dropped
 
 

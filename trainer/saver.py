@@ -20,6 +20,7 @@ from uuid import uuid4
 from torch import distributed as dist
 
 from parallel.config import AXES
+from parallel.runtime import agreed
 from parallel.watch import StoppedError
 from trainer.checkpoint import TrainState, tensors_of
 from trainer.config import ConfigError, TrainConfig
@@ -72,9 +73,8 @@ class Saver:
             | {"ranks": self._ranks},
         }  # fmt: skip
         there = checkpoint_path(config.run_dir, state.step).exists()
-        facts: list[Any] = [uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""]
-        dist.broadcast_object_list(facts, src=0)
-        self._token, there, problem = facts  # the first: nobody else writes under these names
+        facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
+        self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
         if problem:
             raise ConfigError(problem)
         store = dist.distributed_c10d._get_default_store()
