@@ -1,13 +1,11 @@
 """The schema that YAML values must fit, and the way from Hydra's containers to typed objects."""
 
-import re
 from collections.abc import Callable
 from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
@@ -31,14 +29,19 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def register(started: str) -> None:
-    """Tells Hydra the schemas and resolvers; `started` is the time stamp of this launch."""
+def register(started: str, scratch: str = "") -> None:
+    """Tells Hydra the schemas and resolvers.
+
+    `started` is the time stamp of this launch, `scratch` the folder that Hydra's sweepers write
+    to before a sweep's own is open (empty = no sweep).
+    """
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(name=f"{name}_schema", node=schema)
     resolvers: dict[str, Callable[..., str]] = {
         "started": lambda: started,
-        "run_name": lambda: run_name(started),
+        "run_name": lambda: f"sweep-{started}" if scratch else run_name(started),
+        "scratch": lambda: scratch,
         "help_text": lambda name, _root_: help_text(name, SCHEMAS[name], _root_),
     }
     for key, resolver in resolvers.items():
@@ -74,16 +77,13 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
 
 
 def run_name(started: str) -> str:
-    """A new folder's name: what is trained and when; in a sweep, a folder per job."""
+    """A new folder's name: what is trained and when."""
     if not HydraConfig.initialized():
         return started
     hydra = HydraConfig.get()
     chosen = hydra.runtime.choices
     by_name = any(override.startswith("experiment=") for override in hydra.overrides.task)
-    if hydra.mode != RunMode.MULTIRUN:
-        return f"{chosen['experiment' if by_name else 'model']}-{started}"
-    point = re.sub(r"[^\w.=,+-]", "_", hydra.job.override_dirname)[:100]
-    return f"sweep-{started}/{hydra.job.num}-{point}"
+    return f"{chosen['experiment' if by_name else 'model']}-{started}"
 
 
 def _leaves(values: Any, prefix: str = "") -> set[str]:

@@ -24,7 +24,7 @@ from trainer.config import (
     TrainConfig,
     VerifyConfig,
 )
-from trainer.run_dir import checkpoints, load_config, open_run_dir, tokenizer_path
+from trainer.run_dir import checkpoints, load_config, may_change, open_run_dir, tokenizer_path
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 
@@ -82,7 +82,7 @@ def keep_tokenizer(config: TrainConfig) -> None:
     tokenizer, path = data.open_tokenizer(config.data), tokenizer_path(config.run_dir)
     if tokenizer is None:
         return
-    if not path.exists():
+    if not path.exists() or may_change(config, "data.tokenizer"):
         try:
             tokenizer.save(path)
         except OSError as error:
@@ -93,8 +93,8 @@ def keep_tokenizer(config: TrainConfig) -> None:
     elif not tokenizer.same(path):
         raise ConfigError(
             f"run_dir={config.run_dir} was trained with another tokenizer: the text at "
-            f"data.path={config.data.path} has changed since; put the old text back, or choose "
-            "another run_dir"
+            f"data.path={config.data.path} has changed since; put the old text back, choose "
+            "another run_dir, or go on all the same with resume_changed=[data]"
         )
 
 

@@ -10,19 +10,21 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from conf import schema
 from launch.messages import (
+    STOPPED,
+    JobFailedError,
     explain,
     is_mistake,
     log_to_stderr,
@@ -35,14 +37,10 @@ from trainer.run_dir import AlreadyFinishedError
 
 FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
 CONF = str(Path(schema.__file__).parent)
-STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
+MULTIRUN = ("-m", "--multirun")
 EXIT_SECONDS = 10.0  # that the end of a process may take
 
 log = logging.getLogger(__name__)
-
-
-class JobFailedError(Exception):
-    """A job of a sweep has failed and said why; Hydra goes on with the next one."""
 
 
 @dataclass
@@ -80,8 +78,9 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
         leave(import_module("launch.worker").follow(ranks))
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
-    schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started))
-    code = _compose(Door(name, work, prepare, alone), ranks)
+    with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
+        schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
+        code = _compose(Door(name, work, prepare, alone), ranks, scratch)
     if ranks:
         ranks.post({"stop": 1 if code else 0})
     leave(code)
@@ -99,25 +98,39 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _compose(door: Door, ranks: Any) -> int:
+def _compose(door: Door, ranks: Any, scratch: str) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
-    if not {"-m", "--multirun"} & set(sys.argv):  # in a sweep a comma parts values
+    if scratch:  # Hydra reads the flag in front of overrides only
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
+    else:  # in a sweep a comma parts values
         sys.argv[1:] = map(quoted, sys.argv[1:])
+    opened: Any = nullcontext()
+    if scratch and door.name == "train":
+        opened = import_module("launch.sweep").Sweep(Path(scratch))
 
-    def task(cfg: DictConfig) -> None:
+    def task(cfg: DictConfig) -> float | None:
+        if sweep is not None:
+            return sweep.run(cfg, lambda point, console: _run_job(door, point, ranks, console))
         try:
             _run_job(door, cfg, ranks)
-        except SystemExit as stop:
-            if HydraConfig.get().mode == RunMode.MULTIRUN and not ranks and stop.code != STOPPED:
-                raise JobFailedError(stop.code) from None
+        except JobFailedError as failed:
+            if not scratch:
+                raise SystemExit(failed.code) from None
             raise
+        except SystemExit as stop:
+            if scratch and not ranks and stop.code != STOPPED:
+                raise JobFailedError(1) from None
+            raise
+        return None
 
     try:
-        hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
+        with opened as sweep:
+            hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
+        return sweep.code if sweep else 0
     except JobFailedError as failed:
-        return failed.args[0]
+        return failed.code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -127,16 +140,25 @@ def _compose(door: Door, ranks: Any) -> int:
         return 1
     except Exception as error:
         return _tell(door, error)
-    return 0
 
 
-def _run_job(door: Door, cfg: DictConfig, ranks: Any) -> None:
-    """Checks and prepares one composed job, then runs it on every rank; SystemExit if it fails."""
+def _sweeps() -> bool:
+    return any(word in MULTIRUN for word in sys.argv[1:])
+
+
+def _run_job(door: Door, cfg: DictConfig, ranks: Any, console: Path | None = None) -> None:
+    """Checks and prepares one composed job, then runs it on every rank.
+
+    `console`: the file that new processes write to, of which there is then at least one; None =
+    the terminal. JobFailedError if the job cannot begin, SystemExit if it fails.
+    """
     with ExitStack() as held:
-        _run_held(door, cfg, ranks, held)
+        _run_held(door, cfg, ranks, held, console)
 
 
-def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
+def _run_held(
+    door: Door, cfg: DictConfig, ranks: Any, held: ExitStack, console: Path | None
+) -> None:
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
@@ -152,13 +174,13 @@ def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
         log.info("%s", finished)
         return
     except Exception as error:
-        raise SystemExit(_tell(door, error)) from None
+        raise JobFailedError(_tell(door, error), str(error).splitlines()[0]) from None
     job = {"door": door.name, "work": door.work, "config": asdict(config)}
     if ranks:
         ranks.post(job)
         import_module("launch.worker").run(job, ranks)
-    elif world_size > 1:
-        import_module("launch.spawn").spawn(job, world_size)
+    elif world_size > 1 or console:
+        import_module("launch.spawn").spawn(job | {"console": str(console or "")}, world_size)
     else:
         import_module("launch.worker").run_alone(job)
 

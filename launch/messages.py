@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
@@ -25,6 +26,17 @@ TYPES = {
     "list[float]": "a list of numbers, e.g. [0.9,0.95]",
     "list[str]": "a list of texts, e.g. [a,b]",
 }
+
+
+STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
+
+
+class JobFailedError(Exception):
+    """A job has failed and said why; in a sweep the next one follows."""
+
+    def __init__(self, code: int, reason: str = ""):
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
 
 
 def write_error(text: str) -> None:
@@ -67,6 +79,16 @@ def let_go_of_streams() -> None:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
+
+
+def lead_streams_to(path: str) -> None:
+    """Appends stdout and stderr to a file from here on."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
 
 
 def explain(name: str, error: BaseException) -> str:

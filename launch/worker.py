@@ -7,7 +7,13 @@ from importlib import import_module
 from typing import Any
 
 from conf.schema import typed
-from launch.messages import explain, let_go_of_streams, log_to_stderr, write_error
+from launch.messages import (
+    explain,
+    lead_streams_to,
+    let_go_of_streams,
+    log_to_stderr,
+    write_error,
+)
 from parallel.config import ConfigError
 from parallel.runtime import Ranks, process_group
 from parallel.watch import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
@@ -29,6 +35,8 @@ def run_alone(job: dict[str, Any]) -> None:
 
 def run_spawned(job: dict[str, Any]) -> None:
     """Runs a job in a process that launch/spawn.py started."""
+    if job["console"]:
+        lead_streams_to(job["console"])
     try:
         run(job, Ranks.of_torchrun())
     finally:

@@ -106,17 +106,22 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
         owner, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
     for name, parameter in model.named_parameters():
-        shape, offset = tuple(parameter.shape), (0,) * parameter.dim()
-        if isinstance(parameter, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-        if 0 in shape:
+        held = place(parameter)
+        if any(dim.start == dim.stop for dim in held):
             continue  # fewer rows than ranks: this one holds none
         name = ties.get(name, name)  # the first of its names may be another rank's
-        rows = draw_rows(name, parameter.shape, offset[0], offset[0] + shape[0])
-        inner = tuple(slice(o, o + s) for o, s in zip(offset[1:], shape[1:], strict=True))
-        local(parameter).copy_(rows[(slice(None), *inner)])
+        rows = draw_rows(name, parameter.shape, held[0].start, held[0].stop)
+        local(parameter).copy_(rows[(slice(None), *held[1:])])
+
+
+def place(tensor: Tensor) -> tuple[slice, ...]:
+    """Where this rank's part of a parameter, or of its gradient, lies in the whole."""
+    shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+    return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
 
 
 def _ties(model: nn.Module) -> dict[str, str]:

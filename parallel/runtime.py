@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import _redistribute, debug
+from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
 from parallel.config import ConfigError
 from parallel.whereabouts import record_few_collectives
@@ -129,6 +129,7 @@ def end_process_group() -> None:
         (_redistribute, "clear_redistribute_planner_cache"),
         (getattr(_redistribute, "_gen_transform_infos", None), "cache_clear"),
         (debug, "_clear_sharding_prop_cache"),
+        (getattr(_collective_utils.MeshTopoInfo, "build_from_mesh", None), "cache_clear"),
     ):
         getattr(owner, name, lambda: None)()
     # A model, its stages and its hooks hold each other, and with them groups, each of which has

@@ -15,7 +15,6 @@ from trainer.guard import Guard
 from trainer.manifest import read_manifest
 from trainer.optim import Optimizer
 from trainer.precision import PRECISIONS, LossScale
-from trainer.verify import whole
 
 
 def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = None) -> TrainState:
@@ -68,7 +67,7 @@ def whole_state(state: TrainState) -> dict[str, torch.Tensor]:
         for name, moments in state.optimizer.state().items()
         for key, moment in moments.items()
     }
-    return {name: whole(t) for name, t in {**state.worker.parameters(), **moments}.items()}
+    return {name: tiny.whole(t) for name, t in {**state.worker.parameters(), **moments}.items()}
 
 
 def write(runtime, folder, model, strategy) -> tuple[Path, dict[str, torch.Tensor]]:

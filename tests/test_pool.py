@@ -87,10 +87,17 @@ def threads(runtime: Runtime) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux does")
-def test_groups_that_have_ended_leave_no_threads(ranks):
-    config = VerifyConfig(strategy=StrategyConfig(pipeline=2), model=FAMILIES["decoder (Llama)"])
+@pytest.mark.parametrize(
+    "strategy",
+    [StrategyConfig(pipeline=2), StrategyConfig(shard=2), StrategyConfig(tensor=2)],
+    ids=["pipeline", "fsdp", "tensor"],
+)
+def test_groups_that_have_ended_leave_no_threads(ranks, strategy):
+    """Each would wake up for ever: these ranks, or a sweep's, got slower with every job."""
+    config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder (Llama)"])
     ranks.run(2, compare, config)
-    before = ranks.run(2, threads)
-    for _ in range(2):
+    before = max(ranks.run(2, threads))
+    for _ in range(5):
         ranks.run(2, compare, config)
-    assert ranks.run(2, threads) == before
+    # Those of the last groups may be there: torch lets go of them with the next ones.
+    assert max(ranks.run(2, threads)) < before + 25

@@ -168,11 +168,16 @@ def other_run(runtime, folder) -> list:
     return [
         resumed(runtime, config, "other")[1], resumed(runtime, changed)[1],
         resumed(runtime, config, "data")[0],
+        resumed(runtime, replace(config, seed=3, resume_changed=["seed"]), "data"),
+        resumed(runtime, replace(config, resume_changed=["data"]), "other"),
     ]  # fmt: skip
 
 
 def test_other_data_and_another_config_are_refused(ranks, tmp_path):
-    data, config, step = ranks.run(1, other_run, tmp_path)[0]
+    data, config, step, seed_changed, data_changed = ranks.run(1, other_run, tmp_path)[0]
+    assert seed_changed[0] == data_changed[0] == 30  # as they were named
+    assert "going on with seed=3, not 0" in seed_changed[1][0]
+    assert "going on with other data" in data_changed[1][0]
     assert "was trained on other data" in data[0] and "since step 30" in data[0]
     layers, seed = config
     assert "model.layers=4, not 9; set model.layers=4" in layers and "set seed=0" in seed

@@ -29,7 +29,6 @@ from trainer.data import open_split, prepare
 from trainer.data.order import mixed
 from trainer.metrics import Recorder
 from trainer.run_dir import open_run_dir
-from trainer.verify import whole
 
 LAYOUTS = {
     "single": StrategyConfig(),
@@ -90,9 +89,9 @@ def steps_to(config: TrainConfig, state: TrainState, last: int) -> list[tuple[fl
 
 def gathered(state: TrainState) -> dict[str, torch.Tensor]:
     """Whole weights and moments of what this rank has a part of, and the number of updates."""
-    found = {name: whole(p) for name, p in state.worker.parameters().items()}
+    found = {name: tiny.whole(p) for name, p in state.worker.parameters().items()}
     for name, moments in state.optimizer.state().items():
-        found |= {f"{name}, {key}": whole(moment) for key, moment in moments.items()}
+        found |= {f"{name}, {key}": tiny.whole(moment) for key, moment in moments.items()}
     return found | {"updates": state.optimizer.updates().clone(), "tokens": state.tokens.clone()}
 
 

@@ -62,10 +62,23 @@ def test_another_run_is_refused_with_every_difference(tmp_path):
     other = replace(config, seed=1, batch_size=64, model=replace(config.model, layers=9))
     assert refused(other) == [
         f"run_dir={tmp_path} holds a run with {key}={old}, not {new}; set {key}={old}, "
-        "or choose another run_dir"
+        f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
         for key, old, new in [("model.layers", 4, 9), ("batch_size", 32, 64), ("seed", 0, 1)]
     ]
     assert load_config(tmp_path) == config
+
+
+def test_what_may_change_is_named(tmp_path):
+    config = started(tmp_path, 500)
+    other = replace(config, seed=1, data=replace(config.data, path="other.txt", seq_len=128))
+    (problem,) = refused(replace(other, resume_changed=["data"]))
+    assert "holds a run with seed=0, not 1" in problem
+    (problem,) = refused(replace(other, resume_changed=["data.path", "seed"]))
+    assert "data.seq_len=256, not 128" in problem
+    (problem,) = refused(replace(other, resume_changed=["data.pth"]))
+    assert "did you mean data.path?" in problem
+    open_run_dir(replace(other, resume_changed=["seed", "data"]))
+    assert load_config(tmp_path).seed == 1
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):

@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from parallel.runtime import Runtime, largest
 from parallel.watch import HUNG, PeerLostError, Watch
+from parallel.whereabouts import oom_kills
 
 TIMEOUT = 2.0
 
@@ -105,7 +106,7 @@ def test_a_stopped_rank_is_named_killed_and_ends_the_run(start):
     words = [ranks.said(rank) for rank in (1, 2)]
     text = max(words, key=len)
     assert min(words, key=len) == ""  # one of them tells
-    assert re.search(r"rank 0 silent for \d+ s \(no heartbeat: stopped, or its host is gone\)", text)
+    assert re.search(r"rank 0 silent for \d+ s \(no heartbeat: stopped, or its host is gone", text)
     assert "step 5" in text
     assert "last collective gloo:all_reduce #5 of group 0 default_pg, [3]" in text
     assert "ranks 1, 2: waiting in gloo:all_reduce #6 of group 0 default_pg, [3]" in text
@@ -171,6 +172,47 @@ def test_the_survivors_know_who_is_gone(start):
     expected = f"rank 1 is gone (pid {pid} on {os.uname().nodename}, step 3): killed, or crashed"
     expected += "; out of memory (cgroup oom_kill 1)"
     assert expected in ranks.said(0)
+
+
+def out_of_memory(runtime: Runtime, watch: Watch, folder: Path) -> None:
+    group = Path((folder / "group").read_text())
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    watch._oom_kills = oom_kills()
+    steps(runtime, watch, 3)
+    time.sleep(0.5)
+    try:
+        if runtime.rank == 1:
+            torch.ones(10**9)
+        steps(runtime, watch, 1000)
+    except RuntimeError:
+        logging.error("%s", watch.lost())
+
+
+@pytest.fixture
+def little_memory():
+    """A control group whose members have 200 MB together."""
+    one = Path("/sys/fs/cgroup/cgroup.controllers").exists()
+    mounted = Path("/sys/fs/cgroup" if one else "/sys/fs/cgroup/memory")
+    group = mounted / f"samestep-test-{os.getpid()}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no control group can be made: {error}")
+    try:
+        (group / ("memory.max" if one else "memory.limit_in_bytes")).write_text("200000000")
+    except OSError as error:
+        group.rmdir()
+        pytest.skip(f"its memory cannot be limited: {error}")
+    yield group
+    group.rmdir()
+
+
+def test_a_rank_that_the_kernel_kills_for_memory_is_said_so(little_memory, start, tmp_path):
+    (tmp_path / "group").write_text(str(little_memory))
+    ranks = start(2, out_of_memory)
+    assert ranks.codes() == [0, -signal.SIGKILL]
+    assert "rank 1 is gone" in ranks.said(0)
+    assert "out of memory (cgroup oom_kill 1)" in ranks.said(0)
 
 
 def dawdles(runtime: Runtime, watch: Watch, folder: Path) -> None:

@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from launch.before import training
 from parallel.config import StrategyConfig
@@ -103,3 +105,15 @@ def image_data(folder: Path) -> DataConfig:
 
 def _word(draw: random.Random) -> str:
     return "".join(draw.choice("abcdefg") for _ in range(draw.randint(2, 5)))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A copy of a parameter or moment with all that other ranks of its mesh have of it."""
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        # Axis by axis, outermost first: FSDP has split what the tensor axis had left.
+        for axes in range(1, tensor.device_mesh.ndim + 1):
+            placements = [Replicate()] * axes + list(tensor.placements[axes:])
+            tensor = tensor.redistribute(placements=placements)
+        tensor = tensor.to_local()
+    return tensor.clone()

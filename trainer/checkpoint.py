@@ -23,7 +23,14 @@ from trainer.manifest import (
 )
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
-from trainer.run_dir import checkpoint_path, checkpoints, differences, identity, leftovers
+from trainer.run_dir import (
+    checkpoint_path,
+    checkpoints,
+    differences,
+    identity,
+    leftovers,
+    may_change,
+)
 from trainer.storage import read
 
 log = logging.getLogger(__name__)
@@ -139,7 +146,7 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
             break
         assert choice.manifest is not None
         _same_run(config, choice.manifest, data)
-        if _load(choice.path, choice.manifest, state):
+        if _load(choice.path, choice.manifest, state, config.precision):
             state.run = choice.manifest.run
             break
     lines = [
@@ -161,20 +168,29 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
 
 
 def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
-    problems = differences(config.run_dir, manifest.config, identity(config))
-    if data and manifest.data and data != manifest.data:
+    problems = differences(config, manifest.config)
+    other = data and manifest.data and data != manifest.data
+    if other and not may_change(config, "data.path"):
         problems.append(
             f"run_dir={config.run_dir} was trained on other data: what data.path="
             f"{config.data.path} holds has changed since step {manifest.step}; put the old data "
-            "back, or choose another run_dir"
+            "back, choose another run_dir, or go on all the same with resume_changed=[data.path]"
         )
     if problems:
         raise ConfigError(*problems)
+    if dist.get_rank() == 0:
+        for key, value in identity(config).items():
+            if (before := manifest.config.get(key, value)) != value:
+                log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
+        if other:
+            log.warning("going on with other data: see resume_changed")
 
 
-def _load(path: Path, manifest: Manifest, state: TrainState) -> bool:
-    tensors = tensors_of(state)
+def _load(path: Path, manifest: Manifest, state: TrainState, precision: str) -> bool:
     _check_shapes(path, manifest, state.worker)
+    tensors = tensors_of(state)
+    if manifest.config.get("precision", precision) != precision:  # another scale, from the start
+        tensors = {n: t for n, t in tensors.items() if not n.startswith("loss_scale.")}
     if not _read(path, manifest, tensors):
         return False
     state.optimizer.set_updates(tensors["updates"].item())

@@ -122,6 +122,9 @@ class MetricsConfig:
     profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "samestep"  # project of the runs on wandb
+    # What a sweeper that optimises is told of a run: a metric of the last evaluation on the valid
+    # split, e.g. eval_loss, bits_per_character or accuracy.
+    objective: str = "eval_loss"
     peak_tflops: float = 0.0  # of the device in the chosen precision, for MFU; 0.0 = look it up
 
 
@@ -169,7 +172,11 @@ class TrainConfig:
     # auto = go on from the newest good checkpoint in run_dir, if there is one | never = refuse to |
     # always = refuse to begin at step 0 | scratch = as auto, but begin again where none is good
     resume: str = "auto"
+    retry_failed: bool = False  # in a sweep that is gone on with: start points again that failed
     resume_step: int = 0  # go on from this checkpoint, and set newer ones aside; 0 = newest good
+    # Keys, or whole sections, in which the run that is gone on with may be another one, e.g.
+    # [seed,data]; empty = it must be the same in model, data, seed, precision and batch_size.
+    resume_changed: list[str] = field(default_factory=list)
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block
     deterministic: bool = False  # refuse kernels whose result varies from run to run

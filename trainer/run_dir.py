@@ -76,14 +76,23 @@ def identity(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def differences(run_dir: str, before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Every key of two identities that has another value, as a problem."""
+def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
+    """Every key in which the run that `before` is the identity of was another one, as a problem.
+
+    Those that config.resume_changed names are none.
+    """
     return [
-        f"run_dir={run_dir} holds a run with {key}={before[key]}, not {after[key]}; "
-        f"set {key}={before[key]}, or choose another run_dir"
-        for key in after
-        if key in before and before[key] != after[key]
+        f"run_dir={config.run_dir} holds a run with {key}={before[key]}, not {value}; "
+        f"set {key}={before[key]}, choose another run_dir, or go on all the same with "
+        f"resume_changed=[{key}]"
+        for key, value in identity(config).items()
+        if before.get(key, value) != value and not may_change(config, key)
     ]
+
+
+def may_change(config: TrainConfig, key: str) -> bool:
+    """Whether config.resume_changed names a key of the identity, or its section."""
+    return key in config.resume_changed or key.split(".")[0] in config.resume_changed
 
 
 def tokenizer_path(run_dir: str | Path) -> Path:
@@ -124,6 +133,13 @@ def _refuse(config: TrainConfig, folder: Path) -> None:
 
 
 def _problems(config: TrainConfig, folder: Path) -> list[str]:
+    known = [*IDENTITY, *identity(config)]
+    if unknown := [key for key in config.resume_changed if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        return [
+            f"resume_changed names {unknown[0]}, which is no key that makes a run what it is; "
+            f"did you mean {near}?"
+        ]
     if not (folder / "config.yaml").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             return [f"run_dir={folder} is not empty and holds no run; choose another run_dir"]
@@ -136,7 +152,7 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
             f"run_dir={folder} holds a run at step {found[-1][0]} and resume=never; "
             "set resume=auto to go on, or choose another run_dir"
         ]
-    problems = differences(config.run_dir, identity(load_config(folder)), identity(config))
+    problems = differences(config, identity(load_config(folder)))
     return problems + _checkpoint_problems(config, folder, [step for step, _ in found])
 
 

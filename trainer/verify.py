@@ -1,7 +1,7 @@
 """Proof that a layout takes the same steps as one process: losses, norms, gradients, weights."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 
 import torch
@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 
-from parallel.apply import parallelize
+from parallel.apply import parallelize, place
 from parallel.config import (
     AXES,
     StrategyConfig,
@@ -21,6 +21,7 @@ from parallel.config import (
     world_size,
 )
 from parallel.faults import FAULTS
+from parallel.gradients import local
 from parallel.mesh import DATA_AXES
 from parallel.pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
@@ -53,12 +54,16 @@ class Difference:
 
 @dataclass
 class Record:
-    """What one side did: per step the loss, norm and gradients; the weights after the last."""
+    """What one side did: per step the loss, norm and gradients; the weights after the last.
+
+    Of a layout each rank has its own parts of the tensors, and where they lie in the whole ones.
+    """
 
     losses: list[float]
     norms: list[float]
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
+    places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
 def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -> Record:
@@ -95,18 +100,6 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -
     return record
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A copy of a parameter or gradient with all that other ranks of its mesh have of it."""
-    tensor = tensor.detach()
-    if isinstance(tensor, DTensor):
-        # Axis by axis, outermost first: FSDP has split what the tensor axis had left.
-        for axes in range(1, tensor.device_mesh.ndim + 1):
-            placements = [Replicate()] * axes + list(tensor.placements[axes:])
-            tensor = tensor.redistribute(placements=placements)
-        tensor = tensor.to_local()
-    return tensor.clone()  # it may be the gradient itself, which clipping changes in place
-
-
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
     """The steps under the strategy, with the worker and optimizer that training uses.
 
@@ -127,10 +120,12 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         loss, _ = worker.forward_backward(micro_batches)
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
-        record.gradients.append({name: whole(g) for name, g in gradients.items()})
+        # Copies: clipping changes the gradients in place.
+        record.gradients.append({name: local(g).clone() for name, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
         optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
-    record.weights = {name: whole(p) for name, p in worker.parameters().items()}
+    record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
+    record.places = {name: place(p) for name, p in worker.parameters().items()}
     return record, {name: spans(name, p, worker) for name, p in worker.parameters().items()}
 
 
@@ -145,7 +140,7 @@ def spans(name: str, parameter: Tensor, worker: Worker) -> str:
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
     """Every number that a rank can compare, in the order in which training makes them.
 
-    Gradients and weights are those of `axes`, the parameters that the rank has.
+    Gradients and weights are those of `axes`, the parameters that the rank has a part of.
     Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
     or to a thousandth of the global norm where that is more, since some gradients (of a key's
     bias) are zero but for rounding.
@@ -153,8 +148,8 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
     found = []
     for step, gradients in enumerate(reference.gradients):
         for name in axes:
-            theirs = gradients[name]
-            scale = max(theirs.abs().max().item(), 1e-3 * reference.norms[step])
+            scale = max(gradients[name].abs().max().item(), 1e-3 * reference.norms[step])
+            theirs = gradients[name][ours.places[name]]
             mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
             gap = _gap(mine, theirs) / scale
             found.append(Difference("gradient", step, gap, name, axes[name]))
@@ -162,7 +157,7 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
         found.append(Difference("norm", step, _gap(ours.norms[step], reference.norms[step])))
     last = len(ours.losses) - 1
     for name in axes:
-        gap = _gap(ours.weights[name], reference.weights[name])
+        gap = _gap(ours.weights[name], reference.weights[name][ours.places[name]])
         found.append(Difference("weight", last, gap, name, axes[name]))
     return found
 
@@ -184,7 +179,8 @@ def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
 
 
 def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
-    gap = torch.as_tensor(mine - theirs, dtype=torch.float64).abs().max().item()
+    gaps = torch.as_tensor(mine - theirs, dtype=torch.float64).abs()
+    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no part of it
     return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
 
 

@@ -1,0 +1,140 @@
+"""Sweeps: every point once, whatever happens to the sweep; what they found in one table."""
+
+import csv
+import json
+import sys
+
+import pytest
+from launched import Launched, until
+
+from launch import sweep as module
+from launch.messages import JobFailedError
+from launch.sweep import Point, Sweep
+from trainer.curves import draw, last_values
+
+
+def rows(folder) -> list[dict]:
+    with (folder / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_one_crash_and_a_killed_sweep_cost_one_point_and_none_is_run_twice(tmp_path):
+    run = Launched(tmp_path)
+    rates = (0.001, 0.002, 1e300, 0.003, 0.004, 0.005)
+    words = ("-m", "steps=4", "optim.lr=" + ",".join(map(str, rates)), "optim.warmup_steps=0")
+    names = [f"optim.lr={rate}" for rate in rates]
+    first = run.start(*words)
+    until(lambda: (run.run_dir / names[3]).exists(), first)
+    first.kill()
+    first.communicate()
+    began = {n: (run.run_dir / n / "status.json").read_text() for n in names[:3]}
+    second = run.start(*words)
+    _, said = second.communicate(timeout=240)
+    assert second.returncode == 2, said
+    assert "5 finished, 1 failed" in said
+    found = rows(run.run_dir)
+    assert {row["point"]: row["state"] for row in found} == {
+        name: "failed" if name == names[2] else "finished" for name in names
+    }
+    assert "step 2" in next(row["reason"] for row in found if row["state"] == "failed")
+    for name, rate in zip(names, rates, strict=True):
+        lines = [json.loads(x) for x in (run.run_dir / name / "metrics.jsonl").open()]
+        steps = [line["step"] for line in lines if "lr" in line]
+        assert steps == ([1, 2, 3, 4] if rate < 1 else [1]), name
+    assert {n: (run.run_dir / n / "status.json").read_text() for n in names[:3]} == began
+    assert (run.run_dir / "sweep.png").stat().st_size > 10_000
+    assert "step 4/4" in (run.run_dir / names[0] / "console.txt").read_text()
+
+
+def test_an_unknown_key_is_refused_before_the_first_point(tmp_path):
+    run = Launched(tmp_path)
+    process = run.start("optim.lrr=1,2", "-m")
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert said.strip() == "optim.lrr does not exist; did you mean optim.lr?"
+    assert not run.run_dir.exists()
+
+
+def test_a_point_is_named_after_what_is_swept():
+    assert Point({"strategy": "ddp", "optim.lr": "0.1"}).name == "optim.lr=0.1,strategy=ddp"
+    assert Point({"data.path": "/a b"}).name == "data.path=_a_b"
+    long = [Point({"model.layers": "1" * 200 + end}).name for end in "ab"]
+    assert long[0] != long[1] and all(len(name) < 120 for name in long)
+
+
+@pytest.fixture
+def swept(tmp_path, monkeypatch):
+    """A function that runs a point of a sweep over seeds in this process."""
+
+    class Hydra:
+        class overrides:  # noqa: N801
+            task = ["seed=0", "steps=9"]
+
+        sweeper = {"_target_": "an.Optimiser"}
+
+    monkeypatch.setattr(module.HydraConfig, "get", lambda: Hydra)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "steps=9", "seed=choice(0,1)"])
+
+    def run(sweep, seed, work, objective="eval_loss", retry=False):
+        Hydra.overrides.task = [f"seed={seed}", "steps=9"]
+        config = module.DictConfig(
+            {"run_dir": str(tmp_path / "s"), "retry_failed": retry}
+            | {"metrics": {"objective": objective}}
+        )
+        return sweep.run(config, lambda cfg, console: work(module.Path(cfg.run_dir)))
+
+    return run
+
+
+def measures(folder):
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "split": "valid", "eval_loss": 1.5, "accuracy": 0.5},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def crashes(folder):
+    folder.mkdir()
+    (folder / "console.txt").write_text("a line\nthe reason\n\n")
+    raise SystemExit(1)
+
+
+def test_an_optimising_sweeper_is_told_the_metric_or_the_failure(swept, tmp_path):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "best.yaml").write_text("best")
+    with Sweep(scratch) as sweep:
+        assert swept(sweep, 0, measures) == 1.5
+        with pytest.raises(JobFailedError, match="the reason"):
+            swept(sweep, 1, crashes)
+        assert swept(sweep, 0, lambda folder: None, objective="accuracy") == 0.5
+        with pytest.raises(JobFailedError, match="there are: accuracy, loss"):
+            swept(sweep, 0, lambda folder: None, objective="bleu")
+    assert (tmp_path / "s" / "best.yaml").read_text() == "best"
+    states = {row["point"]: (row["state"], row["reason"]) for row in rows(tmp_path / "s")}
+    assert states["seed=1"] == ("failed", "the reason")
+
+
+def test_a_failed_point_is_started_again_where_that_is_asked_for(swept, tmp_path):
+    (tmp_path / "scratch").mkdir()
+    with Sweep(tmp_path / "scratch") as sweep, pytest.raises(JobFailedError):
+        swept(sweep, 0, crashes)
+    with Sweep(tmp_path / "scratch") as sweep, pytest.raises(JobFailedError, match="the reason"):
+        swept(sweep, 0, lambda folder: pytest.fail("it was started"))
+    with Sweep(tmp_path / "scratch") as sweep:
+        assert swept(sweep, 0, measures, retry=True) == 1.5
+    assert [row["state"] for row in rows(tmp_path / "s")] == ["finished"]
+
+
+def test_curves_are_read_and_drawn_beside_damaged_lines(tmp_path):
+    measures(tmp_path / "a")
+    with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "lo')
+    assert last_values(tmp_path / "a") == {
+        "step": 1, "loss": 2.0, "valid_loss": 1.5, "valid_accuracy": 0.5,
+    }  # fmt: skip
+    assert last_values(tmp_path / "b") == {}
+    assert draw({"a": tmp_path / "a", "b": tmp_path / "b"}, tmp_path / "a.png")
+    assert not draw({"b": tmp_path / "b"}, tmp_path / "b.png")
