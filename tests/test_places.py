@@ -18,7 +18,7 @@ from launch import before, door, versions
 from launch.before import training
 from launch.messages import write_error
 from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from trainer.metrics import MetricsFile
+from trainer.journal import MetricsFile
 
 ROOT = Path(__file__).parents[1]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
