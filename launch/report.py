@@ -50,7 +50,7 @@ def understood(given: list[str]) -> tuple[list[Path], Path | None]:
         elif equals and re.fullmatch(r"\w+", key) and not Path(argument).exists():
             near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)
             raise ConfigError(
-                f"{argument}: the keys are run_dir and output; did you mean {near[0]}?"
+                f"{argument}: the keys are run_dir and output; did you mean {near[0]}={value}?"
             )
         else:
             run_dirs.append(Path(argument))

@@ -70,10 +70,6 @@ class Display:
 
     def __init__(self, console: Console, steps: int, unit: str, name: str = ""):
         self._console, self._steps, self._unit, self._name = console, steps, unit, name
-        # Colours may be forced on a log file; a panel that redraws itself must not be.
-        live = console.is_interactive and console.file.isatty()
-        # It is drawn by a thread of its own, from plain values: a step only sets a number.
-        self._live = self._panel_of(console) if live else None
         self._handlers: list[logging.StreamHandler] = []  # that write into the panel meanwhile
         self._step = 0
         self._saved: int | None = None  # step of the newest checkpoint
@@ -81,6 +77,10 @@ class Display:
         self._losses: deque[float] = deque(maxlen=LOSSES)
         self._seconds_left = math.nan
         self._evaluation = ""
+        # Colours may be forced on a log file; a panel that redraws itself must not be.
+        live = console.is_interactive and console.file.isatty()
+        # It is drawn by a thread of its own, from plain values: a step only sets a number.
+        self._live = self._panel_of(console) if live else None
 
     def start(self, step: int) -> None:
         """Show the panel."""

@@ -21,12 +21,13 @@ from trainer.status import write_atomically
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name(NAME)
 ABSENT = "–"
+TITLED = 3  # runs that the title names
 OWN = ("run_dir",)  # keys that differ between any two runs
 KINDS = {"useful": "useful steps", **LOST, "down": "between starts"}
 # Key of a training line → title of its chart, how it is drawn, and its scale.
 CURVES = {
     "lr": ("Learning rate", "line", "zero"),
-    "grad_norm": ("Gradient norm, before clipping", "smooth", "log"),
+    "grad_norm": ("Gradient norm, before clipping", "line", "log"),
     "tokens_per_second": ("Throughput, {unit} per second", "smooth", "zero"),
     "mfu": ("Model FLOPs utilisation, share of the peak", "line", "zero"),
     "memory_gib": ("Peak memory of the first rank, GiB", "line", "zero"),
@@ -58,7 +59,8 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[
 def page(histories: Sequence[History], now: float) -> str:
     """The page as text; `now` in seconds since 1970."""
     names = names_of(histories)
-    title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    more = f" and {len(names) - TITLED} more" if len(names) > TITLED else ""
+    title = ", ".join(names[:TITLED]) + more
     body = [
         f"<header><h1>{escape(title)}</h1><p>as of {moment(now)}</p></header>",
         _notes(names, histories), _summary(names, histories), _differences(names, histories),

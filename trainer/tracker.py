@@ -255,9 +255,8 @@ class TensorBoard:
         self.finish = self._files.close
         # Lines up to the step of the checkpoint stay; those behind it come again.
         first = mirror.start_step + 1 if mirror.start_step else 0
-        if mirror.offset:
-            started = self._proto.SessionLog(status=self._proto.SessionLog.START)
-            self._add(step=first, session_log=started)
+        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add(step=first, session_log=started)
         shown = textwrap.indent(json.dumps(mirror.resolved, indent=1), "    ")
         self._add(step=first, summary=text("config", shown))
 
