@@ -254,7 +254,7 @@ def finish(run: Run) -> dict[str, float]:
                 temperature=0.8, seed=config.seed,
             )  # fmt: skip
         recorder.say(f"a sample:\n{writer.decode(text)}")
-    with recorder.pause("save"):
+    with recorder.pause("save"), run.supervisor.watch.long():
         run.saver.wait(last=True)
     tell_saves(run)
     return values
