@@ -22,7 +22,8 @@ Train a Transformer. The layout over ranks is a choice of cost; the trained mode
   python launch/train.py strategy=fsdp launch.ranks=2           two processes on this host
   torchrun --nproc_per_node=8 launch/train.py strategy=fsdp model=llama-1b data.seq_len=2048
   python launch/train.py -m strategy=ddp,fsdp optim.lr=1e-3,3e-4    a sweep: one job per point
-  python launch/train.py run_dir=RUN                            go on from its newest checkpoint""",
+  python launch/train.py run_dir=RUN                            go on from its newest checkpoint
+  python launch/report.py run_dir=RUN                           its curves and events, one page""",
     "verify": """\
 Prove that a layout takes the same steps as one process: losses, gradients and updated weights.
 

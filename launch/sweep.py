@@ -101,6 +101,7 @@ class Sweep:
         point = self._here()
         folder = self._folder / point.name
         cfg.run_dir = str(folder)
+        cfg.metrics.wandb_group = cfg.metrics.wandb_group or self._folder.name
         try:
             if point.state == "failed" and not cfg.retry_failed:
                 log.info("%s has failed before; retry_failed=true tries it again", point.name)

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import logging
 import os
 import pty
 import select
@@ -15,7 +16,7 @@ from rich.console import Console
 
 from parallel.simulate import Span
 from trainer.config import ConfigError, MetricsConfig
-from trainer.display import Lasting
+from trainer.display import Display, Lasting, sparkline
 from trainer.metrics import Recorder
 
 
@@ -131,7 +132,7 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: li
 def test_what_was_left_out_of_the_data_stays_said(
     tmp_path: Path, start_step: int, kept: list[str]
 ) -> None:
-    # The other lines behind the checkpoint come again.
+    # The other lines behind the checkpoint come again, but for those of earlier starts.
     with make(tmp_path) as recorder:
         for step, action in ((3, "skip"), (5, "rollback"), (6, "skip"), (7, "stop")):
             record = {"event": "bad_step", "step": step, "rank": None, "action": action}
@@ -140,6 +141,25 @@ def test_what_was_left_out_of_the_data_stays_said(
     with make(tmp_path, start_step=start_step):
         pass
     assert [line["action"] for line in lines(tmp_path)] == kept
+
+
+def test_starts_and_saves_are_lines(tmp_path: Path) -> None:
+    save = {"event": "save", "step": 4, "seconds": 0.5, "gib": 0.1}
+    for starts, start_step in ((1, 0), (2, 6), (3, 4)):  # the last one from an older checkpoint
+        (tmp_path / "goodput.json").write_text(json.dumps({"starts": starts}))
+        with make(tmp_path, start_step=start_step) as recorder:
+            recorder._goodput.ledger.starts = starts
+            recorder.begins()
+            recorder.saved(save | {"step": start_step + 4})
+        with make(tmp_path, first=False) as recorder:
+            recorder.begins()
+            recorder.saved(save)
+    found = lines(tmp_path)
+    kept = [(line["event"], line["step"], line.get("start")) for line in found]
+    # Every start is told, however far the run went back; a save only if the run still has it.
+    assert kept == [("start", 0, 1), ("save", 4, None), ("start", 6, 2), ("start", 4, 3),
+                    ("save", 8, None)]  # fmt: skip
+    assert found[0]["ranks"] == 2 and found[0]["time"] > 1.7e9
 
 
 def test_an_evaluation_line(tmp_path: Path) -> None:
@@ -196,20 +216,72 @@ def read_until(terminal: int, end: str) -> str:
     return written.decode()
 
 
-def test_a_live_bar_on_a_terminal(tmp_path: Path) -> None:
+def test_a_live_panel_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
     clock = FakeClock()
     with os.fdopen(theirs, "w") as file:
+        monkeypatch.setattr("sys.stderr", file)
+        handler = logging.StreamHandler()
+        logging.getLogger().addHandler(handler)
         console = Console(file=file, width=110, force_interactive=True, force_terminal=True)
         with make(tmp_path, clock=clock, console=console) as recorder:
             recorder.start(0)
+            assert handler.stream is not file  # it writes above the panel, not through it
             clock.seconds += 10
             recorder.training(2, 3.2, 0.8, 1e-3, tokens=12_300, wait_seconds=1.0)
+            recorder.saved({"event": "save", "step": 2})
             recorder.step_done()
+        logging.getLogger().removeHandler(handler)
+        assert handler.stream is file
         file.flush()
         written = read_until(ours, "\x1b[?25h")  # the cursor is back
     os.close(ours)
-    assert "loss 3.2" in written and "wait 10.0 %" in written
+    assert "3.2" in written and "data wait 10.0 %" in written
+    # Drawn whole, after its cursor moved up over the panel before.
+    assert written.count("checkpoint") > written.count("none yet") >= 0
+    assert "2/1000" in written or "1/1000" in written
+
+
+def panel(display: Display, console: Console) -> str:
+    with console.capture() as captured:
+        console.print(display.panel())
+    return captured.get()
+
+
+RECORD = {
+    "step": 20, "loss": 3.2144, "grad_norm": 0.812, "lr": 1e-3, "tokens_per_second": 12_345.6,
+    "memory_gib": 1.204, "data_wait_share": 0.002, "mfu": 0.412,
+}  # fmt: skip
+
+
+def test_what_the_panel_tells() -> None:
+    console = Console(file=io.StringIO(), width=100)
+    display = Display(console, 120, "tok", name="a run [bold]")
+    display.start(0)
+    text = panel(display, console)
+    assert "a run [bold]" in text and "0/120" in text and "none yet" in text and "loss" not in text
+    for loss in (4.0, float("nan"), 3.0, 3.5):
+        display.training(RECORD | {"loss": loss}, seconds_left=150.0)
+    display.training(RECORD, seconds_left=150.0)
+    display.advance(23)
+    display.saved(10)
+    display.evaluation(20, "valid", {"eval_loss": 3.4, "perplexity": 29.96})
+    text = panel(display, console)
+    for told in (
+        "23/120", "19 %  eta 2:30", "3.214  █ ▁▅▃", "norm 0.81  lr 1.0e-03", "12.3k tok/s",
+        "mfu 41 %", "data wait 0.2 %", "1.20 GiB", "step 10", "valid: loss 3.4  perplexity 29.96",
+    ):  # fmt: skip
+        assert told in text, told
+    assert max(map(len, panel(display, Console(width=34)).splitlines())) == 34
+    resumed = Display(console, 120, "tok")
+    resumed.start(10)
+    assert "step 10" in panel(resumed, console)  # the checkpoint that it came from
+
+
+def test_sparklines() -> None:
+    assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert sparkline([5.0, float("inf"), 5.0]) == "▁ ▁"
+    assert sparkline([]) == sparkline([])[:0] == ""
 
 
 def test_an_exception_passes_and_closes_everything(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from launch import before, door, versions
 from launch.before import training
 from launch.messages import write_error
 from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from trainer.metrics import MetricsFile
+from trainer.journal import MetricsFile
 
 ROOT = Path(__file__).parents[1]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
@@ -149,7 +149,9 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
     assert process.wait(180) == 0
     lines = [json.loads(line) for line in (place / "r=[0]" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert lines[-2]["split"] == "test"
+    assert [line["split"] for line in lines if "split" in line][-1] == "test"
+    events = [(line["event"], line["step"]) for line in lines if "event" in line]
+    assert events == [("start", 0), ("save", 2), ("save", 4), ("goodput", 4)]
     assert (lines[-1]["event"], lines[-1]["starts"]) == ("goodput", 1)
     assert lines[-1]["restart_seconds"] > lines[-1]["useful_seconds"] > 0
     assert (place / "r=[0]" / "checkpoints" / "step-00000004").is_dir()

@@ -86,8 +86,8 @@ def test_a_save_is_of_one_moment(ranks, tmp_path, async_save):
     ranks.run(2, changed_meanwhile, tmp_path, async_save)
 
 
-def failing(runtime, folder, on_error: str) -> tuple[list[str], list[str], list[list[str]]]:
-    """Saves of which the second fails on the last rank: messages, lines and folders."""
+def failing(runtime, folder, on_error: str) -> tuple:
+    """Saves of which the second fails on the last rank: messages, lines, folders and news."""
     config = config_of(folder, FSDP, on_error=on_error, keep=5)
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
     write, messages, folders = storage.Shard.write, [], []
@@ -112,7 +112,9 @@ def failing(runtime, folder, on_error: str) -> tuple[list[str], list[str], list[
                 saver._outcome = {}
             torch.distributed.barrier()
             folders.append(here(folder))
-    return messages, lines, folders
+        news = list(saver.news())
+        assert list(saver.news()) == []  # told once
+    return messages, lines, folders, news
 
 
 def test_a_full_disk_on_one_rank(ranks, tmp_path):
@@ -125,6 +127,9 @@ def test_a_full_disk_on_one_rank(ranks, tmp_path):
     assert line.endswith("training goes on, and the next save tries again")
     ten, thirty = ["step-00000010"], ["step-00000010", "step-00000030"]
     assert first[2] == second[2] == [ten, ten, thirty]
+    told = [(news["event"], news["step"]) for news in first[3]]
+    assert told == [("save", 10), ("save_failed", 20), ("save", 30)] and second[3] == []
+    assert first[3][1]["reason"] in line and first[3][2]["seconds"] >= 0 < first[3][2]["gib"]
 
 
 def test_a_full_disk_stops_the_run_where_asked(ranks, tmp_path):

@@ -79,7 +79,7 @@ def swept(tmp_path, monkeypatch):
         Hydra.overrides.task = [f"seed={seed}", "steps=9"]
         config = module.DictConfig(
             {"run_dir": str(tmp_path / "s"), "retry_failed": retry}
-            | {"metrics": {"objective": objective}}
+            | {"metrics": {"objective": objective, "wandb_group": ""}}
         )
         return sweep.run(config, lambda cfg, console: work(module.Path(cfg.run_dir)))
 

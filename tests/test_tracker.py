@@ -18,7 +18,7 @@ from rich.console import Console
 
 from trainer.config import MetricsConfig
 from trainer.metrics import Recorder
-from trainer.tracker import Tracker, follow, furthest, is_mirrored, to_wandb
+from trainer.tracker import Tracker, follow, furthest, is_mirrored, to_tensorboard, to_wandb
 
 # The tracker's process imports this in wandb's place; what it does goes into a file.
 FAKE_WANDB = """
@@ -93,18 +93,23 @@ def wait_until(happened: Callable[[], object]) -> None:
 
 
 def track(
-    run_dir: Path, mode: str = "offline", start_step: int = 0, steps: tuple[int, ...] = (1, 2, 3)
+    run_dir: Path,
+    mode: str = "offline",
+    start_step: int = 0,
+    steps: tuple[int, ...] = (1, 2, 3),
+    **changes: Any,
 ) -> list[str]:
-    """A short run of a record a step; returns what the console showed of wandb."""
+    """A short run of a record a step; returns what the console showed of its mirrors."""
     run_dir.mkdir(exist_ok=True, parents=True)
     said = io.StringIO()
     with Recorder(
-        MetricsConfig(wandb=mode), run_dir, first=True, steps=3, start_step=start_step,
+        MetricsConfig(wandb=mode, **changes), run_dir, first=True, steps=3, start_step=start_step,
         resolved={"seed": 1}, flops_per_token=0.0, devices=1, device=torch.device("cpu"),
         precision_name="fp32", console=Console(file=said),
     ) as recorder:  # fmt: skip
         # These tests may wait long on a busy machine; a run waits for seconds.
-        recorder._tracker._patience_seconds = 30.0
+        for tracker in recorder._trackers:
+            tracker._patience_seconds = 30.0
         for step in steps:
             recorder.evaluation(step, "valid", {"eval_loss": 1.0, "accuracy": float("nan")})
     written = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -119,7 +124,7 @@ def test_wandb_mirrors_the_records(tmp_path: Path, fake_wandb: FakeWandb) -> Non
     assert re.fullmatch("a run-[0-9a-f]{6}", init["init"].pop("id"))
     assert init["init"] == {
         "mode": "offline", "project": "samestep", "dir": run_dir, "config": {"seed": 1},
-        "name": "a run", "resume": "allow",
+        "name": "a run", "resume": "allow", "group": None, "tags": None,
     }  # fmt: skip
     assert records[0] == {"step": 1, "values": {"valid/eval_loss": 1.0}}
     assert fake_wandb.steps() == [1, 2, 3]
@@ -279,6 +284,72 @@ def test_wandb_names() -> None:
     event = {"event": "bad_step", "step": 5, "rank": None, "kind": "spike", "samples": [1, 2]}
     assert to_wandb(event) == {"bad_step/step": 5}
     assert to_wandb(event | {"rank": 3}) == {"bad_step/step": 5, "bad_step/rank": 3}
+
+
+def test_wandb_is_told_of_group_and_tags(tmp_path: Path, fake_wandb: FakeWandb) -> None:
+    assert track(tmp_path / "run", wandb_group="a sweep", wandb_tags=["one", "two"]) == []
+    init = fake_wandb.notes()[0]["init"]
+    assert (init["group"], init["tags"]) == ("a sweep", ["one", "two"])
+
+
+def test_a_late_line_goes_to_the_newest_step_of_wandb(
+    tmp_path: Path, fake_wandb: FakeWandb
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    config = MetricsConfig(wandb="offline")
+    tracker = Tracker(config, tmp_path, {}, print, patience_seconds=100.0)
+    with (tmp_path / "metrics.jsonl").open("a") as file:  # wandb takes no step below its last one
+        file.write('{"step": 6}\n{"event": "save", "step": 5, "seconds": 0.5}\n')
+    tracker.close()
+    assert fake_wandb.steps() == [6, 6]
+    assert fake_wandb.notes()[2]["values"] == {"save/step": 5, "save/seconds": 0.5}
+
+
+def curves(run_dir: Path) -> dict[str, list[int]]:
+    """The steps of each curve, as TensorBoard shows them."""
+    accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    read = accumulators.EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    read.Reload()
+    return {tag: [event.step for event in read.Scalars(tag)] for tag in read.Tags()["scalars"]}
+
+
+def test_tensorboard_mirrors_the_records_once(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run_dir = tmp_path / "run"
+    assert track(run_dir, "off") == []  # not asked for yet
+    assert not (run_dir / "tensorboard").exists()
+    assert track(run_dir, "off", start_step=1, steps=(2, 3), tensorboard=True) == []
+    # What was written before it was asked for is there too.
+    assert curves(run_dir) == {"valid/eval_loss": [1, 2, 3]}
+    assert track(run_dir, "off", start_step=2, steps=(3, 4), tensorboard=True) == []
+    assert curves(run_dir) == {"valid/eval_loss": [1, 2, 3, 4]}
+    assert track(run_dir, "off", steps=(1, 2), tensorboard=True) == []  # begun again
+    assert curves(run_dir) == {"valid/eval_loss": [1, 2]}
+
+
+def test_tensorboard_names() -> None:
+    assert to_tensorboard({"step": 1, "loss": 2.0, "grad_norm": None}) == {"train/loss": 2.0}
+    assert to_tensorboard({"step": 1, "split": "test", "bleu": 3.0}) == {"test/bleu": 3.0}
+    start = {"event": "start", "step": 5, "start": 2, "time": 1.7e9}
+    assert to_tensorboard(start) == {"start/start": 2}
+
+
+def test_what_keeps_tensorboard_from_writing_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('none here')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (line,) = track(tmp_path / "run", "off", tensorboard=True)
+    assert line == (
+        'tensorboard cannot be imported (none here): pip install "samestep[tensorboard]"; '
+        "metrics.jsonl has everything"
+    )
+    monkeypatch.delenv("PYTHONPATH")
+    pytest.importorskip("tensorboard")
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "tensorboard").write_text("a file, and no folder")
+    (line,) = track(tmp_path / "another", "off", tensorboard=True)
+    assert line.startswith("tensorboard gave up (")
 
 
 def test_real_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

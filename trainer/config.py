@@ -122,6 +122,9 @@ class MetricsConfig:
     profile_steps: int = 0  # steps in a Chrome trace, after 10 steps of warm-up; 0 = off
     wandb: str = "off"  # off | offline | online
     wandb_project: str = "samestep"  # project of the runs on wandb
+    wandb_group: str = ""  # of runs that belong together, as those of a sweep; empty = none
+    wandb_tags: list[str] = field(default_factory=list)  # to find the run by; empty = none
+    tensorboard: bool = False  # curves for TensorBoard, in run_dir/tensorboard
     # What a sweeper that optimises is told of a run: a metric of the last evaluation on the valid
     # split, e.g. eval_loss, bits_per_character or accuracy.
     objective: str = "eval_loss"

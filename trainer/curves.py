@@ -1,27 +1,20 @@
 """metrics.jsonl read back: the last values of a run, and the curves of several in one picture."""
 
-import json
-from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from trainer.journal import read_lines
+
 TRAINING = ("step", "loss", "tokens_per_second")
 
 
-def records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; none if there is no such file, without damaged ones."""
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl; none if there is no such file."""
     try:
-        lines = (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return read_lines(run_dir / "metrics.jsonl")[0]
     except OSError:
-        return
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # it is being written
-        if isinstance(record, dict):
-            yield record
+        return []
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
@@ -43,7 +36,7 @@ def draw(runs: dict[str, Path], path: Path) -> bool:
 
     `runs` are folders by the name shown. Raises OSError where the picture cannot be written.
     """
-    lines = {name: list(records(folder)) for name, folder in runs.items()}
+    lines = {name: records(folder) for name, folder in runs.items()}
     training = {n: [r for r in found if r.get("loss") is not None] for n, found in lines.items()}
     valid = {n: [r for r in found if r.get("split") == "valid"] for n, found in lines.items()}
     training = {name: found for name, found in training.items() if found}

@@ -1,14 +1,25 @@
-"""The console of a run: a live bar on a terminal, one plain line per record elsewhere."""
+"""The console of a run: a live panel on a terminal, one plain line per record elsewhere."""
 
+import logging
 import math
 import os
 import sys
+from collections import deque
+from collections.abc import Sequence
 from typing import IO, Any, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich import box
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
-SHOWN_WAIT_SHARE = 0.01  # the live bar mentions waiting for data from here on
+REDRAWS_PER_SECOND = 2
+LOSSES = 60  # newest ones in the sparkline
+MARGIN = 32  # columns of the panel beside the sparkline
+BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 class Lasting:
@@ -55,65 +66,140 @@ def open_console() -> Console:
 
 
 class Display:
-    """What is shown of a run."""
+    """What is shown of a run: a panel that is drawn again on a terminal, lines elsewhere."""
 
-    def __init__(self, console: Console, steps: int, unit: str):
-        self._console = console
-        self._steps = steps
-        self._unit = unit
-        # Colours may be forced on a log file; a bar that redraws itself must not be.
-        live = console.is_interactive and console.file.isatty()
-        columns = (BarColumn(bar_width=10), TextColumn("{task.description}", markup=False))
-        self._bar = Progress(*columns, console=console, refresh_per_second=4) if live else None
+    def __init__(self, console: Console, steps: int, unit: str, name: str = ""):
+        self._console, self._steps, self._unit, self._name = console, steps, unit, name
+        self._handlers: list[logging.StreamHandler] = []  # that write into the panel meanwhile
+        self._step = 0
+        self._saved: int | None = None  # step of the newest checkpoint
+        self._record: dict[str, Any] = {}  # the last training record
+        self._losses: deque[float] = deque(maxlen=LOSSES)
         self._seconds_left = math.nan
-        self._details = ""
+        self._evaluation = ""
+        # Colours may be forced on a log file; a panel that redraws itself must not be.
+        live = console.is_interactive and console.file.isatty()
+        # It is drawn by a thread of its own, from plain values: a step only sets a number.
+        self._live = self._panel_of(console) if live else None
 
     def start(self, step: int) -> None:
-        """Show the bar."""
-        if self._bar is not None:
-            self._bar.add_task(f"step {step}/{self._steps}", total=self._steps, completed=step)
-            self._bar.start()
+        """Show the panel."""
+        self._step, self._saved = step, step or None
+        if self._live is None:
+            return
+        before = sys.stderr
+        self._live.start()
+        for handler in logging.getLogger().handlers if sys.stderr is not before else ():
+            # What is logged goes above the panel too, rather than through it.
+            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                handler.setStream(sys.stderr)
+                self._handlers.append(handler)
 
     def close(self) -> None:
-        """Leave the terminal as it was, the bar at its last state."""
-        if self._bar is not None:
-            self._bar.stop()
+        """Leave the terminal as it was, the panel at its last state."""
+        if self._live is not None:
+            self._live.stop()
+        for handler in self._handlers:
+            handler.setStream(sys.stderr)
+        self._handlers.clear()
 
     def advance(self, step: int) -> None:
-        """Move the bar to a finished step."""
-        if self._bar is not None and self._bar.tasks:
-            head = f"step {step}/{self._steps}"
-            self._bar.update(
-                self._bar.tasks[0].id, completed=step, description=head + self._details
-            )
+        """A step is done."""
+        self._step = step
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is there."""
+        self._saved = step
 
     def training(self, record: dict[str, Any], seconds_left: float) -> None:
         """Show a training record; `seconds_left` of the whole run."""
-        rate, wait = record["tokens_per_second"], record["data_wait_share"]
-        parts = [f"  loss {record['loss']:.4g}"]
-        if self._bar is None:  # the bar must fit a narrow terminal
-            parts.append(f"  grad {record['grad_norm']:.2g}")
-        parts += [f"  lr {record['lr']:.1e}", f"  {_short(rate)} {self._unit}/s"]
-        if "mfu" in record:
-            parts.append(f"  mfu {100 * record['mfu']:.0f} %")
-        if self._bar is None or wait > SHOWN_WAIT_SHARE:
-            parts.append(f"  wait {100 * wait:.1f} %")
-        self._details = "".join(parts) + f"  eta {duration(seconds_left)}"
-        if self._bar is None:
-            self.say(f"step {record['step']}/{self._steps}{self._details}")
-        self.advance(record["step"])
+        self._record, self._seconds_left, self._step = record, seconds_left, record["step"]
+        self._losses.append(record["loss"])
+        if self._live is None:
+            parts = [
+                f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4g}",
+                f"grad {record['grad_norm']:.2g}", f"lr {record['lr']:.1e}", *self._speed("wait"),
+                f"eta {duration(seconds_left)}",
+            ]  # fmt: skip
+            self.say("  ".join(parts))
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """Show an evaluation."""
         parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items()]
-        self.say(f"step {step}  {split}: {'  '.join(parts)}")
+        text = f"{split}: {'  '.join(parts)}"
+        self._evaluation = f"{text}  at step {step}"
+        self.say(f"step {step}  {text}")
 
     def say(self, text: str) -> None:
-        """One line, never wrapped nor coloured by its content; above the bar."""
+        """One line, never wrapped nor coloured by its content; above the panel."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def _speed(self, wait: str) -> list[str]:
+        record = self._record
+        mfu = [f"mfu {100 * record['mfu']:.0f} %"] if "mfu" in record else []
+        rate = f"{short(record['tokens_per_second'])} {self._unit}/s"
+        return [rate, *mfu, f"{wait} {100 * record['data_wait_share']:.1f} %"]
 
-def _short(number: float) -> str:
+    def _panel_of(self, console: Console) -> Live:
+        return Live(
+            get_renderable=self.panel, console=console, refresh_per_second=REDRAWS_PER_SECOND,
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
+        )  # fmt: skip
+
+    def panel(self) -> Panel:
+        """The run as it is now."""
+        rows = Table.grid(padding=(0, 2), expand=True)
+        rows.add_column(style="dim", no_wrap=True)
+        rows.add_column(ratio=1)
+        for title, value in self._rows().items():
+            rows.add_row(title, value)
+        return Panel(rows, title=Text(self._name, overflow="ellipsis"), title_align="left",
+                     border_style="dim", box=box.ROUNDED)  # fmt: skip
+
+    def _rows(self) -> dict[str, RenderableType]:
+        record = self._record
+        rows: dict[str, RenderableType] = {"step": self._progress()}
+        if record:
+            finite = math.isfinite(record["loss"])
+            loss = Text(f"{record['loss']:.4g}  ", style="bold" if finite else "bold red")
+            if not self._console.options.ascii_only:
+                room = max(8, self._console.width - MARGIN)
+                loss.append(sparkline(list(self._losses)[-room:]), style="cyan")
+            rows["loss"] = loss
+            norm, lr = f"{record['grad_norm']:.2g}", f"{record['lr']:.1e}"
+            rows["gradient"] = Text(f"norm {norm}  lr {lr}")
+            rows["speed"] = Text("  ".join(self._speed("data wait")))
+            rows["memory"] = Text(f"{record['memory_gib']:.2f} GiB")
+        if self._evaluation:
+            rows["eval"] = Text(self._evaluation)
+        there = "none yet" if self._saved is None else f"step {self._saved}"
+        rows["checkpoint"] = Text(there)
+        return rows
+
+    def _progress(self) -> Table:
+        line = Table.grid(padding=(0, 2), expand=True)
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True, justify="right")
+        left = "" if math.isnan(self._seconds_left) else f"  eta {duration(self._seconds_left)}"
+        line.add_row(
+            f"{self._step}/{self._steps}", ProgressBar(self._steps, self._step),
+            f"{100 * self._step / self._steps:.0f} %{left}",
+        )  # fmt: skip
+        return line
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Blocks of eight heights between the least and the largest value; a gap for no number."""
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(
+        BLOCKS[round((value - low) * scale)] if math.isfinite(value) else " " for value in values
+    )
+
+
+def short(number: float) -> str:
     """Three digits and a unit: 12345 is 12.3k."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:

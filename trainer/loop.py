@@ -51,14 +51,18 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         with Saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
                 saver.save(state)  # something to go back to
+            returns = 0  # to a checkpoint, within this process
             while True:
                 loader = open_loader(config, state)
                 try:
                     with open_recorder(config, runtime, state) as recorder:
                         run = Run(config, state, loader, recorder, saver, supervisor)
+                        if not returns:
+                            recorder.begins()
                         take_steps(run)
                         return finish(run)
                 except RolledBackError:
+                    returns += 1
                     saver.forget()
                     restore(config, state, data)  # as a run started again, but for its processes
                 finally:
@@ -193,6 +197,13 @@ def save(run: Run, eval_loss: float | None) -> None:
         run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
+    tell_saves(run)
+
+
+def tell_saves(run: Run) -> None:
+    """A line of metrics for each save that has ended meanwhile."""
+    for record in run.saver.news():
+        run.recorder.saved(record)
 
 
 def look(run: Run) -> None:
@@ -221,6 +232,7 @@ def report(run: Run, step: Step) -> None:
         state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
         int(state.tokens.item()), run.loader.wait_seconds,
     )  # fmt: skip
+    tell_saves(run)
     run.supervisor.note()
 
 
@@ -242,6 +254,9 @@ def finish(run: Run) -> dict[str, float]:
                 temperature=0.8, seed=config.seed,
             )  # fmt: skip
         recorder.say(f"a sample:\n{writer.decode(text)}")
+    with recorder.pause("save"), run.supervisor.watch.long():
+        run.saver.wait(last=True)
+    tell_saves(run)
     return values
 
 

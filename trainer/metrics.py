@@ -1,17 +1,14 @@
-"""What a run tells: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb.
+"""What a run tells: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb and others.
 
 One rank writes. Everything here is plain Python on numbers that the loop already has; the one thing
 it asks of the device is to be idle where a pause begins and ends, so that times are right.
 """
 
-import json
-import math
-import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,12 +17,12 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from parallel.simulate import Span
-from trainer.config import ConfigError, MetricsConfig
+from trainer.config import MetricsConfig
 from trainer.display import Display, open_console
 from trainer.flops import peak_flops
 from trainer.goodput import Goodput, sentence
-from trainer.status import write_atomically
-from trainer.tracker import Tracker
+from trainer.journal import NAME, MetricsFile
+from trainer.tracker import TOOLS, Tracker
 
 PROFILER_WARMUP_STEPS = 10
 DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
@@ -60,100 +57,6 @@ class Stopwatch:
             self._mark, self.paused_seconds = mark + seconds, paused + seconds
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object a line, whole at any moment."""
-
-    def __init__(self, path: Path, start_step: int, say: Callable[[str], None]):
-        """Open to append; lines that a resumed run would write a second time are dropped.
-
-        Raises ConfigError if the file cannot be written.
-        """
-        self._path, self._say = path, say
-        self._waiting = b""  # lines that found no room yet
-        self._full = False
-        try:
-            kept, self.dropped = _parted(path, start_step) if path.exists() else ([], [])
-            self._file = path.open("ab", buffering=0)
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
-            ) from error
-        lines = map(json.loads, kept)
-        # Splits that a run which goes on has measured already.
-        self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
-
-    def append(self, record: dict[str, Any]) -> None:
-        """Write one line, at once; numbers that are not finite become null.
-
-        Where there is no room, lines wait in memory until there is.
-        """
-        finite = {k: None if _is_bad(value) else value for k, value in record.items()}
-        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            if not self._full:
-                self._say(
-                    f"{self._path} cannot be written ({error.strerror}); training goes on, and "
-                    "its lines are kept until they can"
-                )
-            self._full = True
-        else:
-            self._full = False
-
-    def close(self) -> None:
-        """Close the file, after a last try to write what waits."""
-        with suppress(OSError):
-            self._write()
-        if self._waiting:
-            count = self._waiting.count(b"\n")
-            self._say(f"{self._path}: there was no room for the last {count} lines")
-        self._file.close()
-
-    def _write(self) -> None:
-        whole = os.fstat(self._file.fileno()).st_size
-        left = memoryview(self._waiting)
-        try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError:
-            os.ftruncate(self._file.fileno(), whole)  # a line is there or it is not
-            raise
-        self._waiting = b""
-
-
-def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
-    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
-
-    Returns the lines that stay and those dropped.
-    """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept: list[str] = []
-    dropped: list[str] = []
-    for line in lines:
-        (kept if _stays(line, start_step) else dropped).append(line)
-    if dropped:
-        write_atomically(path, "".join(kept))
-    return kept, dropped
-
-
-def _stays(line: str, start_step: int) -> bool:
-    if not line.endswith("\n"):
-        return False
-    try:
-        record = json.loads(line)
-        if record.get("action") == "rollback":
-            return True  # what was left out of the data does not come again
-        # A run that starts over keeps nothing else: its evaluation at step 0 comes again too.
-        return 0 < start_step >= record["step"]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        return False
-
-
-def _is_bad(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
-
-
 def memory_gib(device: torch.device) -> float:
     """Peak memory of this process: of its tensors on a GPU, all that is resident on a CPU."""
     if device.type == "cuda":
@@ -178,7 +81,7 @@ class Recorder:
     ):  # fmt: skip
         self._config, self._run_dir = config, Path(run_dir)
         self._first, self._steps, self._start_step = first, steps, start_step
-        self._device = device
+        self._device, self._devices = device, devices
         self._flops_per_token = flops_per_token
         peak = config.peak_tflops * 1e12 or _known_peak(device, precision_name)
         self._all_peaks = devices * peak if peak else None
@@ -188,11 +91,15 @@ class Recorder:
         self._started = False
         self.profiler: profile | None = None
         if first:
-            self._display = Display(console or open_console(), steps, unit)
-            path = self._run_dir / "metrics.jsonl"
-            self._file = MetricsFile(path, start_step, self.say)
-            dropped = self._file.dropped
-            self._tracker = Tracker(config, self._run_dir, resolved, self.say, dropped=dropped)
+            name = self._run_dir.resolve().name
+            self._display = Display(console or open_console(), steps, unit, name)
+            self._file = MetricsFile(self._run_dir / NAME, start_step, self.say)
+            self._trackers = [
+                Tracker(
+                    config, self._run_dir, resolved, self.say, tool=tool, start_step=start_step,
+                    dropped=self._file.dropped,
+                ) for tool in TOOLS
+            ]  # fmt: skip
             self._goodput = Goodput(self._run_dir, clock)
 
     def __enter__(self) -> Self:
@@ -209,7 +116,18 @@ class Recorder:
         finally:
             self._display.close()
             self._file.close()
-            self._tracker.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def begins(self) -> None:
+        """A line of this start of the run: from which step, on how many ranks, and when.
+
+        Not of a return to a checkpoint within the process.
+        """
+        if self._first:
+            number, now = self._goodput.ledger.starts, round(time.time(), 3)
+            record = {"event": "start", "step": self._start_step, "start": number}
+            self._file.append(record | {"ranks": self._devices, "time": now})
 
     def start(self, tokens: int) -> None:
         """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""
@@ -259,7 +177,8 @@ class Recorder:
         paused_seconds = self._stopwatch.paused_seconds / max(1, step - self._start_step)
         seconds_left = (self._steps - step) * (record["step_seconds"] + paused_seconds)
         self._display.training(record, seconds_left)
-        self._tracker.poll()
+        for tracker in self._trackers:
+            tracker.poll()
         self._goodput.save()
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
@@ -273,6 +192,13 @@ class Recorder:
         if self._first:
             self._file.append(record)
             self.say(text)
+
+    def saved(self, record: dict[str, Any]) -> None:
+        """The line of a save that has ended (saver.py)."""
+        if self._first:
+            self._file.append(record)
+            if record["event"] == "save":
+                self._display.saved(record["step"])
 
     def timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
         """Draw a pipeline's step as it ran."""

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,7 @@ def tokenizer_path(run_dir: str | Path) -> Path:
 
 def load_config(run_dir: str | Path) -> TrainConfig:
     """The configuration a run was trained with; raises ConfigError if the folder holds no run."""
-    path = Path(run_dir) / "config.yaml"
-    if not str(run_dir) or not path.is_file():
-        raise ConfigError(_no_run(str(run_dir)))
+    path = _config_path(run_dir)
     try:
         values = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -114,6 +113,25 @@ def load_config(run_dir: str | Path) -> TrainConfig:
     loaded = OmegaConf.to_object(values)
     assert isinstance(loaded, TrainConfig)
     return loaded
+
+
+def saved_values(run_dir: str | Path) -> dict[str, Any]:
+    """What config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
+    path = _config_path(run_dir)
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    return _flat(values)
+
+
+def _config_path(run_dir: str | Path) -> Path:
+    path = Path(run_dir) / "config.yaml"
+    if not str(run_dir) or not path.is_file():
+        raise ConfigError(_no_run(str(run_dir)))
+    return path
 
 
 def _refuse(config: TrainConfig, folder: Path) -> None:
@@ -179,13 +197,13 @@ def _is_good(path: Path) -> bool:
     return True
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             found |= _flat(value, f"{prefix}{key}.")
         else:
-            found[prefix + key] = value
+            found[f"{prefix}{key}"] = value
     return found
 
 

@@ -9,6 +9,8 @@ import logging
 import shutil
 import time
 import traceback
+from collections import deque
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -84,6 +86,7 @@ class Saver:
         self._number = 0
         self._thread: Thread | None = None
         self._outcome: dict[str, str] = {}
+        self._news: deque[dict[str, Any]] = deque()
         self._saved_step = state.step if there else -1
         self._step_in_flight = -1
         self._warned = False
@@ -132,6 +135,11 @@ class Saver:
         if problem and (last or self._config.checkpoint.on_error == "stop"):
             raise ConfigError(problem)
 
+    def news(self) -> Iterator[dict[str, Any]]:
+        """On rank 0, a line of metrics for each save that has ended since the last call."""
+        while self._news:
+            yield self._news.popleft()
+
     def forget(self) -> None:
         """Wait, before the run goes back: a step that was saved may be saved again."""
         self.wait()
@@ -152,6 +160,7 @@ class Saver:
         self._warn(save)
         if not self._outcome:
             self._retain(save)
+        self._note(save)
 
     def _written(self, save: Save) -> dict[str, Any]:
         """What this rank has written, or why it could not."""
@@ -221,6 +230,15 @@ class Saver:
         for step, path in found:
             if options.keep and step not in chosen:
                 _remove(path)
+
+    def _note(self, save: Save) -> None:
+        if "problem" in self._outcome:
+            reason = self._outcome["problem"]
+            self._news.append({"event": "save_failed", "step": save.step, "reason": reason})
+        elif not self._outcome:
+            seconds = round(time.monotonic() - save.began, 3)
+            gib = round(self._shard.total_bytes / 2**30, 6)
+            self._news.append({"event": "save", "step": save.step, "seconds": seconds, "gib": gib})
 
     def _warn(self, save: Save) -> None:
         told = self._config.checkpoint.on_error == "stop" or save.step >= self._config.steps

@@ -1,7 +1,8 @@
-"""wandb as a mirror of metrics.jsonl, in a process of its own, so that it cannot hold up a run.
+"""Mirrors of metrics.jsonl, each in a process of its own, so that none can hold up a run.
 
-wandb may prompt, wait for a network for minutes, raise, or wait again when the interpreter exits.
-None of that reaches the trainer: it starts `python -m trainer.tracker`, which follows the file.
+wandb may prompt, wait for a network for minutes, raise, or wait again when the interpreter exits;
+TensorBoard's files may find no room. None of that reaches the trainer: it starts `python -m
+trainer.tracker`, which follows the file.
 """
 
 import json
@@ -10,17 +11,21 @@ import re
 import secrets
 import subprocess
 import sys
+import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trainer.config import MetricsConfig
+from trainer.journal import NAME
 
 POLL_SECONDS = 1.0  # between looks at the file
-INSTALL = 'pip install "samestep[wandb]"'
+TOOLS = ("wandb", "tensorboard")  # each is an extra of this package
 KEPT = "metrics.jsonl has everything"
 
 
@@ -28,9 +33,13 @@ KEPT = "metrics.jsonl has everything"
 class Mirror:
     """What the process is told."""
 
-    mode: str  # offline | online
+    tool: str
+    mode: str  # of wandb: offline | online
     project: str
+    group: str
+    tags: list[str]
     run_dir: str
+    start_step: int
     offset: int  # bytes of metrics.jsonl that an earlier start of this run has mirrored
     mirrored: list[list[Any]]  # (step, kind) of lines that an earlier start has mirrored beyond it
     resolved: dict[str, Any]
@@ -43,27 +52,30 @@ class Tracker:
     def __init__(
         self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
         say: Callable[[str], None], patience_seconds: float = 5.0, grace_seconds: float = 120.0,
-        dropped: Sequence[str] = (),
+        dropped: Sequence[str] = (), tool: str = "wandb", start_step: int = 0,
     ):  # fmt: skip
-        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if wandb is off.
+        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if the tool is off.
 
         `dropped` are lines of an earlier start that are written a second time: wandb has them.
         """
-        self._say = say
+        self._say, self._tool = say, tool
         self._patience_seconds = patience_seconds
         self._heard = b""
         self._process: subprocess.Popen | None = None
-        if config.wandb == "off":
+        if not (config.tensorboard if tool == "tensorboard" else config.wandb != "off"):
             return
-        offset = (run_dir / "metrics.jsonl").stat().st_size
+        offset = (run_dir / NAME).stat().st_size
+        if tool == "tensorboard" and not curves(run_dir).exists():
+            offset = 0  # what was written before it was asked for belongs to the curves
         mirror = Mirror(
-            config.wandb, config.wandb_project, str(run_dir), offset,
+            tool, config.wandb, config.wandb_project, config.wandb_group, config.wandb_tags,
+            str(run_dir), start_step, offset,
             furthest(dropped) if run_id_path(run_dir).exists() else [], resolved, grace_seconds,
         )  # fmt: skip
         try:
             self._process = _start(mirror)
         except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
-            say(f"wandb cannot be started ({error}); {KEPT}")
+            say(f"{tool} cannot be started ({error}); {KEPT}")
 
     def poll(self) -> None:
         """Pass on what the process has to say; never waits."""
@@ -78,10 +90,10 @@ class Tracker:
             process.stdout.close()
             self._process = None
             if status != 0 and not lines:
-                self._say(f"wandb ended with status {status}; {KEPT}")
+                self._say(f"{self._tool} ended with status {status}; {KEPT}")
 
     def close(self) -> None:
-        """Let wandb finish, for a few seconds; then leave it to itself."""
+        """Let the tool finish, for a few seconds; then leave it to itself."""
         process = self._process
         if process is None or process.stdin is None:
             return
@@ -91,7 +103,8 @@ class Tracker:
             process.stdin.close()
             process.wait(self._patience_seconds)
         except subprocess.TimeoutExpired:
-            self._say(f"wandb is not done after {self._patience_seconds:g} s: left to itself")
+            waited = f"{self._patience_seconds:g} s"
+            self._say(f"{self._tool} is not done after {waited}: left to itself")
         except OSError:
             pass  # it has ended already; poll says so
         self.poll()
@@ -161,6 +174,19 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
     return {prefix + k: v for k, v in numbers.items() if k not in hidden}
 
 
+def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
+    """A line's numbers under TensorBoard's names, whose parts make its sections."""
+    kind = kind_of(record) or "train"
+    hidden = ("step", "time")  # an axis of its own; more digits than it keeps
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+    return {f"{kind}/{k}": v for k, v in numbers.items() if k not in hidden}
+
+
+def curves(run_dir: Path) -> Path:
+    """Where TensorBoard's event files are."""
+    return run_dir / "tensorboard"
+
+
 def run_id_path(run_dir: Path) -> Path:
     """Where the id of the run on wandb is kept, so that every start goes on with the same one."""
     return run_dir / "wandb" / "run-id"
@@ -186,7 +212,7 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
         "mode": mirror.mode, "project": mirror.project,
         "dir": mirror.run_dir, "config": mirror.resolved,
         "id": _run_id(Path(mirror.run_dir)), "name": Path(mirror.run_dir).resolve().name,
-        "resume": "allow",
+        "resume": "allow", "group": mirror.group or None, "tags": mirror.tags or None,
         "settings": wandb.Settings(silent=True, console="off", init_timeout=10),
     }  # fmt: skip
     if mirror.mode == "online" and not wandb.login(prompt=False, verify=False):
@@ -202,16 +228,57 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
         return wandb.init(**{**options, "mode": "offline"})
 
 
+class Wandb:
+    """A run on wandb, which takes steps in rising order only."""
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        self._run, self._mirrored, self._step = _open_run(mirror, say), mirror.mirrored, 0
+        self.finish = self._run.finish
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass on a line, unless an earlier start has; a save's comes when it has ended."""
+        if not is_mirrored(record, self._mirrored):
+            self._step = max(self._step, record["step"])
+            self._run.log(to_wandb(record), step=self._step)
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard; readers drop what an earlier start wrote beyond it."""
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        # Without the tensorboard package there is none; its own writer, since those of torch and
+        # tensorboardX import torch, which takes seconds and memory.
+        self._proto = import_module("tensorboard.compat.proto.event_pb2")
+        files = import_module("tensorboard.summary.writer.event_file_writer")
+        text = import_module("tensorboard.plugins.text.summary_v2").text_pb
+        self._files = files.EventFileWriter(str(curves(Path(mirror.run_dir))), flush_secs=10)
+        self.finish = self._files.close
+        # Lines up to the step of the checkpoint stay; those behind it come again.
+        first = mirror.start_step + 1 if mirror.start_step else 0
+        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add(step=first, session_log=started)
+        shown = textwrap.indent(json.dumps(mirror.resolved, indent=1), "    ")
+        self._add(step=first, summary=text("config", shown))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass on a line's numbers."""
+        numbers = to_tensorboard(record)
+        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
+        self._add(step=record["step"], summary={"value": values})
+
+    def _add(self, **event: Any) -> None:
+        self._files.add_event(self._proto.Event(wall_time=time.time(), **event))
+
+
 def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
-    run = _open_run(mirror, say)
+    run = TensorBoard(mirror, say) if mirror.tool == "tensorboard" else Wandb(mirror, say)
     failed = False
-    for record in follow(Path(mirror.run_dir) / "metrics.jsonl", mirror.offset, ended):
+    for record in follow(Path(mirror.run_dir) / NAME, mirror.offset, ended):
         try:
-            if not is_mirrored(record, mirror.mirrored):
-                run.log(to_wandb(record), step=record["step"])
+            run.log(record)
         except Exception as error:
             if not failed:
-                say(f"wandb does not take all records ({_brief(error)}); {KEPT}")
+                say(f"{mirror.tool} does not take all records ({_brief(error)}); {KEPT}")
             failed = True
     try:
         run.finish()
@@ -244,9 +311,10 @@ def _main(text: str) -> None:
     try:
         _mirror(mirror, ended, say)
     except ImportError as error:
-        say(f"wandb cannot be imported ({_brief(error)}): {INSTALL}; {KEPT}")
+        install = f'pip install "samestep[{mirror.tool}]"'
+        say(f"{mirror.tool} cannot be imported ({_brief(error)}): {install}; {KEPT}")
     except Exception as error:
-        say(f"wandb gave up ({_brief(error)}); {KEPT}")
+        say(f"{mirror.tool} gave up ({_brief(error)}); {KEPT}")
 
 
 if __name__ == "__main__":

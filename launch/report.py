@@ -1,0 +1,63 @@
+"""One HTML page about a run, or several side by side: `python launch/report.py --help`."""
+
+import argparse
+import difflib
+import re
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from launch.messages import write_error
+from parallel.config import ConfigError
+from trainer.report import NAME, write_report
+
+KEYS = ("run_dir", "output")
+
+
+def main(arguments: list[str]) -> int:
+    """Writes the page and says where it is; 0 = written, 2 = a user's mistake."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s run_dir=RUN [RUN ...] [output=FILE]",
+        description="Write one HTML page with the curves, events and configuration of a run, or of "
+        "several side by side. It needs no network and is looked at in any browser.",
+    )
+    page = f"the page; {NAME} in the first run's folder unless given"
+    parser.add_argument("given", nargs="+", metavar="RUN", help=f"a run's folder. FILE: {page}")
+    try:
+        run_dirs, output = understood(parser.parse_args(arguments).given)
+        path, notes = write_report(run_dirs, output)
+    except ConfigError as error:
+        write_error("\n".join(error.problems))
+        return 2
+    console = Console()
+    for line in (*notes, f"report: {path}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def understood(given: list[str]) -> tuple[list[Path], Path | None]:
+    """The runs' folders and the page's file; a folder's name may hold an equals sign itself."""
+    run_dirs: list[Path] = []
+    output: Path | None = None
+    for argument in given:
+        key, equals, value = argument.partition("=")
+        if equals and key in KEYS:
+            if key == "output":
+                output = Path(value)
+            else:
+                run_dirs.append(Path(value))
+        elif equals and re.fullmatch(r"\w+", key) and not Path(argument).exists():
+            near = difflib.get_close_matches(key, KEYS, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"{argument}: the keys are run_dir and output; did you mean {near[0]}={value}?"
+            )
+        else:
+            run_dirs.append(Path(argument))
+    if not run_dirs:
+        raise ConfigError("no run is named; say run_dir=RUN")
+    return run_dirs, output
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,258 @@
+"""The report: what a run's folder tells, in a page that needs nothing else and trusts nothing."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.report import main
+from trainer.chart import Axis, Curve, Mark, chart, lanes, round_values, smoothed, thinned
+from trainer.config import ConfigError
+from trainer.history import read_history
+from trainer.manifest import Manifest, write_manifest
+from trainer.report import differing, page, summary
+from trainer.run_dir import checkpoint_path
+
+CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
+SECONDS = {"useful": 80, "restart": 12, "save": 1, "data_wait": 0, "evaluation": 5, "repeated": 2,
+           "other": 0}  # fmt: skip
+STATUS = {
+    "state": "stopped", "step": 40, "steps": 60, "checkpoint": 40, "reason": "SIGTERM", "rank": 0,
+    "code": 75, "from_step": 20, "attempts": 1, "pid": 1, "host": "here", "started": 1.7e9,
+    "updated": 1.7e9,
+}  # fmt: skip
+
+
+def training(step: int, **values: Any) -> dict[str, Any]:
+    rest = {"grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 1000.0 + step, "memory_gib": 0.5}
+    return {"step": step, "loss": 5.0 - step / 20} | rest | values
+
+
+LINES: list[dict[str, Any]] = [
+    {"event": "start", "step": 0, "start": 1, "ranks": 1, "time": 1.7e9},
+    *(training(step) for step in range(2, 21, 2)),
+    {"step": 20, "split": "valid", "eval_loss": 4.5, "perplexity": 90.0},
+    {"event": "save", "step": 20, "seconds": 0.4, "gib": 0.01},
+    {"event": "start", "step": 20, "start": 2, "ranks": 2, "time": 1.7e9 + 60},
+    {"event": "bad_step", "step": 24, "rank": 1, "kind": "loss", "action": "skip", "samples": [3]},
+    *(training(step) for step in range(22, 41, 2)),
+    {"event": "goodput", "step": 40, "useful_share": 0.8},
+    {"event": "of_tomorrow", "step": 40, "what": "<script>alert(1)</script>"},
+    {"step": 40, "split": "test", "eval_loss": 3.25, "bleu": 20.5},
+]
+
+
+def run_in(folder: Path, lines: list[dict[str, Any]] | None = None, lr: str = "0.001") -> Path:
+    """A run's folder as a run leaves it."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG.format(lr=lr) + f"run_dir: {folder.name}\n")
+    told = LINES if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    (folder / "status.json").write_text(json.dumps(STATUS))
+    ledger = {"seconds": SECONDS, "starts": 2, "down_seconds": 20.0}
+    (folder / "goodput.json").write_text(json.dumps(ledger))
+    return folder
+
+
+class Page(HTMLParser):
+    """The tags of a page, which must close in order, and its text."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, (tag, self.getpos())
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] not in (["script"], ["style"]):
+            self.text += data
+
+    def charts(self) -> dict[str, dict[str, Any]]:
+        """What the script reads, by title."""
+        found = [attrs for tag, attrs in self.tags if "data-chart" in attrs]
+        return {str(a["aria-label"]): json.loads(str(a["data-chart"])) for a in found}
+
+
+def test_a_page_shows_all_that_a_run_tells(tmp_path: Path) -> None:
+    history = read_history(run_in(tmp_path / "a <b>run</b>"))
+    assert history.notes == []
+    text = page([history], 1.7e9)
+    shown = Page(text)
+    charts = shown.charts()
+    (curve, valid) = charts["Loss, nats; dots: valid split"]["curves"]
+    assert [point[0] for point in curve["points"]] == list(range(2, 41, 2))
+    assert curve["points"][0] == [2, 4.9] and valid["points"] == [[20, 4.5]]
+    assert charts["Perplexity, valid split"]["curves"][0]["points"] == [[20, 90.0]]
+    for title in ("Learning rate", "Throughput, tokens per second", "Gradient norm, before clip"):
+        assert any(name.startswith(title) for name in charts), title
+    assert "Model FLOPs utilisation, share of the peak" not in charts  # nothing to draw
+    assert {mark for tag, a in shown.tags if tag == "path" for mark in [a.get("class")]} >= {
+        "start", "restart", "save", "evaluation", "bad-step", "other"
+    }  # fmt: skip
+    assert "start 2, from step 20 on 2 ranks" in shown.text
+    assert "the loss is bad on rank 1; what was done: skip" in shown.text
+    assert "what <script>alert(1)</script>" in shown.text  # as text
+    assert text.count("<script") == 1 and "<b>run</b>" not in text
+    assert "useful steps 66.7 %, restart 10.0 %" in shown.text  # of 120 s with those between starts
+    assert "optim.betas" in shown.text
+
+
+def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
+    text = page([read_history(run_in(tmp_path / "run"))], 1.7e9)
+    assert "default-src 'none'" in text
+    attributes = {name for _, attrs in Page(text).tags for name in attrs}
+    assert not attributes & {"src", "href", "srcset", "action"}
+    assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
+
+
+def test_the_row_of_a_run(tmp_path: Path) -> None:
+    row = summary(read_history(run_in(tmp_path / "run")))
+    assert row == {
+        "status": "stopped: SIGTERM", "steps": "40 of 60", "last loss": "3",
+        "valid loss, least": "4.5", "test loss": "3.25", "test bleu": "20.5",
+        "tok/s, median": "1.02k", "memory": "0.50 GiB", "time": "2:00", "starts": "2",
+        "goodput": "80.0 %",
+    }  # fmt: skip
+
+
+def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
+    runs = [run_in(tmp_path / "one"), run_in(tmp_path / "two", lr="0.004")]
+    (runs[1] / "config.yaml").write_text((runs[1] / "config.yaml").read_text() + "new: 3\n")
+    histories = [read_history(run) for run in runs]
+    assert differing(histories) == ["optim.lr", "new"]  # not run_dir
+    shown = Page(page(histories, 1.7e9))
+    table = shown.text[shown.text.index("Where the configurations differ") :]
+    assert re.match(r"[^.]*key● one● twooptim\.lr0\.0010\.004new–3", table)
+    assert [c["run"] for c in shown.charts()["Learning rate"]["curves"]] == [0, 1]
+    same = [read_history(run_in(tmp_path / name / "run")) for name in "ab"]
+    text = Page(page(same, 1.7e9)).text
+    assert "The same in all runs" in text
+    assert str(tmp_path / "a" / "run") in text  # folders of one name go by their path
+
+
+def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = run_in(tmp_path / "one"), run_in(tmp_path / "optim.lr=1" / "two")
+    assert main([f"run_dir={one}"]) == 0
+    assert capsys.readouterr().out == f"report: {one / 'report.html'}\n"
+    assert main([str(one), str(two), f"output={tmp_path / 'both.html'}"]) == 0
+    assert "<h1>one, two</h1>" in (tmp_path / "both.html").read_text()
+    for arguments, message in (
+        ([f"run_dir={tmp_path / 'oen'}"], rf"holds no run .*did you mean run_dir={one}\?"),
+        ([f"run_dri={one}"], rf"the keys are run_dir and output; did you mean run_dir={one}\?"),
+        (["output=a.html"], r"no run is named; say run_dir=RUN"),
+        ([str(one), f"output={tmp_path}"], r"cannot be written \(it is a folder\); name another"),
+        ([str(one), f"output={tmp_path}/no/a.html"], r"cannot be written \(No such file or dir"),
+    ):
+        assert main(arguments) == 2
+        told = capsys.readouterr().err
+        assert re.search(message, told) and told.count("\n") == 1, told
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["both.html", "one", "optim.lr=1"]
+
+
+def test_what_is_missing_or_damaged_is_a_note(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text(CONFIG.format(lr=1))
+    history = read_history(empty)
+    assert history.notes == ["no metrics yet: metrics.jsonl holds no step"]
+    assert summary(history) == {"status": "unknown: no status.json", "steps": "0"}
+    Page(page([history], 0.0))
+
+    bad = run_in(tmp_path / "bad")
+    lines = (bad / "metrics.jsonl").read_text().splitlines()
+    damaged = ["{", "[1]", '{"loss": 3}', '{"step": Infinity}', '{"step": "a"}', "\0" * 4]
+    odd = {"step": 42, "loss": "3", "lr": True, "grad_norm": None, "mfu": float("nan")}
+    whole = [lines[0], *damaged, *lines[1:], json.dumps(odd), '{"step": 44, "lo']
+    (bad / "metrics.jsonl").write_text("\n".join(whole))
+    for name in ("config.yaml", "rollbacks.json", "status.json", "goodput.json"):
+        (bad / name).write_text("[")
+    checkpoint_path(bad, 20).mkdir(parents=True)
+    history = read_history(bad)
+    # A last line without an end is being written.
+    assert "metrics.jsonl: damaged and passed over: line 2, 3, 4, 5, 6 and 1 more" in history.notes
+    for part in ("config.yaml cannot be read", "rollbacks.json is damaged", "manifest.json is mis"):
+        assert any(part in note for note in history.notes), part
+    assert len(history.curve("loss")) == 20
+    assert all(note.split("&")[0] in Page(page([history], 0.0)).text for note in history.notes)
+
+
+def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    for step in (20, 30):  # the line of the second was lost with its run
+        folder = checkpoint_path(run, step)
+        folder.mkdir(parents=True)
+        write_manifest(folder, Manifest("r", step, {}, {}, "", None, {}, {}))
+    (run / "rollbacks.json").write_text('[{"step": 30, "data_steps": [35, 36]}]')
+    history = read_history(run)
+    assert history.notes == []
+    saves = [(event.step, event.text) for event in history.events if event.kind == "save"]
+    assert saves == [(20, "checkpoint saved, 0.4 s"), (30, "checkpoint, there now")]
+    (rollback,) = [event for event in history.events if event.kind == "rollback"]
+    assert rollback.text == "back to step 30; left out from then on: steps 35, 36 of data"
+    assert [event.step for event in history.events] == sorted(e.step for e in history.events)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"holds no run \(no config\.yaml\)"):
+        read_history(tmp_path)
+
+
+def test_axes() -> None:
+    assert round_values(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert round_values(3.1, 4.9) == pytest.approx([3.5, 4.0, 4.5])
+    assert round_values(-1e-9, 1e-9)[1] == pytest.approx(-5e-10)
+    assert round_values(5, 5) == [5]
+    axis = Axis([1.0, 1000.0], 100, 0, log=True)
+    assert [axis(1), axis(1000)] == [100, 0] and axis(10) == pytest.approx(200 / 3)
+    assert axis.ticks() == pytest.approx([1, 10, 100, 1000])
+    assert Axis([3.0, 70.0], 0, 1, log=True).ticks() == pytest.approx([5, 10, 20, 50])
+    assert not Axis([0.0, 1000.0], 0, 1, log=True).log
+    assert Axis([2.0, 2.0], 0, 100)(2.0) == 50
+    assert Axis([], 0, 1).ticks()
+
+
+def test_long_curves_keep_their_spikes() -> None:
+    points = [(float(i), 0.0) for i in range(100_000)]
+    points[54_321] = (54_321.0, 9.0)
+    few = thinned(points)
+    assert len(few) <= 500 and (54_321.0, 9.0) in few and few == sorted(few)
+    assert thinned(points[:3]) == points[:3]
+    line = [(float(i), 2.0 * i) for i in range(100)]
+    means = [value for _, value in smoothed(line)]
+    assert means == pytest.approx([value for _, value in line])  # straight stays, ends too
+    assert smoothed(points)[54_321][1] < 9.0
+
+
+def test_a_chart_places_its_values() -> None:
+    curve = Curve("a", 9, [(0, 1.0), (50, 2.0), (100, 3.0)])
+    marks = [Mark(50, 9, "restart", "2 < 3"), Mark(50, 9, "save", "")]
+    figure = chart("T & U", [curve, Curve("none", 1, [])], marks, (0, 100))
+    places = re.search(r'points="([^"]+)"', figure)
+    assert places
+    (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in places[1].split())
+    assert x1 - x0 == x2 - x1 > 100 and y0 - y1 == y1 - y2 > 50
+    assert f"M{x1},10V" in figure and "2 &lt; 3" in figure and "T &amp; U" in figure
+    assert 'class="curve c1 dashed"' in figure  # colours come again
+    assert figure.count('class="mark') == 1  # a save is in the lanes alone
+    assert chart("T", [Curve("none", 1, [])], marks, (0, 100)) == ""
+    assert lanes("T", ["a"], [], (0, 100)) == ""
+    many = [Mark(step, 0, "save", "") for step in range(1000)]
+    assert 20 < lanes("T", ["a"], many, (0, 1000)).count('class="glyph"') < 160
