@@ -138,6 +138,7 @@ RANGES = {
     "checkpoint.keep_every": COUNT_OR_OFF,
     "checkpoint.grace_seconds": COUNT_OR_OFF,
     "resume_step": COUNT_OR_OFF,
+    "overfit_steps": COUNT_OR_OFF,
     "metrics.every": COUNT,
     "metrics.sample_tokens": COUNT_OR_OFF,
     "metrics.profile_steps": COUNT_OR_OFF,

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from conf.check import complete, problems
 from conf.layout import micro_batch_size, model_problems
+from launch.versions import note_start
 from parallel.config import ConfigError, data_degree, resolve
 from parallel.schedule import warnings
 from trainer import data, goodput
@@ -54,6 +55,8 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     open_run_dir(config, held)
     keep_tokenizer(config)
     goodput.begin(Path(config.run_dir), opened, time.time())
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
     return config
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -110,24 +111,10 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
     if scratch and door.name == "train":
         opened = import_module("launch.sweep").Sweep(Path(scratch))
 
-    def task(cfg: DictConfig) -> float | None:
-        if sweep is not None:
-            return sweep.run(cfg, lambda point, console: _run_job(door, point, ranks, console))
-        try:
-            _run_job(door, cfg, ranks)
-        except JobFailedError as failed:
-            if not scratch:
-                raise SystemExit(failed.code) from None
-            raise
-        except SystemExit as stop:
-            if scratch and not ranks and stop.code != STOPPED:
-                raise JobFailedError(1) from None
-            raise
-        return None
-
     try:
         with opened as sweep:
-            hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
+            job = _job_of(door, ranks, bool(scratch), sweep)
+            hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(job)()
         return sweep.code if sweep else 0
     except JobFailedError as failed:
         return failed.code
@@ -140,6 +127,27 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
         return 1
     except Exception as error:
         return _tell(door, error)
+
+
+def _job_of(door: Door, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictConfig], Any]:
+    """What Hydra calls with each composed configuration."""
+
+    def task(cfg: DictConfig) -> float | None:
+        if sweep is not None:
+            return sweep.run(cfg, lambda point, console: _run_job(door, point, ranks, console))
+        try:
+            _run_job(door, cfg, ranks)
+        except JobFailedError as failed:
+            if not sweeps:
+                raise SystemExit(failed.code) from None
+            raise
+        except SystemExit as stop:
+            if sweeps and not ranks and stop.code != STOPPED:
+                raise JobFailedError(1) from None
+            raise
+        return None
+
+    return task
 
 
 def _sweeps() -> bool:

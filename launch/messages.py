@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.help import groups
 from conf.schema import SCHEMAS, known_keys
 from parallel.config import ConfigError
+from trainer.display import CONSOLE
 
 TYPES = {
     "int": "a whole number",
@@ -27,6 +28,8 @@ TYPES = {
     "list[str]": "a list of texts, e.g. [a,b]",
 }
 
+
+log = logging.getLogger(__name__)
 
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
 
@@ -64,6 +67,37 @@ def log_to_stderr(rank: int) -> None:
         format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
     )
     atexit.register(let_go_of_streams)
+
+
+class _Forgiving(logging.FileHandler):
+    """A log that finds no room is not worth a word, and no run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing."""
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """What is logged, and what the run's console shows as lines, is in this file as well."""
+    try:
+        handler = _Forgiving(path, encoding="utf-8")
+    except OSError as error:
+        log.warning("%s cannot be written (%s)", path, error.strerror)
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    console = logging.getLogger(CONSOLE)
+    console.setLevel(logging.INFO)
+    loggers = (logging.getLogger(), console)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
 
 
 def let_go_of_streams() -> None:

@@ -107,7 +107,7 @@ class Sweep:
                 log.info("%s has failed before; retry_failed=true tries it again", point.name)
                 raise JobFailedError(point.code, point.reason)
             with self._running(point, folder):
-                work(cfg, folder / "console.txt")
+                work(cfg, folder / "log.txt")
                 point.values = last_values(folder)
                 return None if self._total else _objective(point.values, cfg.metrics.objective)
         except JobFailedError as failed:
@@ -144,7 +144,7 @@ class Sweep:
 
     @contextmanager
     def _running(self, point: Point, folder: Path) -> Iterator[None]:
-        began, console = time.time(), folder / "console.txt"
+        began, console = time.time(), folder / "log.txt"
         point.state, point.code, point.reason = "running", 0, ""
         log.info("%s: %s", point.name, "goes on" if folder.exists() else "begins")
         try:

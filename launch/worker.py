@@ -2,8 +2,9 @@
 
 import signal
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from conf.schema import typed
@@ -12,6 +13,7 @@ from launch.messages import (
     lead_streams_to,
     let_go_of_streams,
     log_to_stderr,
+    logged_to,
     write_error,
 )
 from parallel.config import ConfigError
@@ -35,7 +37,7 @@ def run_alone(job: dict[str, Any]) -> None:
 
 def run_spawned(job: dict[str, Any]) -> None:
     """Runs a job in a process that launch/spawn.py started."""
-    if job["console"]:
+    if job.get("console"):
         lead_streams_to(job["console"])
     try:
         run(job, Ranks.of_torchrun())
@@ -49,6 +51,8 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
     config = typed(job["door"], job["config"])
     module, _, name = job["work"].partition(":")
     with ExitStack() as stack:
+        if job["door"] == "train" and ranks.rank == 0 and not job.get("console"):
+            stack.enter_context(logged_to(Path(config.run_dir) / "log.txt"))
         try:
             patience = LONG * getattr(config, "timeout_seconds", 0.0)
             runtime = stack.enter_context(process_group(config.device, ranks, patience))
@@ -61,17 +65,20 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
             raise SystemExit(STOPPED) from None
         except Exception as error:
             # Said before the group ends: its end fails the other ranks, and theirs is no cause.
-            raise SystemExit(_tell(error, job["door"], ranks)) from None
+            raise SystemExit(_tell(error, job, ranks)) from None
 
 
-def _tell(error: Exception, door: str, ranks: Ranks) -> int:
-    first = ranks.first("error")
-    if not first:  # its end is a consequence of the first one's
-        return 2 if isinstance(error, ConfigError) else 1
+def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
+    code = 2 if isinstance(error, ConfigError) else 1
+    if not ranks.first("error"):  # its end is a consequence of the first one's
+        return code
     if isinstance(error, ConfigError | PeerLostError):
-        write_error(explain(door, error))
-        return 2 if isinstance(error, ConfigError) else 1
-    text = traceback.format_exc()
-    prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
-    write_error("\n".join(prefix + line for line in text.splitlines()))
-    return 1
+        text = explain(job["door"], error)
+    else:
+        prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
+        text = "\n".join(prefix + line for line in traceback.format_exc().splitlines())
+    write_error(text)
+    if job["door"] == "train" and not job.get("console"):
+        with suppress(OSError), (Path(job["config"]["run_dir"]) / "log.txt").open("a") as file:
+            file.write(text + "\n")
+    return code

@@ -106,6 +106,15 @@ def test_steps_that_are_left_out_never_come():
     loader.close()
 
 
+def test_the_first_steps_come_again_and_again():
+    dataset = Numbers(21)
+    first, second = steps(dataset, 2)
+    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, repeated=2)
+    for expected in (second, first, second):
+        assert torch.equal(joined(next(loader)), joined(expected))
+    loader.close()
+
+
 def test_every_sample_comes_once_an_epoch_with_the_seed_of_the_epoch():
     rows = torch.cat([joined(step) for step in steps(Numbers(16), 4)])
     for epoch in range(2):

@@ -43,7 +43,7 @@ def test_one_crash_and_a_killed_sweep_cost_one_point_and_none_is_run_twice(tmp_p
         assert steps == ([1, 2, 3, 4] if rate < 1 else [1]), name
     assert {n: (run.run_dir / n / "status.json").read_text() for n in names[:3]} == began
     assert (run.run_dir / "sweep.png").stat().st_size > 10_000
-    assert "step 4/4" in (run.run_dir / names[0] / "console.txt").read_text()
+    assert "step 4/4" in (run.run_dir / names[0] / "log.txt").read_text()
 
 
 def test_an_unknown_key_is_refused_before_the_first_point(tmp_path):
@@ -97,7 +97,7 @@ def measures(folder):
 
 def crashes(folder):
     folder.mkdir()
-    (folder / "console.txt").write_text("a line\nthe reason\n\n")
+    (folder / "log.txt").write_text("a line\nthe reason\n\n")
     raise SystemExit(1)
 
 

@@ -178,10 +178,15 @@ class TrainConfig:
     retry_failed: bool = False  # in a sweep that is gone on with: start points again that failed
     resume_step: int = 0  # go on from this checkpoint, and set newer ones aside; 0 = newest good
     # Keys, or whole sections, in which the run that is gone on with may be another one, e.g.
-    # [seed,data]; empty = it must be the same in model, data, seed, precision and batch_size.
+    # [seed,data]; empty = it must be the same run: model, data, seed, precision, batch_size and
+    # overfit_steps.
     resume_changed: list[str] = field(default_factory=list)
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block
+    # Learn from the data of the first so many steps again and again: a model that cannot fit them
+    # has a fault; 0 = off.
+    overfit_steps: int = 0
+    detect_anomaly: bool = False  # torch names the operation whose gradient is NaN; slow
     deterministic: bool = False  # refuse kernels whose result varies from run to run
 
 

@@ -22,6 +22,12 @@ MARGIN = 32  # columns of the panel beside the sparkline
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 
+# The logger of the lines that a console without a panel shows; for a file, they are not said twice.
+CONSOLE = "samestep.console"
+_lines = logging.getLogger(CONSOLE)
+_lines.propagate = False
+
+
 class Lasting:
     """A stream that outlives its reader: once it cannot be written, it is switched off.
 
@@ -115,13 +121,15 @@ class Display:
         """Show a training record; `seconds_left` of the whole run."""
         self._record, self._seconds_left, self._step = record, seconds_left, record["step"]
         self._losses.append(record["loss"])
+        parts = [
+            f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4g}",
+            f"grad {record['grad_norm']:.2g}", f"lr {record['lr']:.1e}", *self._speed("wait"),
+            f"eta {duration(seconds_left)}",
+        ]  # fmt: skip
         if self._live is None:
-            parts = [
-                f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4g}",
-                f"grad {record['grad_norm']:.2g}", f"lr {record['lr']:.1e}", *self._speed("wait"),
-                f"eta {duration(seconds_left)}",
-            ]  # fmt: skip
             self.say("  ".join(parts))
+        else:
+            _lines.info("  ".join(parts))
 
     def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """Show an evaluation."""
@@ -133,6 +141,7 @@ class Display:
     def say(self, text: str) -> None:
         """One line, never wrapped nor coloured by its content; above the panel."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        _lines.info(text)
 
     def _speed(self, wait: str) -> list[str]:
         record = self._record

@@ -40,6 +40,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         # cuBLAS wants this before its first call; torch asks for it by this very name.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
+    torch.autograd.set_detect_anomaly(config.detect_anomaly)
     with supervised(config, runtime) as supervisor:
         data = fingerprint(config.data)
         if runtime.world_size > 1:
@@ -94,6 +95,7 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
         open_split(config.data, "train"), config.seed, config.batch_size, config.micro_batch_size,
         worker.data_rank, worker.data_degree, first_step=state.step,
         pin_memory=worker.device.type == "cuda", left_out=state.guard.left_out,
+        repeated=config.overfit_steps,
     )  # fmt: skip
 
 

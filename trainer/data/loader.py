@@ -20,7 +20,8 @@ class TrainLoader:
     Rank r of D owns the positions [r × B / D, (r + 1) × B / D) of a step's B samples. What is at
     a position depends on the seed alone, so the state of the data is the step. A micro-batch has
     `seeds` (B,) int64 beside the data: the dropout seed of each sample. Steps of the data that are
-    `left_out` never come: the ones behind them move up.
+    `left_out` never come: the ones behind them move up. The first `repeated` steps come again and
+    again (0 = they do not).
     """
 
     def __init__(
@@ -35,11 +36,12 @@ class TrainLoader:
         pin_memory: bool = False,
         prefetch: int = 2,
         left_out: Collection[int] = (),
+        repeated: int = 0,
     ):
         assert batch_size % data_degree == 0, (batch_size, data_degree)
         self.wait_seconds = 0.0  # that the consumer has waited for data so far
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
-        self._left_out = left_out
+        self._left_out, self._repeated = left_out, repeated
         self._batch_size, self._share = batch_size, batch_size // data_degree
         self._micro_batch_size = micro_batch_size or self._share
         self._rank = data_rank
@@ -80,6 +82,7 @@ class TrainLoader:
         return Order(self._seed, len(dataset), dataset.lengths(), self._batch_size)
 
     def _positions(self, step: int, data_rank: int) -> range:
+        step = step % self._repeated if self._repeated else step
         first = data_step(step, self._left_out) * self._batch_size + data_rank * self._share
         return range(first, first + self._share)
 
