@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
+from conf.submit import SubmitConfig
 from parallel.config import ConfigError
 from trainer.config import (
     EvaluateConfig,
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "prepare": PrepareConfig,
+    "submit": SubmitConfig,
 }
 
 
@@ -82,7 +84,8 @@ def run_name(started: str) -> str:
     by_name = any(override.startswith("experiment=") for override in hydra.overrides.task)
     if hydra.mode != RunMode.MULTIRUN:
         return f"{chosen['experiment' if by_name else 'model']}-{started}"
-    point = re.sub(r"[^\w.=,+-]", "_", hydra.job.override_dirname)[:100]
+    swept = (o for o in sorted(hydra.overrides.task) if not o.startswith("cluster"))
+    point = re.sub(r"[^\w.=,+-]", "_", ",".join(swept))[:100]
     return f"sweep-{started}/{hydra.job.num}-{point}"
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,9 +55,15 @@ class Door:
     # enters in `held` is left when the job has ended.
     prepare: str
     alone: str = ""  # runs once in this process in place of ranks, where they were not asked for
+    # Runs once in this process in place of all work: (everything that `prepare` returned), when
+    # all jobs of the command line are found to be good.
+    together: str = ""
+    prepared: list[Any] = field(default_factory=list)
 
 
-def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
+def open_door(
+    name: str, work: str, prepare: str, alone: str = "", together: str = ""
+) -> None:
     """Runs a command on all of its ranks and exits.
 
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
@@ -81,9 +87,9 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
     schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started))
-    code = _compose(Door(name, work, prepare, alone), ranks)
+    code = _compose(Door(name, work, prepare, alone, together), ranks)
     if ranks:
-        ranks.post({"stop": 1 if code else 0})
+        ranks.stop(1 if code else 0)
     leave(code)
 
 
@@ -116,6 +122,8 @@ def _compose(door: Door, ranks: Any) -> int:
 
     try:
         hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(task)()
+        if door.prepared:
+            function(door.together)(door.prepared)
     except JobFailedError as failed:
         return failed.args[0]
     except SystemExit as stop:
@@ -140,6 +148,9 @@ def _run_held(door: Door, cfg: DictConfig, ranks: Any, held: ExitStack) -> None:
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
+        if door.together:
+            door.prepared.append(function(door.prepare)(config))
+            return
         if getattr(config, "device", "cpu") == "cuda":  # before anything is written
             runtime = import_module("parallel.runtime")
             runtime.choose_device("cuda", ranks.local_world_size if ranks else world_size)
