@@ -61,9 +61,7 @@ class Door:
     prepared: list[Any] = field(default_factory=list)
 
 
-def open_door(
-    name: str, work: str, prepare: str, alone: str = "", together: str = ""
-) -> None:
+def open_door(name: str, work: str, prepare: str, alone: str = "", together: str = "") -> None:
     """Runs a command on all of its ranks and exits.
 
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,

@@ -141,8 +141,7 @@ def _again(cluster: ClusterConfig) -> str:
     return chain + REQUEUE
 
 
-HEAD = """\
-# A training run on Slurm. The command that wrote this file writes it anew and goes on with the run."""
+HEAD = "# A training run. The command that wrote this file writes it anew and goes on with the run."
 
 SETUP = """\
 say() { echo "[$(date +%T) job $SLURM_JOB_ID start $((${SLURM_RESTART_COUNT:-0} + 1))] $*"; }
@@ -176,8 +175,12 @@ AFTER = """\
 state=$(field state):$(field code):$(field reason)
 again=""
 if [ "$(field updated)" = "$before" ]; then  # it has not got as far as training
+  early=$(($(cat "$run_dir/.early" 2> /dev/null || echo 0) + 1))
+  echo "$early" > "$run_dir/.early"
   if [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; then again="a signal while it started"; fi
+  if [ "$early" -gt 3 ]; then say "no start came as far as training"; again=""; fi
 else
+  rm -f "$run_dir/.early"
   case $state in
   stopped:*) again="stopped ($(field reason)) at step $(field step) of $(field steps)" ;;
   failed:77:*) again="a rank hung" ;;
@@ -186,8 +189,8 @@ else
 fi
 say "srun ended with $code, the run is ${state%%:*}"
 if [ -z "$again" ]; then exit "$code"; fi
-if [ -n "$(squeue -h -j "$SLURM_JOB_ID" -t CANCELLED -o %i)" ]; then
-  say "$again: cancelled"
+if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then
+  say "$again: Slurm has ended this job (scancel, or its time limit), it is not queued again"
   exit "$code"
 fi
 """

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -127,12 +127,8 @@ def hosts() -> list[Hosts]:
     for line in lines:
         name, limit, count, gres, cores = line.split("|")
         gpus = sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)))
-        found.append(
-            Hosts(
-                name.rstrip("*"), name.endswith("*"), _minutes(limit), int(count), gpus,
-                int(re.match(r"\d+", cores)[0]),  # type: ignore[index]
-            )  # fmt: skip
-        )
+        kind = Hosts(name.rstrip("*"), name.endswith("*"), _minutes(limit), int(count), gpus, 0)
+        found.append(replace(kind, cores=int(cores.rstrip("+"))))
     return found
 
 
@@ -210,5 +206,5 @@ def _command(*command: str) -> str:
         ) from error
     if done.returncode:
         said = [line.split("error: ")[-1] for line in done.stderr.splitlines() if line.strip()]
-        raise ConfigError(f"{command[0]} refuses the job: {'; '.join(said)}")
+        raise ConfigError(f"{command[0]}: {'; '.join(said)}")
     return done.stdout

@@ -40,6 +40,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ASKED:
         sys.exit(look(sys.argv[1:]))
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
-    open_door(
-        "submit", work="", prepare="launch.before:submission", together="launch.slurm:submit"
-    )
+    open_door("submit", work="", prepare="launch.before:submission", together="launch.slurm:submit")

@@ -1,6 +1,6 @@
 """A Slurm of several hosts on this one: a controller and a daemon for each host, in one folder.
 
-    python tests/slurm_lab.py FOLDER [HOSTS]    until Ctrl-C; then: export SLURM_CONF=FOLDER/slurm.conf
+python tests/slurm_lab.py FOLDER [HOSTS]    until Ctrl-C; then: export SLURM_CONF=FOLDER/slurm.conf
 """
 
 import os
@@ -165,7 +165,8 @@ if __name__ == "__main__":
     sys.exit(missing()) if missing() else lab.start()
     sys.stdout.write(f"export SLURM_CONF={lab.conf}\n")
     sys.stdout.flush()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     try:
         signal.pause()
     except KeyboardInterrupt:
