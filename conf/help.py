@@ -77,7 +77,7 @@ def groups(name: str) -> dict[str, list[str]]:
 
 def comments(schema: type) -> dict[str, str]:
     """The comment of each field of a dataclass: beside it, else in the lines just above it."""
-    found = {}
+    found: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         if is_dataclass(owner):
             found |= _comments(owner)

@@ -190,7 +190,7 @@ fi
 say "srun ended with $code, the run is ${state%%:*}"
 if [ -z "$again" ]; then exit "$code"; fi
 if [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" != RUNNING ]; then
-  say "$again: Slurm has ended this job (scancel, or its time limit), it is not queued again"
+  say "$again: Slurm has ended this job (scancel, time limit, lost host), what follows is its word"
   exit "$code"
 fi
 """

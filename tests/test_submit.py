@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from kubeflow_trainer_api.models import TrainerV1alpha1TrainJob
 from launched import PLAY, ROOT
 
+from conf import schema
 from conf.check import problems
 from conf.submit import ClusterConfig, SubmitConfig, training_part
 from launch import slurm
@@ -427,3 +430,15 @@ def test_a_job_trains_what_the_command_would(tmp_path):
     config = submitted(seed=4)
     assert type(training_part(config)) is TrainConfig
     assert training_part(config).seed == 4
+
+
+def test_the_kubernetes_example_is_what_a_train_job_may_hold():
+    job = yaml.safe_load((ROOT / "docs" / "kubernetes.yaml").read_text())
+    read = TrainerV1alpha1TrainJob.from_dict(job)
+    assert read is not None
+    assert read.to_dict() == job  # keys that it does not know are dropped
+    trainer = job["spec"]["trainer"]
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        schema.register("now")
+        config = schema.load("train", compose("train", trainer["args"]))
+    assert problems(config, trainer["numNodes"] * trainer["numProcPerNode"]) == []
