@@ -61,11 +61,6 @@ class SubmitConfig(TrainConfig):
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
 
-def ranks_per_node(cluster: ClusterConfig) -> int:
-    """Processes that are started on each host."""
-    return cluster.ranks_per_node or cluster.gpus_per_node or 1
-
-
 def training_part(config: SubmitConfig) -> TrainConfig:
     """The configuration of the run without that of its job."""
     return TrainConfig(**{part.name: getattr(config, part.name) for part in fields(TrainConfig)})
@@ -79,7 +74,7 @@ def cluster_problems(config: SubmitConfig) -> list[str]:
             f"launch.ranks={config.launch.ranks} starts ranks on one host, but those of a job are "
             "started by Slurm; set cluster.ranks_per_node instead, and launch.ranks=0"
         )
-    if cluster.gpus_per_node and ranks_per_node(cluster) > cluster.gpus_per_node:
+    if cluster.ranks_per_node > cluster.gpus_per_node > 0:
         found.append(
             f"cluster.ranks_per_node={cluster.ranks_per_node} is more than cluster.gpus_per_node="
             f"{cluster.gpus_per_node}, and a GPU has one rank; set cluster.ranks_per_node=0"

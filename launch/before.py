@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from conf.check import complete, problems
 from conf.layout import micro_batch_size, model_problems
-from conf.submit import SubmitConfig, ranks_per_node, training_part
-from launch.script import Point
+from conf.submit import SubmitConfig, training_part
+from launch.script import Point, ranks_per_node
 from parallel.config import ConfigError, data_degree, resolve
 from parallel.schedule import warnings
 from trainer import data, goodput

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf.submit import ClusterConfig, ranks_per_node
+from conf.submit import ClusterConfig
 from trainer.config import TrainConfig
 
 NAME = "job.sbatch"
@@ -37,6 +37,11 @@ class Job:
     def cluster(self) -> ClusterConfig:
         """The same for all points."""
         return self.points[0].cluster
+
+
+def ranks_per_node(cluster: ClusterConfig) -> int:
+    """Processes that are started on each host."""
+    return cluster.ranks_per_node or cluster.gpus_per_node or 1
 
 
 def job_name(folder: Path) -> str:
@@ -77,8 +82,8 @@ def _head(job: Job) -> str:
         options.append(f"--cpus-per-task={cluster.cpus_per_rank}")
     if cluster.hours:
         options.append(f"--time={time_limit(cluster.hours)}")
-    for name in ("partition", "account"):
-        if value := getattr(cluster, name):
+    for name, value in {"partition": cluster.partition, "account": cluster.account}.items():
+        if value:
             options.append(f"--{name}={shlex.quote(value)}")
     if job.swept:
         most = f"%{cluster.parallel}" if cluster.parallel else ""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from conf.submit import ClusterConfig, ranks_per_node
-from launch.script import NAME, Job, Point, job_name, script
+from conf.submit import ClusterConfig
+from launch.script import NAME, Job, Point, job_name, ranks_per_node, script
 from parallel.config import ConfigError
 from trainer.run_dir import open_run_dir
 from trainer.status import read_status

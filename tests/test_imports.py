@@ -22,7 +22,7 @@ LIGHT = (
     *("parallel.config", "parallel.schedule", "parallel.simulate"),
     *("trainer.config", "trainer.run_dir", "trainer.data", "trainer.manifest", "trainer.audit"),
     *("conf.schema", "conf.check", "conf.help", "launch.door", "launch.messages", "launch.before"),
-    "launch.checkpoint",
+    *("launch.checkpoint", "launch.submit", "launch.script", "launch.slurm"),
 )
 
 
