@@ -66,7 +66,8 @@ class Cluster:
         losses = {line["step"]: line["loss"] for line in lines(reference)}
         assert {line["step"] for line in own} == set(range(1, steps + 1))
         for line in own:
-            assert line["loss"] == pytest.approx(losses[line["step"]], rel=1e-10), line
+            # Two ranks round otherwise than one, and training makes more of it with every step.
+            assert line["loss"] == pytest.approx(losses[line["step"]], rel=1e-7), line
 
 
 class Job:
