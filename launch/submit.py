@@ -1,6 +1,7 @@
 """Train on a cluster with Slurm: `python launch/submit.py --help`."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -39,5 +40,6 @@ def look(arguments: list[str]) -> int:
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ASKED:
         sys.exit(look(sys.argv[1:]))
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
     open_door("submit", work="", prepare="launch.before:submission", together="launch.slurm:submit")

@@ -18,6 +18,7 @@ CONF = """\
 ClusterName=lab
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge

@@ -442,3 +442,18 @@ def test_the_kubernetes_example_is_what_a_train_job_may_hold():
         schema.register("now")
         config = schema.load("train", compose("train", trainer["args"]))
     assert problems(config, trainer["numNodes"] * trainer["numProcPerNode"]) == []
+
+
+def test_the_example_by_hand_saves_and_is_queued_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    (tmp_path / "run.json").write_text('{\n "state": "stopped",\n "step": 5\n}\n')
+    text = (ROOT / "docs" / "train.sbatch").read_text().replace("runs/$SLURM", "$SLURM")
+    commands = {
+        "srun": 'mkdir -p run; cp run.json run/status.json; echo "${@: -2}"; exit 75',
+        "scontrol": f'echo "$@" >> {tmp_path}/asked',
+        "sleep": "exit 0",
+    }
+    done = bash(text, tmp_path, **commands)
+    assert done.stdout.split()[-2:] == ["rank", "run_dir=run"]
+    assert (tmp_path / "asked").read_text() == "requeue 41007\n"
