@@ -14,6 +14,7 @@ from conf.layout import (
     model_problems,
     near_divisors,
 )
+from conf.submit import SubmitConfig, cluster_problems
 from parallel.config import ConfigError, resolve
 from parallel.schedule import SCHEDULES
 from trainer.config import DataConfig, ModelConfig, TrainConfig
@@ -99,6 +100,14 @@ RANGES = {
     "top_p": Interval(0, 1, low_open=True),
     "length_penalty": COUNT_OR_OFF,
     "launch.ranks": COUNT_OR_OFF,
+    "cluster.nodes": COUNT,
+    "cluster.gpus_per_node": COUNT_OR_OFF,
+    "cluster.ranks_per_node": COUNT_OR_OFF,
+    "cluster.cpus_per_rank": COUNT_OR_OFF,
+    "cluster.hours": COUNT_OR_OFF,
+    "cluster.signal_seconds": Interval(1, 65535),  # of sbatch --signal
+    "cluster.chain": COUNT,
+    "cluster.parallel": COUNT_OR_OFF,
     "strategy.bucket_mib": POSITIVE,
     "strategy.stages_per_rank": COUNT_OR_OFF,
     "model.layers": COUNT,
@@ -162,6 +171,8 @@ def problems(config: Any, world_size: int) -> list[str]:
         found += _betas(config.optim.betas)
     if isinstance(config, TrainConfig):
         found += _checkpoints(config)
+    if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
+        found += cluster_problems(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
             strategy = resolve(config.strategy, world_size)

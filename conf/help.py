@@ -6,7 +6,7 @@ import io
 import re
 import textwrap
 import tokenize
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,16 @@ Measure the newest checkpoint of a run.
 
   python launch/evaluate.py run_dir=RUN
   python launch/evaluate.py run_dir=RUN split=valid launch.ranks=2""",
+    "submit": """\
+Submit a training run to a cluster with Slurm. The same command goes on with the run.
+
+  python launch/submit.py cluster.nodes=2 strategy=fsdp model=llama-8b run_dir=runs/big
+  python launch/submit.py cluster=slurm-cpu cluster.nodes=4 cluster.ranks_per_node=2
+  python launch/submit.py -m strategy=ddp,fsdp optim.lr=1e-3,3e-4   a sweep: an array of jobs
+  python launch/submit.py --dry-run cluster.nodes=2 strategy=fsdp   the script, not submitted
+  python launch/submit.py status RUN                            its jobs, and how it fares
+  python launch/submit.py logs RUN                              the end of its log; --follow
+  python launch/submit.py cancel RUN                            it saves, and ends""",
     "prepare": """\
 Read and tokenise a data set once, ahead of training.
 
@@ -68,6 +78,14 @@ def groups(name: str) -> dict[str, list[str]]:
 
 def comments(schema: type) -> dict[str, str]:
     """The comment of each field of a dataclass: beside it, else in the lines just above it."""
+    found: dict[str, str] = {}
+    for owner in reversed(schema.__mro__):
+        if is_dataclass(owner):
+            found |= _comments(owner)
+    return found
+
+
+def _comments(schema: type) -> dict[str, str]:
     source = textwrap.dedent(inspect.getsource(schema))
     lines = source.splitlines()
     noted = {
@@ -97,8 +115,9 @@ def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
     sections: list[str] = []
     shown: list[str] = []
     meanings = comments(schema)
+    kinds = {field.name: field.type for field in fields(schema)}
     for field, meaning in meanings.items():
-        kind = schema.__annotations__[field]
+        kind = kinds[field]
         if isinstance(kind, type) and is_dataclass(kind):
             title = (kind.__doc__ or "").split(";")[0].split("\n")[0].rstrip(".")
             sections += ["", f"  {prefix}{field}.*  {title}"]

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
+from conf.submit import SubmitConfig
 from parallel.config import ConfigError
 from trainer.config import (
     EvaluateConfig,
@@ -26,6 +27,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "prepare": PrepareConfig,
+    "submit": SubmitConfig,
 }
 
 

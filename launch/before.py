@@ -14,6 +14,8 @@ from omegaconf import OmegaConf
 
 from conf.check import complete, problems
 from conf.layout import micro_batch_size, model_problems
+from conf.submit import SubmitConfig, training_part
+from launch.script import Point, ranks_per_node
 from launch.versions import note_start
 from parallel.config import ConfigError, data_degree, resolve
 from parallel.schedule import warnings
@@ -25,7 +27,14 @@ from trainer.config import (
     TrainConfig,
     VerifyConfig,
 )
-from trainer.run_dir import checkpoints, load_config, may_change, open_run_dir, tokenizer_path
+from trainer.run_dir import (
+    check_run_dir,
+    checkpoints,
+    load_config,
+    may_change,
+    open_run_dir,
+    tokenizer_path,
+)
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 
@@ -40,6 +49,34 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     opened = _opened()
     _check(config, world_size)
     _check_compiler(config)
+    config = _completed(config, world_size)
+    open_run_dir(config, held)
+    keep_tokenizer(config)
+    goodput.begin(Path(config.run_dir), opened, time.time())
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    note_start(Path(config.run_dir), list(given))
+    log.info("run_dir=%s", config.run_dir)
+    return config
+
+
+def submission(config: SubmitConfig) -> Point:
+    """The checked and completed run of a job, and how the job starts it; nothing is written.
+
+    Its data are prepared here, once, where no GPU waits for them.
+    """
+    world_size = config.cluster.nodes * ranks_per_node(config.cluster)
+    _check(config, world_size)
+    training = _completed(training_part(config), world_size)
+    check_run_dir(training)
+    given = HydraConfig.get().overrides.task
+    overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
+    if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
+        overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")
+    return Point(training, config.cluster, overrides)
+
+
+def _completed(config: TrainConfig, world_size: int) -> TrainConfig:
+    """The checked configuration with all that ranks and data decide; the data are prepared."""
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
@@ -51,14 +88,7 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
             "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
             "more than once", facts.splits["train"], config.batch_size,
         )  # fmt: skip
-    config = complete(config, facts)
-    open_run_dir(config, held)
-    keep_tokenizer(config)
-    goodput.begin(Path(config.run_dir), opened, time.time())
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    note_start(Path(config.run_dir), list(given))
-    log.info("run_dir=%s", config.run_dir)
-    return config
+    return complete(config, facts)
 
 
 def _check_compiler(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,9 +54,13 @@ class Door:
     # enters in `held` is left when the job has ended.
     prepare: str
     alone: str = ""  # runs once in this process in place of ranks, where they were not asked for
+    # Runs once in this process in place of all work: (everything that `prepare` returned), when
+    # all jobs of the command line are found to be good.
+    together: str = ""
+    prepared: list[Any] = field(default_factory=list)
 
 
-def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
+def open_door(name: str, work: str, prepare: str, alone: str = "", together: str = "") -> None:
     """Runs a command on all of its ranks and exits.
 
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
@@ -81,9 +85,9 @@ def open_door(name: str, work: str, prepare: str, alone: str = "") -> None:
     started = time.localtime(ranks.started(now) if ranks else now)
     with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
         schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
-        code = _compose(Door(name, work, prepare, alone), ranks, scratch)
+        code = _compose(Door(name, work, prepare, alone, together), ranks, scratch)
     if ranks:
-        ranks.post({"stop": 1 if code else 0})
+        ranks.stop(1 if code else 0)
     leave(code)
 
 
@@ -115,6 +119,8 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
         with opened as sweep:
             job = _job_of(door, ranks, bool(scratch), sweep)
             hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(job)()
+        if door.prepared:
+            function(door.together)(door.prepared)
         return sweep.code if sweep else 0
     except JobFailedError as failed:
         return failed.code
@@ -170,6 +176,13 @@ def _run_held(
     try:
         config = schema.load(door.name, cfg)
         world_size = _world_size(config, ranks)
+        if door.together:
+            if _sweeps():
+                config.run_dir = str(
+                    Path(config.run_dir) / import_module("launch.sweep").composed().name
+                )
+            door.prepared.append(function(door.prepare)(config))
+            return
         if getattr(config, "device", "cpu") == "cuda":  # before anything is written
             runtime = import_module("parallel.runtime")
             runtime.choose_device("cuda", ranks.local_world_size if ranks else world_size)

@@ -69,8 +69,6 @@ class Sweep:
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
-        # Keys that have one value on the command line: all others are swept.
-        self._fixed = {given.key_or_group for given in _given() if not given.is_sweep_override()}
         self._points: dict[str, Point] = {}
         self._total = 0  # points there will be; 0 = only the sweeper knows
         self.code = 0  # exit code of the first point that has failed
@@ -91,14 +89,15 @@ class Sweep:
         `work` takes the configuration and the file that the job's console goes to. A sweeper that
         optimises gets JobFailedError if the point fails, or has failed before.
         """
-        if self._folder is None:
-            try:
+        try:
+            point = composed()
+            if self._folder is None:
                 self._open(Path(cfg.run_dir))
-            except (ConfigError, OSError) as error:  # of the sweep, not of a point
-                write_error(str(error))
-                raise SystemExit(2) from None
+        except (ConfigError, OSError) as error:  # of the sweep, not of a point
+            write_error(str(error))
+            raise SystemExit(2) from None
         assert self._folder is not None
-        point = self._here()
+        point = self._points.setdefault(point.name, point)
         folder = self._folder / point.name
         cfg.run_dir = str(folder)
         cfg.metrics.wandb_group = cfg.metrics.wandb_group or self._folder.name
@@ -117,16 +116,11 @@ class Sweep:
             raise
 
     def _open(self, folder: Path) -> None:
-        if "run_dir" in _pairs(HydraConfig.get().overrides.task, self._fixed):
-            raise ConfigError(
-                "run_dir cannot be swept: it is the sweep's folder, and each point's is below it; "
-                "give one run_dir"
-            )
         folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(hold(folder))
         self._folder = folder
         known = _read(folder / "sweep.csv")
-        for overrides in _grid(self._fixed):
+        for overrides in _grid(_fixed()):
             point = Point(overrides)
             self._points[point.name] = known.pop(point.name, point)
         self._total = len(self._points)
@@ -136,11 +130,6 @@ class Sweep:
         if console.is_interactive and sys.stderr.isatty():
             live = Live(console=console, get_renderable=self._table, refresh_per_second=1)
             self._held.enter_context(live)
-
-    def _here(self) -> Point:
-        """The point that Hydra has composed."""
-        point = Point(_pairs(HydraConfig.get().overrides.task, self._fixed))
-        return self._points.setdefault(point.name, point)
 
     @contextmanager
     def _running(self, point: Point, folder: Path) -> Iterator[None]:
@@ -240,6 +229,22 @@ def _reason(folder: Path, console: Path, began: float) -> str:
 
 def _shown(values: dict[str, float]) -> list[str]:
     return [f"{key} {values[key]:.5g}" for key in SHOWN if key in values]
+
+
+def composed() -> Point:
+    """The point that Hydra has composed; ConfigError if its folder is swept."""
+    point = Point(_pairs(HydraConfig.get().overrides.task, _fixed()))
+    if "run_dir" in point.overrides:
+        raise ConfigError(
+            "run_dir cannot be swept: it is the sweep's folder, and each point's is below it; "
+            "give one run_dir"
+        )
+    return point
+
+
+def _fixed() -> set[str]:
+    """The keys that have one value on the command line: all others are swept."""
+    return {given.key_or_group for given in _given() if not given.is_sweep_override()}
 
 
 def _given() -> list[Override]:

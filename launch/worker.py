@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from conf.schema import typed
 from launch.messages import (
     explain,
@@ -23,10 +25,15 @@ from parallel.watch import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
 
 def follow(ranks: Ranks) -> int:
     """Runs each job that rank 0 posts; the exit status that it leaves with."""
-    for job in ranks.follow():
-        if "stop" in job:
-            return job["stop"]
-        run(job, ranks)
+    try:
+        for job in ranks.follow():
+            if "stop" in job:
+                return job["stop"]
+            run(job, ranks)
+    except dist.DistError:  # rank 0, or the launcher that has the store, is gone
+        return 1
+    finally:
+        ranks.leave()
     raise AssertionError("rank 0 always posts a stop")
 
 

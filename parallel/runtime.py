@@ -3,9 +3,10 @@
 import gc
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -78,6 +79,23 @@ class Ranks:
             self.jobs += 1
             self.store.wait([f"job{self.jobs}"], PATIENCE)
             yield json.loads(self.store.get(f"job{self.jobs}"))
+
+    def leave(self) -> None:
+        """A rank that follows is about to end."""
+        with suppress(dist.DistError):
+            self.store.add("left", 1)
+
+    def stop(self, code: int, seconds: float = 10.0) -> None:
+        """Tells the ranks that follow to end, and waits until they have heard it.
+
+        The store is rank 0's own where there is no torchrun, and would end with it.
+        """
+        self.post({"stop": code})
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return
+        deadline = time.monotonic() + seconds
+        while self.store.add("left", 0) < self.world_size - 1 and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def first(self, event: str) -> bool:
         """Whether this rank is the first to name `event` in the current job."""

@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from conf import schema
 from conf.check import CHOICES, RANGES, complete, problems
 from conf.help import comments
+from conf.submit import SubmitConfig
 from parallel.config import AXES, ConfigError, StrategyConfig
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
 from trainer.data import DataFacts
@@ -310,7 +311,7 @@ def test_every_field_has_a_comment():
 
 
 def test_every_number_is_checked():
-    for door in (TrainConfig, VerifyConfig, EvaluateConfig, GenerateConfig):
+    for door in (SubmitConfig, VerifyConfig, EvaluateConfig, GenerateConfig):
         for key, field in schema.known_keys(door).items():
             if field.type in (int, float) and not key.startswith(("strategy.", "data.")):
                 assert key in RANGES, key

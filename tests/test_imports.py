@@ -23,6 +23,7 @@ LIGHT = (
     *("trainer.config", "trainer.run_dir", "trainer.data", "trainer.manifest", "trainer.audit"),
     *("conf.schema", "conf.check", "conf.help", "launch.door", "launch.messages", "launch.before"),
     *("launch.checkpoint", "launch.report", "trainer.tracker"),
+    *("launch.submit", "launch.script", "launch.slurm"),
 )
 
 

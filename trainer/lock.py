@@ -41,9 +41,11 @@ def hold(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(me).encode(), 0)
-        with _beating(file, path, me):
-            yield
-        os.ftruncate(file, 0)
+        try:
+            with _beating(file, path, me):
+                yield
+        finally:
+            os.ftruncate(file, 0)  # a run that was stopped need not be waited for, either
     finally:
         os.close(file)
 

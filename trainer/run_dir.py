@@ -47,6 +47,18 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
         ) from error
 
 
+def check_run_dir(config: TrainConfig) -> None:
+    """Raises what `open_run_dir` would, but for a folder in use, and writes nothing."""
+    folder = Path(config.run_dir)
+    try:
+        if folder.exists():
+            _refuse(config, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
+        ) from error
+
+
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     """The folder of the checkpoint at `step`."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"

@@ -38,11 +38,12 @@ class Supervisor:
         """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
         self.step = step
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
         before = self._status.begin(step, attempt > 0, first=self._runtime.rank == 0)
         why = f": {before.reason}" if before and before.reason else ""
         if attempt and self._runtime.rank == 0:
-            log.info("restart %d of %s, from step %d%s", attempt, allowed, step, why)
+            of = f" of {allowed}" if allowed else ""
+            log.info("restart %d%s, from step %d%s", attempt, of, step, why)
         (attempts,) = largest(self._runtime, [self._status.attempts])
         if attempts >= ATTEMPTS:
             raise ConfigError(

@@ -1,0 +1,45 @@
+"""Train on a cluster with Slurm: `python launch/submit.py --help`."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from launch import slurm
+from launch.door import open_door
+from launch.messages import log_to_stderr, write_error
+from parallel.config import ConfigError
+
+ASKED = ("status", "logs", "cancel")
+
+
+def look(arguments: list[str]) -> int:
+    """Answers a question about jobs; 0 = done, 2 = a user's mistake."""
+    parser = argparse.ArgumentParser(description="Look after jobs of launch/submit.py.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ASKED:
+        command = commands.add_parser(name)
+        command.add_argument("run_dir", type=Path, help="a run's folder, or a sweep's")
+        if name == "logs":
+            command.add_argument("--lines", type=int, default=40, help="shown of each log")
+            command.add_argument("--follow", action="store_true", help="and those that come")
+    given = parser.parse_args(arguments)
+    log_to_stderr(0)
+    try:
+        if not given.run_dir.is_dir():
+            raise ConfigError(f"{given.run_dir} is no folder; name that of a run or sweep")
+        if given.command == "logs":
+            return slurm.logs(given.run_dir, given.lines, given.follow)
+        (slurm.show if given.command == "status" else slurm.cancel)(given.run_dir)
+    except ConfigError as error:
+        write_error("\n".join(error.problems))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in ASKED:
+        sys.exit(look(sys.argv[1:]))
+    logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
+    sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
+    open_door("submit", work="", prepare="launch.before:submission", together="launch.slurm:submit")
