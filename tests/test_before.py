@@ -1,9 +1,13 @@
 """What happens before any rank works: a run is complete in its folder, or a mistake is said."""
 
+import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from launch.before import reading, training
 from parallel.config import StrategyConfig
@@ -31,6 +35,19 @@ def test_a_run_keeps_its_config_and_tokenizer(config):
     tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("Enter Viola")) == "Enter Viola"
     assert training(config, 1) == completed  # and may be gone on with
+
+
+def test_a_folder_says_what_each_start_was(config, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", "steps=3", "run_dir=a b"])
+    training(config, 1)
+    training(config, 1)
+    starts = json.loads((Path(config.run_dir) / "starts.json").read_text())
+    assert len(starts) == 2
+    assert starts[0]["command"].endswith("launch/train.py steps=3 'run_dir=a b'")
+    assert starts[0]["packages"]["torch"] == torch.__version__
+    git = ["git", "-C", str(PLAY.parent), "rev-parse", "HEAD"]
+    known = subprocess.run(git, capture_output=True, text=True, check=False)
+    assert starts[0]["commit"] == (known.stdout.strip() if known.returncode == 0 else "")
 
 
 def test_a_run_does_not_go_on_with_another_tokenizer(config):

@@ -3,7 +3,9 @@
 The disks are small tmpfs mounts, for which one has to be root; elsewhere those tests are skipped.
 """
 
+import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,11 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from launch import before, door, versions
 from launch.before import training
-from launch.messages import write_error
+from launch.messages import logged_to, write_error
 from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from trainer.display import Display
 from trainer.journal import MetricsFile
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +207,22 @@ os.write(2, b"a library complains")
 write_error("a mistake")
 os.write(number, str(number).encode())
 """
+
+
+def test_a_log_has_what_is_logged_and_shown_and_a_full_one_is_silent(tmp_path, disk, capsys):
+    shown = Display(Console(file=io.StringIO()), 10, "tok")
+    with logged_to(tmp_path / "log.txt"):
+        logging.getLogger("trainer.saver").warning("a warning")
+        shown.say("a line")
+    shown.say("too late")
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert [line.split("  ", 1)[1] for line in lines] == ["a warning", "a line"]
+    full = disk("size=16k")
+    with logged_to(full / "log.txt"):
+        for _ in range(100):
+            logging.getLogger("trainer.saver").warning("x" * 1000)
+    assert (full / "log.txt").stat().st_size < 20_000
+    assert "Logging error" not in capsys.readouterr().err
 
 
 def test_no_file_gets_the_number_of_a_closed_stream(tmp_path):
