@@ -100,7 +100,7 @@ def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
             f"(strategy.replicate × strategy.shard); try {_near_multiples(size, degree)}"
         ]
     share = size // degree
-    if micro and share % micro:
+    if micro and share % micro and not strategy.elastic:
         return [
             f"micro_batch_size={micro} does not divide the {share} samples of one rank "
             f"(batch_size={size} / {degree} ranks); try {near_divisors(share, micro)}"
@@ -113,11 +113,14 @@ def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
 def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
     """Samples per forward, where 0 was left to us: the share of one rank.
 
-    Or in a pipeline the least share of it that makes at least two micro-batches per rank.
+    Or in a pipeline the least share of it that makes at least two micro-batches per rank. For an
+    elastic strategy the most that divides the share, up to the size given.
     """
-    share = config.batch_size // data_degree(strategy)
-    if config.micro_batch_size or strategy.pipeline == 1:
-        return config.micro_batch_size or share
+    share, given = config.batch_size // data_degree(strategy), config.micro_batch_size
+    if given and strategy.elastic:
+        return max(size for size in divisors(share) if size <= given)
+    if given or strategy.pipeline == 1:
+        return given or share
     counts = [
         count for count in divisors(share) if takes(strategy.schedule, strategy.pipeline, count)
     ]

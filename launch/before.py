@@ -49,11 +49,16 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     opened = _opened()
     _check(config, world_size)
     _check_compiler(config)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if config.strategy.elastic and given and not any(o.startswith("run_dir=") for o in given):
+        raise ConfigError(
+            "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
+            "they must find the run; give it a folder, e.g. run_dir=runs/big"
+        )
     config = _completed(config, world_size)
     open_run_dir(config, held)
     keep_tokenizer(config)
     goodput.begin(Path(config.run_dir), opened, time.time())
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
     return config

@@ -26,6 +26,9 @@ class StrategyConfig:
     shard: int = 1  # ranks that share one copy of weights and optimizer (FSDP); 1 = off
     context: int = 1  # ranks that share the sequence; 1 = off
     tensor: int = 1  # ranks that split every layer; 1 = off
+    # With torchrun --nnodes=MIN:MAX: replicate and shard follow the ranks that there are, also
+    # when a host is lost or comes back; false = other ranks than the degrees make are refused.
+    elastic: bool = False
     # FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until its
     # backward is done (one all-gather less, more memory).
     reshard_after_forward: bool = True
@@ -73,6 +76,8 @@ def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
         problems.append(f"only one degree can be -1 (all ranks that are left), but {keys} are")
     if problems:
         raise ConfigError(*problems)
+    if strategy.elastic and not open_axes:
+        return _refit(strategy, world_size)
     fixed = math.prod(degree for degree in degrees(strategy).values() if degree != -1)
     if not open_axes:
         if fixed != world_size:
@@ -82,6 +87,30 @@ def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
         raise ConfigError(_indivisible(strategy, fixed, world_size))
     changes: dict[str, Any] = {open_axes[0]: world_size // fixed}
     return replace(strategy, **changes)
+
+
+def _refit(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
+    """The strategy with as many copies and shards as these ranks make.
+
+    What one copy of the model is split over stays, so that it still fits; its shards stay if they
+    do, else all ranks share one copy.
+    """
+    model = strategy.pipeline * strategy.context * strategy.tensor
+    left, over = divmod(world_size, model)
+    if over or not left:
+        alone = replace(strategy, replicate=1, shard=1)
+        raise ConfigError(
+            f"{world_size} ranks are there, but {_product(alone)} takes a multiple of {model}: "
+            f"{_multiples(world_size, model)}; start (or bring back) hosts until it fits"
+        )
+    if left % strategy.shard == 0 and (strategy.replicate > 1 or strategy.shard == 1):
+        return replace(strategy, replicate=left // strategy.shard)
+    return replace(strategy, replicate=1, shard=left)
+
+
+def _multiples(number: int, of: int) -> str:
+    below = number // of * of
+    return f"{below} or {below + of}" if below else str(of)
 
 
 def _product(strategy: StrategyConfig) -> str:

@@ -19,6 +19,9 @@ SMALL = [
 ]
 
 
+ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
 class Launched:
     """A run in a folder of its own, with the processes that work for it."""
 
@@ -28,16 +31,19 @@ class Launched:
 
     def start(self, *overrides: str, torchrun: list[str] | None = None) -> subprocess.Popen:
         """`launch/train.py` with these overrides, under torchrun with these options."""
+        return subprocess.Popen(
+            self.command(*overrides, torchrun=torchrun), env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def command(self, *overrides: str, torchrun: list[str] | None = None) -> list[str]:
+        """What `start` runs."""
         started = [] if torchrun is None else ["-m", "torch.distributed.run", *torchrun]
         data = [f"data.path={self.folder}/play.txt", f"data.cache={self.folder}/cache"]
-        command = [
+        return [
             sys.executable, *started, str(ROOT / "launch" / "train.py"), *SMALL, *data,
             f"run_dir={self.run_dir}", *overrides,
         ]  # fmt: skip
-        return subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
 
     def lines(self) -> list[dict]:
         """The training lines so far; without the last one if it is being written."""
