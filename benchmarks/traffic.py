@@ -8,6 +8,7 @@ from rich.table import Table
 
 from parallel.config import world_size
 from parallel.pool import RankPool
+from parallel.schedule import placed
 from trainer.cases import FAMILIES, STRATEGIES, scale_down
 from trainer.traffic import step_traffic
 
@@ -15,7 +16,8 @@ if __name__ == "__main__":
     table = Table("strategy", "collective", "dtype", "counted", "closed form")
     pool = RankPool(max(map(world_size, STRATEGIES.values())))
     for name, strategy in STRATEGIES.items():
-        model = scale_down(FAMILIES["decoder (Llama)"])
+        stages = len(placed(strategy, strategy.pipeline))
+        model = scale_down(FAMILIES["decoder (Llama)"], strategy.tensor, stages)
         counted, due = pool.run(world_size(strategy), step_traffic, strategy, model)[0]
         for collective, dtype in sorted(counted.keys() | due.keys(), key=str):
             key = (collective, dtype)

@@ -57,7 +57,11 @@ class Ranks:
                 f"{where}={os.environ['MASTER_PORT']} cannot be used: "
                 f"{str(error).splitlines()[0]}; choose a free port"
             ) from error
-        return cls(store, rank, world_size, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        # The agents' store outlives a restart. Else it is rank 0's own and new; and hosts that have
+        # come and gone count their restarts differently.
+        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
+        return cls(store, rank, world_size, restart)
 
     @classmethod
     def alone(cls) -> "Ranks":

@@ -71,6 +71,7 @@ class Watch:
         self._signalled_at = self._failed_at = 0.0
         self._step, self._progress, self._long = 0, 0, True  # a run starts slowly
         self._number = 0  # of beats
+        self._heard = time.monotonic()  # when the store last answered
         self._shown = -1  # progress at the last beat
         self._own_steps, self._own_seconds = 0, 0.0
         self._parent = os.getppid()
@@ -101,6 +102,8 @@ class Watch:
         self._ended = False
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        if self._store is not None and self.timeout:
+            threading.Thread(target=self._leave_if_cut_off, name="alone", daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -219,6 +222,25 @@ class Watch:
         if self._launched and os.getppid() != self._parent:
             self._end("its launcher is gone", self.runtime.rank, FAILED)
 
+    def _leave_if_cut_off(self) -> None:
+        """Ends a rank that neither gets on nor reaches the store: no verdict would reach it.
+
+        A thread of its own: where a cable is cut, a word to the store waits for minutes.
+        """
+        progress, moved = self._progress, time.monotonic()
+        while not self._ended:
+            time.sleep(self._interval)
+            now = time.monotonic()
+            if self._progress != progress:
+                progress, moved = self._progress, now
+            patience = self.timeout * (LONG if self._long else 1)
+            if now - moved > patience and now - self._heard > self.timeout and not self._ended:
+                log.error(
+                    "rank %d is cut off: no step for %.0f s, and no word from the launch's store "
+                    "for %.0f s", self.runtime.rank, now - moved, now - self._heard,
+                )  # fmt: skip
+                os._exit(HUNG)
+
     def _beat_and_look(self) -> None:
         store, rank = self._store, self.runtime.rank
         if store is None or not self.timeout:
@@ -229,6 +251,7 @@ class Watch:
                 self._look()
             if store.check(["verdict"]):
                 self._obey(json.loads(store.get("verdict")))
+            self._heard = time.monotonic()
         except dist.DistError:
             # The launcher has ended, or its host is gone: its other children will tell.
             self._store = None
