@@ -78,8 +78,6 @@ class StatusFile:
         try:
             text = json.dumps(asdict(status), indent=1) + "\n"
             write_atomically(self._run_dir / "status.json", text)
-        except FileNotFoundError:
-            pass  # two ranks wrote at once, and the other one's is there
         except OSError as error:
             if not self._warned:
                 log.warning("%s cannot be written: %s", self._run_dir / "status.json", error)
@@ -88,6 +86,11 @@ class StatusFile:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file that is whole at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    # A name of its own: two ranks may write at once.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
