@@ -25,6 +25,7 @@ JOB = (
     f"steps={STEPS}", f"checkpoint.every={EVERY}", "metrics.every=1", "eval.every=0",
     "eval.test=false", "metrics.sample_tokens=0", "model.width=64", "model.heads=4",
     "model.kv_heads=2", "model.layers=4", "model.ffn_width=128", "data.seq_len=64", "batch_size=8",
+    "precision=fp64",  # training makes much of rounding: in fp32 no layouts can be compared
 )  # fmt: skip
 DOOR = str(Path(__file__).parents[1] / "launch" / "train.py")
 
