@@ -213,10 +213,10 @@ class Campaign:
         return False
 
 
-def main(kills: int = 500, steps: int = 60, most_ranks: int = 4) -> int:
+def main(kills: int = 500, steps: int = 60, most_ranks: int = 4, least_ranks: int = 1) -> int:
     """All kinds of runs in turn, and a line for each; the exit status."""
     draw, harm = random.Random(0), 0
-    worlds = [ranks for ranks in WORLDS if ranks <= most_ranks]
+    worlds = [ranks for ranks in WORLDS if least_ranks <= ranks <= most_ranks]
     kinds = [(ranks, async_save) for ranks in worlds for async_save in (False, True)]
     with TemporaryDirectory() as folder:
         for number, (ranks, async_save) in enumerate(kinds):
