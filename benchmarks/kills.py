@@ -1,10 +1,10 @@
 """Random kill -9 of all ranks while they train and save: no kill may lose a checkpoint.
 
-`python benchmarks/kills.py [kills in all] [steps of a run] [most ranks] [fewest]`: 1, 2 and 4 ranks,
-synchronous and asynchronous saves in turn. After each kill the newest checkpoint is checked byte by
-byte, and at most the save in flight may be lost; a run that has come to its end must have the files
-of the unbroken one, to the bit. Exits with 1 if a kill did harm. Ranks are forked from a process
-that has loaded everything: a start takes a fraction of a second.
+`python benchmarks/kills.py [kills in all] [steps of a run] [most ranks] [fewest]`: 1, 2 and 4
+ranks, synchronous and asynchronous saves in turn. After each kill the newest checkpoint is checked
+byte by byte, and at most the save in flight may be lost; a run that has come to its end must have
+the files of the unbroken one, to the bit. Exits with 1 if a kill did harm. Ranks are forked from a
+process that has loaded everything: a start takes a fraction of a second.
 """
 
 import mmap
