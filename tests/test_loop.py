@@ -196,15 +196,8 @@ def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, stra
 @pytest.mark.parametrize(
     ("first", "then"),
     [
-        (StrategyConfig(shard=2), StrategyConfig(replicate=2)),
         (StrategyConfig(shard=2), StrategyConfig(tensor=4)),
-        (StrategyConfig(shard=2, tensor=2), StrategyConfig()),
-        (StrategyConfig(tensor=2), StrategyConfig(shard=2, tensor=2)),
-        (StrategyConfig(), StrategyConfig(replicate=2, tensor=2, sequence_parallel=False)),
-        (StrategyConfig(), PIPELINE),
         (ONE_F_ONE_B, StrategyConfig(tensor=2, pipeline=2)),
-        (StrategyConfig(tensor=2, pipeline=2), StrategyConfig(shard=2, pipeline=2)),
-        (StrategyConfig(shard=2, pipeline=2), StrategyConfig(shard=2, tensor=2)),
         (StrategyConfig(replicate=2, pipeline=2), StrategyConfig()),
     ],
 )
