@@ -31,6 +31,7 @@ from rich.table import Table
 from launch.messages import STOPPED, JobFailedError, write_error
 from parallel.config import ConfigError
 from trainer.curves import draw, last_values
+from trainer.display import drawn
 from trainer.lock import hold
 from trainer.status import read_status, write_atomically
 
@@ -129,7 +130,7 @@ class Sweep:
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():
             live = Live(console=console, get_renderable=self._table, refresh_per_second=1)
-            self._held.enter_context(live)
+            self._held.enter_context(drawn(live))
 
     @contextmanager
     def _running(self, point: Point, folder: Path) -> Iterator[None]:

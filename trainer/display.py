@@ -5,7 +5,8 @@ import math
 import os
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import IO, Any, cast
 
 from rich import box
@@ -71,12 +72,28 @@ def open_console() -> Console:
     return Console(file=cast(IO[str], Lasting(sys.stdout)) if sys.stdout else None)
 
 
+@contextmanager
+def drawn(live: Live) -> Iterator[None]:
+    """While it is on the terminal, what is logged goes above it rather than through it."""
+    before, moved = sys.stderr, []
+    try:
+        with live:
+            for handler in logging.getLogger().handlers if sys.stderr is not before else ():
+                if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+                    handler.setStream(sys.stderr)
+                    moved.append(handler)
+            yield
+    finally:
+        for handler in moved:
+            handler.setStream(before)
+
+
 class Display:
     """What is shown of a run: a panel that is drawn again on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, steps: int, unit: str, name: str = ""):
         self._console, self._steps, self._unit, self._name = console, steps, unit, name
-        self._handlers: list[logging.StreamHandler] = []  # that write into the panel meanwhile
+        self._drawn = ExitStack()
         self._step = 0
         self._saved: int | None = None  # step of the newest checkpoint
         self._record: dict[str, Any] = {}  # the last training record
@@ -91,23 +108,12 @@ class Display:
     def start(self, step: int) -> None:
         """Show the panel."""
         self._step, self._saved = step, step or None
-        if self._live is None:
-            return
-        before = sys.stderr
-        self._live.start()
-        for handler in logging.getLogger().handlers if sys.stderr is not before else ():
-            # What is logged goes above the panel too, rather than through it.
-            if isinstance(handler, logging.StreamHandler) and handler.stream is before:
-                handler.setStream(sys.stderr)
-                self._handlers.append(handler)
+        if self._live is not None:
+            self._drawn.enter_context(drawn(self._live))
 
     def close(self) -> None:
         """Leave the terminal as it was, the panel at its last state."""
-        if self._live is not None:
-            self._live.stop()
-        for handler in self._handlers:
-            handler.setStream(sys.stderr)
-        self._handlers.clear()
+        self._drawn.close()
 
     def advance(self, step: int) -> None:
         """A step is done."""
