@@ -29,8 +29,6 @@ TYPES = {
 }
 
 
-log = logging.getLogger(__name__)
-
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
 
 
@@ -81,8 +79,7 @@ def logged_to(path: Path) -> Iterator[None]:
     """What is logged, and what the run's console shows as lines, is in this file as well."""
     try:
         handler = _Forgiving(path, encoding="utf-8")
-    except OSError as error:
-        log.warning("%s cannot be written (%s)", path, error.strerror)
+    except OSError:
         yield
         return
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))

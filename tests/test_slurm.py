@@ -31,9 +31,9 @@ class Cluster:
         data = [f"data.path={folder}/play.txt", f"data.cache={folder}/cache", "data=text"]
         # A step takes long enough that not thousands are done while Slurm makes up its mind.
         size = ["batch_size=64", "data.seq_len=64", "model.width=64"]
-        # Losses that do not depend on where the run is to end.
-        self.run = [*SMALL, *data, *size, "optim.schedule=constant", "optim.warmup_steps=0"]
-        self.run.append("checkpoint.every=5")
+        # Losses that do not depend on where the run is to end, and make little of rounding.
+        constant = ["optim.schedule=constant", "optim.warmup_steps=0", "optim.lr=1e-4"]
+        self.run = [*SMALL, *data, *size, *constant, "checkpoint.every=5"]
 
     def call(self, *arguments: str) -> tuple[int, str]:
         """launch/submit.py as a user runs it; its exit status and all that it says."""
@@ -67,7 +67,7 @@ class Cluster:
         assert {line["step"] for line in own} == set(range(1, steps + 1))
         for line in own:
             # Two ranks round otherwise than one, and training makes more of it with every step.
-            assert line["loss"] == pytest.approx(losses[line["step"]], rel=1e-7), line
+            assert line["loss"] == pytest.approx(losses[line["step"]], rel=1e-6), line
 
 
 class Job:
