@@ -26,6 +26,7 @@ from conf import schema
 from launch.messages import (
     STOPPED,
     JobFailedError,
+    exit_code,
     explain,
     is_mistake,
     log_to_stderr,
@@ -125,7 +126,7 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
     except JobFailedError as failed:
         return failed.code
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return exit_code(stop)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `--help | head`: nobody reads on
@@ -149,7 +150,7 @@ def _job_of(door: Door, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictC
             raise
         except SystemExit as stop:
             if sweeps and not ranks and stop.code != STOPPED:
-                raise JobFailedError(1) from None
+                raise JobFailedError(exit_code(stop)) from None
             raise
         return None
 

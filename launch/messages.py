@@ -29,6 +29,7 @@ TYPES = {
 }
 
 
+LOG = "log.txt"  # in a run's folder, what its console has shown
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
 
 
@@ -38,6 +39,11 @@ class JobFailedError(Exception):
     def __init__(self, code: int, reason: str = ""):
         super().__init__(code, reason)
         self.code, self.reason = code, reason
+
+
+def exit_code(stop: SystemExit) -> int:
+    """The status that a process left with."""
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def write_error(text: str) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from launch.messages import STOPPED, JobFailedError, write_error
+from launch.messages import LOG, STOPPED, JobFailedError, exit_code, write_error
 from parallel.config import ConfigError
 from trainer.curves import draw, last_values
 from trainer.display import drawn
@@ -36,6 +36,7 @@ from trainer.lock import hold
 from trainer.status import read_status, write_atomically
 
 NAME_LENGTH = 100
+COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, in front of the swept
 SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # of a point, in the live table
 log = logging.getLogger(__name__)
 logging.getLogger("hydra").setLevel(logging.WARNING)  # what it launches is said here
@@ -107,7 +108,7 @@ class Sweep:
                 log.info("%s has failed before; retry_failed=true tries it again", point.name)
                 raise JobFailedError(point.code, point.reason)
             with self._running(point, folder):
-                work(cfg, folder / "log.txt")
+                work(cfg, folder / LOG)
                 point.values = last_values(folder)
                 return None if self._total else _objective(point.values, cfg.metrics.objective)
         except JobFailedError as failed:
@@ -134,7 +135,7 @@ class Sweep:
 
     @contextmanager
     def _running(self, point: Point, folder: Path) -> Iterator[None]:
-        began, console = time.time(), folder / "log.txt"
+        began = time.time()
         point.state, point.code, point.reason = "running", 0, ""
         log.info("%s: %s", point.name, "goes on" if folder.exists() else "begins")
         try:
@@ -144,9 +145,9 @@ class Sweep:
             point.state, point.code, point.reason = "failed", failed.code, failed.reason
             raise
         except SystemExit as stop:
-            point.code = stop.code if isinstance(stop.code, int) else 1
+            point.code = exit_code(stop)
             point.state = "stopped" if point.code == STOPPED or point.code > 128 else "failed"
-            point.reason = _reason(folder, console, began)
+            point.reason = _reason(folder, began)
             if point.state == "failed":
                 raise JobFailedError(point.code, point.reason) from None
             log.info("the same command with run_dir=%s goes on with the sweep", self._folder)
@@ -166,15 +167,14 @@ class Sweep:
         """sweep.csv: a row for each point that was begun."""
         assert self._folder is not None
         begun = [point for point in self._points.values() if point.state != "waiting"]
-        fixed = ["point", "state", "code", "reason", "seconds"]
         keys = list(dict.fromkeys(key for point in begun for key in point.overrides))
         measured = list(dict.fromkeys(name for point in begun for name in point.values))
         text = io.StringIO()
-        rows = csv.DictWriter(text, [*fixed, *keys, *measured], lineterminator="\n")
+        rows = csv.DictWriter(text, [*COLUMNS, *keys, *measured], lineterminator="\n")
         rows.writeheader()
         for p in begun:
             own = [p.name, p.state, p.code, p.reason, round(p.seconds, 1)]
-            rows.writerow(dict(zip(fixed, own, strict=True)) | p.overrides | p.values)
+            rows.writerow(dict(zip(COLUMNS, own, strict=True)) | p.overrides | p.values)
         try:
             write_atomically(self._folder / "sweep.csv", text.getvalue())
         except OSError as error:
@@ -199,8 +199,8 @@ class Sweep:
         for column in ("point", "state", *SHOWN):
             table.add_column(column.replace("_", " "), overflow="fold")
         for name, point in list(self._points.items()):
-            running = point.state == "running" and self._folder is not None
-            values = last_values(self._folder / name) if running and self._folder else point.values
+            running = self._folder if point.state == "running" else None
+            values = last_values(running / name) if running else point.values
             numbers = [f"{values[key]:.5g}" if key in values else "" for key in SHOWN]
             table.add_row(name, point.state, *numbers)
         return table
@@ -216,13 +216,13 @@ def _objective(values: dict[str, float], name: str) -> float:
     raise JobFailedError(2, what)
 
 
-def _reason(folder: Path, console: Path, began: float) -> str:
+def _reason(folder: Path, began: float) -> str:
     """Why a job has failed: its last word."""
     status = read_status(folder)
     if status and status.reason and status.updated >= began:
         return status.reason.splitlines()[0]
     try:
-        lines = console.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
@@ -244,8 +244,10 @@ def composed() -> Point:
 
 
 def _fixed() -> set[str]:
-    """The keys that have one value on the command line: all others are swept."""
-    return {given.key_or_group for given in _given() if not given.is_sweep_override()}
+    """The keys that have no list of values on the command line: all others are swept."""
+    given = _given()
+    swept = {word.key_or_group for word in given if word.is_sweep_override()}
+    return {word.key_or_group for word in given} - swept
 
 
 def _given() -> list[Override]:
@@ -277,12 +279,11 @@ def _read(path: Path) -> dict[str, Point]:
     """The points of a sweep.csv by name."""
     if not path.exists():
         return {}
-    fixed = ("point", "state", "code", "reason", "seconds")
     found = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             values = last_values(path.parent / row["point"])
-            overrides = {k: v for k, v in row.items() if k not in (*fixed, *values) and v}
+            overrides = {k: v for k, v in row.items() if k not in (*COLUMNS, *values) and v}
             found[row["point"]] = Point(
                 overrides, row["state"], int(row["code"]), row["reason"], float(row["seconds"]),
                 values,

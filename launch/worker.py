@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from conf.schema import typed
 from launch.messages import (
+    LOG,
     explain,
     lead_streams_to,
     let_go_of_streams,
@@ -58,8 +59,9 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
     config = typed(job["door"], job["config"])
     module, _, name = job["work"].partition(":")
     with ExitStack() as stack:
-        if job["door"] == "train" and ranks.rank == 0 and not job.get("console"):
-            stack.enter_context(logged_to(Path(config.run_dir) / "log.txt"))
+        log = _log(job)
+        if log and ranks.rank == 0:
+            stack.enter_context(logged_to(log))
         try:
             patience = LONG * getattr(config, "timeout_seconds", 0.0)
             runtime = stack.enter_context(process_group(config.device, ranks, patience))
@@ -75,6 +77,12 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
             raise SystemExit(_tell(error, job, ranks)) from None
 
 
+def _log(job: dict[str, Any]) -> Path | None:
+    """The file that keeps what a run says, unless all of its console goes there."""
+    kept = job["door"] == "train" and not job.get("console")
+    return Path(job["config"]["run_dir"]) / LOG if kept else None
+
+
 def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
     code = 2 if isinstance(error, ConfigError) else 1
     if not ranks.first("error"):  # its end is a consequence of the first one's
@@ -85,7 +93,7 @@ def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
         text = "\n".join(prefix + line for line in traceback.format_exc().splitlines())
     write_error(text)
-    if job["door"] == "train" and not job.get("console"):
-        with suppress(OSError), (Path(job["config"]["run_dir"]) / "log.txt").open("a") as file:
+    if log := _log(job):
+        with suppress(OSError), log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
     return code

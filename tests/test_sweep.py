@@ -73,10 +73,10 @@ def swept(tmp_path, monkeypatch):
         sweeper = {"_target_": "an.Optimiser"}
 
     monkeypatch.setattr(module.HydraConfig, "get", lambda: Hydra)
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "steps=9", "seed=choice(0,1)"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", "steps=9", "seed=7", "seed=choice(0,1)"])
 
     def run(sweep, seed, work, objective="eval_loss", retry=False):
-        Hydra.overrides.task = [f"seed={seed}", "steps=9"]
+        Hydra.overrides.task = ["steps=9", "seed=7", f"seed={seed}"]
         config = module.DictConfig(
             {"run_dir": str(tmp_path / "s"), "retry_failed": retry}
             | {"metrics": {"objective": objective, "wandb_group": ""}}

@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from trainer.journal import read_lines
+from trainer.journal import NAME, is_number, read_lines
 
 TRAINING = ("step", "loss", "tokens_per_second")
 
@@ -12,7 +12,7 @@ TRAINING = ("step", "loss", "tokens_per_second")
 def records(run_dir: Path) -> list[dict[str, Any]]:
     """The whole lines of a run's metrics.jsonl; none if there is no such file."""
     try:
-        return read_lines(run_dir / "metrics.jsonl")[0]
+        return read_lines(run_dir / NAME)[0]
     except OSError:
         return []
 
@@ -21,7 +21,7 @@ def last_values(run_dir: Path) -> dict[str, float]:
     """The last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations."""
     found: dict[str, float] = {}
     for record in records(run_dir):
-        numbers = {key: v for key, v in record.items() if isinstance(v, int | float)}
+        numbers = {key: v for key, v in record.items() if is_number(v)}
         if "split" in record:
             numbers.pop("step", None)
             plain = {key.removeprefix("eval_"): value for key, value in numbers.items()}

@@ -5,7 +5,6 @@ when something has gone wrong; only a folder that holds no run is refused.
 """
 
 import json
-import math
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from trainer.config import ConfigError
 from trainer.goodput import Ledger
 from trainer.goodput import read as read_goodput
-from trainer.journal import NAME, read_lines
+from trainer.journal import NAME, is_number, read_lines
 from trainer.manifest import DamagedError, check
 from trainer.run_dir import checkpoints, saved_values
 from trainer.status import Status, read_status
@@ -55,11 +54,6 @@ class History:
             for line in (lines if split else self.training)
             if is_number(line.get(key))
         ]
-
-
-def is_number(value: object) -> bool:
-    """Whether a value of a line can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def read_history(run_dir: Path) -> History:

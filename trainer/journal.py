@@ -108,6 +108,11 @@ def _stays(line: str, start_step: int) -> bool:
         return False
 
 
+def is_number(value: object) -> bool:
+    """Whether a value of a line can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_bad(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 

@@ -15,7 +15,8 @@ from trainer.chart import COLOURS, Curve, Mark, chart, lanes
 from trainer.config import ConfigError
 from trainer.display import duration, short
 from trainer.goodput import LOST
-from trainer.history import History, is_number, moment, read_history
+from trainer.history import History, moment, read_history
+from trainer.journal import is_number
 from trainer.status import write_atomically
 
 NAME = "report.html"

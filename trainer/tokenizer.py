@@ -7,6 +7,7 @@ from pathlib import Path
 import tokenizers
 
 from trainer.config import ConfigError
+from trainer.status import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -68,9 +69,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json, whole or not at all; raises OSError."""
-        partial = Path(path).with_name(f".{Path(path).name}.partial")
-        partial.write_text(self._backend.to_str(pretty=True), encoding="utf-8")
-        partial.replace(path)
+        write_atomically(Path(path), self._backend.to_str(pretty=True))
 
     def same(self, path: str | Path) -> bool:
         """Whether a file holds this very tokenizer."""
