@@ -46,11 +46,8 @@ class Launched:
         ]  # fmt: skip
 
     def lines(self) -> list[dict]:
-        """The training lines so far; without the last one if it is being written."""
-        path = self.run_dir / "metrics.jsonl"
-        text = path.read_text() if path.exists() else ""
-        whole = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-        return [line for line in whole if "loss" in line]
+        """The training lines so far."""
+        return lines(self.run_dir)
 
     def losses(self) -> list[float]:
         """Of the steps so far."""
@@ -63,6 +60,14 @@ class Launched:
     def wait_for_step(self, step: int, process: subprocess.Popen) -> None:
         """Returns when the step is done."""
         until(lambda: self.lines()[-1:] and self.lines()[-1]["step"] >= step, process)
+
+
+def lines(run_dir: Path) -> list[dict]:
+    """The training lines of a run so far; without the last one if it is being written."""
+    path = run_dir / "metrics.jsonl"
+    text = path.read_text() if path.exists() else ""
+    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+    return [line for line in whole if "loss" in line]
 
 
 def until(true: Callable[[], object], process: subprocess.Popen | None = None,

@@ -13,11 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from launched import PLAY, ROOT, SMALL
+from launched import ENVIRONMENT, PLAY, ROOT, SMALL, lines
 from slurm_lab import Lab, missing
 
 SUBMIT, TRAIN = (str(ROOT / "launch" / name) for name in ("submit.py", "train.py"))
-ENVIRONMENT = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 JOB = ["cluster=slurm-cpu", "cluster.nodes=2", "cluster.hours=0.2", "cluster.signal_seconds=50"]
 ENDLESS = "steps=1000000"
 
@@ -110,14 +109,6 @@ class Job:
 
     def ends(self) -> None:
         self.until(lambda: not self.cluster.queue())
-
-
-def lines(run: Path) -> list[dict]:
-    """The training lines of a run so far."""
-    path = run / "metrics.jsonl"
-    text = path.read_text() if path.exists() else ""
-    whole = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-    return [line for line in whole if "loss" in line]
 
 
 @pytest.fixture(scope="module")
