@@ -23,8 +23,9 @@ from parallel.runtime import Ranks, Runtime, process_group
 from trainer import loop
 from trainer.config import TrainConfig
 from trainer.data import open_split, prepare
+from trainer.initial import draw_rows
 from trainer.loss import cross_entropy_sum
-from trainer.model import Transformer, draw_rows
+from trainer.model import Transformer
 from trainer.optim import decays, lr_at
 from trainer.precision import resolve_precision
 from trainer.run_dir import open_run_dir

@@ -24,8 +24,9 @@ from workload import Batch, alternate, by_sample, llama, on_ranks, pin, random_b
 from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
 from trainer.config import ModelConfig
-from trainer.layers import SequenceLayout, Stream
-from trainer.model import Transformer, draw_rows
+from trainer.initial import draw_rows
+from trainer.model import Transformer
+from trainer.stream import SequenceLayout, Stream
 
 RANKS, SEQ_LEN = 2, 128
 TORCH_CLASSES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}

@@ -37,9 +37,10 @@ from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.vocab import Vocabulary
 from trainer.config import ModelConfig
-from trainer.layers import SequenceLayout
+from trainer.initial import draw_rows
 from trainer.loss import cross_entropy_sum
-from trainer.model import Transformer, draw_rows
+from trainer.model import Transformer
+from trainer.stream import SequenceLayout
 
 RANKS, SEQ_LEN, LAYERS = 2, 128, 4
 Step = Callable[[dict[str, Tensor]], Tensor]

@@ -49,7 +49,7 @@ def parallelize(
     whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
     classes = model.get_parameter("head.output.weight").shape[0]
     # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
-    pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device, compute)
+    pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device)
     # 2. Ranks that share sequences have but their positions of each; attention joins them.
     context = share_sequences(model, mesh["context"], strategy.context_method)
     # 3. The split of single layers is the innermost: all that follows treats a part as the whole.

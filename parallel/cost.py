@@ -63,19 +63,17 @@ def step_bytes(
     )
 
 
-def stage_bytes(
-    flows: Sequence[Iterable[Shape]], placement: Sequence[int], rank: int, compute_bytes: int
-) -> StepBytes:
+def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank: int) -> StepBytes:
     """What a rank of a pipeline sends for one micro-batch to the ranks of neighbouring stages.
 
-    `flows` are the shapes of what flows into each stage, `placement` is the rank of each. Over a
-    border between two ranks activations go on, and gradients of the same shapes come back (GPipe,
-    arXiv 1811.06965, section 2.2): either rank sends as much. Stages on one rank send nothing.
+    `flows` are the bytes that flow into each stage and those of the gradients that come back
+    (GPipe, arXiv 1811.06965, section 2.2), `placement` is the rank of each. Stages on one rank
+    send nothing.
     """
     sent = 0
-    for stage, ends in enumerate(pairwise(placement), 1):
-        if ends[0] != ends[1] and rank in ends:
-            sent += sum(math.prod(shape) for shape in flows[stage]) * compute_bytes
+    for stage, (before, after) in enumerate(pairwise(placement), 1):
+        if before != after:
+            sent += flows[stage][0] * (rank == before) + flows[stage][1] * (rank == after)
     return StepBytes(send=sent)
 
 

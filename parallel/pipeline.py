@@ -2,7 +2,7 @@
 
 torch's schedules (`torch.distributed.pipelining`) say which rank computes what and when. A `Stage`
 is what they drive: it calls one model with a run of its blocks, and since every rank reads the
-same micro-batches, nothing but (x, memory) travels, in the shapes that each micro-batch has.
+same micro-batches, nothing but what flows between blocks travels, in each micro-batch's shapes.
 """
 
 import math
@@ -116,7 +116,9 @@ class Stage:
         self, number: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = False
     ) -> Tensor | Flow:
         """Compute; the last stage returns logits."""
-        inputs = [tensor.requires_grad_() for tensor in self._inputs.pop(number, [])]
+        inputs = self._inputs.pop(number, [])
+        for tensor in _learned_from(inputs):
+            tensor.requires_grad_()
         with self._pipeline.recorded(self.stage_index, "F", number):
             output = self._pipeline.compute(number, self.blocks, inputs)
         flows = (output,) if isinstance(output, Tensor) else output
@@ -137,7 +139,7 @@ class Stage:
         """Post the receipt of the gradients of what has flowed on."""
         if self.is_last:
             return []
-        outputs = self._computed[number][0]
+        outputs = _learned_from(self._computed[number][0])
         self._output_grads[number] = [torch.empty_like(tensor) for tensor in outputs]
         return self._pipeline.transfers(
             dist.irecv, self._output_grads[number], self.stage_index + 1
@@ -156,7 +158,7 @@ class Stage:
             self._backward(number, loss, full_backward)
 
     def _backward(self, number: int, loss: Tensor | None, full_backward: bool) -> None:
-        outputs, inputs = self._computed.pop(number)
+        outputs, inputs = map(_learned_from, self._computed.pop(number))
         grads = self._output_grads.pop(number, None)
         if loss is not None:
             outputs, grads = [loss], None
@@ -202,11 +204,10 @@ class Pipeline:
     def __init__(
         self, model: nn.Module, group: dist.ProcessGroup, strategy: StrategyConfig,
         runs: Sequence[tuple[str, ...]], placement: Sequence[int], device: torch.device,
-        dtype: torch.dtype,
     ):  # fmt: skip
         self.model, self.group, self.rank = model, group, group.rank()
         self.runs, self.placement = list(runs), placement  # of each stage: blocks, rank
-        self.device, self.dtype = device, dtype
+        self.device = device
         self.strategy, self._schedules = strategy, dict[int, Any]()
         own = [stage for stage, rank in enumerate(placement) if rank == self.rank]
         self.stages = [Stage(index, self) for index in own]
@@ -271,7 +272,9 @@ class Pipeline:
 
     def compute(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
         """One stage's forward of a micro-batch."""
-        return self.model(self._micro_batches[number], flow=_flow(inputs), blocks=blocks)
+        micro_batch = self._micro_batches[number]
+        flow = self._flow(inputs, micro_batch, int(blocks[0])) if inputs else None
+        return self.model(micro_batch, flow=flow, blocks=blocks)
 
     def weights(self, blocks: Sequence[str]) -> Iterator[Tensor]:
         """What autograd works on of a stage's parameters: for split layers, their leaves."""
@@ -289,8 +292,15 @@ class Pipeline:
         return self._room(self._micro_batches[number], block)
 
     def _room(self, inputs: dict[str, Tensor], block: int, cache: Any = None) -> list[Tensor]:
-        shapes = self.model.flow_shapes(inputs, block, cache)  # type: ignore[operator]
-        return [torch.empty(shape, dtype=self.dtype, device=self.device) for shape in shapes]
+        likes = self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
+        return [torch.empty_like(x, device=self.device) for x in likes if x is not None]
+
+    def _flow(
+        self, tensors: list[Tensor], inputs: dict[str, Tensor], block: int, cache: Any = None
+    ) -> Flow:
+        """What has been received, each in its place."""
+        received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
+        return tuple(None if like is None else next(received) for like in likes)
 
     def transfers(self, how: Callable, tensors: list[Tensor], stage: int) -> list[dist.P2POp]:
         """Operations that send tensors to, or receive them from, the rank of a stage."""
@@ -307,8 +317,7 @@ class Pipeline:
             if index:
                 output = self._hand_on(output, index, inputs, cache)
             if self.rank == self.placement[index]:
-                flow = _flow(output, cache) if index else None
-                output = self.model(inputs, cache, flow, blocks)
+                output = self.model(inputs, cache, output if index else None, blocks)
         last = self.placement[-1]
         if self.rank == last:
             logits = gather(output).contiguous()
@@ -324,13 +333,16 @@ class Pipeline:
         before, owner = self.placement[index - 1], self.placement[index]
         if before == owner or self.rank not in (before, owner):
             return output
-        room = self._room(inputs, int(self.runs[index][0]), cache)
+        block = int(self.runs[index][0])
+        likes = self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
         if self.rank == before:
-            sent = [tensor.contiguous() for tensor in output[: len(room)]]
+            flows = zip(output, likes, strict=True)
+            sent = [tensor.contiguous() for tensor, like in flows if like is not None]
             _wait(self.transfers(dist.isend, sent, index))
             return output
+        room = self._room(inputs, block, cache)
         _wait(self.transfers(dist.irecv, room, index - 1))
-        return room
+        return self._flow(room, inputs, block, cache)
 
     def sum_tied_gradient(self) -> None:
         """Give both copies of a tied parameter the sum of their gradients; each adds the same."""
@@ -347,7 +359,7 @@ class Pipeline:
 
 def pipelined(
     model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, costs: Sequence[float],
-    device: torch.device, dtype: torch.dtype,
+    device: torch.device,
 ) -> Pipeline | None:  # fmt: skip
     """Leave in a meta model the layers of this rank's stages alone; None if there is but one."""
     if mesh.size() == 1:
@@ -355,7 +367,7 @@ def pipelined(
     count = mesh.size() * stages_per_rank(strategy)
     placement = placed(strategy, mesh.size())
     stages = runs(len(costs), strategy.split or cut(costs, count))
-    pipeline = Pipeline(model, mesh.get_group(), strategy, stages, placement, device, dtype)
+    pipeline = Pipeline(model, mesh.get_group(), strategy, stages, placement, device)
     own = {name for stage in pipeline.stages for name in stage.blocks}
     blocks = model.get_submodule("blocks")
     for name in [name for name, _ in blocks.named_children() if name not in own]:
@@ -367,13 +379,9 @@ def pipelined(
     return pipeline
 
 
-def _flow(tensors: Sequence[Tensor | None], cache: Any = None) -> Flow | None:
-    """(x, memory) of what has flowed in; a cached memory flows no more."""
-    if not tensors:
-        return None
-    if len(tensors) == 2:
-        return tuple(tensors)
-    return tensors[0], None if cache is None else cache.memory
+def _learned_from(tensors: list[Tensor]) -> list[Tensor]:
+    """Those that have gradients: not whole numbers."""
+    return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
 def _wait(operations: list[dist.P2POp]) -> None:

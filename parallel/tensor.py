@@ -94,6 +94,12 @@ class TensorSplit:
             self.group.size(), SEQUENCE_DIM
         )[self.group.rank()]
 
+    def collected(self, x_BSD: Tensor, length: int) -> Tensor:
+        """All `length` positions, for what every rank does alike and then takes its `own` of."""
+        if not self.splits_sequence:
+            return x_BSD
+        return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
+
     def sum(self, x_BSD: Tensor) -> Tensor:
         """The sum over the ranks, for this rank's positions: where the split part ends."""
         if not self.splits_sequence:
@@ -202,6 +208,10 @@ class _Row(_Part):
         finally:
             self._parameters["bias"] = bias
         return x if bias is None else x + bias.to(x.dtype)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest over all input features, of which each rank has a part."""
+        return all_reduce(super().largest(x), self.split.group, "max")  # type: ignore[misc]
 
 
 class _VocabularyEmbedding(_Part):

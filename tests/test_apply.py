@@ -10,8 +10,9 @@ from parallel.apply import Facts, parallelize
 from parallel.config import StrategyConfig, world_size
 from parallel.mesh import AXES, build_mesh
 from trainer.cases import FAMILIES, scale_down
+from trainer.initial import draw_rows
 from trainer.loss import count_valid, cross_entropy_sum
-from trainer.model import TENSOR_LAYOUT, Transformer, draw_rows
+from trainer.model import TENSOR_LAYOUT, Transformer
 
 
 def drawn(runtime, strategy: StrategyConfig) -> dict:

@@ -12,8 +12,10 @@ from torch import nn
 
 from trainer.cases import FAMILIES, make_batch, scale_down
 from trainer.config import ModelConfig
-from trainer.layers import Context, Dropout, SequenceLayout, Stream, keep_mask
-from trainer.model import DecodingCache, Transformer, draw_rows
+from trainer.initial import draw_rows
+from trainer.layers import Dropout, keep_mask
+from trainer.model import DecodingCache, Transformer
+from trainer.stream import Context, SequenceLayout, Stream
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 
@@ -253,6 +255,10 @@ def test_a_document_sees_only_itself():
     torch.testing.assert_close(packed, alone)
 
 
+def described(tensors) -> list[tuple | None]:
+    return [None if x is None else (tuple(x.shape), x.dtype) for x in tensors]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
@@ -264,10 +270,9 @@ def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
         for name in list(first.blocks):
             del (first if int(name) >= cut else second).blocks[name]
         flow = first(batch)
-        shapes = [tuple(tensor.shape) for tensor in flow if tensor is not None]
-        assert shapes == second.flow_shapes(batch, cut)
+        assert described(flow) == described(second.flow_like(batch, cut))
         torch.testing.assert_close(second(batch, flow=flow), whole)
-        assert [tuple(whole.shape)] == second.flow_shapes(batch, second.depth)
+        assert described([whole]) == described(second.flow_like(batch, second.depth))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

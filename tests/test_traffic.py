@@ -81,12 +81,14 @@ def test_the_closed_form_by_hand():
 
 def test_what_a_pipeline_sends_by_hand():
     # Behind the second stage there are two streams; a V has its middle on the last rank.
-    flows = [[], [(2, 3, 4)], [(2, 3, 4), (2, 5, 4)], [(2, 3, 4)]]
-    loop = [stage_bytes(flows, (0, 1, 0, 1), rank, 2).send for rank in (0, 1)]
+    flows = [(size, size) for size in (0, 2 * 24, 2 * (24 + 40), 2 * 24)]
+    loop = [stage_bytes(flows, (0, 1, 0, 1), rank).send for rank in (0, 1)]
     assert loop == [2 * (24 + 64 + 24)] * 2
-    assert [stage_bytes(flows, (0, 1, 1, 0), rank, 2).send for rank in (0, 1)] == [2 * 48] * 2
-    line = [stage_bytes(flows, (0, 1, 2, 3), rank, 2).send for rank in range(4)]
+    assert [stage_bytes(flows, (0, 1, 1, 0), rank).send for rank in (0, 1)] == [2 * 48] * 2
+    line = [stage_bytes(flows, (0, 1, 2, 3), rank).send for rank in range(4)]
     assert line == [2 * 24, 2 * (24 + 64), 2 * (64 + 24), 2 * 24]
+    # Whole numbers flow on, and no gradient comes back.
+    assert [stage_bytes([(0, 0), (50, 40)], (0, 1), rank).send for rank in (0, 1)] == [50, 40]
 
 
 def test_ring_bytes():

@@ -12,17 +12,25 @@ from parallel.config import StrategyConfig, resolve
 from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.worker import Worker
+from trainer.compress.technique import Compression
 from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.flops import flops_per_block
+from trainer.initial import draw_rows
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
-from trainer.model import TENSOR_LAYOUT, Head, Transformer, draw_rows
+from trainer.model import TENSOR_LAYOUT, Head, Transformer
 from trainer.precision import Precision, resolve_precision
 
 log = logging.getLogger(__name__)
 
 
-def build_worker(config: TrainConfig, runtime: Runtime) -> Worker:
-    """The config's model under its strategy on the ranks there are, with its initial weights."""
+def build_worker(
+    config: TrainConfig, runtime: Runtime, compression: Compression | None = None
+) -> Worker:
+    """The config's model under its strategy on the ranks there are, with its initial weights.
+
+    `compression` is that of the config, where somebody goes on to ask it.
+    """
+    compression = compression or Compression(config.compress)
     strategy = resolve(config.strategy, runtime.world_size)
     if strategy.tensor > runtime.local_world_size:
         log.warning(
@@ -36,18 +44,22 @@ def build_worker(config: TrainConfig, runtime: Runtime) -> Worker:
         config.model, strategy, runtime,
         resolve_precision(config.precision, runtime.device), seed=config.seed, loss=config.loss,
         activation_checkpointing=config.activation_checkpointing, compile=config.compile,
+        compression=compression,
     )  # fmt: skip
 
 
 def parallel_model(
     config: ModelConfig, strategy: StrategyConfig, runtime: Runtime, precision: Precision, *,
     seed: int = 0, loss: LossConfig | None = None, activation_checkpointing: str = "none",
-    compile: bool = False, parallelize: Callable[..., Worker] = apply.parallelize,
+    compile: bool = False, compression: Compression | None = None,
+    parallelize: Callable[..., Worker] = apply.parallelize,
 ) -> Worker:  # fmt: skip
     """A model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
+    if compression is not None:
+        compression.reshape(model)
     loss = loss or LossConfig()
     loss_sum = partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
     if loss.chunks > 1:

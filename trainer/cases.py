@@ -106,7 +106,7 @@ def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 1) -> ModelCon
         width=width, heads=heads, kv_heads=heads // group, head_width=0,
         ffn_width=max(8, round(width * model.ffn_width / model.width)),
         vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
-        image_size=8, patch_size=4, channels=3, classes=7,
+        image_size=8, patch_size=2, channels=3, classes=7,
     )  # fmt: skip
 
 

@@ -12,7 +12,8 @@ from torch import distributed as dist
 
 from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
-from trainer.config import ConfigError, TrainConfig
+from trainer.compress.technique import Compression
+from trainer.config import CompressConfig, ConfigError, TrainConfig
 from trainer.guard import Guard
 from trainer.manifest import (
     DamagedError,
@@ -53,6 +54,7 @@ class TrainState:
     tokens: Tensor  # valid targets learned from so far, int64 on the device
     step: int = 0  # optimizer steps done
     run: str = ""  # names the run in all of its checkpoints; drawn when it begins
+    compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:

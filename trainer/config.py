@@ -132,6 +132,24 @@ class MetricsConfig:
 
 
 @dataclass
+class CompressConfig:
+    """What makes a model shorter, rounder or sparser; read by trainer/compress/."""
+
+    # Encoders: vectors that join the most alike one, behind each block but the last (at most half
+    # of those that are there); 0 = off.
+    merge: int = 0
+    pool_after: int = 0  # encoders: blocks in front of the pooling; 0 = off
+    pool_stride: int = 2  # patches a side, or tokens of text, whose mean becomes one vector
+    drop: float = 0.0  # image classifiers: share of the patches left out while training; 0.0 = off
+    bits: int = 0  # of the weights between embedding and head, trained as they will be; 0 = all
+    input_bits: int = 8  # of what those weights are multiplied with, where bits is set; 0 = all
+    group: int = 0  # neighbouring weights of an output that share a scale; 0 = all of an output's
+    sparse_n: int = 0  # weights that are not zero, of every sparse_m neighbours; 0 = off
+    sparse_m: int = 4  # neighbours along the inputs
+    sparse_start: float = 0.0  # share of the steps before weights become zero
+
+
+@dataclass
 class LaunchConfig:
     """How ranks are started; read by launch/door.py."""
 
@@ -150,6 +168,7 @@ class TrainConfig:
     eval: EvalConfig = field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = "auto"  # fp64 | fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 on CPU
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
@@ -196,6 +215,7 @@ class VerifyConfig:
 
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = 3  # optimizer steps compared
     seed: int = 0  # weights and batches follow from it

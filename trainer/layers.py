@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config import ModelConfig
+from trainer.stream import Stream
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -20,90 +21,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-class SequenceLayout:
-    """How much of a sequence flows between blocks: all of it, unless parallelism gives another.
-
-    Under sequence parallelism that is a part of its positions.
-    """
-
-    def part_length(self, length: int) -> int:
-        """How many of `length` positions flow between blocks."""
-        return length
-
-    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
-        """All `length` positions, for layers that mix them or are split by columns."""
-        return x_BSD
-
-    def own(self, x_BSD: Tensor) -> Tensor:
-        """Those of all positions that flow here."""
-        return x_BSD
-
-
-class Context:
-    """Which positions of a sequence are here: all, unless ranks share sequences (context axis)."""
-
-    shares = False
-    first = True  # of the ranks that share a sequence
-
-    def share(self, length: int) -> int:
-        """How many of `length` positions are here."""
-        return length
-
-    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """(share,): which they are."""
-        return torch.arange(length, device=device)
-
-    def take(self, x: Tensor) -> Tensor:
-        """Of (B, length, …) the rows that are here."""
-        return x
-
-    def whole(self, x: Tensor, length: int) -> Tensor:
-        """Undoes `take`."""
-        return x
-
-    def attend(
-        self, query_BHSK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, key_length: int,
-        visible: Callable, causal: bool,
-    ) -> Tensor:  # fmt: skip
-        """Attention from the queries that are here to all keys, where they are shared."""
-        raise NotImplementedError
-
-
-@dataclass
-class Stream:
-    """What a block must know of one sequence; computed once per forward, shared by all blocks."""
-
-    length: int  # positions that are here, of `total`
-    total: int
-    layout: SequenceLayout
-    context: Context
-    causal: bool  # position i sees positions ≤ i only
-    places_S: Tensor  # positions of what flows between blocks here; dropout's masks follow them
-    documents_BS: Tensor | None = None  # of all positions: those of one document see each other
-    valid_BS: Tensor | None = None  # of all positions, as keys: False = padding
-    mask: Tensor | None = None  # `visible` for all positions; None = all (or causal), or shared
-    rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (B or 1, S, 1, K/2)
-    seeds_B: Tensor | None = None  # dropout seed of each sample
-
-    def whole(self, x_BSD: Tensor) -> Tensor:
-        """What flows between blocks, at all positions that are here."""
-        return self.layout.whole(x_BSD, self.length)
-
-    def visible(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
-        """(B or 1, 1, R or 1, C), True = this row may see that column; None = all may all."""
-        mask = None
-        if self.causal:
-            mask = (columns_C <= rows_R[:, None])[None]
-        if self.documents_BS is not None:
-            own_BR = self.documents_BS[:, rows_R.clamp(max=self.total - 1)]
-            same = own_BR[:, :, None] == self.documents_BS[:, None, columns_C]
-            mask = same if mask is None else same & mask
-        if self.valid_BS is not None:
-            valid = self.valid_BS[:, None, columns_C]
-            mask = valid if mask is None else valid & mask
-        return None if mask is None else mask[:, None]
 
 
 class AttentionCache:
@@ -191,21 +108,27 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
 
+def random_bits(seeds_B: Tensor, site: int, counter_N: Tensor) -> Tensor:
+    """(B,N): 64 bits for each value of the counter, by SplitMix64's mixer (Steele et al. 2014)."""
+    bits = (seeds_B + site)[:, None] + counter_N * _STRIDE
+    bits = _fold(bits, 30) * _MIX_1
+    bits = _fold(bits, 27) * _MIX_2
+    return _fold(bits, 31)
+
+
 def keep_mask(seeds_B: Tensor, site: int, width: int, share: float,
               places_S: Tensor) -> Tensor:  # fmt: skip
     """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
 
-    A counter through SplitMix64's mixer (Steele et al. 2014), four 16-bit draws per counter value:
-    no generator state, so neither ranks, micro-batches, resuming nor recomputation change a mask.
-    `places_S` are the positions of the rows, of which only some may be here.
+    Four 16-bit draws per counter value: no generator state, so neither ranks, micro-batches,
+    resuming nor recomputation change a mask. `places_S` are the positions of the rows, of which
+    only some may be here.
     """
     S, D = len(places_S), width
     row = (D + 3) // 4  # counter values per position
     counter = (places_S[:, None] * row + torch.arange(row, device=seeds_B.device)).flatten()
-    bits = (seeds_B + site)[:, None] + counter * _STRIDE
-    bits = _fold(bits, 30) * _MIX_1
-    bits = _fold(bits, 27) * _MIX_2
-    draws = _fold(bits, 31).view(torch.int16).view(-1, S, 4 * row)[:, :, :D]
+    bits = random_bits(seeds_B, site, counter)
+    draws = bits.view(torch.int16).view(-1, S, 4 * row)[:, :, :D]
     return draws >= round(share * 65536) - 32768
 
 

@@ -15,6 +15,7 @@ from parallel.watch import StoppedError
 from parallel.worker import MicroBatch
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState, restore
+from trainer.compress.technique import Compression
 from trainer.config import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
@@ -75,7 +76,8 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
 
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     """
-    worker = build_worker(config, runtime)
+    compression = Compression(config.compress)
+    worker = build_worker(config, runtime, compression)
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
         worker,
@@ -83,6 +85,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
         LossScale(precision, runtime.device),
         Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
+        compression=compression,
     )
     restore(config, state, data)
     return state
@@ -139,6 +142,7 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
     worker, scale = state.worker, state.loss_scale.scale
     lr = lr_at(state.step, config.steps, config.optim)
+    state.compression.settle(state.step, config.steps)
     worker.zero_grad()
     loss, count = worker.forward_backward(micro_batches, scale)
     grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, scale)

@@ -4,15 +4,13 @@ The contract with parallel/, which tests hold:
 1. blocks stand in a ModuleDict keyed "0", "1", … and keep their names when others are taken out;
 2. `embed` and `head` may be None where they are not needed, and a forward may be of any run of
    blocks;
-3. what flows between blocks is one tuple (x, memory), whose shapes `flow_shapes` tells, so that any
-   model can be cut anywhere;
+3. what flows between blocks is one tuple (x, memory, marks), which `flow_like` describes, so that
+   any model can be cut anywhere;
 4. numbers of heads are read from tensor shapes, so that a shard of a weight just works.
 """
 
 # B batch, S sequence, T source sequence, D width, V vocabulary, P patches, C channels.
 
-import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -20,23 +18,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config import ModelConfig
+from trainer.initial import stable_hash
 from trainer.layers import (
     AttentionCache,
     Block,
     BlockCache,
-    Context,
     Dropout,
     Embedding,
     Linear,
     Norm,
-    SequenceLayout,
-    Stream,
     rotary_angles,
 )
 from trainer.loss import IGNORED
-
-Inputs = dict[str, Tensor]
-Flow = tuple[Tensor, Tensor | None]  # x, and the memory or the stream that waits for it
+from trainer.stream import Context, Flow, Inputs, Resize, SequenceLayout, Stream
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
 # parallel/tensor.py explains.
@@ -56,7 +50,6 @@ TENSOR_LAYOUT = {
     "head.norm": "sequence",
     "head.output": "vocabulary",
 }
-ROWS_ELEMENTS = 1 << 20  # weights are drawn in blocks of whole rows of about this many entries
 
 
 class DecodingCache:
@@ -65,6 +58,7 @@ class DecodingCache:
     def __init__(self, model: "Transformer", capacity: int):
         self.length = 0  # tokens cached so far
         self.memory: Tensor | None = None
+        self.marks: Tensor | None = None  # of the memory
         self.blocks = {
             name: BlockCache(AttentionCache(capacity), AttentionCache(0))
             for name, block in model.blocks.items()
@@ -78,6 +72,7 @@ class DecodingCache:
     def reorder(self, rows_B: Tensor) -> None:
         """Keep the given rows of the batch."""
         self.memory = None if self.memory is None else self.memory[rows_B]
+        self.marks = None if self.marks is None else self.marks[rows_B]
         for block in self.blocks.values():
             block.attention.reorder(rows_B)
             block.cross.reorder(rows_B)
@@ -146,7 +141,10 @@ class Head(nn.Module):
             x_BSD = stream.context.whole(x_BSD, stream.total)
         if self.pool == "class_token":
             x_BSD = x_BSD[:, 0]
-        if self.pool == "mean":
+        if self.pool == "mean" and stream.marks_BS2 is not None:
+            sizes_BS = stream.marks_BS2[..., 0].to(x_BSD.dtype)
+            x_BSD = (x_BSD * (sizes_BS / sizes_BS.sum(1, keepdim=True))[..., None]).sum(dim=1)
+        elif self.pool == "mean":
             x_BSD = x_BSD.mean(dim=1)
         return x_BSD if self.defers_output and self.training else self.output(x_BSD)
 
@@ -166,6 +164,8 @@ class Transformer(nn.Module):
         embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
         self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
+        # What makes a sequence shorter, by the block that it comes behind (-1: the embedding).
+        self.resizes: dict[int, Resize] = {}
         self.depth = len(self.blocks)  # of the whole model, also where blocks are taken out
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = Head(config)
@@ -174,7 +174,7 @@ class Transformer(nn.Module):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
-                module.site = _hash(name)
+                module.site = stable_hash(name)
 
     def forward(self, inputs: Inputs, cache: DecodingCache | None = None, flow: Flow | None = None,
                 blocks: Sequence[str] | None = None) -> Tensor | Flow:  # fmt: skip
@@ -186,66 +186,117 @@ class Transformer(nn.Module):
         Of a model that is cut, `blocks` are the ones to run and `flow` what the block before the
         first of them has returned; what the last of them returns is returned.
         """
+        resumes = cache is not None and cache.length > 0  # the memory is what the source has made
         streams = self._streams(inputs, cache)
-        x, memory = self._embed(inputs, streams, cache) if flow is None else flow
         names = tuple(self.blocks) if blocks is None else blocks
-        resumes = cache is not None and cache.length > 0
+        begins = int(names[0])
+        if flow is None:
+            flow = self._embed(inputs, streams, cache)
+            begins = self.encoder_depth if resumes else -1
+        elif resumes and cache is not None:
+            flow = flow[0], cache.memory, cache.marks
+        streams = self._streams_before(begins, streams, flow)
+        if begins < 0:
+            flow, streams = self._resized(-1, flow, streams)
         for name in names:
             block = self.blocks[name]
             if resumes and block.stream == "source":
-                continue  # the memory is what it has made of the source
-            x, memory = block(x, memory, streams, None if cache is None else cache.blocks.get(name))
+                continue
+            x, memory, marks = flow
+            own = None if cache is None else cache.blocks.get(name)
+            flow = *block(x, memory, streams, own), marks
+            flow, streams = self._resized(int(name), flow, streams)
         if cache is not None:
             if int(names[-1]) >= self.encoder_depth - 1:  # the last of the encoder has turned
-                cache.memory = memory
+                _, cache.memory, cache.marks = flow
             if blocks is None:
                 cache.advance(inputs)
         if self.head is None or int(names[-1]) != self.depth - 1:
-            return x, memory
-        return self.head(x, streams["source" if self.config.family == "encoder" else "target"])
+            return flow
+        return self.head(flow[0], streams[str(self.blocks[names[-1]].stream)])
 
-    def flow_shapes(self, inputs: Inputs, block: int, cache: DecodingCache | None = None
-                    ) -> list[tuple[int, ...]]:  # fmt: skip
-        """Shapes of what flows into a block: of x, and of the memory where there is one.
+    def flow_like(self, inputs: Inputs, block: int, cache: DecodingCache | None = None
+                  ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """What flows into a block, as meta tensors: x, memory and marks, where there are any.
 
-        Behind the last block: of the logits. With a cache, the memory flows once.
+        Behind the last block: the logits. With a cache, the memory flows once.
         """
         config, context = self.config, self.context if cache is None else Context()
+        first = inputs["images" if config.family == "encoder" else "tokens"]
+        B, D = len(first), config.width
 
-        def part(length: int) -> int:
-            return self.layout.part_length(context.share(length))
+        def like(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty(B, *sizes, dtype=dtype, device="meta")
 
-        if block == self.depth:
-            outputs = config.classes if config.family == "encoder" else config.vocab_size
-            if config.family == "encoder":
-                return [(len(inputs["images"]), outputs)]
-            return [(len(inputs["tokens"]), context.share(inputs["tokens"].shape[1]), outputs)]
+        def flows(length: int) -> Tensor:
+            return like(self.layout.part_length(context.share(length)), D)
+
         if config.family == "encoder":
-            return [(len(inputs["images"]), part(_image_length(config)), config.width)]
-        B, S = inputs["tokens"].shape
-        target = (B, part(S), config.width)
+            if block == self.depth:
+                return (like(config.classes),)
+            length, marked = self._length_before(block, "source", _image_length(config))
+            return flows(length), None, like(length, 2, dtype=torch.int32) if marked else None
+        S = first.shape[1]
+        if block == self.depth:
+            return (like(context.share(S), config.vocab_size),)
         if config.family == "decoder" or (cache is not None and cache.length > 0):
-            return [target]
-        T = inputs["source"].shape[1]
+            return flows(S), None, None
+        T, marked = self._length_before(block, "source", inputs["source"].shape[1])
+        marks = like(T, 2, dtype=torch.int32) if marked else None
         if block < self.encoder_depth:
-            return [(B, part(T), config.width), target]
-        return [target, (B, context.share(T), config.width)]
+            return flows(T), flows(S), marks
+        return flows(S), like(context.share(T), D), marks
+
+    def _length_before(self, block: int, stream: str, length: int) -> tuple[int, bool]:
+        """Vectors of a sequence in front of a block, and whether they have marks."""
+        marked = False
+        for place in sorted(self.resizes):
+            resize = self.resizes[place]
+            if place < block and resize.stream == stream:
+                length, marked = resize.length(length, self.training), marked or resize.marks
+        return length, marked
+
+    def _streams_before(self, block: int, streams: dict[str, Stream], flow: Flow
+                        ) -> dict[str, Stream]:  # fmt: skip
+        """The streams as they are in front of a block that the flow flows into."""
+        for place in sorted(place for place in self.resizes if place < block):
+            streams = self._behind(place, streams, None)
+        if flow[2] is None:
+            return streams
+        return streams | {"source": streams["source"].marked(flow[2], self.dtype)}
+
+    def _resized(self, place: int, flow: Flow, streams: dict[str, Stream]
+                 ) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
+        """Flow and streams behind a block, or behind the embedding."""
+        if place not in self.resizes:
+            return flow, streams
+        resize = self.resizes[place]
+        flow = resize(flow, streams[resize.stream], self.training)
+        return flow, self._behind(place, streams, flow[2])
+
+    def _behind(self, place: int, streams: dict[str, Stream], marks: Tensor | None
+                ) -> dict[str, Stream]:  # fmt: skip
+        resize = self.resizes[place]
+        stream = resize.stream_behind(streams[resize.stream], self.training)
+        if marks is not None:
+            stream = stream.marked(marks, self.dtype)
+        return streams | {resize.stream: stream}
 
     def _embed(self, inputs: Inputs, streams: dict[str, Stream],
                cache: DecodingCache | None) -> Flow:  # fmt: skip
-        """The first (x, memory): for an encoder-decoder the source, and the target that waits."""
+        """What flows first: of an encoder-decoder the source, and the target that waits."""
         assert self.embed is not None
         if self.config.family == "encoder":
-            return self.embed(inputs["images"], streams["source"], self.dtype), None
+            return self.embed(inputs["images"], streams["source"], self.dtype), None, None
         positions_BS = _positions(inputs, cache)
         target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
         if self.config.family == "decoder":
-            return target, None
+            return target, None, None
         if cache is not None and cache.length > 0:
-            return target, cache.memory
+            return target, cache.memory, cache.marks
         positions_BT = torch.arange(inputs["source"].shape[1], device=target.device)[None]
         source = self.embed(inputs["source"], positions_BT, streams["source"], self.dtype)
-        return source, target
+        return source, target, None
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
@@ -282,6 +333,7 @@ class Transformer(nn.Module):
             places_S=self.layout.own(rows_S[None, :, None])[0, :, 0],
             documents_BS=documents_BS, valid_BS=valid_BS, seeds_B=seeds_B,
             rope=None if positions_BS is None else self._rope(context.take(positions_BS)),
+            angles=self._rope,
         )  # fmt: skip
         if not context.shares and (documents_BS is not None or valid_BS is not None):
             stream.mask = stream.visible(rows_S, rows_S)
@@ -325,52 +377,3 @@ def _positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
     start = 0 if cache is None else cache.length
     length = inputs["tokens"].shape[1]
     return torch.arange(start, start + length, device=inputs["tokens"].device)[None]
-
-
-def _hash(*parts: object) -> int:
-    """A stable 62-bit integer of the parts; Python's own hash changes from run to run."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 2
-
-
-def _spread(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
-    """Standard deviation of a parameter's initial values; None = all ones; 0 = all zeros."""
-    if name.endswith("norm.weight"):
-        return None
-    if name.endswith("bias") or name == "embed.class_token":
-        return 0.0
-    if config.init == "vit" and name == "head.output.weight":
-        return 0.0
-    if name == "embed.patches.weight":  # LeCun's, as the published ViT
-        return 1.0 / math.sqrt(shape[1])
-    residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
-    if config.init == "gpt2" and residual:
-        # GPT-2 scales by the number of residual branches that add up at the end of the stack.
-        branches = 3 if config.family == "encoder_decoder" else 2
-        return config.init_std / math.sqrt(branches * config.layers)
-    return config.init_std
-
-
-def draw_rows(config: ModelConfig, seed: int, name: str, shape: torch.Size,
-              start: int, stop: int) -> Tensor:  # fmt: skip
-    """Rows start:stop (dim 0) of a parameter's initial value, in float32 on the CPU.
-
-    Each block of whole rows has a generator seeded by (seed, name, block), so that any rank draws
-    just what it holds and no layout changes a weight. gpt2: normal; vit: normal cut at two
-    standard deviations, as the published models.
-    """
-    std = _spread(config, name, shape)
-    if std is None or std == 0.0:
-        return torch.full((stop - start, *shape[1:]), 1.0 if std is None else 0.0)
-    rows = max(1, ROWS_ELEMENTS // max(1, shape[1:].numel()))
-    first = start // rows
-    drawn = []
-    for block in range(first, -(-stop // rows)):
-        generator = torch.Generator().manual_seed(_hash(seed, name, block))
-        values = torch.empty(min(rows, shape[0] - block * rows), *shape[1:])
-        if config.init == "vit":
-            nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, generator=generator)
-        else:
-            values.normal_(0.0, std, generator=generator)
-        drawn.append(values)
-    return torch.cat(drawn)[start - first * rows : stop - first * rows]

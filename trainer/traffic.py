@@ -217,6 +217,10 @@ def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatc
     """What this rank's stages send."""
     moved = StepBytes()
     for micro_batch in micro_batches:
-        flows = [model.flow_shapes(micro_batch, int(blocks[0])) for blocks in pipeline.runs]
-        moved += stage_bytes(flows, pipeline.placement, pipeline.rank, COMPUTE_BYTES)
+        likes = [model.flow_like(micro_batch, int(blocks[0])) for blocks in pipeline.runs]
+        flows = [
+            (sum(x.nbytes for x in flow), sum(x.nbytes for x in flow if x.is_floating_point()))
+            for flow in ([x for x in flow if x is not None] for flow in likes)
+        ]
+        moved += stage_bytes(flows, pipeline.placement, pipeline.rank)
     return moved

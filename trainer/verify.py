@@ -29,8 +29,10 @@ from parallel.schedule import placed
 from parallel.worker import Worker
 from trainer.build import parallel_model
 from trainer.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
-from trainer.config import LossConfig, ModelConfig, OptimConfig, VerifyConfig
-from trainer.model import Transformer, draw_rows
+from trainer.compress.technique import Compression
+from trainer.config import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
+from trainer.initial import draw_rows
+from trainer.model import Transformer
 from trainer.optim import Optimizer, decays, lr_at
 from trainer.precision import PRECISIONS
 
@@ -38,6 +40,7 @@ LABEL_SMOOTHING = 0.1
 # AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): eps is not small.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
 
+COMPRESSED = 5  # a compressed model has blocks as for so many stages: some behind others
 QUANTITIES = ("loss", "norm", "gradient", "weight")
 
 
@@ -66,9 +69,13 @@ class Record:
     places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
-def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -> Record:
+def run_reference(
+    model_config: ModelConfig, steps: int, seed: int, size: int, compress: CompressConfig
+) -> Record:
     """The same steps in one process with plain torch: no mesh, no wrapper, no own optimizer."""
     model = Transformer(model_config, torch.float64).double()
+    compression = Compression(compress)
+    compression.reshape(model)
     for name, parameter in model.named_parameters():
         rows = draw_rows(model_config, seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
@@ -82,6 +89,7 @@ def run_reference(model_config: ModelConfig, steps: int, seed: int, size: int) -
     )  # fmt: skip
     record = Record([], [], [], {})
     for step in range(steps):
+        compression.settle(step, steps)
         batch = make_batch(model_config, seed, step, size)
         logits = model(batch).flatten(0, -2)
         loss = nn.functional.cross_entropy(
@@ -105,15 +113,17 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
 
     Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
     """
+    compression = Compression(config.compress)
     worker = parallel_model(
         config.model, config.strategy, runtime, PRECISIONS["fp64"],
         seed=config.seed, loss=LossConfig(LABEL_SMOOTHING),
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=config.activation_checkpointing, compression=compression,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )  # fmt: skip
     optimizer = Optimizer(worker.parameters(), OPTIM)
     record = Record([], [], [], {})
     for step in range(config.steps):
+        compression.settle(step, config.steps)
         batch = make_batch(config.model, config.seed, step, samples(config.strategy))
         micro_batches = split(batch, worker)
         worker.zero_grad()
@@ -191,13 +201,15 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     """
     strategy = resolve(config.strategy, runtime.world_size)
     stages = len(placed(strategy, strategy.pipeline))
+    if config.compress != CompressConfig():
+        stages = max(stages, COMPRESSED)
     model = scale_down(config.model, strategy.tensor, stages)
     config = replace(config, model=model, strategy=strategy)
     record, axes = run_layout(config, runtime)
     reference: list = [None]
     if runtime.rank == 0:
         size = samples(strategy)
-        reference = [run_reference(config.model, config.steps, config.seed, size)]
+        reference = [run_reference(config.model, config.steps, config.seed, size, config.compress)]
     dist.broadcast_object_list(reference, src=0)
     # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
     found: list = [None] * runtime.world_size

@@ -1,0 +1,1 @@
+"""Compression: shorter sequences, fewer bits, fewer weights; each goes with every strategy."""

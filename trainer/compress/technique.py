@@ -1,0 +1,67 @@
+"""The contract of a compression: the moments of a run at which it may act, and who does."""
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from trainer.compress.linear import CompressedLinear, Lens
+from trainer.compress.sequence import Drop, Merge, PoolImage, PoolText
+from trainer.config import CompressConfig
+from trainer.layers import Linear
+from trainer.model import Transformer
+from trainer.stream import Resize
+
+
+@dataclass
+class Compression:
+    """All that config.compress asks for. No strategy knows it, and it knows no strategy."""
+
+    config: CompressConfig
+    lens: Lens = field(init=False)
+
+    def __post_init__(self) -> None:
+        c = self.config
+        self.lens = Lens(c.bits, c.group, c.input_bits if c.bits else 0, c.sparse_n, c.sparse_m)
+
+    def reshape(self, model: Transformer) -> None:
+        """Change a model that is built and not yet spread over ranks."""
+        if model.config.family == "encoder":
+            model.resizes |= _of_images(self.config, model)
+        elif model.config.family == "encoder_decoder":
+            model.resizes |= _of_sources(self.config, model)
+        if self.lens.bits or self.lens.n:
+            model.blocks.apply(self._swap)
+
+    def settle(self, step: int, steps: int) -> None:
+        """Get ready for a step; 0 = the first of `steps`."""
+        self.lens.prunes = step >= self.config.sparse_start * steps
+
+    def _swap(self, module: nn.Module) -> None:
+        if type(module) is Linear:
+            module.__class__ = CompressedLinear
+            module.lens = self.lens  # type: ignore[assignment]
+
+
+def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
+    """What shortens the sequence of an image classifier, by the block that it comes behind."""
+    kept = int(model.config.pool == "class_token")
+    side = model.config.image_size // model.config.patch_size
+    found: dict[int, Resize] = {}
+    if config.drop:
+        found[-1] = Drop(config.drop, kept)
+    if config.merge:
+        found |= {i: Merge(config.merge, kept) for i in range(config.pool_after, model.depth - 1)}
+    if config.pool_after:
+        found[config.pool_after - 1] = PoolImage(config.pool_stride, side, kept)
+    return found
+
+
+def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
+    """The same of a translation's source: between the blocks of its encoder."""
+    last = model.encoder_depth - 1
+    found: dict[int, Resize] = {}
+    if config.merge:
+        found |= {i: Merge(config.merge, kept=0) for i in range(config.pool_after, last)}
+    if config.pool_after:
+        found[config.pool_after - 1] = PoolText(config.pool_stride)
+    return found
