@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
+from conf.compress import compress_problems
 from conf.layout import (
     CONTEXT_FAULTS,
     PIPELINE_FAULTS,
@@ -39,6 +40,8 @@ CHOICES = {
         *PIPELINE_FAULTS,
         *CONTEXT_FAULTS,
     ),
+    "compress.bits": (0, 2, 3, 4, 5, 6, 7, 8),
+    "compress.input_bits": (0, 2, 3, 4, 5, 6, 7, 8),
     "strategy.schedule": tuple(SCHEDULES),
     "strategy.context_method": ("all_gather", "ring", "ulysses"),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
@@ -100,6 +103,14 @@ RANGES = {
     "top_p": Interval(0, 1, low_open=True),
     "length_penalty": COUNT_OR_OFF,
     "launch.ranks": COUNT_OR_OFF,
+    "compress.merge": COUNT_OR_OFF,
+    "compress.pool_after": COUNT_OR_OFF,
+    "compress.pool_stride": Interval(2),
+    "compress.drop": SHARE_BELOW_ONE,
+    "compress.group": COUNT_OR_OFF,
+    "compress.sparse_n": COUNT_OR_OFF,
+    "compress.sparse_m": Interval(2),
+    "compress.sparse_start": SHARE_BELOW_ONE,
     "cluster.nodes": COUNT,
     "cluster.gpus_per_node": COUNT_OR_OFF,
     "cluster.ranks_per_node": COUNT_OR_OFF,
@@ -180,6 +191,8 @@ def problems(config: Any, world_size: int) -> list[str]:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
             found += model_problems(config.model, strategy)
+            if isinstance(config, TrainConfig):  # verify scales both down
+                found += compress_problems(config.compress, config.model, strategy)
         found += layout_problems(config, strategy)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += batch_problems(config, strategy)
@@ -204,6 +217,8 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     else:
         found = _tokens(filled, facts)
     found += model_problems(filled, config.strategy)
+    if config.data.kind == "images":  # all else was told without the data
+        found += compress_problems(config.compress, filled, config.strategy)
     if found:
         raise ConfigError(*found)
     return replace(config, model=filled)
@@ -214,9 +229,9 @@ def _choices(config: Any) -> list[str]:
     for key, choices in CHOICES.items():
         value = _value(config, key)
         if value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(value), map(str, choices), n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            found.append(f"{key}={value} is not one of {', '.join(choices)}{hint}")
+            found.append(f"{key}={value} is not one of {', '.join(map(str, choices))}{hint}")
     return found
 
 

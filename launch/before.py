@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conf.check import complete, problems
+from conf.compress import compress_problems
 from conf.layout import micro_batch_size, model_problems
 from conf.submit import SubmitConfig, training_part
 from launch.script import Point, ranks_per_node
@@ -147,11 +148,12 @@ def verification(
 def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
-    model = load_config(config.run_dir).model
+    trained = load_config(config.run_dir)
     if not checkpoints(config.run_dir):
         raise ConfigError(f"run_dir={config.run_dir} holds no checkpoint yet; train it first")
     strategy = resolve(config.strategy, world_size)
-    if found := model_problems(model, strategy):
+    found = model_problems(trained.model, strategy)
+    if found := found + compress_problems(trained.compress, trained.model, strategy):
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
 

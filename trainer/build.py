@@ -73,7 +73,10 @@ def parallel_model(
     facts = apply.Facts(
         draw_rows=partial(draw_rows, config, seed), loss_sum=loss_sum, count_valid=count_valid,
         layout=TENSOR_LAYOUT,
-        costs=flops_per_block(config, config.max_positions, config.max_positions),
+        costs=flops_per_block(
+            config, config.max_positions, config.max_positions,
+            model.encoder_lengths(config.max_positions),
+        ),
     )  # fmt: skip
     return parallelize(
         model, facts, mesh, strategy, runtime.device,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.config import StrategyConfig, data_degree
 from parallel.worker import Worker
-from trainer.config import ModelConfig
+from trainer.config import CompressConfig, ModelConfig
 from trainer.loss import IGNORED
 
 SAMPLES = 8  # per step, over all ranks
@@ -89,12 +89,19 @@ STRATEGIES = {
 }
 
 
-def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 1) -> ModelConfig:
+def _multiple(value: float, of: int) -> int:
+    return max(8, of * round(value / of))
+
+
+def scale_down(
+    model: ModelConfig, tensor: int = 1, stages: int = 1, groups: bool = False
+) -> ModelConfig:
     """A model small enough for float64 on CPU ranks, with the ratios of the given one.
 
     Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
     feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
-    There are as many heads as `tensor` ranks need, and more blocks than `stages`.
+    There are as many heads as `tensor` ranks need, and more blocks than `stages`. With `groups`
+    every rank has whole groups of eight of a layer's inputs.
     """
     group = max(1, model.heads // (model.kv_heads or model.heads))
     heads = math.lcm(group * max(1, 4 // group), tensor)
@@ -104,9 +111,17 @@ def scale_down(model: ModelConfig, tensor: int = 1, stages: int = 1) -> ModelCon
     return replace(
         model, layers=layers, encoder_layers=layers if two else 0,
         width=width, heads=heads, kv_heads=heads // group, head_width=0,
-        ffn_width=max(8, round(width * model.ffn_width / model.width)),
+        ffn_width=_multiple(width * model.ffn_width / model.width, 8 * tensor if groups else 1),
         vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
         image_size=8, patch_size=2, channels=3, classes=7,
+    )  # fmt: skip
+
+
+def scale_compression(compress: CompressConfig) -> CompressConfig:
+    """The same techniques at sizes that a model has which was scaled down."""
+    return replace(
+        compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 1),
+        group=8 if compress.group else 0, sparse_m=min(compress.sparse_m, 8),
     )  # fmt: skip
 
 

@@ -197,8 +197,8 @@ class TrainConfig:
     retry_failed: bool = False  # in a sweep that is gone on with: start points again that failed
     resume_step: int = 0  # go on from this checkpoint, and set newer ones aside; 0 = newest good
     # Keys, or whole sections, in which the run that is gone on with may be another one, e.g.
-    # [seed,data]; empty = it must be the same run: model, data, seed, precision, batch_size and
-    # overfit_steps.
+    # [seed,data]; empty = it must be the same run: model, compress, data, seed, precision,
+    # batch_size and overfit_steps.
     resume_changed: list[str] = field(default_factory=list)
     activation_checkpointing: str = "none"  # none | selective (matmuls kept) | block
     compile: bool = False  # torch.compile of every block

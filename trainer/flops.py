@@ -3,6 +3,7 @@
 # B batch, S sequence, T source sequence, D width, H query heads, G key/value heads, K head width.
 
 import re
+from collections.abc import Sequence
 
 from trainer.config import ModelConfig
 
@@ -36,25 +37,31 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None
 
 
-def flops_per_sample(config: ModelConfig, seq_len: int, source_len: int = 0) -> float:
+def flops_per_sample(
+    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+) -> float:
     """FLOPs of the matrix products in one forward and backward of one sample of `seq_len` tokens.
 
     A multiply-add is two; a backward is twice its forward; attention counts all S×S scores, masked
     or not, once per pass: no FLOPs of recomputation, neither flash attention's nor that of
     activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
     encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
+    `lengths`: where an encoder's sequence gets shorter, those in front of each of its blocks.
     """
-    return sum(flops_per_block(config, seq_len, source_len))
+    return sum(flops_per_block(config, seq_len, source_len, lengths))
 
 
-def flops_per_block(config: ModelConfig, seq_len: int, source_len: int = 0) -> list[float]:
+def flops_per_block(
+    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+) -> list[float]:
     """As `flops_per_sample`, of each block: the first with the embedding, the last with the head.
 
     By these a pipeline is cut.
     """
     if config.family == "encoder":
         patches = (config.image_size // config.patch_size) ** 2
-        blocks = config.layers * [_block(config, patches + (config.pool == "class_token"))]
+        lengths = lengths or config.layers * [patches + (config.pool == "class_token")]
+        blocks = [_block(config, length) for length in lengths]
         costs = [2.0 * 3 * block for block in blocks]
         # Pixels need no gradient: the backward of the first layer is one product, not two.
         costs[0] += 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
@@ -63,8 +70,10 @@ def flops_per_block(config: ModelConfig, seq_len: int, source_len: int = 0) -> l
     blocks = config.layers * [_block(config, seq_len)]
     if config.family == "encoder_decoder":
         depth = config.encoder_layers or config.layers
-        cross = _attention(config, seq_len, source_len)
-        blocks = depth * [_block(config, source_len)] + [block + cross for block in blocks]
+        lengths = lengths or depth * [source_len]
+        cross = _attention(config, seq_len, lengths[-1])
+        encoder = [_block(config, length) for length in lengths]
+        blocks = encoder + [block + cross for block in blocks]
     blocks[-1] += seq_len * config.width * config.vocab_size
     return [2.0 * 3 * block for block in blocks]
 

@@ -247,6 +247,12 @@ class Transformer(nn.Module):
             return flows(T), flows(S), marks
         return flows(S), like(context.share(T), D), marks
 
+    def encoder_lengths(self, source_len: int) -> list[int]:
+        """Vectors in front of each block of the encoder, of an image or of so many tokens."""
+        total = _image_length(self.config) if self.config.family == "encoder" else source_len
+        depth = range(self.encoder_depth)
+        return [self._length_before(block, "source", total)[0] for block in depth]
+
     def _length_before(self, block: int, stream: str, length: int) -> tuple[int, bool]:
         """Vectors of a sequence in front of a block, and whether they have marks."""
         marked = False

@@ -19,7 +19,7 @@ from trainer.manifest import DamagedError, check
 from trainer.status import read_status, write_atomically
 
 # What a run is: these keys must not change when it is continued. Everything else may.
-IDENTITY = ("model", "data", "seed", "precision", "batch_size", "overfit_steps")
+IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
 FREE = ("data.cache",)
 
 

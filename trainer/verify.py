@@ -28,7 +28,15 @@ from parallel.runtime import Runtime
 from parallel.schedule import placed
 from parallel.worker import Worker
 from trainer.build import parallel_model
-from trainer.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
+from trainer.cases import (
+    FAMILIES,
+    STRATEGIES,
+    make_batch,
+    samples,
+    scale_compression,
+    scale_down,
+    split,
+)
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
 from trainer.initial import draw_rows
@@ -197,14 +205,16 @@ def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
 def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     """Run layout and reference and compare them; the same list on every rank.
 
-    `config.model` is scaled down first, the strategy resolved for the ranks there are.
+    Model and compression are scaled down first, the strategy resolved for the ranks there are.
     """
     strategy = resolve(config.strategy, runtime.world_size)
     stages = len(placed(strategy, strategy.pipeline))
-    if config.compress != CompressConfig():
+    compressed = config.compress != CompressConfig()
+    if compressed:
         stages = max(stages, COMPRESSED)
-    model = scale_down(config.model, strategy.tensor, stages)
-    config = replace(config, model=model, strategy=strategy)
+    model = scale_down(config.model, strategy.tensor, stages, groups=compressed)
+    compress = scale_compression(config.compress)
+    config = replace(config, model=model, strategy=strategy, compress=compress)
     record, axes = run_layout(config, runtime)
     reference: list = [None]
     if runtime.rank == 0:

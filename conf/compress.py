@@ -1,0 +1,131 @@
+"""Whether a compression fits the model and the layout: pure functions, every problem at once."""
+
+from conf.layout import divisors
+from parallel.config import StrategyConfig
+from trainer.config import CompressConfig, ModelConfig
+
+SHORTENS = ("merge", "pool_after", "drop")
+
+
+def compress_problems(
+    compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
+) -> list[str]:
+    """Why a model cannot be compressed so under a resolved strategy; empty = it can."""
+    asked = [key for key in SHORTENS if getattr(compress, key)]
+    if asked and model.family == "decoder":
+        found = [_causal(key, compress) for key in asked]
+    else:
+        found = _shared(asked, compress, strategy) + _pooling(compress, model)
+        if model.family == "encoder":
+            found += _patches(compress, model)
+        elif compress.drop:
+            found.append(
+                f"compress.drop={compress.drop:g} leaves patches of images out, but "
+                f"model.family={model.family} learns from text; set compress.drop=0"
+            )
+    return found + _widths(compress, model, strategy)
+
+
+def _causal(key: str, compress: CompressConfig) -> str:
+    return (
+        f"compress.{key}={getattr(compress, key):g} would let a token see the ones behind it: "
+        "what is joined stands for all of its positions, and model.family=decoder predicts them "
+        f"one by one; set compress.{key}=0, or pack documents, as data.kind=text does"
+    )
+
+
+def _shared(asked: list[str], compress: CompressConfig, strategy: StrategyConfig) -> list[str]:
+    """Sequences that are shortened are whole on every rank."""
+    if strategy.context == 1:
+        return []
+    return [
+        f"compress.{key}={getattr(compress, key):g} needs all of a sequence on each rank, but "
+        f"strategy.context={strategy.context} shares it; set strategy.context=1, or "
+        f"compress.{key}=0"
+        for key in asked
+    ]
+
+
+def _encoder_blocks(model: ModelConfig) -> int:
+    two = model.family == "encoder_decoder"
+    return (model.encoder_layers or model.layers) if two else model.layers
+
+
+def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    blocks = _encoder_blocks(model)
+    if compress.pool_after >= blocks:
+        return [
+            f"compress.pool_after={compress.pool_after} must be below the {blocks} blocks of the "
+            f"encoder; set compress.pool_after={max(0, blocks - 1)} or less"
+        ]
+    return []
+
+
+def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """What an image's patches cannot give; nothing where its size is not known yet."""
+    side = model.image_size // model.patch_size
+    if not side:
+        return []
+    found = []
+    if compress.pool_after and compress.pool_stride > side:
+        found.append(
+            f"compress.pool_stride={compress.pool_stride} is more than the {side} patches of an "
+            f"image's side; set compress.pool_stride={side} or less"
+        )
+    if compress.pool_after and compress.drop:
+        found.append(
+            f"compress.pool_after={compress.pool_after} joins squares of patches, in which "
+            f"compress.drop={compress.drop:g} leaves holes; set one of them to 0"
+        )
+    pooled = -(-side // compress.pool_stride) if compress.pool_after else side
+    patches = max(1, round(pooled**2 * (1 - compress.drop)))
+    times = model.layers - 1 - compress.pool_after
+    most = _most(patches, times)
+    if compress.merge > most:
+        found.append(
+            f"compress.merge={compress.merge} is more than half of the vectors that are left "
+            f"after {times - 1} merges of {patches}; set compress.merge={most} or less"
+        )
+    return found
+
+
+def _most(vectors: int, times: int) -> int:
+    """The most that can be merged so many times: half of what is left, the last time."""
+    # vectors - (times - 1) r >= 2 r
+    return vectors // (times + 1) if times > 0 else 0
+
+
+def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Neighbouring weights along the inputs of a layer, of which each rank has whole groups."""
+    head_width = model.head_width or model.width // model.heads
+    inputs = {
+        f"model.width={model.width}": model.width,
+        f"{model.heads} heads of {head_width}": _part(model.heads * head_width, strategy.tensor),
+        f"model.ffn_width={model.ffn_width}": _part(model.ffn_width, strategy.tensor),
+    }
+    found = []
+    sizes = [("group", compress.group if compress.bits else 0)]
+    sizes += [("sparse_m", compress.sparse_m if compress.sparse_n else 0)]
+    for key, size in sizes:
+        wrong = [name for name, width in inputs.items() if size and (not width or width % size)]
+        if wrong:
+            fit = [d for d in divisors(min(filter(None, inputs.values()))) if all(
+                width and width % d == 0 for width in inputs.values()
+            )]  # fmt: skip
+            each = f" on each of strategy.tensor={strategy.tensor} ranks" * (strategy.tensor > 1)
+            near = min(fit, key=lambda d: abs(d - size), default=0)
+            found.append(
+                f"compress.{key}={size} does not divide the inputs of {' and '.join(wrong)}{each}; "
+                f"try compress.{key}={near}"
+            )
+    if compress.sparse_n and compress.sparse_n >= compress.sparse_m:
+        found.append(
+            f"compress.sparse_n={compress.sparse_n} must be below compress.sparse_m="
+            f"{compress.sparse_m}; set compress.sparse_n={max(1, compress.sparse_m // 2)}, or 0"
+        )
+    return found
+
+
+def _part(width: int, degree: int) -> int:
+    """What each rank has of a width; 0 where they have unequal parts."""
+    return width // degree if width % degree == 0 else 0
