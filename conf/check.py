@@ -40,8 +40,6 @@ CHOICES = {
         *PIPELINE_FAULTS,
         *CONTEXT_FAULTS,
     ),
-    "compress.bits": (0, 2, 3, 4, 5, 6, 7, 8),
-    "compress.input_bits": (0, 2, 3, 4, 5, 6, 7, 8),
     "strategy.schedule": tuple(SCHEDULES),
     "strategy.context_method": ("all_gather", "ring", "ulysses"),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
@@ -107,6 +105,8 @@ RANGES = {
     "compress.pool_after": COUNT_OR_OFF,
     "compress.pool_stride": Interval(2),
     "compress.drop": SHARE_BELOW_ONE,
+    "compress.bits": Interval(0, 8),
+    "compress.input_bits": Interval(0, 8),
     "compress.group": COUNT_OR_OFF,
     "compress.sparse_n": COUNT_OR_OFF,
     "compress.sparse_m": Interval(2),
@@ -229,9 +229,9 @@ def _choices(config: Any) -> list[str]:
     for key, choices in CHOICES.items():
         value = _value(config, key)
         if value is not None and value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), n=1, cutoff=0.4)
+            near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
-            found.append(f"{key}={value} is not one of {', '.join(map(str, choices))}{hint}")
+            found.append(f"{key}={value} is not one of {', '.join(choices)}{hint}")
     return found
 
 

@@ -23,6 +23,11 @@ def compress_problems(
                 f"compress.drop={compress.drop:g} leaves patches of images out, but "
                 f"model.family={model.family} learns from text; set compress.drop=0"
             )
+    found += [
+        f"compress.{key}=1 tells zero from nothing; set compress.{key}=2 or more, or 0 for all bits"
+        for key in ("bits", "input_bits")
+        if getattr(compress, key) == 1
+    ]
     return found + _widths(compress, model, strategy)
 
 

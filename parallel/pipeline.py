@@ -98,14 +98,14 @@ class Stage:
     def _prepare_forward_infra(self, *_args: Any, **_kwargs: Any) -> None:
         """Nothing: buffers are made as each micro-batch needs them."""
 
-    def _prepare_backward_infra(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing, as above."""
+    _prepare_backward_infra = _prepare_forward_infra
 
     def get_fwd_recv_ops(self, number: int) -> list[dist.P2POp]:
         """Post the receipt of what flows in."""
         if self.is_first:
             return []
-        self._inputs[number] = self._pipeline.room(number, int(self.blocks[0]))
+        micro_batch = self._pipeline.micro_batches[number]
+        self._inputs[number] = self._pipeline.room(micro_batch, int(self.blocks[0]))
         return self._pipeline.transfers(dist.irecv, self._inputs[number], self.stage_index - 1)
 
     def set_local_fwd_input(self, outputs: Flow, number: int) -> None:
@@ -211,7 +211,7 @@ class Pipeline:
         self.strategy, self._schedules = strategy, dict[int, Any]()
         own = [stage for stage, rank in enumerate(placement) if rank == self.rank]
         self.stages = [Stage(index, self) for index in own]
-        self._micro_batches: list[dict[str, Tensor]] = []
+        self.micro_batches: list[dict[str, Tensor]] = []
         self._loss_of: LossOf | None = None
         self.tied: Tensor | None = None  # a parameter that another rank has too
         self.recording: Recording | None = None  # of the step that is to come
@@ -232,7 +232,7 @@ class Pipeline:
 
         `loss_of` is called once per micro-batch, on the rank of the last stage.
         """
-        self._micro_batches, self._loss_of = micro_batches, loss_of
+        self.micro_batches, self._loss_of = micro_batches, loss_of
         fsdp = self.model if isinstance(self.model, FSDPModule) else None
         if fsdp is not None:
             # Weights stay gathered and gradients whole until all micro-batches are through.
@@ -247,7 +247,7 @@ class Pipeline:
         self._schedules[count].step(target=torch.arange(count), return_outputs=False)
         if fsdp is not None:
             _reduce_gradients(fsdp)
-        self._micro_batches, self._loss_of = [], None
+        self.micro_batches, self._loss_of = [], None
 
     def _new_schedule(self, micro_batches: int) -> Any:
         options = {"loss_fn": self._loss, "scale_grads": False}
@@ -272,7 +272,7 @@ class Pipeline:
 
     def compute(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
         """One stage's forward of a micro-batch."""
-        micro_batch = self._micro_batches[number]
+        micro_batch = self.micro_batches[number]
         flow = self._flow(inputs, micro_batch, int(blocks[0])) if inputs else None
         return self.model(micro_batch, flow=flow, blocks=blocks)
 
@@ -287,11 +287,8 @@ class Pipeline:
                 for name, parameter in module.named_parameters(recurse=False):
                     yield leaves.get(name, parameter)
 
-    def room(self, number: int, block: int) -> list[Tensor]:
-        """Room for what flows into a block in training."""
-        return self._room(self._micro_batches[number], block)
-
-    def _room(self, inputs: dict[str, Tensor], block: int, cache: Any = None) -> list[Tensor]:
+    def room(self, inputs: dict[str, Tensor], block: int, cache: Any = None) -> list[Tensor]:
+        """Room for what flows into a block."""
         likes = self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
         return [torch.empty_like(x, device=self.device) for x in likes if x is not None]
 
@@ -322,7 +319,7 @@ class Pipeline:
         if self.rank == last:
             logits = gather(output).contiguous()
         else:
-            (logits,) = self._room(inputs, int(self.runs[-1][-1]) + 1)
+            (logits,) = self.room(inputs, int(self.runs[-1][-1]) + 1)
         dist.broadcast(logits, dist.get_global_rank(self.group, last), self.group)
         if cache is not None:
             cache.advance(inputs)
@@ -340,7 +337,7 @@ class Pipeline:
             sent = [tensor.contiguous() for tensor, like in flows if like is not None]
             _wait(self.transfers(dist.isend, sent, index))
             return output
-        room = self._room(inputs, block, cache)
+        room = self.room(inputs, block, cache)
         _wait(self.transfers(dist.irecv, room, index - 1))
         return self._flow(room, inputs, block, cache)
 

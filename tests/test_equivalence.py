@@ -9,8 +9,8 @@ from conf.check import CHOICES
 from parallel.config import StrategyConfig, world_size
 from parallel.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
 from parallel.schedule import SCHEDULES
-from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES
-from trainer.config import VerifyConfig
+from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
+from trainer.config import CompressConfig, VerifyConfig
 from trainer.verify import compare, first_fault, largest, verdict
 
 TOLERANCE = 1e-10
@@ -37,6 +37,18 @@ def test_strategy_equals_one_process(ranks, strategy, family):
     assert verdict(found, TOLERANCE) == "equal"
     # The comparison is of something: the gradients of every parameter at every step.
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
+
+
+COMPRESSED = [case for case in cases() if case[2].compress != CompressConfig()]
+
+
+# Of every compressed model two or three strategies, in turn.
+@pytest.mark.parametrize(
+    "config", [c[2] for c in COMPRESSED[::3]], ids=[f"{m}-{s}" for m, s, _ in COMPRESSED[::3]]
+)
+def test_a_compressed_model_equals_one_process(ranks, config):
+    found = ranks.run(world_size(config.strategy), compare, config)[0]
+    assert verdict(found, TOLERANCE) == "equal"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

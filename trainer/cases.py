@@ -1,6 +1,7 @@
 """What is verified: small models of each family, strategies, and batches that play tricks."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from parallel.config import StrategyConfig, data_degree
 from parallel.worker import Worker
-from trainer.config import CompressConfig, ModelConfig
+from trainer.config import CompressConfig, ModelConfig, VerifyConfig
 from trainer.loss import IGNORED
 
 SAMPLES = 8  # per step, over all ranks
@@ -115,6 +116,54 @@ def scale_down(
         vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
         image_size=8, patch_size=2, channels=3, classes=7,
     )  # fmt: skip
+
+
+# What is compressed, under each of these strategies.
+COMPRESSED_STRATEGIES = (
+    "single",
+    "ddp 2",
+    "fsdp 2",
+    "tensor 2",
+    "pipeline 2",
+    "fsdp 2 × tensor 2",
+    "tensor 2 × pipeline 2",
+)
+COMPRESSED = {
+    "encoder (ViT)": {
+        "merge": CompressConfig(merge=2),
+        "pool": CompressConfig(pool_after=1),
+        "drop": CompressConfig(drop=0.5),
+        "int8": CompressConfig(bits=8),
+        "int4": CompressConfig(bits=4, group=8),
+        "sparse": CompressConfig(sparse_n=2, sparse_start=0.3),
+        "drop, merge, sparse": CompressConfig(drop=0.3, merge=2, sparse_n=2),
+    },
+    "encoder-decoder": {
+        "merge": CompressConfig(merge=2),
+        "pool": CompressConfig(pool_after=1),
+        "merge, int8": CompressConfig(merge=2, bits=8),
+        "pool, merge, int4, sparse": CompressConfig(
+            pool_after=1, merge=1, bits=4, group=8, sparse_n=2
+        ),
+    },
+    "decoder (Llama)": {
+        "int8": CompressConfig(bits=8),
+        "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
+    },
+}
+
+
+def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
+    """(model, strategy, what to verify): every strategy on every family, and compressed models."""
+    for family, model in FAMILIES.items():
+        for name, strategy in STRATEGIES.items():
+            yield family, name, VerifyConfig(strategy, model)
+    for family, techniques in COMPRESSED.items():
+        for technique, compress in techniques.items():
+            for name in COMPRESSED_STRATEGIES:
+                strategy = STRATEGIES.get(name, StrategyConfig())
+                config = VerifyConfig(strategy, FAMILIES[family], compress)
+                yield f"{family}, {technique}", name, config
 
 
 def scale_compression(compress: CompressConfig) -> CompressConfig:

@@ -29,8 +29,8 @@ from parallel.schedule import placed
 from parallel.worker import Worker
 from trainer.build import parallel_model
 from trainer.cases import (
-    FAMILIES,
     STRATEGIES,
+    cases,
     make_batch,
     samples,
     scale_compression,
@@ -287,16 +287,18 @@ def _degrees_text(strategy: StrategyConfig) -> str:
 
 
 def walk(config: VerifyConfig) -> None:
-    """Verify every strategy on every family on CPU ranks started here; exits 1 if one differs."""
+    """Verify strategies on families and compressions, on CPU ranks started here.
+
+    Exits 1 if one differs.
+    """
     log = Console(stderr=True)
     pool = RankPool(max(map(world_size, STRATEGIES.values())))
     rows: Rows = {}
     try:
-        for family, model in FAMILIES.items():
-            for name, strategy in STRATEGIES.items():
-                log.print(f"verifying {family}: {name}", style="dim", highlight=False)
-                case = replace(config, strategy=strategy, model=model)
-                rows[family, name] = pool.run(world_size(strategy), compare, case)[0]
+        for model, name, case in cases():
+            log.print(f"verifying {model}: {name}", style="dim", highlight=False)
+            case = replace(config, strategy=case.strategy, model=case.model, compress=case.compress)
+            rows[model, name] = pool.run(world_size(case.strategy), compare, case)[0]
     except RankFailedError as failure:
         log.print(str(failure), markup=False)
         raise SystemExit(1) from None
