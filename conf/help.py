@@ -40,6 +40,11 @@ Measure the newest checkpoint of a run.
 
   python launch/evaluate.py run_dir=RUN
   python launch/evaluate.py run_dir=RUN split=valid launch.ranks=2""",
+    "export": """\
+Write a trained model as one small file: bits and zeros that it has learned without are left out.
+
+  python launch/export.py run_dir=RUN to=SMALL
+  python launch/evaluate.py run_dir=SMALL""",
     "submit": """\
 Submit a training run to a cluster with Slurm. The same command goes on with the run.
 

@@ -14,6 +14,7 @@ from conf.submit import SubmitConfig
 from parallel.config import ConfigError
 from trainer.config import (
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PrepareConfig,
     TrainConfig,
@@ -26,6 +27,7 @@ SCHEMAS: dict[str, type] = {
     "verify": VerifyConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "export": ExportConfig,
     "prepare": PrepareConfig,
     "submit": SubmitConfig,
 }

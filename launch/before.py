@@ -23,12 +23,14 @@ from parallel.schedule import warnings
 from trainer import data, goodput
 from trainer.config import (
     EvaluateConfig,
+    ExportConfig,
     GenerateConfig,
     PrepareConfig,
     TrainConfig,
     VerifyConfig,
 )
 from trainer.run_dir import (
+    EXPORTED,
     check_run_dir,
     checkpoints,
     load_config,
@@ -149,13 +151,30 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
     trained = load_config(config.run_dir)
-    if not checkpoints(config.run_dir):
-        raise ConfigError(f"run_dir={config.run_dir} holds no checkpoint yet; train it first")
+    _trained(config.run_dir)
     strategy = resolve(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
     if found := found + compress_problems(trained.compress, trained.model, strategy):
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
+
+
+def _trained(run_dir: str) -> None:
+    if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
+        raise ConfigError(f"run_dir={run_dir} holds no checkpoint yet; train it first")
+
+
+def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
+    """The checked configuration: there is a run, and nothing where it is to go."""
+    _check(config, world_size)
+    load_config(config.run_dir)
+    _trained(config.run_dir)
+    if not config.to or Path(config.to).exists():
+        given = f"to={config.to} is there already" if config.to else "to is empty"
+        raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
+    if world_size > 1:
+        raise ConfigError(f"{world_size} ranks were started, but one exports; start 1 rank")
+    return config
 
 
 def preparation(

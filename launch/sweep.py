@@ -57,7 +57,7 @@ class Point:
     def name(self) -> str:
         """Its folder's name."""
         whole = ",".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
-        plain = re.sub(r"[^\w.=,+-]", "_", whole) or "point"
+        plain = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\[\]]", "", whole)) or "point"
         if len(plain) <= NAME_LENGTH:
             return plain
         return f"{plain[:NAME_LENGTH]}-{blake2b(whole.encode(), digest_size=4).hexdigest()}"

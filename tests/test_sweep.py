@@ -58,6 +58,7 @@ def test_an_unknown_key_is_refused_before_the_first_point(tmp_path):
 def test_a_point_is_named_after_what_is_swept():
     assert Point({"strategy": "ddp", "optim.lr": "0.1"}).name == "optim.lr=0.1,strategy=ddp"
     assert Point({"data.path": "/a b"}).name == "data.path=_a_b"
+    assert Point({"compress": "[merge,int4]"}).name == "compress=merge,int4"
     long = [Point({"model.layers": "1" * 200 + end}).name for end in "ab"]
     assert long[0] != long[1] and all(len(name) < 120 for name in long)
 

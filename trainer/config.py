@@ -265,6 +265,15 @@ class GenerateConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Write a trained model as one small file; read by trainer/trained.py."""
+
+    run_dir: str = ""  # the run
+    to: str = ""  # a new folder, which evaluate and generate take as run_dir
+    device: str = "cpu"  # cpu | cuda; auto = cuda where there is one
+
+
+@dataclass
 class PrepareConfig:
     """Tokenise a data set once, ahead of training; read by trainer/data/."""
 

@@ -15,10 +15,11 @@ from parallel.worker import Worker
 from trainer.config import EvaluateConfig
 from trainer.data import Dataset, open_split, prepare
 from trainer.data.loader import Batch, evaluation_batches
-from trainer.generate import open_run, transformer, translate
+from trainer.generate import translate
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.run_dir import load_config
 from trainer.tokenizer import Tokenizer
+from trainer.trained import open_run, transformer
 
 LARGEST_EXPONENT = 700.0  # exp of more is no float64
 

@@ -5,7 +5,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +17,10 @@ from torch import Tensor
 
 from parallel.runtime import Runtime
 from parallel.worker import Worker
-from trainer.build import build_worker
-from trainer.checkpoint import load_weights
-from trainer.config import ConfigError, EvaluateConfig, GenerateConfig, TrainConfig
+from trainer.config import ConfigError, GenerateConfig
 from trainer.data import open_split, prepare
-from trainer.model import DecodingCache, Transformer
-from trainer.run_dir import load_config, tokenizer_path
-from trainer.tokenizer import Tokenizer
+from trainer.model import DecodingCache
+from trainer.trained import TrainedRun, open_run, transformer
 
 TOP_CLASSES = 5  # shown for an image
 
@@ -191,36 +187,6 @@ def translate(worker: Worker, source_BT: Tensor, source_valid_BT: Tensor | None 
             logits_RV = worker.forward({**inputs, "tokens": search.last_tokens()}, cache)[:, -1]
             row_R = search.advance(logits_RV)
     return search.sentences()
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A run, and its newest checkpoint's model on the ranks there are now."""
-
-    config: TrainConfig
-    worker: Worker
-
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model learned with."""
-        return Tokenizer.load(tokenizer_path(self.config.run_dir))
-
-
-def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> TrainedRun:
-    """The newest good checkpoint of config.run_dir under config.strategy; ConfigError without."""
-    run = load_config(config.run_dir)
-    here = replace(
-        run, run_dir=config.run_dir, strategy=config.strategy, precision=config.precision,
-        device=config.device, activation_checkpointing="none", compile=False,
-    )  # fmt: skip
-    worker = build_worker(here, runtime)
-    load_weights(Path(config.run_dir), worker)
-    return TrainedRun(here, worker)
-
-
-def transformer(worker: Worker) -> Transformer:
-    """The worker's model, which parallel/ knows as any module."""
-    assert isinstance(worker.model, Transformer)
-    return worker.model
 
 
 def generate(config: GenerateConfig, runtime: Runtime) -> None:

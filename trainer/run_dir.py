@@ -21,6 +21,7 @@ from trainer.status import read_status, write_atomically
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
 FREE = ("data.cache",)
+EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
 
 
 class AlreadyFinishedError(Exception):
@@ -170,6 +171,8 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
             f"resume_changed names {unknown[0]}, which is no key that makes a run what it is; "
             f"did you mean {near}?"
         ]
+    if (folder / EXPORTED).exists():
+        return [f"run_dir={folder} holds an exported model; choose another run_dir"]
     if not (folder / "config.yaml").exists():
         if any(not path.name.startswith(".") for path in folder.iterdir()):
             return [f"run_dir={folder} is not empty and holds no run; choose another run_dir"]

@@ -27,9 +27,9 @@ from parallel.worker import MicroBatch, Worker
 from trainer.build import parallel_model
 from trainer.cases import make_batch, samples, split
 from trainer.config import ModelConfig
-from trainer.generate import transformer
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS
+from trainer.trained import transformer
 
 COUNT_BYTES, FLOAT_BYTES = 8, 4  # a number of targets (int64); a gradient or a norm (float32)
 COMPUTE_BYTES = 2  # bf16

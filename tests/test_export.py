@@ -1,0 +1,152 @@
+"""Exported models: small, and what they compute is what was trained, under every layout."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from launch.before import exporting, reading
+from parallel.config import StrategyConfig, world_size
+from parallel.runtime import Ranks, process_group
+from trainer.compress.export import IntegerLinear, compute_with_integers
+from trainer.compress.linear import CompressedLinear, Lens
+from trainer.compress.packing import loosened, pack, squeezed, unpack
+from trainer.config import CompressConfig, ConfigError, EvaluateConfig, ExportConfig, TrainConfig
+from trainer.data import open_split
+from trainer.evaluate import evaluate
+from trainer.loop import start
+from trainer.run_dir import EXPORTED, AlreadyFinishedError, load_config, open_run_dir
+from trainer.trained import export_run, open_run
+
+LENSES = {
+    "int8": Lens(bits=8, input_bits=8),
+    "int8, weights alone": Lens(bits=8),
+    "int4 in groups": Lens(bits=4, group=8, input_bits=8),
+    "int3": Lens(bits=3),
+    "int2 in groups": Lens(bits=2, group=16),
+    "2:4": Lens(n=2, m=4),
+    "1:8, int8": Lens(n=1, m=8, bits=8),
+    "3:16, int4": Lens(n=3, m=16, bits=4, group=16),
+}
+COMPRESSIONS = {
+    "none": CompressConfig(),
+    "int8, merge": CompressConfig(bits=8, merge=1),
+    "int4, 2:4": CompressConfig(bits=4, group=8, sparse_n=2),
+}
+LAYOUTS = {
+    "single": StrategyConfig(),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
+}
+
+
+def layer(lens: Lens, inputs: int = 64, outputs: int = 24) -> CompressedLinear:
+    made = CompressedLinear(inputs, outputs)
+    made.lens = lens
+    return made
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_numbers_are_squeezed_into_bytes(bits):
+    numbers = torch.randint(0, 2**bits, (3, 21))
+    small = squeezed(numbers, bits)
+    assert small.shape == (3, -(-21 * {3: 4}.get(bits, bits) // 8))
+    assert torch.equal(loosened(small, bits, 21), numbers)
+
+
+@pytest.mark.parametrize("name", LENSES)
+def test_a_packed_weight_is_the_one_that_was_computed_with(name):
+    made = layer(LENSES[name])
+    weight = made.weight.detach()
+    parts = pack(weight, made.lens)
+    made.lens = replace(made.lens, input_bits=0)
+    seen = made(torch.eye(64)) - made.bias
+    torch.testing.assert_close(unpack(parts, made.lens, 64).T, seen, rtol=1e-6, atol=1e-7)
+    size = sum(part.nbytes for part in parts.values())
+    stored = {3: 4}.get(made.lens.bits, made.lens.bits) or 32
+    share = made.lens.n / made.lens.m if made.lens.n else 1
+    places = share * (made.lens.m - 1).bit_length() if made.lens.n else 0
+    scales = 32 / (made.lens.group or 64) if made.lens.bits else 0
+    assert size * 8 == pytest.approx(weight.numel() * (share * stored + places + scales), rel=0.1)
+
+
+def test_integer_kernels_compute_what_was_trained():
+    made = layer(LENSES["int8"]).double()
+    x = torch.randn(2, 5, 64, dtype=torch.float64)
+    trained = made(x)
+    stack = torch.nn.Sequential(made, layer(LENSES["int4 in groups"]))
+    compute_with_integers(stack)
+    assert [type(module) for module in stack] == [IntegerLinear, CompressedLinear]
+    assert made.weight is None and made.numbers.dtype == torch.int8
+    torch.testing.assert_close(made(x), trained)
+
+
+def trained_run(folder: Path, runtime, compress: CompressConfig) -> TrainConfig:
+    """A run of an image classifier with a checkpoint of its initial weights."""
+    config = TrainConfig(
+        model=tiny.CLASSIFIER, data=tiny.image_data(folder), precision="fp32", device="cpu",
+        batch_size=4, run_dir=str(folder / "run"), compress=compress,
+    )  # fmt: skip
+    config = tiny.training(config, runtime.world_size)
+    tiny.save(config, start(config, runtime))
+    return config
+
+
+def values(runtime, run_dir: str, strategy: StrategyConfig) -> tuple[dict[str, float], str]:
+    config = EvaluateConfig(run_dir, strategy=strategy, precision="fp32", device="cpu")
+    run = open_run(config, runtime)
+    kinds = {type(module).__name__ for module in run.worker.model.modules()}
+    found = evaluate(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
+    return found, "integers" if "IntegerLinear" in kinds else "floats"
+
+
+@pytest.fixture(scope="module", params=COMPRESSIONS)
+def runs(request, tmp_path_factory):
+    """A run, and what was exported of it."""
+    folder = tmp_path_factory.mktemp("runs")
+    with process_group("cpu", Ranks.alone()) as runtime:
+        config = trained_run(folder, runtime, COMPRESSIONS[request.param])
+        small = str(folder / "small")
+        export_run(exporting(ExportConfig(config.run_dir, small), 1), runtime)
+        return (
+            request.param,
+            config.run_dir,
+            small,
+            values(runtime, config.run_dir, LAYOUTS["single"]),
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_exported_model_has_the_runs_values(ranks, runs, layout):
+    compress, _, small, (expected, _) = runs
+    strategy = LAYOUTS[layout]
+    found, kernels = ranks.run(world_size(strategy), values, small, strategy)[0]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert kernels == ("integers" if (compress, layout) == ("int8, merge", "single") else "floats")
+
+
+def test_what_cannot_be_exported_or_read(runs, tmp_path):
+    _, run_dir, small, _ = runs
+    for config, ranks, message in (
+        (ExportConfig(run_dir, small), 1, f"to={small} is there already; name a new folder"),
+        (ExportConfig(run_dir), 1, f"to is empty; name a new folder, e.g. to={run_dir}-exported"),
+        (ExportConfig(run_dir, str(tmp_path / "to")), 2, "2 ranks were started, but one exports"),
+        (ExportConfig(str(tmp_path), str(tmp_path / "to")), 1, "holds no run"),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+            exporting(config, ranks)
+    trained = replace(load_config(run_dir), run_dir=small)
+    with pytest.raises((ConfigError, AlreadyFinishedError), match="holds an exported model"):
+        open_run_dir(trained)
+    assert reading(EvaluateConfig(small), 1).run_dir == small
+    with process_group("cpu", Ranks.alone()) as runtime:
+        copy = tmp_path / "copy"
+        copy.mkdir()
+        for name in ("config.yaml", EXPORTED):
+            (copy / name).write_bytes(Path(small, name).read_bytes())
+        (copy / EXPORTED).write_bytes((copy / EXPORTED).read_bytes()[:-9])
+        with pytest.raises(ConfigError, match="is damaged"):
+            values(runtime, str(copy), LAYOUTS["single"])

@@ -1,0 +1,125 @@
+"""A trained model as one small file: written from a run's newest checkpoint, read by any layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from parallel.apply import place
+from parallel.gradients import local
+from parallel.worker import Worker
+from trainer.compress.linear import CompressedLinear, Lens, whole
+from trainer.compress.packing import pack, unpack
+from trainer.compress.technique import Compression
+from trainer.config import ConfigError, TrainConfig
+from trainer.run_dir import EXPORTED
+
+VERSION = "1"
+COPIED = ("config.yaml", "tokenizer.json")
+
+
+def write(worker: Worker, config: TrainConfig, to: Path) -> None:
+    """Writes the folder `to`, from a model on one rank; ConfigError if it cannot be written.
+
+    It holds the weights, the run's configuration and its tokenizer. Nothing is left where writing
+    fails.
+    """
+    lens = Compression(config.compress).lens
+    tensors, packed = {}, []
+    compressed = {
+        f"{prefix}.weight"
+        for prefix, module in worker.model.named_modules()
+        if isinstance(module, CompressedLinear)
+    }
+    for name, parameter in worker.parameters().items():
+        weight = parameter.detach().cpu()
+        if name not in compressed:
+            tensors[name] = weight.contiguous()
+            continue
+        packed.append(name)
+        for part, tensor in pack(weight, lens).items():
+            tensors[f"{name}.{part}"] = tensor
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        about = {"version": VERSION, "packed": json.dumps(packed)}
+        (partial / EXPORTED).write_bytes(save(tensors, metadata=about))
+        for file in COPIED:
+            if (Path(config.run_dir) / file).exists():
+                shutil.copy(Path(config.run_dir) / file, partial / file)
+        partial.rename(to)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ConfigError(
+            f"to={to} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+
+
+def load(folder: Path, worker: Worker, config: TrainConfig) -> None:
+    """Reads an exported model into this rank's part of a worker's parameters.
+
+    On one rank with a CPU, layers of at most 8 bits compute with integer kernels. Raises
+    ConfigError if the file is damaged or of another model.
+    """
+    path, lens = folder / EXPORTED, Compression(config.compress).lens
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            names = set(file.keys())
+            if about.get("version") != VERSION:
+                raise ConfigError(f"{path} is no export of this version; export the run again")
+            packed = set(json.loads(about["packed"]))
+            for name, parameter in worker.parameters().items():
+                if name in packed:
+                    parts = {
+                        key.removeprefix(f"{name}."): file.get_tensor(key)
+                        for key in names if key.startswith(f"{name}.")
+                    }  # fmt: skip
+                    weight = unpack(parts, lens, parameter.shape[1])
+                else:
+                    weight = file.get_tensor(name)
+                if weight.shape != parameter.shape:
+                    raise ConfigError(
+                        f"{path} has {name} of shape {tuple(weight.shape)}, the model of "
+                        f"{tuple(parameter.shape)}; export the run again"
+                    )
+                with torch.no_grad():
+                    local(parameter).copy_(weight[place(parameter)])
+    except (SafetensorError, KeyError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); export the run again") from error
+    if worker.mesh.size() == 1 and worker.device.type == "cpu":
+        compute_with_integers(worker.model)
+
+
+def compute_with_integers(model: nn.Module) -> None:
+    """Lets every layer that integer kernels fit keep its weight as whole numbers alone."""
+    for module in model.modules():
+        if isinstance(module, CompressedLinear) and IntegerLinear.fits(module.lens):
+            numbers, scale = whole(module.weight.detach(), module.lens.bits)
+            module.__class__ = IntegerLinear
+            module.register_buffer("numbers", numbers.to(torch.int8))
+            module.register_buffer("scale", scale.flatten())
+            module.weight = None  # type: ignore[assignment]
+
+
+class IntegerLinear(CompressedLinear):
+    """A compressed layer as it is used: bytes times bytes, and the scales behind."""
+
+    numbers: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def fits(lens: Lens) -> bool:
+        """Whether all inputs of an output share a scale, and both sides are whole numbers."""
+        return bool(lens.bits and lens.input_bits and not lens.group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        numbers, of_input = whole(input.flatten(0, -2), self.lens.input_bits)
+        product = torch._int_mm(numbers.to(torch.int8), self.numbers.T)
+        x = (product.to(input.dtype) * (of_input * self.scale)).view(*input.shape[:-1], -1)
+        return x if self.bias is None else x + self.bias.to(x.dtype)

@@ -1,0 +1,65 @@
+"""A trained model, from a run's newest checkpoint or from what was exported of it."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from parallel.config import StrategyConfig
+from parallel.runtime import Runtime
+from parallel.worker import Worker
+from trainer.build import build_worker
+from trainer.checkpoint import load_weights
+from trainer.compress import export
+from trainer.config import EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
+from trainer.model import Transformer
+from trainer.run_dir import EXPORTED, load_config, tokenizer_path
+from trainer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run, and its newest model on the ranks there are now."""
+
+    config: TrainConfig
+    worker: Worker
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the model learned with."""
+        return Tokenizer.load(tokenizer_path(self.config.run_dir))
+
+
+def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> TrainedRun:
+    """The newest good checkpoint of config.run_dir, or the export that it holds instead.
+
+    Under config.strategy; ConfigError if there is neither.
+    """
+    run = load_config(config.run_dir)
+    here = replace(
+        run, run_dir=config.run_dir, strategy=config.strategy, precision=config.precision,
+        device=config.device, activation_checkpointing="none", compile=False,
+    )  # fmt: skip
+    worker = build_worker(here, runtime)
+    folder = Path(config.run_dir)
+    if (folder / EXPORTED).exists():
+        export.load(folder, worker, here)
+    else:
+        load_weights(folder, worker)
+    return TrainedRun(here, worker)
+
+
+def transformer(worker: Worker) -> Transformer:
+    """The worker's model, which parallel/ knows as any module."""
+    assert isinstance(worker.model, Transformer)
+    return worker.model
+
+
+def export_run(config: ExportConfig, runtime: Runtime) -> None:
+    """Writes config.to, from the newest good checkpoint of config.run_dir."""
+    reader = EvaluateConfig(
+        config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
+    )
+    run = open_run(reader, runtime)
+    export.write(run.worker, run.config, Path(config.to))
+    size = (Path(config.to) / EXPORTED).stat().st_size
+    Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)
