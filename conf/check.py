@@ -93,6 +93,7 @@ RANGES = {
     "spike_window": Interval(8, 1024),  # the longest is trainer/guard.py's
     "timeout_seconds": COUNT_OR_OFF,
     "samples": COUNT_OR_OFF,
+    "rounds": COUNT,
     "beams": COUNT,
     "tolerance": COUNT_OR_OFF,
     "max_tokens": COUNT,

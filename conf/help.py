@@ -45,6 +45,11 @@ Write a trained model as one small file: bits and zeros that it has learned with
 
   python launch/export.py run_dir=RUN to=SMALL
   python launch/evaluate.py run_dir=SMALL""",
+    "compress_report": """\
+Tell what a compression is worth: metric, size, FLOPs, lengths, zeros and speed, in a table and a
+picture, beside a run without it.
+
+  python launch/compress_report.py run_dir=SMALL baseline=LARGE""",
     "submit": """\
 Submit a training run to a cluster with Slurm. The same command goes on with the run.
 

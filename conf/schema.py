@@ -13,6 +13,7 @@ from conf.help import help_text
 from conf.submit import SubmitConfig
 from parallel.config import ConfigError
 from trainer.config import (
+    CompressReportConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -28,6 +29,7 @@ SCHEMAS: dict[str, type] = {
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
+    "compress_report": CompressReportConfig,
     "prepare": PrepareConfig,
     "submit": SubmitConfig,
 }

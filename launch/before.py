@@ -22,6 +22,7 @@ from parallel.config import ConfigError, data_degree, resolve
 from parallel.schedule import warnings
 from trainer import data, goodput
 from trainer.config import (
+    CompressReportConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -174,6 +175,19 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
         raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
     if world_size > 1:
         raise ConfigError(f"{world_size} ranks were started, but one exports; start 1 rank")
+    return config
+
+
+def comparing(
+    config: CompressReportConfig, world_size: int, held: ExitStack | None = None
+) -> CompressReportConfig:
+    """The checked configuration: both runs are there."""
+    _check(config, world_size)
+    for run_dir in [config.run_dir, *filter(None, [config.baseline])]:
+        load_config(run_dir)
+        _trained(run_dir)
+    if world_size > 1:
+        raise ConfigError(f"{world_size} ranks were started, but one measures; start 1 rank")
     return config
 
 

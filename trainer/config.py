@@ -274,6 +274,16 @@ class ExportConfig:
 
 
 @dataclass
+class CompressReportConfig:
+    """What a compression is worth; read by trainer/compress/report.py."""
+
+    run_dir: str = ""  # the compressed run
+    baseline: str = ""  # the run that it is compared with; empty = none
+    rounds: int = 9  # measurements of each rate, of which the median is shown
+    device: str = "cpu"  # cpu | cuda; auto = cuda where there is one
+
+
+@dataclass
 class PrepareConfig:
     """Tokenise a data set once, ahead of training; read by trainer/data/."""
 

@@ -1,0 +1,198 @@
+"""What a compression is worth: one table and one picture, beside the run without it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from parallel.config import StrategyConfig
+from parallel.runtime import Runtime
+from parallel.worker import MicroBatch, Worker
+from trainer.compress.export import compute_with_integers
+from trainer.compress.linear import CompressedLinear, pruned
+from trainer.compress.packing import pack
+from trainer.compress.technique import Compression
+from trainer.config import CompressConfig, CompressReportConfig, ConfigError, EvaluateConfig
+from trainer.curves import last_values
+from trainer.data import open_split, prepare
+from trainer.data.loader import evaluation_batches
+from trainer.flops import flops_per_sample
+from trainer.trained import TrainedRun, open_run, transformer
+
+NAME = "compression.png"
+METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss", "valid_loss")
+
+
+@dataclass
+class Facts:
+    """What is known of a run; `training` and `inference` are samples per second, by round."""
+
+    name: str
+    compress: str
+    metric: str
+    parameters: int
+    bytes: int  # of the weights, as they are exported
+    flops: float  # of training, per sample
+    lengths: list[int]  # vectors in front of each block of the encoder; empty = all alike
+    zeros: float  # share of the weights between embedding and head
+    training: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+
+    @property
+    def training_rate(self) -> float:
+        """The median of the rounds."""
+        return median(self.training)
+
+    @property
+    def inference_rate(self) -> float:
+        """The median of the rounds."""
+        return median(self.inference)
+
+
+def report(config: CompressReportConfig, runtime: Runtime) -> None:
+    """Prints the table and writes run_dir/compression.png, from the runs' newest checkpoints.
+
+    Rates alternate between the runs and are per second of CPU time, of a forward and backward of
+    one batch of the run's size, and of a forward, with integer kernels where they fit. Raises
+    ConfigError if the runs have other data.
+    """
+    names = [name for name in (config.baseline, config.run_dir) if name]
+    reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
+    trains, reads = (
+        [open_run(replace(reader, run_dir=name), runtime) for name in names] for _ in range(2)
+    )
+    if trains[0].config.data != trains[-1].config.data:
+        raise ConfigError(
+            f"baseline={config.baseline} has learned from other data than run_dir="
+            f"{config.run_dir}; name a run that differs in model and compress alone"
+        )
+    prepare(trains[0].config.data)
+    found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
+    batch = _batch(trains[-1])
+    for run in reads:
+        if run.worker.device.type == "cpu":
+            compute_with_integers(run.worker.model)
+    for _ in range(config.rounds + 1):
+        for facts, train, read in zip(found, trains, reads, strict=True):
+            facts.training.append(_rate(partial(_step, train.worker, batch), batch))
+            facts.inference.append(_rate(partial(_forward, read.worker, batch), batch))
+    for facts in found:  # the first round warms up
+        del facts.training[0], facts.inference[0]
+    path = Path(config.run_dir) / NAME
+    _draw(found, path)
+    console = Console()
+    console.print(table(found))
+    console.print(f"picture: {path}", markup=False, soft_wrap=True)
+
+
+def _facts(name: str, run: TrainedRun) -> Facts:
+    config, model = run.config, transformer(run.worker)
+    lens = Compression(config.compress).lens
+    compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    parts = [pack(module.weight.detach(), lens) for module in compressed]
+    inside = sum(module.weight.numel() for module in compressed)
+    parameters = sum(p.numel() for p in run.worker.parameters().values())
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
+    length = config.data.seq_len
+    lengths = model.encoder_lengths(length)
+    values = last_values(Path(name))
+    metric = next((key for key in METRICS if key in values), "")
+    asked = CompressConfig()
+    changed = {k: v for k, v in vars(config.compress).items() if v != getattr(asked, k)}
+    zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
+    return Facts(
+        name, " ".join(f"{key}={value:g}" for key, value in changed.items()) or "none",
+        f"{metric.removeprefix('test_')} {values[metric]:.4g}" if metric else "not measured",
+        parameters, size + 4 * (parameters - inside),
+        flops_per_sample(config.model, length, length, lengths), lengths,
+        sum(int((weight == 0).sum()) for weight in zeros) / max(1, inside),
+    )  # fmt: skip
+
+
+def _batch(run: TrainedRun) -> MicroBatch:
+    """One batch of the run's size, as in training."""
+    dataset = open_split(run.config.data, "train")
+    batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
+    return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
+
+
+def _step(worker: Worker, batch: MicroBatch) -> None:
+    worker.zero_grad()
+    worker.forward_backward([batch])
+
+
+def _forward(worker: Worker, batch: MicroBatch) -> None:
+    with worker.evaluating():
+        worker.forward(batch)
+
+
+def _rate(work: Callable[[], None], batch: MicroBatch) -> float:
+    """Samples per second of CPU time; of wall time on a GPU, which is waited for."""
+    on_gpu = batch["targets"].is_cuda
+    clock = time.perf_counter if on_gpu else time.process_time
+    began = clock()
+    work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return len(batch["targets"]) / (clock() - began)
+
+
+def table(found: list[Facts]) -> Table:
+    """A column for each run; with two, the ratio of the second to the first."""
+    shown = Table(*["", *(facts.name for facts in found)])
+    if len(found) > 1:
+        shown.add_column("ratio", justify="right")
+    rows: list[tuple[str, Callable[[Facts], str], Callable[[Facts], float] | None]] = [
+        ("compress", lambda f: f.compress, None),
+        ("metric", lambda f: f.metric, None),
+        ("parameters", lambda f: f"{f.parameters:,}", lambda f: f.parameters),
+        ("MB on disk", lambda f: f"{f.bytes / 1e6:.3g}", lambda f: f.bytes),
+        ("GFLOP a sample", lambda f: f"{f.flops / 1e9:.3g}", lambda f: f.flops),
+        ("vectors by block", lambda f: " ".join(map(str, f.lengths)) or "all", None),
+        ("zeros", lambda f: f"{f.zeros:.1%}", None),
+        ("training, samples/s", lambda f: f"{f.training_rate:.4g}", lambda f: f.training_rate),
+        ("inference, samples/s", lambda f: f"{f.inference_rate:.4g}", lambda f: f.inference_rate),
+    ]
+    for name, text, number in rows:
+        ratio = f"{number(found[-1]) / number(found[0]):.3g}" if number else ""
+        shown.add_row(name, *map(text, found), *[ratio] * (len(found) > 1))
+    return shown
+
+
+def _draw(found: list[Facts], path: Path) -> None:
+    """Vectors in front of each block, and what is faster and smaller; ConfigError if it cannot."""
+    pyplot = import_module("matplotlib.pyplot")  # 0.5 s that no other door needs
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for facts in found:
+        blocks = range(1, len(facts.lengths) + 1)
+        axes[0].plot(blocks, facts.lengths, marker="o", label=f"{facts.name}: {facts.compress}")
+    axes[0].set(
+        title="vectors in front of each block of the encoder", xlabel="block", ylim=(0, None)
+    )
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize="small")
+    bars = {
+        "training\nsamples/s": lambda f: f.training_rate,
+        "inference\nsamples/s": lambda f: f.inference_rate,
+        "FLOPs\na sample": lambda f: f.flops,
+        "bytes\non disk": lambda f: f.bytes,
+    }
+    values = [number(found[-1]) / number(found[0]) for number in bars.values()]
+    drawn = axes[1].bar(list(bars), values, color=["C1", "C1", "C2", "C2"])
+    axes[1].bar_label(drawn, fmt="%.2f")
+    axes[1].axhline(1.0, color="grey", linewidth=0.8)
+    axes[1].set(title=f"{found[-1].name} / {found[0].name}")
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror})") from error
+    finally:
+        pyplot.close(figure)
