@@ -20,6 +20,7 @@ from trainer.manifest import (
     DamagedError,
     Manifest,
     OtherFormatError,
+    TensorEntry,
     file_problems,
     read_manifest,
 )
@@ -33,7 +34,7 @@ from trainer.run_dir import (
     leftovers,
     may_change,
 )
-from trainer.storage import read
+from trainer.storage import DTYPES, read
 
 log = logging.getLogger(__name__)
 
@@ -208,6 +209,7 @@ def _load(path: Path, manifest: Manifest, state: TrainState, strategy: StrategyC
                 "layout, or with another strategy.reduce",
                 *(strategy.reduce, path),
             )
+    _check_moments(path, manifest, tensors)
     if not _read(path, manifest, tensors):
         return False
     state.loss_scale.loaded()
@@ -276,6 +278,31 @@ def _check_shapes(path: Path, manifest: Manifest, worker: Worker) -> None:
         f"checkpoint {path} has another shape: {shown}{more}; set model=… as in the run's "
         "config.yaml, or choose another run_dir"
     )
+
+
+def _check_moments(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Raise ConfigError, on every rank, if the optimizer keeps other tensors than were saved."""
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.") and not _alike(manifest.tensors.get(name), tensor)
+    ]
+    found = [name for names in everyones(odd[:1]) for name in names]
+    if not found:
+        return
+    name = found[0].removeprefix("optimizer.")
+    raise ConfigError(
+        f"checkpoint {path} holds other moments, the first of them {name}; set optim.name as in "
+        "the run's config.yaml (and for adamw8bit a strategy.tensor that cuts rows into the same "
+        "blocks), or choose another run_dir"
+    )
+
+
+def _alike(entry: TensorEntry | None, tensor: Tensor) -> bool:
+    if entry is None or entry.shape != tuple(tensor.shape):
+        return False
+    codes = DTYPES[torch.uint8]
+    return (entry.dtype == codes) == (DTYPES[tensor.dtype] == codes)
 
 
 def _clear(run_dir: Path) -> None:
