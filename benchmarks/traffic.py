@@ -1,7 +1,10 @@
 """Bytes of a training step by strategy: counted from the collectives issued, and the closed form.
 
-`python benchmarks/traffic.py` starts CPU ranks itself; the model is a small Llama in bf16.
+`python benchmarks/traffic.py` starts CPU ranks itself; the model is a small Llama in bf16. Words
+behind it choose the strategies that have one of them in their name.
 """
+
+import sys
 
 from rich.console import Console
 from rich.table import Table
@@ -9,13 +12,15 @@ from rich.table import Table
 from parallel.config import world_size
 from parallel.pool import RankPool
 from parallel.schedule import placed
-from trainer.cases import FAMILIES, STRATEGIES, scale_down
+from trainer.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
 from trainer.traffic import step_traffic
 
 if __name__ == "__main__":
     table = Table("strategy", "collective", "dtype", "counted", "closed form")
     pool = RankPool(max(map(world_size, STRATEGIES.values())))
-    for name, strategy in STRATEGIES.items():
+    for name, strategy in (STRATEGIES | REDUCED).items():
+        if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
+            continue
         stages = len(placed(strategy, strategy.pipeline))
         model = scale_down(FAMILIES["decoder (Llama)"], strategy.tensor, stages)
         counted, due = pool.run(world_size(strategy), step_traffic, strategy, model)[0]

@@ -3,7 +3,7 @@
 from math import isqrt
 from typing import Any
 
-from parallel.config import ConfigError, StrategyConfig, data_degree
+from parallel.config import HOW, ConfigError, StrategyConfig, data_degree, degrees
 from parallel.schedule import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
 from parallel.schedule import problems as schedule_problems
 from trainer.config import ModelConfig, TrainConfig, VerifyConfig
@@ -45,6 +45,40 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
         )
     if strategy.pipeline > 1:
         found += _schedule(config, strategy)
+    return found + _reduction(config, strategy)
+
+
+def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
+    """Why gradients cannot be summed as strategy.reduce says."""
+    given = f"strategy.reduce={strategy.reduce}"
+    if isinstance(config, VerifyConfig) and strategy.reduce != "auto":
+        return [
+            f"{given} rounds gradients, so that no layout equals one process; set "
+            "strategy.reduce=auto"
+        ]
+    if strategy.reduce not in ("int8", "powersgd"):
+        return []
+    others = [
+        f"strategy.{axis}={degree}"
+        for axis, degree in degrees(strategy).items()
+        if axis != "replicate" and degree > 1
+    ]
+    found = []
+    if others:
+        found.append(
+            f"{given} compresses whole gradients of whole copies, which {' and '.join(others)} "
+            "does not leave; set strategy=ddp, or strategy.reduce=bf16"
+        )
+    elif strategy.replicate == 1 and not strategy.elastic:
+        found.append(
+            f"{given} compresses what copies tell each other, but strategy.replicate=1 makes none; "
+            f"start 2 ranks or more {HOW}, or set strategy.reduce=auto"
+        )
+    if getattr(config, "precision", "") == "fp16":
+        found.append(
+            f"{given} adds to a step what was lost in the one before, but precision=fp16 scales "
+            "each by another factor; set precision=bf16, or strategy.reduce=fp16"
+        )
     return found
 
 

@@ -12,7 +12,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from parallel.activation import checkpoint_activations
 from parallel.config import StrategyConfig
 from parallel.context import share_sequences
-from parallel.ddp import replicate
+from parallel.ddp import reduce_dtype, replicate
 from parallel.fsdp import shard
 from parallel.gradients import local
 from parallel.mesh import copies_mesh, shards_mesh
@@ -43,8 +43,8 @@ def parallelize(
 ) -> Worker:  # fmt: skip
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
-    `parameters` is the dtype that weights are kept and gradients reduced in, `compute` the one
-    that FSDP gathers them in.
+    `parameters` is the dtype that weights and gradients are kept in, `compute` the one that FSDP
+    gathers them in.
     """
     whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
     classes = model.get_parameter("head.output.weight").shape[0]
@@ -70,10 +70,8 @@ def parallelize(
     if split is not None and not sharded:
         split.compute_on_leaves(model)
     # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
-    wrapped: nn.Module = model
-    if copies is not None and not sharded:
-        wrapped = replicate(model, copies, strategy.bucket_mib)
-    axes = Axes(split, context, pipeline)
+    wrapped, exchange = replicate(model, None if sharded else copies, strategy)
+    axes = Axes(split, context, pipeline, exchange)
     return Worker(model, wrapped, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
 
 
@@ -91,7 +89,8 @@ def shard_over(
     if mesh["shard"].size() == 1 and (copies is None or not beyond_ddp):
         return False
     frees = strategy.reshard_after_forward and not staged
-    shard(model, shards_mesh(mesh, copies), compute, parameters, frees)
+    reduce = reduce_dtype(strategy.reduce, parameters)
+    shard(model, shards_mesh(mesh, copies), compute, reduce, frees)
     return True
 
 

@@ -15,19 +15,32 @@ from torch.nn import functional as F
 _ops = torch.ops._c10d_functional
 
 
+def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
+    """The sum (or max) over the ranks, not to be read before `wait`."""
+    return _ops.all_reduce(x.contiguous(), how, group.group_name)
+
+
+def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' tensors, all of one shape, behind each other; not to be read before `wait`."""
+    return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
+
+
+def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """As `all_to_all`, not to be read before `wait`."""
+    sizes = [x.shape[0] // group.size()] * group.size()
+    return _ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name)
+
+
 def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
     """The sum (or max) over the ranks."""
-    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), how, group.group_name))
+    return wait(start_all_reduce(x, group, how))
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """The ranks' tensors, all of one shape, side by side along `dim`."""
-    parts = group.size()
-    gathered = _ops.wait_tensor(
-        _ops.all_gather_into_tensor(x.contiguous(), parts, group.group_name)
-    )
+    gathered = wait(start_all_gather(x, group))
     # In these very operators inductor finds what it can overlap with a matrix product.
-    return gathered if dim == 0 else torch.cat(gathered.chunk(parts), dim)
+    return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -39,8 +52,7 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Of every rank the part along dim 0 that is meant for this one; the degree divides it."""
-    sizes = [x.shape[0] // group.size()] * group.size()
-    return _ops.wait_tensor(_ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name))
+    return wait(start_all_to_all(x, group))
 
 
 def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:

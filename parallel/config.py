@@ -47,6 +47,13 @@ class StrategyConfig:
     split: list[int] = field(default_factory=list)
     # DDP: MiB of gradients per all-reduce.
     bucket_mib: float = 25.0
+    # How gradients are summed over replicate, shard and context. auto: in the dtype of the weights,
+    # which is fp32 but with precision=fp64 | fp32 | bf16 | fp16: rounded first (fp16 with a loss
+    # scale, as precision=fp16) | int8 | powersgd: compressed, to a quarter of fp32's bytes or to
+    # products of thin matrices; plain replicas alone; what is lost is added to the next gradient.
+    reduce: str = "auto"
+    powersgd_rank: int = 4  # reduce=powersgd: columns of the thin matrices
+    powersgd_start_step: int = 100  # reduce=powersgd: steps before it that sum in full; 0 = none
 
 
 def degrees(strategy: StrategyConfig) -> dict[str, int]:

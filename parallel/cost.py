@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from parallel.config import StrategyConfig
+from parallel.int8 import BLOCK, SCALE_BYTES, part_size
+from parallel.powersgd import sizes
 
 Shape = tuple[int, ...]
 
@@ -41,18 +43,19 @@ def step_bytes(
     """What a step must move for a rank's gradients and, with shards, its weights.
 
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
-    DDP: one all-reduce of the gradients. FSDP, per micro-batch: two all-gathers of the blocks (one
-    with reshard_after_forward=false) and one of the others, which stay gathered from the forward's
-    end to the backward's start, and one reduce-scatter of the gradients; in a pipeline one of each
-    per step, as weights stay gathered over the micro-batches. Hybrid sharding adds one all-reduce
-    of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
+    DDP: one sum of the gradients (`sum_bytes`). FSDP, per micro-batch: two all-gathers of the
+    blocks (one with reshard_after_forward=false) and one of the others, which stay gathered from
+    the forward's end to the backward's start, and one reduce-scatter of the gradients; in a
+    pipeline one of each per step, as weights stay gathered over the micro-batches. Hybrid sharding
+    adds one all-reduce of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
     """
     shards, replicas = strategy.shard, strategy.replicate * strategy.context
+    if shards == 1:
+        both = [*blocks, *others]
+        return sum_bytes(both, strategy, reduce_bytes) if replicas > 1 else StepBytes()
     inside = sum(_elements(shape, shards) for shape in blocks)
     outside = sum(_elements(shape, shards) for shape in others)
     whole = inside + outside
-    if shards == 1:
-        return StepBytes(all_reduce=whole * reduce_bytes if replicas > 1 else 0)
     staged = strategy.pipeline > 1
     times = 1 if staged else micro_batches
     gathers = 2 if strategy.reshard_after_forward and not staged else 1
@@ -61,6 +64,27 @@ def step_bytes(
         all_gather=times * (gathers * inside + outside) * compute_bytes,
         reduce_scatter=times * whole * reduce_bytes,
     )
+
+
+def sum_bytes(
+    shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: int
+) -> StepBytes:  # fmt: skip
+    """What one sum of whole gradients of these shapes over their copies moves.
+
+    An all-reduce. With reduce=int8 an all-to-all and an all-gather of one byte per number and of a
+    scale per block, each rank's part padded to whole blocks. With reduce=powersgd all-reduces of
+    both factors of a matrix, and of all other gradients as they are (arXiv 1905.13727, section 3).
+    """
+    if strategy.reduce == "int8":
+        ranks = strategy.replicate
+        codes = sum(ranks * part_size(math.prod(shape), ranks) for shape in shapes)
+        moved = codes + codes // BLOCK * SCALE_BYTES
+        return StepBytes(all_to_all=moved, all_gather=moved)
+    numbers = 0
+    for shape in shapes:
+        factors = sizes(shape, strategy.powersgd_rank) if strategy.reduce == "powersgd" else ()
+        numbers += sum(factors) or math.prod(shape)
+    return StepBytes(all_reduce=numbers * reduce_bytes)
 
 
 def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank: int) -> StepBytes:

@@ -14,6 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.context import ContextSplit
+from parallel.exchange import Exchange
 from parallel.gradients import clip, global_norm
 from parallel.mesh import data_mesh
 from parallel.pipeline import LossOf, Pipeline
@@ -41,6 +42,7 @@ class Axes:
     split: TensorSplit | None  # of the layers, tensor
     context: ContextSplit | None  # of the sequences, context
     pipeline: Pipeline | None
+    exchange: Exchange | None  # of compressed gradients, replicate
 
 
 class Worker:
@@ -59,6 +61,7 @@ class Worker:
         self.data_degree = data.size()
         self._wrapped = wrapped  # what a training forward goes through
         self.split, self.context, self.pipeline = axes.split, axes.context, axes.pipeline
+        self._exchange = axes.exchange
         if self.split is not None:
             loss_sum = partial(loss_sum, cross_entropy=self.split.vocabulary.cross_entropy)
         self._loss_sum = loss_sum
@@ -181,6 +184,10 @@ class Worker:
     def parameters(self) -> dict[str, nn.Parameter]:
         """What this rank has of the parameters, by canonical name."""
         return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
+
+    def kept(self) -> dict[str, Tensor]:
+        """What this rank alone keeps of the gradients' sums so far, by name; to be loaded into."""
+        return {} if self._exchange is None else self._exchange.state()
 
     def _tied(self) -> Iterator[nn.Parameter]:
         """Parameters of which another rank has a copy: with neither or both names, none."""

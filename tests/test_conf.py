@@ -155,6 +155,16 @@ BAD = {
     "strategy.pipeline=1; set strategy=pipeline, or metrics.timeline=false",
     "strategy=tensor model.heads=3 model.width=96 model.kv_heads=0": "strategy.tensor=2 does not "
     "divide model.heads=3; try 1, 3",
+    "strategy.reduce=int4": "strategy.reduce=int4 is not one of auto, fp32, bf16, fp16, int8, "
+    "powersgd; did you mean int8?",
+    "strategy.powersgd_rank=0": "strategy.powersgd_rank=0 must be at least 1",
+    "strategy=fsdp strategy.reduce=powersgd": "strategy.reduce=powersgd compresses whole gradients "
+    "of whole copies, which strategy.shard=2 does not leave; set strategy=ddp, or "
+    "strategy.reduce=bf16",
+    "strategy=tensor strategy.reduce=int8": "which strategy.tensor=2 does not leave",
+    "strategy.reduce=int8 precision=fp16": "strategy.reduce=int8 adds to a step what was lost in "
+    "the one before, but precision=fp16 scales each by another factor; set precision=bf16, or "
+    "strategy.reduce=fp16",
     "strategy=pipeline model.layers=1": "strategy.pipeline=2 with 1 stages per rank needs 2 "
     "blocks, one for each stage, but the model has 1 (model.layers=1); set strategy.pipeline=1",
     "strategy=pipeline strategy.split=[4]": "strategy.split=[4] must be the first blocks of stages "
@@ -201,6 +211,26 @@ def test_heads_that_a_tensor_degree_fits():
 def test_a_pipelines_schedule_can_be_drawn():
     overrides = ("strategy=pipeline", "metrics.timeline=true")
     assert found(*SIZES, *overrides, world_size=2) == []
+
+
+def test_what_compresses_needs_copies():
+    for reduce in ("int8", "powersgd"):
+        (message,) = found(f"strategy.reduce={reduce}")
+        assert message == (
+            f"strategy.reduce={reduce} compresses what copies tell each other, but "
+            "strategy.replicate=1 makes none; start 2 ranks or more (torchrun --nproc_per_node=N, "
+            "or launch.ranks=N), or set strategy.reduce=auto"
+        )
+        assert found(f"strategy.reduce={reduce}", world_size=2) == []
+        # Hosts that are lost must not end a run.
+        assert found(f"strategy.reduce={reduce}", "strategy.elastic=true") == []
+    for reduce in ("fp32", "bf16", "fp16"):  # nothing is summed, and nothing rounded
+        assert found(f"strategy.reduce={reduce}") == []
+    (message,) = found("strategy.reduce=bf16", world_size=2, name="verify")
+    assert message == (
+        "strategy.reduce=bf16 rounds gradients, so that no layout equals one process; set "
+        "strategy.reduce=auto"
+    )
 
 
 def test_a_fault_must_have_its_place():

@@ -1,14 +1,15 @@
 """Bytes on the wire per step: those counted equal the closed form, to the byte."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from parallel.config import StrategyConfig, world_size
-from parallel.cost import ring_bytes, stage_bytes, step_bytes
+from parallel.cost import StepBytes, ring_bytes, stage_bytes, step_bytes
 from parallel.schedule import placed
-from trainer.cases import FAMILIES, STRATEGIES, scale_down
+from trainer.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
 from trainer.config import ModelConfig
 from trainer.traffic import step_traffic
 
@@ -63,6 +64,23 @@ def test_bytes_of_products(ranks, strategy):
         assert counted == formula
 
 
+@pytest.mark.parametrize("name", REDUCED)
+def test_bytes_of_rounded_and_compressed_sums(ranks, name):
+    strategy = REDUCED[name]
+    whole = replace(strategy, reduce="auto")
+    model = small(strategy, "decoder (Llama)")
+    for counted, formula in ranks.run(world_size(strategy), step_traffic, strategy, model):
+        assert counted == formula
+        full = {key: size for key, size in formula.items() if key[1] == torch.float32}
+        # What is left in float32: the norm, losses, and what PowerSGD leaves as it is.
+        left = 30_000 if strategy.reduce == "powersgd" else 1_000
+        assert sum(full.values()) < left or strategy.tensor * strategy.pipeline > 1
+    if strategy.reduce == "int8":
+        due = ranks.run(world_size(strategy), step_traffic, whole, model)[0][1]
+        bytes_8 = (formula["all_to_all", torch.uint8] + formula["all_gather", torch.uint8]) / 2
+        assert 0.25 < bytes_8 / due["all_reduce", torch.float32] < 0.35  # padding of small ones
+
+
 def test_the_closed_form_by_hand():
     blocks, others = [(10, 4), (3,)], [(7, 2)]
     forms = {"compute_bytes": 2, "reduce_bytes": 4}
@@ -74,6 +92,13 @@ def test_the_closed_form_by_hand():
     assert fsdp.reduce_scatter == 2 * (44 + 16) * 4
     hsdp = step_bytes(blocks, others, StrategyConfig(replicate=2, shard=2), 1, **forms)
     assert (hsdp.all_reduce, hsdp.all_gather) == (60 * 4 // 2, (2 * 44 + 16) * 2)
+    # Parts of 128 numbers: 40 and 3 make one for each of two ranks, 400 two for each.
+    int8 = StrategyConfig(replicate=2, reduce="int8")
+    moved = step_bytes([(10, 4), (3,)], [(20, 20)], int8, 5, **forms)
+    assert moved == StepBytes(all_to_all=8 * (128 + 4), all_gather=8 * (128 + 4))
+    low = StrategyConfig(replicate=2, reduce="powersgd", powersgd_rank=2)
+    moved = step_bytes([(20, 30), (8, 8), (3,)], [], low, 5, **forms)  # 8 × 8 would be as large
+    assert moved == StepBytes(all_reduce=(2 * (20 + 30) + 64 + 3) * 4)
     # In a pipeline a rank gathers and scatters once per step.
     staged = step_bytes(blocks, others, StrategyConfig(shard=2, pipeline=2), 9, **forms)
     assert (staged.all_gather, staged.reduce_scatter) == ((44 + 16) * 2, (44 + 16) * 4)

@@ -89,6 +89,21 @@ STRATEGIES = {
     "fsdp 2 × tensor 2 × pipeline 2": StrategyConfig(shard=2, tensor=2, pipeline=2),
 }
 
+# Sums of gradients that are rounded or compressed: no layout with one equals one process.
+REDUCED = {
+    **{
+        f"{name}, {reduce}": replace(strategy, reduce=reduce)
+        for reduce in ("bf16", "fp16")
+        for name, strategy in STRATEGIES.items()
+        if name in ("ddp 2", "fsdp 2", "hsdp 2×2", "ddp 2 × tensor 2", "fsdp 2 × pipeline 2")
+    },
+    "ddp 2, int8": StrategyConfig(replicate=2, reduce="int8"),
+    "ddp 4, int8": StrategyConfig(replicate=4, reduce="int8"),
+    "ddp 2, powersgd": StrategyConfig(
+        replicate=2, reduce="powersgd", powersgd_rank=2, powersgd_start_step=0
+    ),
+}
+
 
 def _multiple(value: float, of: int) -> int:
     return max(8, of * round(value / of))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.config import StrategyConfig, degrees
 from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
 from trainer.compress.technique import Compression
@@ -19,6 +20,7 @@ from trainer.manifest import (
     DamagedError,
     Manifest,
     OtherFormatError,
+    TensorEntry,
     file_problems,
     read_manifest,
 )
@@ -32,11 +34,12 @@ from trainer.run_dir import (
     leftovers,
     may_change,
 )
-from trainer.storage import read
+from trainer.storage import DTYPES, read
 
 log = logging.getLogger(__name__)
 
 DIFFERENCES_SHOWN = 5
+KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
 
 
 @dataclass
@@ -64,10 +67,17 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
         found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
     found |= {f"loss_scale.{name}": tensor for name, tensor in state.loss_scale.state().items()}
     found |= {f"guard.{name}": tensor for name, tensor in state.guard.state().items()}
+    own = f"{KEPT}{dist.get_rank()}."
+    found |= {f"{own}{name}": tensor for name, tensor in state.worker.kept().items()}
     found["updates"] = state.optimizer.updates()
     found["tokens"] = state.tokens
     found["step"] = torch.tensor(state.step)
     return found
+
+
+def layout_of(strategy: StrategyConfig) -> dict[str, int]:
+    """The degrees and the number of ranks, as a manifest has them."""
+    return degrees(strategy) | {"ranks": dist.get_world_size()}
 
 
 def _weights(worker: Worker) -> dict[str, Tensor]:
@@ -148,7 +158,7 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
             break
         assert choice.manifest is not None
         _same_run(config, choice.manifest, data)
-        if _load(choice.path, choice.manifest, state, config.precision):
+        if _load(choice.path, choice.manifest, state, config.strategy):
             state.run = choice.manifest.run
             break
     lines = [
@@ -188,17 +198,32 @@ def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
             log.warning("going on with other data: see resume_changed")
 
 
-def _load(path: Path, manifest: Manifest, state: TrainState, precision: str) -> bool:
+def _load(path: Path, manifest: Manifest, state: TrainState, strategy: StrategyConfig) -> bool:
     _check_shapes(path, manifest, state.worker)
     tensors = tensors_of(state)
-    if manifest.config.get("precision", precision) != precision:  # another scale, from the start
-        tensors = {n: t for n, t in tensors.items() if not n.startswith("loss_scale.")}
+    if not _keeps(manifest, tensors, strategy):
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(KEPT)}
+        if dist.get_rank() == 0:
+            log.warning(
+                "the error feedback of strategy.reduce=%s begins anew: %s was saved under another "
+                "layout, or with another strategy.reduce",
+                *(strategy.reduce, path),
+            )
+    _check_moments(path, manifest, tensors)
     if not _read(path, manifest, tensors):
         return False
+    state.loss_scale.loaded()
     state.optimizer.set_updates(tensors["updates"].item())
     state.guard.load({n: tensors[f"guard.{n}"] for n in state.guard.state()})
     state.step = int(tensors["step"].item())
     return True
+
+
+def _keeps(manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig) -> bool:
+    """Whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
+    own = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(KEPT)}
+    there = {name: entry.shape for name, entry in manifest.tensors.items() if name in own}
+    return not own or (own == there and manifest.layout == layout_of(strategy))
 
 
 def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
@@ -253,6 +278,31 @@ def _check_shapes(path: Path, manifest: Manifest, worker: Worker) -> None:
         f"checkpoint {path} has another shape: {shown}{more}; set model=… as in the run's "
         "config.yaml, or choose another run_dir"
     )
+
+
+def _check_moments(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Raise ConfigError, on every rank, if the optimizer keeps other tensors than were saved."""
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.") and not _alike(manifest.tensors.get(name), tensor)
+    ]
+    found = [name for names in everyones(odd[:1]) for name in names]
+    if not found:
+        return
+    name = found[0].removeprefix("optimizer.")
+    raise ConfigError(
+        f"checkpoint {path} holds other moments, the first of them {name}; set optim.name as in "
+        "the run's config.yaml (and for adamw8bit a strategy.tensor that cuts rows into the same "
+        "blocks), or choose another run_dir"
+    )
+
+
+def _alike(entry: TensorEntry | None, tensor: Tensor) -> bool:
+    if entry is None or entry.shape != tuple(tensor.shape):
+        return False
+    codes = DTYPES[torch.uint8]
+    return (entry.dtype == codes) == (DTYPES[tensor.dtype] == codes)
 
 
 def _clear(run_dir: Path) -> None:

@@ -64,6 +64,9 @@ class DataConfig:
 class OptimConfig:
     """AdamW and its schedule; read by trainer/optim.py."""
 
+    # adamw | adamw8bit: both moments of matrices in 8 bits with a scale per block, a quarter of the
+    # memory.
+    name: str = "adamw"
     lr: float = 1e-3  # peak learning rate
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # decay of the two moments
     eps: float = 1e-8  # added to the root of the second moment

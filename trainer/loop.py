@@ -82,7 +82,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     state = TrainState(
         worker,
         Optimizer(worker.parameters(), config.optim),
-        LossScale(precision, runtime.device),
+        LossScale(precision, runtime.device, config.strategy.reduce),
         Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,

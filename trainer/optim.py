@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from trainer.config import OptimConfig
+from trainer.optim8bit import AdamW8bit, block_size
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -39,7 +41,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 class Optimizer:
-    """torch's fused AdamW (arXiv 1711.05101) over the local part of every parameter.
+    """AdamW (arXiv 1711.05101), torch's fused or in 8 bits, on the local part of every parameter.
 
     Working on plain local tensors, it never meets a DTensor's dispatch, mixes sharded and whole
     parameters freely, and skips an update on the device when told that a gradient is not finite.
@@ -53,16 +55,24 @@ class Optimizer:
         for name, tensor in self._local.items():
             decay = config.weight_decay if decays(name, self.parameters[name]) else 0.0
             groups[decay].append(tensor)
-        self._adamw = torch.optim.AdamW(
+        self._adamw = self._begun(
             [{"params": tensors, "weight_decay": decay} for decay, tensors in groups.items()],
-            lr=0.0, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True,
-        )  # fmt: skip
+            config,
+        )
+
+    def _begun(self, groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+        betas = (config.betas[0], config.betas[1])
+        if config.name == "adamw8bit":
+            blocks = {self._local[name]: block_size(p) for name, p in self.parameters.items()}
+            return AdamW8bit(groups, blocks, betas, config.eps)
+        adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
         for tensor in self._local.values():
-            self._adamw.state[tensor] = {
+            adamw.state[tensor] = {
                 "step": torch.zeros((), device=tensor.device),
                 "exp_avg": torch.zeros_like(tensor),
                 "exp_avg_sq": torch.zeros_like(tensor),
             }
+        return adamw
 
     def step(self, lr: float, skip: Tensor) -> None:
         """One update from the parameters' gradients; none where `skip` (float32 scalar) is 1."""
@@ -82,8 +92,9 @@ class Optimizer:
         """
         return {
             name: {
-                moment: self._like(self.parameters[name], self._adamw.state[tensor][moment])
-                for moment in ("exp_avg", "exp_avg_sq")
+                moment: self._like(self.parameters[name], content)
+                for moment, content in self._adamw.state[tensor].items()
+                if moment != "step"
             }
             for name, tensor in self._local.items()
         }
@@ -92,9 +103,13 @@ class Optimizer:
     def _like(parameter: Tensor, tensor: Tensor) -> Tensor:
         if not isinstance(parameter, DTensor):
             return tensor
+        shape, part = parameter.shape, parameter.to_local()
+        if tensor.shape != part.shape:  # scales: a row has fewer, by one factor in every part of it
+            scales = shape[-1] * tensor.shape[-1] // part.shape[-1]
+            shape = torch.Size([*shape[:-1], scales])
         return DTensor.from_local(
             tensor, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=parameter.shape, stride=parameter.stride(),
+            shape=shape, stride=torch.empty(shape, device="meta").stride(),
         )  # fmt: skip
 
     def updates(self) -> Tensor:

@@ -33,15 +33,18 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 class LossScale:
     """Dynamic loss scale of fp16 (arXiv 1710.03740), kept on the device; constant 1 elsewhere.
 
+    Also where nothing but the sums of gradients is in fp16 (`reduce`, as strategy.reduce), under
+    any layout: what is less than 6e-8 would be lost there, and most gradients are that small.
     The decision to skip an update comes from the global gradient norm, the same on every rank, so
     that it holds under any strategy without a word between ranks.
     """
 
     growth_interval = 1000  # good steps until the scale doubles
+    first = 2.0**14
 
-    def __init__(self, precision: Precision, device: torch.device):
-        self.dynamic = precision.compute == torch.float16
-        self.scale = torch.full((), 2.0**14 if self.dynamic else 1.0, device=device)
+    def __init__(self, precision: Precision, device: torch.device, reduce: str = "auto"):
+        self.dynamic = precision.compute == torch.float16 or reduce == "fp16"
+        self.scale = torch.full((), self.first if self.dynamic else 1.0, device=device)
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, skipped: Tensor) -> None:
@@ -54,10 +57,11 @@ class LossScale:
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds."""
+        """What a checkpoint holds; the tensors themselves, to be loaded into."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's state."""
-        self.scale.copy_(state["scale"])
-        self.good_steps.copy_(state["good_steps"])
+    def loaded(self) -> None:
+        """Begin anew where the checkpoint is of a run that scaled otherwise: 1 there, or 1 here."""
+        if not self.dynamic or (self.scale == 1.0 and self.good_steps == 0):
+            self.scale.fill_(self.first if self.dynamic else 1.0)
+            self.good_steps.fill_(0.0)

@@ -21,10 +21,9 @@ from uuid import uuid4
 
 from torch import distributed as dist
 
-from parallel.config import AXES
 from parallel.runtime import agreed
 from parallel.watch import StoppedError
-from trainer.checkpoint import TrainState, tensors_of
+from trainer.checkpoint import TrainState, layout_of, tensors_of
 from trainer.config import ConfigError, TrainConfig
 from trainer.manifest import (
     DamagedError,
@@ -71,8 +70,7 @@ class Saver:
         self._shard = Shard(tensors_of(state))
         self._record: dict[str, Any] = {
             "run": state.run, "config": identity(config), "data": data,
-            "layout": {axis: getattr(config.strategy, axis) for axis in AXES}
-            | {"ranks": self._ranks},
+            "layout": layout_of(config.strategy),
         }  # fmt: skip
         there = checkpoint_path(config.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""

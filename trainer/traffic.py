@@ -1,6 +1,7 @@
 """Bytes of a training step: counted from the collectives that it issues, and by the closed form."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,7 @@ from parallel.cost import (
     step_bytes,
     tensor_bytes,
 )
+from parallel.ddp import reduce_dtype
 from parallel.gradients import local
 from parallel.pipeline import Pipeline
 from parallel.runtime import Runtime
@@ -55,8 +57,6 @@ def _due_bytes(
     worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> Payload:
     """The closed form: gradients and weights, activations, and the listed small ones."""
-    blocks, others = _shapes(worker)
-    due = step_bytes(blocks, others, strategy, len(micro_batches), COMPUTE_BYTES, FLOAT_BYTES)
     model = transformer(worker)
     moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
     if worker.split is not None:
@@ -76,18 +76,31 @@ def _due_bytes(
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
     fsdp = isinstance(worker.model, FSDPModule)
     half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
-    return {
+    return _reduced(worker, strategy, len(micro_batches)) + Counter({
         ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
-        ("all_reduce", torch.float32): due.all_reduce + floats,
+        ("all_reduce", torch.float32): floats,
         ("all_reduce", torch.bfloat16): moved.all_reduce,
-        ("all_gather", torch.bfloat16): due.all_gather + moved.all_gather + half,
+        ("all_gather", torch.bfloat16): moved.all_gather + half,
         ("all_gather", torch.float32): full,
         ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
-        ("reduce_scatter", torch.float32): due.reduce_scatter + full,
+        ("reduce_scatter", torch.float32): full,
         ("all_to_all", torch.bfloat16): moved.all_to_all,
         ("send", torch.bfloat16): moved.send,
         ("send", torch.float32): FLOAT_BYTES * tied,
-    }
+    })  # fmt: skip
+
+
+def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Counter:
+    """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
+    dtype = reduce_dtype(strategy.reduce, torch.float32)
+    due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
+    gathered = torch.uint8 if strategy.reduce == "int8" else torch.bfloat16
+    return Counter({
+        ("all_reduce", dtype): due.all_reduce,
+        ("all_gather", gathered): due.all_gather,
+        ("reduce_scatter", dtype): due.reduce_scatter,
+        ("all_to_all", torch.uint8): due.all_to_all,
+    })  # fmt: skip
 
 
 def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:

@@ -1,0 +1,47 @@
+"""Sums of gradients as a layout makes them, beside the own gradients of each rank."""
+
+import tiny
+import torch
+
+from parallel.config import StrategyConfig
+from trainer.build import parallel_model
+from trainer.cases import FAMILIES, make_batch, samples, scale_down, split
+from trainer.initial import draw_rows
+from trainer.loss import cross_entropy_sum
+from trainer.model import Transformer
+from trainer.precision import PRECISIONS
+
+MODEL = scale_down(FAMILIES["decoder (GPT-2)"])
+STEPS = 3
+# So small that there are several buckets, which DDP fills otherwise from the second step on.
+BUCKET_MIB = 0.02
+
+Gradients = dict[str, torch.Tensor]
+
+
+def own_gradients(micro_batches: list[dict], count: torch.Tensor) -> list[Gradients]:
+    """Each micro-batch's share of the mean loss's gradient, by one process with plain torch."""
+    model = Transformer(MODEL, torch.float32)
+    for name, parameter in model.named_parameters():
+        rows = draw_rows(MODEL, 0, name, parameter.shape, 0, parameter.shape[0])
+        parameter.data.copy_(rows)
+    found = []
+    for micro_batch in micro_batches:
+        model.zero_grad()
+        (cross_entropy_sum(model(micro_batch), micro_batch["targets"]) / count).backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    return found
+
+
+def sums(runtime, strategy: StrategyConfig, steps: int) -> list[tuple[Gradients, list]]:
+    """Per step the summed gradients, and of each rank the own ones of each micro-batch."""
+    worker = parallel_model(MODEL, strategy, runtime, PRECISIONS["fp32"])
+    found = []
+    for step in range(steps):
+        micro_batches = split(make_batch(MODEL, 0, step, samples(strategy)), worker)
+        worker.zero_grad()
+        _, count = worker.forward_backward(micro_batches)
+        total = {n: tiny.whole(p.grad) for n, p in worker.parameters().items()}
+        own = own_gradients(micro_batches, count)
+        found.append((total, worker.gather_over_data(own)))
+    return found

@@ -1,0 +1,122 @@
+"""AdamW whose moments are kept in 8 bits: a quarter of float32's memory, in each block by a scale.
+
+Codes stand for the values of a dynamic map, as in bitsandbytes and torchao (arXiv 2110.02861). Two
+things are otherwise than there. Blocks lie along rows, so that codes and scales can be split as the
+parameter is: a checkpoint loads under another layout. And a flag on the device says whether an
+update is left out, as in torch's fused AdamW, so that the host never waits for it.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+LARGEST_BLOCK = 256  # numbers of a row that share a scale
+SMALLEST_BLOCK = 32  # with fewer the scales are not worth it: such moments stay as they are
+SCALE = "_scale"  # behind a moment's name
+
+
+def block_size(parameter: Tensor) -> int:
+    """Numbers of a block, a power of two that divides every rank's part of a row; 0 = no blocks."""
+    if parameter.dim() < 2:
+        return 0
+    row, parts = parameter.shape[-1], 1
+    if isinstance(parameter, DTensor):
+        for axis, placement in enumerate(parameter.placements):
+            if getattr(placement, "dim", None) == parameter.dim() - 1:
+                parts *= parameter.device_mesh.size(axis)
+    size = math.gcd(LARGEST_BLOCK, row // parts) if row % parts == 0 else 0
+    return size if size >= SMALLEST_BLOCK else 0
+
+
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 values of the codes, rising: twice as many of each power of ten as of the next less.
+
+    From nearly -1, or 0 where they are not signed, to 1.
+    """
+    values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
+    for decade in range(7):
+        count = 2**decade if signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float64)
+        means = 10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2
+        values += [means, -means] if signed else [means]
+    return torch.cat(values).sort().values.float()
+
+
+def quantise(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, of x's shape) and the blocks' scales (float32; the last dim is shorter)."""
+    blocks = x.unflatten(-1, (-1, block))
+    scale = blocks.abs().amax(-1).float()
+    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
+    middles = ((values[1:] + values[:-1]) / 2).to(x.dtype)
+    codes = torch.bucketize(shares, middles, out_int32=True, right=True)
+    return codes.to(torch.uint8).flatten(-2), scale
+
+
+def dequantise(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+    """The numbers that codes and scales stand for, float32."""
+    blocks = values[codes.int()].unflatten(-1, (scale.shape[-1], -1))
+    return (blocks * scale[..., None]).flatten(-2)
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """`torch.optim.AdamW` with moments of 8 bits where `blocks` gives a parameter's block size."""
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], blocks: dict[Tensor, int],
+        betas: tuple[float, float], eps: float,
+    ):  # fmt: skip
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self.found_inf: Tensor | None = None  # 1 = leave the update out; a float32 scalar
+        self._blocks, self._betas, self._eps = blocks, betas, eps
+        device = next(iter(blocks)).device
+        maps = {"exp_avg": dynamic_map(signed=True), "exp_avg_sq": dynamic_map(signed=False)}
+        self._maps = {moment: values.to(device) for moment, values in maps.items()}
+        for tensor in blocks:
+            self.state[tensor] = {"step": torch.zeros((), device=device)}
+            for moment in maps:
+                self._set(tensor, moment, torch.zeros_like(tensor))
+
+    def _get(self, tensor: Tensor, moment: str) -> Tensor:
+        state = self.state[tensor]
+        if not self._blocks[tensor]:
+            return state[moment]
+        whole = dequantise(state[moment], state[moment + SCALE], self._maps[moment])
+        return whole.to(tensor.dtype)
+
+    def _set(self, tensor: Tensor, moment: str, value: Tensor, keep: Tensor | None = None) -> None:
+        """Store a moment in place, or nothing where `keep` is true."""
+        new = {moment: value}
+        if block := self._blocks[tensor]:
+            codes, scale = quantise(value, self._maps[moment], block)
+            new = {moment: codes, moment + SCALE: scale}
+        for name, content in new.items():
+            if keep is None:
+                self.state[tensor][name] = content
+            else:
+                old = self.state[tensor][name]
+                old.copy_(torch.where(keep, old, content))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+        for group in self.param_groups:
+            for tensor in group["params"]:
+                if tensor.grad is not None:
+                    self._update(tensor, tensor.grad, group["lr"], group["weight_decay"])
+
+    def _update(self, tensor: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+        assert self.found_inf is not None
+        keep, count = self.found_inf > 0, self.state[tensor]["step"]
+        count += 1 - self.found_inf
+        first, second = self._betas
+        average = self._get(tensor, "exp_avg").lerp(gradient, 1 - first)
+        square = self._get(tensor, "exp_avg_sq").lerp(gradient.square(), 1 - second)
+        root = (square / (1 - second**count)).sqrt() + self._eps
+        new = tensor * (1 - lr * weight_decay) - lr * average / (1 - first**count) / root
+        tensor.copy_(torch.where(keep, tensor, new))
+        self._set(tensor, "exp_avg", average, keep)
+        self._set(tensor, "exp_avg_sq", square, keep)
