@@ -1,0 +1,85 @@
+"""What the report says of a compressed run, beside the run without it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from launch.before import comparing, training
+from parallel.runtime import Ranks, process_group
+from trainer.compress import report as module
+from trainer.compress.report import Facts, report, table
+from trainer.config import CompressConfig, CompressReportConfig, ConfigError, TrainConfig
+from trainer.loop import start
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """A group of one rank in this process."""
+    with process_group("cpu", Ranks.alone()) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def runs(runtime, tmp_path_factory):
+    """Two runs on the same data, one of them compressed, with a line of metrics each."""
+    folder, made = tmp_path_factory.mktemp("runs"), []
+    compress = CompressConfig(pool_after=1, bits=8, sparse_n=2)
+    model = replace(tiny.CLASSIFIER, patch_size=2, layers=3)
+    for name, asked in (("plain", CompressConfig()), ("small", compress)):
+        config = TrainConfig(
+            model=model, data=tiny.image_data(folder), precision="fp32", device="cpu",
+            batch_size=4, run_dir=str(folder / name), compress=asked,
+        )  # fmt: skip
+        config = training(config, 1)
+        tiny.save(config, start(config, runtime))
+        line = {"step": 1, "split": "test", "eval_loss": 1.5, "accuracy": 0.25}
+        (folder / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        made.append(config.run_dir)
+    return made
+
+
+def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path):
+    plain, small = runs
+    seen: list[Facts] = []
+    monkeypatch.setattr(module, "table", lambda found: seen.extend(found) or table(found))
+    config = comparing(CompressReportConfig(small, plain, rounds=2), 1)
+    report(config, runtime)
+    first, second = seen
+    assert (first.compress, second.compress) == ("none", "pool_after=1 bits=8 sparse_n=2")
+    assert first.metric == second.metric == "accuracy 0.25"
+    assert first.parameters == second.parameters
+    # Of 3 blocks: 4 × 16² of attention and 2 × 16 × 32 of the feed-forward, in 4 + 2 of 32 bits.
+    weights = 3 * (4 * 16 * 16 + 2 * 16 * 32)
+    scales = 3 * (4 * 16 + 32 + 16) * 4
+    assert first.bytes == 4 * first.parameters
+    assert second.bytes == first.bytes - 4 * weights + weights * (8 / 2 + 2 / 2) / 8 + scales
+    assert (first.lengths, second.lengths) == ([16, 16, 16], [16, 4, 4])
+    assert first.flops > 1.5 * second.flops
+    assert (first.zeros, second.zeros) == (0.0, 0.5)
+    assert all(
+        len(rates) == 2 and min(rates) > 0 for f in seen for rates in (f.training, f.inference)
+    )
+    said = capsys.readouterr().out
+    for word in ("sparse_n=2", "50.0%", "16 4 4", "ratio"):
+        assert word in said, word
+    picture = next(path for path in tmp_path.parent.parent.rglob(module.NAME))
+    assert picture.stat().st_size > 5_000
+
+
+def test_what_cannot_be_compared(runtime, runs, tmp_path):
+    plain, small = runs
+    with pytest.raises(ConfigError, match="holds no run"):
+        comparing(CompressReportConfig(small, str(tmp_path)), 1)
+    with pytest.raises(ConfigError, match="2 ranks were started, but one measures"):
+        comparing(CompressReportConfig(small, plain), 2)
+    model = replace(tiny.CLASSIFIER, patch_size=2)
+    config = TrainConfig(
+        model=model, data=tiny.image_data(tmp_path / "data"), precision="fp32", device="cpu",
+        batch_size=4, run_dir=str(tmp_path / "other"),
+    )  # fmt: skip
+    config = training(config, 1)
+    tiny.save(config, start(config, runtime))
+    with pytest.raises(ConfigError, match="has learned from other data"):
+        report(CompressReportConfig(small, config.run_dir), runtime)
