@@ -42,6 +42,17 @@ from trainer.run_dir import (
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
 
+# Keys of a model that its weights do not tell.
+FREE_OF_SHAPE = (
+    "dropout",
+    "init",
+    "init_std",
+    "max_positions",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "pool",
+)
 log = logging.getLogger(__name__)
 
 
@@ -60,6 +71,7 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
             "they must find the run; give it a folder, e.g. run_dir=runs/big"
         )
     config = _completed(config, world_size)
+    _check_first_weights(config)
     open_run_dir(config, held)
     keep_tokenizer(config)
     goodput.begin(Path(config.run_dir), opened, time.time())
@@ -158,6 +170,22 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
     if found := found + compress_problems(trained.compress, trained.model, strategy):
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
+
+
+def _check_first_weights(config: TrainConfig) -> None:
+    """Raises ConfigError if config.init_from holds no weights, or those of another model."""
+    if not config.init_from:
+        return
+    theirs = load_config(config.init_from).model
+    _trained(config.init_from)
+    found = [
+        f"init_from={config.init_from} holds a model with model.{key}={getattr(theirs, key)}, not "
+        f"{value}; set model.{key}={getattr(theirs, key)}, or init_from another run"
+        for key, value in vars(config.model).items()
+        if key not in FREE_OF_SHAPE and getattr(theirs, key) != value
+    ]
+    if found:
+        raise ConfigError(*found)
 
 
 def _trained(run_dir: str) -> None:

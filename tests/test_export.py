@@ -150,3 +150,64 @@ def test_what_cannot_be_exported_or_read(runs, tmp_path):
         (copy / EXPORTED).write_bytes((copy / EXPORTED).read_bytes()[:-9])
         with pytest.raises(ConfigError, match="is damaged"):
             values(runtime, str(copy), LAYOUTS["single"])
+
+
+def begun(runtime, config: TrainConfig) -> dict[str, torch.Tensor]:
+    """The weights that a run begins with, or goes on with."""
+    worker = start(config, runtime).worker
+    return {name: tiny.whole(p).clone() for name, p in worker.parameters().items()}
+
+
+@pytest.mark.parametrize("layout", ["single", "fsdp 2", "tensor 2"])
+def test_a_run_begins_with_the_weights_of_another(ranks, runs, tmp_path, layout):
+    compress, run_dir, small, _ = runs
+    strategy, config = LAYOUTS[layout], load_config(run_dir)
+    other = replace(
+        config, seed=5, compress=CompressConfig(), strategy=strategy, init_from=run_dir,
+        micro_batch_size=0, run_dir=str(tmp_path / "new"),
+    )  # fmt: skip
+    other = tiny.training(other, world_size(strategy))
+    theirs = ranks.run(1, begun, config)[0]
+    ours = ranks.run(world_size(strategy), begun, other)[0]
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    drawn = ranks.run(world_size(strategy), begun, replace(other, init_from=""))[0]
+    assert not torch.equal(drawn["head.output.weight"], theirs["head.output.weight"])
+    exported = ranks.run(world_size(strategy), begun, replace(other, init_from=small))[0]
+    gap = max(float((exported[name] - theirs[name]).abs().max()) for name in theirs)
+    assert (gap == 0) == (compress == "none")
+
+
+def test_a_run_that_goes_on_keeps_its_own_weights(ranks, runs, tmp_path):
+    _, run_dir, _, _ = runs
+    config = replace(load_config(run_dir), seed=5, run_dir=str(tmp_path / "new"))
+    config = tiny.training(config, 1)
+
+    ranks.run(1, save_a_step, config)
+    drawn = ranks.run(1, begun, config)[0]
+    again = ranks.run(1, begun, replace(config, init_from=run_dir))[0]
+    assert all(torch.equal(again[name], drawn[name]) for name in drawn)
+
+
+def save_a_step(runtime, config: TrainConfig) -> None:
+    state = start(config, runtime)
+    state.step = 1
+    tiny.save(config, state)
+
+
+def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
+    _, run_dir, _, _ = runs
+    config = load_config(run_dir)
+    wider = replace(
+        config, model=replace(config.model, ffn_width=48, layers=3), init_from=run_dir,
+        run_dir=str(tmp_path / "new"),
+    )  # fmt: skip
+    with pytest.raises(ConfigError) as raised:
+        tiny.training(wider, 1)
+    assert raised.value.problems == [
+        f"init_from={run_dir} holds a model with model.{key}={theirs}, not {ours}; set "
+        f"model.{key}={theirs}, or init_from another run"
+        for key, theirs, ours in (("layers", 2, 3), ("ffn_width", 32, 48))
+    ]
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(ConfigError, match="holds no run"):
+        tiny.training(replace(config, init_from=str(tmp_path), run_dir=wider.run_dir), 1)

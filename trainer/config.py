@@ -194,6 +194,9 @@ class TrainConfig:
     spike_window: int = (
         64  # steps whose losses a spike is measured by; none before there are so many
     )
+    # A run, or an exported model, whose weights this one begins with, e.g. to train them on under
+    # another compression; empty = drawn from the seed.
+    init_from: str = ""
     # auto = go on from the newest good checkpoint in run_dir, if there is one | never = refuse to |
     # always = refuse to begin at step 0 | scratch = as auto, but begin again where none is good
     resume: str = "auto"

@@ -29,6 +29,7 @@ from trainer.precision import LossScale, resolve_precision
 from trainer.saver import Saver
 from trainer.supervisor import Supervisor, own_code, supervised
 from trainer.tokenizer import Tokenizer
+from trainer.trained import load
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
@@ -88,6 +89,8 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
         compression=compression,
     )
     restore(config, state, data)
+    if config.init_from and state.step == 0:
+        load(Path(config.init_from), worker)
     return state
 
 

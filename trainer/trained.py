@@ -40,12 +40,26 @@ def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> Train
         device=config.device, activation_checkpointing="none", compile=False,
     )  # fmt: skip
     worker = build_worker(here, runtime)
-    folder = Path(config.run_dir)
-    if (folder / EXPORTED).exists():
-        export.load(folder, worker, here)
-    else:
-        load_weights(folder, worker)
+    load(Path(config.run_dir), worker)
+    if worker.mesh.size() == 1 and worker.device.type == "cpu" and is_export(config.run_dir):
+        export.compute_with_integers(worker.model)
     return TrainedRun(here, worker)
+
+
+def is_export(run_dir: str | Path) -> bool:
+    """Whether a folder holds an exported model instead of checkpoints."""
+    return (Path(run_dir) / EXPORTED).exists()
+
+
+def load(run_dir: Path, worker: Worker) -> None:
+    """Read the weights of a run's newest good checkpoint, or of an export, into a worker's model.
+
+    Raises ConfigError if there are none, or if they are another model's.
+    """
+    if is_export(run_dir):
+        export.load(run_dir, worker, load_config(run_dir))
+    else:
+        load_weights(run_dir, worker)
 
 
 def transformer(worker: Worker) -> Transformer:

@@ -63,8 +63,8 @@ def write(worker: Worker, config: TrainConfig, to: Path) -> None:
 def load(folder: Path, worker: Worker, config: TrainConfig) -> None:
     """Reads an exported model into this rank's part of a worker's parameters.
 
-    On one rank with a CPU, layers of at most 8 bits compute with integer kernels. Raises
-    ConfigError if the file is damaged or of another model.
+    `config` is that of the exported run. Raises ConfigError if the file is damaged or of another
+    model.
     """
     path, lens = folder / EXPORTED, Compression(config.compress).lens
     try:
@@ -92,8 +92,6 @@ def load(folder: Path, worker: Worker, config: TrainConfig) -> None:
                     local(parameter).copy_(weight[place(parameter)])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}); export the run again") from error
-    if worker.mesh.size() == 1 and worker.device.type == "cpu":
-        compute_with_integers(worker.model)
 
 
 def compute_with_integers(model: nn.Module) -> None:
