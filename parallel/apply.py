@@ -98,12 +98,7 @@ def shard_over(
 def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
                 draw_rows: DrawRows, ties: Mapping[str, str]) -> None:  # fmt: skip
     """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
-    model.to(dtype)
-    here = _ties(model)  # `to_empty` parts what is shared
-    model.to_empty(device=device)
-    for alias, name in here.items():
-        owner, _, attribute = alias.rpartition(".")
-        setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
+    allocate(model, device, dtype)
     for name, parameter in model.named_parameters():
         held = place(parameter)
         if any(dim.start == dim.stop for dim in held):
@@ -111,6 +106,16 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
         name = ties.get(name, name)  # the first of its names may be another rank's
         rows = draw_rows(name, parameter.shape, held[0].start, held[0].stop)
         local(parameter).copy_(rows[(slice(None), *held[1:])])
+
+
+def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give a meta model's parameters room on `device`, and leave it as it is there."""
+    model.to(dtype)
+    here = _ties(model)  # `to_empty` parts what is shared
+    model.to_empty(device=device)
+    for alias, name in here.items():
+        owner, _, attribute = alias.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:

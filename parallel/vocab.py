@@ -3,6 +3,7 @@
 Megatron-LM (arXiv 1909.08053), section 3: per target one maximum and three sums cross the ranks.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,17 @@ class Vocabulary:
         self.first = min(size, group.rank() * self.rows)
         self.own = min(size - self.first, self.rows)
 
-    def cross_entropy(self, input: Tensor, target: Tensor, *, ignore_index: int,
+    def cross_entropy(self, input: Tensor, target: Tensor, *, ignore_index: int = -100,
                       reduction: str = "sum", label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
-        """As torch's function of that name, of this rank's classes: input (N, own classes)."""
+        """As torch's function of that name, of this rank's classes: input (N, own classes).
+
+        `target` is (N,) of classes, or (N, size) of the probabilities of all classes.
+        """
         assert reduction == "sum"
+        if target.is_floating_point():
+            assert not label_smoothing, "probabilities can be smoothed by whoever makes them"
+            own_NV = target[:, self.first : self.first + self.own]
+            return _SoftCrossEntropy.apply(input, own_NV, target.sum(1), self)
         return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
 
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,23 +54,16 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocabulary: Vocabulary,
                 ignored: int, smoothing: float) -> Tensor:  # fmt: skip
-        group, size, own = vocabulary.group, vocabulary.size, vocabulary.own
+        size = vocabulary.size
         valid_N = targets_N != ignored
-        # A rank may hold no class at all: its maximum is that of nothing.
-        least_N = logits_NV.new_full((len(targets_N),), torch.finfo(logits_NV.dtype).min)
-        most_N = all_reduce(logits_NV.amax(1) if own else least_N, group, "max")
-        shifted_NV = logits_NV - most_N[:, None]
         place_N, mine_N = vocabulary.find(targets_N)  # an ignored one is nowhere
-        if own:
-            target_N = shifted_NV.gather(1, place_N[:, None])[:, 0] * mine_N
-        else:
-            target_N = torch.zeros_like(most_N)
-        all_N = shifted_NV.sum(1)
-        share_NV = shifted_NV.exp_()
-        sums_3N = torch.stack((target_N, share_NV.sum(1), all_N))
-        target_N, total_N, all_N = all_reduce(sums_3N, group)
-        share_NV /= total_N[:, None]  # this rank's part of the softmax
-        log_total_N = total_N.log()
+
+        def sums(shifted_NV: Tensor) -> list[Tensor]:
+            if not vocabulary.own:
+                return [shifted_NV.sum(1)] * 2
+            return [shifted_NV.gather(1, place_N[:, None])[:, 0] * mine_N, shifted_NV.sum(1)]
+
+        share_NV, log_total_N, (target_N, all_N) = _softmax(logits_NV, vocabulary, sums)
         loss_N = log_total_N - (1.0 - smoothing) * target_N - smoothing / size * all_N
         ctx.save_for_backward(share_NV, place_N, mine_N, valid_N)
         ctx.smoothing, ctx.size = smoothing, size
@@ -77,3 +78,41 @@ class _CrossEntropy(torch.autograd.Function):
             grad_NV.scatter_add_(1, place_N[:, None], taken_N1)
         grad_NV *= (valid_N * grads[0])[:, None]
         return grad_NV, None, None, None, None
+
+
+class _SoftCrossEntropy(torch.autograd.Function):
+    """The same of targets that are probabilities, whose sum over all classes may be below one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_NV: Tensor, likely_NV: Tensor, mass_N: Tensor,
+                vocabulary: Vocabulary) -> Tensor:  # fmt: skip
+        share_NV, log_total_N, (told_N,) = _softmax(
+            logits_NV, vocabulary, lambda shifted_NV: [(likely_NV * shifted_NV).sum(1)]
+        )
+        ctx.save_for_backward(share_NV, likely_NV, mass_N)
+        return (mass_N * log_total_N - told_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        share_NV, likely_NV, mass_N = ctx.saved_tensors
+        return (mass_N[:, None] * share_NV - likely_NV) * grads[0], None, None, None
+
+
+def _softmax(
+    logits_NV: Tensor, vocabulary: Vocabulary, sums: Callable[[Tensor], list[Tensor]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """This rank's part of the softmax, and the logarithm (N,) of what it is divided by.
+
+    Behind them the sums (N,) over all ranks of what `sums` makes of the logits, whose maximum has
+    been taken off.
+    """
+    # A rank may hold no class at all: its maximum is that of nothing.
+    least_N = logits_NV.new_full((len(logits_NV),), torch.finfo(logits_NV.dtype).min)
+    own_N = logits_NV.amax(1) if vocabulary.own else least_N
+    shifted_NV = logits_NV - all_reduce(own_N, vocabulary.group, "max")[:, None]
+    parts = sums(shifted_NV)
+    share_NV = shifted_NV.exp_()
+    together = torch.stack((share_NV.sum(1), *parts))
+    total_N, *summed = all_reduce(together, vocabulary.group)
+    share_NV /= total_N[:, None]
+    return share_NV, total_N.log(), summed

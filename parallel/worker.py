@@ -23,7 +23,7 @@ from parallel.runtime import everyones
 from parallel.tensor import TensorSplit
 
 MicroBatch = dict[str, Tensor]
-LossSum = Callable[..., Tensor]  # (logits, targets) -> sum over valid targets
+LossSum = Callable[..., Tensor]  # (logits, targets, inputs) -> sum over valid targets
 CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 
@@ -71,6 +71,11 @@ class Worker:
         if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
             pipeline.tied = next(self._tied(), None)
 
+    @property
+    def holds_logits(self) -> bool:
+        """Whether a training forward ends on this rank: with the last stage of a pipeline."""
+        return self.pipeline is None or self.pipeline.holds_head
+
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """The micro-batch on this rank's device, copied without waiting where memory is pinned."""
         return {k: v.to(self.device, non_blocking=True) for k, v in micro_batch.items()}
@@ -93,7 +98,7 @@ class Worker:
         def share_of_mean(logits: Tensor, number: int) -> Tensor:
             nonlocal total
             targets = self.model.own_targets(inputs[number]["targets"])  # type: ignore[operator]
-            loss = self._loss_sum(logits, targets)
+            loss = self._loss_sum(logits, targets, inputs[number])
             loss = loss / count.clamp(min=1).to(loss.dtype)
             total = total + loss.detach()
             # Zero times a loss that is not finite is NaN: its gradient may be finite, and only

@@ -102,8 +102,13 @@ def test_a_layer_keeps_as_much_as_the_paper_says(ranks, degree, sequence_paralle
     assert kept == pytest.approx(factor * B * S * D, rel=0.1)
 
 
-def vocabulary_loss(runtime: Runtime, classes: int, smoothing: float, scale: float) -> list[float]:
-    """Largest differences from torch of the loss, its gradient and the gathered logits."""
+def vocabulary_loss(
+    runtime: Runtime, classes: int, smoothing: float | None, scale: float
+) -> list[float]:
+    """Largest differences from torch of the loss, its gradient and the gathered logits.
+
+    Without a smoothing the targets are probabilities.
+    """
     vocabulary = Vocabulary(classes, dist.group.WORLD)
     generator = torch.Generator().manual_seed(0)
     logits = scale * torch.randn(9, classes, dtype=torch.float64, generator=generator)
@@ -111,6 +116,10 @@ def vocabulary_loss(runtime: Runtime, classes: int, smoothing: float, scale: flo
     targets[[2, 7]] = -100
     own = logits[:, vocabulary.first : vocabulary.first + vocabulary.own].clone()
     options = {"ignore_index": -100, "reduction": "sum", "label_smoothing": smoothing}
+    if smoothing is None:
+        targets = torch.rand(9, classes, dtype=torch.float64, generator=generator)
+        targets[[2, 7]] = 0.0
+        options = {"reduction": "sum"}
     ours = vocabulary.cross_entropy(own.requires_grad_(), targets, **options)
     theirs = torch.nn.functional.cross_entropy(logits.requires_grad_(), targets, **options)
     (2 * ours).backward()
@@ -122,7 +131,7 @@ def vocabulary_loss(runtime: Runtime, classes: int, smoothing: float, scale: flo
 
 
 @pytest.mark.parametrize("classes", [12, 11, 5, 2])  # even, uneven, a rank with none, two with none
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, None])
 @pytest.mark.parametrize("scale", [1.0, 1e3])
 def test_the_loss_of_a_split_vocabulary_is_torch_s(ranks, classes, smoothing, scale):
     for differences in ranks.run(4, vocabulary_loss, classes, smoothing, scale):

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -62,7 +63,8 @@ class TrainState:
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:
     """What a checkpoint holds: every tensor by its canonical name."""
-    found: dict[str, Tensor] = dict(_weights(state.worker))
+    weights = state.worker.parameters()
+    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
     for name, moments in state.optimizer.state().items():
         found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
     found |= {f"loss_scale.{name}": tensor for name, tensor in state.loss_scale.state().items()}
@@ -78,10 +80,6 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
     """The degrees and the number of ranks, as a manifest has them."""
     return degrees(strategy) | {"ranks": dist.get_world_size()}
-
-
-def _weights(worker: Worker) -> dict[str, Tensor]:
-    return {f"model.{name}": parameter for name, parameter in worker.parameters().items()}
 
 
 @dataclass
@@ -199,7 +197,7 @@ def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
 
 
 def _load(path: Path, manifest: Manifest, state: TrainState, strategy: StrategyConfig) -> bool:
-    _check_shapes(path, manifest, state.worker)
+    _check_shapes(path, manifest, state.worker.whole.shapes)
     tensors = tensors_of(state)
     if not _keeps(manifest, tensors, strategy):
         tensors = {n: t for n, t in tensors.items() if not n.startswith(KEPT)}
@@ -244,6 +242,18 @@ def load_weights(run_dir: Path, worker: Worker) -> Path:
 
     Raises ConfigError if there is none, or if its model has other parameters or shapes.
     """
+    return load_parameters(run_dir, worker.parameters(), worker.whole.shapes)
+
+
+def load_parameters(
+    run_dir: Path, parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
+    key: str = "run_dir",
+) -> Path:  # fmt: skip
+    """As `load_weights`, of what this rank has of a model whose parameters have such shapes.
+
+    All ranks call it, also those that have nothing. `key` is the one that names the folder.
+    """
+    weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
     while True:
         choice = choose(run_dir)
         if dist.get_rank() == 0:
@@ -251,20 +261,20 @@ def load_weights(run_dir: Path, worker: Worker) -> Path:
                 log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
         if choice.path is None:
             what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
-            raise ConfigError(f"run_dir={run_dir} holds {what}; train there first")
+            raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
         assert choice.manifest is not None
-        _check_shapes(choice.path, choice.manifest, worker)
-        if _read(choice.path, choice.manifest, _weights(worker)):
+        _check_shapes(choice.path, choice.manifest, shapes)
+        if _read(choice.path, choice.manifest, weights):
             return choice.path
 
 
-def _check_shapes(path: Path, manifest: Manifest, worker: Worker) -> None:
+def _check_shapes(path: Path, manifest: Manifest, shapes: Mapping[str, torch.Size]) -> None:
     saved = {
         name.removeprefix("model."): entry.shape
         for name, entry in manifest.tensors.items()
         if name.startswith("model.")
     }
-    ours = {name: tuple(shape) for name, shape in worker.whole.shapes.items()}
+    ours = {name: tuple(shape) for name, shape in shapes.items()}
     other = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
     if not other:
         return

@@ -114,9 +114,12 @@ def tokenizer_path(run_dir: str | Path) -> Path:
     return Path(run_dir) / "tokenizer.json"
 
 
-def load_config(run_dir: str | Path) -> TrainConfig:
-    """The configuration a run was trained with; raises ConfigError if the folder holds no run."""
-    path = _config_path(run_dir)
+def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
+    """The configuration a run was trained with; raises ConfigError if the folder holds no run.
+
+    `key` is the one that names the folder.
+    """
+    path = _config_path(run_dir, key)
     try:
         values = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -140,10 +143,10 @@ def saved_values(run_dir: str | Path) -> dict[str, Any]:
     return _flat(values)
 
 
-def _config_path(run_dir: str | Path) -> Path:
+def _config_path(run_dir: str | Path, key: str = "run_dir") -> Path:
     path = Path(run_dir) / "config.yaml"
     if not str(run_dir) or not path.is_file():
-        raise ConfigError(_no_run(str(run_dir)))
+        raise ConfigError(_no_run(str(run_dir), key))
     return path
 
 
@@ -222,15 +225,13 @@ def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _no_run(run_dir: str) -> str:
-    what = f"run_dir={run_dir} holds no run (no config.yaml)" if run_dir else "run_dir is empty"
+def _no_run(run_dir: str, key: str = "run_dir") -> str:
+    what = f"{key}={run_dir} holds no run (no config.yaml)" if run_dir else f"{key} is empty"
     parent = Path(run_dir).parent if run_dir else Path("runs")
     runs = [path.parent for path in parent.glob("*/config.yaml")]
     runs.sort(key=lambda run: run.stat().st_mtime)
     names = {run.name: run for run in runs}
     near = difflib.get_close_matches(Path(run_dir).name, names, n=1)
     if near:
-        return f"{what}; did you mean run_dir={names[near[0]]}?"
-    return (
-        f"{what}; the newest run is run_dir={runs[-1]}" if runs else f"{what}; name a run's folder"
-    )
+        return f"{what}; did you mean {key}={names[near[0]]}?"
+    return f"{what}; the newest run is {key}={runs[-1]}" if runs else f"{what}; name a run's folder"
