@@ -114,6 +114,8 @@ RANGES = {
     "compress.sparse_n": COUNT_OR_OFF,
     "compress.sparse_m": Interval(2),
     "compress.sparse_start": SHARE_BELOW_ONE,
+    "compress.temperature": POSITIVE,
+    "compress.distill_weight": SHARE,
     "cluster.nodes": COUNT,
     "cluster.gpus_per_node": COUNT_OR_OFF,
     "cluster.ranks_per_node": COUNT_OR_OFF,
@@ -186,7 +188,7 @@ def problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "optim"):
         found += _betas(config.optim.betas)
     if isinstance(config, TrainConfig):
-        found += _checkpoints(config)
+        found += _checkpoints(config) + _teacher(config)
     if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
         found += cluster_problems(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
@@ -268,6 +270,17 @@ def _checkpoints(config: TrainConfig) -> list[str]:
             "set resume=auto, or resume_step=0"
         )
     return found
+
+
+def _teacher(config: TrainConfig) -> list[str]:
+    teacher = config.compress.teacher
+    if teacher and config.loss.chunks > 1:
+        return [
+            f"compress.teacher={teacher} is learned from by all logits of a micro-batch at once, "
+            f"but loss.chunks={config.loss.chunks} makes them in pieces; set loss.chunks=1, or "
+            "compress.teacher= for none"
+        ]
+    return []
 
 
 def _model(model: ModelConfig, wrong: set[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from conf.layout import divisors
 from parallel.config import StrategyConfig
-from trainer.config import CompressConfig, ModelConfig
+from trainer.config import CompressConfig, ModelConfig, TrainConfig
 
 SHORTENS = ("merge", "pool_after", "drop")
 
@@ -134,3 +134,33 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
 def _part(width: int, degree: int) -> int:
     """What each rank has of a width; 0 where they have unequal parts."""
     return width // degree if width % degree == 0 else 0
+
+
+def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
+    """Why a completed run cannot learn from the run of compress.teacher; empty = it can."""
+    named = f"compress.teacher={config.compress.teacher}"
+    ours, theirs = config.model, teacher.model
+    if ours.family != theirs.family:
+        return [
+            f"{named} is of model.family={theirs.family}, but model.family={ours.family} here; "
+            "name a run of the same family"
+        ]
+    if ours.family == "encoder":
+        return [
+            f"{named} has model.{key}={getattr(theirs, key)}, but model.{key}="
+            f"{getattr(ours, key)} here; name a run on the same images and classes"
+            for key in ("classes", "image_size", "channels")
+            if getattr(ours, key) != getattr(theirs, key)
+        ]
+    found = []
+    if ours.vocab_size != theirs.vocab_size:
+        found.append(
+            f"{named} has model.vocab_size={theirs.vocab_size}, but model.vocab_size="
+            f"{ours.vocab_size} here; name a run with the same tokenizer"
+        )
+    if theirs.positions == "learned" and theirs.max_positions < config.data.seq_len:
+        found.append(
+            f"{named} reads at most model.max_positions={theirs.max_positions} tokens, but "
+            f"data.seq_len={config.data.seq_len}; set data.seq_len={theirs.max_positions} or less"
+        )
+    return found

@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conf.check import complete, problems
-from conf.compress import compress_problems
+from conf.compress import compress_problems, teacher_problems
 from conf.layout import micro_batch_size, model_problems
 from conf.submit import SubmitConfig, training_part
 from launch.script import Point, ranks_per_node
@@ -109,7 +109,43 @@ def _completed(config: TrainConfig, world_size: int) -> TrainConfig:
             "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
             "more than once", facts.splits["train"], config.batch_size,
         )  # fmt: skip
-    return complete(config, facts)
+    config = complete(config, facts)
+    if config.compress.teacher:
+        check_teacher(config)
+    return config
+
+
+def check_teacher(config: TrainConfig) -> None:
+    """Raises ConfigError where a completed run cannot learn from that of compress.teacher.
+
+    What needs no teacher any more, since it is finished, raises AlreadyFinishedError.
+    """
+    check_run_dir(config)
+    folder, key = config.compress.teacher, "compress.teacher"
+    found: list[str] = []
+    try:
+        teacher = load_config(folder, key)
+    except ConfigError as error:
+        found = error.problems
+    else:
+        steps = [step for step, _ in checkpoints(folder)]
+        found = teacher_problems(config, teacher)
+        tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
+        if not steps:
+            found = [f"{key}={folder} holds no checkpoint yet; train it first"]
+        elif not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
+            found = [
+                f"{key}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
+            ]
+        elif steps[-1] < teacher.steps:
+            log.warning(
+                "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
+                key, folder, steps[-1], teacher.steps,
+            )  # fmt: skip
+    if found and checkpoints(config.run_dir):
+        found[-1] += f"; to go on without it: {key}= resume_changed=[{key}]"
+    if found:
+        raise ConfigError(*found)
 
 
 def _check_compiler(config: TrainConfig) -> None:

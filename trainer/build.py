@@ -13,7 +13,7 @@ from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.compress.technique import Compression
-from trainer.config import LossConfig, ModelConfig, TrainConfig
+from trainer.config import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.flops import flops_per_block
 from trainer.initial import draw_rows
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
@@ -58,8 +58,8 @@ def parallel_model(
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
-    if compression is not None:
-        compression.reshape(model)
+    compression = compression or Compression(CompressConfig())
+    compression.reshape(model)
     loss = loss or LossConfig()
     loss_sum = partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
     if loss.chunks > 1:
@@ -71,8 +71,8 @@ def parallel_model(
             label_smoothing=loss.label_smoothing,
         )  # fmt: skip
     facts = apply.Facts(
-        draw_rows=partial(draw_rows, config, seed), loss_sum=loss_sum, count_valid=count_valid,
-        layout=TENSOR_LAYOUT,
+        draw_rows=partial(draw_rows, config, seed), loss_sum=compression.loss(loss_sum, model),
+        count_valid=count_valid, layout=TENSOR_LAYOUT,
         costs=flops_per_block(
             config, config.max_positions, config.max_positions,
             model.encoder_lengths(config.max_positions),

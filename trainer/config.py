@@ -136,7 +136,7 @@ class MetricsConfig:
 
 @dataclass
 class CompressConfig:
-    """What makes a model shorter, rounder or sparser; read by trainer/compress/."""
+    """What makes a model shorter, rounder, sparser or smaller; read by trainer/compress/."""
 
     # Encoders: vectors that join the most alike one, behind each block but the last (at most half
     # of those that are there); 0 = off.
@@ -150,6 +150,14 @@ class CompressConfig:
     sparse_n: int = 0  # weights that are not zero, of every sparse_m neighbours; 0 = off
     sparse_m: int = 4  # neighbours along the inputs
     sparse_start: float = 0.0  # share of the steps before weights become zero
+    # Folder of a run whose newest checkpoint says what else is likely beside each target; the model
+    # learns that too; empty = off.
+    teacher: str = ""
+    temperature: float = (
+        2.0  # logits of both are divided by it: above 1.0 unlikely classes say more
+    )
+    # Share of the loss that is the divergence from the teacher (times temperature²); 0.0 = off.
+    distill_weight: float = 0.5
 
 
 @dataclass

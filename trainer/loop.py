@@ -28,6 +28,7 @@ from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
 from trainer.saver import Saver
 from trainer.supervisor import Supervisor, own_code, supervised
+from trainer.teacher import load_teacher
 from trainer.tokenizer import Tokenizer
 from trainer.trained import load
 
@@ -79,6 +80,8 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     """
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
+    if compression.distills:
+        compression.teacher = load_teacher(config, worker)
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
         worker,

@@ -1,15 +1,18 @@
 """The contract of a compression: the moments of a run at which it may act, and who does."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from trainer.compress.distill import answer, divergence_sum
 from trainer.compress.linear import CompressedLinear, Lens
 from trainer.compress.sequence import Drop, Merge, PoolImage, PoolText
 from trainer.config import CompressConfig
 from trainer.layers import Linear
 from trainer.model import Transformer
-from trainer.stream import Resize
+from trainer.stream import Inputs, Resize
 
 
 @dataclass
@@ -18,6 +21,8 @@ class Compression:
 
     config: CompressConfig
     lens: Lens = field(init=False)
+    # Frozen, whole, on every rank that has logits; given by whoever trains.
+    teacher: Transformer | None = None
 
     def __post_init__(self) -> None:
         c = self.config
@@ -31,6 +36,29 @@ class Compression:
             model.resizes |= _of_sources(self.config, model)
         if self.lens.bits or self.lens.n:
             model.blocks.apply(self._swap)
+
+    def loss(self, loss_sum: Callable[..., Tensor], model: Transformer) -> Callable[..., Tensor]:
+        """Change what is learned: (logits, targets, inputs) -> sum over valid targets.
+
+        `loss_sum` is that of (logits, targets) alone. Options go to whatever adds up classes.
+        """
+        weight, temperature = self.config.distill_weight, self.config.temperature
+
+        def changed(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
+            learned = loss_sum(logits, targets, **options)
+            if not self.distills:
+                return learned
+            assert self.teacher is not None, "whoever trains gives it"
+            said = answer(self.teacher, inputs, model.context)
+            apart = divergence_sum(logits, said, targets, temperature, **options)
+            return (1 - weight) * learned + weight * temperature**2 * apart
+
+        return changed
+
+    @property
+    def distills(self) -> bool:
+        """Whether a teacher has a say in the loss."""
+        return bool(self.config.teacher and self.config.distill_weight)
 
     def settle(self, step: int, steps: int) -> None:
         """Get ready for a step; 0 = the first of `steps`."""

@@ -1,0 +1,247 @@
+"""Smaller students: the divergence is torch's, and a run is taught by another one."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch.nn import functional as F
+
+from conf.check import problems
+from conf.compress import teacher_problems
+from launch.before import training
+from parallel.config import StrategyConfig, world_size
+from parallel.pool import RankFailedError
+from parallel.runtime import Runtime
+from trainer import loop
+from trainer.compress.distill import divergence_sum
+from trainer.config import (
+    CompressConfig,
+    ConfigError,
+    EvalConfig,
+    EvaluateConfig,
+    LossConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from trainer.generate import open_run
+from trainer.loss import IGNORED
+from trainer.run_dir import AlreadyFinishedError, checkpoints
+
+TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)
+STUDENT = replace(tiny.LLAMA, vocab_size=280, dropout=0.1)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 11), (7, 11)])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_divergence_is_torchs(shape, temperature):
+    draw = torch.Generator().manual_seed(0)
+    ours, said = 3 * torch.randn(2, *shape, dtype=torch.float64, generator=draw)
+    targets = torch.randint(0, 11, shape[:-1], generator=draw)
+    targets.view(-1)[[1, 4]] = IGNORED
+    theirs = ours.clone().requires_grad_()
+    valid = targets != IGNORED
+    due = sum(
+        F.kl_div(
+            (row / temperature).log_softmax(0), (answer / temperature).softmax(0), reduction="sum"
+        )
+        for row, answer in zip(theirs[valid], said[valid], strict=True)
+    )  # fmt: skip
+    found = divergence_sum(ours.requires_grad_(), said, targets, temperature)
+    found.backward()
+    due.backward()
+    torch.testing.assert_close(found, due)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert divergence_sum(said, said, targets, temperature).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_logits_of_half_precision_are_raised_first():
+    said = torch.randn(4, 9).bfloat16()
+    found = divergence_sum(said.half(), said, torch.zeros(4, dtype=torch.int64), 2.0)
+    assert found.dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def taught(ranks, tmp_path_factory) -> TrainConfig:
+    """A run that learns from another one, which has one checkpoint."""
+    folder = tmp_path_factory.mktemp("taught")
+    data = tiny.text_data(folder / "data")
+    teacher = ranks.run(1, made, folder, TEACHER, data)[0]
+    return TrainConfig(
+        data=data, model=STUDENT, precision="fp64", device="cpu", batch_size=4, steps=3,
+        compress=CompressConfig(teacher=teacher.run_dir), optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(every=0, samples=4, test=False),
+        metrics=MetricsConfig(every=1, sample_tokens=0), run_dir=str(folder / "student"),
+    )  # fmt: skip
+
+
+def made(runtime: Runtime, folder: Path, model: ModelConfig, data) -> TrainConfig:
+    return tiny.make_run(folder, runtime, model, data)
+
+
+def trained(runtime: Runtime, config: TrainConfig) -> None:
+    loop.train(config, runtime)
+
+
+def losses(ranks, config: TrainConfig, name: str, **changes) -> list[float]:
+    """Of a run's three steps."""
+    config = replace(config, run_dir=f"{config.run_dir}-{name}", **changes)
+    world = world_size(config.strategy)
+    ranks.run(world, trained, training(config, world), timeout_seconds=300.0)
+    text = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
+    found = [line["loss"] for line in map(json.loads, text) if "loss" in line]
+    assert len(found) == 3
+    return found
+
+
+@pytest.mark.parametrize("axis", ["replicate", "shard", "tensor", "pipeline", "context"])
+def test_a_run_is_taught_alike_under_every_layout(ranks, taught, axis):
+    one = losses(ranks, taught, f"one-{axis}")
+    two = losses(ranks, taught, f"two-{axis}", strategy=StrategyConfig(**{axis: 2}))
+    assert two == pytest.approx(one, rel=1e-10)
+    alone = losses(ranks, taught, f"alone-{axis}", compress=CompressConfig())
+    assert abs(one[0] - alone[0]) > 0.1
+
+
+@pytest.fixture
+def damaged(taught, tmp_path) -> TrainConfig:
+    """A run whose teacher has one checkpoint, which is not what was saved."""
+    folder = tmp_path / "teacher"
+    shutil.copytree(taught.compress.teacher, folder)
+    (file,) = folder.glob("checkpoints/*/*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    compress = replace(taught.compress, teacher=str(folder))
+    return replace(taught, compress=compress, run_dir=str(tmp_path / "run"))
+
+
+def test_a_teacher_without_weight_changes_no_bit_and_is_not_read(ranks, damaged):
+    silent = replace(damaged.compress, distill_weight=0.0)
+    found = losses(ranks, damaged, "silent", compress=silent)
+    assert found == losses(ranks, damaged, "alone", compress=CompressConfig())
+
+
+def test_a_damaged_teacher_is_not_learned_from(ranks, damaged):
+    message = f"compress.teacher={damaged.compress.teacher} holds no good checkpoint"
+    with pytest.raises(RankFailedError, match=message):
+        ranks.run(1, trained, training(damaged, 1))
+
+
+def held(runtime: Runtime, config: TrainConfig) -> dict[str, torch.Tensor] | None:
+    """The weights of the teacher that a rank has; those it must have are checked here."""
+    state = loop.start(config, runtime)
+    teacher = state.compression.teacher
+    if teacher is None:
+        return None
+    assert teacher.dtype == torch.bfloat16
+    assert not any(module.training for module in teacher.modules())
+    assert teacher.head.output.weight is teacher.embed.tokens.weight
+    found = dict(teacher.named_parameters())
+    assert all(p.dtype == torch.bfloat16 and not p.requires_grad for p in found.values())
+    return found
+
+
+def weights(runtime: Runtime, run_dir: str) -> dict[str, torch.Tensor]:
+    worker = open_run(EvaluateConfig(run_dir=run_dir, precision="fp64", device="cpu"), runtime)
+    return {name: p.detach() for name, p in worker.worker.parameters().items()}
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_a_teacher_is_whole_and_frozen_where_the_logits_are(ranks, taught, axis):
+    config = replace(taught, run_dir=f"{taught.run_dir}-held-{axis}", precision="bf16")
+    config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
+    first, last = ranks.run(2, held, config)
+    assert (first is None) == (axis == "pipeline")
+    (due,) = ranks.run(1, weights, taught.compress.teacher)
+    assert last.keys() == due.keys()
+    assert all(torch.equal(last[name], weight.bfloat16()) for name, weight in due.items())
+
+
+@pytest.fixture
+def alone(ranks, taught, tmp_path) -> TrainConfig:
+    """A run with a checkpoint whose teacher is gone."""
+    shutil.copytree(taught.compress.teacher, tmp_path / "teacher")
+    compress = replace(taught.compress, teacher=str(tmp_path / "teacher"))
+    config = replace(taught, compress=compress, run_dir=str(tmp_path / "student"), steps=1)
+    ranks.run(1, trained, training(config, 1), timeout_seconds=300.0)
+    shutil.rmtree(tmp_path / "teacher")
+    return config
+
+
+def test_a_run_whose_teacher_is_gone(ranks, alone):
+    assert ranks.run(1, weights, alone.run_dir)[0]  # is read as any other
+    with pytest.raises(AlreadyFinishedError):
+        training(alone, 1)
+    longer = replace(alone, steps=2)
+    with pytest.raises(ConfigError) as raised:
+        training(longer, 1)
+    (message,) = raised.value.problems
+    assert message.startswith(f"compress.teacher={alone.compress.teacher} holds no run")
+    assert message.endswith("without it: compress.teacher= resume_changed=[compress.teacher]")
+    without = replace(longer.compress, teacher="")
+    gone_on = replace(longer, compress=without, resume_changed=["compress.teacher"])
+    ranks.run(1, trained, training(gone_on, 1), timeout_seconds=300.0)
+    assert checkpoints(alone.run_dir)[-1][0] == 2
+
+
+def refused(config: TrainConfig) -> str:
+    with pytest.raises(ConfigError) as raised:
+        training(config, 1)
+    (message,) = raised.value.problems
+    assert message.startswith(f"compress.teacher={config.compress.teacher} ")
+    assert not Path(config.run_dir).exists()
+    return message
+
+
+def test_who_cannot_teach_is_one_message(taught, tmp_path):
+    here, folder = replace(taught, run_dir=str(tmp_path / "run")), Path(taught.compress.teacher)
+    other = replace(here, compress=CompressConfig(teacher=str(folder.with_name("rum"))))
+    assert f"holds no run (no config.yaml); did you mean compress.teacher={folder}?" in refused(
+        other
+    )
+    more = replace(here, model=replace(STUDENT, vocab_size=288))
+    assert "model.vocab_size=280, but model.vocab_size=288 here" in refused(more)
+    longer = replace(
+        here, data=replace(here.data, seq_len=17), model=replace(STUDENT, max_positions=17)
+    )
+    assert "at most model.max_positions=16 tokens, but data.seq_len=17; set data.seq_len=16" in (
+        refused(longer)
+    )
+    pairs = replace(
+        here,
+        data=tiny.pairs_data(tmp_path / "pairs"),
+        model=replace(tiny.TRANSLATOR, vocab_size=280),
+    )
+    assert "model.family=decoder, but model.family=encoder_decoder here" in refused(pairs)
+    (tmp_path / "words").mkdir()
+    for split in ("train", "valid", "test"):
+        (tmp_path / "words" / f"{split}.txt").write_text("zebra yak xylophone wolf vole " * 40)
+    words = replace(here, data=replace(here.data, path=str(tmp_path / "words"), vocab_size=270))
+    assert f"another tokenizer than the data here; set data.tokenizer={folder}" in refused(words)
+    young = replace(here, compress=CompressConfig(teacher=str(tmp_path / "young")))
+    shutil.copytree(folder, tmp_path / "young", ignore=shutil.ignore_patterns("step-*"))
+    assert "holds no checkpoint yet; train it first" in refused(young)
+
+
+def test_a_classifiers_teacher_reads_the_same_images():
+    ours = TrainConfig(model=replace(tiny.CLASSIFIER, classes=7, image_size=8, channels=1))
+    assert teacher_problems(ours, replace(ours, model=replace(ours.model, layers=9))) == []
+    for key in ("classes", "image_size", "channels"):
+        other = replace(ours, model=replace(ours.model, **{key: 12}))
+        (message,) = teacher_problems(ours, other)
+        assert f"model.{key}=12, but model.{key}={getattr(ours.model, key)} here" in message
+
+
+def test_pieces_of_the_loss_are_refused(taught):
+    (message,) = problems(replace(taught, loss=LossConfig(chunks=4)), 1)
+    assert "loss.chunks=4 makes them in pieces; set loss.chunks=1" in message
+
+
+def test_a_teacher_that_still_learns_is_warned_about(taught, tmp_path, caplog):
+    with caplog.at_level("WARNING"):
+        training(replace(taught, run_dir=str(tmp_path / "run")), 1)
+    assert "is at step 0 of 1000: whoever starts later learns from a newer" in caplog.text

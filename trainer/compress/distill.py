@@ -1,0 +1,40 @@
+"""A smaller student: a model learns from what a trained one says of the same samples."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.loss import IGNORED
+from trainer.model import Transformer
+from trainer.stream import Context, Inputs
+
+
+@torch.no_grad()
+def answer(teacher: Transformer, inputs: Inputs, context: Context) -> Tensor:
+    """The teacher's logits of all classes, at those positions of whole sequences that are here."""
+    logits = teacher(inputs)
+    assert isinstance(logits, Tensor)
+    return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
+
+
+def divergence_sum(
+    logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float,
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy,
+) -> Tensor:  # fmt: skip
+    """Sum over valid targets of KL(teacher || student) in nats, both at a temperature.
+
+    Logits (…, classes), targets (…); half-precision logits are raised to float32 first. With a
+    `cross_entropy` for a part of the classes the student's logits are of that part. Knowledge
+    distillation: arXiv 1503.02531, section 2, without its factor temperature².
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    log_likely_NV = (teacher_logits.flatten(0, -2).to(precise) / temperature).log_softmax(-1)
+    # Nothing is likely where a target counts for nothing: there both terms are zero.
+    valid_N1 = (targets != IGNORED).flatten()[:, None]
+    likely_NV = torch.where(valid_N1, log_likely_NV.exp(), 0.0)
+    scaled_NV = logits.flatten(0, -2).to(precise) / temperature
+    # KL is the cross-entropy of the student less the teacher's own.
+    own = torch.special.entr(likely_NV).sum()
+    return cross_entropy(scaled_NV, likely_NV, reduction="sum") - own

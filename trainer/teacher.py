@@ -1,0 +1,42 @@
+"""The trained run that another one learns from: its model, whole and frozen."""
+
+import logging
+from pathlib import Path
+
+import torch
+
+from parallel.apply import allocate
+from parallel.worker import Worker
+from trainer.checkpoint import load_parameters
+from trainer.compress.technique import Compression
+from trainer.config import TrainConfig
+from trainer.model import Transformer
+from trainer.precision import resolve_precision
+from trainer.run_dir import load_config
+
+log = logging.getLogger(__name__)
+
+KEY = "compress.teacher"
+
+
+def load_teacher(config: TrainConfig, worker: Worker) -> Transformer | None:
+    """The model of config.compress.teacher with the weights of its newest good checkpoint.
+
+    All ranks call it; None on those that have no logits. It computes in the dtype that `worker`
+    does, keeps its weights in it, and is compressed as in its own run. Raises ConfigError.
+    """
+    folder = config.compress.teacher
+    run = load_config(folder, KEY)
+    precision = resolve_precision(config.precision, worker.device)
+    with torch.device("meta"):
+        model = Transformer(run.model, precision.compute)
+    Compression(run.compress).reshape(model)
+    model.eval().requires_grad_(False)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if worker.holds_logits:
+        allocate(model, worker.device, precision.compute)
+    parameters = dict(model.named_parameters()) if worker.holds_logits else {}
+    path = load_parameters(Path(folder), parameters, shapes, KEY)
+    if torch.distributed.get_rank() == 0:
+        log.info("%s: learning from %s too", KEY, path)
+    return model if worker.holds_logits else None
