@@ -143,6 +143,13 @@ COMPRESSED_STRATEGIES = (
     "fsdp 2 × tensor 2",
     "tensor 2 × pipeline 2",
 )
+# A teacher's answers are cut as the sequences and classes are.
+DISTILLED_STRATEGIES = (
+    *COMPRESSED_STRATEGIES,
+    "tensor 2, whole sequences",
+    "context 2, ring",
+    "context 2 × tensor 2",
+)
 COMPRESSED = {
     "encoder (ViT)": {
         "merge": CompressConfig(merge=2),
@@ -152,6 +159,7 @@ COMPRESSED = {
         "int4": CompressConfig(bits=4, group=8),
         "sparse": CompressConfig(sparse_n=2, sparse_start=0.3),
         "drop, merge, sparse": CompressConfig(drop=0.3, merge=2, sparse_n=2),
+        "distill": CompressConfig(teacher="drawn"),
     },
     "encoder-decoder": {
         "merge": CompressConfig(merge=2),
@@ -160,9 +168,11 @@ COMPRESSED = {
         "pool, merge, int4, sparse": CompressConfig(
             pool_after=1, merge=1, bits=4, group=8, sparse_n=2
         ),
+        "distill": CompressConfig(teacher="drawn"),
     },
     "decoder (Llama)": {
         "int8": CompressConfig(bits=8),
+        "distill": CompressConfig(teacher="drawn"),
         "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
     },
 }
@@ -175,7 +185,7 @@ def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
             yield family, name, VerifyConfig(strategy, model)
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
-            for name in COMPRESSED_STRATEGIES:
+            for name in DISTILLED_STRATEGIES if compress.teacher else COMPRESSED_STRATEGIES:
                 strategy = STRATEGIES.get(name, StrategyConfig())
                 config = VerifyConfig(strategy, FAMILIES[family], compress)
                 yield f"{family}, {technique}", name, config

@@ -40,6 +40,7 @@ from trainer.cases import (
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
 from trainer.initial import draw_rows
+from trainer.loss import IGNORED
 from trainer.model import Transformer
 from trainer.optim import Optimizer, decays, lr_at
 from trainer.precision import PRECISIONS
@@ -77,6 +78,35 @@ class Record:
     places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
+def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
+    """A frozen model of the same shape that has other weights, and opinions."""
+    config = replace(config, init="gpt2", init_std=0.3)
+    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(draw_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
+    return model
+
+
+def reference_loss(
+    logits: Tensor, batch: dict[str, Tensor], teacher: Transformer | None, compress: CompressConfig
+) -> Tensor:
+    """The mean loss of a whole batch, by torch's own functions alone."""
+    functions, targets = nn.functional, batch["targets"].flatten()
+    logits = logits.flatten(0, -2)
+    loss = functions.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
+    if teacher is None:
+        return loss
+    valid, temperature = targets != IGNORED, compress.temperature
+    with torch.no_grad():
+        said = teacher(batch).flatten(0, -2)[valid] / temperature
+    apart = functions.kl_div(
+        functions.log_softmax(logits[valid] / temperature, -1), functions.softmax(said, -1),
+        reduction="batchmean",
+    )  # fmt: skip
+    weight = compress.distill_weight
+    return (1 - weight) * loss + weight * temperature**2 * apart
+
+
 def run_reference(
     model_config: ModelConfig, steps: int, seed: int, size: int, compress: CompressConfig
 ) -> Record:
@@ -87,6 +117,7 @@ def run_reference(
     for name, parameter in model.named_parameters():
         rows = draw_rows(model_config, seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
+    teacher = drawn_teacher(model_config, seed) if compress.teacher else None
     names = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -99,10 +130,7 @@ def run_reference(
     for step in range(steps):
         compression.settle(step, steps)
         batch = make_batch(model_config, seed, step, size)
-        logits = model(batch).flatten(0, -2)
-        loss = nn.functional.cross_entropy(
-            logits, batch["targets"].flatten(), label_smoothing=LABEL_SMOOTHING
-        )
+        loss = reference_loss(model(batch), batch, teacher, compress)
         optimizer.zero_grad()
         loss.backward()
         record.losses.append(loss.item())
@@ -122,6 +150,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
     """
     compression = Compression(config.compress)
+    if compression.distills:
+        compression.teacher = drawn_teacher(config.model, config.seed).to(runtime.device)
     worker = parallel_model(
         config.model, config.strategy, runtime, PRECISIONS["fp64"],
         seed=config.seed, loss=LossConfig(LABEL_SMOOTHING),
