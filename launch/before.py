@@ -132,7 +132,7 @@ def check_teacher(config: TrainConfig) -> None:
         found = teacher_problems(config, teacher)
         tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
         if not steps:
-            found = [f"{key}={folder} holds no checkpoint yet; train it first"]
+            found = [f"{key}={folder} holds no checkpoint; name a run that has been trained"]
         elif not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
             found = [
                 f"{key}={folder} has another tokenizer than the data here; set data.tokenizer={own}"

@@ -18,8 +18,10 @@ from parallel.pool import RankFailedError
 from parallel.runtime import Runtime
 from trainer import loop
 from trainer.compress.distill import divergence_sum
+from trainer.compress.report import report
 from trainer.config import (
     CompressConfig,
+    CompressReportConfig,
     ConfigError,
     EvalConfig,
     EvaluateConfig,
@@ -29,9 +31,9 @@ from trainer.config import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.generate import open_run
 from trainer.loss import IGNORED
 from trainer.run_dir import AlreadyFinishedError, checkpoints
+from trainer.trained import open_run
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)
 STUDENT = replace(tiny.LLAMA, vocab_size=280, dropout=0.1)
@@ -150,6 +152,10 @@ def weights(runtime: Runtime, run_dir: str) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in worker.worker.parameters().items()}
 
 
+def measured(runtime: Runtime, run_dir: str) -> None:
+    report(CompressReportConfig(run_dir=run_dir, rounds=1), runtime)
+
+
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_a_teacher_is_whole_and_frozen_where_the_logits_are(ranks, taught, axis):
     config = replace(taught, run_dir=f"{taught.run_dir}-held-{axis}", precision="bf16")
@@ -174,6 +180,7 @@ def alone(ranks, taught, tmp_path) -> TrainConfig:
 
 def test_a_run_whose_teacher_is_gone(ranks, alone):
     assert ranks.run(1, weights, alone.run_dir)[0]  # is read as any other
+    ranks.run(1, measured, alone.run_dir, timeout_seconds=300.0)
     with pytest.raises(AlreadyFinishedError):
         training(alone, 1)
     longer = replace(alone, steps=2)
@@ -224,7 +231,7 @@ def test_who_cannot_teach_is_one_message(taught, tmp_path):
     assert f"another tokenizer than the data here; set data.tokenizer={folder}" in refused(words)
     young = replace(here, compress=CompressConfig(teacher=str(tmp_path / "young")))
     shutil.copytree(folder, tmp_path / "young", ignore=shutil.ignore_patterns("step-*"))
-    assert "holds no checkpoint yet; train it first" in refused(young)
+    assert "holds no checkpoint; name a run that has been trained" in refused(young)
 
 
 def test_a_classifiers_teacher_reads_the_same_images():

@@ -108,7 +108,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     changed = {k: v for k, v in vars(config.compress).items() if v != getattr(asked, k)}
     zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
     return Facts(
-        name, " ".join(f"{key}={value:g}" for key, value in changed.items()) or "none",
+        name, " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
         f"{metric.removeprefix('test_')} {values[metric]:.4g}" if metric else "not measured",
         parameters, size + 4 * (parameters - inside),
         flops_per_sample(config.model, length, length, lengths), lengths,

@@ -21,7 +21,7 @@ class Compression:
 
     config: CompressConfig
     lens: Lens = field(init=False)
-    # Frozen, whole, on every rank that has logits; given by whoever trains.
+    # Frozen and whole, given by whoever trains to every rank that has logits; reading needs none.
     teacher: Transformer | None = None
 
     def __post_init__(self) -> None:
@@ -46,9 +46,8 @@ class Compression:
 
         def changed(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
             learned = loss_sum(logits, targets, **options)
-            if not self.distills:
+            if self.teacher is None:
                 return learned
-            assert self.teacher is not None, "whoever trains gives it"
             said = answer(self.teacher, inputs, model.context)
             apart = divergence_sum(logits, said, targets, temperature, **options)
             return (1 - weight) * learned + weight * temperature**2 * apart
@@ -57,7 +56,7 @@ class Compression:
 
     @property
     def distills(self) -> bool:
-        """Whether a teacher has a say in the loss."""
+        """Whether a teacher is to have a say in the loss."""
         return bool(self.config.teacher and self.config.distill_weight)
 
     def settle(self, step: int, steps: int) -> None:
