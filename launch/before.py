@@ -212,8 +212,8 @@ def _check_first_weights(config: TrainConfig) -> None:
     """Raises ConfigError if config.init_from holds no weights, or those of another model."""
     if not config.init_from:
         return
-    theirs = load_config(config.init_from).model
-    _trained(config.init_from)
+    theirs = load_config(config.init_from, "init_from").model
+    _trained(config.init_from, "init_from")
     found = [
         f"init_from={config.init_from} holds a model with model.{key}={getattr(theirs, key)}, not "
         f"{value}; set model.{key}={getattr(theirs, key)}, or init_from another run"
@@ -224,9 +224,9 @@ def _check_first_weights(config: TrainConfig) -> None:
         raise ConfigError(*found)
 
 
-def _trained(run_dir: str) -> None:
+def _trained(run_dir: str, key: str = "run_dir") -> None:
     if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
-        raise ConfigError(f"run_dir={run_dir} holds no checkpoint yet; train it first")
+        raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 
 def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:

@@ -209,5 +209,5 @@ def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
         for key, theirs, ours in (("layers", 2, 3), ("ffn_width", 32, 48))
     ]
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(ConfigError, match=f"init_from={tmp_path} holds no run"):
         tiny.training(replace(config, init_from=str(tmp_path), run_dir=wider.run_dir), 1)
