@@ -198,7 +198,8 @@ def problems(config: Any, world_size: int) -> list[str]:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
             found += model_problems(config.model, strategy)
-            if isinstance(config, TrainConfig):  # verify scales both down
+            # Verify scales model and compression down.
+            if isinstance(config, TrainConfig) and not any("compress." in key for key in wrong):
                 found += compress_problems(config.compress, config.model, strategy)
         found += layout_problems(config, strategy)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:

@@ -9,6 +9,18 @@ from parallel.pool import RankPool
 # A shell ignores Ctrl-C for what it starts in the background, and so would the runs started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The longest files first, so that none is left alone at the end; every second waits more than it
+# computes, and has one beside it that does not.
+FIRST = (
+    *("test_slurm", "test_equivalence", "test_hosts", "test_traffic"),
+    *("test_processes", "test_loop", "test_sweep", "test_resume"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    place = {name: number for number, name in enumerate(FIRST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
+
 
 @pytest.fixture(scope="session")
 def ranks():

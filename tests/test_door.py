@@ -165,7 +165,7 @@ def test_questions_are_answered_without_torch(door, question, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert re.search(r"kind[=:] ?text|shard[=:] ?1", done.stdout)
+    assert re.search(r"kind[=:] ?text|shard[=:] ?1|device[=:] ?cpu", done.stdout)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -134,7 +134,6 @@ LAYOUTS = {
     "pipeline 2, recomputation": {
         "strategy": ONE_F_ONE_B, "micro_batch_size": 2, "activation_checkpointing": "block",
     },
-    "pipeline 2, compiled": {"strategy": PIPELINE, "micro_batch_size": 2, "compile": True},
     "fsdp 2 x pipeline 2, 1f1b, compiled": {
         "strategy": StrategyConfig(shard=2, pipeline=2, schedule="1f1b"), "micro_batch_size": 2,
         "compile": True,
