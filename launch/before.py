@@ -231,14 +231,10 @@ def _trained(run_dir: str, key: str = "run_dir") -> None:
 
 def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
     """The checked configuration: there is a run, and nothing where it is to go."""
-    _check(config, world_size)
-    load_config(config.run_dir)
-    _trained(config.run_dir)
+    _read_alone(config, world_size, [config.run_dir], "exports")
     if not config.to or Path(config.to).exists():
         given = f"to={config.to} is there already" if config.to else "to is empty"
         raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
-    if world_size > 1:
-        raise ConfigError(f"{world_size} ranks were started, but one exports; start 1 rank")
     return config
 
 
@@ -246,13 +242,19 @@ def comparing(
     config: CompressReportConfig, world_size: int, held: ExitStack | None = None
 ) -> CompressReportConfig:
     """The checked configuration: both runs are there."""
+    both = [config.run_dir, *filter(None, [config.baseline])]
+    _read_alone(config, world_size, both, "measures")
+    return config
+
+
+def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str) -> None:
+    """Raises ConfigError unless there are such runs and one rank, which `does` something."""
     _check(config, world_size)
-    for run_dir in [config.run_dir, *filter(None, [config.baseline])]:
+    for run_dir in run_dirs:
         load_config(run_dir)
         _trained(run_dir)
     if world_size > 1:
-        raise ConfigError(f"{world_size} ranks were started, but one measures; start 1 rank")
-    return config
+        raise ConfigError(f"{world_size} ranks were started, but one {does}; start 1 rank")
 
 
 def preparation(

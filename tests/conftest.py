@@ -5,6 +5,7 @@ import signal
 import pytest
 
 from parallel.pool import RankPool
+from parallel.runtime import Ranks, process_group
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would the runs started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -27,3 +28,10 @@ def ranks():
     pool = RankPool(8)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    """A group of one rank in this process."""
+    with process_group("cpu", Ranks.alone()) as runtime:
+        yield runtime

@@ -7,18 +7,10 @@ import pytest
 import tiny
 
 from launch.before import comparing, training
-from parallel.runtime import Ranks, process_group
 from trainer.compress import report as module
 from trainer.compress.report import Facts, report, table
 from trainer.config import CompressConfig, CompressReportConfig, ConfigError, TrainConfig
 from trainer.loop import start
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    """A group of one rank in this process."""
-    with process_group("cpu", Ranks.alone()) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

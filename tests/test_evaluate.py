@@ -12,7 +12,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from parallel.config import StrategyConfig, world_size
-from parallel.runtime import Ranks, process_group
 from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
 from trainer.evaluate import bleu_signature, evaluate, evaluate_run
@@ -30,13 +29,6 @@ LAYOUTS = {
     "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
     "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
 }
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    """A group of one rank in this process."""
-    with process_group("cpu", Ranks.alone()) as runtime:
-        yield runtime
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.config import StrategyConfig, world_size
-from parallel.runtime import Ranks, process_group
 from trainer.config import ConfigError, GenerateConfig
 from trainer.data import open_split, open_tokenizer
 from trainer.generate import draw, generate, keep_likeliest, read_image, sample, translate
@@ -27,13 +26,6 @@ SOURCES = [
     [18, 7, 17, 14, 16], [7], [18, 8, 13, 17, 12], [8, 19, 4], [22, 12, 3, 15, 22, 17],
     [1, 1, 1], [12, 15, 9, 22, 18],
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def runtime():
-    """A group of one rank in this process."""
-    with process_group("cpu", Ranks.alone()) as runtime:
-        yield runtime
 
 
 def greedy(worker, tokens):

@@ -91,8 +91,10 @@ class Stream:
         """What flows between blocks, at all positions that are here."""
         return self.layout.whole(x_BSD, self.length)
 
-    def first_marks(self, batch: int) -> Tensor:
-        """The marks of a sequence before it is shortened."""
+    def marks_of(self, batch: int) -> Tensor:
+        """The marks of a sequence, also before it is shortened."""
+        if self.marks_BS2 is not None:
+            return self.marks_BS2
         positions_S = torch.arange(self.total, dtype=torch.int32, device=self.places_S.device)
         sizes_BS = torch.ones_like(positions_S).expand(batch, -1)
         if self.valid_BS is not None:

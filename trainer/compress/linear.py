@@ -86,11 +86,16 @@ def rounded(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest)
     return number * scale
 
 
+def kept(weight: Tensor, n: int, m: int) -> Tensor:
+    """(…,I/m,n): which of every m neighbours along the inputs are the n largest, rising."""
+    order = weight.unflatten(-1, (-1, m)).abs().argsort(dim=-1, descending=True, stable=True)
+    return order[..., :n].sort(-1).values
+
+
 def pruned(weight: Tensor, n: int, m: int) -> Tensor:
     """With zeros but for the n largest of every m neighbours along the inputs."""
     groups = weight.unflatten(-1, (-1, m))
-    order = groups.abs().argsort(dim=-1, descending=True, stable=True)
-    stay = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, order[..., :n], True)
+    stay = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, kept(weight, n, m), True)
     return torch.where(stay, groups, 0.0).view_as(weight)
 
 

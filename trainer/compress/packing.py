@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from trainer.compress.linear import Lens, pruned, whole
+from trainer.compress.linear import Lens, kept, pruned, whole
 
 
 def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
@@ -22,7 +22,7 @@ def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
         parts["scale"] = scale.flatten(1).to(torch.float32)
         numbers = codes.reshape_as(weight)
     if lens.n:
-        places = _kept(seen, lens.n, lens.m)
+        places = kept(seen, lens.n, lens.m)
         numbers = numbers.unflatten(-1, (-1, lens.m)).gather(-1, places).flatten(1)
         parts["places"] = squeezed(places.flatten(1), (lens.m - 1).bit_length())
     if lens.bits:
@@ -35,10 +35,10 @@ def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
 
 def unpack(parts: dict[str, Tensor], lens: Lens, inputs: int) -> Tensor:
     """The weight (O,inputs) that `pack` was given, as the compressed layer saw it."""
-    kept = inputs * lens.n // lens.m if lens.n else inputs
-    numbers = codes_of(parts, lens, kept).to(torch.float32) if lens.bits else parts["values"]
+    count = inputs * lens.n // lens.m if lens.n else inputs
+    numbers = codes_of(parts, lens, count).to(torch.float32) if lens.bits else parts["values"]
     if lens.n:
-        places = loosened(parts["places"], (lens.m - 1).bit_length(), kept)
+        places = loosened(parts["places"], (lens.m - 1).bit_length(), count)
         empty = numbers.new_zeros(len(numbers), inputs // lens.m, lens.m)
         numbers = empty.scatter(-1, places.unflatten(-1, (-1, lens.n)),
                                 numbers.unflatten(-1, (-1, lens.n))).flatten(1)  # fmt: skip
@@ -52,12 +52,6 @@ def codes_of(parts: dict[str, Tensor], lens: Lens, count: int) -> Tensor:
     """(O,count): the whole numbers, as int8."""
     top = 2 ** (lens.bits - 1) - 1
     return (loosened(parts["codes"], lens.bits, count) - top).to(torch.int8)
-
-
-def _kept(seen: Tensor, n: int, m: int) -> Tensor:
-    """(O,I/m,n): which of each m are not zero, rising; more where fewer than n are not."""
-    order = seen.unflatten(-1, (-1, m)).abs().argsort(dim=-1, descending=True, stable=True)
-    return order[..., :n].sort(-1).values
 
 
 def squeezed(numbers: Tensor, bits: int) -> Tensor:

@@ -29,9 +29,7 @@ class Merge(Resize):
         return length - min(self.r, (length - self.kept) // 2)
 
     def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
-        marks_BS2 = stream.marks_BS2
-        if marks_BS2 is None:
-            marks_BS2 = stream.first_marks(len(x_BSD))
+        marks_BS2 = stream.marks_of(len(x_BSD))
         length = self.length(x_BSD.shape[1], training)
         if length == x_BSD.shape[1]:
             return x_BSD, marks_BS2
@@ -96,9 +94,7 @@ class PoolText(Resize):
         return -(-length // self.stride)
 
     def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
-        marks_BS2 = stream.marks_BS2
-        if marks_BS2 is None:
-            marks_BS2 = stream.first_marks(len(x_BSD))
+        marks_BS2 = stream.marks_of(len(x_BSD))
         sizes_BS1 = marks_BS2[..., :1].to(torch.promote_types(x_BSD.dtype, torch.float32))
         marks = self._sums(marks_BS2)
         mean_BSD = self._sums(x_BSD * sizes_BS1) / marks[..., :1].to(sizes_BS1.dtype).clamp(min=1)
