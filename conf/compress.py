@@ -12,31 +12,26 @@ def compress_problems(
 ) -> list[str]:
     """Why a model cannot be compressed so under a resolved strategy; empty = it can."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
-    if asked and model.family == "decoder":
-        found = [_causal(key, compress) for key in asked]
-    else:
-        found = _shared(asked, compress, strategy) + _pooling(compress, model)
-        if model.family == "encoder":
-            found += _patches(compress, model)
-        elif compress.drop:
-            found.append(
-                f"compress.drop={compress.drop:g} leaves patches of images out, but "
-                f"model.family={model.family} learns from text; set compress.drop=0"
-            )
+    found = _shared(asked, compress, strategy) + _pooling(compress, model)
+    if model.family == "encoder":
+        found += _patches(compress, model)
+    elif compress.drop:
+        found.append(
+            f"compress.drop={compress.drop:g} leaves patches of images out, but "
+            f"model.family={model.family} learns from text; set compress.drop=0"
+        )
+    if model.family == "decoder" and compress.merge:
+        found.append(
+            f"compress.merge={compress.merge} would let a token see the ones behind it: what is "
+            "merged stands for all of its positions, and model.family=decoder predicts them one "
+            "by one; set compress.merge=0, and compress=pool instead, which is shifted"
+        )
     found += [
         f"compress.{key}=1 tells zero from nothing; set compress.{key}=2 or more, or 0 for all bits"
         for key in ("bits", "input_bits")
         if getattr(compress, key) == 1
     ]
     return found + _widths(compress, model, strategy)
-
-
-def _causal(key: str, compress: CompressConfig) -> str:
-    return (
-        f"compress.{key}={getattr(compress, key):g} would let a token see the ones behind it: "
-        "what is joined stands for all of its positions, and model.family=decoder predicts them "
-        f"one by one; set compress.{key}=0, or pack documents, as data.kind=text does"
-    )
 
 
 def _shared(asked: list[str], compress: CompressConfig, strategy: StrategyConfig) -> list[str]:
@@ -57,6 +52,8 @@ def _encoder_blocks(model: ModelConfig) -> int:
 
 
 def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    if model.family == "decoder":
+        return _hourglass(compress, model)
     blocks = _encoder_blocks(model)
     if compress.pool_after >= blocks:
         return [
@@ -64,6 +61,23 @@ def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
             f"encoder; set compress.pool_after={max(0, blocks - 1)} or less"
         ]
     return []
+
+
+def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """As many whole blocks in front as behind, and something to shorten between them."""
+    found, most = [], (model.layers - 1) // 2
+    if compress.pool_after > most:
+        found.append(
+            f"compress.pool_after={compress.pool_after} leaves none of model.layers={model.layers} "
+            f"to work on pooled tokens, as many blocks in front of them as behind; set "
+            f"compress.pool_after={most}"
+        )
+    if compress.pool_after and 0 < model.max_positions < compress.pool_stride:
+        found.append(
+            f"compress.pool_stride={compress.pool_stride} is more than the {model.max_positions} "
+            f"tokens of a sample; set compress.pool_stride={model.max_positions} or less"
+        )
+    return found
 
 
 def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:

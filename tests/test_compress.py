@@ -197,7 +197,7 @@ def test_the_formula_counts_a_pooled_models_flops():
     inputs = {"images": torch.empty(8, 3, 8, 8, device="meta")}
     with FlopCounterMode(display=False) as counter:
         model(inputs).sum().backward()
-    lengths = model.encoder_lengths(0)
+    lengths = model.lengths(0)
     assert lengths[1:3] == [17, 5]
     assert counter.get_total_flops() == 8 * flops_per_sample(model.config, 0, 0, lengths)
 
@@ -208,6 +208,14 @@ BAD = {
     "compress.merge=4 would let a token see": (CompressConfig(merge=4), DECODER, {}),
     "set compress.merge=4 or less": (CompressConfig(merge=5), IMAGES, {}),
     "set compress.pool_after=3 or less": (CompressConfig(pool_after=4), IMAGES, {}),
+    "leaves none of model.layers=4 to work on pooled tokens, as many blocks in front of them as "
+    "behind; set compress.pool_after=1": (
+        CompressConfig(pool_after=2), replace(DECODER, layers=4), {},
+    ),
+    "set compress.pool_stride=16 or less": (
+        CompressConfig(pool_after=1, pool_stride=17), replace(DECODER, layers=4, max_positions=16),
+        {},
+    ),
     "set compress.pool_stride=4 or less": (
         CompressConfig(pool_after=1, pool_stride=5), IMAGES, {},
     ),

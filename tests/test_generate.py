@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.config import StrategyConfig, world_size
-from trainer.config import ConfigError, GenerateConfig
+from trainer.config import CompressConfig, ConfigError, GenerateConfig
 from trainer.data import open_split, open_tokenizer
 from trainer.generate import draw, generate, keep_likeliest, read_image, sample, translate
 
@@ -200,7 +200,12 @@ def use_everywhere(runtime, strategy, layers=2):
         tiny.make_worker(runtime, replace(model, layers=layers), strategy)
         for model in (tiny.LLAMA, tiny.TRANSLATOR, IMAGES)
     )
-    text = sample(writer, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
+    pooling = CompressConfig(pool_after=1, pool_stride=3)
+    pooled = tiny.make_worker(runtime, replace(tiny.LLAMA, layers=4), strategy, compress=pooling)
+    text = [
+        sample(each, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
+        for each in (writer, pooled)
+    ]
     share = len(SOURCES) // translator.data_degree
     own = SOURCES[translator.data_rank * share :][:share]
     with classifier.evaluating():

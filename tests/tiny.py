@@ -13,7 +13,7 @@ from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
 from trainer.checkpoint import TrainState
-from trainer.config import DataConfig, ModelConfig, TrainConfig
+from trainer.config import CompressConfig, DataConfig, ModelConfig, TrainConfig
 from trainer.loop import start
 from trainer.run_dir import checkpoint_path
 from trainer.saver import Saver
@@ -38,11 +38,12 @@ CLASSIFIER = ModelConfig(
 
 
 def make_worker(runtime: Runtime, model: ModelConfig, strategy: StrategyConfig | None = None,
-                seed: int = 0) -> Worker:  # fmt: skip
+                seed: int = 0, compress: CompressConfig | None = None) -> Worker:  # fmt: skip
     """The model in float64, so that layouts agree in every token."""
     config = TrainConfig(
-        model=model, strategy=strategy or StrategyConfig(), precision="fp64", seed=seed
-    )
+        model=model, strategy=strategy or StrategyConfig(), precision="fp64", seed=seed,
+        compress=compress or CompressConfig(),
+    )  # fmt: skip
     return build_worker(config, runtime)
 
 

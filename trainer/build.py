@@ -14,10 +14,11 @@ from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, LossConfig, ModelConfig, TrainConfig
+from trainer.ends import Head
 from trainer.flops import flops_per_block
 from trainer.initial import draw_rows
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
-from trainer.model import TENSOR_LAYOUT, Head, Transformer
+from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import Precision, resolve_precision
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def parallel_model(
         count_valid=count_valid, layout=TENSOR_LAYOUT,
         costs=flops_per_block(
             config, config.max_positions, config.max_positions,
-            model.encoder_lengths(config.max_positions),
+            model.lengths(config.max_positions),
         ),
     )  # fmt: skip
     return parallelize(

@@ -171,10 +171,12 @@ COMPRESSED = {
         "distill": CompressConfig(teacher="drawn"),
     },
     "decoder (Llama)": {
+        "pool": CompressConfig(pool_after=2),
         "int8": CompressConfig(bits=8),
         "distill": CompressConfig(teacher="drawn"),
         "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
     },
+    "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
 }
 
 
@@ -194,7 +196,7 @@ def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
 def scale_compression(compress: CompressConfig) -> CompressConfig:
     """The same techniques at sizes that a model has which was scaled down."""
     return replace(
-        compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 1),
+        compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 2),
         group=8 if compress.group else 0, sparse_m=min(compress.sparse_m, 8),
     )  # fmt: skip
 

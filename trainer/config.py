@@ -141,7 +141,9 @@ class CompressConfig:
     # Encoders: vectors that join the most alike one, behind each block but the last (at most half
     # of those that are there); 0 = off.
     merge: int = 0
-    pool_after: int = 0  # encoders: blocks in front of the pooling; 0 = off
+    # Blocks in front of the pooling (of a language model also behind it, where every token has a
+    # vector again); 0 = off.
+    pool_after: int = 0
     pool_stride: int = 2  # patches a side, or tokens of text, whose mean becomes one vector
     drop: float = 0.0  # image classifiers: share of the patches left out while training; 0.0 = off
     bits: int = 0  # of the weights between embedding and head, trained as they will be; 0 = all

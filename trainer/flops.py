@@ -46,7 +46,8 @@ def flops_per_sample(
     or not, once per pass: no FLOPs of recomputation, neither flash attention's nor that of
     activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
     encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
-    `lengths`: where an encoder's sequence gets shorter, those in front of each of its blocks.
+    `lengths`: where a sequence gets shorter, those in front of each block of an encoder, or of a
+    decoder alone.
     """
     return sum(flops_per_block(config, seq_len, source_len, lengths))
 
@@ -67,7 +68,10 @@ def flops_per_block(
         costs[0] += 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
         costs[-1] += 2.0 * 3 * config.width * config.classes
         return costs
-    blocks = config.layers * [_block(config, seq_len)]
+    if config.family == "decoder" and lengths:
+        blocks = [_block(config, length) for length in lengths]
+    else:
+        blocks = config.layers * [_block(config, seq_len)]
     if config.family == "encoder_decoder":
         depth = config.encoder_layers or config.layers
         lengths = lengths or depth * [source_len]

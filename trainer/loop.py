@@ -114,7 +114,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     # Text fills every sample; of sentences the length is that of an average one.
     train_set = open_split(config.data, "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
-    lengths = state.worker.model.encoder_lengths(length)  # type: ignore[operator]
+    lengths = state.worker.model.lengths(length)  # type: ignore[operator]
     flops = flops_per_sample(config.model, length, length, lengths) / length
     return Recorder(
         config.metrics, Path(config.run_dir), first=runtime.rank == 0, steps=config.steps,

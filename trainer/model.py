@@ -9,24 +9,21 @@ The contract with parallel/, which tests hold:
 4. numbers of heads are read from tensor shapes, so that a shard of a weight just works.
 """
 
-# B batch, S sequence, T source sequence, D width, V vocabulary, P patches, C channels.
+# B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from trainer.config import ModelConfig
+from trainer.ends import Head, PatchEmbedding, TokenEmbedding, image_length
 from trainer.initial import stable_hash
 from trainer.layers import (
     AttentionCache,
     Block,
     BlockCache,
     Dropout,
-    Embedding,
-    Linear,
-    Norm,
     rotary_angles,
 )
 from trainer.loss import IGNORED
@@ -59,6 +56,7 @@ class DecodingCache:
         self.length = 0  # tokens cached so far
         self.memory: Tensor | None = None
         self.marks: Tensor | None = None  # of the memory
+        self.resizes: dict[int, dict[str, Tensor]] = {place: {} for place in model.resizes}
         self.blocks = {
             name: BlockCache(AttentionCache(capacity), AttentionCache(0))
             for name, block in model.blocks.items()
@@ -73,80 +71,11 @@ class DecodingCache:
         """Keep the given rows of the batch."""
         self.memory = None if self.memory is None else self.memory[rows_B]
         self.marks = None if self.marks is None else self.marks[rows_B]
+        for remembered in self.resizes.values():
+            remembered.update({name: tensor[rows_B] for name, tensor in remembered.items()})
         for block in self.blocks.values():
             block.attention.reorder(rows_B)
             block.cross.reorder(rows_B)
-
-
-class TokenEmbedding(nn.Module):
-    """Token vectors, plus learned positions (GPT-2) unless attention rotates (RoPE)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.tokens = Embedding(config.vocab_size, config.width)
-        learned = config.positions == "learned"
-        self.positions = Embedding(config.max_positions, config.width) if learned else None
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream,
-                dtype: torch.dtype) -> Tensor:  # fmt: skip
-        x_BSD = self.tokens(stream.context.take(tokens_BS), dtype)
-        if self.positions is not None:
-            own_BS = stream.context.take(positions_BS)
-            x_BSD = x_BSD + stream.layout.own(self.positions(own_BS, dtype))
-        return self.dropout(x_BSD, stream)
-
-
-class PatchEmbedding(nn.Module):
-    """Image patches as tokens, with learned positions (ViT, arXiv 2010.11929)."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.patch_size = config.patch_size
-        self.patches = Linear(config.channels * config.patch_size**2, config.width)
-        has_class_token = config.pool == "class_token"
-        self.class_token = nn.Parameter(torch.empty(1, config.width)) if has_class_token else None
-        self.positions = nn.Embedding(_image_length(config), config.width)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, images_BCHW: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
-        patches = F.unfold(images_BCHW.to(dtype), self.patch_size, stride=self.patch_size)
-        x_BPD = self.patches(patches.transpose(1, 2))
-        if self.class_token is not None:
-            first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
-            x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
-        x_BPD = stream.context.take(x_BPD + self.positions.weight.to(dtype))
-        return self.dropout(stream.layout.own(x_BPD), stream)
-
-
-class Head(nn.Module):
-    """Final norm and projection to logits; a classifier pools its sequence first.
-
-    With `defers_output` a model in training ends before the projection, which the loss does.
-    """
-
-    defers_output = False
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = Norm(config)
-        classifies = config.family == "encoder"
-        self.pool = config.pool if classifies else ""
-        outputs = config.classes if classifies else config.vocab_size
-        self.output = Linear(config.width, outputs, bias=classifies)
-
-    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
-        x_BSD = stream.whole(self.norm(x_BSD))
-        if self.pool:
-            x_BSD = stream.context.whole(x_BSD, stream.total)
-        if self.pool == "class_token":
-            x_BSD = x_BSD[:, 0]
-        if self.pool == "mean" and stream.marks_BS2 is not None:
-            sizes_BS = stream.marks_BS2[..., 0].to(x_BSD.dtype)
-            x_BSD = (x_BSD * (sizes_BS / sizes_BS.sum(1, keepdim=True))[..., None]).sum(dim=1)
-        elif self.pool == "mean":
-            x_BSD = x_BSD.mean(dim=1)
-        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
 
 
 class Transformer(nn.Module):
@@ -193,21 +122,22 @@ class Transformer(nn.Module):
         if flow is None:
             flow = self._embed(inputs, streams, cache)
             begins = self.encoder_depth if resumes else -1
-        elif resumes and cache is not None:
+        elif resumes and cache is not None and self.encoder_depth:
             flow = flow[0], cache.memory, cache.marks
         streams = self._streams_before(begins, streams, flow)
         if begins < 0:
-            flow, streams = self._resized(-1, flow, streams)
+            flow, streams = self._resized(-1, flow, streams, cache)
         for name in names:
             block = self.blocks[name]
-            if resumes and block.stream == "source":
-                continue
             x, memory, marks = flow
-            own = None if cache is None else cache.blocks.get(name)
-            flow = *block(x, memory, streams, own), marks
-            flow, streams = self._resized(int(name), flow, streams)
+            # No new group of tokens may be complete yet.
+            if not (resumes and (block.stream == "source" or x.shape[1] == 0)):
+                own = None if cache is None else cache.blocks.get(name)
+                flow = *block(x, memory, streams, own), marks
+            if not (resumes and block.stream == "source"):
+                flow, streams = self._resized(int(name), flow, streams, cache)
         if cache is not None:
-            if int(names[-1]) >= self.encoder_depth - 1:  # the last of the encoder has turned
+            if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the last of the encoder has turned
                 _, cache.memory, cache.marks = flow
             if blocks is None:
                 cache.advance(inputs)
@@ -234,12 +164,17 @@ class Transformer(nn.Module):
         if config.family == "encoder":
             if block == self.depth:
                 return (like(config.classes),)
-            length, marked = self._length_before(block, "source", _image_length(config))
+            length, marked = self._length_before(block, "source", image_length(config))
             return flows(length), None, like(length, 2, dtype=torch.int32) if marked else None
         S = first.shape[1]
         if block == self.depth:
             return (like(context.share(S), config.vocab_size),)
-        if config.family == "decoder" or (cache is not None and cache.length > 0):
+        start = 0 if cache is None else cache.length
+        if config.family == "decoder":
+            ends, _ = self._length_before(block, "target", start + S)
+            length = ends - self._length_before(block, "target", start)[0]
+            return flows(length), flows(S) if self._keeps_before(block) else None, None
+        if start > 0:
             return flows(S), None, None
         T, marked = self._length_before(block, "source", inputs["source"].shape[1])
         marks = like(T, 2, dtype=torch.int32) if marked else None
@@ -247,19 +182,32 @@ class Transformer(nn.Module):
             return flows(T), flows(S), marks
         return flows(S), like(context.share(T), D), marks
 
-    def encoder_lengths(self, source_len: int) -> list[int]:
-        """Vectors in front of each block of the encoder, of an image or of so many tokens."""
-        total = _image_length(self.config) if self.config.family == "encoder" else source_len
-        depth = range(self.encoder_depth)
-        return [self._length_before(block, "source", total)[0] for block in depth]
+    def lengths(self, length: int) -> list[int]:
+        """Vectors in front of each block of the encoder, or of a decoder alone.
+
+        Of an image, or of so many tokens.
+        """
+        stream, depth = "source", self.encoder_depth
+        if self.config.family == "decoder":
+            stream, depth = "target", self.depth
+        total = image_length(self.config) if self.config.family == "encoder" else length
+        return [self._length_before(block, stream, total)[0] for block in range(depth)]
+
+    def _resizes_before(self, block: int, stream: str) -> list[Resize]:
+        found = [self.resizes[place] for place in sorted(self.resizes) if place < block]
+        return [resize for resize in found if resize.stream == stream]
+
+    def _keeps_before(self, block: int) -> bool:
+        """Whether a longer sequence flows into a decoder's block beside its own."""
+        found = self._resizes_before(block, "target")
+        return bool(found) and found[-1].keeps
 
     def _length_before(self, block: int, stream: str, length: int) -> tuple[int, bool]:
         """Vectors of a sequence in front of a block, and whether they have marks."""
-        marked = False
-        for place in sorted(self.resizes):
-            resize = self.resizes[place]
-            if place < block and resize.stream == stream:
-                length, marked = resize.length(length, self.training), marked or resize.marks
+        marked, total = False, length
+        for resize in self._resizes_before(block, stream):
+            length = total if resize.restores else resize.length(length, self.training)
+            marked = marked or resize.marks
         return length, marked
 
     def _streams_before(self, block: int, streams: dict[str, Stream], flow: Flow
@@ -271,13 +219,13 @@ class Transformer(nn.Module):
             return streams
         return streams | {"source": streams["source"].marked(flow[2], self.dtype)}
 
-    def _resized(self, place: int, flow: Flow, streams: dict[str, Stream]
-                 ) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
+    def _resized(self, place: int, flow: Flow, streams: dict[str, Stream],
+                 cache: DecodingCache | None) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
         """Flow and streams behind a block, or behind the embedding."""
         if place not in self.resizes:
             return flow, streams
-        resize = self.resizes[place]
-        flow = resize(flow, streams[resize.stream], self.training)
+        resize, own = self.resizes[place], {} if cache is None else cache.resizes[place]
+        flow = resize(flow, streams[resize.stream], self.training, own)
         return flow, self._behind(place, streams, flow[2])
 
     def _behind(self, place: int, streams: dict[str, Stream], marks: Tensor | None
@@ -310,7 +258,7 @@ class Transformer(nn.Module):
         context = self.context if cache is None else Context()
         if self.config.family == "encoder":
             device = inputs["images"].device
-            length = _image_length(self.config)
+            length = image_length(self.config)
             return {"source": self._stream(length, context, device, seeds_B)}
         streams = {}
         if self.config.family == "encoder_decoder":
@@ -324,14 +272,14 @@ class Transformer(nn.Module):
         S, device = inputs["tokens"].shape[1], inputs["tokens"].device
         streams["target"] = self._stream(
             S, context, device, seeds_B, _positions(inputs, cache), causal=True,
-            documents_BS=inputs.get("documents"),
+            documents_BS=inputs.get("documents"), start=0 if cache is None else cache.length,
         )  # fmt: skip
         return streams
 
     def _stream(
         self, total: int, context: Context, device: torch.device, seeds_B: Tensor | None,
         positions_BS: Tensor | None = None, *, causal: bool = False,
-        documents_BS: Tensor | None = None, valid_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None, valid_BS: Tensor | None = None, start: int = 0,
     ) -> Stream:  # fmt: skip
         rows_S = context.positions(total, device)
         stream = Stream(
@@ -339,7 +287,7 @@ class Transformer(nn.Module):
             places_S=self.layout.own(rows_S[None, :, None])[0, :, 0],
             documents_BS=documents_BS, valid_BS=valid_BS, seeds_B=seeds_B,
             rope=None if positions_BS is None else self._rope(context.take(positions_BS)),
-            angles=self._rope,
+            angles=self._rope, start=start,
         )  # fmt: skip
         if not context.shares and (documents_BS is not None or valid_BS is not None):
             stream.mask = stream.visible(rows_S, rows_S)
@@ -360,11 +308,6 @@ class Transformer(nn.Module):
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return rotary_angles(positions_BS, self.config, dtype)
-
-
-def _image_length(config: ModelConfig) -> int:
-    patches = (config.image_size // config.patch_size) ** 2
-    return patches + (config.pool == "class_token")
 
 
 def _blocks(config: ModelConfig) -> list[Block]:

@@ -86,6 +86,8 @@ class Stream:
     seeds_B: Tensor | None = None  # dropout seed of each sample
     angles: Callable[[Tensor], Any] | None = None  # positions (B,S) -> rope
     marks_BS2: Tensor | None = None  # of a sequence that has been shortened; see Flow
+    start: int = 0  # positions in front of these, which a cache remembers
+    longer: "Stream | None" = None  # what it was before it was shortened, to become that again
 
     def whole(self, x_BSD: Tensor) -> Tensor:
         """What flows between blocks, at all positions that are here."""
@@ -136,6 +138,8 @@ class Resize:
 
     stream = "source"
     marks = False  # whether marks flow behind it
+    keeps = False  # whether the sequence as it was flows on too, in the memory's place
+    restores = False  # whether it makes the sequence as long again as it was
 
     def length(self, length: int, training: bool) -> int:
         """How many of `length` vectors are left."""
@@ -149,8 +153,10 @@ class Resize:
         """What is known of the sequence behind it, but for its marks."""
         return stream.resized(self.length(stream.total, training))
 
-    def __call__(self, flow: Flow, stream: Stream, training: bool) -> Flow:
-        """The flow behind it."""
+    def __call__(
+        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+    ) -> Flow:
+        """The flow behind it; `cache` is its own, while a sequence is written."""
         x_BSD, memory, _ = flow
         whole_BSD = stream.layout.collected(x_BSD, stream.length)
         whole_BSD, marks = self.resize(whole_BSD, stream, training)

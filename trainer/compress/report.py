@@ -101,7 +101,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     parameters = sum(p.numel() for p in run.worker.parameters().values())
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
     length = config.data.seq_len
-    lengths = model.encoder_lengths(length)
+    lengths = model.lengths(length)
     values = last_values(Path(name))
     metric = next((key for key in METRICS if key in values), "")
     asked = CompressConfig()
@@ -175,7 +175,7 @@ def _draw(found: list[Facts], path: Path) -> None:
         blocks = range(1, len(facts.lengths) + 1)
         axes[0].plot(blocks, facts.lengths, marker="o", label=f"{facts.name}: {facts.compress}")
     axes[0].set(
-        title="vectors in front of each block of the encoder", xlabel="block", ylim=(0, None)
+        title="vectors in front of each block", xlabel="block", ylim=(0, None)
     )
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")

@@ -1,13 +1,16 @@
-"""Shorter sequences: what flows between an encoder's blocks is merged, pooled or dropped."""
+"""Shorter sequences: what flows between blocks is merged, pooled or dropped."""
 
-# B batch, S sequence, D width; A and C: the two sets that a sequence is parted into for merging.
+# B batch, S sequence, D width; A and C: the two sets that a sequence is parted into for merging;
+# G groups of K neighbours.
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.layers import random_bits
-from trainer.stream import Resize, Stream
+from trainer.stream import Flow, Resize, Stream
 
 
 class Merge(Resize):
@@ -107,6 +110,99 @@ class PoolText(Resize):
             .unflatten(1, (-1, self.stride))
             .sum(2, dtype=x_BSD.dtype)
         )
+
+
+class Shorten(Resize):
+    """Of every `stride` tokens of a text one vector goes on, as in Hourglass (arXiv 2110.13711).
+
+    Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that none
+    of it is behind the first position that it goes back to (see Lengthen); of another document's
+    positions it takes none. The sequence as it was flows on in the memory's place.
+    """
+
+    stream = "target"
+    keeps = True
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def length(self, length: int, training: bool) -> int:
+        return -(-length // self.stride)
+
+    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+        """Each group stands at its last position, in that one's document."""
+        last = slice(-stream.start % self.stride, None, self.stride)
+        documents_BS, rope = stream.documents_BS, stream.rope
+        total = len(range(stream.total)[last])
+        shorter = replace(
+            stream.resized(total), mask=None, start=self.length(stream.start, training),
+            documents_BS=None if documents_BS is None else documents_BS[:, last],
+            rope=None if rope is None else (rope[0][:, last], rope[1][:, last]), longer=stream,
+        )  # fmt: skip
+        if documents_BS is not None:
+            rows_S = torch.arange(total, device=documents_BS.device)
+            shorter.mask = shorter.visible(rows_S, rows_S)
+        return shorter
+
+    def __call__(
+        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+    ) -> Flow:
+        x_BSD = flow[0]
+        whole_BSD = stream.layout.collected(x_BSD, stream.length)
+        return stream.layout.own(self._pooled(whole_BSD, stream, cache)), x_BSD, None
+
+    def _pooled(self, x_BSD: Tensor, stream: Stream, cache: dict[str, Tensor]) -> Tensor:
+        """(B,G,D): the means of the groups whose last position is among these."""
+        B, S, D = x_BSD.shape
+        before = self.stride - 1
+        # In front of the first position there is nothing, of document -1.
+        ids_BS = stream.documents_BS
+        ids_BS = x_BSD.new_zeros(B, S, dtype=torch.int64) if ids_BS is None else ids_BS
+        tail_BSD = cache.get("tail", x_BSD.new_zeros(B, before, D))
+        tail_ids_BS = cache.get("ids", ids_BS.new_full((B, before), -1))
+        x_BSD, ids_BS = torch.cat((tail_BSD, x_BSD), 1), torch.cat((tail_ids_BS, ids_BS), 1)
+        cache |= {"tail": x_BSD[:, S:], "ids": ids_BS[:, S:]}
+        first = -stream.start % self.stride
+        if first >= S:
+            return x_BSD[:, :0]
+        groups_BGDK = x_BSD[:, first:].unfold(1, self.stride, self.stride)
+        ids_BGK = ids_BS[:, first:].unfold(1, self.stride, self.stride)
+        same_BGK = ids_BGK == ids_BGK[..., -1:]
+        share_BGK = same_BGK / same_BGK.sum(-1, keepdim=True)
+        return (groups_BGDK * share_BGK[:, :, None].to(x_BSD.dtype)).sum(-1)
+
+
+class Lengthen(Resize):
+    """Undoes Shorten: every position is given the newest group, beside what it was before."""
+
+    stream = "target"
+    restores = True
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+        assert stream.longer is not None
+        return stream.longer
+
+    def __call__(
+        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+    ) -> Flow:
+        x_BSD, before_BSD, longer = flow[0], flow[1], stream.longer
+        assert before_BSD is not None and longer is not None
+        groups_BGD = stream.layout.collected(x_BSD, stream.length)
+        skipped = longer.start % self.stride  # positions of the first group that are written
+        if skipped:
+            groups_BGD = torch.cat((cache["last"], groups_BGD), dim=1)
+        cache["last"] = groups_BGD[:, -1:]
+        long_BSD = self._repeated(groups_BGD)[:, skipped:][:, : longer.total]
+        if longer.documents_BS is not None and stream.documents_BS is not None:
+            theirs_BS = self._repeated(stream.documents_BS)[:, : longer.total]
+            long_BSD = torch.where((theirs_BS == longer.documents_BS)[..., None], long_BSD, 0.0)
+        return before_BSD + longer.layout.own(long_BSD), None, None
+
+    def _repeated(self, x_BG: Tensor) -> Tensor:
+        return x_BG[:, :, None].expand(-1, -1, self.stride, *x_BG.shape[2:]).flatten(1, 2)
 
 
 class Drop(Resize):

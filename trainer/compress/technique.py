@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from trainer.compress.distill import answer, divergence_sum
 from trainer.compress.linear import CompressedLinear, Lens
-from trainer.compress.sequence import Drop, Merge, PoolImage, PoolText
+from trainer.compress.sequence import Drop, Lengthen, Merge, PoolImage, PoolText, Shorten
 from trainer.config import CompressConfig
 from trainer.layers import Linear
 from trainer.model import Transformer
@@ -34,6 +34,8 @@ class Compression:
             model.resizes |= _of_images(self.config, model)
         elif model.config.family == "encoder_decoder":
             model.resizes |= _of_sources(self.config, model)
+        else:
+            model.resizes |= _of_texts(self.config, model)
         if self.lens.bits or self.lens.n:
             model.blocks.apply(self._swap)
 
@@ -92,3 +94,11 @@ def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]
     if config.pool_after:
         found[config.pool_after - 1] = PoolText(config.pool_stride)
     return found
+
+
+def _of_texts(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
+    """Of a language model the blocks in the middle: as many are left out in front as behind."""
+    if not config.pool_after:
+        return {}
+    stride, behind = config.pool_stride, model.depth - config.pool_after - 1
+    return {config.pool_after - 1: Shorten(stride), behind: Lengthen(stride)}
