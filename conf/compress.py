@@ -1,5 +1,7 @@
 """Whether a compression fits the model and the layout: pure functions, every problem at once."""
 
+import math
+
 from conf.layout import divisors
 from parallel.config import StrategyConfig
 from trainer.config import CompressConfig, ModelConfig, TrainConfig
@@ -31,7 +33,7 @@ def compress_problems(
         for key in ("bits", "input_bits")
         if getattr(compress, key) == 1
     ]
-    return found + _widths(compress, model, strategy)
+    return found + _widths(compress, model, strategy) + _pruned(compress, model)
 
 
 def _shared(asked: list[str], compress: CompressConfig, strategy: StrategyConfig) -> list[str]:
@@ -142,6 +144,51 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
             f"compress.sparse_n={compress.sparse_n} must be below compress.sparse_m="
             f"{compress.sparse_m}; set compress.sparse_n={max(1, compress.sparse_m // 2)}, or 0"
         )
+    return found
+
+
+def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """What of whole heads and channels cannot be pruned."""
+    found, groups = [], model.kv_heads or model.heads
+    counts = {"prune_heads": (groups, "heads"), "prune_ffn": (model.ffn_width, "channels")}
+    if model.kv_heads:
+        counts["prune_heads"] = (groups, "key/value heads")
+    for key, (count, what) in counts.items():
+        share = getattr(compress, key)
+        if share and not 0 < round(share * count) < count:
+            near = min(max(1, round(share * count)), count - 1) / count
+            found.append(
+                f"compress.{key}={share:g} of {count} {what} is {round(share * count)}: "
+                f"set compress.{key}={near:.3g}" + (", or 0" if near else "")
+            )
+    if (compress.prune_heads or compress.prune_ffn) and compress.prune_end < compress.prune_start:
+        found.append(
+            f"compress.prune_end={compress.prune_end:g} is before compress.prune_start="
+            f"{compress.prune_start:g}; set compress.prune_end={compress.prune_start:g} or more"
+        )
+    return found + _regrouped(compress, model, model.heads // groups)
+
+
+def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
+    """Neighbours along the inputs must still be neighbours when inputs are gone."""
+    sizes = {
+        "group": compress.group if compress.bits else 0,
+        "sparse_m": compress.sparse_m if compress.sparse_n else 0,
+    }
+    head = queries * (model.head_width or model.width // model.heads)
+    found = []
+    for key, size in sizes.items():
+        if compress.prune_ffn and size:
+            found.append(
+                f"compress.prune_ffn={compress.prune_ffn:g} removes channels one by one, and the "
+                f"others would have new neighbours in compress.{key}={size}; set "
+                + ("compress.group=0" if key == "group" else "compress.sparse_n=0")
+            )
+        if compress.prune_heads and size and head % size:
+            found.append(
+                f"compress.{key}={size} does not divide the {head} inputs of a head that "
+                f"compress.prune_heads removes; set compress.{key}={math.gcd(size, head)}"
+            )
     return found
 
 

@@ -18,10 +18,11 @@ from conf.layout import micro_batch_size, model_problems
 from conf.submit import SubmitConfig, training_part
 from launch.script import Point, ranks_per_node
 from launch.versions import note_start
-from parallel.config import ConfigError, data_degree, resolve
+from parallel.config import ConfigError, StrategyConfig, data_degree, resolve
 from parallel.schedule import warnings
 from trainer import data, goodput
 from trainer.config import (
+    CompressConfig,
     CompressReportConfig,
     EvaluateConfig,
     ExportConfig,
@@ -235,7 +236,12 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
     if not config.to or Path(config.to).exists():
         given = f"to={config.to} is there already" if config.to else "to is empty"
         raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
-    return config
+    run, plain = load_config(config.run_dir), CompressConfig()
+    asked = {k: v for k, v in vars(config.compress).items() if v != getattr(plain, k)}
+    compress = replace(run.compress, **asked)
+    if found := compress_problems(compress, run.model, StrategyConfig()):
+        raise ConfigError("\n".join(found))
+    return replace(config, compress=compress)
 
 
 def comparing(

@@ -159,6 +159,7 @@ COMPRESSED = {
         "int4": CompressConfig(bits=4, group=8),
         "sparse": CompressConfig(sparse_n=2, sparse_start=0.3),
         "drop, merge, sparse": CompressConfig(drop=0.3, merge=2, sparse_n=2),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
         "distill": CompressConfig(teacher="drawn"),
     },
     "encoder-decoder": {
@@ -168,6 +169,9 @@ COMPRESSED = {
         "pool, merge, int4, sparse": CompressConfig(
             pool_after=1, merge=1, bits=4, group=8, sparse_n=2
         ),
+        "prune, merge, int8": CompressConfig(
+            prune_heads=0.3, prune_ffn=0.3, prune_start=0.0, prune_end=0.6, merge=2, bits=8
+        ),
         "distill": CompressConfig(teacher="drawn"),
     },
     "decoder (Llama)": {
@@ -175,6 +179,7 @@ COMPRESSED = {
         "int8": CompressConfig(bits=8),
         "distill": CompressConfig(teacher="drawn"),
         "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.3),
     },
     "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
 }

@@ -152,6 +152,12 @@ class CompressConfig:
     sparse_n: int = 0  # weights that are not zero, of every sparse_m neighbours; 0 = off
     sparse_m: int = 4  # neighbours along the inputs
     sparse_start: float = 0.0  # share of the steps before weights become zero
+    # Share of each block's attention heads that are pruned, the least important first, and that an
+    # exported model is without; 0.0 = off.
+    prune_heads: float = 0.0
+    prune_ffn: float = 0.0  # the same of the feed-forward layer's channels
+    prune_start: float = 0.1  # share of the steps before the first of them are pruned
+    prune_end: float = 0.5  # share of the steps before the last are
     # Folder of a run whose newest checkpoint says what else is likely beside each target; the model
     # learns that too; empty = off.
     teacher: str = ""
@@ -286,6 +292,8 @@ class ExportConfig:
 
     run_dir: str = ""  # the run
     to: str = ""  # a new folder, which evaluate and generate take as run_dir
+    # What the run was not trained with, done to its weights all at once.
+    compress: CompressConfig = field(default_factory=CompressConfig)
     device: str = "cpu"  # cpu | cuda; auto = cuda where there is one
 
 

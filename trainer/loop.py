@@ -149,7 +149,6 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
     worker, scale = state.worker, state.loss_scale.scale
     lr = lr_at(state.step, config.steps, config.optim)
-    state.compression.settle(state.step, config.steps)
     worker.zero_grad()
     loss, count = worker.forward_backward(micro_batches, scale)
     grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, scale)
@@ -157,6 +156,7 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     state.optimizer.step(lr, drop)
     state.tokens += count
     state.step += 1
+    state.compression.settle(state.step, config.steps)
     state.loss_scale.update(overflow)
     return Step(loss, grad_norm, lr)
 
@@ -168,6 +168,7 @@ def take_steps(run: Run) -> None:
     """
     config, state, recorder, supervisor = run.config, run.state, run.recorder, run.supervisor
     recorder.start(int(state.tokens.item()))
+    state.compression.settle(state.step, config.steps)
     supervisor.go_on()
     if state.step and supervisor.on_any(recorder.lacks("valid", state.step)):  # stopped in there
         evaluate_if_due(run)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from parallel.config import StrategyConfig
@@ -11,7 +12,14 @@ from parallel.worker import Worker
 from trainer.build import build_worker
 from trainer.checkpoint import load_weights
 from trainer.compress import export
-from trainer.config import EvaluateConfig, ExportConfig, GenerateConfig, TrainConfig
+from trainer.compress.structured import removed
+from trainer.config import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    TrainConfig,
+)
 from trainer.model import Transformer
 from trainer.run_dir import EXPORTED, load_config, tokenizer_path
 from trainer.tokenizer import Tokenizer
@@ -29,15 +37,20 @@ class TrainedRun:
         return Tokenizer.load(tokenizer_path(self.config.run_dir))
 
 
-def open_run(config: GenerateConfig | EvaluateConfig, runtime: Runtime) -> TrainedRun:
+def open_run(
+    config: GenerateConfig | EvaluateConfig, runtime: Runtime,
+    compress: CompressConfig | None = None,
+) -> TrainedRun:  # fmt: skip
     """The newest good checkpoint of config.run_dir, or the export that it holds instead.
 
-    Under config.strategy; ConfigError if there is neither.
+    Under config.strategy, and under `compress` in place of the run's; ConfigError if there is
+    neither.
     """
     run = load_config(config.run_dir)
     here = replace(
-        run, run_dir=config.run_dir, strategy=config.strategy, precision=config.precision,
-        device=config.device, activation_checkpointing="none", compile=False,
+        run, run_dir=config.run_dir, compress=compress or run.compress, strategy=config.strategy,
+        precision=config.precision, device=config.device, activation_checkpointing="none",
+        compile=False,
     )  # fmt: skip
     worker = build_worker(here, runtime)
     load(Path(config.run_dir), worker)
@@ -62,6 +75,18 @@ def load(run_dir: Path, worker: Worker) -> None:
         load_weights(run_dir, worker)
 
 
+def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
+    """The run as it is used, on one rank: without the heads and channels that it prunes."""
+    if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
+        return run
+    config, weights = removed(run.config, run.worker.model)
+    worker = build_worker(config, runtime)
+    with torch.no_grad():
+        for name, parameter in worker.parameters().items():
+            parameter.copy_(weights[name])
+    return TrainedRun(config, worker)
+
+
 def transformer(worker: Worker) -> Transformer:
     """The worker's model, which parallel/ knows as any module."""
     assert isinstance(worker.model, Transformer)
@@ -69,11 +94,17 @@ def transformer(worker: Worker) -> Transformer:
 
 
 def export_run(config: ExportConfig, runtime: Runtime) -> None:
-    """Writes config.to, from the newest good checkpoint of config.run_dir."""
+    """Writes config.to, from the newest good checkpoint of config.run_dir.
+
+    config.compress is complete: what the run was trained with, and what is compressed just here.
+    """
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
     )
-    run = open_run(reader, runtime)
-    export.write(run.worker, run.config, Path(config.to))
+    run = open_run(reader, runtime, config.compress)
+    run = smaller(run, runtime)
+    asked = load_config(config.run_dir)
+    asked = replace(asked, model=run.config.model, compress=run.config.compress)
+    export.write(run.worker, asked, Path(config.run_dir), Path(config.to))
     size = (Path(config.to) / EXPORTED).stat().st_size
     Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)

@@ -127,8 +127,8 @@ def run_reference(
         betas=(OPTIM.betas[0], OPTIM.betas[1]), eps=OPTIM.eps, foreach=False, fused=False,
     )  # fmt: skip
     record = Record([], [], [], {})
+    compression.settle(0, steps)
     for step in range(steps):
-        compression.settle(step, steps)
         batch = make_batch(model_config, seed, step, size)
         loss = reference_loss(model(batch), batch, teacher, compress)
         optimizer.zero_grad()
@@ -140,6 +140,7 @@ def run_reference(
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, OPTIM)
         optimizer.step()
+        compression.settle(step + 1, steps)
     record.weights = {n: p.detach().clone() for n, p in names.items()}
     return record
 
@@ -160,8 +161,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     )  # fmt: skip
     optimizer = Optimizer(worker.parameters(), OPTIM)
     record = Record([], [], [], {})
+    compression.settle(0, config.steps)
     for step in range(config.steps):
-        compression.settle(step, config.steps)
         batch = make_batch(config.model, config.seed, step, samples(config.strategy))
         micro_batches = split(batch, worker)
         worker.zero_grad()
@@ -172,6 +173,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         record.gradients.append({name: local(g).clone() for name, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
         optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
+        compression.settle(step + 1, config.steps)
     record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
     record.places = {name: place(p) for name, p in worker.parameters().items()}
     return record, {name: spans(name, p, worker) for name, p in worker.parameters().items()}

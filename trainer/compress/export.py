@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -16,17 +17,16 @@ from trainer.compress.linear import CompressedLinear, Lens, whole
 from trainer.compress.packing import pack, unpack
 from trainer.compress.technique import Compression
 from trainer.config import ConfigError, TrainConfig
-from trainer.run_dir import EXPORTED
+from trainer.run_dir import EXPORTED, tokenizer_path
 
 VERSION = "1"
-COPIED = ("config.yaml", "tokenizer.json")
 
 
-def write(worker: Worker, config: TrainConfig, to: Path) -> None:
+def write(worker: Worker, config: TrainConfig, run_dir: Path, to: Path) -> None:
     """Writes the folder `to`, from a model on one rank; ConfigError if it cannot be written.
 
-    It holds the weights, the run's configuration and its tokenizer. Nothing is left where writing
-    fails.
+    It holds the weights, `config`, which is theirs, and the tokenizer of `run_dir`. Nothing is left
+    where writing fails.
     """
     lens = Compression(config.compress).lens
     tensors, packed = {}, []
@@ -49,9 +49,10 @@ def write(worker: Worker, config: TrainConfig, to: Path) -> None:
         partial.mkdir(parents=True)
         about = {"version": VERSION, "packed": json.dumps(packed)}
         (partial / EXPORTED).write_bytes(save(tensors, metadata=about))
-        for file in COPIED:
-            if (Path(config.run_dir) / file).exists():
-                shutil.copy(Path(config.run_dir) / file, partial / file)
+        (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        tokenizer = tokenizer_path(run_dir)
+        if tokenizer.exists():
+            shutil.copy(tokenizer, partial / tokenizer.name)
         partial.rename(to)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

@@ -30,7 +30,8 @@ class Lens:
 class CompressedLinear(Linear):
     """A linear layer that computes with the weights and inputs it will have once compressed."""
 
-    lens: Lens
+    lens = Lens()
+    alive: Tensor | None = None  # (inputs that are here,): 0 where an input is pruned
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -54,6 +55,8 @@ class CompressedLinear(Linear):
 
     def _pruned(self, weight: Tensor) -> Tensor:
         lens = self.lens
+        if self.alive is not None:
+            weight = weight * self.alive.to(weight.dtype)
         if not (lens.n and lens.prunes):
             return weight
         return _StraightThrough.apply(weight, pruned(weight.detach(), lens.n, lens.m))

@@ -174,9 +174,7 @@ def _draw(found: list[Facts], path: Path) -> None:
     for facts in found:
         blocks = range(1, len(facts.lengths) + 1)
         axes[0].plot(blocks, facts.lengths, marker="o", label=f"{facts.name}: {facts.compress}")
-    axes[0].set(
-        title="vectors in front of each block", xlabel="block", ylim=(0, None)
-    )
+    axes[0].set(title="vectors in front of each block", xlabel="block", ylim=(0, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     bars = {

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from trainer.compress.distill import answer, divergence_sum
 from trainer.compress.linear import CompressedLinear, Lens
 from trainer.compress.sequence import Drop, Lengthen, Merge, PoolImage, PoolText, Shorten
+from trainer.compress.structured import Pruning
 from trainer.config import CompressConfig
 from trainer.layers import Linear
 from trainer.model import Transformer
@@ -21,12 +22,15 @@ class Compression:
 
     config: CompressConfig
     lens: Lens = field(init=False)
+    pruning: Pruning | None = field(init=False)
+    model: Transformer | None = field(init=False, default=None)  # that it has reshaped
     # Frozen and whole, given by whoever trains to every rank that has logits; reading needs none.
     teacher: Transformer | None = None
 
     def __post_init__(self) -> None:
         c = self.config
         self.lens = Lens(c.bits, c.group, c.input_bits if c.bits else 0, c.sparse_n, c.sparse_m)
+        self.pruning = Pruning(c) if c.prune_heads or c.prune_ffn else None
 
     def reshape(self, model: Transformer) -> None:
         """Change a model that is built and not yet spread over ranks."""
@@ -38,6 +42,9 @@ class Compression:
             model.resizes |= _of_texts(self.config, model)
         if self.lens.bits or self.lens.n:
             model.blocks.apply(self._swap)
+        if self.pruning is not None:
+            self.pruning.reshape(model.blocks)
+        self.model = model
 
     def loss(self, loss_sum: Callable[..., Tensor], model: Transformer) -> Callable[..., Tensor]:
         """Change what is learned: (logits, targets, inputs) -> sum over valid targets.
@@ -62,8 +69,13 @@ class Compression:
         return bool(self.config.teacher and self.config.distill_weight)
 
     def settle(self, step: int, steps: int) -> None:
-        """Get ready for a step; 0 = the first of `steps`."""
+        """Get ready for a step (0 = the first of `steps`), behind the one before it.
+
+        All ranks call it.
+        """
         self.lens.prunes = step >= self.config.sparse_start * steps
+        if self.pruning is not None and self.model is not None:
+            self.pruning.settle(step / steps, self.model.blocks)
 
     def _swap(self, module: nn.Module) -> None:
         if type(module) is Linear:

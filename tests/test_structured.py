@@ -1,0 +1,172 @@
+"""Pruned heads and channels: the least important go, train as if gone, and are gone on export."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from conf.compress import compress_problems
+from launch.before import exporting
+from parallel.config import StrategyConfig, world_size
+from parallel.runtime import Ranks, process_group
+from trainer.cases import FAMILIES, make_batch, scale_down
+from trainer.compress.structured import Pruning, removed, units_of
+from trainer.compress.technique import Compression
+from trainer.config import CompressConfig, EvaluateConfig, ExportConfig, ModelConfig, TrainConfig
+from trainer.data import open_split
+from trainer.evaluate import evaluate
+from trainer.initial import draw_rows
+from trainer.loop import start
+from trainer.model import Transformer
+from trainer.run_dir import load_config
+from trainer.trained import export_run, open_run
+
+HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
+LAYOUTS = {
+    "single": StrategyConfig(),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
+}
+
+
+def built(config: ModelConfig, compress: CompressConfig = HALF) -> tuple[Transformer, Compression]:
+    model = Transformer(config, torch.float64).double()
+    for name, parameter in model.named_parameters():
+        rows = draw_rows(config, 0, name, parameter.shape, 0, len(parameter))
+        parameter.data.copy_(rows * 4 + torch.sin(torch.arange(rows.numel())).view_as(rows) / 10)
+    compression = Compression(compress)
+    compression.reshape(model)
+    return model, compression
+
+
+def gradients(model: Transformer, batch) -> dict[str, torch.Tensor]:
+    logits = model(batch).flatten(0, -2)
+    torch.nn.functional.cross_entropy(logits, batch["targets"].flatten()).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_learns_as_the_smaller_one(family):
+    """The same logits and gradients, and none at all for what is pruned."""
+    config = replace(scale_down(FAMILIES[family]), dropout=0.0)
+    model, compression = built(config)
+    compression.settle(1, 1)
+    shape, weights = removed(TrainConfig(model=config, compress=HALF), model)
+    small = Transformer(shape.model, torch.float64).double()
+    small.load_state_dict(weights, strict=False)  # tied ones have one name
+    groups = config.kv_heads or config.heads
+    assert shape.model.kv_heads == groups // 2 and shape.model.heads == config.heads // 2
+    assert shape.model.ffn_width == config.ffn_width // 2
+    batch = make_batch(config, 3, 0)
+    torch.testing.assert_close(small(batch), model(batch))
+    ours, theirs = gradients(model, batch), gradients(small, batch)
+    squares = [sum(float(g.square().sum()) for g in grads.values()) for grads in (ours, theirs)]
+    assert squares[0] == pytest.approx(squares[1], rel=1e-12)
+
+
+def test_the_least_important_go_and_never_come_back():
+    config = replace(scale_down(FAMILIES["decoder (Llama)"]), kv_heads=4)
+    model, compression = built(config, CompressConfig(prune_ffn=0.5, prune_heads=0.25))
+    layer = model.blocks["0"].feed_forward
+    norms = layer.down.weight.norm(dim=0) * layer.up.weight.norm(dim=1)
+    norms = norms * layer.gate.weight.norm(dim=1)
+    dead = []
+    for step in (0, 9, 10, 29, 50, 100):
+        with torch.no_grad():
+            layer.down.weight[:, dead] += 1e-9  # an optimizer's moments outlive their gradients
+        compression.settle(step, 100)
+        gone = (layer.down.weight == 0).all(0).nonzero().flatten().tolist()
+        ramp = {0: 0, 9: 0, 10: 0, 29: 1 - (1 - 7 / 16) ** 3, 50: 1, 100: 1}[step]
+        assert len(gone) == round(0.5 * ramp * config.ffn_width)
+        assert set(dead) <= set(gone)
+        assert set(gone) == set(norms.argsort()[: len(gone)].tolist())
+        dead = gone
+    attention = model.blocks["1"].attention
+    heads = attention.output.weight.unflatten(1, (4, -1)).abs().amax((0, 2))
+    assert (heads == 0).sum() == 1
+
+
+def test_a_run_that_goes_on_knows_what_it_has_pruned():
+    config = scale_down(FAMILIES["encoder (ViT)"])
+    model, compression = built(config)
+    compression.settle(30, 100)
+    masks = [units.reader.alive for units in units_of(model.blocks, HALF)]
+    Pruning(HALF).settle(0.3, model.blocks)
+    again = [units.reader.alive for units in units_of(model.blocks, HALF)]
+    assert len(masks) > 3 and all(map(torch.equal, masks, again))
+    assert {0.0, 1.0} == set(torch.cat(masks).tolist())
+
+
+def values(runtime, run_dir: str, strategy: StrategyConfig) -> dict[str, float]:
+    reader = EvaluateConfig(run_dir, strategy=strategy, precision="fp64", device="cpu")
+    run = open_run(reader, runtime)
+    return evaluate(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of a pruned run, its export, and the export of a plain run pruned just there."""
+    folder = tmp_path_factory.mktemp("runs")
+    with process_group("cpu", Ranks.alone()) as runtime:
+        config = TrainConfig(
+            model=tiny.CLASSIFIER, data=tiny.image_data(folder), precision="fp64", device="cpu",
+            batch_size=4, run_dir=str(folder / "run"), compress=HALF,
+        )  # fmt: skip
+        config = tiny.training(config, 1)
+        state = start(config, runtime)
+        state.compression.settle(1, 1)
+        tiny.save(config, state)
+        plain = replace(config, compress=CompressConfig(), run_dir=str(folder / "plain"))
+        tiny.save(tiny.training(plain, 1), start(plain, runtime))
+        exports = []
+        for name, asked in (("run", CompressConfig()), ("plain", HALF)):
+            small = str(folder / f"{name}-small")
+            export_run(exporting(ExportConfig(str(folder / name), small, asked), 1), runtime)
+            exports.append(small)
+        return config.run_dir, *exports
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_exported_is_smaller_and_says_the_same(ranks, runs, layout):
+    run_dir, small, at_once = runs
+    strategy, config = LAYOUTS[layout], load_config(small)
+    assert (config.model.heads, config.model.head_width, config.model.ffn_width) == (2, 4, 16)
+    assert config.compress == CompressConfig()
+    expected = ranks.run(1, values, run_dir, StrategyConfig())[0]
+    for folder in (small, at_once):
+        assert ranks.run(world_size(strategy), values, folder, strategy)[0] == pytest.approx(
+            expected, rel=1e-6
+        )
+
+
+VIT = ModelConfig(family="encoder", width=128, heads=4, ffn_width=512, image_size=28, patch_size=7)
+BAD = {
+    "compress.prune_heads=0.1 of 4 heads is 0: set compress.prune_heads=0.25, or 0": (
+        CompressConfig(prune_heads=0.1), VIT,
+    ),
+    "compress.prune_heads=0.5 of 1 key/value heads is 0: set compress.prune_heads=0": (
+        CompressConfig(prune_heads=0.5), replace(VIT, kv_heads=1),
+    ),
+    "set compress.prune_end=0.4 or more": (
+        CompressConfig(prune_ffn=0.5, prune_start=0.4, prune_end=0.2), VIT,
+    ),
+    "would have new neighbours in compress.group=32; set compress.group=0": (
+        CompressConfig(prune_ffn=0.5, bits=4, group=32), VIT,
+    ),
+    "would have new neighbours in compress.sparse_m=4; set compress.sparse_n=0": (
+        CompressConfig(prune_ffn=0.5, sparse_n=2), VIT,
+    ),
+    "compress.group=64 does not divide the 32 inputs of a head that compress.prune_heads removes; "
+    "set compress.group=32": (
+        CompressConfig(prune_heads=0.5, bits=4, group=64), VIT,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_pruned_is_one_message(message):
+    compress, model = BAD[message]
+    (found,) = compress_problems(compress, model, StrategyConfig())
+    assert message in found
