@@ -1,19 +1,22 @@
 """Shorter sequences and rounder weights: what papers and plain code say, and what stays out."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.compress import compress_problems
 from parallel.config import StrategyConfig
+from trainer import loop
 from trainer.cases import FAMILIES, make_batch, scale_down
 from trainer.compress.linear import CompressedLinear, Lens, pruned, rounded, whole
 from trainer.compress.sequence import Drop, Merge, PoolImage, PoolText
 from trainer.compress.technique import Compression
-from trainer.config import CompressConfig
+from trainer.config import CompressConfig, TrainConfig
 from trainer.flops import flops_per_sample
 from trainer.initial import draw_rows
 from trainer.model import DecodingCache, Transformer
@@ -200,6 +203,53 @@ def test_the_formula_counts_a_pooled_models_flops():
     lengths = model.lengths(0)
     assert lengths[1:3] == [17, 5]
     assert counter.get_total_flops() == 8 * flops_per_sample(model.config, 0, 0, lengths)
+
+
+class Operations(TorchDispatchMode):
+    """Names of all that torch is asked to compute."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **kwargs or {})
+
+
+class Nothing(Compression):
+    """What there would be without the contract."""
+
+    def reshape(self, model):
+        pass
+
+    def loss(self, loss_sum, model):
+        return lambda logits, targets, inputs, **options: loss_sum(logits, targets, **options)
+
+    def settle(self, step, steps):
+        pass
+
+
+def operations(kind: type[Compression], compress: CompressConfig, runtime, family) -> list[str]:
+    """Of two whole training steps."""
+    config = TrainConfig(model=scale_down(family, stages=3), steps=2, compress=compress)
+    compression = kind(compress)
+    with mock.patch("trainer.loop.Compression", lambda _: compression):
+        state = loop.start(config, runtime)
+    batch = make_batch(config.model, 0, 0)
+    batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
+    with Operations() as counted:
+        for _ in range(2):
+            loop.take_step(config, state, [batch])
+    return counted.names
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_nothing_compressed_costs_nothing(runtime, family):
+    none = operations(Compression, CompressConfig(), runtime, family)
+    assert none == operations(Nothing, CompressConfig(), runtime, family)
+    rounded_too = operations(Compression, CompressConfig(bits=8), runtime, family)
+    assert len(rounded_too) > len(none) > 500
 
 
 DECODER = FAMILIES["decoder (Llama)"]

@@ -24,7 +24,8 @@ from trainer.curves import last_values
 from trainer.data import open_split, prepare
 from trainer.data.loader import evaluation_batches
 from trainer.flops import flops_per_sample
-from trainer.trained import TrainedRun, open_run, transformer
+from trainer.run_dir import load_config
+from trainer.trained import TrainedRun, open_run, smaller, transformer
 
 NAME = "compression.png"
 METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss", "valid_loss")
@@ -66,7 +67,8 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     names = [name for name in (config.baseline, config.run_dir) if name]
     reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
     trains, reads = (
-        [open_run(replace(reader, run_dir=name), runtime) for name in names] for _ in range(2)
+        [smaller(open_run(replace(reader, run_dir=name), runtime), runtime) for name in names]
+        for _ in range(2)
     )
     if trains[0].config.data != trains[-1].config.data:
         raise ConfigError(
@@ -105,7 +107,8 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     values = last_values(Path(name))
     metric = next((key for key in METRICS if key in values), "")
     asked = CompressConfig()
-    changed = {k: v for k, v in vars(config.compress).items() if v != getattr(asked, k)}
+    compress = load_config(name).compress  # also what a smaller model is without
+    changed = {k: v for k, v in vars(compress).items() if v != getattr(asked, k)}
     zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
     return Facts(
         name, " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
