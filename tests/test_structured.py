@@ -1,6 +1,7 @@
 """Pruned heads and channels: the least important go, train as if gone, and are gone on export."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -19,7 +20,7 @@ from trainer.evaluate import evaluate
 from trainer.initial import draw_rows
 from trainer.loop import start
 from trainer.model import Transformer
-from trainer.run_dir import load_config
+from trainer.run_dir import EXPORTED, load_config
 from trainer.trained import export_run, open_run
 
 HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
@@ -126,6 +127,21 @@ def runs(tmp_path_factory):
             export_run(exporting(ExportConfig(str(folder / name), small, asked), 1), runtime)
             exports.append(small)
         return config.run_dir, *exports
+
+
+def test_half_the_bytes_are_half_the_bytes(runs, runtime, tmp_path):
+    """In 16 bits, on top of what is pruned; and it is read as what it is."""
+    run_dir, small, _ = runs
+    half = exporting(ExportConfig(run_dir, str(tmp_path / "half"), precision="bf16"), 1)
+    export_run(half, runtime)
+    sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.to)]
+    assert sizes[1] < 0.8 * sizes[0]  # names and shapes take as much as ever
+    whole, rounded = (
+        values(runtime, small, LAYOUTS["single"]),
+        values(runtime, half.to, LAYOUTS["single"]),
+    )
+    assert whole != rounded
+    assert rounded["eval_loss"] == pytest.approx(whole["eval_loss"], rel=0.02)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

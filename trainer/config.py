@@ -294,6 +294,7 @@ class ExportConfig:
     to: str = ""  # a new folder, which evaluate and generate take as run_dir
     # What the run was not trained with, done to its weights all at once.
     compress: CompressConfig = field(default_factory=CompressConfig)
+    precision: str = "fp32"  # fp32 | bf16 | fp16: of what is written and has no fewer bits
     device: str = "cpu"  # cpu | cuda; auto = cuda where there is one
 
 

@@ -21,6 +21,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.model import Transformer
+from trainer.precision import resolve_precision
 from trainer.run_dir import EXPORTED, load_config, tokenizer_path
 from trainer.tokenizer import Tokenizer
 
@@ -105,6 +106,7 @@ def export_run(config: ExportConfig, runtime: Runtime) -> None:
     run = smaller(run, runtime)
     asked = load_config(config.run_dir)
     asked = replace(asked, model=run.config.model, compress=run.config.compress)
-    export.write(run.worker, asked, Path(config.run_dir), Path(config.to))
+    dtype = resolve_precision(config.precision, run.worker.device).compute
+    export.write(run.worker, asked, dtype, Path(config.run_dir), Path(config.to))
     size = (Path(config.to) / EXPORTED).stat().st_size
     Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)

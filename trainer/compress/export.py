@@ -22,11 +22,11 @@ from trainer.run_dir import EXPORTED, tokenizer_path
 VERSION = "1"
 
 
-def write(worker: Worker, config: TrainConfig, run_dir: Path, to: Path) -> None:
+def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path) -> None:
     """Writes the folder `to`, from a model on one rank; ConfigError if it cannot be written.
 
-    It holds the weights, `config`, which is theirs, and the tokenizer of `run_dir`. Nothing is left
-    where writing fails.
+    It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and the
+    tokenizer of `run_dir`. Nothing is left where writing fails.
     """
     lens = Compression(config.compress).lens
     tensors, packed = {}, []
@@ -38,11 +38,11 @@ def write(worker: Worker, config: TrainConfig, run_dir: Path, to: Path) -> None:
     for name, parameter in worker.parameters().items():
         weight = parameter.detach().cpu()
         if name not in compressed:
-            tensors[name] = weight.contiguous()
+            tensors[name] = weight.to(dtype).contiguous()
             continue
         packed.append(name)
         for part, tensor in pack(weight, lens).items():
-            tensors[f"{name}.{part}"] = tensor
+            tensors[f"{name}.{part}"] = tensor.to(dtype) if part == "values" else tensor
     partial = to.with_name(f".{to.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
