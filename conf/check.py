@@ -15,6 +15,7 @@ from conf.layout import (
     model_problems,
     near_divisors,
 )
+from conf.precision import precision_problems
 from conf.submit import SubmitConfig, cluster_problems
 from parallel.config import ConfigError, resolve
 from parallel.schedule import SCHEDULES
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from trainer.data import DataFacts
 
 CHOICES = {
-    "precision": ("fp64", "fp32", "bf16", "fp16", "auto"),
+    "precision": ("fp64", "fp32", "bf16", "fp16", "fp8", "auto"),
     "device": ("cpu", "cuda", "auto"),
     "on_bad_step": ("stop", "skip", "rollback"),
     "resume": ("auto", "never", "always", "scratch"),
@@ -205,6 +206,9 @@ def problems(config: Any, world_size: int) -> list[str]:
             # Verify scales model and compression down.
             if isinstance(config, TrainConfig) and not any("compress." in key for key in wrong):
                 found += compress_problems(config.compress, config.model, strategy)
+                found += precision_problems(
+                    config.precision, config.model, config.compress, strategy
+                )
         found += layout_problems(config, strategy)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += batch_problems(config, strategy)

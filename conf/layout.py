@@ -99,11 +99,14 @@ def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
 def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
     """What does not go with a backward in two passes.
 
-    A compiled graph has but one, and what is recomputed would be for each layer's weights anew.
+    A compiled graph has but one, what is recomputed would be for each layer's weights anew, and
+    float8 layers would multiply for both gradients in either pass.
     """
     asked = []
     if getattr(config, "compile", False):
         asked.append(("compile", "true", "false"))
+    if isinstance(config, TrainConfig) and config.precision == "fp8":
+        asked.append(("precision", "fp8", "bf16"))
     mode = getattr(config, "activation_checkpointing", "none")
     if mode != "none":
         asked.append(("activation_checkpointing", mode, "none"))
@@ -131,7 +134,7 @@ def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
     if size % degree:
         return [
             f"batch_size={size} is not divisible by the {degree} ranks that see different samples "
-            f"(strategy.replicate × strategy.shard); try {_near_multiples(size, degree)}"
+            f"(strategy.replicate × strategy.shard); try {near_multiples(size, degree)}"
         ]
     share = size // degree
     if micro and share % micro and not strategy.elastic:
@@ -269,6 +272,7 @@ def near_divisors(number: int, wanted: int) -> str:
     return " or ".join(map(str, near))
 
 
-def _near_multiples(number: int, factor: int) -> str:
+def near_multiples(number: int, factor: int) -> str:
+    """The multiples of `factor` just below and above `number`."""
     below = number // factor * factor
     return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

@@ -6,6 +6,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from omegaconf import OmegaConf
 from conf.check import complete, problems
 from conf.compress import compress_problems, teacher_problems
 from conf.layout import micro_batch_size, model_problems
+from conf.precision import precision_problems
 from conf.submit import SubmitConfig, training_part
 from launch.script import Point, ranks_per_node
 from launch.versions import note_start
@@ -65,6 +67,7 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     opened = _opened()
     _check(config, world_size)
     _check_compiler(config)
+    _check_kernels(config, world_size)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if config.strategy.elastic and given and not any(o.startswith("run_dir=") for o in given):
         raise ConfigError(
@@ -159,6 +162,12 @@ def _check_compiler(config: TrainConfig) -> None:
         )
 
 
+def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
+    """Raises ConfigError where precision=fp8 is asked for and is not to be had here."""
+    if config.precision == "fp8":
+        import_module("trainer.float8").check(config.device, world_size)
+
+
 def _opened() -> float:
     """When this start began, by the monotonic clock: with the process, or later in a sweep."""
     now = time.monotonic()
@@ -200,11 +209,14 @@ def verification(
 def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
     """The checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
+    _check_kernels(config, world_size)
     trained = load_config(config.run_dir)
     _trained(config.run_dir)
     strategy = resolve(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
-    if found := found + compress_problems(trained.compress, trained.model, strategy):
+    found += compress_problems(trained.compress, trained.model, strategy)
+    found += precision_problems(config.precision, trained.model, trained.compress, strategy)
+    if found:
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
 

@@ -115,7 +115,7 @@ def test_unknown_keys_are_refused():
 SIZES = ["model.width=128", "model.heads=4", "model.kv_heads=2", "model.layers=4"]
 SIZES += ["batch_size=16", "data.seq_len=256"]
 BAD = {
-    "precision=fp31": "precision=fp31 is not one of fp64, fp32, bf16, fp16, auto; "
+    "precision=fp31": "precision=fp31 is not one of fp64, fp32, bf16, fp16, fp8, auto; "
     "did you mean fp32?",
     "model.activation=swigl": "did you mean swiglu?",
     "device=gpu": "device=gpu is not one of cpu, cuda, auto",
@@ -184,6 +184,19 @@ BAD = {
     "strategy=pipeline strategy.schedule=zbv compile=true": "compile=true needs a backward in one "
     "pass, but strategy.schedule=zbv computes gradients of inputs and of weights apart; set "
     "compile=false, or strategy.schedule=gpipe or 1f1b or interleaved or looped_bfs",
+    "strategy=pipeline strategy.schedule=zero_bubble precision=fp8": "set precision=bf16, or "
+    "strategy.schedule=gpipe",
+    "precision=fp8 model.ffn_width=344": "precision=fp8 multiplies matrices whose sizes are "
+    "multiples of 16, but not those of model.ffn_width=344; set precision=bf16, or "
+    "model.ffn_width=336 or 352",
+    "strategy=tensor precision=fp8 model.ffn_width=336 model.width=104": "but not those of "
+    "model.width=104 and the heads (2 × 26) and the key/value heads (1 × 26) and "
+    "model.ffn_width=336 on each of strategy.tensor=2 ranks; set precision=bf16, or "
+    "model.width=96 or 112 and model.head_width=16 or 32 and model.ffn_width=320 or 352",
+    "precision=fp8 compress=int8 compress.bits=8": "precision=fp8 and compress.bits=8 both change "
+    "how the same layers multiply; set precision=bf16, or compress.bits=0",
+    "precision=fp8 compress.sparse_n=2": "precision=fp8 and compress.sparse_n=2 both change how "
+    "the same layers multiply; set precision=bf16, or compress.sparse_n=0",
     "strategy=pipeline strategy.schedule=zero_bubble activation_checkpointing=block": "set "
     "activation_checkpointing=none, or strategy.schedule=gpipe",
 }

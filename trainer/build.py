@@ -15,6 +15,7 @@ from parallel.worker import Worker
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.ends import Head
+from trainer.float8 import multiply_in_float8
 from trainer.flops import flops_per_block
 from trainer.initial import draw_rows
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
@@ -61,6 +62,8 @@ def parallel_model(
         model = Transformer(config, precision.compute)
     compression = compression or Compression(CompressConfig())
     compression.reshape(model)
+    if precision.float8:
+        multiply_in_float8(model.blocks)
     loss = loss or LossConfig()
     loss_sum = partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
     if loss.chunks > 1:

@@ -189,7 +189,10 @@ class TrainConfig:
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    precision: str = "auto"  # fp64 | fp32 | bf16 | fp16; auto = bf16 on CUDA, fp32 on CPU
+    # fp64 | fp32 | bf16 | fp16 | fp8: bf16, but the layers between embedding and head multiply in
+    # float8 (GPUs of compute capability 8.9 or more, with torchao); auto = bf16 on CUDA, fp32 on
+    # CPU.
+    precision: str = "auto"
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     steps: int = 1000  # optimizer steps of the whole run
     batch_size: int = 32  # samples per optimizer step, over all ranks and micro-batches

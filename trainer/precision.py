@@ -8,11 +8,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Precision:
-    """`parameters`: master weights, gradients and optimizer; `compute`: everything in the model."""
+    """`parameters`: master weights, gradients and optimizer; `compute`: everything in the model.
+
+    `float8`: but the products of the layers between embedding and head (float8.py).
+    """
 
     name: str
     parameters: torch.dtype
     compute: torch.dtype
+    float8: bool = False
 
 
 PRECISIONS = {
@@ -20,6 +24,7 @@ PRECISIONS = {
     "fp32": Precision("fp32", torch.float32, torch.float32),
     "bf16": Precision("bf16", torch.float32, torch.bfloat16),
     "fp16": Precision("fp16", torch.float32, torch.float16),
+    "fp8": Precision("fp8", torch.float32, torch.bfloat16, float8=True),
 }
 
 
