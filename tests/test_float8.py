@@ -1,0 +1,208 @@
+"""Layers that multiply in float8, against torchao's own, and under layouts; on a CPU, slowly."""
+
+from copy import deepcopy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
+
+from launch.before import reading, training
+from parallel.config import ConfigError, StrategyConfig, world_size
+from trainer import float8
+from trainer.cases import make_batch, samples, split
+from trainer.config import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.float8 import Float8Linear, check, multiply_in_float8
+from trainer.layers import Linear
+from trainer.loop import start, take_step
+from trainer.trained import open_run
+
+MODEL = ModelConfig(
+    layers=2, width=64, heads=4, kv_heads=2, ffn_width=96, vocab_size=61, max_positions=12,
+    norm="layernorm", bias=True,
+)  # fmt: skip
+LAYOUTS = {
+    "ddp 2": StrategyConfig(replicate=2),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+}
+LAYERS = MODEL.layers * 7  # of attention, and of a gated feed-forward layer
+TOKENS = 13  # no multiple of 16, as the kernels want it
+
+
+def layer(bias: bool) -> Linear:
+    torch.manual_seed(0)
+    return Linear(64, 96, bias=bias)
+
+
+def ours(plain: Linear) -> nn.Module:
+    blocks = nn.Sequential(deepcopy(plain))
+    multiply_in_float8(blocks)
+    return blocks
+
+
+def torchaos(plain: Linear) -> nn.Module:
+    """Its own layer, whose products are of float32 numbers with the rounded factors' values."""
+    casts = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
+    return TorchaoLinear.from_float(deepcopy(plain).bfloat16(), casts)
+
+
+def results(made: nn.Module) -> list[torch.Tensor]:
+    """Output and gradients, of the input and of the parameters."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, TOKENS, 64, generator=draw).bfloat16().requires_grad_()
+    y = made(x)
+    y.backward(torch.randn(y.shape, generator=draw).bfloat16())
+    return [y, x.grad, *(parameter.grad for parameter in made.parameters())]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_output_and_gradients_are_torchaos(bias):
+    plain = layer(bias)
+    found, due = results(ours(plain)), results(torchaos(plain))
+    assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32  # master weights
+    for mine, theirs in zip(found, due, strict=True):
+        # Sums may be rounded otherwise; without float8 they are 1e-1 away.
+        torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-2, atol=1e-3)
+
+
+def test_products_are_such_as_gpus_take(monkeypatch):
+    """What torch checks on a GPU alone: sizes, and which dim is contiguous."""
+    seen, multiply = [], torch._scaled_mm
+
+    def spied(a, b, **options):
+        seen.append((a, b, options))
+        return multiply(a, b, **options)
+
+    monkeypatch.setattr(torch, "_scaled_mm", spied)
+    results(ours(layer(bias=True)))
+    shapes = [(*a.shape, *b.shape) for a, b, _ in seen]
+    rows = 2 * TOKENS
+    assert shapes == [(rows, 64, 64, 96), (rows, 96, 96, 64), (96, 32, 32, 64)]
+    for a, b, options in seen:
+        assert a.dtype == b.dtype == torch.float8_e4m3fn
+        assert a.stride(1) == b.stride(0) == 1
+        assert options["out_dtype"] == torch.bfloat16
+
+
+def test_a_tokens_numbers_do_not_follow_from_its_neighbours():
+    made, (x, other) = ours(layer(bias=True)), torch.randn(2, 5, 64).bfloat16()
+    alone = made(x)
+    assert torch.equal(made(torch.cat([x, 1e4 * other]))[:5], alone)
+
+
+def job(strategy: StrategyConfig, precision: str = "fp8", **changes) -> TrainConfig:
+    return TrainConfig(
+        model=MODEL, strategy=strategy, precision=precision, device="cpu", steps=20,
+        optim=OptimConfig(lr=3e-3, warmup_steps=0), run_dir="none", **changes,
+    )  # fmt: skip
+
+
+def trained(runtime, config: TrainConfig, steps: int) -> tuple[list[float], int]:
+    """The loss of each step, on the same samples whatever the layout; how many layers have fp8."""
+    state = start(config, runtime)
+    batch = make_batch(MODEL, 0, 0, samples(StrategyConfig(pipeline=2)) - 1)
+    losses = []
+    for _ in range(steps):
+        step = take_step(config, state, split(batch, state.worker))
+        losses.append(state.worker.sum_over_data(step.loss).item())
+    return losses, sum(isinstance(m, Float8Linear) for m in state.worker.model.modules())
+
+
+@pytest.fixture(scope="module")
+def alone(runtime) -> list[float]:
+    losses, layers = trained(runtime, job(StrategyConfig()), 8)
+    assert layers == LAYERS
+    return losses
+
+
+def test_the_loss_falls_as_in_bf16(runtime, alone):
+    due, layers = trained(runtime, job(StrategyConfig(), "bf16"), 8)
+    assert layers == 0
+    assert all(later < earlier - 0.05 for earlier, later in pairwise(alone))
+    assert abs(alone[0] - due[0]) > 1e-4
+    torch.testing.assert_close(torch.tensor(alone), torch.tensor(due), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_takes_the_steps_of_one_process(ranks, alone, name):
+    """The first forward is the same, where the ranks of `tensor` round no parts of sums.
+
+    From then on updates differ by what rounding makes of gradients that are added up otherwise.
+    """
+    strategy = LAYOUTS[name]
+    results = ranks.run(world_size(strategy), trained, job(strategy), 4)
+    assert {layers for _, layers in results} == {LAYERS // strategy.pipeline}
+    for losses, _ in results:
+        assert losses[0] == pytest.approx(alone[0], abs=1e-3 if strategy.tensor > 1 else 1e-5)
+        assert losses == pytest.approx(alone[:4], abs=1e-2)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes believe that GPUs of these capabilities are here."""
+
+    def pretend(*found: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: found[number])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
+
+    return pretend
+
+
+NEEDS = "precision=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper), but "
+
+
+def test_hardware_without_float8_is_refused(gpus):
+    gpus()
+    for device in ("cpu", "auto"):
+        with pytest.raises(ConfigError) as raised:
+            check(device, 1)
+        assert str(raised.value) == (
+            f"{NEEDS}the ranks compute on a CPU; set precision=fp32, or bf16"
+        )
+    gpus((9, 0), (8, 6))
+    check("auto", 1)
+    with pytest.raises(ConfigError) as raised:
+        check("cuda", 2)
+    assert str(raised.value) == f"{NEEDS}GPU 1 has 8.6; set precision=bf16"
+    for capability in ((8, 9), (9, 0), (10, 0)):
+        gpus(capability)
+        check("cuda", 1)
+
+
+def test_without_torchao_the_extra_is_named(gpus, monkeypatch):
+    gpus((9, 0))
+    monkeypatch.setattr(float8, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as raised:
+        check("cuda", 1)
+    assert str(raised.value) == (
+        'precision=fp8 needs `torchao`: pip install "samestep[torchao]"; or set precision=bf16'
+    )
+
+
+def test_a_run_is_refused_before_it_begins_and_read_anywhere(runtime, monkeypatch, tmp_path):
+    open_sizes = replace(MODEL, vocab_size=0, max_positions=0)
+    config = job(StrategyConfig(), batch_size=4, data=tiny.text_data(tmp_path / "data"))
+    config = replace(config, model=open_sizes, run_dir=str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="the ranks compute on a CPU"):
+        training(config, 1)
+    assert not (tmp_path / "run").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(float8, "check", lambda device, ranks: None)
+        config = training(config, 1)
+    state = start(config, runtime)
+    tiny.save(config, state)
+    reader = EvaluateConfig(config.run_dir, strategy=StrategyConfig(), device="cpu")
+    model = open_run(reading(reader, 1), runtime).worker.model
+    assert not any(isinstance(m, Float8Linear) for m in model.modules())
+    weights = state.worker.parameters()
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+    with pytest.raises(ConfigError, match="the ranks compute on a CPU"):
+        reading(replace(reader, precision="fp8"), 1)
