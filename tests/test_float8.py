@@ -11,11 +11,12 @@ from torch import nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
+from launch import before
 from launch.before import reading, training
 from parallel.config import ConfigError, StrategyConfig, world_size
 from trainer import float8
 from trainer.cases import make_batch, samples, split
-from trainer.config import EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.config import CompressConfig, EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
 from trainer.float8 import Float8Linear, check, multiply_in_float8
 from trainer.layers import Linear
 from trainer.loop import start, take_step
@@ -205,4 +206,9 @@ def test_a_run_is_refused_before_it_begins_and_read_anywhere(runtime, monkeypatc
     weights = state.worker.parameters()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     with pytest.raises(ConfigError, match="the ranks compute on a CPU"):
+        reading(replace(reader, precision="fp8"), 1)
+    small = replace(config, compress=CompressConfig(bits=8))
+    monkeypatch.setattr(float8, "check", lambda device, ranks: None)
+    monkeypatch.setattr(before, "load_config", lambda run_dir: small)
+    with pytest.raises(ConfigError, match=r"precision=fp8 and compress\.bits=8"):
         reading(replace(reader, precision="fp8"), 1)

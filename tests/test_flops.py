@@ -62,16 +62,23 @@ def test_decoder_is_close_to_six_flops_per_weight_and_token() -> None:
     ("device", "precision", "tflops"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16", 989.5),
+        ("NVIDIA H100 80GB HBM3", "fp8", 1979.0),
         ("NVIDIA H100 PCIe", "bf16", 756.5),
+        ("NVIDIA H100 PCIe", "fp8", 1513.0),
         ("NVIDIA H100 NVL", "fp16", 835.5),
         ("NVIDIA H200", "fp32", 67.0),
+        ("NVIDIA H200", "fp8", 1979.0),
         ("NVIDIA H200 NVL", "bf16", 835.5),
+        ("NVIDIA H200 NVL", "fp8", 1670.5),
         ("NVIDIA B200", "bf16", 2250.0),
+        ("NVIDIA B200", "fp8", 4500.0),
         ("NVIDIA A100-SXM4-80GB", "tf32", 156.0),
         ("NVIDIA A100-SXM4-80GB", "bf16", 312.0),
         ("NVIDIA A10", "bf16", 125.0),
         ("NVIDIA L40S", "fp16", 362.0),
+        ("NVIDIA L40S", "fp8", 733.0),
         ("NVIDIA GeForce RTX 4090", "bf16", 165.2),
+        ("NVIDIA GeForce RTX 4090", "fp8", 330.3),
         ("Tesla V100-SXM2-32GB", "fp16", 125.0),
         ("Tesla V100-PCIE-16GB", "fp16", 112.0),
     ],
@@ -84,6 +91,7 @@ def test_peak_of_a_named_device(device: str, precision: str, tflops: float) -> N
     ("device", "precision"),
     [
         ("Tesla V100-SXM2-32GB", "bf16"),  # Volta has no bfloat16
+        ("NVIDIA A100-SXM4-80GB", "fp8"),  # Ampere has no float8
         ("NVIDIA A10G", "bf16"),  # half an A10
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16"),
         ("NVIDIA GeForce RTX 4090 D", "bf16"),
