@@ -16,9 +16,9 @@ def precision_problems(
     if precision != "fp8":
         return []
     found = [
-        f"precision=fp8 and compress.{key}={getattr(compress, key)} both change how the same "
+        f"precision=fp8 and compress.{key}={getattr(compress, key):g} both change how the same "
         f"layers multiply; set precision=bf16, or compress.{key}=0"
-        for key in ("bits", "sparse_n")
+        for key in ("bits", "sparse_n", "prune_heads", "prune_ffn")
         if getattr(compress, key)
     ]
     return found + _sizes(model, strategy.tensor)

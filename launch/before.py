@@ -248,6 +248,8 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
     if not config.to or Path(config.to).exists():
         given = f"to={config.to} is there already" if config.to else "to is empty"
         raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
+    if config.precision == "fp8":
+        raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
     run, plain = load_config(config.run_dir), CompressConfig()
     asked = {k: v for k, v in vars(config.compress).items() if v != getattr(plain, k)}
     compress = replace(run.compress, **asked)
