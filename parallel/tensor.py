@@ -9,6 +9,7 @@ the split layers.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any
 
 import torch
@@ -305,5 +306,11 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
     ):
         part = _SharedHeads
         module.head_width = parent.head_width
-    module.__class__ = type(f"{type(module).__name__}Part", (part, type(module)), {})
+    module.__class__ = _mixed(part, type(module))
     module.split, module.leaves = split, {}  # type: ignore[assignment]
+
+
+@cache
+def _mixed(part: type, kind: type) -> type:
+    """One class for all such layers, so that a compiled block serves for all that look alike."""
+    return type(f"{kind.__name__}Part", (part, kind), {})

@@ -3,13 +3,18 @@
 from dataclasses import replace
 from functools import partial
 
+import pytest
 import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from parallel.apply import Facts, parallelize
 from parallel.config import StrategyConfig, world_size
 from parallel.mesh import AXES, build_mesh
-from trainer.cases import FAMILIES, scale_down
+from trainer.build import build_worker
+from trainer.cases import FAMILIES, make_batch, scale_down
+from trainer.config import TrainConfig
 from trainer.initial import draw_rows
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer
@@ -126,3 +131,23 @@ def test_no_layout_changes_an_initial_weight(ranks):
     ):
         for other in ranks.run(world_size(strategy), weights, strategy, torch.float32):
             assert all(torch.equal(other[name], weight) for name, weight in one.items())
+
+
+def graphs(runtime, strategy: StrategyConfig) -> int:
+    """Graphs that torch.compile makes of all blocks of a model with dropout, in two steps."""
+    config = scale_down(FAMILIES["decoder (Llama)"], tensor=strategy.tensor, stages=3)
+    worker = build_worker(
+        TrainConfig(model=config, strategy=strategy, compile=True, precision="fp32"), runtime
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    for step in range(2):
+        worker.zero_grad()
+        worker.forward_backward([make_batch(config, 0, step)])
+    assert len(worker.model.blocks) == 4
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("strategy", [StrategyConfig(shard=2), StrategyConfig(tensor=2)])
+def test_one_compiled_block_serves_for_all(ranks, strategy):
+    assert ranks.run(2, graphs, strategy, timeout_seconds=300.0) == [1, 1]

@@ -108,7 +108,7 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
 
-def random_bits(seeds_B: Tensor, site: int, counter_N: Tensor) -> Tensor:
+def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tensor:
     """(B,N): 64 bits for each value of the counter, by SplitMix64's mixer (Steele et al. 2014)."""
     bits = (seeds_B + site)[:, None] + counter_N * _STRIDE
     bits = _fold(bits, 30) * _MIX_1
@@ -116,7 +116,7 @@ def random_bits(seeds_B: Tensor, site: int, counter_N: Tensor) -> Tensor:
     return _fold(bits, 31)
 
 
-def keep_mask(seeds_B: Tensor, site: int, width: int, share: float,
+def keep_mask(seeds_B: Tensor, site: int | Tensor, width: int, share: float,
               places_S: Tensor) -> Tensor:  # fmt: skip
     """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
 
@@ -138,7 +138,9 @@ class Dropout(nn.Module):
     def __init__(self, share: float):
         super().__init__()
         self.share = share
-        self.site = 0  # tells one dropout of the model from the next; set from its name
+        # Tells one dropout of the model from the next; set from its name. A tensor, since a compiled
+        # block is that of one number, and would be compiled again for the next block's.
+        self.site = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
         if not self.training or self.share == 0.0 or stream.seeds_B is None:

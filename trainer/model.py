@@ -103,7 +103,7 @@ class Transformer(nn.Module):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
-                module.site = stable_hash(name)
+                module.site = torch.tensor(stable_hash(name), device="cpu")
 
     def forward(self, inputs: Inputs, cache: DecodingCache | None = None, flow: Flow | None = None,
                 blocks: Sequence[str] | None = None) -> Tensor | Flow:  # fmt: skip
