@@ -306,7 +306,7 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
     ):
         part = _SharedHeads
         module.head_width = parent.head_width
-    module.__class__ = _mixed(part, type(module))
+    module.__class__ = _mixed(part, type(module))  # type: ignore[arg-type]
     module.split, module.leaves = split, {}  # type: ignore[assignment]
 
 

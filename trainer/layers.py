@@ -138,8 +138,8 @@ class Dropout(nn.Module):
     def __init__(self, share: float):
         super().__init__()
         self.share = share
-        # Tells one dropout of the model from the next; set from its name. A tensor, since a compiled
-        # block is that of one number, and would be compiled again for the next block's.
+        # Tells one dropout of the model from the next; set from its name. A tensor, since with a
+        # number each block would be compiled anew.
         self.site = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
