@@ -1,6 +1,7 @@
 """What the report says of a compressed run, beside the run without it."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -53,8 +54,11 @@ def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path)
     assert all(
         len(rates) == 2 and min(rates) > 0 for f in seen for rates in (f.training, f.inference)
     )
+    if len(os.sched_getaffinity(0)) > 1:
+        assert {"1 core", "2 ranks, ddp", "2 ranks, tensor"} < set(first.spread)
+    assert all(min(f.spread.values()) > 0 for f in seen)
     said = capsys.readouterr().out
-    for word in ("sparse_n=2", "50.0%", "16 4 4", "ratio"):
+    for word in ("sparse_n=2", "50.0%", "16 4 4", "ratio", *first.spread):
         assert word in said, word
     picture = next(path for path in tmp_path.parent.parent.rglob(module.NAME))
     assert picture.stat().st_size > 5_000

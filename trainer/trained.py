@@ -94,7 +94,7 @@ def transformer(worker: Worker) -> Transformer:
     return worker.model
 
 
-def export_run(config: ExportConfig, runtime: Runtime) -> None:
+def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None:
     """Writes config.to, from the newest good checkpoint of config.run_dir.
 
     config.compress is complete: what the run was trained with, and what is compressed just here.
@@ -109,4 +109,5 @@ def export_run(config: ExportConfig, runtime: Runtime) -> None:
     dtype = resolve_precision(config.precision, run.worker.device).compute
     export.write(run.worker, asked, dtype, Path(config.run_dir), Path(config.to))
     size = (Path(config.to) / EXPORTED).stat().st_size
-    Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)
+    if say:
+        Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)

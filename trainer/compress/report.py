@@ -7,25 +7,36 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
-from parallel.worker import MicroBatch, Worker
-from trainer.compress.export import compute_with_integers
 from trainer.compress.linear import CompressedLinear, pruned
 from trainer.compress.packing import pack
+from trainer.compress.rates import forward, in_turn, on_cores, one_batch, step
 from trainer.compress.technique import Compression
-from trainer.config import CompressConfig, CompressReportConfig, ConfigError, EvaluateConfig
+from trainer.config import (
+    CompressConfig,
+    CompressReportConfig,
+    ConfigError,
+    EvaluateConfig,
+    ExportConfig,
+)
 from trainer.curves import last_values
-from trainer.data import open_split, prepare
-from trainer.data.loader import evaluation_batches
+from trainer.data import prepare
 from trainer.flops import flops_per_sample
 from trainer.run_dir import load_config
-from trainer.trained import TrainedRun, open_run, smaller, transformer
+from trainer.trained import (
+    TrainedRun,
+    export_run,
+    is_export,
+    open_run,
+    smaller,
+    transformer,
+)
 
 NAME = "compression.png"
 METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss", "valid_loss")
@@ -45,6 +56,7 @@ class Facts:
     zeros: float  # share of the weights between embedding and head
     training: list[float] = field(default_factory=list)
     inference: list[float] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)  # inference on more cores and ranks
 
     @property
     def training_rate(self) -> float:
@@ -61,15 +73,13 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     """Prints the table and writes run_dir/compression.png, from the runs' newest checkpoints.
 
     Rates alternate between the runs and are per second of CPU time, of a forward and backward of
-    one batch of the run's size, and of a forward, with integer kernels where they fit. Raises
-    ConfigError if the runs have other data.
+    one batch of the run's size, and of a forward of the exported model, with integer kernels where
+    they fit; on several cores and ranks of this host per second of wall time. Raises ConfigError
+    if the runs have other data.
     """
     names = [name for name in (config.baseline, config.run_dir) if name]
     reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
-    trains, reads = (
-        [smaller(open_run(replace(reader, run_dir=name), runtime), runtime) for name in names]
-        for _ in range(2)
-    )
+    trains = [smaller(open_run(replace(reader, run_dir=name), runtime), runtime) for name in names]
     if trains[0].config.data != trains[-1].config.data:
         raise ConfigError(
             f"baseline={config.baseline} has learned from other data than run_dir="
@@ -77,21 +87,37 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
         )
     prepare(trains[0].config.data)
     found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
-    batch = _batch(trains[-1])
-    for run in reads:
-        if run.worker.device.type == "cpu":
-            compute_with_integers(run.worker.model)
-    for _ in range(config.rounds + 1):
-        for facts, train, read in zip(found, trains, reads, strict=True):
-            facts.training.append(_rate(partial(_step, train.worker, batch), batch))
-            facts.inference.append(_rate(partial(_forward, read.worker, batch), batch))
-    for facts in found:  # the first round warms up
-        del facts.training[0], facts.inference[0]
+    batch = one_batch(trains[-1])
+    clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
+    with TemporaryDirectory() as scratch:  # inference is of what is exported
+        folders = [
+            _exported(name, Path(scratch) / str(number), runtime)
+            for number, name in enumerate(names)
+        ]
+        reads = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
+        training, inference = (
+            in_turn(work, [run.worker for run in runs], batch, config.rounds, clock)
+            for work, runs in ((step, trains), (forward, reads))
+        )
+        models = [run.config.model for run in reads]
+        on_gpu = batch["targets"].is_cuda
+        spread = {} if on_gpu else on_cores(folders, models, config.rounds)
+    for number, facts in enumerate(found):
+        facts.training, facts.inference = training[number], inference[number]
+        facts.spread = {name: rates[number] for name, rates in spread.items()}
     path = Path(config.run_dir) / NAME
     _draw(found, path)
     console = Console()
     console.print(table(found))
     console.print(f"picture: {path}", markup=False, soft_wrap=True)
+
+
+def _exported(name: str, to: Path, runtime: Runtime) -> str:
+    """A folder with what is exported of a run, which may be that already."""
+    if is_export(name):
+        return name
+    export_run(ExportConfig(name, str(to), load_config(name).compress), runtime, say=False)
+    return str(to)
 
 
 def _facts(name: str, run: TrainedRun) -> Facts:
@@ -119,34 +145,6 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     )  # fmt: skip
 
 
-def _batch(run: TrainedRun) -> MicroBatch:
-    """One batch of the run's size, as in training."""
-    dataset = open_split(run.config.data, "train")
-    batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
-    return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
-
-
-def _step(worker: Worker, batch: MicroBatch) -> None:
-    worker.zero_grad()
-    worker.forward_backward([batch])
-
-
-def _forward(worker: Worker, batch: MicroBatch) -> None:
-    with worker.evaluating():
-        worker.forward(batch)
-
-
-def _rate(work: Callable[[], None], batch: MicroBatch) -> float:
-    """Samples per second of CPU time; of wall time on a GPU, which is waited for."""
-    on_gpu = batch["targets"].is_cuda
-    clock = time.perf_counter if on_gpu else time.process_time
-    began = clock()
-    work()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return len(batch["targets"]) / (clock() - began)
-
-
 def table(found: list[Facts]) -> Table:
     """A column for each run; with two, the ratio of the second to the first."""
     shown = Table(*["", *(facts.name for facts in found)])
@@ -163,10 +161,21 @@ def table(found: list[Facts]) -> Table:
         ("training, samples/s", lambda f: f"{f.training_rate:.4g}", lambda f: f.training_rate),
         ("inference, samples/s", lambda f: f"{f.inference_rate:.4g}", lambda f: f.inference_rate),
     ]
+    for way in found[0].spread:
+        rate = partial(_spread_rate, way)
+        rows.append((f"  {way}", partial(_spread_text, way), rate))
     for name, text, number in rows:
         ratio = f"{number(found[-1]) / number(found[0]):.3g}" if number else ""
         shown.add_row(name, *map(text, found), *[ratio] * (len(found) > 1))
     return shown
+
+
+def _spread_rate(way: str, facts: Facts) -> float:
+    return facts.spread[way]
+
+
+def _spread_text(way: str, facts: Facts) -> str:
+    return f"{facts.spread[way]:.4g}"
 
 
 def _draw(found: list[Facts], path: Path) -> None:
