@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from conf.compress import compress_problems
+from conf.compress import compress_problems, match_problems
 from conf.layout import (
     CONTEXT_FAULTS,
     PIPELINE_FAULTS,
@@ -121,6 +121,7 @@ RANGES = {
     "compress.prune_end": SHARE_BELOW_ONE,
     "compress.temperature": POSITIVE,
     "compress.distill_weight": SHARE,
+    "compress.match_weight": COUNT_OR_OFF,
     "cluster.nodes": COUNT,
     "cluster.gpus_per_node": COUNT_OR_OFF,
     "cluster.ranks_per_node": COUNT_OR_OFF,
@@ -209,6 +210,7 @@ def problems(config: Any, world_size: int) -> list[str]:
                 found += precision_problems(
                     config.precision, config.model, config.compress, strategy
                 )
+                found += match_problems(config.compress, config.model, strategy)
         found += layout_problems(config, strategy)
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += batch_problems(config, strategy)

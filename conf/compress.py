@@ -197,6 +197,76 @@ def _part(width: int, degree: int) -> int:
     return width // degree if width % degree == 0 else 0
 
 
+def match_problems(
+    compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
+) -> list[str]:
+    """Why a model cannot learn from a teacher's hidden states so; empty = it can."""
+    match, named = compress.match, f"compress.match={compress.match}"
+    if not match or not compress.match_weight:
+        return []
+    ours = [pair[0] for pair in match if len(pair) == 2 and min(pair) >= 0]
+    if len(set(ours)) < len(match):
+        return [
+            f"{named} must be pairs of blocks, ours and the teacher's, counted from 0 and each of "
+            "ours once, e.g. [[1,3],[3,7]]"
+        ]
+    found = []
+    if not compress.teacher:
+        found.append(f"{named} learns from a teacher; set compress.teacher, or compress.match=[]")
+    if strategy.context > 1:
+        found.append(
+            f"{named} compares all positions of a sample, but strategy.context={strategy.context} "
+            "shares them; set strategy.context=1, or compress.match=[]"
+        )
+    found += [
+        f"{named} compares positions one by one, but compress.{key}={getattr(compress, key):g} "
+        f"leaves fewer; set compress.{key}=0, or compress.match=[]"
+        for key in SHORTENS
+        if getattr(compress, key)
+    ]
+    last = _depth(model) - 1
+    if max(ours) > last:
+        near = [[min(one, last), other] for one, other in match]
+        found.append(f"{named}, but the blocks here are 0 to {last}; try compress.match={near}")
+    return found
+
+
+def _depth(model: ModelConfig) -> int:
+    return model.layers + (_encoder_blocks(model) if model.family == "encoder_decoder" else 0)
+
+
+def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
+    """Why the hidden states of a teacher cannot be compared with ours; empty = they can."""
+    compress, ours, theirs = config.compress, config.model, teacher.model
+    if not compress.match or not compress.match_weight:
+        return []
+    named = f"compress.match={compress.match} compares positions one by one, but "
+    found = [
+        f"{named}compress.teacher={compress.teacher} has compress.{key}="
+        f"{getattr(teacher.compress, key)} and fewer; name another run, or set compress.match=[]"
+        for key in ("merge", "pool_after")
+        if getattr(teacher.compress, key)
+    ]
+    found += [
+        f"{named}compress.teacher={compress.teacher} has model.{key}={getattr(theirs, key)}; set "
+        f"model.{key}={getattr(theirs, key)}, or compress.match=[]"
+        for key in ("patch_size", "pool")
+        if ours.family == "encoder" and getattr(ours, key) != getattr(theirs, key)
+    ]
+    near, turns = [], [_encoder_blocks(model) for model in (ours, theirs)]
+    for block, other in compress.match:
+        low, high = (0, turns[1]) if block < turns[0] else (turns[1], _depth(theirs))
+        near.append([block, min(max(other, low), high - 1)])
+    if near != compress.match:
+        two = f", the first {turns[1]} of its encoder, as are the first {turns[0]} here"
+        found.append(
+            f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
+            f"{_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; try "
+            f"compress.match={near}"
+        )
+    return found
+
+
 def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
     """Why a completed run cannot learn from the run of compress.teacher; empty = it can."""
     named = f"compress.teacher={config.compress.teacher}"
@@ -212,8 +282,8 @@ def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
             f"{getattr(ours, key)} here; name a run on the same images and classes"
             for key in ("classes", "image_size", "channels")
             if getattr(ours, key) != getattr(theirs, key)
-        ]
-    found = []
+        ] + _matched_problems(config, teacher)
+    found = _matched_problems(config, teacher)
     if ours.vocab_size != theirs.vocab_size:
         found.append(
             f"{named} has model.vocab_size={theirs.vocab_size}, but model.vocab_size="

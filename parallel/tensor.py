@@ -101,6 +101,10 @@ class TensorSplit:
             return x_BSD
         return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
 
+    def share(self, gradient_BSD: Tensor) -> Tensor:
+        """What this rank adds to the gradient of a `whole`, where every rank knows all of it."""
+        return gradient_BSD if self.group.rank() == 0 else torch.zeros_like(gradient_BSD)
+
     def sum(self, x_BSD: Tensor) -> Tensor:
         """The sum over the ranks, for this rank's positions: where the split part ends."""
         if not self.splits_sequence:

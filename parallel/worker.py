@@ -45,6 +45,23 @@ class Axes:
     exchange: Exchange | None  # of compressed gradients, replicate
 
 
+@dataclass
+class _Mean:
+    """The mean loss over valid targets, of which this rank adds up what it learns from."""
+
+    count: Tensor  # of valid targets, over all ranks
+    scale: Tensor | int
+    total: Tensor
+
+    def share(self, loss_sum: Tensor) -> Tensor:
+        """What to go back from for a sum over valid targets, whose part of the mean is counted."""
+        loss = loss_sum / self.count.clamp(min=1).to(loss_sum.dtype)
+        self.total = self.total + loss.detach()
+        # Zero times a loss that is not finite is NaN: its gradient may be finite, and only what is
+        # in the gradient reaches the other ranks.
+        return loss * (loss.detach() * 0 + self.scale)
+
+
 class Worker:
     """A parallelised model with what a training step asks of it."""
 
@@ -71,11 +88,6 @@ class Worker:
         if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
             pipeline.tied = next(self._tied(), None)
 
-    @property
-    def holds_logits(self) -> bool:
-        """Whether a training forward ends on this rank: with the last stage of a pipeline."""
-        return self.pipeline is None or self.pipeline.holds_head
-
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """The micro-batch on this rank's device, copied without waiting where memory is pinned."""
         return {k: v.to(self.device, non_blocking=True) for k, v in micro_batch.items()}
@@ -94,30 +106,28 @@ class Worker:
         inputs = list(map(self.to_device, micro_batches))
         weights = next(self.model.parameters()).dtype
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(weights, torch.float))
+        mean = _Mean(count, 1 if scale is None else scale, total)
 
-        def share_of_mean(logits: Tensor, number: int) -> Tensor:
-            nonlocal total
+        def loss_of(logits: Tensor, number: int) -> Tensor:
             targets = self.model.own_targets(inputs[number]["targets"])  # type: ignore[operator]
-            loss = self._loss_sum(logits, targets, inputs[number])
-            loss = loss / count.clamp(min=1).to(loss.dtype)
-            total = total + loss.detach()
-            # Zero times a loss that is not finite is NaN: its gradient may be finite, and only
-            # what is in the gradient reaches the other ranks.
-            return loss * (loss.detach() * 0 + (1 if scale is None else scale))
+            return mean.share(self._loss_sum(logits, targets, inputs[number]))
 
+        # Whatever learns from other things than logits takes its share where they are.
+        self.model.share_of_mean = mean.share  # type: ignore[assignment]
         if self.pipeline is None:
-            self._accumulate(inputs, share_of_mean)
+            self._accumulate(inputs, loss_of)
         else:
-            self.pipeline.run(inputs, share_of_mean)
+            self.pipeline.run(inputs, loss_of)
+        self.model.share_of_mean = None  # type: ignore[assignment]
         if self.split is not None:
             self.split.finish_gradients(self.model)
         if self.pipeline is not None:
             self.pipeline.sum_tied_gradient()
-            # It is zero but on the rank that has the logits.
-            dist.all_reduce(total, group=self.stages_group)
+            # Each rank has counted in what its stages have learned from.
+            dist.all_reduce(mean.total, group=self.stages_group)
         if self.context is not None:
-            dist.all_reduce(total, group=self.context.group)
-        return total, count
+            dist.all_reduce(mean.total, group=self.context.group)
+        return mean.total, count
 
     def _accumulate(self, inputs: list[MicroBatch], loss_of: LossOf) -> None:
         """One micro-batch after another, forward and backward."""

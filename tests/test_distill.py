@@ -11,13 +11,14 @@ import torch
 from torch.nn import functional as F
 
 from conf.check import problems
-from conf.compress import teacher_problems
+from conf.compress import match_problems, teacher_problems
 from launch.before import training
 from parallel.config import StrategyConfig, world_size
 from parallel.pool import RankFailedError
 from parallel.runtime import Runtime
 from trainer import loop
 from trainer.compress.distill import divergence_sum
+from trainer.compress.match import apart_sum
 from trainer.compress.report import report
 from trainer.config import (
     CompressConfig,
@@ -165,6 +166,121 @@ def test_a_teacher_is_whole_and_frozen_where_the_logits_are(ranks, taught, axis)
     (due,) = ranks.run(1, weights, taught.compress.teacher)
     assert last.keys() == due.keys()
     assert all(torch.equal(last[name], weight.bfloat16()) for name, weight in due.items())
+
+
+def test_states_apart_are_a_mean_over_pairs_of_valid_positions():
+    draw = torch.Generator().manual_seed(0)
+    ours = torch.randn(3, 5, 6, dtype=torch.float64, generator=draw)
+    theirs = torch.randn(3, 5, 9, dtype=torch.float64, generator=draw)  # of another width
+    valid = torch.arange(5) < torch.tensor([[5], [3], [0]])
+    targets = torch.tensor([4, 2, 0])
+    ours[1, 4] = 0  # is not valid, and has no direction
+    due = 0.0
+    for row, places in enumerate((range(5), range(3))):
+        pairs = [(i, j) for i in places for j in places]
+        sides = [[F.cosine_similarity(x[row, i], x[row, j], 0) for i, j in pairs] for x in
+                 (ours, theirs)]  # fmt: skip
+        gaps = [(one - other) ** 2 for one, other in zip(*sides, strict=True)]
+        due = due + targets[row] * sum(gaps) / len(gaps)
+    leaf = ours.requires_grad_()
+    found = apart_sum(leaf, theirs, valid, targets)
+    torch.testing.assert_close(found, due)
+    found.backward()
+    assert leaf.grad[0].abs().min() > 0 and not leaf.grad[~valid].any()
+    assert apart_sum(3 * theirs, theirs, valid, targets).item() == pytest.approx(0, abs=1e-12)
+    assert apart_sum(leaf.half(), theirs.half(), valid, targets).dtype == torch.float32
+
+
+@pytest.fixture(scope="module")
+def matched(ranks, taught) -> TrainConfig:
+    """As `taught`, in micro-batches, with states learned from a teacher that is wider."""
+    folder = Path(taught.run_dir).with_name("wide")
+    teacher = ranks.run(1, made, folder, replace(TEACHER, width=24, layers=3), taught.data)[0]
+    compress = CompressConfig(teacher=teacher.run_dir, match=[[0, 1], [1, 2]], match_weight=5.0)
+    return replace(taught, compress=compress, micro_batch_size=1, run_dir=str(folder / "student"))
+
+
+@pytest.mark.parametrize("axis", ["tensor", "pipeline"])
+def test_states_are_matched_alike_under_every_layout(ranks, matched, axis):
+    one = losses(ranks, matched, f"one-{axis}")
+    two = losses(ranks, matched, f"two-{axis}", strategy=StrategyConfig(**{axis: 2}),
+                 activation_checkpointing="block")  # fmt: skip
+    assert two == pytest.approx(one, rel=1e-10)
+    alone = replace(matched.compress, match=[])
+    apart = losses(ranks, matched, f"alone-{axis}", compress=alone)
+    assert one[0] - apart[0] > 0.1
+
+
+def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor]:
+    """Forwards of the teacher in a step and in an evaluation, and what a scale makes of a norm."""
+    state, forwards = loop.start(config, runtime), []
+    teacher, worker = state.compression.teacher, state.worker
+    teacher.register_forward_hook(lambda *_: forwards.append(1))
+    loader = loop.open_loader(config, state)
+    batches = next(loader)
+    loader.close()
+    worker.forward_backward(batches)
+    once = len(forwards)
+    plain = worker.clip_grad_norm(0.0)
+    worker.zero_grad()
+    worker.forward_backward(batches, torch.tensor(1024.0, dtype=torch.float64))
+    twice = len(forwards)
+    with worker.evaluating():
+        worker.forward(worker.to_device(batches[0]))
+    assert twice == 2 * once
+    return once, len(forwards) - twice, worker.clip_grad_norm(0.0) / plain
+
+
+@pytest.mark.parametrize("axis", ["replicate", "shard", "pipeline"])
+def test_a_teacher_is_asked_once_by_each_rank_that_learns(ranks, matched, axis):
+    config = replace(matched, run_dir=f"{matched.run_dir}-asked-{axis}")
+    config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
+    micro_batches = 4 if axis == "pipeline" else 2
+    for once, evaluated, scaled in ranks.run(2, asked, config):
+        assert (once, evaluated) == (micro_batches, 0)
+        assert scaled.item() == pytest.approx(1024, rel=1e-10)
+
+
+UNMATCHED = {
+    "each of ours once, e.g. [[1,3],[3,7]]": ([[1, 1], [1, 2]], {}),
+    "must be pairs of blocks": ([[1]], {}),
+    "set compress.teacher, or compress.match=[]": ([[1, 1]], {"teacher": ""}),
+    "set strategy.context=1, or compress.match=[]": ([[1, 1]], {}),
+    "set compress.merge=0, or compress.match=[]": ([[1, 1]], {"merge": 1}),
+    "the blocks here are 0 to 1; try compress.match=[[1, 0]]": ([[7, 0]], {}),
+}
+
+
+@pytest.mark.parametrize("message", UNMATCHED)
+def test_states_that_cannot_be_matched_are_one_message(message):
+    match, changes = UNMATCHED[message]
+    compress = replace(CompressConfig(teacher="t", match=match), **changes)
+    strategy = StrategyConfig(context=2 if "context" in message else 1)
+    (found,) = match_problems(compress, tiny.CLASSIFIER, strategy)
+    assert found.startswith(f"compress.match={match}") and message in found
+    assert match_problems(replace(compress, match_weight=0.0), tiny.CLASSIFIER, strategy) == []
+
+
+def test_states_are_matched_with_those_of_the_same_positions():
+    compress = CompressConfig(teacher="t", match=[[0, 2], [1, 1]])
+    ours = TrainConfig(model=tiny.TRANSLATOR, compress=compress)
+    theirs = replace(ours, model=replace(tiny.TRANSLATOR, encoder_layers=2))
+    (message,) = teacher_problems(ours, theirs)
+    assert message.endswith(
+        "has 4 blocks, the first 2 of its encoder, as are the first 1 here; "
+        "try compress.match=[[0, 1], [1, 2]]"
+    )
+    fit = replace(ours, compress=replace(compress, match=[[0, 1], [1, 2]]))
+    assert teacher_problems(fit, replace(theirs, compress=CompressConfig())) == []
+    (message,) = teacher_problems(fit, replace(theirs, compress=CompressConfig(pool_after=1)))
+    assert "compress.teacher=t has compress.pool_after=1 and fewer" in message
+    images = replace(ours, model=tiny.CLASSIFIER, compress=replace(compress, match=[[0, 5]]))
+    other = replace(images, model=replace(tiny.CLASSIFIER, patch_size=2, pool="class_token"))
+    found = teacher_problems(images, other)
+    assert [problem.split("set ")[-1].split(",")[0] for problem in found[:2]] == [
+        "model.patch_size=2", "model.pool=class_token",
+    ]  # fmt: skip
+    assert found[2].endswith("has 2 blocks; try compress.match=[[0, 1]]")
 
 
 @pytest.fixture

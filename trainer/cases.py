@@ -150,6 +150,10 @@ DISTILLED_STRATEGIES = (
     "context 2, ring",
     "context 2 × tensor 2",
 )
+# States are matched where sequences are not shared.
+MATCHED_STRATEGIES = tuple(name for name in DISTILLED_STRATEGIES if "context" not in name)
+# Of six blocks: in front of a pipeline's cut and behind it, of an encoder the last, and the last.
+MATCH = [[1, 0], [2, 2], [5, 4]]
 COMPRESSED = {
     "encoder (ViT)": {
         "merge": CompressConfig(merge=2),
@@ -161,6 +165,7 @@ COMPRESSED = {
         "drop, merge, sparse": CompressConfig(drop=0.3, merge=2, sparse_n=2),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
         "distill": CompressConfig(teacher="drawn"),
+        "distill, match": CompressConfig(teacher="drawn", match=MATCH, match_weight=20.0),
     },
     "encoder-decoder": {
         "merge": CompressConfig(merge=2),
@@ -173,11 +178,15 @@ COMPRESSED = {
             prune_heads=0.3, prune_ffn=0.3, prune_start=0.0, prune_end=0.6, merge=2, bits=8
         ),
         "distill": CompressConfig(teacher="drawn"),
+        "match": CompressConfig(
+            teacher="drawn", distill_weight=0.0, match=MATCH, match_weight=20.0
+        ),
     },
     "decoder (Llama)": {
         "pool": CompressConfig(pool_after=2),
         "int8": CompressConfig(bits=8),
         "distill": CompressConfig(teacher="drawn"),
+        "distill, match": CompressConfig(teacher="drawn", match=MATCH, match_weight=20.0),
         "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.3),
     },
@@ -192,17 +201,26 @@ def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
             yield family, name, VerifyConfig(strategy, model)
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
-            for name in DISTILLED_STRATEGIES if compress.teacher else COMPRESSED_STRATEGIES:
+            for name in _strategies(compress):
                 strategy = STRATEGIES.get(name, StrategyConfig())
                 config = VerifyConfig(strategy, FAMILIES[family], compress)
                 yield f"{family}, {technique}", name, config
 
 
-def scale_compression(compress: CompressConfig) -> CompressConfig:
+def _strategies(compress: CompressConfig) -> tuple[str, ...]:
+    if compress.match:
+        return MATCHED_STRATEGIES
+    return DISTILLED_STRATEGIES if compress.teacher else COMPRESSED_STRATEGIES
+
+
+def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressConfig:
     """The same techniques at sizes that a model has which was scaled down."""
+    encoder, last = model.encoder_layers, model.encoder_layers + model.layers - 1
+    match = {min(pair[0], last): min(pair[1], last) for pair in compress.match}
     return replace(
         compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 2),
         group=8 if compress.group else 0, sparse_m=min(compress.sparse_m, 8),
+        match=[[i, j] for i, j in match.items() if (i < encoder) == (j < encoder)],
     )  # fmt: skip
 
 

@@ -166,6 +166,11 @@ class CompressConfig:
     )
     # Share of the loss that is the divergence from the teacher (times temperature²); 0.0 = off.
     distill_weight: float = 0.5
+    # Pairs of blocks, counted from 0, e.g. [[1,3],[3,7]]: behind block 1 the vectors of a sample
+    # learn to be as alike as those behind block 3 of the teacher; empty = off.
+    match: list[list[int]] = field(default_factory=list)
+    # Times the mean squared difference of those similarities, added to the loss; 0.0 = off.
+    match_weight: float = 1.0
 
 
 @dataclass

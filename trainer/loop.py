@@ -81,7 +81,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
     if compression.distills:
-        compression.teacher = load_teacher(config, worker)
+        compression.teacher = load_teacher(config, worker, compression)
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
         worker,

@@ -11,7 +11,7 @@ The contract with parallel/, which tests hold:
 
 # B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from trainer.layers import (
     rotary_angles,
 )
 from trainer.loss import IGNORED
-from trainer.stream import Context, Flow, Inputs, Resize, SequenceLayout, Stream
+from trainer.stream import Context, Flow, Inputs, Resize, SequenceLayout, Stream, Watcher
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
 # parallel/tensor.py explains.
@@ -95,6 +95,10 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
         # What makes a sequence shorter, by the block that it comes behind (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
+        # What looks at the vectors behind a block, and may join their gradient; by its name.
+        self.watchers: dict[str, Watcher] = {}
+        # In a training step: a sum over valid targets as its share of the mean loss, counted in.
+        self.share_of_mean: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the whole model, also where blocks are taken out
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = Head(config)
@@ -136,6 +140,8 @@ class Transformer(nn.Module):
                 flow = *block(x, memory, streams, own), marks
             if not (resumes and block.stream == "source"):
                 flow, streams = self._resized(int(name), flow, streams, cache)
+            if name in self.watchers:
+                flow = self.watchers[name](flow, streams, inputs)
         if cache is not None:
             if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the last of the encoder has turned
                 _, cache.memory, cache.marks = flow

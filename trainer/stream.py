@@ -14,6 +14,8 @@ Inputs = dict[str, Tensor]
 # (B,S,2) whole numbers, of each vector its size (how many it stands for; 0 = padding) and the sum
 # of their positions.
 Flow = tuple[Tensor, Tensor | None, Tensor | None]
+# (the flow behind a block, what is known of the sequences, inputs) -> the flow.
+Watcher = Callable[[Flow, dict[str, "Stream"], Inputs], Flow]
 
 
 class SequenceLayout:
@@ -37,6 +39,10 @@ class SequenceLayout:
     def collected(self, x_BSD: Tensor, length: int) -> Tensor:
         """All `length` positions, for what every rank does alike and then takes its `own` of."""
         return x_BSD
+
+    def share(self, gradient_BSD: Tensor) -> Tensor:
+        """What this rank adds to the gradient of a `whole`, where every rank knows all of it."""
+        return gradient_BSD
 
 
 class Context:

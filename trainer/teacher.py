@@ -13,17 +13,21 @@ from trainer.config import TrainConfig
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run_dir import load_config
+from trainer.trained import transformer
 
 log = logging.getLogger(__name__)
 
 KEY = "compress.teacher"
 
 
-def load_teacher(config: TrainConfig, worker: Worker) -> Transformer | None:
+def load_teacher(
+    config: TrainConfig, worker: Worker, compression: Compression
+) -> Transformer | None:
     """The model of config.compress.teacher with the weights of its newest good checkpoint.
 
-    All ranks call it; None on those that have no logits. It computes in the dtype that `worker`
-    does, keeps its weights in it, and is compressed as in its own run. Raises ConfigError.
+    All ranks call it; None on those where `compression` asks it nothing. It computes in the dtype
+    that `worker` does, keeps its weights in it, and is compressed as in its own run. Raises
+    ConfigError.
     """
     folder = config.compress.teacher
     run = load_config(folder, KEY)
@@ -33,10 +37,11 @@ def load_teacher(config: TrainConfig, worker: Worker) -> Transformer | None:
     Compression(run.compress).reshape(model)
     model.eval().requires_grad_(False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    if worker.holds_logits:
+    asked = compression.asks(transformer(worker))
+    if asked:
         allocate(model, worker.device, precision.compute)
-    parameters = dict(model.named_parameters()) if worker.holds_logits else {}
+    parameters = dict(model.named_parameters()) if asked else {}
     path = load_parameters(Path(folder), parameters, shapes, KEY)
     if torch.distributed.get_rank() == 0:
         log.info("%s: learning from %s too", KEY, path)
-    return model if worker.holds_logits else None
+    return model if asked else None

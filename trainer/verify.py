@@ -88,23 +88,60 @@ def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
 
 
 def reference_loss(
-    logits: Tensor, batch: dict[str, Tensor], teacher: Transformer | None, compress: CompressConfig
-) -> Tensor:
+    model: Transformer, batch: dict[str, Tensor], teacher: Transformer | None,
+    compress: CompressConfig,
+) -> Tensor:  # fmt: skip
     """The mean loss of a whole batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
-    logits = logits.flatten(0, -2)
+    logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
     loss = functions.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
     if teacher is None:
         return loss
     valid, temperature = targets != IGNORED, compress.temperature
     with torch.no_grad():
-        said = teacher(batch).flatten(0, -2)[valid] / temperature
+        told, theirs = _looked_into(teacher, batch, [block for _, block in compress.match])
+    said = told[valid] / temperature
     apart = functions.kl_div(
         functions.log_softmax(logits[valid] / temperature, -1), functions.softmax(said, -1),
         reduction="batchmean",
     )  # fmt: skip
     weight = compress.distill_weight
-    return (1 - weight) * loss + weight * temperature**2 * apart
+    loss = (1 - weight) * loss + weight * temperature**2 * apart
+    for (block, _), ours, his in zip(compress.match, made, theirs, strict=True):
+        of_source = model.blocks[str(block)].stream == "source"
+        loss = loss + compress.match_weight * reference_match(ours, his, batch, of_source)
+    return loss
+
+
+def _looked_into(
+    model: Transformer, batch: dict[str, Tensor], blocks: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits (N,V), and what these blocks make: an encoder's last one puts it second."""
+    outputs: dict[int, tuple] = {}
+    hooks = [
+        model.blocks[str(i)].register_forward_hook(lambda _m, _x, y, i=i: outputs.update({i: y}))
+        for i in blocks
+    ]
+    logits = model(batch).flatten(0, -2)
+    for hook in hooks:
+        hook.remove()
+    turns = model.encoder_depth - 1 if model.config.family == "encoder_decoder" else -1
+    return logits, [outputs[i][int(i == turns)] for i in blocks]
+
+
+def reference_match(
+    ours: Tensor, theirs: Tensor, batch: dict[str, Tensor], of_source: bool
+) -> Tensor:
+    """The mean over a batch's valid targets of what their samples' states differ in, one by one."""
+    targets = batch["targets"]
+    everywhere = torch.ones(ours.shape[:2], dtype=torch.bool)
+    valid = batch.get("source_valid", everywhere) if of_source else targets != IGNORED
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(len(targets)):
+        x, y = ours[row][valid[row]], theirs[row][valid[row]]
+        x, y = (nn.functional.cosine_similarity(z[:, None], z[None], dim=-1) for z in (x, y))
+        total = total + nn.functional.mse_loss(x, y) * (targets[row] != IGNORED).sum()
+    return total / (targets != IGNORED).sum()
 
 
 def run_reference(
@@ -130,7 +167,7 @@ def run_reference(
     compression.settle(0, steps)
     for step in range(steps):
         batch = make_batch(model_config, seed, step, size)
-        loss = reference_loss(model(batch), batch, teacher, compress)
+        loss = reference_loss(model, batch, teacher, compress)
         optimizer.zero_grad()
         loss.backward()
         record.losses.append(loss.item())
@@ -245,7 +282,7 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     if compressed:
         stages = max(stages, COMPRESSED)
     model = scale_down(config.model, strategy.tensor, stages, groups=compressed)
-    compress = scale_compression(config.compress)
+    compress = scale_compression(config.compress, model)
     config = replace(config, model=model, strategy=strategy, compress=compress)
     record, axes = run_layout(config, runtime)
     reference: list = [None]

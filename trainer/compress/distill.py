@@ -1,21 +1,45 @@
 """A smaller student: a model learns from what a trained one says of the same samples."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from trainer.compress.match import states
 from trainer.loss import IGNORED
 from trainer.model import Transformer
-from trainer.stream import Context, Inputs
+from trainer.stream import Context, Flow, Inputs, Stream
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a teacher says of a micro-batch, which `targets` are of."""
+
+    targets: Tensor
+    logits: Tensor | None  # of all classes at all positions, if they were asked for
+    states: dict[int, Tensor]  # what its blocks have made of all positions, by their numbers
 
 
 @torch.no_grad()
-def answer(teacher: Transformer, inputs: Inputs, context: Context) -> Tensor:
-    """The teacher's logits of all classes, at those positions of whole sequences that are here."""
-    logits = teacher(inputs)
-    assert isinstance(logits, Tensor)
+def ask(teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: bool) -> Said:
+    """What the teacher says of a micro-batch: what these blocks make of it, and its logits."""
+    made: dict[int, Tensor] = {}
+
+    def look(number: int, flow: Flow, _streams: dict[str, Stream], _inputs: Inputs) -> Flow:
+        made[number] = states(teacher.blocks[str(number)], flow)
+        return flow
+
+    teacher.watchers = {str(number): partial(look, number) for number in blocks}
+    last = teacher.depth - 1 if logits else max(blocks)
+    said = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
+    return Said(inputs["targets"], said if logits else None, made)
+
+
+def part_of(logits: Tensor, context: Context) -> Tensor:
+    """The logits of those positions of whole sequences that are here."""
     return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
 
 

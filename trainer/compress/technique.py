@@ -2,18 +2,20 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.compress.distill import answer, divergence_sum
+from trainer.compress.distill import Said, ask, divergence_sum, part_of
 from trainer.compress.linear import CompressedLinear, Lens
+from trainer.compress.match import learn
 from trainer.compress.sequence import Drop, Lengthen, Merge, PoolImage, PoolText, Shorten
 from trainer.compress.structured import Pruning
 from trainer.config import CompressConfig
 from trainer.layers import Linear
 from trainer.model import Transformer
-from trainer.stream import Inputs, Resize
+from trainer.stream import Flow, Inputs, Resize, Stream
 
 
 @dataclass
@@ -24,8 +26,9 @@ class Compression:
     lens: Lens = field(init=False)
     pruning: Pruning | None = field(init=False)
     model: Transformer | None = field(init=False, default=None)  # that it has reshaped
-    # Frozen and whole, given by whoever trains to every rank that has logits; reading needs none.
+    # Frozen and whole, given by whoever trains to every rank that `asks`; reading needs none.
     teacher: Transformer | None = None
+    _said: Said | None = None  # of the micro-batch at hand
 
     def __post_init__(self) -> None:
         c = self.config
@@ -45,6 +48,8 @@ class Compression:
         if self.pruning is not None:
             self.pruning.reshape(model.blocks)
         self.model = model
+        for block in self._matched:
+            model.watchers[str(block)] = partial(self._match, model, block)
 
     def loss(self, loss_sum: Callable[..., Tensor], model: Transformer) -> Callable[..., Tensor]:
         """Change what is learned: (logits, targets, inputs) -> sum over valid targets.
@@ -55,9 +60,9 @@ class Compression:
 
         def changed(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
             learned = loss_sum(logits, targets, **options)
-            if self.teacher is None:
+            if self.teacher is None or not weight:
                 return learned
-            said = answer(self.teacher, inputs, model.context)
+            said = part_of(self._logits(model, inputs), model.context)
             apart = divergence_sum(logits, said, targets, temperature, **options)
             return (1 - weight) * learned + weight * temperature**2 * apart
 
@@ -66,7 +71,50 @@ class Compression:
     @property
     def distills(self) -> bool:
         """Whether a teacher is to have a say in the loss."""
-        return bool(self.config.teacher and self.config.distill_weight)
+        return bool(self.config.teacher and (self.config.distill_weight or self._matched))
+
+    def asks(self, model: Transformer) -> bool:
+        """Whether what a rank has of a model learns from the teacher's logits or vectors."""
+        return self._ends_on(model) or bool(self._here(model))
+
+    def _ends_on(self, model: Transformer) -> bool:
+        """Whether a rank has the logits, and they learn from the teacher's."""
+        return model.head is not None and bool(self.config.distill_weight)
+
+    @property
+    def _matched(self) -> dict[int, int]:
+        """The blocks whose vectors learn, and those of the teacher that they learn from."""
+        match = self.config.match if self.config.match_weight else []
+        return {pair[0]: pair[1] for pair in match}
+
+    def _here(self, model: Transformer) -> dict[int, int]:
+        """Those of the blocks that a rank has."""
+        return {ours: theirs for ours, theirs in self._matched.items() if str(ours) in model.blocks}
+
+    def _hear(self, model: Transformer, inputs: Inputs) -> Said:
+        """What the teacher says of a micro-batch; it is asked once, whoever wants to know first."""
+        if self._said is None or self._said.targets is not inputs["targets"]:
+            assert self.teacher is not None
+            here = self._here(model).values()
+            self._said = ask(self.teacher, inputs, here, logits=self._ends_on(model))
+        return self._said
+
+    def _logits(self, model: Transformer, inputs: Inputs) -> Tensor:
+        """Of the teacher; nobody asks it about the same micro-batch again."""
+        logits = self._hear(model, inputs).logits
+        self._said = None
+        assert logits is not None
+        return logits
+
+    def _match(
+        self, model: Transformer, block: int, flow: Flow, streams: dict[str, Stream], inputs: Inputs
+    ) -> Flow:
+        if self.teacher is None or model.share_of_mean is None:
+            return flow
+        said = self._hear(model, inputs).states[self._matched[block]]
+        return learn(
+            model, str(block), flow, streams, inputs, said, weight=self.config.match_weight
+        )
 
     def settle(self, step: int, steps: int) -> None:
         """Get ready for a step (0 = the first of `steps`), behind the one before it.
