@@ -102,6 +102,7 @@ RANGES = {
     "max_tokens": COUNT,
     "temperature": COUNT_OR_OFF,
     "top_k": COUNT_OR_OFF,
+    "k": COUNT,
     "top_p": Interval(0, 1, low_open=True),
     "length_penalty": COUNT_OR_OFF,
     "launch.ranks": COUNT_OR_OFF,

@@ -4,7 +4,8 @@ import math
 
 from conf.layout import divisors
 from parallel.config import StrategyConfig
-from trainer.config import CompressConfig, ModelConfig, TrainConfig
+from trainer.config import CompressConfig, ModelConfig, TrainConfig, classes_of
+from trainer.data.answers import Facts
 
 SHORTENS = ("merge", "pool_after", "drop")
 
@@ -263,6 +264,42 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
             f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
             f"{_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; try "
             f"compress.match={near}"
+        )
+    return found
+
+
+def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
+    """Why a completed run cannot learn from the answers in compress.teacher; empty = it can."""
+    compress, data, named = (
+        config.compress,
+        config.data,
+        f"compress.teacher={config.compress.teacher}",
+    )
+    if data.kind != facts.kind:
+        return [
+            f"{named} is about data.kind={facts.kind}, but data.kind={data.kind} here; name "
+            "answers to the same data"
+        ]
+    found = []
+    if facts.classes != (classes := classes_of(config.model)):
+        found.append(
+            f"{named} tells {facts.classes} classes apart, but there are {classes} here; name "
+            "answers of a run with the same tokenizer, or the same classes"
+        )
+    if data.kind != "images" and data.seq_len != facts.seq_len:
+        found.append(
+            f"{named} is about data.seq_len={facts.seq_len}, but data.seq_len={data.seq_len} "
+            f"here; set data.seq_len={facts.seq_len}"
+        )
+    if data.kind == "images" and data.augment:
+        found.append(
+            f"{named} is about images as they are, but data.augment=true moves them; set "
+            "data.augment=false, or name the run that teaches"
+        )
+    if compress.match and compress.match_weight:
+        found.append(
+            f"{named} holds logits alone, but compress.match={compress.match} learns from hidden "
+            "states; set compress.match=[], or name the run that teaches"
         )
     return found
 

@@ -50,6 +50,13 @@ Tell what a compression is worth: metric, size, FLOPs, lengths, zeros and speed,
 picture, beside a run without it.
 
   python launch/compress_report.py run_dir=SMALL baseline=LARGE""",
+    "teach": """\
+Keep what a trained run holds likely of all that is learned from: a smaller one then learns from
+that, and needs no teacher in memory.
+
+  python launch/teach.py run_dir=RUN to=ANSWERS k=32
+  torchrun --nproc_per_node=2 launch/teach.py strategy=fsdp run_dir=RUN to=ANSWERS
+  python launch/train.py model.layers=2 compress=distill compress.teacher=ANSWERS""",
     "submit": """\
 Submit a training run to a cluster with Slurm. The same command goes on with the run.
 

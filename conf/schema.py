@@ -18,6 +18,7 @@ from trainer.config import (
     ExportConfig,
     GenerateConfig,
     PrepareConfig,
+    TeachConfig,
     TrainConfig,
     VerifyConfig,
 )
@@ -30,6 +31,7 @@ SCHEMAS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "export": ExportConfig,
     "compress_report": CompressReportConfig,
+    "teach": TeachConfig,
     "prepare": PrepareConfig,
     "submit": SubmitConfig,
 }

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from conf.check import complete, problems
-from conf.compress import compress_problems, teacher_problems
+from conf.compress import answers_problems, compress_problems, teacher_problems
 from conf.layout import micro_batch_size, model_problems
 from conf.precision import precision_problems
 from conf.submit import SubmitConfig, training_part
@@ -30,9 +30,12 @@ from trainer.config import (
     ExportConfig,
     GenerateConfig,
     PrepareConfig,
+    TeachConfig,
     TrainConfig,
     VerifyConfig,
+    classes_of,
 )
+from trainer.data.answers import Answers, Facts, is_answers
 from trainer.run_dir import (
     EXPORTED,
     check_run_dir,
@@ -43,7 +46,7 @@ from trainer.run_dir import (
     tokenizer_path,
 )
 
-Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig)
+Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 
 # Keys of a model that its weights do not tell.
 FREE_OF_SHAPE = (
@@ -56,6 +59,7 @@ FREE_OF_SHAPE = (
     "rope_scaling",
     "pool",
 )
+TEACHER = "compress.teacher"
 log = logging.getLogger(__name__)
 
 
@@ -125,31 +129,53 @@ def check_teacher(config: TrainConfig) -> None:
     What needs no teacher any more, since it is finished, raises AlreadyFinishedError.
     """
     check_run_dir(config)
-    folder, key = config.compress.teacher, "compress.teacher"
-    found: list[str] = []
+    folder = config.compress.teacher
+    kept = is_answers(folder)
     try:
-        teacher = load_config(folder, key)
+        found = answers_problems(config, Answers(folder).facts) if kept else _run_problems(config)
+        tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
+        if not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
+            found = [
+                f"{TEACHER}={folder} has another tokenizer than the data here; set "
+                f"data.tokenizer={own}"
+            ]
+        if not found and kept:
+            found = _sample_problems(config, Answers(folder).facts)
     except ConfigError as error:
         found = error.problems
-    else:
-        steps = [step for step, _ in checkpoints(folder)]
-        found = teacher_problems(config, teacher)
-        tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
-        if not steps:
-            found = [f"{key}={folder} holds no checkpoint; name a run that has been trained"]
-        elif not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
-            found = [
-                f"{key}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
-            ]
-        elif steps[-1] < teacher.steps:
-            log.warning(
-                "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
-                key, folder, steps[-1], teacher.steps,
-            )  # fmt: skip
     if found and checkpoints(config.run_dir):
-        found[-1] += f"; to go on without it: {key}= resume_changed=[{key}]"
+        both = f"{TEACHER}= compress.match=[] resume_changed=[{TEACHER},compress.match]"
+        alone = f"{TEACHER}= resume_changed=[{TEACHER}]"
+        found[-1] += f"; to go on without it: {both if config.compress.match else alone}"
     if found:
         raise ConfigError(*found)
+
+
+def _run_problems(config: TrainConfig) -> list[str]:
+    """Why the run of compress.teacher cannot teach; what may be done about it."""
+    folder = config.compress.teacher
+    teacher = load_config(folder, TEACHER)
+    steps = [step for step, _ in checkpoints(folder)]
+    if not steps:
+        return [f"{TEACHER}={folder} holds no checkpoint; name a run that has been trained"]
+    found = teacher_problems(config, teacher)
+    if not found and steps[-1] < teacher.steps:
+        log.warning(
+            "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
+            TEACHER, folder, steps[-1], teacher.steps,
+        )  # fmt: skip
+    return found
+
+
+def _sample_problems(config: TrainConfig, facts: Facts) -> list[str]:
+    """Whether what is learned from here is what answers were given to."""
+    if facts.data == data.fingerprint(config.data, ["train"]):
+        return []
+    return [
+        f"{TEACHER}={config.compress.teacher} is about other samples than those of data.path="
+        f"{config.data.path}; set data.path={facts.path} and leave it as it was, or ask the "
+        "teacher about these: launch/teach.py"
+    ]
 
 
 def _check_compiler(config: TrainConfig) -> None:
@@ -245,9 +271,7 @@ def _trained(run_dir: str, key: str = "run_dir") -> None:
 def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
     """The checked configuration: there is a run, and nothing where it is to go."""
     _read_alone(config, world_size, [config.run_dir], "exports")
-    if not config.to or Path(config.to).exists():
-        given = f"to={config.to} is there already" if config.to else "to is empty"
-        raise ConfigError(f"{given}; name a new folder, e.g. to={config.run_dir}-exported")
+    _check_new(config.to, f"{config.run_dir}-exported")
     if config.precision == "fp8":
         raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
     run, plain = load_config(config.run_dir), CompressConfig()
@@ -256,6 +280,26 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)
+
+
+def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None) -> TeachConfig:
+    """The checked configuration: there is a run, and nothing where its answers are to go."""
+    config = reading(config, world_size)
+    _check_new(config.to, f"{config.run_dir}-answers")
+    trained = load_config(config.run_dir)
+    if config.k > (classes := classes_of(trained.model)):
+        raise ConfigError(
+            f"k={config.k} is more than the {classes} classes that run_dir={config.run_dir} tells "
+            f"apart; set k={classes}"
+        )
+    data.prepare(trained.data, progress=True)
+    return config
+
+
+def _check_new(to: str, near: str) -> None:
+    if not to or Path(to).exists():
+        given = f"to={to} is there already" if to else "to is empty"
+        raise ConfigError(f"{given}; name a new folder, e.g. to={near}")
 
 
 def comparing(

@@ -26,6 +26,7 @@ TYPES = {
     "list[int]": "a list of whole numbers, e.g. [1,2]",
     "list[float]": "a list of numbers, e.g. [0.9,0.95]",
     "list[str]": "a list of texts, e.g. [a,b]",
+    "list[list[int]]": "a list of pairs of whole numbers, e.g. [[1,3],[3,7]]",
 }
 
 

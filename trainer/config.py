@@ -42,6 +42,11 @@ class ModelConfig:
     pool: str = "mean"  # class_token | mean: what the classifier reads
 
 
+def classes_of(model: ModelConfig) -> int:
+    """How many classes the logits of a completed model are of."""
+    return model.classes if model.family == "encoder" else model.vocab_size
+
+
 @dataclass
 class DataConfig:
     """What is learned from; read by trainer/data/."""
@@ -158,8 +163,8 @@ class CompressConfig:
     prune_ffn: float = 0.0  # the same of the feed-forward layer's channels
     prune_start: float = 0.1  # share of the steps before the first of them are pruned
     prune_end: float = 0.5  # share of the steps before the last are
-    # Folder of a run whose newest checkpoint says what else is likely beside each target; the model
-    # learns that too; empty = off.
+    # Folder of a run whose newest checkpoint says what else is likely beside each target, or of
+    # what such a run has said (launch/teach.py); the model learns that too; empty = off.
     teacher: str = ""
     temperature: float = (
         2.0  # logits of both are divided by it: above 1.0 unlikely classes say more
@@ -304,6 +309,20 @@ class ExportConfig:
     compress: CompressConfig = field(default_factory=CompressConfig)
     precision: str = "fp32"  # fp32 | bf16 | fp16: of what is written and has no fewer bits
     device: str = "cpu"  # cpu | cuda; auto = cuda where there is one
+
+
+@dataclass
+class TeachConfig:
+    """Keep what a trained run holds likely of each target; read by trainer/teach.py."""
+
+    run_dir: str = ""  # the run that teaches; its config.yaml says model and data
+    to: str = ""  # a new folder, which compress.teacher takes
+    k: int = 32  # likeliest classes kept of each target; the others count as impossible
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    precision: str = "auto"  # as in training
+    device: str = "auto"  # cpu | cuda; auto = cuda where there is one
+    micro_batch_size: int = 0  # 0 = as in training
 
 
 @dataclass

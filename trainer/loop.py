@@ -18,6 +18,7 @@ from trainer.checkpoint import TrainState, restore
 from trainer.compress.technique import Compression
 from trainer.config import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
+from trainer.data.answers import Answered
 from trainer.data.loader import TrainLoader
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
@@ -28,7 +29,7 @@ from trainer.optim import Optimizer, lr_at
 from trainer.precision import LossScale, resolve_precision
 from trainer.saver import Saver
 from trainer.supervisor import Supervisor, own_code, supervised
-from trainer.teacher import load_teacher
+from trainer.teacher import load_teacher, open_answers
 from trainer.tokenizer import Tokenizer
 from trainer.trained import load
 
@@ -49,6 +50,8 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         if runtime.world_size > 1:
             resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
             facts = {"the configuration": resolved, "the data": data}
+            if answers := open_answers(config):
+                facts["what the teacher has said"] = answers.fingerprint()
             same_everywhere(runtime, facts | {"this project's code": own_code()})
         state = start(config, runtime, data)
         supervisor.begin(state.step)
@@ -99,9 +102,11 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
 
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     """This rank's share of the training split's micro-batches, from the run's step on."""
-    worker = state.worker
+    worker, dataset = state.worker, open_split(config.data, "train")
+    if answers := open_answers(config):
+        dataset = Answered(dataset, answers)
     return TrainLoader(
-        open_split(config.data, "train"), config.seed, config.batch_size, config.micro_batch_size,
+        dataset, config.seed, config.batch_size, config.micro_batch_size,
         worker.data_rank, worker.data_degree, first_step=state.step,
         pin_memory=worker.device.type == "cuda", left_out=state.guard.left_out,
         repeated=config.overfit_steps,

@@ -10,6 +10,7 @@ from parallel.worker import Worker
 from trainer.checkpoint import load_parameters
 from trainer.compress.technique import Compression
 from trainer.config import TrainConfig
+from trainer.data.answers import Answers, is_answers
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run_dir import load_config
@@ -20,16 +21,26 @@ log = logging.getLogger(__name__)
 KEY = "compress.teacher"
 
 
+def open_answers(config: TrainConfig) -> Answers | None:
+    """What config.compress.teacher has said, where that is kept and learned from; ConfigError."""
+    folder = config.compress.teacher
+    learned = Compression(config.compress).distills and is_answers(folder)
+    return Answers(folder) if learned else None
+
+
 def load_teacher(
     config: TrainConfig, worker: Worker, compression: Compression
 ) -> Transformer | None:
     """The model of config.compress.teacher with the weights of its newest good checkpoint.
 
-    All ranks call it; None on those where `compression` asks it nothing. It computes in the dtype
+    All ranks call it; None on those where `compression` asks it nothing, and where its answers are
+    kept. It computes in the dtype
     that `worker` does, keeps its weights in it, and is compressed as in its own run. Raises
     ConfigError.
     """
     folder = config.compress.teacher
+    if is_answers(folder):
+        return None
     run = load_config(folder, KEY)
     precision = resolve_precision(config.precision, worker.device)
     with torch.device("meta"):

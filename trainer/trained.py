@@ -18,6 +18,7 @@ from trainer.config import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    TeachConfig,
     TrainConfig,
 )
 from trainer.model import Transformer
@@ -39,7 +40,7 @@ class TrainedRun:
 
 
 def open_run(
-    config: GenerateConfig | EvaluateConfig, runtime: Runtime,
+    config: GenerateConfig | EvaluateConfig | TeachConfig, runtime: Runtime,
     compress: CompressConfig | None = None,
 ) -> TrainedRun:  # fmt: skip
     """The newest good checkpoint of config.run_dir, or the export that it holds instead.

@@ -43,6 +43,16 @@ def part_of(logits: Tensor, context: Context) -> Tensor:
     return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
 
 
+def kept_answer(inputs: Inputs, classes: int, context: Context) -> Tensor:
+    """Logits of so many classes, at the positions that are here, from those that were kept.
+
+    Of the others nothing is known: they count as impossible.
+    """
+    logits, places = (part_of(inputs[f"answer_{name}"], context) for name in ("logits", "classes"))
+    all_classes = logits.new_full((*logits.shape[:-1], classes), -torch.inf)
+    return all_classes.scatter_(-1, places.long(), logits)
+
+
 def divergence_sum(
     logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float,
     cross_entropy: Callable[..., Tensor] = F.cross_entropy,

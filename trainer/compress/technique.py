@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from trainer.compress.distill import Said, ask, divergence_sum, part_of
+from trainer.compress.distill import Said, ask, divergence_sum, kept_answer, part_of
 from trainer.compress.linear import CompressedLinear, Lens
 from trainer.compress.match import learn
 from trainer.compress.sequence import Drop, Lengthen, Merge, PoolImage, PoolText, Shorten
 from trainer.compress.structured import Pruning
-from trainer.config import CompressConfig
+from trainer.config import CompressConfig, classes_of
 from trainer.layers import Linear
 from trainer.model import Transformer
 from trainer.stream import Flow, Inputs, Resize, Stream
@@ -60,9 +60,9 @@ class Compression:
 
         def changed(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
             learned = loss_sum(logits, targets, **options)
-            if self.teacher is None or not weight:
+            said = self._answer(model, inputs) if weight else None
+            if said is None:
                 return learned
-            said = part_of(self._logits(model, inputs), model.context)
             apart = divergence_sum(logits, said, targets, temperature, **options)
             return (1 - weight) * learned + weight * temperature**2 * apart
 
@@ -99,12 +99,16 @@ class Compression:
             self._said = ask(self.teacher, inputs, here, logits=self._ends_on(model))
         return self._said
 
-    def _logits(self, model: Transformer, inputs: Inputs) -> Tensor:
-        """Of the teacher; nobody asks it about the same micro-batch again."""
+    def _answer(self, model: Transformer, inputs: Inputs) -> Tensor | None:
+        """The teacher's logits at the positions that are here; None where there is no teacher."""
+        if "answer_classes" in inputs:
+            return kept_answer(inputs, classes_of(model.config), model.context)
+        if self.teacher is None:
+            return None
         logits = self._hear(model, inputs).logits
-        self._said = None
+        self._said = None  # nobody asks about the same micro-batch again
         assert logits is not None
-        return logits
+        return part_of(logits, model.context)
 
     def _match(
         self, model: Transformer, block: int, flow: Flow, streams: dict[str, Stream], inputs: Inputs

@@ -1,5 +1,6 @@
 """What is learned from: text, images or pairs, prepared once and read the same by any layout."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
@@ -38,10 +39,10 @@ def open_split(config: DataConfig, split: str) -> Dataset:
     return READERS[config.kind].open_split(config, _root(config), split)
 
 
-def fingerprint(config: DataConfig) -> str:
+def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
     """A digest of what this rank reads: the sizes of the splits, and samples spread over each."""
     digest = blake2b(digest_size=16)
-    for split in SPLITS:
+    for split in splits:
         dataset = open_split(config, split)
         digest.update(repr((split, len(dataset), dataset.targets, dataset.characters)).encode())
         for index in range(0, len(dataset), max(1, len(dataset) // FINGERPRINT_SAMPLES)):
