@@ -7,6 +7,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from importlib import import_module
+from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
@@ -299,6 +300,8 @@ def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None
 def _check_new(to: str, near: str) -> None:
     if not to or Path(to).exists():
         given = f"to={to} is there already" if to else "to is empty"
+        more = (f"{near}-{number}" for number in count(2))
+        near = next(name for name in chain([near], more) if not Path(name).exists())
         raise ConfigError(f"{given}; name a new folder, e.g. to={near}")
 
 

@@ -280,8 +280,11 @@ def test_what_cannot_be_asked_is_one_message(folder):
     run = str(folder.with_name("run"))
     with pytest.raises(ConfigError, match=r"k=281 is more than the 280 classes .*; set k=280"):
         teaching(TeachConfig(run, "new", k=281), 1)
-    with pytest.raises(ConfigError, match=rf"is there already; name a new folder, .*to={run}-ans"):
+    with pytest.raises(ConfigError, match=rf"is there already; .* to={run}-answers$"):
         teaching(TeachConfig(run, str(folder)), 1)
+    shutil.copytree(folder, f"{run}-answers")
+    with pytest.raises(ConfigError, match=rf"to is empty; .* to={run}-answers-2$"):
+        teaching(TeachConfig(run), 1)
 
 
 def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
