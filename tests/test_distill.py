@@ -294,9 +294,9 @@ def alone(ranks, taught, tmp_path) -> TrainConfig:
     return config
 
 
-def test_a_run_whose_teacher_is_gone(ranks, alone):
+def test_a_run_whose_teacher_is_gone(ranks, runtime, alone):
     assert ranks.run(1, weights, alone.run_dir)[0]  # is read as any other
-    ranks.run(1, measured, alone.run_dir, timeout_seconds=300.0)
+    measured(runtime, alone.run_dir)
     with pytest.raises(AlreadyFinishedError):
         training(alone, 1)
     longer = replace(alone, steps=2)

@@ -132,16 +132,7 @@ class Transformer(nn.Module):
         if begins < 0:
             flow, streams = self._resized(-1, flow, streams, cache)
         for name in names:
-            block = self.blocks[name]
-            x, memory, marks = flow
-            # No new group of tokens may be complete yet.
-            if not (resumes and (block.stream == "source" or x.shape[1] == 0)):
-                own = None if cache is None else cache.blocks.get(name)
-                flow = *block(x, memory, streams, own), marks
-            if not (resumes and block.stream == "source"):
-                flow, streams = self._resized(int(name), flow, streams, cache)
-            if name in self.watchers:
-                flow = self.watchers[name](flow, streams, inputs)
+            flow, streams = self._through(name, flow, streams, inputs, cache)
         if cache is not None:
             if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the last of the encoder has turned
                 _, cache.memory, cache.marks = flow
@@ -150,6 +141,23 @@ class Transformer(nn.Module):
         if self.head is None or int(names[-1]) != self.depth - 1:
             return flow
         return self.head(flow[0], streams[str(self.blocks[names[-1]].stream)])
+
+    def _through(
+        self, name: str, flow: Flow, streams: dict[str, Stream], inputs: Inputs,
+        cache: DecodingCache | None,
+    ) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
+        """One block, and what stands behind it."""
+        block, resumes = self.blocks[name], cache is not None and cache.length > 0
+        if resumes and block.stream == "source":
+            return flow, streams
+        x, memory, marks = flow
+        if not (resumes and x.shape[1] == 0):  # no new group of tokens may be complete yet
+            own = None if cache is None else cache.blocks.get(name)
+            flow = *block(x, memory, streams, own), marks
+        flow, streams = self._resized(int(name), flow, streams, cache)
+        if name in self.watchers:
+            flow = self.watchers[name](flow, streams, inputs)
+        return flow, streams
 
     def flow_like(self, inputs: Inputs, block: int, cache: DecodingCache | None = None
                   ) -> tuple[Tensor | None, ...]:  # fmt: skip

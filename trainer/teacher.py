@@ -34,9 +34,8 @@ def load_teacher(
     """The model of config.compress.teacher with the weights of its newest good checkpoint.
 
     All ranks call it; None on those where `compression` asks it nothing, and where its answers are
-    kept. It computes in the dtype
-    that `worker` does, keeps its weights in it, and is compressed as in its own run. Raises
-    ConfigError.
+    kept. It computes in the dtype that `worker` does, keeps its weights in it, and is compressed as
+    in its own run. Raises ConfigError.
     """
     folder = config.compress.teacher
     if is_answers(folder):

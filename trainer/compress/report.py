@@ -87,29 +87,36 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
         )
     prepare(trains[0].config.data)
     found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
-    batch = one_batch(trains[-1])
-    clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
     with TemporaryDirectory() as scratch:  # inference is of what is exported
         folders = [
             _exported(name, Path(scratch) / str(number), runtime)
             for number, name in enumerate(names)
         ]
         reads = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
-        training, inference = (
-            in_turn(work, [run.worker for run in runs], batch, config.rounds, clock)
-            for work, runs in ((step, trains), (forward, reads))
-        )
-        models = [run.config.model for run in reads]
-        on_gpu = batch["targets"].is_cuda
-        spread = {} if on_gpu else on_cores(folders, models, config.rounds)
-    for number, facts in enumerate(found):
-        facts.training, facts.inference = training[number], inference[number]
-        facts.spread = {name: rates[number] for name, rates in spread.items()}
+        _measure(found, trains, reads, config.rounds)
+        if runtime.device.type == "cpu":
+            spread = on_cores(folders, [run.config.model for run in reads], config.rounds)
+            for number, facts in enumerate(found):
+                facts.spread = {name: rates[number] for name, rates in spread.items()}
     path = Path(config.run_dir) / NAME
     _draw(found, path)
     console = Console()
     console.print(table(found))
     console.print(f"picture: {path}", markup=False, soft_wrap=True)
+
+
+def _measure(
+    found: list[Facts], trains: list[TrainedRun], reads: list[TrainedRun], rounds: int
+) -> None:
+    """Fill in the rates of one rank: of CPU time, or of wall time on a GPU."""
+    batch = one_batch(trains[-1])
+    clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
+    training, inference = (
+        in_turn(work, [run.worker for run in runs], batch, rounds, clock)
+        for work, runs in ((step, trains), (forward, reads))
+    )
+    for number, facts in enumerate(found):
+        facts.training, facts.inference = training[number], inference[number]
 
 
 def _exported(name: str, to: Path, runtime: Runtime) -> str:
