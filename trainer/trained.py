@@ -56,7 +56,8 @@ def open_run(
     )  # fmt: skip
     worker = build_worker(here, runtime)
     load(Path(config.run_dir), worker)
-    if worker.mesh.size() == 1 and worker.device.type == "cpu" and is_export(config.run_dir):
+    whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank
+    if whole and worker.device.type == "cpu" and is_export(config.run_dir):
         export.compute_with_integers(worker.model)
     return TrainedRun(here, worker)
 

@@ -205,6 +205,7 @@ def _draw(found: list[Facts], path: Path) -> None:
     values = [number(found[-1]) / number(found[0]) for number in bars.values()]
     drawn = axes[1].bar(list(bars), values, color=["C1", "C1", "C2", "C2"])
     axes[1].bar_label(drawn, fmt="%.2f")
+    axes[1].margins(y=0.1)  # for what stands on the bars
     axes[1].axhline(1.0, color="grey", linewidth=0.8)
     axes[1].set(title=f"{found[-1].name} / {found[0].name}")
     try:
