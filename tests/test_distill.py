@@ -311,43 +311,37 @@ def test_a_run_whose_teacher_is_gone(ranks, runtime, alone):
     assert checkpoints(alone.run_dir)[-1][0] == 2
 
 
-def refused(config: TrainConfig) -> str:
-    with pytest.raises(ConfigError) as raised:
-        training(config, 1)
-    (message,) = raised.value.problems
-    assert message.startswith(f"compress.teacher={config.compress.teacher} ")
-    assert not Path(config.run_dir).exists()
-    return message
-
-
 def test_who_cannot_teach_is_one_message(taught, tmp_path):
     here, folder = replace(taught, run_dir=str(tmp_path / "run")), Path(taught.compress.teacher)
     other = replace(here, compress=CompressConfig(teacher=str(folder.with_name("rum"))))
-    assert f"holds no run (no config.yaml); did you mean compress.teacher={folder}?" in refused(
-        other
+    assert (
+        f"holds no run (no config.yaml); did you mean compress.teacher={folder}?"
+        in tiny.no_teacher(other)
     )
     more = replace(here, model=replace(STUDENT, vocab_size=288))
-    assert "model.vocab_size=280, but model.vocab_size=288 here" in refused(more)
+    assert "model.vocab_size=280, but model.vocab_size=288 here" in tiny.no_teacher(more)
     longer = replace(
         here, data=replace(here.data, seq_len=17), model=replace(STUDENT, max_positions=17)
     )
     assert "at most model.max_positions=16 tokens, but data.seq_len=17; set data.seq_len=16" in (
-        refused(longer)
+        tiny.no_teacher(longer)
     )
     pairs = replace(
         here,
         data=tiny.pairs_data(tmp_path / "pairs"),
         model=replace(tiny.TRANSLATOR, vocab_size=280),
     )
-    assert "model.family=decoder, but model.family=encoder_decoder here" in refused(pairs)
+    assert "model.family=decoder, but model.family=encoder_decoder here" in tiny.no_teacher(pairs)
     (tmp_path / "words").mkdir()
     for split in ("train", "valid", "test"):
         (tmp_path / "words" / f"{split}.txt").write_text("zebra yak xylophone wolf vole " * 40)
     words = replace(here, data=replace(here.data, path=str(tmp_path / "words"), vocab_size=270))
-    assert f"another tokenizer than the data here; set data.tokenizer={folder}" in refused(words)
+    assert f"another tokenizer than the data here; set data.tokenizer={folder}" in tiny.no_teacher(
+        words
+    )
     young = replace(here, compress=CompressConfig(teacher=str(tmp_path / "young")))
     shutil.copytree(folder, tmp_path / "young", ignore=shutil.ignore_patterns("step-*"))
-    assert "holds no checkpoint; name a run that has been trained" in refused(young)
+    assert "holds no checkpoint; name a run that has been trained" in tiny.no_teacher(young)
 
 
 def test_a_classifiers_teacher_reads_the_same_images():

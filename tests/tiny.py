@@ -4,11 +4,12 @@ import random
 from pathlib import Path
 
 import numpy as np
+import pytest
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from launch.before import training
-from parallel.config import StrategyConfig
+from parallel.config import ConfigError, StrategyConfig
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
@@ -106,6 +107,16 @@ def image_data(folder: Path) -> DataConfig:
 
 def _word(draw: random.Random) -> str:
     return "".join(draw.choice("abcdefg") for _ in range(draw.randint(2, 5)))
+
+
+def no_teacher(config: TrainConfig) -> str:
+    """The one message that a run is refused with for what it would learn from."""
+    with pytest.raises(ConfigError) as raised:
+        training(config, 1)
+    (message,) = raised.value.problems
+    assert message.startswith(f"compress.teacher={config.compress.teacher} ")
+    assert not Path(config.run_dir).exists()
+    return message
 
 
 def whole(tensor: Tensor) -> Tensor:
