@@ -11,7 +11,15 @@ from parallel.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULT
 from parallel.schedule import SCHEDULES
 from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
 from trainer.config import CompressConfig, VerifyConfig
-from trainer.verify import compare, first_fault, largest, verdict
+from trainer.verify import (
+    QUANTITIES,
+    Difference,
+    compare,
+    first_fault,
+    largest,
+    report,
+    verdict,
+)
 
 TOLERANCE = 1e-10
 
@@ -104,6 +112,14 @@ def test_a_local_norm_is_caught(ranks):
     assert fault is not None
     assert fault.quantity == "norm"
     assert largest(found, "weight") > 1e-4  # clipped by the wrong norm
+
+
+def test_no_log_is_too_narrow_for_the_table(capsys):
+    found = [Difference(quantity, 0, 1e-15) for quantity in QUANTITIES]
+    names = ("encoder-decoder, pool, merge, int4, sparse", "context 2 × tensor 2, whole sequences")
+    assert report({names: found}, TOLERANCE)
+    line = next(line for line in capsys.readouterr().out.splitlines() if names[0] in line)
+    assert line.count("1.0e-15") == 4 and line.rstrip().endswith("equal")
 
 
 def test_every_fault_can_be_asked_for():

@@ -332,7 +332,8 @@ def report(rows: Rows, tolerance: float) -> bool:
         shown.add_row(model, strategy, *values, "equal" if equal else "DIFFERS")
         if not equal:
             faults.append(f"{model}, {strategy}: {verdict(found, tolerance)}")
-    console.width = max(console.width, console.measure(shown).maximum)  # a log file's is 80
+    # A log file's width is 80, and nothing is measured as more than that.
+    console.width = max(console.width, Console(width=1000).measure(shown).maximum)
     console.print(shown)
     for fault in faults:
         console.print(fault, soft_wrap=True, highlight=False)
