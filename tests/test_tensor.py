@@ -1,12 +1,15 @@
 """Tensor parallelism: the layout table, what a rank holds, keeps and sends."""
 
+import time
 from dataclasses import replace
+from itertools import product
 from typing import Any
 from unittest import mock
 
 import pytest
 import tiny
 import torch
+from tiny import each
 from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -73,8 +76,13 @@ class Alive(TorchDispatchMode):
         return made
 
     def total_bytes(self) -> int:
-        """Of those that are alive now."""
-        return sum(size for reference, size in self._made.values() if not reference.expired())
+        """Of those that stay alive: gloo's threads hold what they have sent a little longer."""
+        least = sum(size for _, size in self._made.values())
+        for _ in range(20):
+            alive = (size for reference, size in self._made.values() if not reference.expired())
+            least = min(least, sum(alive))
+            time.sleep(0.02)
+        return least
 
 
 def kept_bytes(runtime: Runtime, strategy: StrategyConfig, samples: int, length: int) -> float:
@@ -130,12 +138,12 @@ def vocabulary_loss(
     return [abs(ours.item() - theirs.item()), gap, (whole - logits).abs().max().item()]
 
 
-@pytest.mark.parametrize("classes", [12, 11, 5, 2])  # even, uneven, a rank with none, two with none
-@pytest.mark.parametrize("smoothing", [0.0, 0.1, None])
-@pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_the_loss_of_a_split_vocabulary_is_torch_s(ranks, classes, smoothing, scale):
-    for differences in ranks.run(4, vocabulary_loss, classes, smoothing, scale):
-        assert max(differences) < 1e-12 * 9 * scale
+def test_the_loss_of_a_split_vocabulary_is_torch_s(ranks):
+    classes = (12, 11, 5, 2)  # even, uneven, a rank with none, two with none
+    calls = list(product(classes, (0.0, 0.1, None), (1.0, 1e3)))
+    for found in ranks.run(4, each, vocabulary_loss, calls):
+        for call, differences in zip(calls, found, strict=True):
+            assert max(differences) < 1e-12 * 9 * call[2], call
 
 
 def shared_key(runtime: Runtime) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Untrained runs of each family on a little data of their own."""
 
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,11 @@ def make_worker(runtime: Runtime, model: ModelConfig, strategy: StrategyConfig |
         compress=compress or CompressConfig(),
     )  # fmt: skip
     return build_worker(config, runtime)
+
+
+def each(runtime: Runtime, function: Callable, calls: Iterable[tuple]) -> list:
+    """Results of several calls in one process group, which takes longer to make than most calls."""
+    return [function(runtime, *call) for call in calls]
 
 
 def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfig) -> TrainConfig:
