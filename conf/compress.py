@@ -1,11 +1,14 @@
 """Whether a compression fits the model and the layout: pure functions, every problem at once."""
 
 import math
+from typing import TYPE_CHECKING
 
 from conf.layout import divisors
 from parallel.config import StrategyConfig
 from trainer.config import CompressConfig, ModelConfig, TrainConfig, classes_of
-from trainer.data.answers import Facts
+
+if TYPE_CHECKING:
+    from trainer.data.answers import Facts
 
 SHORTENS = ("merge", "pool_after", "drop")
 
@@ -117,6 +120,15 @@ def _most(vectors: int, times: int) -> int:
     return vectors // (times + 1) if times > 0 else 0
 
 
+def _neighbours(compress: CompressConfig) -> dict[str, int]:
+    """How many weights along the inputs belong together, by the key that says so."""
+    sizes = {
+        "group": compress.group if compress.bits else 0,
+        "sparse_m": compress.sparse_m if compress.sparse_n else 0,
+    }
+    return {key: size for key, size in sizes.items() if size}
+
+
 def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Neighbouring weights along the inputs of a layer, of which each rank has whole groups."""
     head_width = model.head_width or model.width // model.heads
@@ -126,10 +138,8 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
         f"model.ffn_width={model.ffn_width}": _part(model.ffn_width, strategy.tensor),
     }
     found = []
-    sizes = [("group", compress.group if compress.bits else 0)]
-    sizes += [("sparse_m", compress.sparse_m if compress.sparse_n else 0)]
-    for key, size in sizes:
-        wrong = [name for name, width in inputs.items() if size and (not width or width % size)]
+    for key, size in _neighbours(compress).items():
+        wrong = [name for name, width in inputs.items() if not width or width % size]
         if wrong:
             fit = [d for d in divisors(min(filter(None, inputs.values()))) if all(
                 width and width % d == 0 for width in inputs.values()
@@ -172,20 +182,16 @@ def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
 
 def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
     """Neighbours along the inputs must still be neighbours when inputs are gone."""
-    sizes = {
-        "group": compress.group if compress.bits else 0,
-        "sparse_m": compress.sparse_m if compress.sparse_n else 0,
-    }
     head = queries * (model.head_width or model.width // model.heads)
     found = []
-    for key, size in sizes.items():
-        if compress.prune_ffn and size:
+    for key, size in _neighbours(compress).items():
+        if compress.prune_ffn:
             found.append(
                 f"compress.prune_ffn={compress.prune_ffn:g} removes channels one by one, and the "
                 f"others would have new neighbours in compress.{key}={size}; set "
                 + ("compress.group=0" if key == "group" else "compress.sparse_n=0")
             )
-        if compress.prune_heads and size and head % size:
+        if compress.prune_heads and head % size:
             found.append(
                 f"compress.{key}={size} does not divide the {head} inputs of a head that "
                 f"compress.prune_heads removes; set compress.{key}={math.gcd(size, head)}"
@@ -268,13 +274,10 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
     return found
 
 
-def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
+def answers_problems(config: TrainConfig, facts: "Facts") -> list[str]:
     """Why a completed run cannot learn from the answers in compress.teacher; empty = it can."""
-    compress, data, named = (
-        config.compress,
-        config.data,
-        f"compress.teacher={config.compress.teacher}",
-    )
+    compress, data = config.compress, config.data
+    named = f"compress.teacher={compress.teacher}"
     if data.kind != facts.kind:
         return [
             f"{named} is about data.kind={facts.kind}, but data.kind={data.kind} here; name "

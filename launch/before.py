@@ -25,7 +25,6 @@ from parallel.config import ConfigError, StrategyConfig, data_degree, resolve
 from parallel.schedule import warnings
 from trainer import data, goodput
 from trainer.config import (
-    CompressConfig,
     CompressReportConfig,
     EvaluateConfig,
     ExportConfig,
@@ -34,6 +33,7 @@ from trainer.config import (
     TeachConfig,
     TrainConfig,
     VerifyConfig,
+    asked_for,
     classes_of,
 )
 from trainer.data.answers import Answers, Facts, is_answers
@@ -131,17 +131,19 @@ def check_teacher(config: TrainConfig) -> None:
     """
     check_run_dir(config)
     folder = config.compress.teacher
-    kept = is_answers(folder)
+    facts = None
     try:
-        found = answers_problems(config, Answers(folder).facts) if kept else _run_problems(config)
+        if is_answers(folder):
+            facts = Answers(folder).facts
+        found = _run_problems(config) if facts is None else answers_problems(config, facts)
         tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
         if not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
             found = [
                 f"{TEACHER}={folder} has another tokenizer than the data here; set "
                 f"data.tokenizer={own}"
             ]
-        if not found and kept:
-            found = _sample_problems(config, Answers(folder).facts)
+        if not found and facts is not None:
+            found = _sample_problems(config, facts)
     except ConfigError as error:
         found = error.problems
     if found and checkpoints(config.run_dir):
@@ -275,9 +277,8 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
     _check_new(config.to, f"{config.run_dir}-exported")
     if config.precision == "fp8":
         raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
-    run, plain = load_config(config.run_dir), CompressConfig()
-    asked = {k: v for k, v in vars(config.compress).items() if v != getattr(plain, k)}
-    compress = replace(run.compress, **asked)
+    run = load_config(config.run_dir)
+    compress = replace(run.compress, **asked_for(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)

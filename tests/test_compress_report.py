@@ -3,15 +3,24 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
 
-from launch.before import comparing, training
+from launch.before import comparing, exporting, training
 from trainer.compress import report as module
 from trainer.compress.report import Facts, report, table
-from trainer.config import CompressConfig, CompressReportConfig, ConfigError, TrainConfig
+from trainer.config import (
+    CompressConfig,
+    CompressReportConfig,
+    ConfigError,
+    ExportConfig,
+    TrainConfig,
+)
 from trainer.loop import start
+from trainer.run_dir import EXPORTED
+from trainer.trained import export_run
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +71,18 @@ def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path)
         assert word in said, word
     picture = next(path for path in tmp_path.parent.parent.rglob(module.NAME))
     assert picture.stat().st_size > 5_000
+
+
+def test_what_is_exported_is_measured_and_exported_like_a_run(runtime, runs, tmp_path, capsys):
+    """Its layers have weights again, which training and packing need."""
+    _, small = runs
+    once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
+    for run_dir, to in ((small, once), (once, twice)):
+        export_run(exporting(ExportConfig(run_dir, to), 1), runtime)
+    files = [(Path(folder) / EXPORTED).read_bytes() for folder in (once, twice)]
+    assert len(files[0]) == len(files[1])
+    report(comparing(CompressReportConfig(once, rounds=1), 1), runtime)
+    assert "sparse_n=2" in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared(runtime, runs, tmp_path):

@@ -26,12 +26,6 @@ MODEL = ModelConfig(
     layers=2, width=64, heads=4, kv_heads=2, ffn_width=96, vocab_size=61, max_positions=12,
     norm="layernorm", bias=True,
 )  # fmt: skip
-LAYOUTS = {
-    "ddp 2": StrategyConfig(replicate=2),
-    "fsdp 2": StrategyConfig(shard=2),
-    "tensor 2": StrategyConfig(tensor=2),
-    "pipeline 2": StrategyConfig(pipeline=2),
-}
 LAYERS = MODEL.layers * 7  # of attention, and of a gated feed-forward layer
 TOKENS = 13  # no multiple of 16, as the kernels want it
 
@@ -130,13 +124,13 @@ def test_the_loss_falls_as_in_bf16(runtime, alone):
     torch.testing.assert_close(torch.tensor(alone), torch.tensor(due), rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", tiny.TWO_RANKS)
 def test_a_layout_takes_the_steps_of_one_process(ranks, alone, name):
     """The first forward is the same, where the ranks of `tensor` round no parts of sums.
 
     From then on updates differ by what rounding makes of gradients that are added up otherwise.
     """
-    strategy = LAYOUTS[name]
+    strategy = tiny.TWO_RANKS[name]
     results = ranks.run(world_size(strategy), trained, job(strategy), 4)
     assert {layers for _, layers in results} == {LAYERS // strategy.pipeline}
     for losses, _ in results:

@@ -24,10 +24,7 @@ MODEL = ModelConfig(
     bias=True, activation="gelu", tied=False,
 )  # fmt: skip
 LAYOUTS = {
-    "ddp 2": StrategyConfig(replicate=2),
-    "fsdp 2": StrategyConfig(shard=2),
-    "tensor 2": StrategyConfig(tensor=2),
-    "pipeline 2": StrategyConfig(pipeline=2),
+    **tiny.TWO_RANKS,
     "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
 }
 

@@ -94,7 +94,9 @@ def test_a_run_that_goes_on_knows_what_it_has_pruned():
     model, compression = built(config)
     compression.settle(30, 100)
     masks = [units.reader.alive for units in units_of(model.blocks, HALF)]
-    Pruning(HALF).settle(0.3, model.blocks)
+    pruning = Pruning(HALF)
+    pruning.reshape(model.blocks)
+    pruning.settle(0.3)
     again = [units.reader.alive for units in units_of(model.blocks, HALF)]
     assert len(masks) > 3 and all(map(torch.equal, masks, again))
     assert {0.0, 1.0} == set(torch.cat(masks).tolist())

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from trainer.data import open_split
 from trainer.data.answers import Answered, Answers
 from trainer.data.loader import TrainLoader
 from trainer.loss import IGNORED
-from trainer.run_dir import load_config
+from trainer.run_dir import load_config, new_folder
 from trainer.stream import Context
 from trainer.teach import largest, teach_run
 
@@ -284,18 +285,21 @@ def test_what_cannot_be_asked_is_one_message(folder):
 
 
 def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
-    for number in range(2):
-        monkeypatch.setattr(teach, "FILE_BYTES", 1)  # a file for every sample
-        writer = teach.Writer(tmp_path / "new")
-        writer.add((np.zeros((2, 3), np.float16), np.arange(6, dtype=np.uint16).reshape(2, 3)))
-        writer.add((np.zeros((1, 3), np.float16), np.full((1, 3), 7, np.uint16)))
-        assert not (tmp_path / "new").exists()
-        if not number:
-            writer.forget()
+    monkeypatch.setattr(teach, "FILE_BYTES", 1)  # a file for every sample
+    new = tmp_path / "new"
+    for fails in (True, False):
+        with suppress(KeyboardInterrupt), new_folder(new) as partial:
+            writer = teach.Writer(partial)
+            writer.add((np.zeros((2, 3), np.float16), np.arange(6, dtype=np.uint16).reshape(2, 3)))
+            writer.add((np.zeros((1, 3), np.float16), np.full((1, 3), 7, np.uint16)))
+            assert not new.exists()
+            if fails:
+                raise KeyboardInterrupt
+            facts = replace(Answers(folder).facts, files=tuple(writer.flush()), samples=2, k=3)
+            writer.finish(facts, tmp_path / "none")
+        if fails:
             assert not list(tmp_path.iterdir())
-    facts = replace(Answers(folder).facts, files=tuple(writer.flush()), samples=2, k=3)
-    writer.finish(facts, tmp_path / "none")
-    answers = Answers(tmp_path / "new")
+    answers = Answers(new)
     assert len(facts.files) == 2
     assert answers.rows(0)[1].tolist() == [[0, 1, 2], [3, 4, 5]]
     assert answers.rows(1)[1].tolist() == [[7, 7, 7]]

@@ -20,6 +20,12 @@ from trainer.loop import start
 from trainer.run_dir import checkpoint_path
 from trainer.saver import Saver
 
+TWO_RANKS = {
+    "ddp 2": StrategyConfig(replicate=2),
+    "fsdp 2": StrategyConfig(shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+}
 # A large init_std makes an untrained model's opinions differ from token to token.
 LLAMA = ModelConfig(
     layers=2, width=16, heads=4, kv_heads=2, ffn_width=32, vocab_size=23, max_positions=16,

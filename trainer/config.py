@@ -4,6 +4,7 @@ Each section is named after the file that reads it: `optim.lr` is read by traine
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from parallel.config import ConfigError, StrategyConfig
 
@@ -176,6 +177,12 @@ class CompressConfig:
     match: list[list[int]] = field(default_factory=list)
     # Times the mean squared difference of those similarities, added to the loss; 0.0 = off.
     match_weight: float = 1.0
+
+
+def asked_for(compress: CompressConfig) -> dict[str, Any]:
+    """The keys with their values that are not as where nothing is compressed."""
+    plain = CompressConfig()
+    return {k: v for k, v in vars(compress).items() if v != getattr(plain, k)}
 
 
 @dataclass

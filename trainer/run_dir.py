@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def check_run_dir(config: TrainConfig) -> None:
         raise ConfigError(
             f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
         ) from error
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `to` at the end; ConfigError if it cannot be written.
+
+    Nothing is left where that fails.
+    """
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(to)
+    except OSError as error:
+        raise ConfigError(
+            f"to={to} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from parallel.config import data_degree
 from parallel.runtime import Runtime
-from trainer.config import ConfigError, TeachConfig, classes_of
+from trainer.config import TeachConfig, classes_of
 from trainer.data import fingerprint, open_split, prepare
 from trainer.data.answers import Facts, write_facts
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import progress_bar
 from trainer.loss import IGNORED
-from trainer.run_dir import load_config, tokenizer_path
+from trainer.run_dir import load_config, new_folder, tokenizer_path
 from trainer.trained import open_run
 
 FILE_BYTES = 1 << 27  # of one file, about
@@ -29,12 +29,10 @@ Answer = tuple[np.ndarray, np.ndarray]  # of a sample's positions (N,K): logits,
 
 
 class Writer:
-    """Fills a folder with answers, sample after sample, and gives it its name at the end."""
+    """Fills a folder with answers, sample after sample."""
 
-    def __init__(self, to: Path):
-        self._to, self._folder = to, to.with_name(f".{to.name}.partial")
-        shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(parents=True)
+    def __init__(self, folder: Path):
+        self._folder = folder
         self._files: list[tuple[str, int, int]] = []
         self._waiting: list[Answer] = []
         self._written = self._bytes = 0
@@ -47,15 +45,10 @@ class Writer:
             self.flush()
 
     def finish(self, facts: Facts, tokenizer: Path) -> None:
-        """The folder is there, whole, with a copy of the tokenizer where there is one."""
+        """Say what the files are, with a copy of the tokenizer where there is one."""
         write_facts(self._folder, facts)
         if tokenizer.exists():
             shutil.copy(tokenizer, self._folder / tokenizer.name)
-        self._folder.rename(self._to)
-
-    def forget(self) -> None:
-        """Leave nothing."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def flush(self) -> list[tuple[str, int, int]]:
         """Write what waits; all files so far: name, bytes and number of the first sample."""
@@ -129,26 +122,21 @@ def writing(
         yield lambda answers: None
         return
     to = Path(config.to)
-    try:
-        writer = Writer(to)
-        try:
-            with progress_bar("Answering", facts(files=()).samples, show=True) as advance:
+    with new_folder(to) as folder:
+        writer = Writer(folder)
+        with progress_bar("Answering", facts(files=()).samples, show=True) as advance:
 
-                def add(answers: list[Answer]) -> None:
-                    for answer in answers:
-                        writer.add(answer)
-                    advance(len(answers))
+            def add(answers: list[Answer]) -> None:
+                for answer in answers:
+                    writer.add(answer)
+                advance(len(answers))
 
-                yield add
-            written = facts(files=tuple(writer.flush()))
-            writer.finish(written, tokenizer_path(config.run_dir))
-        finally:
-            writer.forget()
-    except OSError as error:
-        raise ConfigError(
-            f"to={to} cannot be written ({error.strerror}); choose another folder"
-        ) from error
+            yield add
+        written = facts(files=tuple(writer.flush()))
+        writer.finish(written, tokenizer_path(config.run_dir))
     size = sum(size for _, size, _ in written.files) / 1e6
     Console().print(
-        f"answers: {to}, {written.samples} samples, {size:.3g} MB", markup=False, soft_wrap=True
+        f"answers: {to}, {written.samples} samples, {size:.3g} MB",
+        markup=False,
+        soft_wrap=True,
     )

@@ -41,12 +41,13 @@ class TrainedRun:
 
 def open_run(
     config: GenerateConfig | EvaluateConfig | TeachConfig, runtime: Runtime,
-    compress: CompressConfig | None = None,
+    compress: CompressConfig | None = None, integers: bool = True,
 ) -> TrainedRun:  # fmt: skip
     """The newest good checkpoint of config.run_dir, or the export that it holds instead.
 
     Under config.strategy, and under `compress` in place of the run's; ConfigError if there is
-    neither.
+    neither. With `integers` an export is for reading alone: its layers keep whole numbers where
+    kernels fit.
     """
     run = load_config(config.run_dir)
     here = replace(
@@ -57,7 +58,7 @@ def open_run(
     worker = build_worker(here, runtime)
     load(Path(config.run_dir), worker)
     whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank
-    if whole and worker.device.type == "cpu" and is_export(config.run_dir):
+    if integers and whole and worker.device.type == "cpu" and is_export(config.run_dir):
         export.compute_with_integers(worker.model)
     return TrainedRun(here, worker)
 
@@ -104,8 +105,7 @@ def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
     )
-    run = open_run(reader, runtime, config.compress)
-    run = smaller(run, runtime)
+    run = smaller(open_run(reader, runtime, config.compress, integers=False), runtime)
     asked = load_config(config.run_dir)
     asked = replace(asked, model=run.config.model, compress=run.config.compress)
     dtype = resolve_precision(config.precision, run.worker.device).compute

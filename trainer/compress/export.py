@@ -17,7 +17,7 @@ from trainer.compress.linear import CompressedLinear, Lens, whole
 from trainer.compress.packing import pack, unpack
 from trainer.compress.technique import Compression
 from trainer.config import ConfigError, TrainConfig
-from trainer.run_dir import EXPORTED, tokenizer_path
+from trainer.run_dir import EXPORTED, new_folder, tokenizer_path
 
 VERSION = "1"
 
@@ -43,22 +43,13 @@ def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path
         packed.append(name)
         for part, tensor in pack(weight, lens).items():
             tensors[f"{name}.{part}"] = tensor.to(dtype) if part == "values" else tensor
-    partial = to.with_name(f".{to.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        about = {"version": VERSION, "packed": json.dumps(packed)}
+    about = {"version": VERSION, "packed": json.dumps(packed)}
+    with new_folder(to) as partial:
         (partial / EXPORTED).write_bytes(save(tensors, metadata=about))
         (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
         tokenizer = tokenizer_path(run_dir)
         if tokenizer.exists():
             shutil.copy(tokenizer, partial / tokenizer.name)
-        partial.rename(to)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ConfigError(
-            f"to={to} cannot be written ({error.strerror}); choose another folder"
-        ) from error
 
 
 def load(folder: Path, worker: Worker, config: TrainConfig) -> None:

@@ -19,11 +19,11 @@ from trainer.compress.packing import pack
 from trainer.compress.rates import forward, in_turn, on_cores, one_batch, step
 from trainer.compress.technique import Compression
 from trainer.config import (
-    CompressConfig,
     CompressReportConfig,
     ConfigError,
     EvaluateConfig,
     ExportConfig,
+    asked_for,
 )
 from trainer.curves import last_values
 from trainer.data import prepare
@@ -79,7 +79,10 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     """
     names = [name for name in (config.baseline, config.run_dir) if name]
     reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
-    trains = [smaller(open_run(replace(reader, run_dir=name), runtime), runtime) for name in names]
+    trains = [
+        smaller(open_run(replace(reader, run_dir=name), runtime, integers=False), runtime)
+        for name in names
+    ]
     if trains[0].config.data != trains[-1].config.data:
         raise ConfigError(
             f"baseline={config.baseline} has learned from other data than run_dir="
@@ -139,9 +142,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     lengths = model.lengths(length)
     values = last_values(Path(name))
     metric = next((key for key in METRICS if key in values), "")
-    asked = CompressConfig()
-    compress = load_config(name).compress  # also what a smaller model is without
-    changed = {k: v for k, v in vars(compress).items() if v != getattr(asked, k)}
+    changed = asked_for(load_config(name).compress)  # also what a smaller model is without
     zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
     return Facts(
         name, " ".join(f"{key}={value}" for key, value in changed.items()) or "none",

@@ -67,9 +67,11 @@ class Pruning:
     def __init__(self, config: CompressConfig):
         self.config = config
         self._ramp: float | None = None
+        self._blocks = nn.Module()
 
     def reshape(self, blocks: nn.Module) -> None:
-        """Let the layers that read what is pruned know of it."""
+        """Let the layers that read what is pruned know of it, of those that will stay here."""
+        self._blocks = blocks
         for units in units_of(blocks, self.config):
             if type(units.reader) is Linear:
                 units.reader.__class__ = CompressedLinear
@@ -86,11 +88,11 @@ class Pruning:
         return 1.0 - (1.0 - int(passed * EVENTS) / EVENTS) ** 3
 
     @torch.no_grad()
-    def settle(self, progress: float, blocks: nn.Module) -> None:
+    def settle(self, progress: float) -> None:
         """Prune what is due, and set what is pruned to zero again behind an optimizer step."""
         ramp, chosen = self.ramp(progress), self._ramp
         self._ramp = ramp
-        for units in units_of(blocks, self.config):
+        for units in units_of(self._blocks, self.config):
             reader = units.reader
             assert isinstance(reader, CompressedLinear)
             if ramp != chosen:  # zeros are the least important: what has gone stays so

@@ -25,7 +25,6 @@ class Compression:
     config: CompressConfig
     lens: Lens = field(init=False)
     pruning: Pruning | None = field(init=False)
-    model: Transformer | None = field(init=False, default=None)  # that it has reshaped
     # Frozen and whole, given by whoever trains to every rank that `asks`; reading needs none.
     teacher: Transformer | None = None
     _said: Said | None = None  # of the micro-batch at hand
@@ -47,7 +46,6 @@ class Compression:
             model.blocks.apply(self._swap)
         if self.pruning is not None:
             self.pruning.reshape(model.blocks)
-        self.model = model
         for block in self._matched:
             model.watchers[str(block)] = partial(self._match, model, block)
 
@@ -126,8 +124,8 @@ class Compression:
         All ranks call it.
         """
         self.lens.prunes = step >= self.config.sparse_start * steps
-        if self.pruning is not None and self.model is not None:
-            self.pruning.settle(step / steps, self.model.blocks)
+        if self.pruning is not None:
+            self.pruning.settle(step / steps)
 
     def _swap(self, module: nn.Module) -> None:
         if type(module) is Linear:
