@@ -1,5 +1,6 @@
 """A pool of CPU ranks that stay alive: to start a process that imports torch takes seconds."""
 
+import gc
 import time
 import traceback
 from collections.abc import Callable
@@ -31,7 +32,9 @@ class RankPool:
 
     def _start(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        context = mp.get_context("spawn")
+        # One process imports torch, and each rank is a copy of it.
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
@@ -93,6 +96,9 @@ def _receive(pipe: Connection, rank: int) -> tuple[bool, Any]:
 def _serve(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     record_few_collectives()
+    # torch's modules stay: to walk through them after each task, in search of what the task left,
+    # would take longer than a small task itself.
+    gc.freeze()
     launch_store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
         try:
