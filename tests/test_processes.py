@@ -8,6 +8,8 @@ import time
 import pytest
 from launched import Launched, alive, ranks_of, until
 
+from trainer.run_dir import checkpoint_path
+
 ENDLESS = ("steps=100000", "checkpoint.every=0")
 
 
@@ -17,19 +19,19 @@ def run(tmp_path):
 
 
 def test_a_killed_rank_is_restarted_and_the_run_is_the_same(run, tmp_path_factory):
-    steps = ("steps=40", "checkpoint.every=10")
+    steps = ("steps=50", "checkpoint.every=20")
     process = run.start(*steps, torchrun=["--nproc_per_node=2", "--max-restarts=1"])
-    run.wait_for_step(13, process)
+    until(checkpoint_path(run.run_dir, 20).exists, process)  # whole, while steps go on
     os.kill(ranks_of(process.pid)[1], signal.SIGKILL)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert said.count("rank 1 is gone") == 1 + said.count("restart 1 of 1, from step 10: rank 1 is")
-    assert "restart 1 of 1, from step 10: rank 1 is gone" in said
+    assert said.count("rank 1 is gone") == 1 + said.count("restart 1 of 1, from step 20: rank 1 is")
+    assert "restart 1 of 1, from step 20: rank 1 is gone" in said
     assert "RuntimeError" not in said  # what the survivor's collective made of it
-    assert (run.status()["state"], run.status()["step"]) == ("finished", 40)
+    assert (run.status()["state"], run.status()["step"]) == ("finished", 50)
     whole = Launched(tmp_path_factory.mktemp("whole"))
     assert whole.start(*steps, "strategy=single").wait() == 0
-    assert [line["step"] for line in run.lines()] == list(range(1, 41))
+    assert [line["step"] for line in run.lines()] == list(range(1, 51))
     assert run.losses() == pytest.approx(whole.losses(), rel=1e-12)
 
 
