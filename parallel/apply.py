@@ -48,6 +48,7 @@ def parallelize(
     """
     whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
     classes = model.get_parameter("head.output.weight").shape[0]
+    model.to(parameters)  # while no parameter is a DTensor, which would plan this like any layer
     # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
     pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device)
     # 2. Ranks that share sequences have but their positions of each; attention joins them.
@@ -66,7 +67,7 @@ def parallelize(
     copies = copies_mesh(mesh)
     sharded = shard_over(model, mesh, copies, strategy, compute, parameters)
     # 7. Each rank draws the rows that it holds.
-    materialise(model, device, parameters, facts.draw_rows, whole.ties)
+    materialise(model, device, facts.draw_rows, whole.ties)
     if split is not None and not sharded:
         split.compute_on_leaves(model)
     # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
@@ -95,10 +96,11 @@ def shard_over(
 
 
 @torch.no_grad()
-def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
-                draw_rows: DrawRows, ties: Mapping[str, str]) -> None:  # fmt: skip
+def materialise(
+    model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
+) -> None:
     """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
-    allocate(model, device, dtype)
+    allocate(model, device)
     for name, parameter in model.named_parameters():
         held = place(parameter)
         if any(dim.start == dim.stop for dim in held):
@@ -108,9 +110,8 @@ def materialise(model: nn.Module, device: torch.device, dtype: torch.dtype,
         local(parameter).copy_(rows[(slice(None), *held[1:])])
 
 
-def allocate(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def allocate(model: nn.Module, device: torch.device) -> None:
     """Give a meta model's parameters room on `device`, and leave it as it is there."""
-    model.to(dtype)
     here = _ties(model)  # `to_empty` parts what is shared
     model.to_empty(device=device)
     for alias, name in here.items():

@@ -49,7 +49,7 @@ def load_teacher(
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     asked = compression.asks(transformer(worker))
     if asked:
-        allocate(model, worker.device, precision.compute)
+        allocate(model.to(precision.compute), worker.device)
     parameters = dict(model.named_parameters()) if asked else {}
     path = load_parameters(Path(folder), parameters, shapes, KEY)
     if torch.distributed.get_rank() == 0:

@@ -213,15 +213,20 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         compression.settle(step + 1, config.steps)
     record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
     record.places = {name: place(p) for name, p in worker.parameters().items()}
-    return record, {name: spans(name, p, worker) for name, p in worker.parameters().items()}
+    return record, spans(worker)
 
 
-def spans(name: str, parameter: Tensor, worker: Worker) -> str:
-    """The mesh axes that a parameter is split on or its gradient summed over."""
-    axes = set(parameter.device_mesh.mesh_dim_names or () if isinstance(parameter, DTensor) else ())
-    axes |= {"pipeline", "context", *DATA_AXES}
-    axes |= {"tensor"} if name in worker.partial_gradients() else set()
-    return " × ".join(axis for axis in AXES if axis in axes and worker.mesh[axis].size() > 1)
+def spans(worker: Worker) -> dict[str, str]:
+    """By parameter, the mesh axes that it is split on or its gradient summed over."""
+    wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
+    found = {}
+    for name, parameter in worker.parameters().items():
+        axes = {"pipeline", "context", *DATA_AXES}
+        if isinstance(parameter, DTensor):
+            axes |= set(parameter.device_mesh.mesh_dim_names or ())
+        axes |= {"tensor"} if name in worker.partial_gradients() else set()
+        found[name] = " × ".join(axis for axis in wide if axis in axes)
+    return found
 
 
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
