@@ -108,6 +108,8 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         store = dist.PrefixStore(f"task{task}", launch_store)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            # A function without a collective would end its group while others still connect.
+            dist.barrier()
             runtime = Runtime(rank, world_size, rank, world_size, torch.device("cpu"), store)
             pipe.send((True, function(runtime, *args)))
         except BaseException:

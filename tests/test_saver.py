@@ -112,6 +112,7 @@ def failing(runtime, folder, on_error: str) -> tuple:
                 saver._outcome = {}
             torch.distributed.barrier()
             folders.append(here(folder))
+            torch.distributed.barrier()  # the next save writes there
         news = list(saver.news())
         assert list(saver.news()) == []  # told once
     return messages, lines, folders, news
