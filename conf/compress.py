@@ -1,14 +1,11 @@
 """Whether a compression fits the model and the layout: pure functions, every problem at once."""
 
 import math
-from typing import TYPE_CHECKING
 
 from conf.layout import divisors
 from parallel.config import StrategyConfig
 from trainer.config import CompressConfig, ModelConfig, TrainConfig, classes_of
-
-if TYPE_CHECKING:
-    from trainer.data.answers import Facts
+from trainer.data.answers import Facts
 
 SHORTENS = ("merge", "pool_after", "drop")
 
@@ -274,7 +271,7 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
     return found
 
 
-def answers_problems(config: TrainConfig, facts: "Facts") -> list[str]:
+def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
     """Why a completed run cannot learn from the answers in compress.teacher; empty = it can."""
     compress, data = config.compress, config.data
     named = f"compress.teacher={compress.teacher}"

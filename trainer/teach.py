@@ -136,7 +136,5 @@ def writing(
         writer.finish(written, tokenizer_path(config.run_dir))
     size = sum(size for _, size, _ in written.files) / 1e6
     Console().print(
-        f"answers: {to}, {written.samples} samples, {size:.3g} MB",
-        markup=False,
-        soft_wrap=True,
+        f"answers: {to}, {written.samples} samples, {size:.3g} MB", markup=False, soft_wrap=True
     )
