@@ -188,9 +188,10 @@ def problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "model"):
         broken = _model(config.model, wrong)
         found += broken
-    if hasattr(config, "data"):
+    reads_data = isinstance(getattr(config, "data", None), DataConfig)
+    if reads_data:
         found += _data(config.data)
-    if hasattr(config, "model") and hasattr(config, "data"):
+    if hasattr(config, "model") and reads_data:
         found += _fit(config.model, config.data)
     if hasattr(config, "optim"):
         found += _betas(config.optim.betas)

@@ -1,12 +1,12 @@
 """Whether a strategy fits the model and the batch: pure functions, every problem at once."""
 
-from math import isqrt
+from math import inf, isqrt
 from typing import Any
 
 from parallel.config import HOW, ConfigError, StrategyConfig, data_degree, degrees
 from parallel.schedule import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
 from parallel.schedule import problems as schedule_problems
-from trainer.config import ModelConfig, TrainConfig, VerifyConfig
+from trainer.config import DataConfig, ModelConfig, TrainConfig, VerifyConfig
 
 # Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
 SPLIT_FAULTS = (
@@ -24,10 +24,11 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """What is wrong with a resolved strategy for a door's configuration, but for its model."""
     found = _fault(getattr(config, "fault", ""), strategy)
     data = getattr(config, "data", None)
-    if data is not None and data.kind != "images" and data.seq_len < 2 * strategy.context > 2:
+    seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
+    if seq_len < 2 * strategy.context > 2:
         found.append(
             f"strategy.context={strategy.context} gives each rank two pieces of every sequence, "
-            f"but data.seq_len={data.seq_len}; set strategy.context={max(1, data.seq_len // 2)} or "
+            f"but data.seq_len={seq_len}; set strategy.context={max(1, int(seq_len) // 2)} or "
             "less"
         )
     compiles = getattr(config, "compile", False)

@@ -11,6 +11,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
@@ -19,6 +20,14 @@ from conf.compress import answers_problems, compress_problems, teacher_problems
 from conf.layout import micro_batch_size, model_problems
 from conf.precision import precision_problems
 from conf.submit import SubmitConfig, training_part
+from launch.inputs import (
+    check_first_weights,
+    check_trained,
+    keep_processor,
+    placed,
+    processed,
+    sized,
+)
 from launch.script import Point, ranks_per_node
 from launch.versions import note_start
 from parallel.config import ConfigError, StrategyConfig, data_degree, resolve
@@ -26,6 +35,7 @@ from parallel.schedule import warnings
 from trainer import data, goodput
 from trainer.config import (
     CompressReportConfig,
+    DataConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -37,29 +47,16 @@ from trainer.config import (
     classes_of,
 )
 from trainer.data.answers import Answers, Facts, is_answers
+from trainer.data.record import TOKENIZER, data_of, read_record, table
 from trainer.run_dir import (
-    EXPORTED,
     check_run_dir,
     checkpoints,
     load_config,
-    may_change,
     open_run_dir,
-    tokenizer_path,
 )
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 
-# Keys of a model that its weights do not tell.
-FREE_OF_SHAPE = (
-    "dropout",
-    "init",
-    "init_std",
-    "max_positions",
-    "norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "pool",
-)
 TEACHER = "compress.teacher"
 log = logging.getLogger(__name__)
 
@@ -70,6 +67,7 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     No other run is let into the folder until `held` ends (None = that is not looked after).
     """
     opened = _opened()
+    config = placed(config)
     _check(config, world_size)
     _check_compiler(config)
     _check_kernels(config, world_size)
@@ -79,10 +77,11 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
             "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
             "they must find the run; give it a folder, e.g. run_dir=runs/big"
         )
-    config = _completed(config, world_size)
-    _check_first_weights(config)
+    config, reads, facts = _completed(config, world_size)
+    check_first_weights(config, reads, facts)
+    log.info("%s", table(facts))
     open_run_dir(config, held)
-    keep_tokenizer(config)
+    keep_processor(config, reads, facts)
     goodput.begin(Path(config.run_dir), opened, time.time())
     note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
@@ -96,7 +95,7 @@ def submission(config: SubmitConfig) -> Point:
     """
     world_size = config.cluster.nodes * ranks_per_node(config.cluster)
     _check(config, world_size)
-    training = _completed(training_part(config), world_size)
+    training, _, _ = _completed(placed(training_part(config)), world_size)
     check_run_dir(training)
     given = HydraConfig.get().overrides.task
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
@@ -105,45 +104,47 @@ def submission(config: SubmitConfig) -> Point:
     return Point(training, config.cluster, overrides)
 
 
-def _completed(config: TrainConfig, world_size: int) -> TrainConfig:
-    """The checked configuration with all that ranks and data decide; the data are prepared."""
+def _completed(
+    config: TrainConfig, world_size: int
+) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
+    """The checked configuration with all that ranks and data decide; the data are prepared.
+
+    With it, the data section as the run reads it, and what it has read.
+    """
     config = replace(config, strategy=resolve(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
     for warning in warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
-    facts = data.prepare(config.data, progress=True)
-    if facts.splits["train"] < config.batch_size:
+    reads = processed(config)
+    facts = data.prepare(reads, progress=True)
+    if facts.samples["train"] < config.batch_size:
         log.warning(
             "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
-            "more than once", facts.splits["train"], config.batch_size,
+            "more than once", facts.samples["train"], config.batch_size,
         )  # fmt: skip
-    config = complete(config, facts)
+    config = complete(sized(config), facts)
     if config.compress.teacher:
-        check_teacher(config)
-    return config
+        check_teacher(replace(config, data=reads), facts)
+    return config, reads, facts
 
 
-def check_teacher(config: TrainConfig) -> None:
+def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
     """Raises ConfigError where a completed run cannot learn from that of compress.teacher.
 
-    What needs no teacher any more, since it is finished, raises AlreadyFinishedError.
+    `config.data` is as the run reads it. What needs no teacher any more, since it is finished,
+    raises AlreadyFinishedError.
     """
     check_run_dir(config)
     folder = config.compress.teacher
-    facts = None
+    said = None
     try:
         if is_answers(folder):
-            facts = Answers(folder).facts
-        found = _run_problems(config) if facts is None else answers_problems(config, facts)
-        tokenizer, own = data.open_tokenizer(config.data), tokenizer_path(folder)
-        if not found and tokenizer and not (own.is_file() and tokenizer.same(own)):
-            found = [
-                f"{TEACHER}={folder} has another tokenizer than the data here; set "
-                f"data.tokenizer={own}"
-            ]
-        if not found and facts is not None:
-            found = _sample_problems(config, facts)
+            said = Answers(folder).facts
+        found = _run_problems(config) if said is None else answers_problems(config, said)
+        found = found or _processor_problems(config, facts)
+        if not found and said is not None:
+            found = _sample_problems(config, said)
     except ConfigError as error:
         found = error.problems
     if found and checkpoints(config.run_dir):
@@ -152,6 +153,27 @@ def check_teacher(config: TrainConfig) -> None:
         found[-1] += f"; to go on without it: {both if config.compress.match else alone}"
     if found:
         raise ConfigError(*found)
+
+
+def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]:
+    """Why a teacher would not read the inputs, or name the classes, as the student does."""
+    folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
+    own = Path(folder) / TOKENIZER
+    if tokenizer and not (own.is_file() and tokenizer.same(own)):
+        return [
+            f"{TEACHER}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
+        ]
+    theirs = read_record(folder)
+    if theirs is None or (
+        theirs.class_names == facts.class_names
+        and np.allclose([theirs.mean, theirs.std], [facts.mean, facts.std])
+    ):
+        return []
+    return [
+        f"{TEACHER}={folder} has other classes ({', '.join(theirs.class_names)}), or another mean "
+        f"of the pixels, than the data here ({', '.join(facts.class_names)}); set "
+        f"data.processor={folder}"
+    ]
 
 
 def _run_problems(config: TrainConfig) -> list[str]:
@@ -206,27 +228,6 @@ def _opened() -> float:
     return now - goodput.process_seconds()
 
 
-def keep_tokenizer(config: TrainConfig) -> None:
-    """Copies the tokenizer into the run's folder; ConfigError if the run began with another one."""
-    tokenizer, path = data.open_tokenizer(config.data), tokenizer_path(config.run_dir)
-    if tokenizer is None:
-        return
-    if not path.exists() or may_change(config, "data.tokenizer"):
-        try:
-            tokenizer.save(path)
-        except OSError as error:
-            raise ConfigError(
-                f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another "
-                "run_dir"
-            ) from error
-    elif not tokenizer.same(path):
-        raise ConfigError(
-            f"run_dir={config.run_dir} was trained with another tokenizer: the text at "
-            f"data.path={config.data.path} has changed since; put the old text back, choose "
-            "another run_dir, or go on all the same with resume_changed=[data]"
-        )
-
-
 def verification(
     config: VerifyConfig, world_size: int, held: ExitStack | None = None
 ) -> VerifyConfig:
@@ -240,7 +241,7 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
     _check(config, world_size)
     _check_kernels(config, world_size)
     trained = load_config(config.run_dir)
-    _trained(config.run_dir)
+    check_trained(config.run_dir)
     strategy = resolve(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
     found += compress_problems(trained.compress, trained.model, strategy)
@@ -248,27 +249,6 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
     if found:
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
-
-
-def _check_first_weights(config: TrainConfig) -> None:
-    """Raises ConfigError if config.init_from holds no weights, or those of another model."""
-    if not config.init_from:
-        return
-    theirs = load_config(config.init_from, "init_from").model
-    _trained(config.init_from, "init_from")
-    found = [
-        f"init_from={config.init_from} holds a model with model.{key}={getattr(theirs, key)}, not "
-        f"{value}; set model.{key}={getattr(theirs, key)}, or init_from another run"
-        for key, value in vars(config.model).items()
-        if key not in FREE_OF_SHAPE and getattr(theirs, key) != value
-    ]
-    if found:
-        raise ConfigError(*found)
-
-
-def _trained(run_dir: str, key: str = "run_dir") -> None:
-    if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
-        raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 
 def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
@@ -294,7 +274,7 @@ def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None
             f"k={config.k} is more than the {classes} classes that run_dir={config.run_dir} tells "
             f"apart; set k={classes}"
         )
-    data.prepare(trained.data, progress=True)
+    data.prepare(data_of(trained, config.run_dir), progress=True)
     return config
 
 
@@ -320,7 +300,7 @@ def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str)
     _check(config, world_size)
     for run_dir in run_dirs:
         load_config(run_dir)
-        _trained(run_dir)
+        check_trained(run_dir)
     if world_size > 1:
         raise ConfigError(f"{world_size} ranks were started, but one {does}; start 1 rank")
 
@@ -331,13 +311,6 @@ def preparation(
     """The checked configuration."""
     _check(config, world_size)
     return config
-
-
-def prepare_data(config: PrepareConfig) -> None:
-    """Prepares the data set and logs what it holds."""
-    facts = data.prepare(config.data, progress=True)
-    known = {name: value for name, value in vars(facts).items() if value}
-    log.info("\n".join(f"{name}: {value}" for name, value in known.items()))
 
 
 def _check(config: object, world_size: int) -> None:

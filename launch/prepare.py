@@ -7,5 +7,5 @@ if __name__ == "__main__":
         "prepare",
         work="",
         prepare="launch.before:preparation",
-        alone="launch.before:prepare_data",
+        alone="launch.inputs:prepare_data",
     )

@@ -11,7 +11,6 @@ import torch
 
 from launch.before import reading, training
 from parallel.config import StrategyConfig
-from trainer import data
 from trainer.config import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
 from trainer.run_dir import load_config
 from trainer.tokenizer import Tokenizer
@@ -48,17 +47,6 @@ def test_a_folder_says_what_each_start_was(config, monkeypatch):
     git = ["git", "-C", str(PLAY.parent), "rev-parse", "HEAD"]
     known = subprocess.run(git, capture_output=True, text=True, check=False)
     assert starts[0]["commit"] == (known.stdout.strip() if known.returncode == 0 else "")
-
-
-def test_a_run_does_not_go_on_with_another_tokenizer(config):
-    training(config, 1)
-    Path(config.data.path).write_text(PLAY.read_text()[40_000:60_000])
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        training(config, 1)
-    kept = Path(config.run_dir) / "tokenizer.json"
-    assert not data.open_tokenizer(config.data).same(kept)
-    training(replace(config, resume_changed=["data"]), 1)
-    assert data.open_tokenizer(config.data).same(kept)
 
 
 def test_more_ranks_than_the_strategy_uses(config):

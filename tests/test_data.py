@@ -44,7 +44,7 @@ def test_preparing_again_writes_nothing(config):
     before = state(config)
     assert data.prepare(config) == facts and state(config) == before
     config.seq_len = 8  # windows are cut when they are read
-    assert data.prepare(config).splits["train"] > facts.splits["train"]
+    assert data.prepare(config).samples["train"] > facts.samples["train"]
     assert state(config) == before
 
 
@@ -100,7 +100,8 @@ def test_a_preparation_that_fails_leaves_nothing_behind(config, monkeypatch):
     monkeypatch.setattr("trainer.data.text._write_split", killed)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config)
-    assert list(Path(config.cache).iterdir()) == []
+    (left,) = Path(config.cache).iterdir()  # the stage before, which is whole
+    assert "-tokenizer-" in left.name and prepared.damage(left) == ""
 
 
 def test_the_first_of_several_builders_wins(tmp_path):
@@ -124,7 +125,7 @@ def test_several_processes_at_once(config):
     with ProcessPoolExecutor(3, get_context("fork")) as pool:
         facts = list(pool.map(data.prepare, [config] * 3))
     assert facts[0] == facts[1] == facts[2]
-    assert len(list(Path(config.cache).iterdir())) == 1
+    assert len(list(Path(config.cache).iterdir())) == 2  # the tokenizer and the tokens
 
 
 def test_an_unwritable_cache_is_named(config, tmp_path):
@@ -135,7 +136,7 @@ def test_an_unwritable_cache_is_named(config, tmp_path):
 
 def test_token_ids_beyond_the_tokenizer_are_refused(config):
     data.prepare(config)
-    record = next(Path(config.cache).glob("*/prepared.json"))
+    record = next(Path(config.cache).glob("*/train.bin")).with_name("prepared.json")
     content = json.loads(record.read_text())
     content["splits"]["valid"]["largest_id"] = 280
     record.write_text(json.dumps(content))
@@ -253,7 +254,7 @@ def test_hugging_face_text(hugging_face, monkeypatch):
 def test_hugging_face_pairs(hugging_face):
     rows = [{"translation": {"en": f"day\t{i}", "de": f"Tag {i}\n{TEXT[:60]}"}} for i in range(40)]
     config = hugging_face("pairs", train=rows, test=rows[:3])
-    assert data.prepare(config).splits == {"train": 37, "valid": 3, "test": 3}
+    assert data.prepare(config).samples == {"train": 37, "valid": 3, "test": 3}
     test = data.open_split(config, "test")
     assert (test.source_text(1), test.reference(1)[:5]) == ("day 1", "Tag 1")
     config.fields = ["en", "de"]
@@ -274,7 +275,7 @@ def test_hugging_face_images(hugging_face, tmp_path):
     for split in ("train", "valid", "test"):
         rows.to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
     facts = data.prepare(config)
-    assert facts.class_names == ("cat", "dog") and facts.splits["valid"] == 6
+    assert facts.class_names == ("cat", "dog") and facts.samples["valid"] == 6
     test = data.open_split(config, "test")
     assert (test.sample(2, None)["images"][0] == pixels[2]).all()
     assert test.sample(3, None)["targets"] == 1

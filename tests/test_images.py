@@ -58,7 +58,7 @@ def test_the_bundled_images_are_those_of_the_archive(tmp_path):
     config = config_for(tmp_path, "bundled:fashion-mnist")
     facts = data.prepare(config)
     stored = np.load(source.locate(config))
-    assert facts.splits == {"train": 4500, "valid": 500, "test": 1000}
+    assert facts.samples == {"train": 4500, "valid": 500, "test": 1000}
     assert (facts.classes, facts.image_size, facts.channels) == (10, 28, 1)
     assert facts.class_names == tuple(stored["classes"])
     images, labels = raw(data.open_split(config, "test"))
@@ -89,7 +89,7 @@ def test_a_micro_batch_is_normalised_by_the_train_split(archive, shape):
 def test_own_valid_images_are_kept_apart(archive):
     x, y = arrays(12, seed=5)
     config = archive(x_valid=x, y_valid=y)
-    assert data.prepare(config).splits == {"train": 40, "valid": 12, "test": 6}
+    assert data.prepare(config).samples == {"train": 40, "valid": 12, "test": 6}
     images, labels = raw(data.open_split(config, "valid"))
     assert (images == x.transpose(0, 3, 1, 2)).all() and (labels == y).all()
 
@@ -98,7 +98,7 @@ def test_own_valid_images_are_kept_apart(archive):
 def test_what_is_missing_is_held_out_of_train(archive, missing, splits):
     without = {} if missing == 1 else {"x_test": None, "y_test": None}
     config = archive({"held_out": 0.2}, **without)
-    assert tuple(data.prepare(config).splits.values()) == splits
+    assert tuple(data.prepare(config).samples.values()) == splits
     held = [raw(data.open_split(config, s)) for s in ("train", "valid", "test")[: missing + 1]]
     numbers = np.concatenate([images[:, 0, 0, 0] for images, _ in held])
     labels = np.concatenate([labels for _, labels in held])
@@ -150,7 +150,7 @@ def test_a_folder_of_split_class_folders(folder):
     for prefix, count in (("train", 40), ("val", 8), ("test", 12)):
         config = folder(prefix, count)
     facts = data.prepare(config)
-    assert facts.splits == {"train": 40, "valid": 8, "test": 12}
+    assert facts.samples == {"train": 40, "valid": 8, "test": 12}
     assert facts.class_names == ("class0", "class1", "class2", "class3")
     assert (facts.image_size, facts.channels) == (8, 3)
     images, labels = raw(data.open_split(config, "test"))
@@ -162,12 +162,12 @@ def test_a_folder_of_split_class_folders(folder):
 def test_an_unsplit_folder_is_held_out_by_name(folder, tmp_path):
     config = folder(count=80, shape=(8, 8))
     facts = data.prepare(config)
-    assert facts.splits == {"train": 72, "valid": 4, "test": 4} and facts.channels == 1
+    assert facts.samples == {"train": 72, "valid": 4, "test": 4} and facts.channels == 1
 
     def numbers(split):
         return {int(image[0, 0, 0]) for image in raw(data.open_split(config, split))[0]}
 
-    before = {split: numbers(split) for split in facts.splits}
+    before = {split: numbers(split) for split in facts.samples}
     assert len({number % 4 for number in before["valid"] | before["test"]}) > 1  # classes
     assert set.union(*before.values()) == set(range(80))
     Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "pictures/class0/zzz.png")

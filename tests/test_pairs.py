@@ -35,7 +35,7 @@ def test_a_pair_is_source_and_shifted_target(corpus):
     config = corpus(200, train=LINES, valid=LINES[:5], test=LINES[5:9])
     facts = data.prepare(config)
     tokenizer = data.open_tokenizer(config)
-    assert facts.splits == {"train": 300, "valid": 5, "test": 4}
+    assert facts.samples == {"train": 300, "valid": 5, "test": 4}
     assert facts.vocab_size == tokenizer.vocab_size == 400
     for split, lines in (("train", LINES), ("test", LINES[5:9])):
         dataset = data.open_split(config, split)
@@ -67,16 +67,17 @@ def test_a_micro_batch_is_padded_to_its_longest(corpus):
     assert "source_valid" not in dataset.collate(samples[:1])  # nothing is padded
 
 
-def test_training_leaves_out_what_is_too_long_and_evaluation_cuts_it(corpus, caplog):
+def test_training_leaves_out_what_is_too_long_and_evaluation_cuts_it(corpus):
     config = corpus(12, train=LINES, valid=LINES, test=LINES[:1])
-    with caplog.at_level("INFO"):
-        facts = data.prepare(config, progress=True)
+    facts = data.prepare(config)
     tokenizer = data.open_tokenizer(config)
     sides = [[tokenizer.encode(side) for side in line.split("\t")] for line in LINES]
     fit = [i for i, (s, t) in enumerate(sides) if len(s) <= 12 and len(t) + 1 <= 12]
     assert 0 < len(fit) < 300
-    assert facts.splits["train"] == len(fit) and facts.splits["valid"] == 300
-    assert f"{300 - len(fit)} training pairs are longer than data.seq_len" in caplog.text
+    assert facts.samples["train"] == len(fit) and facts.samples["valid"] == 300
+    assert facts.splits["train"].left_out == {"longer than data.seq_len=12": 300 - len(fit)}
+    cut = f"{300 - len(fit)} pairs of the valid split are longer than data.seq_len=12 and cut"
+    assert cut in facts.notes
     train, valid = (data.open_split(config, split) for split in ("train", "valid"))
     assert [train.reference(i) for i in range(len(train))] == [LINES[i].split("\t")[1] for i in fit]
     for i, (source_ids, target_ids) in enumerate(sides):
@@ -100,15 +101,15 @@ def test_one_file_is_split_between_lines(corpus, tmp_path):
     config = corpus(200, all=LINES)
     config.path = str(tmp_path / "all.tsv")
     facts = data.prepare(config)
-    assert sum(facts.splits.values()) == 300 and min(facts.splits.values()) > 5
-    for dataset, first in ((data.open_split(config, "test"), 300 - facts.splits["test"]),):
+    assert sum(facts.samples.values()) == 300 and min(facts.samples.values()) > 5
+    for dataset, first in ((data.open_split(config, "test"), 300 - facts.samples["test"]),):
         found = [f"{dataset.source_text(i)}\t{dataset.reference(i)}" for i in range(len(dataset))]
         assert found == LINES[first:]
 
 
 def test_carriage_returns_and_a_missing_last_line_break(corpus):
     config = corpus(200, train=LINES, valid="a\tb\r\nc\td", test=LINES)
-    assert data.prepare(config).splits["valid"] == 2
+    assert data.prepare(config).samples["valid"] == 2
     valid = data.open_split(config, "valid")
     assert [valid.reference(i) for i in range(2)] == ["b", "d"]
 
@@ -140,9 +141,9 @@ def test_pairs_that_are_all_too_long(corpus):
     with pytest.raises(ConfigError, match=r"data\.seq_len=2: every pair") as error:
         data.prepare(config)
     config.seq_len = int(str(error.value).split("set data.seq_len=")[1].split()[0])
-    assert data.prepare(config).splits["train"] == 300
+    assert data.prepare(config).samples["train"] == 300
     config.seq_len -= 1
-    assert data.prepare(config).splits["train"] < 300
+    assert data.prepare(config).samples["train"] < 300
 
 
 def test_the_vocabulary_holds_both_languages(corpus):

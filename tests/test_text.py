@@ -56,7 +56,7 @@ def test_evaluation_predicts_every_token_once(corpus, monkeypatch, seq_len):
     assert documents_of(config, "valid") == [text]
     assert len(targets_of(dataset)) == dataset.targets
     assert dataset.characters == len(text)
-    assert len(dataset) == facts.splits["valid"] == -(-dataset.targets // seq_len)
+    assert len(dataset) == facts.samples["valid"] == -(-dataset.targets // seq_len)
     assert data.open_tokenizer(config).vocab_size == facts.vocab_size == 300
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
@@ -14,6 +14,7 @@ from torch import distributed as dist
 from parallel.config import StrategyConfig, degrees
 from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
+from trainer.carried import BY_ROW
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, ConfigError, TrainConfig
 from trainer.guard import Guard
@@ -35,7 +36,7 @@ from trainer.run_dir import (
     leftovers,
     may_change,
 )
-from trainer.storage import DTYPES, read
+from trainer.storage import DTYPES, read, read_whole, take_rows
 
 log = logging.getLogger(__name__)
 
@@ -237,21 +238,31 @@ def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
     return not problems
 
 
-def load_weights(run_dir: Path, worker: Worker) -> Path:
+def load_weights(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> Path:
     """Read the weights of a run's newest good checkpoint into a model; which one it was.
 
-    Raises ConfigError if there is none, or if its model has other parameters or shapes.
+    `rows` as of trained.py's `load`. Raises ConfigError if there is none, or if its model has other
+    parameters or shapes.
     """
-    return load_parameters(run_dir, worker.parameters(), worker.whole.shapes)
+    parameters, shapes = worker.parameters(), worker.whole.shapes
+    if rows is None:
+        return load_parameters(run_dir, parameters, shapes)
+    alike = {name: p for name, p in parameters.items() if name not in BY_ROW}
+    path = load_parameters(run_dir, alike, shapes, by_row=BY_ROW)
+    manifest = read_manifest(path)
+    for name in parameters.keys() - alike.keys():
+        take_rows(parameters[name], read_whole(path, manifest, f"model.{name}"), rows)
+    return path
 
 
 def load_parameters(
     run_dir: Path, parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
-    key: str = "run_dir",
+    key: str = "run_dir", by_row: Collection[str] = (),
 ) -> Path:  # fmt: skip
     """As `load_weights`, of what this rank has of a model whose parameters have such shapes.
 
-    All ranks call it, also those that have nothing. `key` is the one that names the folder.
+    All ranks call it, also those that have nothing. `key` is the one that names the folder. Those
+    named in `by_row` may have other numbers of rows there.
     """
     weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
     while True:
@@ -263,18 +274,23 @@ def load_parameters(
             what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
             raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
         assert choice.manifest is not None
-        _check_shapes(choice.path, choice.manifest, shapes)
+        _check_shapes(choice.path, choice.manifest, shapes, by_row)
         if _read(choice.path, choice.manifest, weights):
             return choice.path
 
 
-def _check_shapes(path: Path, manifest: Manifest, shapes: Mapping[str, torch.Size]) -> None:
+def _check_shapes(
+    path: Path, manifest: Manifest, shapes: Mapping[str, torch.Size], by_row: Collection[str] = ()
+) -> None:
     saved = {
         name.removeprefix("model."): entry.shape
         for name, entry in manifest.tensors.items()
         if name.startswith("model.")
     }
     ours = {name: tuple(shape) for name, shape in shapes.items()}
+    for name in by_row:
+        if name in ours and name in saved and ours[name][1:] == saved[name][1:]:
+            ours[name] = saved[name]
     other = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
     if not other:
         return

@@ -57,6 +57,10 @@ class DataConfig:
     # out, or `bundled:NAME`, or `hf:NAME` (a Hugging Face data set, when `datasets` is installed).
     path: str = ""
     tokenizer: str = ""  # a tokenizer.json; empty = a byte-level BPE trained on the train split
+    # The folder of a run, or of an exported model, whose tokenizer, or class names and mean and
+    # deviation of the pixels, are used; empty = those of init_from, if there is one, else those of
+    # the train split; new = those of the train split.
+    processor: str = ""
     vocab_size: int = 1024  # entries of the BPE trained here; not read with an own tokenizer
     seq_len: int = 256  # tokens per sample (text); longest source and target (pairs)
     document_separator: str = "<|endoftext|>"  # splits documents inside one text file; empty = off
@@ -273,11 +277,19 @@ class VerifyConfig:
 
 
 @dataclass
+class OtherDataConfig:
+    """Data that a trained model has not learned from; read by trainer/evaluate.py."""
+
+    path: str = ""  # as data.path of training; empty = the data of the run
+
+
+@dataclass
 class EvaluateConfig:
     """Measure the newest checkpoint of a run; read by trainer/evaluate.py."""
 
-    run_dir: str = ""  # the run; its config.yaml says model and data
+    run_dir: str = ""  # the run; its folder says model, tokenizer and classes
     split: str = "test"  # valid | test
+    data: OtherDataConfig = field(default_factory=OtherDataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = "auto"  # as in training

@@ -1,7 +1,9 @@
 """What a model is worth: its loss per target on a split, and the figure its task is known by."""
 
+import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import sacrebleu
 import torch
@@ -15,11 +17,14 @@ from parallel.worker import Worker
 from trainer.config import EvaluateConfig
 from trainer.data import Dataset, open_split, prepare
 from trainer.data.loader import Batch, evaluation_batches
+from trainer.data.record import changes, data_of, read_record
 from trainer.generate import translate
 from trainer.loss import count_valid, cross_entropy_sum
-from trainer.run_dir import load_config
+from trainer.run_dir import absolute, load_config
 from trainer.tokenizer import Tokenizer
 from trainer.trained import open_run, transformer
+
+log = logging.getLogger(__name__)
 
 LARGEST_EXPONENT = 700.0  # exp of more is no float64
 
@@ -30,9 +35,10 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
              between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
     """Values of the first `samples` samples (0 = all); every rank calls it and gets the same.
 
-    `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` and
-    `perplexity` per token. Images: `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100)
-    of translations by `beams` beams where a `tokenizer` is given. `micro_batch_size`: per rank.
+    `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` (or
+    `bits_per_token`, where the tokenizer loses characters) and `perplexity` per token. Images:
+    `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100) of translations by `beams` beams
+    where a `tokenizer` is given. `micro_batch_size`: per rank.
     `between` is called after each micro-batch, on all ranks alike; what it raises ends it.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
@@ -54,14 +60,22 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     values = {"eval_loss": loss}
     family = transformer(worker).config.family
     if family == "decoder":
-        # All that is known of a part of a split is its tokens: they are as long as the others.
-        values["bits_per_character"] = loss / math.log(2) * dataset.targets / dataset.characters
+        values |= _bits(loss, dataset)
     if family == "encoder":
         return values | {"accuracy": right / targets}
     values["perplexity"] = math.exp(min(loss, LARGEST_EXPONENT))
     if tokenizer is not None:
         values["bleu"] = _bleu(worker, dataset, translations)
     return values
+
+
+def _bits(loss: float, dataset: Dataset) -> dict[str, float]:
+    """Bits per character; per token where the tokenizer loses characters, which cost nothing."""
+    bits = loss / math.log(2)
+    if dataset.lost:
+        return {"bits_per_token": bits}
+    # All that is known of a part of a split is its tokens: they are as long as the others.
+    return {"bits_per_character": bits * dataset.targets / dataset.characters}
 
 
 def _totals(logits: Tensor, targets: Tensor) -> Tensor:
@@ -99,14 +113,22 @@ def bleu_signature() -> str:
 
 
 def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Evaluate the newest checkpoint of a run on config.split; a table on the console of rank 0."""
+    """Evaluate the newest checkpoint of a run on config.split; a table on the console of rank 0.
+
+    The data are read with the tokenizer, or the classes and pixel statistics, of the run; it says
+    where they are not those of training. Raises ConfigError where they do not fit.
+    """
     trained = load_config(config.run_dir)
-    prepare(trained.data)
+    reads = data_of(trained, config.run_dir)
+    reads = replace(reads, path=absolute(config.data.path) or reads.path)
+    facts, before = prepare(reads), read_record(config.run_dir)
+    if runtime.rank == 0 and before and (what := changes(before, facts, config.split)):
+        log.warning("%s", what)
     run = open_run(config, runtime)
-    translates = trained.data.kind == "pairs"
+    translates = reads.kind == "pairs"
     share = trained.batch_size // data_degree(trained.strategy)
     values = evaluate(
-        run.worker, open_split(trained.data, config.split),
+        run.worker, open_split(reads, config.split),
         micro_batch_size=config.micro_batch_size or trained.micro_batch_size or share,
         samples=config.samples, tokenizer=run.tokenizer() if translates else None,
         beams=config.beams,

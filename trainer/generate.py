@@ -19,6 +19,8 @@ from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.config import ConfigError, GenerateConfig
 from trainer.data import open_split, prepare
+from trainer.data.images import standardized
+from trainer.data.record import read_record
 from trainer.model import DecodingCache
 from trainer.trained import TrainedRun, open_run, transformer
 
@@ -230,25 +232,28 @@ def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
 
 
 def classify(config: GenerateConfig, run: TrainedRun) -> Table:
-    """The likeliest classes of the image that the prompt names, with their probabilities."""
-    facts = prepare(run.config.data)
+    """The likeliest classes of the image that the prompt names, with their probabilities.
+
+    An image file needs nothing but the run's folder; `test:0` reads the data.
+    """
+    facts = read_record(run.config.run_dir) or prepare(run.data)
     names = facts.class_names
-    dataset = open_split(run.config.data, "test")
     named = re.fullmatch(r"(train|valid|test):(\d+)", config.prompt)
     table = Table("class", "probability", title=config.prompt)
     if named:
-        dataset = open_split(run.config.data, named[1])
+        prepare(run.data)
+        dataset = open_split(run.data, named[1])
         if int(named[2]) >= len(dataset):
             raise ConfigError(
                 f"prompt={config.prompt}: the {named[1]} split has {len(dataset)} images; "
                 f"the last is {named[1]}:{len(dataset) - 1}"
             )
-        image = dataset.sample(int(named[2]), None)
-        table.caption = f"labelled {names[int(image['targets'])]}"
+        sample = dataset.sample(int(named[2]), None)
+        pixels_CHW = sample["images"]
+        table.caption = f"labelled {names[int(sample['targets'])]}"
     else:
         pixels_CHW = read_image(config.prompt, facts.image_size, facts.channels)
-        image = {"images": pixels_CHW, "targets": np.array(0)}
-    images_BCHW = torch.from_numpy(np.ascontiguousarray(dataset.collate([image])["images"]))
+    images_BCHW = torch.from_numpy(standardized(pixels_CHW[None], facts.mean, facts.std))
     with run.worker.evaluating():
         logits_BV = run.worker.forward({"images": images_BCHW.to(run.worker.device)})
     probability_V = logits_BV[0, : len(names)].float().softmax(-1)

@@ -20,6 +20,7 @@ from trainer.config import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.answers import Answered
 from trainer.data.loader import TrainLoader
+from trainer.data.record import data_of
 from trainer.evaluate import evaluate
 from trainer.flops import flops_per_sample
 from trainer.generate import sample
@@ -31,7 +32,7 @@ from trainer.saver import Saver
 from trainer.supervisor import Supervisor, own_code, supervised
 from trainer.teacher import load_teacher, open_answers
 from trainer.tokenizer import Tokenizer
-from trainer.trained import load
+from trainer.trained import load_first
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
@@ -46,7 +47,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
     with supervised(config, runtime) as supervisor:
-        data = fingerprint(config.data)
+        data = fingerprint(data_of(config))
         if runtime.world_size > 1:
             resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
             facts = {"the configuration": resolved, "the data": data}
@@ -96,13 +97,13 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     )
     restore(config, state, data)
     if config.init_from and state.step == 0:
-        load(Path(config.init_from), worker)
+        load_first(config, worker)
     return state
 
 
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     """This rank's share of the training split's micro-batches, from the run's step on."""
-    worker, dataset = state.worker, open_split(config.data, "train")
+    worker, dataset = state.worker, open_split(data_of(config), "train")
     if answers := open_answers(config):
         dataset = Answered(dataset, answers)
     return TrainLoader(
@@ -117,7 +118,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     """What writes metrics.jsonl and the console, on the first rank."""
     classifies = config.model.family == "encoder"
     # Text fills every sample; of sentences the length is that of an average one.
-    train_set = open_split(config.data, "train")
+    train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
     lengths = state.worker.model.lengths(length)  # type: ignore[operator]
     flops = flops_per_sample(config.model, length, length, lengths) / length
@@ -260,12 +261,12 @@ def finish(run: Run) -> dict[str, float]:
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
     if config.eval.test and run.supervisor.on_any(recorder.lacks("test", state.step)):
-        tokenizer = open_tokenizer(config.data) if config.data.kind == "pairs" else None
+        tokenizer = open_tokenizer(data_of(config)) if config.data.kind == "pairs" else None
         with recorder.pause("evaluation"):
             values = measure(run, "test", samples=0, tokenizer=tokenizer)
         recorder.evaluation(state.step, "test", values)
     if config.data.kind == "text" and config.metrics.sample_tokens:
-        writer = open_tokenizer(config.data)
+        writer = open_tokenizer(data_of(config))
         assert writer is not None
         with run.supervisor.watch.long():
             text = sample(
@@ -288,7 +289,7 @@ def measure(run: Run, split: str, samples: int,
     config, worker = run.config, run.state.worker
     share = config.batch_size // worker.data_degree
     return evaluate(
-        worker, open_split(config.data, split), samples=samples, tokenizer=tokenizer,
+        worker, open_split(data_of(config), split), samples=samples, tokenizer=tokenizer,
         micro_batch_size=config.micro_batch_size or share, beams=config.eval.beams,
         between=run.supervisor.go_on,
     )  # fmt: skip

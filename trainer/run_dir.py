@@ -5,7 +5,7 @@ import difflib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from trainer.status import read_status, write_atomically
 
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
-FREE = ("data.cache",)
+FREE = ("data.cache", "data.processor")
+# A run keeps these for ever: its weights are those of one tokenizer.
+FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
+PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
 EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
 
 
@@ -116,23 +119,42 @@ def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
 
     Those that config.resume_changed names are none.
     """
-    return [
-        f"run_dir={config.run_dir} holds a run with {key}={before[key]}, not {value}; "
-        f"set {key}={before[key]}, choose another run_dir, or go on all the same with "
-        f"resume_changed=[{key}]"
+    changed = [
+        (key, before[key], value)
         for key, value in identity(config).items()
-        if before.get(key, value) != value and not may_change(config, key)
+        if key in before and not _alike(key, before[key], value)
     ]
+    return [
+        f"run_dir={config.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
+        + (
+            f"or begin another run with these weights: init_from={config.run_dir} run_dir=…"
+            if key in FIXED
+            else f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
+        )
+        for key, old, new in changed
+        if key in FIXED or not may_change(config, key)
+    ]
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same wherever it is read; other values as they are."""
+    if path.startswith("hf:"):
+        folder = Path(path.removeprefix("hf:"))
+        return f"hf:{folder.absolute()}" if folder.exists() else path
+    if not path or path.startswith("bundled:"):
+        return path
+    with suppress(RuntimeError):  # the home of somebody who is not known here
+        return str(Path(path).expanduser().absolute())
+    return str(Path(path).absolute())
+
+
+def _alike(key: str, old: Any, new: Any) -> bool:
+    return old == new or (key in PATHS and absolute(str(old)) == absolute(str(new)))
 
 
 def may_change(config: TrainConfig, key: str) -> bool:
     """Whether config.resume_changed names a key of the identity, or its section."""
     return key in config.resume_changed or key.split(".")[0] in config.resume_changed
-
-
-def tokenizer_path(run_dir: str | Path) -> Path:
-    """The run's own copy of its tokenizer: what it is used with when the data are gone."""
-    return Path(run_dir) / "tokenizer.json"
 
 
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:

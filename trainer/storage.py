@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
+from parallel.apply import place
 from parallel.gradients import local
 from trainer.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
@@ -167,6 +168,19 @@ def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
         with safe_open(folder / chunk.file, framework="pt") as file:
             whole[_slices(chunk.offsets, chunk.sizes)] = file.get_tensor(name)
     return whole
+
+
+def take_rows(parameter: Tensor, source: Tensor, rows: list[int]) -> None:
+    """Copy rows of `source` (rows there, …) to this rank's part of a parameter, where there are.
+
+    `rows`: of each row here its row there, -1 for none.
+    """
+    here = place(parameter)
+    own = torch.tensor([*rows, *[-1] * (parameter.shape[0] - len(rows))][here[0]])
+    known = own >= 0
+    with torch.no_grad():
+        part = local(parameter)
+        part[known.to(part.device)] = source[own[known]][:, *here[1:]].to(part)
 
 
 def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:

@@ -1,6 +1,5 @@
 """Ask a trained model what it holds likely of every sample that is learned from, and keep that."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +17,9 @@ from trainer.data import fingerprint, open_split, prepare
 from trainer.data.answers import Facts, write_facts
 from trainer.data.loader import evaluation_batches
 from trainer.data.prepared import progress_bar
+from trainer.data.record import copy_record, data_of
 from trainer.loss import IGNORED
-from trainer.run_dir import load_config, new_folder, tokenizer_path
+from trainer.run_dir import load_config, new_folder
 from trainer.trained import open_run
 
 FILE_BYTES = 1 << 27  # of one file, about
@@ -44,11 +44,10 @@ class Writer:
         if self._bytes >= FILE_BYTES:
             self.flush()
 
-    def finish(self, facts: Facts, tokenizer: Path) -> None:
-        """Say what the files are, with a copy of the tokenizer where there is one."""
+    def finish(self, facts: Facts, run_dir: str) -> None:
+        """Say what the files are, and what the run says of its data."""
         write_facts(self._folder, facts)
-        if tokenizer.exists():
-            shutil.copy(tokenizer, self._folder / tokenizer.name)
+        copy_record(run_dir, self._folder)
 
     def flush(self) -> list[tuple[str, int, int]]:
         """Write what waits; all files so far: name, bytes and number of the first sample."""
@@ -87,9 +86,10 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
     Raises ConfigError if the folder cannot be written; nothing is left there then.
     """
     trained = load_config(config.run_dir)
-    prepare(trained.data)
+    reads = data_of(trained, config.run_dir)
+    prepare(reads)
     worker = open_run(config, runtime).worker
-    dataset = open_split(trained.data, "train")
+    dataset = open_split(reads, "train")
     share = trained.batch_size // data_degree(trained.strategy)
     size = config.micro_batch_size or trained.micro_batch_size or share
     batches = evaluation_batches(
@@ -98,7 +98,7 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
     )  # fmt: skip
     facts = partial(
         Facts, kind=trained.data.kind, seq_len=trained.data.seq_len, path=trained.data.path,
-        data=fingerprint(trained.data, ["train"]), classes=classes_of(trained.model), k=config.k,
+        data=fingerprint(reads, ["train"]), classes=classes_of(trained.model), k=config.k,
         samples=len(dataset),
     )  # fmt: skip
     with writing(config, runtime.rank == 0, facts) as add, worker.evaluating():
@@ -133,7 +133,7 @@ def writing(
 
             yield add
         written = facts(files=tuple(writer.flush()))
-        writer.finish(written, tokenizer_path(config.run_dir))
+        writer.finish(written, config.run_dir)
     size = sum(size for _, size, _ in written.files) / 1e6
     Console().print(
         f"answers: {to}, {written.samples} samples, {size:.3g} MB", markup=False, soft_wrap=True

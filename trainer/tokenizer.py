@@ -1,7 +1,10 @@
 """Text to token ids and back: a byte-level BPE trained here, or an own tokenizer.json."""
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +19,9 @@ END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[E
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 SMALLEST = 258  # 256 bytes and the two special tokens
 TRAINING_CHARACTERS = 500_000_000  # a BPE learns its merges from the beginning of a larger text
+# A BPE learns merges inside words, in a time that grows with the square of the longest: a text
+# without spaces is cut for that, not for encoding.
+LONG_WORD = re.compile(r"\S{32}(?=\S)")
 
 
 class Tokenizer:
@@ -26,10 +32,13 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that spells a special token stays text
+        if getattr(backend.model, "dropout", None):  # the same text is the same tokens
+            backend.model.dropout = None
         self.eot_id = _special(backend, END_NAMES)
         self.pad_id = _special(backend, PAD_NAMES)
         # The largest id counts, not the number of entries: an own vocabulary can have holes.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.is_lossless = _is_byte_level(backend)  # decoding gives any text back
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -61,7 +70,8 @@ class Tokenizer:
             raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
         try:
             return cls(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises nothing narrower
+        except BaseException as error:  # the library raises nothing narrower, and panics
+            _reraise_interrupts(error)
             raise ConfigError(
                 f"data.tokenizer={path} must be a tokenizer.json of the `tokenizers` library, but "
                 f"reading it says: {error}"
@@ -75,21 +85,78 @@ class Tokenizer:
         """Whether a file holds this very tokenizer."""
         return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
 
+    def rows(self) -> dict[str, int]:
+        """Return the id of each token; the end and the padding have one name in any tokenizer."""
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
+        return {special.get(row, token): row for token, row in ids.items()}
+
     def encode(self, text: str) -> list[int]:
-        """Token ids of the text, without special tokens."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        """Return the token ids of the text, without special tokens; as `encode_batch`."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all cores."""
-        # The fast variant leaves out character offsets, which nobody reads.
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Return the token ids of each text, made on all cores.
+
+        Raises ConfigError where the tokenizer has no token for a part of it, nor one for what is
+        unknown.
+        """
+        with _explained("encode"):
+            # The fast variant leaves out character offsets, which nobody reads.
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; special tokens are left out."""
-        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
-        return text
+        """Return the text of the ids; special tokens are left out."""
+        return self.decode_batch([[int(i) for i in ids]])[0]
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each sequence of ids, made on all cores."""
+        with _explained("decode"):
+            texts: list[str] = self._backend.decode_batch(list(ids), skip_special_tokens=True)
+        return texts
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what the library raises, panics too, into a ConfigError."""
+    try:
+        yield
+    except BaseException as error:
+        _reraise_interrupts(error)
+        raise ConfigError(
+            f"data.tokenizer cannot {what} this text ({error}); give it an unknown token or a byte "
+            "alphabet, or leave data.tokenizer empty for a byte-level BPE trained on the text"
+        ) from error
+
+
+def _reraise_interrupts(error: BaseException) -> None:
+    """Raise what is no panic of the library: an interrupt, or the end of the process."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | ConfigError):
+        raise error
+
+
+def characters_lost(text: str, decoded: str) -> int:
+    """Return how many characters of the text are not in what its tokens decode to."""
+    if text == decoded:
+        return 0
+    common = Counter(text) & Counter(decoded)
+    return max(1, len(text) - common.total())
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether every byte has a token, and nothing else is done to the text."""
+    before, alphabet = backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    return (
+        isinstance(backend.model, tokenizers.models.BPE)
+        and isinstance(before, tokenizers.pre_tokenizers.ByteLevel)
+        and isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        and backend.normalizer is None
+        and not before.add_prefix_space
+        and set(alphabet) <= backend.get_vocab(with_added_tokens=False).keys()
+        and not any(token.lstrip or token.rstrip or token.normalized
+                    for token in backend.get_added_tokens_decoder().values())
+    )  # fmt: skip
 
 
 def too_small(vocab_size: int) -> str:
@@ -116,4 +183,4 @@ def _beginning(texts: Iterable[str]) -> Iterator[str]:
             log.info("The BPE is trained on the first %d characters.", characters)
             return
         characters += len(text)
-        yield text
+        yield LONG_WORD.sub("\\g<0>\n", text)

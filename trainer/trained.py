@@ -10,20 +10,24 @@ from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.build import build_worker
+from trainer.carried import carried_rows
 from trainer.checkpoint import load_weights
 from trainer.compress import export
 from trainer.compress.structured import removed
 from trainer.config import (
     CompressConfig,
+    DataConfig,
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     TeachConfig,
     TrainConfig,
 )
+from trainer.data import open_tokenizer
+from trainer.data.record import TOKENIZER, data_of, read_record
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
-from trainer.run_dir import EXPORTED, load_config, tokenizer_path
+from trainer.run_dir import EXPORTED, load_config
 from trainer.tokenizer import Tokenizer
 
 
@@ -36,7 +40,12 @@ class TrainedRun:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the model learned with."""
-        return Tokenizer.load(tokenizer_path(self.config.run_dir))
+        return Tokenizer.load(Path(self.config.run_dir) / TOKENIZER)
+
+    @property
+    def data(self) -> DataConfig:
+        """Its data section, read with the tokenizer or classes that it learned with."""
+        return data_of(self.config)
 
 
 def open_run(
@@ -68,15 +77,24 @@ def is_export(run_dir: str | Path) -> bool:
     return (Path(run_dir) / EXPORTED).exists()
 
 
-def load(run_dir: Path, worker: Worker) -> None:
+def load(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> None:
     """Read the weights of a run's newest good checkpoint, or of an export, into a worker's model.
 
+    `rows`: of each token or class, its row there, -1 for none (carried.py); None = they are alike.
     Raises ConfigError if there are none, or if they are another model's.
     """
     if is_export(run_dir):
-        export.load(run_dir, worker, load_config(run_dir))
+        export.load(run_dir, worker, load_config(run_dir), rows)
     else:
-        load_weights(run_dir, worker)
+        load_weights(run_dir, worker, rows)
+
+
+def load_first(config: TrainConfig, worker: Worker) -> None:
+    """Begin with the weights of config.init_from; rows of other tokens or classes stay as drawn."""
+    facts, tokenizer = read_record(config.run_dir), open_tokenizer(data_of(config))
+    assert facts is not None, config.run_dir
+    rows = carried_rows(config.init_from, facts, tokenizer)
+    load(Path(config.init_from), worker, rows.theirs if rows else None)
 
 
 def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:

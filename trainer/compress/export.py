@@ -1,7 +1,6 @@
 """A trained model as one small file: written from a run's newest checkpoint, read by any layout."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -13,11 +12,14 @@ from torch import Tensor, nn
 from parallel.apply import place
 from parallel.gradients import local
 from parallel.worker import Worker
+from trainer.carried import BY_ROW
 from trainer.compress.linear import CompressedLinear, Lens, whole
 from trainer.compress.packing import pack, unpack
 from trainer.compress.technique import Compression
 from trainer.config import ConfigError, TrainConfig
-from trainer.run_dir import EXPORTED, new_folder, tokenizer_path
+from trainer.data.record import copy_record
+from trainer.run_dir import EXPORTED, new_folder
+from trainer.storage import take_rows
 
 VERSION = "1"
 
@@ -25,8 +27,8 @@ VERSION = "1"
 def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path) -> None:
     """Writes the folder `to`, from a model on one rank; ConfigError if it cannot be written.
 
-    It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and the
-    tokenizer of `run_dir`. Nothing is left where writing fails.
+    It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and what
+    `run_dir` says of its data. Nothing is left where writing fails.
     """
     lens = Compression(config.compress).lens
     tensors, packed = {}, []
@@ -47,16 +49,14 @@ def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path
     with new_folder(to) as partial:
         (partial / EXPORTED).write_bytes(save(tensors, metadata=about))
         (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-        tokenizer = tokenizer_path(run_dir)
-        if tokenizer.exists():
-            shutil.copy(tokenizer, partial / tokenizer.name)
+        copy_record(run_dir, partial)
 
 
-def load(folder: Path, worker: Worker, config: TrainConfig) -> None:
+def load(folder: Path, worker: Worker, config: TrainConfig, rows: list[int] | None = None) -> None:
     """Reads an exported model into this rank's part of a worker's parameters.
 
-    `config` is that of the exported run. Raises ConfigError if the file is damaged or of another
-    model.
+    `config` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
+    the file is damaged or of another model.
     """
     path, lens = folder / EXPORTED, Compression(config.compress).lens
     try:
@@ -75,6 +75,9 @@ def load(folder: Path, worker: Worker, config: TrainConfig) -> None:
                     weight = unpack(parts, lens, parameter.shape[1])
                 else:
                     weight = file.get_tensor(name)
+                if rows is not None and name in BY_ROW:
+                    take_rows(parameter, weight, rows)
+                    continue
                 if weight.shape != parameter.shape:
                     raise ConfigError(
                         f"{path} has {name} of shape {tuple(weight.shape)}, the model of "

@@ -23,7 +23,7 @@ Rates = list[list[float]]  # samples per second, by model and round
 
 def one_batch(run: TrainedRun) -> MicroBatch:
     """One batch of the run's size, as in training."""
-    dataset = open_split(run.config.data, "train")
+    dataset = open_split(run.data, "train")
     batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
     return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
 

@@ -88,7 +88,7 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
             f"baseline={config.baseline} has learned from other data than run_dir="
             f"{config.run_dir}; name a run that differs in model and compress alone"
         )
-    prepare(trains[0].config.data)
+    prepare(trains[0].data)
     found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
     with TemporaryDirectory() as scratch:  # inference is of what is exported
         folders = [

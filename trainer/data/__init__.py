@@ -1,17 +1,26 @@
 """What is learned from: text, images or pairs, prepared once and read the same by any layout."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data import hub, images, pairs, text
-from trainer.data.dataset import DataFacts, Dataset
+from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.source import SPLITS, locate
 from trainer.tokenizer import SMALLEST, Tokenizer, too_small
 
-__all__ = ["DataFacts", "Dataset", "fingerprint", "open_split", "open_tokenizer", "prepare"]
+__all__ = [
+    "DataFacts",
+    "Dataset",
+    "SplitFacts",
+    "fingerprint",
+    "open_split",
+    "open_tokenizer",
+    "prepare",
+]
 
 READERS = {"text": text, "images": images, "pairs": pairs}
 FINGERPRINT_SAMPLES = 64  # of each split, at least
@@ -20,6 +29,7 @@ FINGERPRINT_SAMPLES = 64  # of each split, at least
 def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
     """Check the data and write what `open_split` reads to `data.cache`, unless that is done.
 
+    Returns what a model must know of them, and what was read.
     Raises ConfigError for whatever is wrong with the settings, the files or their content.
     """
     problems = _problems(config)
@@ -27,9 +37,14 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
         raise ConfigError(*problems)
     try:
         root = hub.export(config) if config.path.startswith("hf:") else locate(config)
-        return READERS[config.kind].prepare(config, root, progress)
+        facts = READERS[config.kind].prepare(config, root, progress)
+        splits = {
+            name: replace(split, digest=fingerprint(config, [name]))
+            for name, split in facts.splits.items()
+        }
     except OSError as error:
         raise ConfigError(f"data.path={config.path} cannot be read: {error}") from error
+    return replace(facts, kind=config.kind, path=config.path, splits=splits)
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:

@@ -4,16 +4,18 @@ B images of a micro-batch · C channels · H rows = W columns of pixels
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.dataset import DataFacts, Dataset, Sample
+from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.gallery import Shape, Table, read_archive, read_folder
 from trainer.data.order import mixed
 from trainer.data.prepared import Record, build, opened, prepared_folder
+from trainer.data.record import read_record
 from trainer.data.source import SPLITS, Part, name_of
 
 STATISTICS = 10_000  # training images that mean and standard deviation are taken of
@@ -23,20 +25,51 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
     """Check every image and measure the train split, unless that is done; raises ConfigError."""
     folder = _folder(config, root)
     record = build(folder, lambda temporary: _measure(_read(config, root, None, progress)))
+    record = _known(config, record)
     return DataFacts(
         classes=len(record["class_names"]),
         image_size=record["shape"][0],
         channels=record["shape"][2],
         class_names=tuple(record["class_names"]),
-        splits=record["splits"],
+        mean=tuple(record["mean"]),
+        std=tuple(record["std"]),
+        splits={split: SplitFacts(samples=n) for split, n in record["splits"].items()},
     )
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     """A split: images of an archive in memory, those of a folder decoded when asked for."""
-    record = opened(_folder(config, root))
+    record = _known(config, opened(_folder(config, root)))
     table = _read(config, root, tuple(record["shape"]))[split]
-    return Images(table, record, config.augment)
+    rows = np.array([record["class_names"].index(name) for name in table.class_names])
+    return Images(replace(table, labels=rows[table.labels]), record, config.augment)
+
+
+def _known(config: DataConfig, record: Record) -> Record:
+    """What is read, under the classes and pixel statistics of data.processor, if it is set."""
+    if not config.processor:
+        return record
+    theirs = read_record(config.processor)
+    if theirs is None or not theirs.class_names:
+        raise ConfigError(
+            f"data.processor={config.processor} says nothing of images; name the folder of a run, "
+            "or of an exported model, of data.kind=images"
+        )
+    shape = [theirs.image_size, theirs.image_size, theirs.channels]
+    if list(record["shape"]) != shape:
+        found, wanted = (" × ".join(map(str, sizes)) for sizes in (record["shape"], shape))
+        raise ConfigError(
+            f"data.path={config.path} holds images of {found} (rows, columns, channels), but "
+            f"data.processor={config.processor} is of {wanted}; give images of that shape"
+        )
+    if unknown := [name for name in record["class_names"] if name not in theirs.class_names]:
+        raise ConfigError(
+            f"data.path={config.path} has the class {', '.join(unknown)}, but data.processor="
+            f"{config.processor} knows {', '.join(theirs.class_names)}; take it out, or begin a "
+            "run with data.processor=new"
+        )
+    known = {"class_names": theirs.class_names, "mean": theirs.mean, "std": theirs.std}
+    return record | {key: list(values) for key, values in known.items()}
 
 
 class Images(Dataset):
@@ -45,9 +78,7 @@ class Images(Dataset):
     def __init__(self, table: Table, record: Record, augment: bool):
         self._table = table
         self._augment = augment
-        self._mean_C11, self._std_C11 = (
-            np.array(record[key], np.float32)[:, None, None] for key in ("mean", "std")
-        )
+        self._mean, self._std = record["mean"], record["std"]
         # 2 of 28 or 32 pixels, 16 of 224: as much of a large image as of a small one.
         self._reach = max(1, record["shape"][0] // 28)
 
@@ -63,11 +94,19 @@ class Images(Dataset):
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
         """images (B, C, H, W) float32 by the train split's mean and deviation, targets (B,)."""
-        images_BCHW = np.stack([sample["images"] for sample in samples]).astype(np.float32) / 255
+        images_BCHW = np.stack([sample["images"] for sample in samples])
         return {
-            "images": (images_BCHW - self._mean_C11) / self._std_C11,
+            "images": standardized(images_BCHW, self._mean, self._std),
             "targets": np.stack([sample["targets"] for sample in samples]),
         }
+
+
+def standardized(
+    images_BCHW: np.ndarray, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """Return uint8 pixels as float32, less the mean and by the deviation of each channel (C,)."""
+    mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
+    return np.asarray((images_BCHW.astype(np.float32) / 255 - mean_C11) / std_C11)
 
 
 def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:

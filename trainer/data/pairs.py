@@ -3,7 +3,6 @@
 B pairs of a micro-batch · T tokens of the longest source · S tokens of the longest target
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -11,14 +10,22 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
-from trainer.data.prepared import Record, build, opened, progress_bar
+from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
+from trainer.data.prepared import Record, opened, progress_bar
 from trainer.data.source import Part, read_text, split_parts
-from trainer.data.text import check_ids, describe, folder_of, make_tokenizer, token_dtype
+from trainer.data.tokenized import (
+    Parts,
+    describe,
+    encoded,
+    find_tokenizer,
+    prepare_tokens,
+    size_of,
+    source_name,
+    token_dtype,
+    tokens_folder,
+)
 from trainer.data.tokens import TokenFile
 from trainer.tokenizer import Tokenizer
-
-log = logging.getLogger(__name__)
 
 LINES = 4096  # tokenised at once
 COLUMNS = ("source", "target")
@@ -26,26 +33,39 @@ COLUMNS = ("source", "target")
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError."""
-    parts = split_parts(config, root)
-    folder = folder_of(config, parts)
-    record = build(folder, lambda temporary: _write(config, parts, temporary, progress))
-    check_ids(folder, record)
-    kept = {s: len(_kept(_spans(folder, s), s, config.seq_len)) for s in record["splits"]}
-    dropped = record["splits"]["train"]["pairs"] - kept["train"]
-    if kept["train"] == 0:
-        longest = _lengths(_spans(folder, "train"))
+
+    def texts(part: Part) -> Iterator[str]:
+        return (side for pair in read_pairs(part) for side in pair)
+
+    def write(parts: Parts, folder: Path) -> Record:
+        return _write(config, parts, folder, progress)
+
+    found = prepare_tokens(config, root, texts, write, progress)
+    splits, notes = {}, []
+    longer = f"longer than data.seq_len={config.seq_len}"
+    for split, entry in found.record["splits"].items():
+        spans = _spans(found.folder, split)
+        too_long = int((_lengths(spans) > config.seq_len).any(axis=1).sum())
+        if too_long and split != "train":
+            notes.append(f"{too_long} pairs of the {split} split are {longer} and cut")
+        splits[split] = SplitFacts(
+            sources=tuple(source_name(part, root) for part in found.parts[split]),
+            samples=len(_kept(spans, split, config.seq_len)), tokens=int(spans[-1, :2].sum()),
+            characters=entry["characters"], lost=entry["lost"],
+            left_out={longer: too_long} if too_long and split == "train" else {},
+        )  # fmt: skip
+    if splits["train"].samples == 0:
+        longest = _lengths(_spans(found.folder, "train"))
         raise ConfigError(
             f"data.seq_len={config.seq_len}: every pair of the train split is longer; set "
             f"data.seq_len={int(longest.max())} to keep them all"
         )
-    if dropped and progress:
-        log.info("%d training pairs are longer than data.seq_len and left out.", dropped)
-    return DataFacts(vocab_size=record["vocab_size"], splits=kept)
+    return found.facts(splits, notes)
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
-    """A prepared split."""
-    folder = folder_of(config, split_parts(config, root))
+    """Return a prepared split."""
+    folder = tokens_folder(config, split_parts(config, root))
     return Pairs(folder, opened(folder), split, config.seq_len)
 
 
@@ -58,6 +78,7 @@ class Pairs(Dataset):
     def __init__(self, folder: Path, record: Record, split: str, seq_len: int):
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
         self._seq_len = seq_len
+        self.lost = record["splits"][split]["lost"]
         self._text = folder / f"{split}.tsv"
         self._spans = _spans(folder, split)
         self._ids = [
@@ -141,12 +162,9 @@ def _lengths(spans: np.ndarray) -> np.ndarray:
     return np.diff(spans[:, :2], axis=0) + np.array([0, 1])
 
 
-def _write(
-    config: DataConfig, parts: dict[str, list[Part]], folder: Path, progress: bool
-) -> Record:
-    texts = (side for part in parts["train"] for pair in read_pairs(part) for side in pair)
-    tokenizer = make_tokenizer(config, texts, folder)
-    total = sum(part.end - part.start for of_split in parts.values() for part in of_split)
+def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+    tokenizer = Tokenizer.load(find_tokenizer(config, parts))
+    total = sum(map(size_of, parts.values()))
     splits = {}
     with progress_bar("Tokenising", total, progress) as advance:
         for split, of_split in parts.items():
@@ -165,13 +183,16 @@ def _write_split(
     advance: Callable[[int], None],
 ) -> Record:
     dtype = token_dtype(tokenizer)
-    largest_id, spans = 0, [np.zeros((1, 3), np.int64)]
+    spans = [np.zeros((1, 3), np.int64)]
+    largest_id = lost = characters = 0
     names = [f"{split}.{column}.bin" for column in COLUMNS] + [f"{split}.tsv"]
     files = [(folder / name).open("wb") for name in names]
     while batch := list(islice(found, LINES)):
         lengths = []
         for column, file in enumerate(files[:2]):
-            ids = tokenizer.encode_batch([pair[column] for pair in batch])
+            texts = [pair[column] for pair in batch]
+            ids, lost_here = encoded(tokenizer, texts)
+            lost, characters = lost + lost_here, characters + sum(map(len, texts))
             # Attention needs something to look at, even where a tokenizer knows no character.
             ids = [sentence or [tokenizer.eot_id] for sentence in ids]
             ids_n = np.array([i for sentence in ids for i in sentence], dtype)
@@ -186,7 +207,8 @@ def _write_split(
     for file in files:
         file.close()
     np.save(folder / f"{split}.npy", np.concatenate(spans))
-    return {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
+    found_here = {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
+    return found_here | {"characters": characters, "lost": lost}
 
 
 def read_pairs(part: Part) -> Iterator[tuple[str, str]]:

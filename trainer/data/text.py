@@ -4,44 +4,63 @@ B samples of a micro-batch · S tokens of a sample
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample
+from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.order import mixed
-from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
-from trainer.data.source import Part, name_of, read_text, split_parts
+from trainer.data.prepared import Record, opened, progress_bar
+from trainer.data.source import Part, read_text, split_parts
+from trainer.data.tokenized import (
+    Parts,
+    describe,
+    encoded,
+    find_tokenizer,
+    prepare_tokens,
+    size_of,
+    source_name,
+    token_dtype,
+    tokens_folder,
+)
 from trainer.data.tokens import TokenFile
 from trainer.tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters tokenised as one string; the tokenizer is slow on longer ones
 PIECES = 32  # tokenised at once, on all cores
-TOKENIZER = "tokenizer.json"
 
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError."""
-    parts = split_parts(config, root)
-    folder = folder_of(config, parts)
-    record = build(folder, lambda temporary: _write(config, parts, temporary, progress))
-    check_ids(folder, record)
-    tokens = record["splits"]["train"]["tokens"]
+
+    def texts(part: Part) -> Iterator[str]:
+        return (text for _, text in pieces(part, config.document_separator))
+
+    def write(parts: Parts, folder: Path) -> Record:
+        return _write(config, parts, folder, progress)
+
+    found = prepare_tokens(config, root, texts, write, progress)
+    tokens = found.record["splits"]["train"]["tokens"]
     if tokens <= config.seq_len:
         raise ConfigError(
             f"data.seq_len={config.seq_len}: the train split holds {tokens} tokens, one window "
             f"takes data.seq_len + 1; set data.seq_len={tokens - 1} or less"
         )
-    counts = {s: _windows(entry["tokens"], config.seq_len) for s, entry in record["splits"].items()}
-    return DataFacts(vocab_size=record["vocab_size"], splits=counts)
+    splits = {
+        split: SplitFacts(
+            sources=tuple(source_name(part, root) for part in found.parts[split]),
+            samples=_windows(entry["tokens"], config.seq_len),
+            tokens=entry["tokens"], characters=entry["characters"], lost=entry["lost"],
+        ) for split, entry in found.record["splits"].items()
+    }  # fmt: skip
+    return found.facts(splits)
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Text":
-    """A prepared split."""
-    folder = folder_of(config, split_parts(config, root))
+    """Return a prepared split."""
+    folder = tokens_folder(config, split_parts(config, root))
     record = opened(folder)
     count = record["splits"][split]["tokens"]
     tokens = TokenFile(folder / f"{split}.bin", record["dtype"], count, record["vocab_size"])
@@ -58,6 +77,7 @@ class Text(Dataset):
     def __init__(self, tokens: TokenFile, seq_len: int, record: Record, split: str):
         self.characters = record["splits"][split]["characters"]
         self.targets = len(tokens) - 1
+        self.lost = record["splits"][split]["lost"]
         self._tokens = tokens
         self._seq_len = seq_len
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
@@ -95,63 +115,9 @@ def _windows(tokens: int, seq_len: int) -> int:
     return -(-(tokens - 1) // seq_len)
 
 
-def folder_of(config: DataConfig, parts: dict[str, list[Part]]) -> Path:
-    """The prepared folder of these files under this tokenizer; pairs use it too."""
-    tokenizer: str | int = config.vocab_size
-    if config.tokenizer:
-        path = own_tokenizer(config)
-        tokenizer = blake2b(path.read_bytes()).hexdigest() if path.is_file() else "missing"
-    files = {split: [part.fingerprint() for part in of_split] for split, of_split in parts.items()}
-    ingredients = [files, tokenizer, config.document_separator]
-    return prepared_folder(config, name_of(config), ingredients)
-
-
 def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
-    """The tokenizer of a prepared text or of prepared pairs."""
-    return Tokenizer.load(folder_of(config, split_parts(config, root)) / TOKENIZER)
-
-
-def own_tokenizer(config: DataConfig) -> Path:
-    """The tokenizer.json of `data.tokenizer`, which may also name its folder."""
-    path = Path(config.tokenizer).expanduser()
-    return path / TOKENIZER if path.is_dir() else path
-
-
-def make_tokenizer(config: DataConfig, texts: Iterator[str], folder: Path) -> Tokenizer:
-    """The tokenizer of `data.tokenizer`, or one trained on the texts, saved in the folder."""
-    if config.tokenizer:
-        tokenizer = Tokenizer.load(own_tokenizer(config))
-    else:
-        tokenizer = Tokenizer.train(texts, config.vocab_size)
-    tokenizer.save(folder / TOKENIZER)
-    return tokenizer
-
-
-def token_dtype(tokenizer: Tokenizer) -> np.dtype:
-    """The smallest type that holds every id."""
-    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
-
-
-def describe(tokenizer: Tokenizer) -> Record:
-    """What readers of the ids must know of the tokenizer."""
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "dtype": token_dtype(tokenizer).name,
-        "eot_id": tokenizer.eot_id,
-        "pad_id": tokenizer.pad_id,
-    }
-
-
-def check_ids(folder: Path, record: Record) -> None:
-    """Refuse prepared tokens that the tokenizer beside them does not know."""
-    vocab_size = Tokenizer.load(folder / TOKENIZER).vocab_size
-    for split, entry in record["splits"].items():
-        if entry["largest_id"] >= vocab_size:
-            raise ConfigError(
-                f"the {split} split in {folder} holds token id {entry['largest_id']} but "
-                f"{TOKENIZER} has {vocab_size} entries; delete that folder of data.cache, and set "
-                "data.tokenizer to the tokenizer that the ids are of"
-            )
+    """Return the tokenizer of a prepared text or of prepared pairs."""
+    return Tokenizer.load(find_tokenizer(config, split_parts(config, root)))
 
 
 def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
@@ -193,17 +159,15 @@ def _cut(text: str, margin: int) -> list[str]:
     return [*cuts, text[start:]]
 
 
-def _write(
-    config: DataConfig, parts: dict[str, list[Part]], folder: Path, progress: bool
-) -> Record:
-    separator = config.document_separator
-    texts = (text for part in parts["train"] for _, text in pieces(part, separator))
-    tokenizer = make_tokenizer(config, texts, folder)
-    total = sum(part.end - part.start for of_split in parts.values() for part in of_split)
+def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+    tokenizer = Tokenizer.load(find_tokenizer(config, parts))
+    total = sum(map(size_of, parts.values()))
     splits = {}
     with progress_bar("Tokenising", total, progress) as advance:
         for split, of_split in parts.items():
-            found = (piece for part in of_split for piece in pieces(part, separator))
+            found = (
+                piece for part in of_split for piece in pieces(part, config.document_separator)
+            )
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
             if splits[split]["tokens"] < 2:
                 raise ConfigError(f"data.path={config.path}: the {split} split holds no text")
@@ -217,11 +181,13 @@ def _write_split(
     advance: Callable[[int], None],
 ) -> Record:
     dtype = token_dtype(tokenizer)
-    tokens = characters = largest_id = 0
+    tokens = characters = largest_id = lost = 0
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
-            for (begins, text), ids in zip(batch, tokenizer.encode_batch(texts), strict=True):
+            ids_of, lost_here = encoded(tokenizer, texts)
+            lost += lost_here
+            for (begins, text), ids in zip(batch, ids_of, strict=True):
                 # A document begins with the end token of the one before: it is its BOS.
                 ids_n = np.array([tokenizer.eot_id, *ids] if begins else ids, dtype)
                 file.write(ids_n.tobytes())
@@ -229,4 +195,5 @@ def _write_split(
                 characters += len(text)
                 largest_id = max(largest_id, int(ids_n.max(initial=0)))
                 advance(len(text.encode()))
-    return {"tokens": tokens, "characters": characters, "largest_id": largest_id}
+    found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
+    return found_here | {"lost": lost}

@@ -1,0 +1,121 @@
+"""What a run's folder says of its data: all that using the model needs, and a table for people."""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from trainer.config import ConfigError, DataConfig, TrainConfig
+from trainer.data.dataset import DataFacts, SplitFacts
+from trainer.status import write_atomically
+
+TOKENIZER = "tokenizer.json"
+FACTS = "data.json"
+TABLE = "data.txt"
+SHOWN = 3  # sources or reasons of a split that are named; the others are counted
+
+
+def has_record(folder: str | Path) -> bool:
+    """Whether a folder says what its model's inputs are made with."""
+    return any((Path(folder) / name).is_file() for name in (FACTS, TOKENIZER))
+
+
+def write_record(folder: Path, facts: DataFacts) -> None:
+    """Write data.json and data.txt; raises OSError."""
+    write_atomically(folder / FACTS, json.dumps(asdict(facts), indent=1) + "\n")
+    write_atomically(folder / TABLE, table(facts) + "\n")
+
+
+def read_record(folder: str | Path) -> DataFacts | None:
+    """Return what a folder says of its data; None where it says nothing, ConfigError if damaged."""
+    path = Path(folder) / FACTS
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("class_names", "mean", "std", "notes"):
+            values[key] = tuple(values[key])
+        for name, split in values["splits"].items():
+            values["splits"][name] = SplitFacts(**{**split, "sources": tuple(split["sources"])})
+        return DataFacts(**values)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}); put it back, or delete it: what the run was trained on "
+            "is then read from data.path"
+        ) from error
+
+
+def copy_record(run_dir: str | Path, to: Path) -> None:
+    """Copy what a run's folder says of its data into another folder; raises OSError."""
+    for name in (TOKENIZER, FACTS, TABLE):
+        if (source := Path(run_dir) / name).is_file():
+            shutil.copy(source, to / name)
+
+
+def data_of(config: TrainConfig, run_dir: str | Path = "") -> DataConfig:
+    """Return the data section as a run reads it: with the tokenizer or classes in its folder.
+
+    `run_dir`: that folder, where it is not `config.run_dir`.
+    """
+    folder = str(run_dir or config.run_dir)
+    return replace(config.data, processor=folder) if has_record(folder) else config.data
+
+
+def changes(before: DataFacts, now: DataFacts, split: str) -> str:
+    """Say how a split is not the one that a run began with; empty where it is."""
+    old, new = before.splits.get(split), now.splits.get(split)
+    if old is None or new is None or (old.digest, old.samples) == (new.digest, new.samples):
+        return ""
+    count = f"{old.samples:,} samples then, {new.samples:,} now"
+    if old.samples == new.samples:
+        count = f"{new.samples:,} samples, but others"
+    return f"the {split} split at data.path={now.path} is not that of the training run ({count})"
+
+
+def table(facts: DataFacts) -> str:
+    """Return what was read as lines of text: a row for each split, then what was left out."""
+    head = ["split", "read from", "samples", "tokens", "characters"]
+    rows = [
+        [name, _listed(s.sources), *(f"{n:,}" if n else "" for n in (s.samples, s.tokens,
+                                                                    s.characters))]
+        for name, s in facts.splits.items()
+    ]  # fmt: skip
+    shown = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows)]
+    cells = [[row[i] for i in shown] for row in [head, *rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([f"data.path={facts.path}", *(f"  {line}" for line in lines), *_below(facts)])
+
+
+def _below(facts: DataFacts) -> Iterable[str]:
+    if facts.class_names:
+        size = f"{facts.image_size} × {facts.image_size}"
+        yield (
+            f"  images: {size} pixels, channels: {facts.channels}, classes: "
+            f"{_listed(facts.class_names, 10)}"
+        )
+    if facts.vocab_size:
+        yield f"  tokenizer: {facts.vocab_size:,} entries"
+    for name, split in facts.splits.items():
+        for reason, count in split.left_out.items():
+            yield f"  left out of {name}: {count:,} ({reason})"
+    reasons = Counter(facts.left_out.values())
+    for reason, count in reasons.items():
+        first = next(path for path, why in facts.left_out.items() if why == reason)
+        more = f" and {count - 1:,} more" if count > 1 else ""
+        yield f"  not read: {first}{more} ({reason})"
+    for note in facts.notes:
+        yield f"  note: {note}"
+
+
+def _listed(names: tuple[str, ...], shown: int = SHOWN) -> str:
+    more = f", … ({len(names):,} in all)" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

@@ -1,0 +1,197 @@
+"""Prepared token files: which tokenizer they are made with, and the folder that they are in.
+
+Prepared in two stages, each kept in `data.cache`: the tokenizer, then the tokens that it makes of
+the splits. So a run that reads its data with the tokenizer in its own folder finds the tokens that
+were prepared when it began.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config import ConfigError, DataConfig
+from trainer.data.dataset import DataFacts, SplitFacts
+from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
+from trainer.data.record import TOKENIZER
+from trainer.data.source import Listing, Part, name_of, read_listing, split_parts
+from trainer.tokenizer import Tokenizer, characters_lost
+
+log = logging.getLogger(__name__)
+
+Parts = dict[str, list[Part]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Splits that are prepared: their folder, its record, and what they were read from."""
+
+    folder: Path
+    record: Record
+    parts: Parts
+    listing: Listing
+
+    def facts(self, splits: dict[str, SplitFacts], notes: Sequence[str] = ()) -> DataFacts:
+        """Return what a model must know of them, and what was read."""
+        return DataFacts(
+            vocab_size=self.record["vocab_size"], splits=splits, left_out=self.listing.left_out,
+            notes=(*self.listing.notes, *notes),
+        )  # fmt: skip
+
+
+def prepare_tokens(
+    config: DataConfig,
+    root: Path,
+    texts: Callable[[Part], Iterable[str]],
+    write: Callable[[Parts, Path], Record],
+    progress: bool,
+) -> Tokens:
+    """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError.
+
+    `texts` reads what a tokenizer is trained on, `write` fills the folder of the tokens.
+    """
+    listing, parts = read_listing(config, root), split_parts(config, root)
+
+    def of_train() -> Iterator[str]:
+        size = size_of(parts["train"])
+        with progress_bar("Training the tokenizer", size, progress) as advance:
+            for part in parts["train"]:
+                for text in texts(part):
+                    advance(len(text.encode()))
+                    yield text
+
+    make_tokenizer(config, parts, of_train)
+    folder = tokens_folder(config, parts)
+    record = build(folder, lambda temporary: write(parts, temporary))
+    check_ids(folder, record)
+    warn_of_losses(config, record)
+    return Tokens(folder, record, parts, listing)
+
+
+def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterable[str]]) -> Path:
+    """Return the tokenizer.json to use; it is trained on `texts()` where none is given.
+
+    Raises ConfigError where the file that is named is no tokenizer.
+    """
+    if config.processor:
+        return _of_run(config)
+
+    def write(folder: Path) -> Record:
+        if config.tokenizer:
+            tokenizer = Tokenizer.load(named_tokenizer(config))
+        else:
+            tokenizer = Tokenizer.train(texts(), config.vocab_size)
+        tokenizer.save(folder / TOKENIZER)
+        return {}
+
+    folder = _tokenizer_folder(config, parts)
+    build(folder, write)
+    return folder / TOKENIZER
+
+
+def find_tokenizer(config: DataConfig, parts: Parts) -> Path:
+    """Return the tokenizer.json that `make_tokenizer` has made; ConfigError if it is gone."""
+    if config.processor:
+        return _of_run(config)
+    folder = _tokenizer_folder(config, parts)
+    opened(folder)
+    return folder / TOKENIZER
+
+
+def named_tokenizer(config: DataConfig) -> Path:
+    """Return the tokenizer.json of `data.tokenizer`, which may also name its folder."""
+    path = Path(config.tokenizer).expanduser()
+    return path / TOKENIZER if path.is_dir() else path
+
+
+def tokens_folder(config: DataConfig, parts: Parts) -> Path:
+    """Return the folder of the splits' tokens under the tokenizer that was made for them."""
+    files = {split: [part.fingerprint() for part in of_split] for split, of_split in parts.items()}
+    digest = blake2b(find_tokenizer(config, parts).read_bytes()).hexdigest()
+    return prepared_folder(config, name_of(config), [files, digest, config.document_separator])
+
+
+def _of_run(config: DataConfig) -> Path:
+    path = Path(config.processor) / TOKENIZER
+    if not path.is_file():
+        raise ConfigError(
+            f"data.processor={config.processor} holds no {TOKENIZER}; name the folder of a run, or "
+            f"of an exported model, of data.kind={config.kind}"
+        )
+    return path
+
+
+def _tokenizer_folder(config: DataConfig, parts: Parts) -> Path:
+    if config.tokenizer:
+        path = named_tokenizer(config)
+        content = blake2b(path.read_bytes()).hexdigest() if path.is_file() else "missing"
+        return prepared_folder(config, "tokenizer", [content])
+    train = [part.fingerprint() for part in parts["train"]]
+    ingredients = ["bpe", train, config.vocab_size, config.document_separator]
+    return prepared_folder(config, f"{name_of(config)}-tokenizer", ingredients)
+
+
+def size_of(parts: Iterable[Part]) -> int:
+    """Return the bytes of the parts."""
+    return sum(part.end - part.start for part in parts)
+
+
+def source_name(part: Part, root: Path) -> str:
+    """Return a part's file, relative to data.path, with its share where it is not the whole."""
+    inside = root.is_dir() and part.path.is_relative_to(root)
+    name = str(part.path.relative_to(root)) if inside else part.path.name
+    size = part.path.stat().st_size
+    if (part.start, part.end) == (0, size):
+        return name
+    return f"{name} ({100 * part.start / size:.3g} % to {100 * part.end / size:.3g} %)"
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype:
+    """Return the smallest dtype that holds every id."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def describe(tokenizer: Tokenizer) -> Record:
+    """Return what readers of the ids must know of the tokenizer."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": token_dtype(tokenizer).name,
+        "eot_id": tokenizer.eot_id,
+        "pad_id": tokenizer.pad_id,
+    }
+
+
+def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Return the ids of each text, and how many characters decoding them does not give back."""
+    ids = tokenizer.encode_batch(texts)
+    if tokenizer.is_lossless:
+        return ids, 0
+    decoded = tokenizer.decode_batch(ids)
+    return ids, sum(map(characters_lost, texts, decoded))
+
+
+def check_ids(folder: Path, record: Record) -> None:
+    """Refuse prepared tokens that the tokenizer beside them does not know."""
+    for split, entry in record["splits"].items():
+        if entry["largest_id"] >= record["vocab_size"]:
+            raise ConfigError(
+                f"the {split} split in {folder} holds token id {entry['largest_id']} but its "
+                f"tokenizer has {record['vocab_size']} entries; delete that folder of data.cache"
+            )
+
+
+def warn_of_losses(config: DataConfig, record: Record) -> None:
+    """Warn where a tokenizer does not give all of the text back."""
+    lost, characters = (
+        sum(entry[key] for entry in record["splits"].values()) for key in ("lost", "characters")
+    )
+    if lost:
+        name = config.tokenizer or config.processor
+        log.warning(
+            "%s loses %.2g %% of the characters (%s of %s), so that bits per character would "
+            "flatter the model; bits per token are reported instead",
+            f"data.tokenizer={name}", 100 * lost / characters, f"{lost:,}", f"{characters:,}",
+        )  # fmt: skip
