@@ -1,9 +1,15 @@
 """The tokenizer: exact round trips, special tokens, own files, and what it refuses."""
 
+import math
+
 import pytest
 import tokenizers
 
-from trainer.config import ConfigError
+import trainer.tokenizer as tokenizer_module
+from trainer import data
+from trainer.config import ConfigError, DataConfig
+from trainer.data.tokenized import encoded
+from trainer.evaluate import bits
 from trainer.tokenizer import Tokenizer
 
 TEXT = "When shall we three meet again? In thunder, lightning, or in rain? " * 3
@@ -110,3 +116,124 @@ def test_mistakes_name_the_key_and_a_way_out(tmp_path):
     (tmp_path / "bad.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"data\.tokenizer=.*bad\.json must be a tokenizer\.json"):
         Tokenizer.load(tmp_path / "bad.json")
+
+
+# ---- tokenizers that lose text, and those that cannot take it
+
+WORDS = [
+    "when",
+    "shall",
+    "we",
+    "three",
+    "meet",
+    "again",
+    "in",
+    "thunder",
+    "lightning",
+    "or",
+    "in",
+    "rain",
+]
+
+
+def word_level(unk="[UNK]", known=WORDS, **parts) -> tokenizers.Tokenizer:
+    vocabulary = {word: i for i, word in enumerate([*dict.fromkeys(known), *filter(None, [unk])])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=unk or "?"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return backend
+
+
+def metaspace() -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -1.0)] + [
+        (c, -2.0) for c in sorted(set("".join(WORDS)))
+    ], unk_id=0))  # fmt: skip
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    backend.decoder = tokenizers.decoders.Metaspace()
+    return backend
+
+
+BYTE_LEVEL = {
+    "pre_tokenizer": tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "decoder": tokenizers.decoders.ByteLevel(),
+}
+LOSSY = {
+    "unknown words": (word_level(known=WORDS[:4]), " ".join(WORDS)),
+    "line ends": (word_level(), "when shall\nwe meet"),
+    "lower case": (word_level(normalizer=tokenizers.normalizers.Lowercase()), "When shall we"),
+    "accents": (
+        word_level(known=["cafe"], normalizer=tokenizers.normalizers.Sequence([
+            tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()])),
+        "café",
+    ),
+    "no byte alphabet": (metaspace(), "when shall 日本"),
+    "order": (
+        word_level(known=["ab", "ba"], normalizer=tokenizers.normalizers.Replace("ab", "ba")), "ab"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOSSY)
+def test_lost_characters_are_counted(tmp_path, case):
+    backend, text = LOSSY[case]
+    backend.save(str(tmp_path / "own.json"))
+    lost = encoded(Tokenizer.load(tmp_path / "own.json"), ["", text])[1]
+    assert 0 < lost <= len(text)
+
+
+def test_nothing_is_lost_where_nothing_is(tmp_path, tokenizer):
+    metaspace().save(str(tmp_path / "own.json"))
+    for lossless in (Tokenizer.load(tmp_path / "own.json"), tokenizer):
+        assert encoded(lossless, [" ".join(WORDS), "", "rain"])[1] == 0
+    assert tokenizer.is_lossless and not Tokenizer.load(tmp_path / "own.json").is_lossless
+    assert encoded(tokenizer, [ODD])[1] == 0
+
+
+def test_only_what_holds_every_byte_is_taken_for_lossless(tmp_path):
+    backend, path = own(tmp_path, [])
+    assert Tokenizer.load(path).is_lossless
+    backend.normalizer = tokenizers.normalizers.NFKC()
+    backend.save(str(path))
+    assert not Tokenizer.load(path).is_lossless
+    assert encoded(Tokenizer.load(path), ["ﬁn"])[1] > 0
+
+
+def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, caplog):
+    (tmp_path / "text.txt").write_text(" ".join(WORDS * 50))
+    word_level(known=WORDS[:8]).save(str(tmp_path / "own.json"))
+    config = DataConfig(
+        path=str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "own.json"), seq_len=16,
+        cache=str(tmp_path / "cache"),
+    )  # fmt: skip
+    facts = data.prepare(config)
+    assert facts.splits["train"].lost > 500
+    assert "bits per token are reported instead" in caplog.text
+    dataset = data.open_split(config, "test")
+    assert bits(2.0, dataset) == {"bits_per_token": pytest.approx(2.0 / math.log(2))}
+    dataset.lost = 0
+    assert list(bits(2.0, dataset)) == ["bits_per_character"]
+
+
+@pytest.mark.parametrize("backend", [
+    word_level(unk=None), tokenizers.Tokenizer(tokenizers.models.WordPiece({"when": 0})),
+    tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0)])),
+])  # fmt: skip
+def test_a_tokenizer_without_an_unknown_token_is_one_message(tmp_path, backend):
+    backend.save(str(tmp_path / "own.json"))
+    with pytest.raises(ConfigError, match=r"data\.tokenizer.*unknown token"):
+        Tokenizer.load(tmp_path / "own.json").encode("when hell freezes")
+
+
+def test_dropout_of_merges_is_off(tmp_path):
+    backend, path = own(tmp_path, [])
+    backend.model.dropout = 0.5
+    backend.save(str(path))
+    loaded = Tokenizer.load(path)
+    assert loaded.encode_batch([TEXT] * 8) == [loaded.encode(TEXT)] * 8
+
+
+def test_a_text_without_spaces_is_learned_from_in_pieces():
+    words = list(tokenizer_module._beginning(["日" * 100 + " and " + "ab" * 40]))
+    assert max(map(len, words[0].split())) <= 32
+    assert words[0].replace("\n", "") == "日" * 100 + " and " + "ab" * 40

@@ -60,7 +60,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     values = {"eval_loss": loss}
     family = transformer(worker).config.family
     if family == "decoder":
-        values |= _bits(loss, dataset)
+        values |= bits(loss, dataset)
     if family == "encoder":
         return values | {"accuracy": right / targets}
     values["perplexity"] = math.exp(min(loss, LARGEST_EXPONENT))
@@ -69,7 +69,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     return values
 
 
-def _bits(loss: float, dataset: Dataset) -> dict[str, float]:
+def bits(loss: float, dataset: Dataset) -> dict[str, float]:
     """Bits per character; per token where the tokenizer loses characters, which cost nothing."""
     bits = loss / math.log(2)
     if dataset.lost:
