@@ -28,7 +28,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
              tokenizer: Tokenizer | None = None, beams: int = 1,
              length_penalty: float = 1.0,
              between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
-    """Values of the first `samples` samples (0 = all); every rank calls it and gets the same.
+    """Values of `samples` samples (0 = all), the same ones each time, on every rank the same.
 
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` and
     `perplexity` per token. Images: `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100)
@@ -58,7 +58,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
         values["bits_per_character"] = loss / math.log(2) * dataset.targets / dataset.characters
     if family == "encoder":
         return values | {"accuracy": right / targets}
-    values["perplexity"] = math.exp(min(loss, LARGEST_EXPONENT))
+    values["perplexity"] = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
     if tokenizer is not None:
         values["bleu"] = _bleu(worker, dataset, translations)
     return values
