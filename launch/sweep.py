@@ -212,7 +212,8 @@ def _objective(values: dict[str, float], name: str) -> float:
         if (value := values.get(f"{split}_{plain}")) is not None:
             return value
     there = sorted(key.partition("_")[2] for key in values if key.startswith("valid_"))
-    what = f"metrics.objective={name} was not measured; there are: {', '.join(there)}"
+    missing = f"metrics.objective={name} was not measured, or is not finite"
+    what = f"{missing}; there are: {', '.join(there)}"
     raise JobFailedError(2, what)
 
 

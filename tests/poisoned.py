@@ -14,7 +14,7 @@ from parallel.gradients import local
 from trainer import loop
 from trainer.checkpoint import TrainState
 from trainer.config import TrainConfig
-from trainer.data.order import Order, data_step
+from trainer.data.order import Order, positions
 from trainer.loss import cross_entropy_sum
 from trainer.metrics import Recorder
 from trainer.run_dir import open_run_dir
@@ -51,7 +51,7 @@ POISONS = {
 
 def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
           kill_after: int = 0) -> tuple[TrainState | None, str]:  # fmt: skip
-    """Train where, on one rank, the first micro-batch of `bad` steps of the data is poisoned.
+    """Train where, on one rank, `bad` steps of the data are poisoned: a loss, or what they leave.
 
     The state at the end, None after the kill at that step (counted as they are made); and the
     message of the error that ended the run.
@@ -62,9 +62,15 @@ def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
 
     def poisoned_step(config, state, micro_batches):
         states[:] = [state]
-        now = data_step(state.step, state.guard.left_out) in bad and runtime.rank == rank
-        pending[:] = [True] * now
-        return take_step(config, state, micro_batches)
+        place = positions(state.samples, 1, state.guard.left_out)[0]
+        now = place // BATCH in bad and runtime.rank == rank
+        pending[:] = [True] * (now and poison in POISONS)
+        done = take_step(config, state, micro_batches)
+        if now and poison not in POISONS:
+            moments = next(iter(state.optimizer.state().values()))
+            weight = next(iter(state.worker.parameters().values())).detach()
+            local({"weight": weight, **moments}[poison]).view(-1)[:1] = torch.inf
+        return done
 
     def poisoned_loss(*args, **options):
         loss = cross_entropy_sum(*args, **options)

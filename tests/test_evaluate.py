@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import sacrebleu
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from parallel.config import StrategyConfig, world_size
 from trainer.config import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
+from trainer.data.loader import evaluated
 from trainer.evaluate import bleu_signature, evaluate, evaluate_run
 from trainer.generate import translate
 
@@ -49,7 +51,7 @@ def runs(runtime, tmp_path_factory):
 def one_by_one(worker, dataset, samples=None):
     """Total nats, valid targets and right answers, from batches of one sample."""
     nats, valid, right = 0.0, 0, 0
-    for index in range(len(dataset) if samples is None else samples):
+    for index in map(int, evaluated(len(dataset), samples or 0)):
         batch = dataset.collate([dataset.sample(index, None)])
         batch = {name: torch.from_numpy(value) for name, value in batch.items()}
         worker.model.eval()
@@ -103,6 +105,26 @@ def test_images_equal_a_count_by_hand(runtime, runs):
     values = evaluate(worker, dataset, micro_batch_size=4)
     expected = {"eval_loss": nats / valid, "accuracy": right / valid}
     assert values == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_part_of_pairs_is_measured_by_its_own_references(runtime, runs):
+    worker, dataset = of_one_rank(runs["pairs"], runtime, seed=1)
+    tokenizer = open_tokenizer(runs["pairs"].data)
+    asked = []
+    dataset.reference = lambda index: asked.append(index) or "a"
+    values = evaluate(worker, dataset, micro_batch_size=3, samples=4, tokenizer=tokenizer)
+    nats, valid, _ = one_by_one(worker, dataset, samples=4)
+    assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
+    assert asked == evaluated(len(dataset), 4).tolist() != [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("planted", "perplexity"), [(math.nan, math.nan), (math.inf, math.inf)])
+def test_a_loss_that_is_not_finite_has_no_finite_perplexity(runtime, runs, planted, perplexity):
+    worker, dataset = of_one_rank(runs["text"], runtime)
+    totals = torch.tensor([planted, 1.0, 0.0], dtype=torch.float64)
+    with mock.patch("trainer.evaluate._totals", lambda *_: totals):
+        values = evaluate(worker, dataset, micro_batch_size=4)
+    assert repr(values["perplexity"]) == repr(values["bits_per_character"]) == repr(perplexity)
 
 
 @pytest.mark.parametrize("beams", [1, 3])

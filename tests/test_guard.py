@@ -1,11 +1,14 @@
 """Bad numbers: found before they are learned from, said with their samples, left out as asked."""
 
 import json
+import math
 from dataclasses import replace
+from functools import partial
 from unittest import mock
 
 import pytest
 import tiny
+import torch
 from poisoned import (
     BATCH,
     LAYOUTS,
@@ -25,7 +28,7 @@ from conf.check import complete
 from parallel.config import ConfigError, StrategyConfig, resolve, world_size
 from parallel.gradients import local
 from trainer import loop
-from trainer.checkpoint import restore
+from trainer.checkpoint import not_finite, restore
 from trainer.config import (
     CheckpointConfig,
     EvalConfig,
@@ -34,8 +37,11 @@ from trainer.config import (
     OptimConfig,
     TrainConfig,
 )
+from trainer.curves import last_values
 from trainer.data import prepare
-from trainer.data.order import data_step
+from trainer.guard import Guard
+from trainer.history import read_history
+from trainer.report import page
 from trainer.run_dir import checkpoints, open_run_dir
 
 
@@ -184,7 +190,7 @@ def test_returning_in_vain_ends_the_run(ranks, config, tmp_path, kill_after):
         assert "max_bad_steps=3 times" in message
     assert [event["action"] for event in events(config)] == ["rollback", "rollback", "stop"]
     rollbacks = json.loads((tmp_path / "rollbacks.json").read_text())
-    assert rollbacks == [{"step": 3, "data_steps": [3]}, {"step": 3, "data_steps": [4]}]
+    assert rollbacks == [{"step": 3, "samples": [[24, 32]]}, {"step": 3, "samples": [[32, 40]]}]
 
 
 def test_a_rollback_before_the_first_checkpoint_starts_over(ranks, config, tmp_path):
@@ -217,7 +223,9 @@ def overflowing(runtime, config: TrainConfig) -> tuple[int, float, str]:
     recorder = mock.Mock()
     for _ in range(4):
         loop.take_step(config, state, next(loader))
-    state.guard.look(state.step, state.worker, loader, recorder, lambda: None)
+    state.guard.look(
+        state.step, state.worker, loader, recorder, lambda: None, partial(not_finite, state)
+    )
     loader.close()
     scale = state.loss_scale.scale.item()
     message = train(runtime, replace(config, steps=30), "nan", set(range(99)), 0)[1]
@@ -230,7 +238,153 @@ def test_an_overflow_of_fp16_is_healthy_until_its_scale_is_below_one(ranks, conf
         checkpoint=CheckpointConfig(every=0),
     )  # fmt: skip
     assert count == 0 and scale == 2.0**36
-    assert "step 16" in message  # 2**14 halved 15 times is below 1
+    assert "the loss is not finite at step 1 on rank 0" in message
+
+
+def lost(runtime, config: TrainConfig) -> tuple[float, str]:
+    """fp16 with a loss that is NaN on one rank; the loss scale at the end, and the message."""
+    state, message = train(runtime, config, "nan", {3}, 1)
+    assert state is not None
+    return state.loss_scale.scale.item(), message
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_a_loss_of_fp16_that_is_not_finite_is_no_overflow(ranks, config, tmp_path, policy):
+    config, results = run(
+        ranks, config, "ddp 2", lost, run_dir=str(tmp_path), precision="fp16", on_bad_step=policy,
+    )  # fmt: skip
+    for scale, message in results:
+        assert scale == 2.0**14
+        assert ("the loss is not finite at step 4 on rank 1" in message) == (policy == "stop")
+    (event,) = events(config)
+    assert (event["step"], event["kind"], event["rank"]) == (4, "loss", 1)
+
+
+TOO_FAST = OptimConfig(lr=1e39, warmup_steps=0)  # infinite in float32
+
+
+@pytest.mark.parametrize(
+    ("layout", "policy", "every"),
+    [("single", "stop", 1), ("fsdp 2", "stop", 3), ("ddp 2", "skip", 7), ("single", "rollback", 1),
+     ("tensor 2", "rollback", 3)],
+)  # fmt: skip
+def test_weights_that_are_not_finite_are_never_saved(
+    ranks, config, tmp_path, layout, policy, every
+):
+    config, results = run(
+        ranks, config, layout, ended, "nan", set(), 0, run_dir=str(tmp_path), precision="fp32",
+        optim=TOO_FAST, checkpoint=CheckpointConfig(every=every), on_bad_step=policy,
+    )  # fmt: skip
+    for message in results:
+        assert "is not finite after step 1; nothing was saved since" in message
+        assert message.startswith("model.") and "try a lower optim.lr" in message
+        assert ("max_bad_steps=5 times" if policy == "rollback" else "on_bad_step=") in message
+    assert [step for step, _ in checkpoints(tmp_path)] == [0] * (policy == "rollback")
+    last = events(config)[-1]
+    assert (last["kind"], last["step"], last["action"]) == ("update", 1, "stop")
+    assert last["tensor"].startswith("model.") and len(last["samples"]) == BATCH
+
+
+@pytest.mark.parametrize("what", ["weight", "exp_avg", "exp_avg_sq"])
+@pytest.mark.parametrize("layout", ["single", "fsdp 2", "pipeline 2"])
+def test_any_tensor_of_any_rank_keeps_a_checkpoint_from_being_saved(
+    ranks, config, tmp_path, layout, what
+):
+    last = world_size(LAYOUTS[layout]) - 1
+    config, results = run(
+        ranks, config, layout, ended, what, {5}, last, run_dir=str(tmp_path), on_bad_step="skip"
+    )
+    tensor = "model." if what == "weight" else "optimizer."
+    for message in results:
+        assert message.startswith(tensor) and message == results[0]
+        assert "is not finite after step 6" in message and "step-00000003" in message
+        assert f".{what} is not finite" in message
+    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert ranks.run(1, finite, replace(config, strategy=StrategyConfig())) == [True]
+
+
+@pytest.mark.parametrize("layout", ["single", "fsdp 2"])
+def test_a_rollback_leaves_out_the_step_that_spoiled_the_weights(ranks, config, tmp_path, layout):
+    last = world_size(LAYOUTS[layout]) - 1
+    # Step 5 spoils them, which the loss of step 6 shows.
+    config, results = run(
+        ranks, config, layout, compared, "weight", {4}, last, [0, 1, 2, 3, 5, 6, 7],
+        run_dir=str(tmp_path), on_bad_step="rollback",
+    )  # fmt: skip
+    assert results == [([], "")] * (last + 1)
+    assert [event["step"] for event in events(config)] == [5]
+    rollbacks = json.loads((tmp_path / "rollbacks.json").read_text())
+    assert rollbacks == [{"step": 3, "samples": [[32, 40]]}]
+
+
+def unmeasured(runtime, config: TrainConfig, losses: list[float]) -> str:
+    """Train where the evaluations have these losses."""
+    told = iter(losses)
+
+    def measure(run, split, samples, tokenizer=None):
+        loss = next(told)
+        return {"eval_loss": loss, "perplexity": loss, "bleu": loss}
+
+    with mock.patch.object(loop, "measure", measure):
+        return ended(runtime, config, "nan", set(), 0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_an_evaluation_that_is_not_finite_ends_no_run(ranks, config, tmp_path, bad):
+    config, results = run(
+        ranks, config, "single", unmeasured, [bad, 2.0, bad], run_dir=str(tmp_path),
+        eval=EvalConfig(every=3, test=False),
+        checkpoint=CheckpointConfig(every=3, keep=1, keep_best=True),
+    )  # fmt: skip
+    assert results == [""]
+    assert [step for step, _ in checkpoints(tmp_path)] == [6, 7]  # the best, the newest
+    text = (tmp_path / "metrics.jsonl").read_text()
+    for line in text.splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    history = read_history(tmp_path)
+    assert history.curve("eval_loss", "valid") == [(6, 2.0)] and history.notes == []
+    assert "bleu" in page([history], now=0.0)
+    assert not any(key.startswith("valid") for key in last_values(tmp_path))  # 2.0 is not the last
+
+
+def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tmp_path):
+    config = replace(config, run_dir=str(tmp_path), on_bad_step="rollback", init_from="elsewhere")
+    open_run_dir(config)
+    (message,) = ranks.run(1, spoiled, config)
+    assert "is not finite before step 1; choose another init_from" in message
+    assert checkpoints(tmp_path) == []
+
+
+def spoiled(runtime, config: TrainConfig) -> str:
+    def load(path, worker):
+        next(worker.model.parameters()).detach().fill_(torch.nan)
+
+    with mock.patch.object(loop, "load", load):
+        return refused(runtime, config)
+
+
+@pytest.mark.parametrize(
+    ("text", "left_out"),
+    [
+        ('[{"step": 3, "data_steps": [4, 9]}]', {(64, 80), (144, 160)}),  # of older versions
+        ('[{"step": 3, "samples": [[24, 32]]}]', {(24, 32)}),
+        ('[{"step": 3, "data_steps": [4]}, {"step": 5, "samples": [[1, 2], [5, 9]]}]',
+         {(64, 80), (1, 2), (5, 9)}),
+        ("[]", set()),
+    ],
+)  # fmt: skip
+def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out):
+    (tmp_path / "rollbacks.json").write_text(text)
+    guard = Guard(TrainConfig(), runtime.device)
+    guard.read_rollbacks(str(tmp_path), batch_size=16)
+    assert guard.left_out == left_out
+
+
+@pytest.mark.parametrize("text", ['[{"step": 3, "samples": [[9, 5]]}]', '[{"step": 3}]', "{}3"])
+def test_what_was_left_out_and_cannot_be_read_is_refused(runtime, tmp_path, text):
+    (tmp_path / "rollbacks.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"rollbacks\.json is damaged"):
+        Guard(TrainConfig(), runtime.device).read_rollbacks(str(tmp_path), batch_size=16)
 
 
 READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
@@ -258,18 +412,17 @@ def healthy(runtime, config: TrainConfig) -> list[str]:
 
 
 # Not in a pipeline, whose schedule reads the numbers of micro-batches, on the host.
-@pytest.mark.parametrize("layout", ["single", "ddp 2", "fsdp 2", "tensor 2"])
-def test_a_healthy_step_reads_nothing_back(ranks, config, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("layout", "precision", "spike_sigma"),
+    [("single", "fp64", 6.0), ("ddp 2", "fp16", 0.0), ("fsdp 2", "fp64", 6.0),
+     ("tensor 2", "fp16", 6.0)],
+)  # fmt: skip
+def test_a_healthy_step_reads_nothing_back(ranks, config, tmp_path, layout, precision, spike_sigma):
     _, results = run(
-        ranks, config, layout, healthy, run_dir=str(tmp_path), on_bad_step="skip", spike_sigma=6.0
-    )
+        ranks, config, layout, healthy, run_dir=str(tmp_path), on_bad_step="skip",
+        spike_sigma=spike_sigma, precision=precision,
+    )  # fmt: skip
     assert not any(results)
-
-
-def test_data_step():
-    assert [data_step(step, ()) for step in range(3)] == [0, 1, 2]
-    left_out = {4, 0, 5}
-    assert [data_step(step, left_out) for step in range(6)] == [1, 2, 3, 6, 7, 8]
 
 
 def drifting(runtime, config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from trainer.data.dataset import Dataset, Sample
-from trainer.data.loader import TrainLoader, evaluation_batches
-from trainer.data.order import Order, mixed, permutation
+from trainer.data.loader import TrainLoader, evaluated, evaluation_batches
+from trainer.data.order import Order, mixed, permutation, positions, ranges
 
 
 class Numbers(Dataset):
@@ -98,7 +99,8 @@ def test_a_resumed_run_goes_on_as_if_never_stopped():
 def test_steps_that_are_left_out_never_come():
     dataset = Numbers(21)
     whole = steps(dataset, 7)
-    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, left_out={5, 0, 2})
+    left_out = {(40, 48), (0, 8), (16, 24)}
+    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, left_out=left_out)
     for step, expected in enumerate((3, 4, 6), start=1):
         assert torch.equal(joined(next(loader)), joined(whole[expected]))
         found = loader.sample_ids(step, data_rank=0)
@@ -106,10 +108,70 @@ def test_steps_that_are_left_out_never_come():
     loader.close()
 
 
+def test_positions_go_round_what_is_left_out():
+    assert positions(5, 3) == [5, 6, 7]
+    left_out = {(8, 10), (0, 2), (10, 11)}
+    assert positions(0, 9, left_out) == [2, 3, 4, 5, 6, 7, 11, 12, 13]
+    assert positions(4, 9, left_out, repeated=6) == [6, 7, 2, 3, 4, 5, 6, 7, 2]
+    assert ranges(positions(0, 9, left_out)) == [(2, 8), (11, 14)]
+    assert ranges([7, 3, 4, 3]) == [(3, 5), (7, 8)] and ranges([]) == []
+
+
+class Unequal(Numbers):
+    """Samples that say how long they are."""
+
+    def lengths(self) -> np.ndarray:
+        return np.random.default_rng(0).integers(1, 100, self.size)
+
+
+def learned(dataset: Dataset, parts: list[tuple[int, int]], **options) -> list[int]:
+    """The samples of a run whose parts are of so many steps and samples a step, in order."""
+    found: list[int] = []
+    step = first = 0
+    for count, batch_size in parts:
+        loader = TrainLoader(
+            dataset, 3, batch_size, 0, 1, 2, first_step=step, first_sample=first,
+            order_batch_size=parts[0][1], **options,
+        )  # fmt: skip
+        for number in range(count):
+            found += [i for rank in (0, 1) for i in loader.sample_ids(step + number, rank)]
+        read = joined(next(loader))[:, 0].tolist()
+        assert sorted(read) == sorted(loader.sample_ids(loader.first_step, 1))
+        loader.close()
+        step, first = step + count, first + count * batch_size
+    return found
+
+
+CHANGES = {
+    "16 to 64": [(10, 16), (26, 64)], "64 to 16": [(10, 64), (60, 16)],
+    "16 to 24": [(7, 16), (70, 24)], "up and down": [(5, 16), (9, 64), (3, 6), (20, 16), (30, 40)],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("left_out", [set(), {(200, 216), (64, 128), (1500, 1516)}])
+@pytest.mark.parametrize("kind", [Numbers, Unequal])
+@pytest.mark.parametrize("parts", CHANGES.values(), ids=CHANGES)
+def test_another_batch_size_neither_skips_nor_repeats_a_sample(parts, kind, left_out):
+    dataset = kind(1010)  # of unequal ones a window of 800 and a part of one
+    found = learned(dataset, parts, left_out=left_out)
+    order = Order(3, 1010, dataset.lengths(), parts[0][1])
+    gone = {place for begin, end in left_out for place in range(begin, end)}
+    places = [place for place in range(len(found) + len(gone)) if place not in gone]
+    assert found == [order(place)[1] for place in places[: len(found)]]
+    of_epoch = [index for place, index in zip(places, found, strict=False) if place < 1010]
+    missing = {order(place)[1] for place in gone if place < 1010}
+    assert sorted([*of_epoch, *missing]) == list(range(1010))  # each once
+
+
+def test_what_is_repeated_stays_the_same_samples_at_another_batch_size():
+    found = learned(Numbers(200), [(5, 16), (2, 64), (7, 24)], repeated=32)
+    assert set(Counter(found[:64]).values()) == {2} and set(found) == set(found[:32])
+
+
 def test_the_first_steps_come_again_and_again():
     dataset = Numbers(21)
     first, second = steps(dataset, 2)
-    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, repeated=2)
+    loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, repeated=16)
     for expected in (second, first, second):
         assert torch.equal(joined(next(loader)), joined(expected))
     loader.close()
@@ -190,16 +252,30 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
     index_N = torch.cat([batch["index"] for of_rank in ranks for batch in of_rank])
     target_N = torch.cat([batch["targets"] for of_rank in ranks for batch in of_rank])
     real = index_N >= 0
-    assert sorted(index_N[real].tolist()) == list(range(min(samples or 23, 23)))
+    assert sorted(index_N[real].tolist()) == evaluated(23, samples).tolist()
     assert torch.equal(target_N[real, 0], index_N[real])
     assert (target_N[real, 1] == -1).all()  # asked without a seed
     assert (index_N[~real] == -1).all() and (target_N[~real] == -100).all()
     assert (~real).sum() < 4 * degree
 
 
+def test_a_part_of_a_split_is_none_of_its_first_samples_but_always_the_same():
+    """Splits are sorted by class, by length, by author: their first samples are like no others."""
+    part = evaluated(1000, 100)
+    assert np.array_equal(part, np.unique(part)) and len(part) == 100
+    by_class = np.bincount(part // 100, minlength=10)  # of ten classes one after another
+    assert by_class.min() >= 4 and by_class.max() <= 18
+    assert set(part) < set(evaluated(1000, 101))
+    assert evaluated(8, 3).tolist() == [0, 3, 7]  # in every version
+    for samples in (0, 8, 9):
+        assert evaluated(8, samples).tolist() == list(range(8))
+    assert len(evaluated(8, 1)) == 1 and evaluated(1, 1).tolist() == [0]
+
+
 def test_few_samples_need_few_fillers():
     ranks = [list(evaluation_batches(Numbers(23), 8, r, 2, samples=5)) for r in range(2)]
-    assert [[b["index"].tolist() for b in r] for r in ranks] == [[[0, 1, 2]], [[3, 4, -1]]]
+    a, b, c, d, e = evaluated(23, 5).tolist()
+    assert [[b["index"].tolist() for b in r] for r in ranks] == [[[a, b, c]], [[d, e, -1]]]
 
 
 class Lengths(Dataset):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -184,6 +185,21 @@ def test_what_is_written_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch
 def test_what_is_kept(options, expected):
     losses = {10: 3.0, 20: 1.0, 30: None, 40: 1.0, 50: 2.0}
     assert kept(losses, *options) == expected
+
+
+def test_what_is_not_finite_is_never_the_best():
+    losses = {10: math.nan, 20: 3.0, 30: -math.inf, 40: 2.0, 50: math.nan, 60: math.inf}
+    assert kept(losses, 1, True, 0) == {40, 60}
+    assert kept({10: math.nan, 20: math.inf}, 1, True, 0) == {20}
+
+
+@pytest.mark.parametrize("changes", [{"samples": -1}, {"lr": "nan"}, {"order_batch_size": [8]}])
+def test_a_position_that_is_none_is_refused(tmp_path, changes):
+    folder = tmp_path / "step-00000007"
+    manifest = written(folder)
+    assert manifest.samples is None  # as an older version's
+    sealed(folder, **changes)
+    assert "is not a manifest" in refusal(folder)
 
 
 def test_the_best_of_none_measured():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig
-from trainer.optim import Optimizer, decays, lr_at
+from trainer.config import OptimConfig, TrainConfig
+from trainer.optim import Optimizer, decays, lr_at, lr_leap, schedule_warnings
 from trainer.precision import PRECISIONS, LossScale, resolve_precision
 
 CPU = torch.device("cpu")
@@ -121,3 +121,46 @@ def test_automatic_precision():
     assert resolve_precision("auto", CPU).name == "fp32"
     assert resolve_precision("auto", torch.device("cuda")).name == "bf16"
     assert PRECISIONS["bf16"].parameters == torch.float32
+
+
+def run_of(steps: int, **optim) -> TrainConfig:
+    return TrainConfig(steps=steps, optim=OptimConfig(lr=1e-2, **optim))
+
+
+@pytest.mark.parametrize(
+    ("steps", "optim", "parts"),
+    [
+        (60, {"warmup_steps": 60}, ("optim.warmup_steps=60", "steps=60", "0.01 of optim.lr=0.01")),
+        (4, {"warmup_steps": 100}, ("optim.warmup_steps=100", "0.0004 of", "optim.warmup_steps=0")),
+        (100, {"warmup_steps": 60, "schedule": "wsd", "decay_share": 0.5},
+         ("optim.warmup_steps=60", "step 50", "from 0.01 to 0.0082", "set optim.warmup_steps=50")),
+        (100, {"warmup_steps": 99}, ()),
+        (100, {"warmup_steps": 50, "schedule": "wsd", "decay_share": 0.5}, ()),
+        (100, {"warmup_steps": 0, "schedule": "wsd", "decay_share": 1.0}, ()),
+        (1, {"warmup_steps": 0}, ()),
+    ],
+)  # fmt: skip
+def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
+    warnings = schedule_warnings(run_of(steps, **optim))
+    assert len(warnings) == (len(parts) > 0)
+    assert all(part in warnings[0] for part in parts)
+
+
+@pytest.mark.parametrize(
+    ("steps", "optim"),
+    [
+        (120, {}), (40, {}), (60, {"schedule": "constant"}), (60, {"min_lr_ratio": 0.5}),
+        (60, {"warmup_steps": 100}), (60, {"schedule": "wsd"}),
+    ],
+)  # fmt: skip
+def test_a_leap_of_the_learning_rate_is_told_with_both_numbers(steps, optim):
+    before = lr_at(50, 60, OptimConfig(lr=1e-2, warmup_steps=5))
+    config = run_of(steps, **{"warmup_steps": 5} | optim)
+    now = lr_at(50, steps, config.optim)
+    told = lr_leap(50, before, config)
+    assert f"step 51 is {now:.3g}" in told and f"had {before:.3g}" in told
+
+
+@pytest.mark.parametrize("before", [None, 1e-2, 0.995e-2])
+def test_a_learning_rate_that_goes_on_is_not_mentioned(before):
+    assert lr_leap(20, before, run_of(120, warmup_steps=5, schedule="wsd")) == ""

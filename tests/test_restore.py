@@ -6,6 +6,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import damage
 import pytest
@@ -19,7 +20,9 @@ from parallel.config import StrategyConfig
 from parallel.gradients import local
 from trainer import checkpoint as module
 from trainer.checkpoint import load_weights, restore, tensors_of
-from trainer.config import ConfigError
+from trainer.config import ConfigError, OptimConfig
+from trainer.manifest import Manifest
+from trainer.optim import lr_at
 from trainer.run_dir import checkpoint_path, checkpoints
 from trainer.saver import Saver
 
@@ -182,6 +185,58 @@ def test_other_data_and_another_config_are_refused(ranks, tmp_path):
     layers, seed = config
     assert "model.layers=4, not 9; set model.layers=4" in layers and "set seed=0" in seed
     assert step == 30
+
+
+def changed_run(runtime, folder) -> list[list[str]]:
+    """What is said where a run goes on with other steps, another batch or another rate."""
+    config, state = config_of(folder), state_of(runtime, tiny.LLAMA)
+    state.step, state.samples = 900, 900 * config.batch_size
+    tiny.save(config, state)
+    batch = {"batch_size": 64, "resume_changed": ["batch_size"]}
+    state.tokens.fill_(900)
+    changes = [
+        {}, {"steps": 4000}, {"optim": OptimConfig(lr=2e-3)},
+        {"optim": OptimConfig(schedule="constant")}, batch,
+        batch | {"optim": OptimConfig(lr=2e-3)},
+    ]  # fmt: skip
+    return [heard_from(runtime, replace(config, **change)) for change in changes]
+
+
+def heard_from(runtime, config) -> list[str]:
+    state = state_of(runtime, tiny.LLAMA)
+    with heard(module.log) as lines:
+        restore(config, state)
+    assert (state.samples, state.order_batch_size) == (900 * 32, 32)
+    return lines
+
+
+def test_a_leap_of_the_learning_rate_and_another_batch_size_are_told(ranks, tmp_path):
+    same, steps, lr, schedule, batch, both = ranks.run(1, changed_run, tmp_path)[0]
+    assert same == []
+    now, before = (lr_at(900, count, OptimConfig()) for count in (4000, 1000))
+    for lines, rate in ((steps, now), (lr, 2 * before), (schedule, 1e-3), (both[1:], 2 * before)):
+        (line,) = lines
+        assert f"step 901 is {rate:.3g}, where" in line and f"had {before:.3g}" in line
+    assert "batch_size=64, not 32" in batch[0] and "batch_size=64, not 32" in both[0]
+    assert "64 samples, not 32, at the same learning rate" in batch[1] and len(batch) == 2
+
+
+def older(runtime, folder) -> tuple[int, int]:
+    """Go on, with another batch size, from a checkpoint that knows no samples."""
+    config, state = config_of(folder), state_of(runtime, tiny.LLAMA)
+    state.step = 30
+
+    def manifest(samples, lr, order_batch_size, **known):
+        return Manifest(**known)
+
+    with mock.patch("trainer.saver.Manifest", manifest):
+        tiny.save(config, state)
+    restore(replace(config, batch_size=8, resume_changed=["batch_size"]), state)
+    return state.samples, state.order_batch_size
+
+
+def test_an_older_checkpoint_has_learned_from_all_samples_of_its_steps(ranks, tmp_path):
+    assert ranks.run(1, older, tmp_path) == [(30 * 32, 32)]
 
 
 def read_beside(runtime, folder) -> list[int]:

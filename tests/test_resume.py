@@ -26,7 +26,7 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data import open_split, prepare
-from trainer.data.order import mixed
+from trainer.data.order import Order, mixed
 from trainer.metrics import Recorder
 from trainer.run_dir import open_run_dir
 
@@ -225,3 +225,26 @@ def test_a_run_moves_through_the_world(ranks, config, tmp_path, chain):
     losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
     assert list(losses) == list(range(1, 9))
     assert list(losses.values()) == pytest.approx([loss for loss, _ in unbroken], rel=1e-10)
+
+
+@pytest.mark.parametrize("sizes", [(12, 24, 6), (6, 12, 4)])
+def test_a_run_moves_through_batch_sizes(ranks, config, tmp_path, sizes):
+    """Each part is killed one step behind its checkpoint, which the next goes on from."""
+    config = replace(
+        config, steps=8, checkpoint=CheckpointConfig(every=2), run_dir=str(tmp_path),
+        resume_changed=["batch_size"], micro_batch_size=2,
+    )  # fmt: skip
+    kept: dict[int, list[int]] = {}
+    layouts = [StrategyConfig(), StrategyConfig(shard=2), StrategyConfig(replicate=2)]
+    for number, (batch_size, strategy) in enumerate(zip(sizes, layouts, strict=True)):
+        here = replace(config, batch_size=batch_size, strategy=strategy)
+        open_run_dir(here)
+        stop = 2 * number + 3 if number < len(sizes) - 1 else 0
+        results = ranks.run(world_size(strategy), part, here, stop)
+        for step in (step for step, _ in results[0]):
+            kept[step] = [i for told in results for s, own in told if s == step for i in own]
+    seen = [len(kept[step]) for step in range(8)]
+    assert seen == [sizes[0]] * 2 + [sizes[1]] * 2 + [sizes[2]] * 4
+    order = Order(config.seed, len(open_split(config.data, "train")))
+    everything = Counter(i for samples in kept.values() for i in samples)
+    assert everything == Counter(order(place)[1] for place in range(sum(seen)))

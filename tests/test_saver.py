@@ -1,7 +1,9 @@
 """Saves: in the background, agreed by all ranks, never half there, and never in the way."""
 
 import errno
+import json
 import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -244,6 +246,21 @@ def test_newest_best_and_every_nth_are_kept_over_a_restart(ranks, tmp_path):
     assert folders[4:7] == [["20", "40", "50"], ["20", "40", "50", "60"], ["20", "40", "60", "70"]]
     # The damaged ones do not count, so that another good one stays.
     assert folders[7] == ["20", "40", "80"]
+
+
+def unmeasurable(runtime, folder) -> list[float | None]:
+    """Saves whose losses are not finite: those on record that a strict reader of JSON finds."""
+    config, state = config_of(folder, keep=1, keep_best=True), state_of(runtime, tiny.LLAMA)
+    with Saver(config, state) as saver:
+        for state.step, loss in {10: math.nan, 20: 2.5, 30: math.inf, 40: -math.inf}.items():
+            saver.save(state, loss)
+    texts = [path.joinpath("manifest.json").read_text() for _, path in checkpoints(folder)]
+    return [json.loads(text, parse_constant=pytest.fail)["eval_loss"] for text in texts]
+
+
+def test_a_loss_that_is_not_finite_is_saved_as_unknown(ranks, tmp_path):
+    assert ranks.run(1, unmeasurable, tmp_path) == [[2.5, None]]
+    assert [step for step, _ in checkpoints(tmp_path)] == [20, 40]
 
 
 def order(runtime, folder) -> list[str]:

@@ -118,6 +118,29 @@ def test_an_optimising_sweeper_is_told_the_metric_or_the_failure(swept, tmp_path
     assert states["seed=1"] == ("failed", "the reason")
 
 
+def test_a_metric_that_was_not_finite_the_last_time_has_no_earlier_value(tmp_path):
+    lines = [
+        {"step": 1, "loss": 3.0, "tokens_per_second": 9.0},
+        {"step": 1, "split": "valid", "eval_loss": 1.5, "accuracy": 0.5},
+        {"step": 2, "loss": None, "tokens_per_second": 9.0},
+        {"step": 2, "split": "valid", "eval_loss": None, "accuracy": 0.1},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert last_values(tmp_path) == {"step": 2, "tokens_per_second": 9.0, "valid_accuracy": 0.1}
+
+
+def test_an_optimising_sweeper_never_sees_an_earlier_loss(swept, tmp_path):
+    def diverges(folder):
+        measures(folder)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2, "split": "valid", "eval_loss": null}\n')
+
+    (tmp_path / "scratch").mkdir()
+    expected = pytest.raises(JobFailedError, match="eval_loss was not measured, or is not finite")
+    with Sweep(tmp_path / "scratch") as sweep, expected:
+        swept(sweep, 0, diverges)
+
+
 def test_a_failed_point_is_started_again_where_that_is_asked_for(swept, tmp_path):
     (tmp_path / "scratch").mkdir()
     with Sweep(tmp_path / "scratch") as sweep, pytest.raises(JobFailedError):

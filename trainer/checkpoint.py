@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel.config import StrategyConfig, degrees
+from parallel.gradients import local
 from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
 from trainer.carried import BY_ROW
@@ -26,7 +27,7 @@ from trainer.manifest import (
     file_problems,
     read_manifest,
 )
-from trainer.optim import Optimizer
+from trainer.optim import Optimizer, lr_leap
 from trainer.precision import LossScale
 from trainer.run_dir import (
     checkpoint_path,
@@ -48,8 +49,8 @@ KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' 
 class TrainState:
     """All that a training run is at one moment, under whatever layout.
 
-    Learning rate, sample order and dropout are functions of (seed, step): the step is all of the
-    state of the schedule, of the data and of the random numbers.
+    Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
+    two numbers are all of the state of the schedule, of the data and of the random numbers.
     """
 
     worker: Worker
@@ -58,6 +59,8 @@ class TrainState:
     guard: Guard
     tokens: Tensor  # valid targets learned from so far, int64 on the device
     step: int = 0  # optimizer steps done
+    samples: int = 0  # that these steps took, by which the data go on under any batch_size
+    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
     run: str = ""  # names the run in all of its checkpoints; drawn when it begins
     compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
 
@@ -76,6 +79,20 @@ def tensors_of(state: TrainState) -> dict[str, Tensor]:
     found["tokens"] = state.tokens
     found["step"] = torch.tensor(state.step)
     return found
+
+
+def not_finite(state: TrainState) -> str:
+    """The first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+
+    All ranks call it and get the same. One reduction of each tensor, whose results are read back
+    together: for the moments at which the host waits anyway.
+    """
+    own = {name: local(tensor.detach()) for name, tensor in tensors_of(state).items()}
+    own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
+    largest = torch._foreach_norm(list(own.values()), torch.inf)
+    finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
+    first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
+    return next(filter(None, everyones(first)), "")
 
 
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
@@ -157,9 +174,10 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
             break
         assert choice.manifest is not None
         _same_run(config, choice.manifest, data)
-        if _load(choice.path, choice.manifest, state, config.strategy):
+        if _load(choice.path, choice.manifest, state, config):
             state.run = choice.manifest.run
             break
+    state.guard.read_rollbacks(config.run_dir, state.order_batch_size or config.batch_size)
     lines = [
         f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
         for step, reason in choice.damaged.items()
@@ -195,9 +213,18 @@ def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
                 log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
         if other:
             log.warning("going on with other data: see resume_changed")
+        if leap := lr_leap(manifest.step, manifest.lr, config):
+            log.warning(leap)
+        elif (before := manifest.config.get("batch_size")) not in (None, config.batch_size):
+            log.warning(
+                "a step takes %d samples, not %d, at the same learning rate: see optim.lr, which "
+                "suits one batch_size, and steps=%d, which counts steps of either size",
+                *(config.batch_size, before, config.steps),
+            )
 
 
-def _load(path: Path, manifest: Manifest, state: TrainState, strategy: StrategyConfig) -> bool:
+def _load(path: Path, manifest: Manifest, state: TrainState, config: TrainConfig) -> bool:
+    strategy = config.strategy
     _check_shapes(path, manifest, state.worker.whole.shapes)
     tensors = tensors_of(state)
     if not _keeps(manifest, tensors, strategy):
@@ -215,6 +242,10 @@ def _load(path: Path, manifest: Manifest, state: TrainState, strategy: StrategyC
     state.optimizer.set_updates(tensors["updates"].item())
     state.guard.load({n: tensors[f"guard.{n}"] for n in state.guard.state()})
     state.step = int(tensors["step"].item())
+    # Older versions counted the data in steps, all of one batch size.
+    batch_size = int(manifest.config.get("batch_size", config.batch_size))
+    state.order_batch_size = manifest.order_batch_size or batch_size
+    state.samples = state.step * batch_size if manifest.samples is None else manifest.samples
     return True
 
 

@@ -103,7 +103,8 @@ class EvalConfig:
     """Evaluation while training; read by trainer/evaluate.py."""
 
     every: int = 250  # steps between evaluations on the valid split; 0 = only at the end
-    samples: int = 0  # of the valid split, per evaluation; 0 = all
+    # Of the valid split, per evaluation: a pseudo-random part, always the same; 0 = all.
+    samples: int = 0
     test: bool = True  # evaluate on the whole test split at the end
     beams: int = 1  # translation: beams of the decoder that BLEU is measured with
 
@@ -295,7 +296,7 @@ class EvaluateConfig:
     precision: str = "auto"  # as in training
     device: str = "auto"  # cpu | cuda; auto = cuda where there is one
     micro_batch_size: int = 0  # 0 = as in training
-    samples: int = 0  # of the split; 0 = all
+    samples: int = 0  # of the split, a pseudo-random part, always the same; 0 = all
     beams: int = 1  # translation: beams of the decoder; 1 = greedy
 
 

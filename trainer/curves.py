@@ -18,17 +18,18 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
-    """The last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations."""
-    found: dict[str, float] = {}
+    """The last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations.
+
+    What was not finite the last time is not there: an earlier value would pass for it.
+    """
+    found: dict[str, Any] = {}
     for record in records(run_dir):
-        numbers = {key: v for key, v in record.items() if is_number(v)}
         if "split" in record:
-            numbers.pop("step", None)
-            plain = {key.removeprefix("eval_"): value for key, value in numbers.items()}
-            found |= {f"{record['split']}_{key}": value for key, value in plain.items()}
+            plain = {key.removeprefix("eval_"): value for key, value in record.items()}
+            found |= {f"{record['split']}_{k}": v for k, v in plain.items() if k != "step"}
         elif "loss" in record:
-            found |= {key: numbers[key] for key in TRAINING if key in numbers}
-    return found
+            found |= {key: record.get(key) for key in TRAINING}
+    return {key: value for key, value in found.items() if is_number(value)}
 
 
 def draw(runs: dict[str, Path], path: Path) -> bool:

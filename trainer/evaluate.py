@@ -33,7 +33,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
              tokenizer: Tokenizer | None = None, beams: int = 1,
              length_penalty: float = 1.0,
              between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
-    """Values of the first `samples` samples (0 = all); every rank calls it and gets the same.
+    """Values of `samples` samples (0 = all), the same ones each time, on every rank the same.
 
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` (or
     `bits_per_token`, where the tokenizer loses characters) and `perplexity` per token. Images:
@@ -63,7 +63,7 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
         values |= bits(loss, dataset)
     if family == "encoder":
         return values | {"accuracy": right / targets}
-    values["perplexity"] = math.exp(min(loss, LARGEST_EXPONENT))
+    values["perplexity"] = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
     if tokenizer is not None:
         values["bleu"] = _bleu(worker, dataset, translations)
     return values

@@ -1,14 +1,17 @@
 """The numbers of a run: which steps are bad, whose samples did it, and what is done about it.
 
 A step is bad if its loss or gradient is not finite or, where asked, if its loss is a spike. The
-device decides that before the update, which it drops; the host hears of it at the next look.
+device decides that before the update, which it drops; the host hears of it at the next look. It is
+bad, too, if its update has left weights or moments that are not finite: that is looked for where
+steps are bad, and before a save.
 """
 
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from parallel.runtime import agreed, everyones
 from parallel.worker import Worker
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.loader import TrainLoader
-from trainer.data.order import data_step
+from trainer.data.order import ranges
 from trainer.metrics import Recorder
 from trainer.optim import Optimizer
 from trainer.precision import LossScale
@@ -42,17 +45,18 @@ class BadStep:
     """A step that was not learned from."""
 
     step: int  # of the run, from 1
-    kind: str  # loss | gradient | spike
+    kind: str  # loss | gradient | spike | update
     rank: int | None  # the first of those that read the samples at fault; None = not one share
     shares: list[int]  # data ranks whose samples may have done it
+    tensor: str = ""  # of an update: the first that it has left not finite
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A return to a checkpoint: its step, and the steps of the data left out from then on."""
+    """A return to a checkpoint: its step, and what of the data is left out from then on."""
 
     step: int
-    data_steps: list[int]  # from 0
+    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the order of samples
 
 
 class Guard:
@@ -63,34 +67,48 @@ class Guard:
     """
 
     def __init__(self, config: TrainConfig, device: torch.device):
-        """Every rank calls it: rank 0 reads which steps of the data were left out."""
+        """A guard that has seen nothing yet."""
         self._config = config
-        self.rollbacks = _read_rollbacks(config.run_dir)
+        self.rollbacks: list[Rollback] = []
         self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # good ones, the newest last
         self._known = torch.zeros((), dtype=torch.int64, device=device)  # of them
         self._bad_in_row = 0  # until the last look
         self._flags: list[Tensor] = []  # of the steps since then, each an int64 scalar
 
     @property
-    def left_out(self) -> set[int]:
-        """The steps of the data that are not learned from, from 0."""
-        return {step for rollback in self.rollbacks for step in rollback.data_steps}
+    def left_out(self) -> set[tuple[int, int]]:
+        """Ranges of positions in the order of samples that are not learned from."""
+        return {samples for rollback in self.rollbacks for samples in rollback.samples}
+
+    def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
+        """Take over what was left out of a run's data; every rank calls it, and rank 0 reads.
+
+        `batch_size` is of older versions' entries, which name steps. Raises ConfigError.
+        """
+        self.rollbacks = _read_rollbacks(run_dir, batch_size)
 
     def judge(self, worker: Worker, loss: Tensor, grad_norm: Tensor,
               scale: LossScale) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Whether to drop the step's update, and whether its gradient overflowed: 1.0 or 0.0.
 
         fp16 overflows now and then and its scale adapts: such an update is dropped, but the step is
-        bad only once the scale has fallen below 1 and still overflows. Nothing is read back.
+        bad only if the loss itself is not finite, or once the scale has fallen below 1 and the
+        gradient still overflows. Nothing is read back.
         """
         overflow = ~grad_norm.isfinite()
-        bad = overflow & (scale.scale < 1.0) if scale.dynamic else overflow
-        flags = LOSS * ~loss.isfinite() + GRADIENT * bad
-        drop = overflow
-        if self._config.spike_sigma:
+        bad, drop = overflow, overflow
+        spike_sigma = self._config.spike_sigma
+        if scale.dynamic or spike_sigma:
             mean_loss = worker.sum_over_data(loss.clone())
-            spike = self._is_spike(mean_loss) & ~overflow
-            flags, drop = flags + SPIKE * spike, overflow | spike
+        if scale.dynamic:
+            lost = ~mean_loss.isfinite()  # no matter of the scale, which the loss has not seen
+            drop = overflow | lost
+            overflow = overflow & ~lost
+            bad = lost | (overflow & (scale.scale < 1.0))
+        flags = LOSS * ~loss.isfinite() + GRADIENT * bad
+        if spike_sigma:
+            spike = self._is_spike(mean_loss) & ~drop
+            flags, drop = flags + SPIKE * spike, drop | spike
             self._remember(mean_loss, ~drop)
         self._flags.append(flags)
         return drop.float(), overflow.float()
@@ -124,27 +142,34 @@ class Guard:
         self._flags.clear()
 
     def look(self, step: int, worker: Worker, loader: TrainLoader, recorder: Recorder,
-             settle: Callable[[], None]) -> None:  # fmt: skip
+             settle: Callable[[], None], not_finite: Callable[[], str],
+             saving: bool = False) -> None:  # fmt: skip
         """Report the bad steps since the last look, up to `step`; here the host waits.
 
         All ranks call it. `settle` waits for a save in flight, so that all know what is newest
-        before the run goes back there. Raises RolledBackError where the run must go back, and
-        ConfigError where on_bad_step=stop or max_bad_steps ends it.
+        before the run goes back there. `not_finite` names a weight or moment that is not; it is
+        asked where steps are bad, and before a save. Raises RolledBackError where the run must go
+        back, and ConfigError where on_bad_step=stop or max_bad_steps ends it.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
         numbers = self._bad(flags)
-        if not numbers:
+        tensor = not_finite() if saving or numbers else ""
+        if not numbers and not tensor:
             return
         settle()
         saved = checkpoints(self._config.run_dir)
         everyone = everyones((worker.data_rank, flags, saved[-1][0] if saved else None))
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
-        policy, why = self._config.on_bad_step, self._why_stop(good)
+        if tensor:
+            shares = sorted({data_rank for data_rank, *_ in everyone})
+            update = BadStep(_culprit(step, flags), "update", None, shares, tensor)
+            found = self._with_update(found, update)
+        policy, why = self._config.on_bad_step, self._why_stop(good, found[-1])
         if policy == "rollback" and not why:
-            data_steps = [data_step(bad.step - 1, self.left_out) for bad in found]
-            self.rollbacks.append(Rollback(good, data_steps))
+            places = chain.from_iterable(loader.positions(b.step - 1) for b in found if b.shares)
+            self.rollbacks.append(Rollback(good, ranges(list(places))))
             if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
                 _write_rollbacks(self._config.run_dir, self.rollbacks)
         if dist.get_rank() == 0:
@@ -152,7 +177,8 @@ class Guard:
                 stops = why and (policy == "rollback" or bad is found[-1])
                 _record(bad, "stop" if stops else policy, loader, recorder)
         if why:
-            raise ConfigError(f"{_what(found[-1])}; no update was made with it, {why}")
+            made = "nothing was saved since" if found[-1].tensor else "no update was made with it"
+            raise ConfigError(f"{_what(found[-1])}; {made}, {why}")
         if policy == "rollback":
             recorder.goes_back(f"going back to the checkpoint of step {good}")
             raise RolledBackError
@@ -173,13 +199,23 @@ class Guard:
                 break
         return numbers
 
-    def _why_stop(self, good: int | None) -> str:
+    def _with_update(self, found: list[BadStep], update: BadStep) -> list[BadStep]:
+        """The bad steps up to, and with, the one whose update made those behind it bad."""
+        before = [bad for bad in found if bad.step < update.step]
+        if before and self._config.on_bad_step == "stop":
+            return before  # which has ended the run already
+        self._bad_in_row = 1  # those behind it do not count
+        return [*before, update]
+
+    def _why_stop(self, good: int | None, last: BadStep) -> str:
         """What ends the run, the last good checkpoint, and what to try; empty = it goes on."""
         policy, most = self._config.on_bad_step, f"max_bad_steps={self._config.max_bad_steps}"
         tries = 1  # to go on from this checkpoint, the one that has just failed included
         while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
             tries += 1
-        if policy == "stop":
+        if last.tensor and policy != "rollback":
+            remedy = f"Set on_bad_step=rollback to leave the step out, or {REMEDY}"
+        elif policy == "stop":
             remedy = f"Set on_bad_step=skip or rollback to leave such steps out, or {REMEDY}"
         elif self._bad_in_row >= self._patience:
             remedy = f"It is the last of {most} in a row: {REMEDY}"
@@ -207,7 +243,18 @@ def _bad_step(
     return BadStep(first + number, kind, rank, shares)
 
 
+def _culprit(step: int, flags: list[int]) -> int:
+    """The step, up to `step`, whose update has left weights that are not finite.
+
+    With them every step is bad: it is the one before the last row of such.
+    """
+    row = takewhile(lambda flag: flag & GRADIENT, reversed(flags))
+    return step - sum(1 for _ in row)
+
+
 def _what(bad: BadStep) -> str:
+    if bad.tensor:
+        return f"{bad.tensor} is not finite after step {bad.step}"
     what = {
         "loss": "the loss is not finite",
         "gradient": "the gradient is not finite",
@@ -223,7 +270,7 @@ def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) 
     record = {
         "event": "bad_step", "step": bad.step, "rank": bad.rank, "kind": bad.kind,
         "action": action, "samples": samples,
-    }  # fmt: skip
+    } | ({"tensor": bad.tensor} if bad.tensor else {})  # fmt: skip
     done = {
         "stop": "the run stops", "skip": "its update is left out",
         "rollback": "its samples are left out from now on",
@@ -256,19 +303,29 @@ def check_replicas(step: int, worker: Worker, optimizer: Optimizer, recorder: Re
     )
 
 
-def _read_rollbacks(run_dir: str) -> list[Rollback]:
-    """What rank 0 reads, on every rank."""
+def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
+    """What rank 0 reads, on every rank; older versions named steps, of `batch_size` samples."""
     path = _rollbacks_path(run_dir)
     reads = dist.get_rank() == 0 and path.exists()
     text = agreed(path.read_text(encoding="utf-8") if reads else "[]")
     try:
-        return [Rollback(int(r["step"]), [int(s) for s in r["data_steps"]])
-                for r in json.loads(text)]  # fmt: skip
+        return [Rollback(int(r["step"]), _ranges(r, batch_size)) for r in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
-            f"{path} is damaged: it says which steps of the data are left out; write it again, as "
-            '[{"step": 50, "data_steps": [56]}], or choose another run_dir'
+            f"{path} is damaged: it says which samples, by their place in the order, are left out; "
+            'write it again, as [{"step": 50, "samples": [[1792, 1824]]}], or choose another '
+            "run_dir"
         ) from None
+
+
+def _ranges(rollback: dict[str, Any], batch_size: int) -> list[tuple[int, int]]:
+    if "samples" not in rollback:
+        steps = map(int, rollback["data_steps"])
+        return [(step * batch_size, (step + 1) * batch_size) for step in steps]
+    found = [(int(begin), int(end)) for begin, end in rollback["samples"]]
+    if not all(0 <= begin < end for begin, end in found):
+        raise ValueError(found)
+    return found
 
 
 def _write_rollbacks(run_dir: str, rollbacks: list[Rollback]) -> None:

@@ -141,8 +141,12 @@ def _read_rollbacks(history: History) -> None:
         return
     try:
         for rollback in json.loads(path.read_text(encoding="utf-8")):
-            steps = ", ".join(map(str, rollback["data_steps"]))
-            text = f"back to step {rollback['step']}; left out from then on: steps {steps} of data"
+            if "samples" in rollback:
+                left = [f"{begin:,} to {end - 1:,}" for begin, end in rollback["samples"]]
+                what = f"{', '.join(left) or 'none'} of the order of samples"
+            else:  # of an older version
+                what = f"steps {', '.join(map(str, rollback['data_steps']))} of data"
+            text = f"back to step {rollback['step']}; left out from then on: {what}"
             history.events.append(Event(int(rollback["step"]), "rollback", text))
     except (OSError, ValueError, TypeError, KeyError):
         history.notes.append(f"{path.name} is damaged")

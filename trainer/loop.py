@@ -1,9 +1,11 @@
 """Training: build everything, then take the same steps whatever the layout."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from parallel.runtime import Runtime, same_everywhere
 from parallel.watch import StoppedError
 from parallel.worker import MicroBatch
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState, restore
+from trainer.checkpoint import TrainState, not_finite, restore
 from trainer.compress.technique import Compression
-from trainer.config import TrainConfig
+from trainer.config import ConfigError, TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.answers import Answered
 from trainer.data.loader import TrainLoader
@@ -26,13 +28,15 @@ from trainer.flops import flops_per_sample
 from trainer.generate import sample
 from trainer.guard import Guard, RolledBackError, check_replicas
 from trainer.metrics import Recorder
-from trainer.optim import Optimizer, lr_at
+from trainer.optim import Optimizer, lr_at, schedule_warnings
 from trainer.precision import LossScale, resolve_precision
 from trainer.saver import Saver
 from trainer.supervisor import Supervisor, own_code, supervised
 from trainer.teacher import load_teacher, open_answers
 from trainer.tokenizer import Tokenizer
 from trainer.trained import load_first
+
+log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
@@ -55,6 +59,9 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 facts["what the teacher has said"] = answers.fingerprint()
             same_everywhere(runtime, facts | {"this project's code": own_code()})
         state = start(config, runtime, data)
+        if runtime.rank == 0:
+            for warning in schedule_warnings(config):
+                log.warning(warning)
         supervisor.begin(state.step)
         with Saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
@@ -81,6 +88,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     """The run at its first step, or where its newest good checkpoint left it.
 
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
+    Raises ConfigError where a weight or moment is not finite.
     """
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
@@ -94,10 +102,14 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
         Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
+        order_batch_size=config.batch_size,
     )
     restore(config, state, data)
     if config.init_from and state.step == 0:
         load_first(config, worker)
+    if name := not_finite(state):
+        remedy = "choose an earlier resume_step" if state.step else "choose another init_from"
+        raise ConfigError(f"{name} is not finite before step {state.step + 1}; {remedy}")
     return state
 
 
@@ -109,8 +121,9 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     return TrainLoader(
         dataset, config.seed, config.batch_size, config.micro_batch_size,
         worker.data_rank, worker.data_degree, first_step=state.step,
-        pin_memory=worker.device.type == "cuda", left_out=state.guard.left_out,
-        repeated=config.overfit_steps,
+        pin_memory=worker.device.type == "cuda", first_sample=state.samples,
+        left_out=state.guard.left_out, order_batch_size=state.order_batch_size,
+        repeated=config.overfit_steps * (state.order_batch_size or config.batch_size),
     )  # fmt: skip
 
 
@@ -162,6 +175,7 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
     state.optimizer.step(lr, drop)
     state.tokens += count
     state.step += 1
+    state.samples += config.batch_size
     state.compression.settle(state.step, config.steps)
     state.loss_scale.update(overflow)
     return Step(loss, grad_norm, lr)
@@ -213,7 +227,7 @@ def evaluate_if_due(run: Run) -> float | None:
 def save(run: Run, eval_loss: float | None) -> None:
     """A checkpoint, which a run that stops waits for."""
     with run.recorder.pause("save"), run.supervisor.watch.long():
-        look(run)  # no NaN is ever saved
+        look(run, saving=True)  # no NaN is ever saved
         run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
@@ -226,10 +240,13 @@ def tell_saves(run: Run) -> None:
         run.recorder.saved(record)
 
 
-def look(run: Run) -> None:
+def look(run: Run, saving: bool = False) -> None:
     """Hear of bad steps since the last time, and do what is to be done about them."""
     state = run.state
-    state.guard.look(state.step, state.worker, run.loader, run.recorder, run.saver.wait)
+    state.guard.look(
+        state.step, state.worker, run.loader, run.recorder, run.saver.wait,
+        partial(not_finite, state), saving,
+    )  # fmt: skip
 
 
 @contextmanager

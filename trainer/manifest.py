@@ -10,10 +10,12 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Number = TypeVar("Number", int, float)
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -64,9 +66,13 @@ class Manifest:
     layout: dict[str, int]  # the degrees, and the number of ranks, that wrote it
     config: dict[str, Any]  # the keys that make up a run's identity (run_dir.py)
     data: str  # fingerprint of what is learned from; empty = not known
-    eval_loss: float | None  # on the valid split at this very step, if it was evaluated
+    eval_loss: float | None  # on the valid split at this very step, if evaluated and finite
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
+    # What versions did not write that counted the data in steps; None = not known.
+    samples: int | None = None  # learned from so far, or left out as a step: the data's position
+    order_batch_size: int | None = None  # batch_size when the run began (order.py)
+    lr: float | None = None  # of the next step, by the schedule of the run that wrote it
 
     @property
     def size(self) -> int:
@@ -156,7 +162,17 @@ def _manifest(body: dict[str, Any]) -> Manifest:
     return Manifest(
         str(body["run"]), int(body["step"]), dict(body["layout"]), dict(body["config"]),
         str(body["data"]), None if loss is None else float(loss), tensors, files,
+        _known(int, body.get("samples")), _known(int, body.get("order_batch_size")),
+        _known(float, body.get("lr")),
     )  # fmt: skip
+
+
+def _known(kind: Callable[[Any], Number], value: Any) -> Number | None:
+    if value is None:
+        return None
+    if not kind(value) >= 0:
+        raise ValueError(f"{value} is negative")
+    return kind(value)
 
 
 def _tensor(entry: dict[str, Any]) -> TensorEntry:
@@ -220,13 +236,13 @@ def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> 
     """The steps, of those with their evaluation loss, whose good checkpoints are kept.
 
     The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
-    `best` is asked for: of equal ones the oldest.
+    `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.
     """
     steps = sorted(losses)
     if not keep:
         return set(steps)
     chosen = set(steps[-keep:]) | {step for step in steps if every and step % every == 0}
-    measured = {step: loss for step, loss in losses.items() if loss is not None}
+    measured = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if best and measured:
         chosen.add(min(measured, key=lambda step: (measured[step], step)))
     return chosen

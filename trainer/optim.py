@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.config import OptimConfig
+from trainer.config import OptimConfig, TrainConfig
 from trainer.optim8bit import AdamW8bit, block_size
+
+LEAP = 0.01  # share by which a learning rate may differ from what it was, unsaid
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
@@ -29,6 +31,42 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
         left = min(1.0, max(0.0, (steps - step) / decay_steps))
         return floor + (config.lr - floor) * left
     return config.lr
+
+
+def lr_leap(step: int, before: float | None, config: TrainConfig) -> str:
+    """A warning, if the learning rate of `step` (from 0) is not what it was `before`; else empty.
+
+    A run that goes on with other steps or another schedule leaps there. None = not known.
+    """
+    now = lr_at(step, config.steps, config.optim)
+    if before is None or abs(now - before) <= LEAP * max(now, before):
+        return ""
+    return (
+        f"the learning rate of step {step + 1} is {now:.3g}, where the run that is gone on with "
+        f"had {before:.3g}: steps={config.steps}, or optim.*, was another; to go on smoothly set "
+        "them as they were, or optim.schedule=constant with an optim.lr of your choice"
+    )
+
+
+def schedule_warnings(config: TrainConfig) -> list[str]:
+    """What a schedule does that its keys do not say at once; empty = nothing."""
+    optim, steps = config.optim, config.steps
+    last, warmup = lr_at(steps - 1, steps, optim), optim.warmup_steps
+    if warmup >= steps:
+        return [
+            f"optim.warmup_steps={warmup} is not below steps={steps}: the learning rate rises to "
+            f"the end, where it is {last:.3g} of optim.lr={optim.lr:g}, and never falls; set "
+            f"optim.warmup_steps={steps // 10}"
+        ]
+    decay_steps = round(steps * optim.decay_share)
+    if optim.schedule == "wsd" and warmup + decay_steps > steps and warmup:
+        return [
+            f"optim.warmup_steps={warmup} ends behind step {steps - decay_steps}, where "
+            f"optim.decay_share={optim.decay_share:g} of steps={steps} begin to fall: the learning "
+            f"rate leaps from {optim.lr:.3g} to {lr_at(warmup, steps, optim):.3g} there; set "
+            f"optim.warmup_steps={steps - decay_steps}"
+        ]
+    return []
 
 
 def decays(name: str, parameter: Tensor) -> bool:

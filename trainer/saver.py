@@ -6,6 +6,7 @@ come between those of training. So a save that fails on any rank fails on all, a
 
 import json
 import logging
+import math
 import shutil
 import time
 import traceback
@@ -34,6 +35,7 @@ from trainer.manifest import (
     sync_folder,
     write_manifest,
 )
+from trainer.optim import lr_at
 from trainer.run_dir import checkpoint_path, checkpoints, identity
 from trainer.storage import Shard, file_name
 
@@ -50,7 +52,8 @@ class Save:
 
     number: int
     step: int
-    eval_loss: float | None
+    samples: int
+    eval_loss: float | None  # of a number that is finite
     began: float  # monotonic seconds
 
 
@@ -70,7 +73,7 @@ class Saver:
         self._shard = Shard(tensors_of(state))
         self._record: dict[str, Any] = {
             "run": state.run, "config": identity(config), "data": data,
-            "layout": layout_of(config.strategy),
+            "layout": layout_of(config.strategy), "order_batch_size": state.order_batch_size,
         }  # fmt: skip
         there = checkpoint_path(config.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
@@ -112,7 +115,12 @@ class Saver:
         if state.step == self._saved_step:
             return
         self._number += 1
-        save = Save(self._number, state.step, eval_loss, time.monotonic())
+        # What is not finite is no measure of a model; JSON has no word for it either.
+        measured = eval_loss is not None and math.isfinite(eval_loss)
+        save = Save(
+            self._number, state.step, state.samples, eval_loss if measured else None,
+            time.monotonic(),
+        )  # fmt: skip
         self._shard.copy(tensors_of(state))
         self._step_in_flight = state.step
         self._thread = Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
@@ -202,8 +210,9 @@ class Saver:
         write_manifest(
             partial,
             Manifest(
-                step=save.step, eval_loss=save.eval_loss, tensors=self._shard.tensors,
-                files=files, **self._record,
+                step=save.step, samples=save.samples, eval_loss=save.eval_loss,
+                lr=lr_at(save.step, self._config.steps, self._config.optim),
+                tensors=self._shard.tensors, files=files, **self._record,
             ),
         )  # fmt: skip
         final = checkpoint_path(self._config.run_dir, save.step)

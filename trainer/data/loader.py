@@ -9,19 +9,21 @@ import numpy as np
 import torch
 
 from trainer.data.dataset import IGNORED, Dataset, Sample
-from trainer.data.order import Order, data_step, mixed
+from trainer.data.order import Order, mixed, permutation, positions
 
 Batch = dict[str, torch.Tensor]
+EVALUATION_SEED = 2026  # of no run: what is measured must not depend on what is compared
 
 
 class TrainLoader:
     """An endless iterator over steps; each item is this rank's list of micro-batches.
 
-    Rank r of D owns the positions [r × B / D, (r + 1) × B / D) of a step's B samples. What is at
-    a position depends on the seed alone, so the state of the data is the step. A micro-batch has
-    `seeds` (B,) int64 beside the data: the dropout seed of each sample. Steps of the data that are
-    `left_out` never come: the ones behind them move up. The first `repeated` steps come again and
-    again (0 = they do not).
+    Rank r of D owns the samples [r × B / D, (r + 1) × B / D) of a step's B samples. What is at a
+    position depends on the seed alone, so the state of the data is how many samples were learned
+    from: `first_sample` before `first_step` (None = batch_size of each step). A micro-batch has
+    `seeds` (B,) int64 beside the data: the dropout seed of each sample. `left_out` and `repeated`
+    are of samples, as in `positions`; `order_batch_size` is what batches of like length were when
+    the run began (0 = batch_size).
     """
 
     def __init__(
@@ -35,13 +37,18 @@ class TrainLoader:
         first_step: int,
         pin_memory: bool = False,
         prefetch: int = 2,
-        left_out: Collection[int] = (),
+        first_sample: int | None = None,
+        left_out: Collection[tuple[int, int]] = (),
         repeated: int = 0,
+        order_batch_size: int = 0,
     ):
         assert batch_size % data_degree == 0, (batch_size, data_degree)
         self.wait_seconds = 0.0  # that the consumer has waited for data so far
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
         self._left_out, self._repeated = left_out, repeated
+        self._order_batch_size = order_batch_size or batch_size
+        self.first_step = first_step
+        self._first_sample = first_step * batch_size if first_sample is None else first_sample
         self._batch_size, self._share = batch_size, batch_size // data_degree
         self._micro_batch_size = micro_batch_size or self._share
         self._rank = data_rank
@@ -75,16 +82,17 @@ class TrainLoader:
     def sample_ids(self, step: int, data_rank: int) -> list[int]:
         """Which samples of the data set, by index, that rank learns from at `step` (from 0)."""
         order = self._new_order()  # the other one is the thread's
-        return [order(position)[1] for position in self._positions(step, data_rank)]
+        share = slice(data_rank * self._share, (data_rank + 1) * self._share)
+        return [order(position)[1] for position in self.positions(step)[share]]
+
+    def positions(self, step: int) -> list[int]:
+        """Where in the order of samples all ranks together find those of `step` (from 0)."""
+        first = self._first_sample + (step - self.first_step) * self._batch_size
+        return positions(first, self._batch_size, self._left_out, self._repeated)
 
     def _new_order(self) -> Order:
         dataset = self._dataset
-        return Order(self._seed, len(dataset), dataset.lengths(), self._batch_size)
-
-    def _positions(self, step: int, data_rank: int) -> range:
-        step = step % self._repeated if self._repeated else step
-        first = data_step(step, self._left_out) * self._batch_size + data_rank * self._share
-        return range(first, first + self._share)
+        return Order(self._seed, len(dataset), dataset.lengths(), self._order_batch_size)
 
     def _fill(self, step: int) -> None:
         item: list[Batch] | Exception
@@ -104,7 +112,8 @@ class TrainLoader:
             step += 1
 
     def _step(self, step: int) -> list[Batch]:
-        drawn = sorted(map(self._draw, self._positions(step, self._rank)), key=_size)
+        own = self.positions(step)[self._rank * self._share :][: self._share]
+        drawn = sorted(map(self._draw, own), key=_size)
         size = self._micro_batch_size
         return [self._micro_batch(drawn[i : i + size]) for i in range(0, len(drawn), size)]
 
@@ -132,22 +141,34 @@ def evaluation_batches(
     samples: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of the first `samples` samples (0 = all), without randomness.
+    """This rank's micro-batches of a part of the split (`evaluated`), without randomness.
 
     All ranks get as many micro-batches of as many samples, since sharded models communicate in
     every forward: fillers, whose targets are all ignored and whose `index` is -1, make up for it.
     """
-    count = min(samples or len(dataset), len(dataset))
+    chosen = evaluated(len(dataset), samples)
+    count = len(chosen)
     size = min(micro_batch_size, -(-count // data_degree))
     for first in range(data_rank * size, _rounded(count, size * data_degree), size * data_degree):
-        index_B = np.arange(first, first + size)
-        index_B[index_B >= count] = -1
+        place_B = np.arange(first, first + size)
+        filler_B = place_B >= count
         # A filler repeats the last sample, so that it is no longer than the real ones need.
-        rows = [dataset.sample(int(i) if i >= 0 else count - 1, None) for i in index_B]
-        batch = dataset.collate(rows)
-        batch["targets"][index_B < 0] = IGNORED
-        batch["index"] = index_B
+        index_B = chosen[np.minimum(place_B, count - 1)]
+        batch = dataset.collate([dataset.sample(int(i), None) for i in index_B])
+        batch["targets"][filler_B] = IGNORED
+        batch["index"] = np.where(filler_B, -1, index_B)
         yield _tensors(batch, pin_memory)
+
+
+def evaluated(size: int, samples: int) -> np.ndarray:
+    """(≤ samples,) int64, rising: which of a split's `size` samples are measured; 0 = all.
+
+    A pseudo-random part, since splits are often sorted, but the same in every run and layout; more
+    samples are those of fewer and others.
+    """
+    if not 0 < samples < size:
+        return np.arange(size)
+    return np.sort(permutation(EVALUATION_SEED, 0, size)[:samples])
 
 
 def _rounded(count: int, multiple: int) -> int:

@@ -12,21 +12,43 @@ def mixed(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def data_step(step: int, left_out: Collection[int]) -> int:
-    """The step of the data that `step` of a run learns from; both from 0, in the same order."""
-    for skipped in sorted(left_out):
-        step += skipped <= step
-    return step
+def positions(
+    first: int, count: int, left_out: Collection[tuple[int, int]] = (), repeated: int = 0
+) -> list[int]:
+    """Where in the order a run finds its samples first, first + 1, …: `count` positions from 0.
+
+    Ranges [begin, end) of positions that are `left_out` never come: what is behind them moves up.
+    The first `repeated` samples come again and again (0 = they do not).
+    """
+    found = np.arange(first, first + count)
+    if repeated:
+        found %= repeated
+    for begin, end in sorted(left_out):
+        found[found >= begin] += end - begin
+    return [int(position) for position in found]
+
+
+def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
+    """The fewest ranges [begin, end) that hold these positions and no others, in order."""
+    found: list[tuple[int, int]] = []
+    for position in sorted(set(positions)):
+        if found and found[-1][1] == position:
+            found[-1] = found[-1][0], position + 1
+        else:
+            found.append((position, position + 1))
+    return found
 
 
 WINDOW_BATCHES = 50  # samples are grouped by length among those of so many batches
 
 
 class Order:
-    """Which sample stands at a position (= step × batch_size + i) of the run.
+    """Which sample stands at a position of the run, counted in samples from 0.
 
     Every epoch goes through all `size` samples in an order of its own. With `lengths` (size,), the
     samples of a batch are of like length, which spares padding, and the batches come in any order.
+    The order then depends on `batch_size`, which therefore stays what it was when the run began,
+    however many samples a step takes later: else a change would repeat some and skip others.
     """
 
     def __init__(
