@@ -51,6 +51,7 @@ CHOICES = {
     "model.init": ("gpt2", "vit"),
     "model.pool": ("class_token", "mean"),
     "data.kind": ("text", "images", "pairs"),
+    "data.on_bad_file": ("stop", "skip"),
     "optim.name": ("adamw", "adamw8bit"),
     "optim.schedule": ("cosine", "wsd", "constant"),
     "metrics.wandb": ("off", "offline", "online"),

@@ -257,9 +257,13 @@ def test_hugging_face_pairs(hugging_face):
     assert data.prepare(config).samples == {"train": 37, "valid": 3, "test": 3}
     test = data.open_split(config, "test")
     assert (test.source_text(1), test.reference(1)[:5]) == ("day 1", "Tag 1")
-    config.fields = ["en", "de"]
-    with pytest.raises(ConfigError, match=r"has the columns translation, .* set data\.fields"):
-        data.prepare(config)
+    config.fields = ["de", "en"]  # in this order
+    data.prepare(config)
+    assert data.open_split(config, "test").reference(1) == "day 1"
+    for fields in (["en"], ["en", "fr"], ["en", "de", "en"]):
+        config.fields = fields
+        with pytest.raises(ConfigError, match=r"columns translation\.en, .* set data\.fields to 2"):
+            data.prepare(config)
 
 
 def test_hugging_face_images(hugging_face, tmp_path):

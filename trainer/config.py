@@ -67,6 +67,7 @@ class DataConfig:
     held_out: float = 0.1  # share of train kept back where valid or test is missing, half for each
     augment: bool = True  # images: random shift and mirror while training
     fields: list[str] = field(default_factory=list)  # hf: columns to read; empty = the usual names
+    on_bad_file: str = "stop"  # images that cannot be read: stop | skip = leave them out, say so
     cache: str = ".cache"  # folder of the prepared token files
 
 

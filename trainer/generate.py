@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from rich.console import Console, RenderableType
 from rich.table import Table
 from torch import Tensor
@@ -19,6 +18,7 @@ from parallel.runtime import Runtime
 from parallel.worker import Worker
 from trainer.config import ConfigError, GenerateConfig
 from trainer.data import open_split, prepare
+from trainer.data.gallery import decoded
 from trainer.data.images import standardized
 from trainer.data.record import read_record
 from trainer.model import DecodingCache
@@ -264,21 +264,23 @@ def classify(config: GenerateConfig, run: TrainedRun) -> Table:
 
 
 def read_image(name: str, size: int, channels: int) -> NDArray[np.uint8]:
-    """(C,H,W) of a .npy array (H,W) or (H,W,C) of uint8, or of any image that Pillow reads."""
+    """(C,H,W) of a .npy array (H,W) or (H,W,C) of uint8, or of any image that Pillow reads.
+
+    It is decoded as in training (pictures.py); ConfigError if that is not possible.
+    """
     if not name:
         raise ConfigError("prompt is empty; it must be a .png or .npy file, or e.g. test:0")
-    try:
-        if Path(name).suffix == ".npy":
+    if Path(name).suffix == ".npy":
+        try:
             pixels = np.load(name, allow_pickle=False)
-        else:
-            with Image.open(name) as opened:
-                pixels = np.asarray(opened.convert("L" if channels == 1 else "RGB"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"prompt={name} cannot be read as an image ({error}); it must be a .png or .npy file, "
-            "or e.g. test:0"
-        ) from error
-    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(
+                f"prompt={name} cannot be read as an image ({error}); it must be a .png or .npy "
+                "file, or e.g. test:0"
+            ) from error
+        pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    else:
+        pixels = decoded(Path(name), channels, "prompt")
     if pixels.dtype != np.uint8 or pixels.shape != (size, size, channels):
         raise ConfigError(
             f"prompt={name} is {pixels.dtype} of shape {pixels.shape}; the model reads uint8 of "

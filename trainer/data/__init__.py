@@ -9,7 +9,8 @@ from pathlib import Path
 from trainer.config import ConfigError, DataConfig
 from trainer.data import hub, images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
-from trainer.data.source import SPLITS, locate
+from trainer.data.folders import SPLITS
+from trainer.data.source import locate
 from trainer.tokenizer import SMALLEST, Tokenizer, too_small
 
 __all__ = [
@@ -44,7 +45,8 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
         }
     except OSError as error:
         raise ConfigError(f"data.path={config.path} cannot be read: {error}") from error
-    return replace(facts, kind=config.kind, path=config.path, splits=splits)
+    left_out = facts.left_out | (hub.unread(config) if config.path.startswith("hf:") else {})
+    return replace(facts, kind=config.kind, path=config.path, splits=splits, left_out=left_out)
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:

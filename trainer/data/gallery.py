@@ -1,22 +1,24 @@
-"""Labelled images as tables: read from an .npz archive, or from a folder of class folders."""
+"""Labelled pictures in folders: one folder per class, perhaps inside one per split."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from os import cpu_count
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
-from PIL import Image
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.order import permutation
+from trainer.data import pictures
+from trainer.data.folders import Listing, entries, split_of, splits_of, unwrapped
 from trainer.data.prepared import progress_bar
-from trainer.data.source import SPLITS, split_entries
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Shape = tuple[int, int, int]  # H, W, C
-GREY_MODES = ("1", "L")  # Pillow's names; images of any other mode are read as RGB
+EMPTY = "a folder without pictures"
+SHOWN = 3  # damaged files that a message names
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,13 @@ class Table:
         """(H, W, C) uint8."""
         if self.pixels is not None:
             return np.asarray(self.pixels[row])
-        image = _decode(self.paths[row], self.shape[2])
-        if image.shape != self.shape:
+        pixels = decoded(self.paths[row], self.shape[2])
+        if pixels.shape != self.shape:
             raise ConfigError(
                 f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
-                f"and is {_size(image.shape)}; put the old image back"
+                f"and is {_size(pixels.shape)}; put the old image back"
             )
-        return image
+        return pixels
 
     def rows(self, order: np.ndarray) -> "Table":
         """These rows as a table, in this order."""
@@ -57,162 +59,256 @@ def _size(shape: Sequence[int]) -> str:
     return f"{shape[1]} × {shape[0]}"
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise ConfigError(f"data.path: {path} cannot be read as an image: {error}") from error
+def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
+    """Return the pixels of a file (H, W, channels) uint8; ConfigError names one that is damaged."""
+    with pictures.opened(path, key) as image:
+        return pictures.pixels_of(image, channels)
 
 
-def _decode(path: Path, channels: int) -> np.ndarray:
-    with _open(path) as image:
-        try:
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except OSError as error:
-            raise ConfigError(f"data.path: {path} is damaged: {error}") from error
-    return pixels.reshape(*pixels.shape[:2], channels)
+@dataclass(frozen=True)
+class Gallery:
+    """Picture files with their classes, by split, and where they were found."""
+
+    files: dict[str, list[tuple[Path, str]]]
+    listing: Listing  # of each split the folders that it was read from
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the train split, by name."""
+        return tuple(sorted({name for _, name in self.files["train"]}))
 
 
-def read_archive(config: DataConfig, path: Path) -> dict[str, Table]:
-    """The tables of an .npz with x_train, y_train, ... and perhaps `classes`."""
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = dict(archive.items())
-    except (OSError, EOFError, ValueError, TypeError, BadZipFile) as error:
-        raise ConfigError(
-            f"data.path={config.path}: {path} is not an .npz archive ({error}); data.kind=images "
-            "reads an .npz with x_train and y_train, or a folder of class folders"
-        ) from error
-    if "x_train" not in arrays or "y_train" not in arrays:
-        raise ConfigError(
-            f"data.path={config.path} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold "
-            "x_train and y_train, and may hold x_valid, y_valid, x_test, y_test and classes"
-        )
-    labels = arrays["y_train"]
-    count = int(labels.max(initial=0)) + 1 if labels.dtype.kind in "iu" else 0
-    class_names = tuple(str(name) for name in arrays.get("classes", range(count)))
-    found = [split for split in SPLITS if f"x_{split}" in arrays]
-    tables = {split: _table(config, split, arrays, class_names) for split in found}
-    shape = tables["train"].shape
-    for split, table in tables.items():
-        if table.shape != shape or shape[0] != shape[1]:
-            raise ConfigError(
-                f"data.path={config.path}: images of x_{split} have the shape {table.shape}, those "
-                f"of x_train {shape}; all must be square and alike"
-            )
-    return tables
+def list_gallery(config: DataConfig, root: Path) -> Gallery:
+    """List the pictures of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
 
-
-def _table(
-    config: DataConfig, split: str, arrays: dict[str, np.ndarray], class_names: tuple[str, ...]
-) -> Table:
-    images, labels = arrays[f"x_{split}"], arrays.get(f"y_{split}")
-    where = f"data.path={config.path}: x_{split}"
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise ConfigError(
-            f"{where} is {images.dtype} of shape {images.shape}; it must be uint8 of shape "
-            "(images, rows, columns) or (images, rows, columns, channels)"
-        )
-    if labels is None or labels.shape != images.shape[:1] or len(labels) == 0:
-        found = "is missing" if labels is None else f"has shape {labels.shape}"
-        raise ConfigError(f"{where} has shape {images.shape} but y_{split} {found}")
-    if labels.dtype.kind not in "iu" or labels.min() < 0 or labels.max() >= len(class_names):
-        found = (
-            f"holds {labels.min()} to {labels.max()}"
-            if labels.dtype.kind in "iu"
-            else f"is {labels.dtype}"
-        )
-        raise ConfigError(
-            f"data.path={config.path}: y_{split} {found}; labels must be whole numbers from 0 to "
-            f"{len(class_names) - 1} for {len(class_names)} classes"
-        )
-    images_NHWC = images if images.ndim == 4 else images[..., None]
-    return Table(
-        labels=labels.astype(np.int64),
-        order=permutation(0, 0, len(labels)),
-        class_names=class_names,
-        shape=images_NHWC.shape[1:],
-        pixels=images_NHWC,
-    )
-
-
-def read_folder(
-    config: DataConfig, root: Path, shape: Shape | None = None, progress: bool = False
-) -> dict[str, Table]:
-    """The tables of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
-
-    Looks at every image, unless their shape is known already.
+    Raises ConfigError where there are none, or where folders could be read in two ways.
     """
-    entries = {s: [p for p in paths if p.is_dir()] for s, paths in split_entries(root).items()}
-    folders = {s: paths[0] for s, paths in entries.items() if paths} or {"train": root}
-    if "train" not in folders:
-        raise ConfigError(
-            f"data.path={config.path} has {', '.join(folders)} but no train split; add a folder "
-            "train/ with a folder per class"
-        )
-    names = tuple(sorted(p.name for p in folders["train"].iterdir() if p.is_dir()))
-    found = {split: _listing(config, path, names) for split, path in folders.items()}
-    if shape is None:
-        paths = [path for split in SPLITS for path, _ in found.get(split, [])]
-        shape = _common_shape(paths, progress)
-    return {split: _listed(listing, root, names, shape) for split, listing in found.items()}
+    where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
+    inner = unwrapped(root, left_out)
+    if _pictures_in(inner, root, {}):  # one class alone is no wrapper
+        inner = root
+    if inner != root:
+        notes.append(f"all of it is in {inner.relative_to(root)}/")
+    named = _split_folders(where, inner, root, left_out)
+    files = {}
+    for split, folders in named.items():
+        files[split] = [p for folder in folders for p in _of_classes(where, folder, root, left_out)]
+    gallery = Gallery(files, Listing(named, left_out, notes))
+    _same_classes(where, gallery)
+    return gallery
 
 
-def _common_shape(paths: list[Path], progress: bool) -> Shape:
-    """The one shape of all images; ConfigError names the first that is another."""
-    with _open(paths[0]) as image:
-        width, height = image.size
-    if width != height:
-        raise ConfigError(f"data.path: {paths[0]} is {width} × {height} pixels; it must be square")
-    modes = set()
-    with progress_bar("Checking images", len(paths), progress) as advance:
-        for path in paths:
-            with _open(path) as image:
-                modes.add(image.mode)
-                if image.size != (width, height):
-                    found = " × ".join(map(str, image.size))
-                    raise ConfigError(
-                        f"data.path: {path} is {found} pixels but {paths[0]} is {width} × "
-                        f"{height}; all images must have one shape"
-                    )
-            advance(1)
-    return height, width, 1 if modes <= set(GREY_MODES) else 3
+def _split_folders(
+    where: str, inner: Path, root: Path, left_out: dict[str, str]
+) -> dict[str, list[Path]]:
+    """The folders of each split; without any it is all of train."""
+    tops = _with_pictures(inner, root, left_out)
+    nested = {entry for entry in tops if _class_folders(entry, root)}
+    named, others = splits_of(where, tops, nested.__contains__)
+    if not nested:
+        named, others = {"train": [inner]} if tops else {}, []
+    for name in list(left_out) if nested else []:
+        if left_out[name] == EMPTY and split_of(name):
+            raise ConfigError(f"{where}: {name}/ holds no images in class folders")
+    for entry in others:
+        if named == {"train": others}:
+            raise _nested(where, entry, root)
+        left_out[_name(entry, root)] = "beside the splits"
+    if "train" not in named:
+        found = f"has {', '.join(named)} but no train split; add" if named else (
+            f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
+        )  # fmt: skip
+        raise ConfigError(f"{where} {found} a folder train/ with a folder per class, or an .npz")
+    return named
 
 
-def _listed(
-    listing: list[tuple[Path, int]],
-    root: Path,
-    class_names: tuple[str, ...],
-    shape: Shape,
-) -> Table:
-    # By a hash of the name, so that an image that is added later hardly moves the others.
-    names = [str(path.relative_to(root)).encode() for path, _ in listing]
-    hashes = [blake2b(name, digest_size=8).digest() for name in names]
-    return Table(
-        labels=np.array([label for _, label in listing], np.int64),
-        order=np.array(sorted(range(len(listing)), key=hashes.__getitem__)),
-        class_names=class_names,
-        shape=shape,
-        paths=tuple(path for path, _ in listing),
+def _name(path: Path, root: Path) -> str:
+    return str(path.relative_to(root))
+
+
+def _with_pictures(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
+    """The folders directly in a folder that hold pictures, at any depth."""
+    found = []
+    for entry in entries(folder, root, left_out):
+        if not entry.is_dir():
+            left_out[_name(entry, root)] = "beside the class folders"
+        elif _holds_pictures(entry, root, {folder.resolve()}):
+            found.append(entry)
+        else:
+            left_out[_name(entry, root)] = EMPTY
+    return found
+
+
+def _pictures_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
+    """The picture files directly in a folder."""
+    found = []
+    for entry in entries(folder, root, left_out):
+        if entry.is_dir():
+            continue
+        if entry.suffix.lower() in SUFFIXES:
+            found.append(entry)
+        else:
+            left_out[_name(entry, root)] = "no picture file"
+    return found
+
+
+def _class_folders(folder: Path, root: Path) -> list[Path]:
+    """The folders directly in a folder that hold pictures, at any depth."""
+    above = {folder.resolve()}
+    inside = [entry for entry in entries(folder, root, {}) if entry.is_dir()]
+    return [entry for entry in inside if _holds_pictures(entry, root, above)]
+
+
+def _holds_pictures(folder: Path, root: Path, above: set[Path]) -> bool:
+    """Whether there is a picture in a folder or below; `above`: the folders on the way here."""
+    below = {*above, folder.resolve()}
+    return any(
+        _holds_pictures(entry, root, below) if entry.is_dir()
+        else entry.suffix.lower() in SUFFIXES
+        for entry in entries(folder, root, {}, above)
+    )  # fmt: skip
+
+
+def _of_classes(
+    where: str, folder: Path, root: Path, left_out: dict[str, str]
+) -> list[tuple[Path, str]]:
+    """The pictures of each class folder in a folder, with the class's name."""
+    found = []
+    for entry in entries(folder, root, left_out):
+        if not entry.is_dir():
+            left_out[_name(entry, root)] = "beside the class folders"
+            continue
+        if _class_folders(entry, root):
+            raise _nested(where, entry, root)
+        paths = _pictures_in(entry, root, left_out)
+        if not paths:
+            left_out[_name(entry, root)] = EMPTY
+        found += [(path, entry.name) for path in paths]
+    if not found:
+        raise ConfigError(f"{where}: {folder} holds no images in class folders")
+    return found
+
+
+def _nested(where: str, entry: Path, root: Path) -> ConfigError:
+    inside = ", ".join(path.name for path in _class_folders(entry, root)[:SHOWN])
+    return ConfigError(
+        f"{where}: {_name(entry, root)} is read as a class, but it holds folders with pictures "
+        f"({inside}); if it is a split, name it train, valid or test; if it is a class, move its "
+        "pictures up into it"
     )
 
 
-def _listing(
-    config: DataConfig, folder: Path, class_names: tuple[str, ...]
-) -> list[tuple[Path, int]]:
-    listing = []
-    for class_folder in sorted(p for p in folder.iterdir() if p.is_dir()):
-        if class_folder.name not in class_names:
+def _same_classes(where: str, gallery: Gallery) -> None:
+    known = gallery.class_names
+    for split, files in gallery.files.items():
+        if other := sorted({name for _, name in files} - set(known)):
             raise ConfigError(
-                f"data.path={config.path}: {class_folder} is no class of the train split, which "
-                f"has {', '.join(class_names)}"
+                f"{where}: {', '.join(other)} of the {split} split is no class of the train split, "
+                f"which has {', '.join(known)}"
             )
-        label = class_names.index(class_folder.name)
-        paths = sorted(p for p in class_folder.rglob("*") if p.suffix.lower() in SUFFIXES)
-        listing += [(path, label) for path in paths]
-    if not listing:
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of all picture files once each has been decoded."""
+
+    shape: Shape
+    damaged: dict[str, str]  # why, by name; they are left out
+    notes: list[str] = field(default_factory=list)
+
+
+def check_gallery(config: DataConfig, root: Path, gallery: Gallery, progress: bool) -> Checked:
+    """Decode every picture once, on all cores.
+
+    Raises ConfigError if they are not of one square size, or if one is damaged and
+    data.on_bad_file=stop.
+    """
+    paths = [path for files in gallery.files.values() for path, _ in files]
+    with (
+        progress_bar("Checking images", len(paths), progress) as advance,
+        ThreadPoolExecutor(cpu_count()) as pool,
+    ):
+        looks = []
+        for look in pool.map(_look, paths):
+            looks.append(look)
+            advance(1)
+    both = list(zip(paths, looks, strict=True))
+    good = [(path, look) for path, look in both if not look.problem]
+    damaged = {_name(path, root): look.problem for path, look in both if look.problem}
+    if damaged and config.on_bad_file == "stop":
+        raise _damaged(damaged)
+    if not good:
+        raise ConfigError(f"data.path={config.path}: no picture of {len(paths)} can be read")
+    notes = []
+    if animated := sum(look.animated for _, look in good):
+        notes.append(f"of {animated} animated files the first picture is read")
+    return Checked(
+        _common_shape(good), {name: f"damaged: {why}" for name, why in damaged.items()}, notes
+    )
+
+
+def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
+    """The one shape of all pictures; ConfigError names one that is another."""
+    sizes = Counter(look.size for _, look in good)
+    (width, height), _ = sizes.most_common(1)[0]
+    odd = next(((path, look) for path, look in good if look.size != (width, height)), None)
+    if odd:
+        found = " × ".join(map(str, odd[1].size))
         raise ConfigError(
-            f"data.path={config.path}: {folder} holds no images; data.kind=images reads a folder "
-            f"per class with {', '.join(SUFFIXES[:3])}, ... files, or an .npz"
+            f"data.path: {odd[0]} is {found} pixels but {sizes[width, height]} others are "
+            f"{width} × {height}; all images must have one shape"
         )
-    return listing
+    if width != height:
+        name = good[0][0]
+        raise ConfigError(f"data.path: {name} is {width} × {height} pixels; it must be square")
+    return height, width, 1 if all(look.grey for _, look in good) else 3
+
+
+@dataclass(frozen=True)
+class _Look:
+    size: tuple[int, int] = (0, 0)
+    grey: bool = False
+    animated: bool = False
+    problem: str = ""
+
+
+def _look(path: Path) -> _Look:
+    try:
+        with pictures.opened(path) as image:
+            grey, animated = pictures.is_grey(image), pictures.is_animated(image)
+            pixels = pictures.pixels_of(image, 1 if grey else 3)
+    except ConfigError as error:
+        return _Look(problem=str(error).partition("read as an image: ")[2] or str(error))
+    return _Look((pixels.shape[1], pixels.shape[0]), grey, animated)
+
+
+def _damaged(damaged: dict[str, str]) -> ConfigError:
+    shown = "; ".join(f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN])
+    more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+    return ConfigError(
+        f"data.path: {len(damaged)} images cannot be read: {shown}{more}; put them right, or leave "
+        "them out with data.on_bad_file=skip"
+    )
+
+
+def tables_of(
+    gallery: Gallery, root: Path, shape: Shape, damaged: dict[str, str]
+) -> dict[str, Table]:
+    """Return the pictures of each split as a table, without the damaged ones."""
+    names, tables = gallery.class_names, {}
+    for split, files in gallery.files.items():
+        kept = [(path, label) for path, label in files if _name(path, root) not in damaged]
+        # By a hash of the name, so that an image that is added later hardly moves the others.
+        hashes = [
+            blake2b(str(path.relative_to(root)).encode("utf-8", "surrogateescape"), digest_size=8)
+            for path, _ in kept
+        ]
+        order = sorted(range(len(kept)), key=[h.digest() for h in hashes].__getitem__)
+        tables[split] = Table(
+            labels=np.array([names.index(label) for _, label in kept], np.int64),
+            order=np.array(order, np.int64), class_names=names, shape=shape,
+            paths=tuple(path for path, _ in kept),
+        )  # fmt: skip
+        if not kept:
+            raise ConfigError(f"data.path: every image of the {split} split is damaged")
+    return tables

@@ -1,5 +1,6 @@
 """Hugging Face data sets, written out once as the files that the readers take."""
 
+import logging
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,13 +9,17 @@ from typing import Any
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.prepared import Record, build, prepared_folder
-from trainer.data.source import SPELLINGS, Part, name_of
+from trainer.data.folders import split_of
+from trainer.data.pictures import GREY, pixels_of
+from trainer.data.prepared import Record, build, opened, prepared_folder
+from trainer.data.source import Part, name_of
+
+log = logging.getLogger(__name__)
 
 USUAL = {
     "text": (("text",), ("content",)),
     "images": (("image", "label"), ("img", "label"), ("image", "labels")),
-    "pairs": (("translation",), ("source", "target")),
+    "pairs": (("source", "target"),),
 }
 
 
@@ -34,6 +39,12 @@ def located(config: DataConfig) -> Path:
     return prepared_folder(config, f"hf-{name_of(config)}", ingredients)
 
 
+def unread(config: DataConfig) -> dict[str, str]:
+    """Return the splits and rows that were left out when the data set was converted, and why."""
+    found: dict[str, str] = opened(located(config)).get("left_out", {})
+    return found
+
+
 def _inside(config: DataConfig, folder: Path) -> Path:
     return folder / "images.npz" if config.kind == "images" else folder
 
@@ -44,23 +55,27 @@ def exported(config: DataConfig) -> Path:
 
 
 def _write(config: DataConfig, folder: Path) -> Record:
-    splits = _load(config)
-    columns = _columns(config, splits["train"].column_names)
+    splits, left_out = _load(config)
+    columns = _columns(config, splits["train"])
+    rows = {split: _complete(config, found, columns) for split, found in splits.items()}
+    for split, found in rows.items():
+        if missing := len(splits[split]) - len(found):
+            log.warning("%d rows of %s have an empty cell and are left out", missing, split)
+            left_out[f"{missing} rows of {split}"] = "a cell is empty"
     if config.kind == "images":
-        _save_arrays(config, splits, columns, folder / "images.npz")
-    for split, rows in splits.items():
+        _save_arrays(config, rows, splits["train"].features[columns[1]], folder / "images.npz")
+    for split, found in rows.items():
         if config.kind == "text":
-            texts = (row[columns[0]] for row in rows)
-            (folder / f"{split}.txt").write_text(
-                (config.document_separator or "\n").join(texts), encoding="utf-8", newline=""
-            )
+            text = (config.document_separator or "\n").join(texts[0] for texts in found)
+            (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="")
         elif config.kind == "pairs":
-            lines = ("\t".join(_pair(row, columns)) for row in rows)
+            lines = ("\t".join(" ".join(str(side).split()) for side in pair) for pair in found)
             (folder / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
-    return {}
+    return {"left_out": left_out}
 
 
-def _load(config: DataConfig) -> dict[str, Any]:
+def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
+    """The data set's splits under our names, and those that are not read."""
     if find_spec("datasets") is None:
         raise ConfigError(
             f'data.path={config.path} needs `datasets`: pip install "samestep[huggingface]"'
@@ -71,44 +86,97 @@ def _load(config: DataConfig) -> dict[str, Any]:
         found = import_module("datasets").load_dataset(name, subset or None)
     except Exception as error:  # the library raises what its many back ends do
         raise ConfigError(f"data.path={config.path} cannot be loaded: {error}") from error
-    splits = {s: found[n] for s, names in SPELLINGS.items() for n in names if n in found}
+    splits: dict[str, Any] = {}
+    left_out = {}
+    for theirs in found:
+        ours = split_of(theirs)
+        if ours and ours not in splits:
+            splits[ours] = found[theirs]
+        else:
+            left_out[theirs] = f"another {ours} split" if ours else "named after no split"
     if "train" not in splits:
         raise ConfigError(f"data.path={config.path} has no train split but {', '.join(found)}")
-    return splits
+    return splits, left_out
 
 
-def _columns(config: DataConfig, names: list[str]) -> tuple[str, ...]:
-    choices = [tuple(config.fields)] if config.fields else USUAL[config.kind]
-    for columns in choices:
-        if set(columns) <= set(names) and len(columns) in {len(usual) for usual in choices}:
-            return columns
-    usual = " or ".join(", ".join(columns) for columns in USUAL[config.kind])
+def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
+    """The columns to read; of `translation`, a dict of languages, `translation.LANGUAGE` each."""
+    names = _flat_names(rows)
+    usual = [columns for columns in USUAL[config.kind] if set(columns) <= set(names)]
+    languages = tuple(name for name in names if name.startswith("translation."))
+    if config.kind == "pairs" and len(languages) == 2:
+        usual.insert(0, languages)
+    chosen = tuple(config.fields)
+    if chosen == ("translation",) and len(languages) == 2:
+        chosen = languages
+    if chosen:
+        chosen = tuple(f if f in names else f"translation.{f}" for f in chosen)
+    else:
+        chosen = usual[0] if usual else ()
+    if len(chosen) == len(USUAL[config.kind][0]) and set(chosen) <= set(names):
+        return chosen
+    examples = " or ".join(", ".join(columns) for columns in USUAL[config.kind])
     raise ConfigError(
         f"data.path={config.path} has the columns {', '.join(names)}, of which data.fields="
-        f"{config.fields} and data.kind={config.kind} read none; set data.fields, e.g. [{usual}]"
+        f"{config.fields} and data.kind={config.kind} read none; set data.fields to "
+        f"{len(USUAL[config.kind][0])} of them, e.g. [{examples}]"
     )
 
 
-def _pair(row: dict[str, Any], columns: tuple[str, ...]) -> list[str]:
-    sides = list(row[columns[0]].values()) if len(columns) == 1 else [row[c] for c in columns]
-    return [" ".join(str(side).split()) for side in sides[:2]]
+def _flat_names(rows: Any) -> list[str]:
+    """The columns, and those inside a column that is a dict of languages."""
+    first = rows[0] if len(rows) else {}
+    inner = first.get("translation")
+    within = [f"translation.{language}" for language in inner] if isinstance(inner, dict) else []
+    return [name for name in rows.column_names if name != "translation"] + within
+
+
+def _complete(config: DataConfig, rows: Any, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+    """The cells of the columns, of the rows in which none of them is empty."""
+    found = []
+    for row in rows:
+        cells = tuple(_cell(row, column) for column in columns)
+        empty = any(cell is None for cell in cells)
+        blank = config.kind == "pairs" and any(not str(cell).strip() for cell in cells)
+        if not empty and not blank:
+            found.append(cells)
+    return found
+
+
+def _cell(row: dict[str, Any], column: str) -> Any:
+    outer, _, inner = column.partition(".")
+    if column in row or not inner:
+        return row[column]
+    return (row[outer] or {}).get(inner)
 
 
 def _save_arrays(
-    config: DataConfig, splits: dict[str, Any], columns: tuple[str, ...], path: Path
+    config: DataConfig, splits: dict[str, list[tuple[Any, ...]]], feature: Any, path: Path
 ) -> None:
-    image, label = columns
     arrays: dict[str, Any] = {}
+    modes = {image.mode for rows in splits.values() for image, _ in rows if hasattr(image, "mode")}
+    channels = 1 if modes <= set(GREY) else 3
     for split, rows in splits.items():
-        images = [np.asarray(row[image]) for row in rows]
+        images = [_pixels(config, split, image, channels) for image, _ in rows]
         shapes = {picture.shape for picture in images}
-        if len(shapes) > 1:
+        if len(shapes) != 1:
             raise ConfigError(
                 f"data.path={config.path}: the {split} split has images of shapes {shapes}; all "
                 "must have one shape"
             )
-        arrays |= {f"x_{split}": np.stack(images), f"y_{split}": np.array(rows[label])}
-    names = getattr(splits["train"].features[label], "names", None)
-    if names:
+        labels = np.array([label for _, label in rows])
+        arrays |= {f"x_{split}": np.stack(images), f"y_{split}": labels}
+    if names := getattr(feature, "names", None):
         arrays["classes"] = np.array(names)
     np.savez(path, **arrays)
+
+
+def _pixels(config: DataConfig, split: str, image: Any, channels: int) -> np.ndarray:
+    if not hasattr(image, "mode"):
+        return np.asarray(image)  # rows of numbers, which archive.py judges
+    try:
+        return pixels_of(image, channels)
+    except Exception as error:  # Pillow's readers raise what they like on damaged files
+        raise ConfigError(
+            f"data.path={config.path}: an image of the {split} split cannot be read: {error}"
+        ) from error

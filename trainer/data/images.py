@@ -4,45 +4,53 @@ B images of a micro-batch · C channels · H rows = W columns of pixels
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
+from trainer.data.archive import read_archive
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.gallery import Shape, Table, read_archive, read_folder
+from trainer.data.folders import SPLITS, walk
+from trainer.data.gallery import Checked, Table, check_gallery, list_gallery, tables_of
 from trainer.data.order import mixed
 from trainer.data.prepared import Record, build, opened, prepared_folder
 from trainer.data.record import read_record
-from trainer.data.source import SPLITS, Part, name_of
+from trainer.data.source import Part, name_of
 
 STATISTICS = 10_000  # training images that mean and standard deviation are taken of
 
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Check every image and measure the train split, unless that is done; raises ConfigError."""
-    folder = _folder(config, root)
-    record = build(folder, lambda temporary: _measure(_read(config, root, None, progress)))
-    record = _known(config, record)
+    record = build(_folder(config, root), lambda temporary: _measure(config, root, progress))
+    known = _known(config, record)
+    splits = {
+        split: SplitFacts(sources=tuple(entry["sources"]), samples=entry["samples"])
+        for split, entry in record["splits"].items()
+    }
     return DataFacts(
-        classes=len(record["class_names"]),
+        classes=len(known["class_names"]),
         image_size=record["shape"][0],
         channels=record["shape"][2],
-        class_names=tuple(record["class_names"]),
-        mean=tuple(record["mean"]),
-        std=tuple(record["std"]),
-        splits={split: SplitFacts(samples=n) for split, n in record["splits"].items()},
+        class_names=tuple(known["class_names"]),
+        mean=tuple(known["mean"]),
+        std=tuple(known["std"]),
+        splits=splits,
+        left_out=record["left_out"],
+        notes=tuple(record["notes"]),
     )
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     """A split: images of an archive in memory, those of a folder decoded when asked for."""
-    record = _known(config, opened(_folder(config, root)))
-    table = _read(config, root, tuple(record["shape"]))[split]
-    rows = np.array([record["class_names"].index(name) for name in table.class_names])
-    return Images(replace(table, labels=rows[table.labels]), record, config.augment)
+    record = opened(_folder(config, root))
+    table = _read(config, root, record).tables[split]
+    known = _known(config, record)
+    rows = np.array([known["class_names"].index(name) for name in table.class_names])
+    return Images(replace(table, labels=rows[table.labels]), known, config.augment)
 
 
 def _known(config: DataConfig, record: Record) -> Record:
@@ -120,19 +128,54 @@ def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
 
 
 def _folder(config: DataConfig, root: Path) -> Path:
-    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    fingerprints: list[Any] = [Part(path, 0, 0).fingerprint() for path in files]
-    return prepared_folder(config, name_of(config), [*fingerprints, config.held_out])
+    files = [root] if root.is_file() else walk(root, root, {})
+    # Names too: links of the same names may lead elsewhere, others to the same files.
+    fingerprints: list[Any] = [
+        [str(path.relative_to(root)), *Part(path, 0, 0).fingerprint()] for path in files
+    ]
+    ingredients = [*fingerprints, config.held_out, config.on_bad_file]
+    return prepared_folder(config, name_of(config), ingredients)
+
+
+@dataclass(frozen=True)
+class _Found:
+    tables: dict[str, Table]
+    sources: dict[str, tuple[str, ...]]
+    left_out: dict[str, str]
+    notes: list[str]
 
 
 def _read(
-    config: DataConfig, root: Path, shape: Shape | None, progress: bool = False
-) -> dict[str, Table]:
-    """The tables of all splits; one that is missing is cut from train's."""
+    config: DataConfig, root: Path, record: Record | None = None, progress: bool = False
+) -> _Found:
+    """The tables of all splits; one that is missing is cut from train's.
+
+    `record`: what is known of files that have been checked; None = they are checked now.
+    """
     if root.is_file():
-        tables = read_archive(config, root)
+        archive = read_archive(config, root)
+        found = _Found(archive.tables, dict(archive.sources), archive.left_out, [])
     else:
-        tables = read_folder(config, root, shape, progress)
+        gallery = list_gallery(config, root)
+        checked = (
+            check_gallery(config, root, gallery, progress) if record is None
+            else Checked(tuple(record["shape"]), record["damaged"])
+        )  # fmt: skip
+        sources = {
+            split: tuple(f"{folder.relative_to(root)}/" for folder in folders)
+            for split, folders in gallery.listing.splits.items()
+        }
+        found = _Found(
+            tables_of(gallery, root, checked.shape, checked.damaged), sources,
+            gallery.listing.left_out | checked.damaged, gallery.listing.notes + checked.notes,
+        )  # fmt: skip
+    _hold_out(config, found)
+    return replace(found, tables={split: found.tables[split] for split in SPLITS})
+
+
+def _hold_out(config: DataConfig, found: _Found) -> None:
+    """Cut the splits that are missing from the end of train."""
+    tables = found.tables
     missing = [split for split in ("valid", "test") if split not in tables]
     train = tables["train"]
     share = round(len(train.labels) * config.held_out / max(1, len(missing)))
@@ -144,11 +187,12 @@ def _read(
     for split in missing:
         tables[split] = train.rows(train.order[-share:])
         train = tables["train"] = train.rows(train.order[:-share])
-    return {split: tables[split] for split in SPLITS}
+        found.sources[split] = (f"{share:,} images of train",)
 
 
-def _measure(tables: dict[str, Table]) -> Record:
-    train = tables["train"]
+def _measure(config: DataConfig, root: Path, progress: bool) -> Record:
+    found = _read(config, root, None, progress)
+    train = found.tables["train"]
     count = len(train.labels)
     rows = np.linspace(0, count - 1, min(count, STATISTICS)).astype(int)
     pixels, total_C, square_C = 0, np.zeros(train.shape[2]), np.zeros(train.shape[2])
@@ -158,10 +202,17 @@ def _measure(tables: dict[str, Table]) -> Record:
         total_C, square_C = total_C + image_PC.sum(0), square_C + (image_PC**2).sum(0)
     mean_C = total_C / pixels
     std_C = np.sqrt(np.maximum(square_C / pixels - mean_C**2, 0))
+    damaged = {name: why for name, why in found.left_out.items() if why.startswith("damaged")}
     return {
         "class_names": list(train.class_names),
         "shape": train.shape,
         "mean": mean_C.tolist(),
         "std": np.where(std_C > 0, std_C, 1.0).tolist(),  # a channel of one colour
-        "splits": {split: len(table.labels) for split, table in tables.items()},
+        "splits": {
+            split: {"samples": len(table.labels), "sources": found.sources[split]}
+            for split, table in found.tables.items()
+        },
+        "damaged": damaged,
+        "left_out": found.left_out,
+        "notes": found.notes,
     }

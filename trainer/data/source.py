@@ -2,7 +2,7 @@
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib.resources import files
@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, DataConfig
+from trainer.data.folders import SPLITS, Listing, entries, split_of, splits_of, unwrapped, walk
 
-SPLITS = ("train", "valid", "test")
-SPELLINGS = {"train": ("train",), "valid": ("valid", "validation", "val", "dev"), "test": ("test",)}
 BUNDLED = {
     "shakespeare": ("text", "shakespeare"),
     "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
     "home-assistant": ("pairs", "home-assistant-en-de"),
 }
 SUFFIXES = {"text": (".txt", ".text", ".md", ".rst"), "pairs": (".tsv", ".txt")}
+PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_FORMATS = {
+    *PICTURES, ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather", ".pkl",
+    ".gz", ".zst", ".zip", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pdf", ".docx", ".html", ".xml",
+    ".safetensors", ".bin", ".h5", ".hdf5", ".sqlite", ".db", ".wav", ".mp3", ".flac", ".ogg",
+}  # fmt: skip
 BLOCK = 1 << 20  # bytes read at once
 
 
@@ -34,17 +39,6 @@ class Part:
         """What changes when the file does."""
         stat = self.path.stat()
         return [str(self.path.resolve()), self.start, self.end, stat.st_size, stat.st_mtime_ns]
-
-
-@dataclass(frozen=True)
-class Listing:  # STUB until merged
-    files: dict
-    left_out: dict
-    notes: list
-
-
-def read_listing(config, root):
-    return Listing({}, {}, [])
 
 
 def name_of(config: DataConfig) -> str:
@@ -83,32 +77,81 @@ def _bundled(config: DataConfig) -> Path:
     return Path(str(files("trainer.data"))) / "bundled" / path
 
 
-def split_entries(folder: Path) -> dict[str, list[Path]]:
-    """The entries of a folder that are named after a split: train.txt, valid/, ..."""
-    found: dict[str, list[Path]] = {}
-    for entry in sorted(folder.iterdir()):
-        stem = entry.name.split(".")[0]
-        split = next((s for s in SPLITS if stem in SPELLINGS[s]), None)
-        if split and not entry.name.endswith("~"):
-            found.setdefault(split, []).append(entry)
+def read_listing(config: DataConfig, root: Path) -> Listing:
+    """Return the files of text or of pairs at data.path, by split, and what is not read.
+
+    Without valid or test they are part of train (`split_parts`). Raises ConfigError where there is
+    nothing to read, or where entries could be read in two ways.
+    """
+    if root.is_file():
+        return Listing({"train": [root]})
+    where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
+    inner = unwrapped(root, left_out)
+    if inner != root:
+        notes.append(f"all of it is in {inner.relative_to(root)}/")
+    files = {
+        entry: _text_files(config, entry, root, left_out)
+        for entry in entries(inner, root, left_out)
+    }
+    found = [entry for entry, inside in files.items() if inside or split_of(entry.name)]
+    named, others = splits_of(where, found, lambda entry: True)
+    for entry in others:
+        left_out[str(entry.relative_to(root))] = "beside the splits"
+    splits = {split: _chosen(config, named[split], files, root, left_out) for split in named}
+    if "train" not in splits:
+        first = SUFFIXES[config.kind][0]
+        raise ConfigError(
+            f"{where} has {', '.join(splits)} but no train split; add train{first} or a folder "
+            "train/"
+        )
+    if not splits["train"]:
+        raise ConfigError(f"{where} holds no {_readable(config)} file")
+    return Listing({s: splits[s] for s in SPLITS if s in splits}, left_out, notes)
+
+
+def _text_files(
+    config: DataConfig, entry: Path, root: Path, left_out: dict[str, str]
+) -> list[Path]:
+    """The files that an entry of data.path is read from: itself, or those in the folder."""
+    found = []
+    for path in walk(entry, root, left_out) if entry.is_dir() else [entry]:
+        if path.suffix.lower() not in SUFFIXES[config.kind]:
+            left_out[str(path.relative_to(root))] = f"no {_readable(config)} file"
+        elif path.stat().st_size == 0 and path != entry:
+            left_out[str(path.relative_to(root))] = "empty"
+        else:
+            found.append(path)
     return found
+
+
+def _chosen(
+    config: DataConfig,
+    named: list[Path],
+    files: dict[Path, list[Path]],
+    root: Path,
+    left_out: dict[str, str],
+) -> list[Path]:
+    """The files of one split; one of an unknown suffix that is named after it counts if alone."""
+    chosen = [path for entry in named for path in files[entry]]
+    if chosen:
+        return chosen
+    for entry in named:
+        if entry.is_dir():
+            raise ConfigError(
+                f"data.path={config.path}: {entry} holds no {_readable(config)} file, which "
+                f"data.kind={config.kind} reads"
+            )
+        left_out.pop(str(entry.relative_to(root)), None)
+    return named
+
+
+def _readable(config: DataConfig) -> str:
+    return " or ".join(SUFFIXES[config.kind])
 
 
 def split_parts(config: DataConfig, root: Path) -> dict[str, list[Part]]:
     """The parts of files that make each split; a split that is missing is cut from train's end."""
-    suffixes = SUFFIXES[config.kind]
-    if root.is_file():
-        found = {"train": [root]}
-    else:
-        entries = split_entries(root)
-        found = {s: _expand(config, paths, suffixes) for s, paths in entries.items()}
-        if not found:
-            found = {"train": _expand(config, [root], suffixes)}
-    if "train" not in found:
-        raise ConfigError(
-            f"data.path={config.path} has {', '.join(found)} but no train split; add "
-            f"train{suffixes[0]} or a folder train/"
-        )
+    found = read_listing(config, root).splits
     splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
     missing = [split for split in ("valid", "test") if split not in splits]
     if missing:
@@ -116,24 +159,15 @@ def split_parts(config: DataConfig, root: Path) -> dict[str, list[Part]]:
     return {split: splits[split] for split in SPLITS}
 
 
-def _expand(config: DataConfig, paths: list[Path], suffixes: Sequence[str]) -> list[Path]:
-    expanded: list[Path] = []
-    for path in paths:
-        inside = sorted(p for p in path.rglob("*") if p.suffix in suffixes and p.is_file())
-        if path.is_dir() and not inside:
-            raise ConfigError(
-                f"data.path={config.path}: {path} holds no {' or '.join(suffixes)} file, which "
-                f"data.kind={config.kind} reads"
-            )
-        expanded += inside if path.is_dir() else [path]
-    return expanded
-
-
 def _whole(config: DataConfig, path: Path) -> Part:
-    if path.suffix in (".npz", ".npy", ".png", ".jpg"):
+    suffix = path.suffix.lower()
+    if suffix in OTHER_FORMATS:
+        instead = (
+            "data.kind=images or another data.path" if suffix in PICTURES
+            else f"data.path to {_readable(config)} files"
+        )  # fmt: skip
         raise ConfigError(
-            f"data.kind={config.kind} reads UTF-8 text but {path} is a {path.suffix} file; "
-            "set data.kind=images or another data.path"
+            f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"
         )
     size = path.stat().st_size
     if size == 0:
@@ -184,7 +218,10 @@ def _line_start(path: Path, cut: int) -> int:
 
 
 def read_text(part: Part) -> Iterator[str]:
-    """The text of a part, block by block, unchanged but for a byte order mark at its start."""
+    """The text of a part, block by block, unchanged but for a byte order mark at its start.
+
+    Raises ConfigError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position = part.start
     try:
@@ -193,15 +230,39 @@ def read_text(part: Part) -> Iterator[str]:
             while position < part.end:
                 pending = len(decoder.getstate()[0])
                 block = file.read(min(BLOCK, part.end - position))
+                if (nul := block.find(0)) >= 0 or block.startswith(UTF_16):
+                    raise ConfigError(_not_text(part.path, position + max(0, nul), block))
                 final = position + len(block) >= part.end or not block
                 text = decoder.decode(block, final)
                 yield text.removeprefix("\ufeff") if position == 0 else text
                 position = part.end if final else position + len(block)
     except UnicodeDecodeError as error:
-        at = position - pending + error.start
+        at, byte = position - pending + error.start, error.object[error.start]
+        encoding = "cp1252" if 0x80 <= byte < 0xA0 else "latin1"
         raise ConfigError(
-            f"{part.path} is not UTF-8 at byte {at} (0x{error.object[error.start]:02x}); "
-            f"convert it, e.g. `iconv -f latin1 -t utf-8`, or choose another data.path"
+            f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it from what it is in, "
+            f"e.g. `iconv -f {encoding} -t utf-8` for Western European text, or choose another "
+            "data.path"
         ) from error
     except OSError as error:
         raise ConfigError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
+
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _not_text(path: Path, position: int, block: bytes) -> str:
+    """What a file with NULs is: text in an encoding of two or four bytes, or no text at all."""
+    zeros = [block[place::4].count(0) * 4 / max(1, len(block)) > 0.2 for place in range(4)]
+    order = {
+        (False, True, True, True): "utf-32le", (True, True, True, False): "utf-32be",
+        (False, True, False, True): "utf-16le", (True, False, True, False): "utf-16be",
+    }.get((zeros[0], zeros[1], zeros[2], zeros[3]), "")  # fmt: skip
+    if block.startswith(UTF_16):  # its byte order mark is read, and left out, by iconv
+        order = "utf-32" if order.startswith("utf-32") else "utf-16"
+    if order:
+        return (
+            f"{path} is not UTF-8 but {order.upper()}; convert it, `iconv -f {order} -t utf-8`, or "
+            "choose another data.path"
+        )
+    return f"{path} holds a NUL at byte {position}, so it is no text; choose another data.path"

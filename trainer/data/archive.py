@@ -1,0 +1,207 @@
+"""Labelled images in an .npz archive, whatever dtype and layout they have; else refused.
+
+N images · H rows · W columns · C channels
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+from PIL import Image
+
+from trainer.config import ConfigError, DataConfig
+from trainer.data.folders import SPLITS, split_of
+from trainer.data.gallery import Shape, Table
+from trainer.data.order import permutation
+from trainer.data.pictures import pixels_of
+
+ROLES = {
+    **dict.fromkeys(("x", "image", "images", "pixels"), "x"),
+    **dict.fromkeys(("y", "label", "labels", "target", "targets"), "y"),
+}
+
+
+@dataclass(frozen=True)
+class Archive:
+    """The tables of an archive's splits, and which of its arrays they are."""
+
+    tables: dict[str, Table]
+    sources: dict[str, tuple[str, str]]
+    left_out: dict[str, str]
+
+
+def read_archive(config: DataConfig, path: Path) -> Archive:
+    """Read an .npz with x_train, y_train, ... and perhaps `classes`; raises ConfigError.
+
+    Pixels are uint8, or become it: bool, uint16 by its range, floats from 0 to 1, and other whole
+    numbers from 0 to 255.
+    """
+    where = f"data.path={config.path}"
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = dict(archive.items())
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+        raise ConfigError(
+            f"{where}: {path} is not an .npz archive of numbers ({error}); data.kind=images reads "
+            "an .npz with x_train and y_train, or a folder of class folders"
+        ) from error
+    keys, left_out = _roles(where, arrays)
+    if ("x", "train") not in keys or ("y", "train") not in keys:
+        raise ConfigError(
+            f"{where} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold x_train and "
+            "y_train, and may hold x_valid, y_valid, x_test, y_test and classes"
+        )
+    found = [split for split in SPLITS if ("x", split) in keys]
+    names = {split: (keys["x", split], keys.get(("y", split), f"y_{split}")) for split in found}
+    return Archive(_tables(where, arrays, names), names, left_out)
+
+
+def _tables(
+    where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
+) -> dict[str, Table]:
+    """The table of each split; `names`: its arrays of images and of labels, train first."""
+    labels, class_names = _labels(where, arrays, names)
+    scale, tables = None, dict[str, Table]()
+    for split, (x, y) in names.items():
+        pixels, scale = _pixels(f"{where}: {x}", arrays[x], scale)
+        if len(pixels) != len(labels[split]) or len(pixels) == 0:
+            raise ConfigError(
+                f"{where}: {x} has shape {arrays[x].shape} but {y} has shape {arrays[y].shape}; "
+                "there must be one label for each image"
+            )
+        shape: Shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        first = tables["train"].shape if tables else shape
+        if shape != first or shape[0] != shape[1]:
+            raise ConfigError(
+                f"{where}: images of {x} have the shape {shape}, those of {names['train'][0]} "
+                f"{first}; all must be square and alike"
+            )
+        order = permutation(0, 0, len(pixels))
+        tables[split] = Table(labels[split], order, class_names, shape, pixels=pixels)
+    return tables
+
+
+def _roles(
+    where: str, arrays: dict[str, np.ndarray]
+) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
+    """Which array is the images, and which the labels, of which split; and those of neither."""
+    keys: dict[tuple[str, str], str] = {}
+    left_out = {}
+    for key in arrays:
+        words = re.findall(r"[^\W\d_]+", key.lower())
+        roles = {ROLES[word] for word in words if word in ROLES}
+        split = split_of("_".join(word for word in words if word not in ROLES))
+        if key == "classes":
+            continue
+        if len(roles) != 1 or not split:
+            left_out[key] = "an array that is neither images nor labels of a split"
+            continue
+        role = roles.pop()
+        if (role, split) in keys:
+            raise ConfigError(
+                f"{where} holds {keys[role, split]} and {key}, which are both of the {split} "
+                "split; leave one"
+            )
+        keys[role, split] = key
+    return keys, left_out
+
+
+def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarray, str]:
+    """(N, H, W, C) uint8, and how it was made so; `scale`: how it was for the train split."""
+    if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
+        images = images.transpose(0, 2, 3, 1)
+    images = images[..., None] if images.ndim == 3 else images
+    wrong = images.dtype.kind not in "buif" or images.ndim != 4 or images.shape[-1] not in (1, 3, 4)
+    if wrong or 0 in images.shape[1:]:
+        raise ConfigError(
+            f"{where} is {images.dtype} of shape {images.shape}; it must be numbers of shape "
+            "(images, rows, columns), or with 1, 3 or 4 channels as well"
+        )
+    scale = scale or _scale(images)
+    low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+    top, alike = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
+    if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or alike == {"uint8", "whole"}):
+        raise ConfigError(
+            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16, "
+            "floats from 0 to 1, or whole numbers from 0 to 255, alike in all splits"
+        )
+    if scale in ("uint8", "whole"):
+        pixels = images.astype(np.uint8)
+    else:
+        pixels = np.rint(images.astype(np.float64) * (255.0 / top)).astype(np.uint8)
+    if pixels.shape[-1] == 4:
+        pixels = np.stack([pixels_of(Image.fromarray(p, "RGBA"), 3) for p in pixels])
+    return pixels, scale
+
+
+# The largest number of each range; floats of other values mean nothing that is known.
+TOPS = {
+    "bool": 1.0,
+    "uint8": 255.0,
+    "whole": 255.0,
+    "uint16": 65535.0,
+    "share": 1.0,
+    "fraction": -1.0,
+}
+
+
+def _scale(images: np.ndarray) -> str:
+    """What range an array of pixels has: by its dtype or, of other numbers, by their values."""
+    if images.dtype.name in ("bool", "uint8", "uint16"):
+        return images.dtype.name
+    if images.dtype.kind == "f":
+        if images.size and float(images.max()) <= 1.0:
+            return "share"
+        return "whole" if (images == np.rint(images)).all() else "fraction"
+    return "whole"
+
+
+def _labels(
+    where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """(N,) int64 labels of each split, and the names of the classes."""
+    found = {}
+    for split, (x, y) in names.items():
+        if y not in arrays:
+            raise ConfigError(f"{where}: {x} has shape {arrays[x].shape} but {y} is missing")
+        found[split] = _column(f"{where}: {y}", arrays[y])
+    if found["train"].dtype.kind == "U":
+        class_names = tuple(map(str, np.unique(found["train"])))
+        if "classes" in arrays:
+            raise ConfigError(f"{where}: labels are words, and `classes` names them again")
+    else:
+        count = int(found["train"].max(initial=-1)) + 1
+        class_names = tuple(str(name) for name in np.ravel(arrays.get("classes", range(count))))
+    if len(set(class_names)) < len(class_names):
+        raise ConfigError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
+    rows = {name: row for row, name in enumerate(class_names)}
+    labels = {}
+    for split, column in found.items():
+        if column.dtype.kind == "U":
+            column = np.array([rows.get(name, -1) for name in column], np.int64)
+        if len(column) and (column.min() < 0 or column.max() >= len(class_names)):
+            raise ConfigError(
+                f"{where}: {names[split][1]} holds {column.min()} to {column.max()}; labels must "
+                f"be whole numbers from 0 to {len(class_names) - 1} for {len(class_names)} classes"
+            )
+        labels[split] = column.astype(np.int64)
+    return labels, class_names
+
+
+def _column(where: str, labels: np.ndarray) -> np.ndarray:
+    """Labels as one whole number, or one word, for each image."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind == "S":
+        labels = labels.astype("U")
+    whole = labels.dtype.kind in "biuU" or (
+        labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all())
+    )
+    if labels.ndim != 1 or not whole:
+        raise ConfigError(
+            f"{where} is {labels.dtype} of shape {labels.shape}; it must be one whole number, or "
+            "one word, for each image"
+        )
+    return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
