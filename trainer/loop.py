@@ -58,9 +58,6 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 facts["what the teacher has said"] = answers.fingerprint()
             same_everywhere(runtime, facts | {"this project's code": own_code()})
         state = start(config, runtime, data)
-        if runtime.rank == 0:
-            for warning in schedule_warnings(config):
-                log.warning(warning)
         supervisor.begin(state.step)
         with Saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
@@ -89,6 +86,8 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises ConfigError where a weight or moment is not finite.
     """
+    for warning in schedule_warnings(config) if runtime.rank == 0 else ():
+        log.warning(warning)
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
     if compression.distills:
