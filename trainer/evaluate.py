@@ -33,7 +33,8 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` and
     `perplexity` per token. Images: `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100)
     of translations by `beams` beams where a `tokenizer` is given. `micro_batch_size`: per rank.
-    `between` is called after each micro-batch, on all ranks alike; what it raises ends it.
+    Where logits are NaN, so is each value: their largest is none. `between` is called after each
+    micro-batch, on all ranks alike; what it raises ends it.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
     translations: dict[int, str] = {}
@@ -57,10 +58,11 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
         # All that is known of a part of a split is its tokens: they are as long as the others.
         values["bits_per_character"] = loss / math.log(2) * dataset.targets / dataset.characters
     if family == "encoder":
-        return values | {"accuracy": right / targets}
+        return values | {"accuracy": math.nan if math.isnan(loss) else right / targets}
     values["perplexity"] = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
     if tokenizer is not None:
-        values["bleu"] = _bleu(worker, dataset, translations)
+        bleu = _bleu(worker, dataset, translations)
+        values["bleu"] = math.nan if math.isnan(loss) else bleu
     return values
 
 

@@ -283,12 +283,15 @@ def finish(run: Run) -> dict[str, float]:
     if config.data.kind == "text" and config.metrics.sample_tokens:
         writer = open_tokenizer(config.data)
         assert writer is not None
-        with run.supervisor.watch.long():
-            text = sample(
-                state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
-                temperature=0.8, seed=config.seed,
-            )  # fmt: skip
-        recorder.say(f"a sample:\n{writer.decode(text)}")
+        try:
+            with run.supervisor.watch.long():
+                text = sample(
+                    state.worker, [], max_tokens=config.metrics.sample_tokens,
+                    eot_id=writer.eot_id, temperature=0.8, seed=config.seed,
+                )  # fmt: skip
+            recorder.say(f"a sample:\n{writer.decode(text)}")
+        except ConfigError as error:  # of a model that has diverged
+            recorder.say(f"no sample: {error}")
     with recorder.pause("save"), run.supervisor.watch.long():
         run.saver.wait(last=True)
     tell_saves(run)
