@@ -201,7 +201,7 @@ def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         write_manifest(folder, Manifest("r", step, {}, {}, "", None, {}, {}))
     older = {"step": 30, "data_steps": [35, 36]}
-    newer = {"step": 40, "samples": [[640, 656], [3000, 3016]]}
+    newer = {"step": 40, "samples": [[640, 656], [900, 916]]}
     (run / "rollbacks.json").write_text(json.dumps([older, newer]))
     history = read_history(run)
     assert history.notes == []
@@ -210,7 +210,7 @@ def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
     texts = [event.text for event in history.events if event.kind == "rollback"]
     assert texts == [
         "back to step 30; left out from then on: steps 35, 36 of data",
-        "back to step 40; left out from then on: 640 to 655, 3,000 to 3,015 of the order of samples",
+        "back to step 40; left out from then on: 640 to 655, 900 to 915 of the order of samples",
     ]
     assert [event.step for event in history.events] == sorted(e.step for e in history.events)
 
