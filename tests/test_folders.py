@@ -66,7 +66,8 @@ def first_pixels(config: DataConfig, split: str) -> set[int]:
 
 SPELLED = {
     "train": "train.txt Train.TXT TRAIN train-00000-of-00002.txt train_1.txt x.train.txt"
-    " training.txt training_set trainset TrainData train.en-de.tsv ag_news_train train2017 train-clean-100",
+    " training.txt training_set trainset TrainData train.en-de.tsv ag_news_train"
+    " train2017 train-clean-100",
     "valid": "valid.txt validation-00000-of-00001.txt val dev.txt eval.txt VAL_2 development"
     " devset ValidationSet x-dev.txt valid(1).txt evaluation_data",
     "test": "test.txt Testing test-00000-of-00001.txt test_set testset TestData x.test.txt tst.txt",

@@ -312,3 +312,12 @@ def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
     np.save("wide.npy", np.zeros((8, 9), np.uint8))
     with pytest.raises(ConfigError, match=message):
         read_image(name, 8, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_write_nothing(temperature, bad):
+    logits_V = torch.tensor([0.1, bad, -torch.inf])
+    with pytest.raises(ConfigError, match="logits are not finite"):
+        draw(logits_V, temperature, 0, 1.0, torch.Generator())
+    assert draw(torch.tensor([0.1, -torch.inf]), temperature, 0, 1.0, torch.Generator()) == 0

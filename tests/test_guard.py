@@ -27,6 +27,7 @@ from torch import Tensor
 from conf.check import complete
 from parallel.config import ConfigError, StrategyConfig, resolve, world_size
 from parallel.gradients import local
+from parallel.worker import Worker
 from trainer import loop
 from trainer.checkpoint import not_finite, restore
 from trainer.config import (
@@ -41,6 +42,7 @@ from trainer.curves import last_values
 from trainer.data import prepare
 from trainer.guard import Guard
 from trainer.history import read_history
+from trainer.metrics import Recorder
 from trainer.report import page
 from trainer.run_dir import checkpoints, open_run_dir
 
@@ -345,6 +347,30 @@ def test_an_evaluation_that_is_not_finite_ends_no_run(ranks, config, tmp_path, b
     assert history.curve("eval_loss", "valid") == [(6, 2.0)] and history.notes == []
     assert "bleu" in page([history], now=0.0)
     assert not any(key.startswith("valid") for key in last_values(tmp_path))  # 2.0 is not the last
+
+
+def silent(runtime, config: TrainConfig) -> str:
+    """Train to the end, where the model's logits are NaN; what the last lines say."""
+    forward, said = Worker.forward, []
+
+    def nan(worker, *inputs):
+        return forward(worker, *inputs) * torch.nan
+
+    with (
+        mock.patch.object(Worker, "forward", nan),
+        mock.patch.object(Recorder, "say", lambda _, text: said.append(text)),
+    ):
+        assert ended(runtime, config, "nan", set(), 0) == ""
+    return " ".join(said)
+
+
+def test_a_model_whose_logits_are_nan_writes_no_sample_and_ends_well(ranks, config, tmp_path):
+    _, (said,) = run(
+        ranks, config, "single", silent, run_dir=str(tmp_path),
+        metrics=MetricsConfig(every=9, sample_tokens=5),
+    )  # fmt: skip
+    assert "no sample: the model's logits are not finite" in said
+    assert [step for step, _ in checkpoints(tmp_path)][-1] == 7
 
 
 def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tmp_path):

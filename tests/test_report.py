@@ -200,13 +200,18 @@ def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
         folder = checkpoint_path(run, step)
         folder.mkdir(parents=True)
         write_manifest(folder, Manifest("r", step, {}, {}, "", None, {}, {}))
-    (run / "rollbacks.json").write_text('[{"step": 30, "data_steps": [35, 36]}]')
+    older = {"step": 30, "data_steps": [35, 36]}
+    newer = {"step": 40, "samples": [[640, 656], [900, 916]]}
+    (run / "rollbacks.json").write_text(json.dumps([older, newer]))
     history = read_history(run)
     assert history.notes == []
     saves = [(event.step, event.text) for event in history.events if event.kind == "save"]
     assert saves == [(20, "checkpoint saved, 0.4 s"), (30, "checkpoint, there now")]
-    (rollback,) = [event for event in history.events if event.kind == "rollback"]
-    assert rollback.text == "back to step 30; left out from then on: steps 35, 36 of data"
+    texts = [event.text for event in history.events if event.kind == "rollback"]
+    assert texts == [
+        "back to step 30; left out from then on: steps 35, 36 of data",
+        "back to step 40; left out from then on: 640 to 655, 900 to 915 of the order of samples",
+    ]
     assert [event.step for event in history.events] == sorted(e.step for e in history.events)
 
 

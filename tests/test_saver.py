@@ -23,7 +23,7 @@ from parallel.config import StrategyConfig
 from trainer import saver as module
 from trainer import storage
 from trainer.checkpoint import restore, tensors_of
-from trainer.config import CheckpointConfig, ConfigError
+from trainer.config import CheckpointConfig, ConfigError, EvalConfig, TrainConfig
 from trainer.manifest import check
 from trainer.run_dir import checkpoint_path, checkpoints
 from trainer.saver import Saver
@@ -246,6 +246,20 @@ def test_newest_best_and_every_nth_are_kept_over_a_restart(ranks, tmp_path):
     assert folders[4:7] == [["20", "40", "50"], ["20", "40", "50", "60"], ["20", "40", "60", "70"]]
     # The damaged ones do not count, so that another good one stays.
     assert folders[7] == ["20", "40", "80"]
+
+
+def test_saves_that_are_seldom_measured_are_told():
+    def warning(saved, measured, best=True):
+        return module.seldom_best(
+            TrainConfig(checkpoint=CheckpointConfig(every=saved, keep_best=best),
+                        eval=EvalConfig(every=measured))
+        )  # fmt: skip
+
+    told = warning(100, 30)
+    assert "every 300th step; set eval.every=10 or checkpoint.every=90" in told
+    assert "checkpoint.every=250" in warning(100, 250)
+    for arguments in ((100, 50), (100, 100), (0, 30), (100, 0), (100, 30, False)):
+        assert warning(*arguments) == ""
 
 
 def unmeasurable(runtime, folder) -> list[float | None]:

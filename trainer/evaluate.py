@@ -38,8 +38,9 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` (or
     `bits_per_token`, where the tokenizer loses characters) and `perplexity` per token. Images:
     `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100) of translations by `beams` beams
-    where a `tokenizer` is given. `micro_batch_size`: per rank.
-    `between` is called after each micro-batch, on all ranks alike; what it raises ends it.
+    where a `tokenizer` is given. `micro_batch_size`: per rank. Where logits are NaN, so is each
+    value: their largest is none. `between` is called after each micro-batch, on all ranks alike;
+    what it raises ends it.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
     translations: dict[int, str] = {}
@@ -62,10 +63,11 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
     if family == "decoder":
         values |= bits(loss, dataset)
     if family == "encoder":
-        return values | {"accuracy": right / targets}
+        return values | {"accuracy": math.nan if math.isnan(loss) else right / targets}
     values["perplexity"] = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
     if tokenizer is not None:
-        values["bleu"] = _bleu(worker, dataset, translations)
+        bleu = _bleu(worker, dataset, translations)
+        values["bleu"] = math.nan if math.isnan(loss) else bleu
     return values
 
 

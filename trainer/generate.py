@@ -57,7 +57,15 @@ def sample(worker: Worker, prompt_ids: Sequence[int], *, max_tokens: int, eot_id
 
 def draw(logits_V: Tensor, temperature: float, top_k: int, top_p: float,
          generator: torch.Generator) -> int:  # fmt: skip
-    """One token at random, on the CPU: a generator there gives the same numbers everywhere."""
+    """One token at random, on the CPU: a generator there gives the same numbers everywhere.
+
+    Raises ConfigError where the model has no opinion that is a number.
+    """
+    if not logits_V.max().isfinite():
+        raise ConfigError(
+            "the model's logits are not finite, so nothing can be written with it; use a "
+            "checkpoint from before it diverged, or precision=fp32"
+        )
     if temperature == 0.0:
         return int(logits_V.argmax())
     logits_V = logits_V.double().cpu()

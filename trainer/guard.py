@@ -163,13 +163,12 @@ class Guard:
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
-            shares = sorted({data_rank for data_rank, *_ in everyone})
-            update = BadStep(_culprit(step, flags), "update", None, shares, tensor)
+            update = BadStep(_culprit(step, flags), "update", None, _shares(everyone), tensor)
             found = self._with_update(found, update)
         policy, why = self._config.on_bad_step, self._why_stop(good, found[-1])
         if policy == "rollback" and not why:
-            places = chain.from_iterable(loader.positions(b.step - 1) for b in found if b.shares)
-            self.rollbacks.append(Rollback(good, ranges(list(places))))
+            places = [place for bad in found for place in loader.positions(bad.step - 1)]
+            self.rollbacks.append(Rollback(good, ranges(places)))
             if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
                 _write_rollbacks(self._config.run_dir, self.rollbacks)
         if dist.get_rank() == 0:
@@ -238,9 +237,14 @@ def _bad_step(
     kind = "spike" if flag & SPIKE else "loss" if ranks else "gradient"
     shares = sorted({everyone[rank][0] for rank in ranks})
     if kind != "loss":
-        shares = sorted({data_rank for data_rank, *_ in everyone})
+        shares = _shares(everyone)
     rank = ranks[0] if kind == "loss" and len(shares) == 1 else None
     return BadStep(first + number, kind, rank, shares)
+
+
+def _shares(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
+    """The data ranks of all."""
+    return sorted({data_rank for data_rank, *_ in everyone})
 
 
 def _culprit(step: int, flags: list[int]) -> int:

@@ -59,9 +59,6 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 facts["what the teacher has said"] = answers.fingerprint()
             same_everywhere(runtime, facts | {"this project's code": own_code()})
         state = start(config, runtime, data)
-        if runtime.rank == 0:
-            for warning in schedule_warnings(config):
-                log.warning(warning)
         supervisor.begin(state.step)
         with Saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
@@ -90,6 +87,8 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises ConfigError where a weight or moment is not finite.
     """
+    for warning in schedule_warnings(config) if runtime.rank == 0 else ():
+        log.warning(warning)
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
     if compression.distills:
@@ -285,12 +284,15 @@ def finish(run: Run) -> dict[str, float]:
     if config.data.kind == "text" and config.metrics.sample_tokens:
         writer = open_tokenizer(data_of(config))
         assert writer is not None
-        with run.supervisor.watch.long():
-            text = sample(
-                state.worker, [], max_tokens=config.metrics.sample_tokens, eot_id=writer.eot_id,
-                temperature=0.8, seed=config.seed,
-            )  # fmt: skip
-        recorder.say(f"a sample:\n{writer.decode(text)}")
+        try:
+            with run.supervisor.watch.long():
+                text = sample(
+                    state.worker, [], max_tokens=config.metrics.sample_tokens,
+                    eot_id=writer.eot_id, temperature=0.8, seed=config.seed,
+                )  # fmt: skip
+            recorder.say(f"a sample:\n{writer.decode(text)}")
+        except ConfigError as error:  # of a model that has diverged
+            recorder.say(f"no sample: {error}")
     with recorder.pause("save"), run.supervisor.watch.long():
         run.saver.wait(last=True)
     tell_saves(run)

@@ -80,6 +80,8 @@ class Saver:
         self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
         if problem:
             raise ConfigError(problem)
+        if self._rank == 0 and (warning := seldom_best(config)):
+            log.warning(warning)
         store = dist.distributed_c10d._get_default_store()
         # A clone has a connection of its own: waiting on it keeps nobody from the store.
         clone = store.clone()  # type: ignore[attr-defined]
@@ -298,6 +300,19 @@ class Saver:
         key = f"{save.number}/{who}"
         self._store.wait([key], PATIENCE)
         return json.loads(self._store.get(key))
+
+
+def seldom_best(config: TrainConfig) -> str:
+    """A warning where most checkpoints have no loss for checkpoint.keep_best; else empty."""
+    saved, measured = config.checkpoint.every, config.eval.every
+    if not (config.checkpoint.keep_best and saved and measured and saved % measured):
+        return ""
+    return (
+        f"checkpoint.keep_best=true goes by losses that are measured at the step of a save, which "
+        f"with checkpoint.every={saved} and eval.every={measured} is every "
+        f"{math.lcm(saved, measured)}th step; set eval.every={math.gcd(saved, measured)} or "
+        f"checkpoint.every={max(1, round(saved / measured)) * measured}"
+    )
 
 
 def _remove(checkpoint: Path) -> None:

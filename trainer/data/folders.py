@@ -116,7 +116,7 @@ def is_document(name: str) -> bool:
 def splits_of(
     where: str, found: Collection[Path], holds_splits: Callable[[Path], bool]
 ) -> tuple[dict[str, list[Path]], list[Path]]:
-    """Return the entries of each split, and those that are of none; no split = all of train.
+    """Return the entries of each split, and those that are of none.
 
     `holds_splits` says of an entry whether it can be a split. Raises ConfigError, which begins with
     `where`, where entries could be read in two ways.
@@ -130,9 +130,7 @@ def splits_of(
         else:
             others.append(entry)
     data = [entry for entry in others if not is_document(entry.name)]
-    if not named:
-        return {"train": others}, []
-    if not data or ("train" in named and len(named) > 1):
+    if not data or not named or ("train" in named and len(named) > 1):
         return named, others
     ours = ", ".join(entry.name for split in named.values() for entry in split)
     theirs = ", ".join(entry.name for entry in data[:3]) + (", …" if len(data) > 3 else "")

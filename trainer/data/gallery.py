@@ -105,14 +105,14 @@ def _split_folders(
     tops = _with_pictures(inner, root, left_out)
     nested = {entry for entry in tops if _class_folders(entry, root)}
     named, others = splits_of(where, tops, nested.__contains__)
-    if not nested:
+    if not named:  # all are classes
+        if nested:
+            raise _nested(where, min(nested), root)
         named, others = {"train": [inner]} if tops else {}, []
     for name in list(left_out) if nested else []:
         if left_out[name] == EMPTY and split_of(name):
             raise ConfigError(f"{where}: {name}/ holds no images in class folders")
     for entry in others:
-        if named == {"train": others}:
-            raise _nested(where, entry, root)
         left_out[_name(entry, root)] = "beside the splits"
     if "train" not in named:
         found = f"has {', '.join(named)} but no train split; add" if named else (

@@ -95,6 +95,8 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     }
     found = [entry for entry, inside in files.items() if inside or split_of(entry.name)]
     named, others = splits_of(where, found, lambda entry: True)
+    if not named:
+        named, others = {"train": others}, []
     for entry in others:
         left_out[str(entry.relative_to(root))] = "beside the splits"
     splits = {split: _chosen(config, named[split], files, root, left_out) for split in named}
