@@ -1,7 +1,7 @@
 """What must hold beyond types: pure functions that find every problem of a config at once."""
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +81,7 @@ class Interval:
         return f"{low} and " + ("below" if self.high_open else "at most") + f" {self.high:g}"
 
 
+LARGEST = 2**63 - 1  # of torch's integers
 COUNT = Interval(1)  # a number of things of which there must be one
 COUNT_OR_OFF = Interval(0)
 POSITIVE = Interval(0, low_open=True)
@@ -189,8 +190,7 @@ def problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "model"):
         broken = _model(config.model, wrong)
         found += broken
-    reads_data = isinstance(getattr(config, "data", None), DataConfig)
-    if reads_data:
+    if reads_data := isinstance(getattr(config, "data", None), DataConfig):
         found += _data(config.data)
     if hasattr(config, "model") and reads_data:
         found += _fit(config.model, config.data)
@@ -257,11 +257,22 @@ def _choices(config: Any) -> list[str]:
 
 
 def _ranges(config: Any) -> list[str]:
-    return [
+    return _too_large(config) + [
         f"{key}={value} must be {interval}"
         for key, interval in RANGES.items()
         if (value := _value(config, key)) is not None and value not in interval
     ]
+
+
+def _too_large(config: Any, prefix: str = "") -> list[str]:
+    """Whole numbers that no kernel takes, in any section."""
+    found = []
+    for key, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
+        if is_dataclass(value):
+            found += _too_large(value, f"{prefix}{key}.")
+        elif isinstance(value, int) and value > LARGEST:
+            found.append(f"{prefix}{key}={value} must be at most {LARGEST}")
+    return found
 
 
 def _betas(betas: list[float]) -> list[str]:

@@ -22,6 +22,7 @@ from trainer.config import (
     TrainConfig,
     VerifyConfig,
 )
+from trainer.free_text import protected, revealed
 
 # The name of a door's YAML file → the dataclass it must fit.
 SCHEMAS: dict[str, type] = {
@@ -63,14 +64,24 @@ def load(name: str, values: DictConfig) -> Any:
     if unknown:
         raise ConfigError(*(f"{key} does not exist; remove +{key}" for key in unknown))
     try:
-        return typed(name, OmegaConf.to_container(values, resolve=True))
+        return _typed(name, OmegaConf.to_container(values, resolve=True))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} needs a value") from error
 
 
 def typed(name: str, values: Any) -> Any:
-    """The dataclass of door `name`, filled from a plain container."""
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), values))
+    """The dataclass of door `name`, filled from a plain container, whose texts are just that."""
+    return _typed(name, protected(values))
+
+
+def _typed(name: str, values: Any) -> Any:
+    merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), values)
+    return revealed(OmegaConf.to_object(merged))
+
+
+def free_text(name: str) -> set[str]:
+    """The keys of door `name` whose values are text: paths, sentences and words."""
+    return {key for key, field in known_keys(SCHEMAS[name]).items() if field.type is str}
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from conf.check import complete, problems
@@ -20,6 +21,7 @@ from conf.compress import answers_problems, compress_problems, teacher_problems
 from conf.layout import micro_batch_size, model_problems
 from conf.precision import precision_problems
 from conf.submit import SubmitConfig, training_part
+from launch.door import names_itself
 from launch.inputs import (
     check_first_weights,
     check_trained,
@@ -51,6 +53,7 @@ from trainer.data.record import TOKENIZER, data_of, read_record, table
 from trainer.run_dir import (
     check_run_dir,
     checkpoints,
+    claimed,
     load_config,
     open_run_dir,
 )
@@ -80,12 +83,23 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     config, reads, facts = _completed(config, world_size)
     check_first_weights(config, reads, facts)
     log.info("%s", table(facts))
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and names_itself(given):
+        config = replace(config, run_dir=str(_claimed(config.run_dir)))
     open_run_dir(config, held)
     keep_processor(config, reads, facts)
     goodput.begin(Path(config.run_dir), opened, time.time())
     note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
     return config
+
+
+def _claimed(run_dir: str) -> Path:
+    try:
+        return claimed(run_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir} cannot be written ({error.strerror}); choose another run_dir"
+        ) from error
 
 
 def submission(config: SubmitConfig) -> Point:

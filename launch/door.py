@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -34,12 +34,13 @@ from launch.messages import (
     write_error,
 )
 from launch.versions import torch_problem
-from parallel.config import ConfigError
+from parallel.config import ConfigError, check_torchrun
+from trainer.free_text import protected
 from trainer.run_dir import AlreadyFinishedError
 
-FREE_TEXT = ("prompt", "run_dir", "data.path", "data.tokenizer", "data.cache")
 CONF = str(Path(schema.__file__).parent)
 MULTIRUN = ("-m", "--multirun")
+QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 EXIT_SECONDS = 10.0  # that the end of a process may take
 
 log = logging.getLogger(__name__)
@@ -69,13 +70,20 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
     """
     # When a launcher ends before its ranks torch writes a C++ trace of each lost connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # OpenMP's threads wait for each other by spinning, for milliseconds: where other processes want
+    # the cores that costs ten times what it spares. libgomp reads this when torch is imported.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     occupy_standard_streams()
+    if odd := [word for word in sys.argv[1:] if not _is_text(word)]:
+        write_error(f"{odd[0]!a} holds bytes that are not UTF-8; write it in UTF-8")
+        sys.exit(2)
     if problem := torch_problem():
         if os.environ.get("RANK", "0") == "0":
             write_error(problem)
         sys.exit(2)
     try:
-        torchrun = "RANK" in os.environ
+        torchrun = check_torchrun(os.environ)
         ranks = import_module("parallel.runtime").Ranks.of_torchrun() if torchrun else None
     except ConfigError as error:
         write_error(explain(name, error))
@@ -88,8 +96,23 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
         schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
         code = _compose(Door(name, work, prepare, alone, together), ranks, scratch)
     if ranks:
-        ranks.stop(1 if code else 0)
+        ranks.stop()  # which do not fail with it: a launcher shows the cause alone
     leave(code)
+
+
+def names_itself(words: Sequence[str]) -> bool:
+    """Whether a new folder is named after the time; a restart by torchrun goes on in the old."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return not restarted and not any(word.startswith("run_dir=") for word in words)
+
+
+def _is_text(word: str) -> bool:
+    """Whether an argument is UTF-8; Python keeps other bytes as lone surrogates."""
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def leave(code: int) -> NoReturn:
@@ -108,13 +131,15 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
-    if scratch:  # Hydra reads the flag in front of overrides only
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
-    else:  # in a sweep a comma parts values
-        sys.argv[1:] = map(quoted, sys.argv[1:])
+    keys = schema.free_text(door.name)
+    if scratch:  # Hydra reads the flag in front of overrides only; a comma parts values
+        words = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
+        sys.argv[1:] = [quoted_values(word, keys) for word in words]
+    else:
+        sys.argv[1:] = [quoted(word, keys) for word in sys.argv[1:]]
     opened: Any = nullcontext()
     if scratch and door.name == "train":
-        opened = import_module("launch.sweep").Sweep(Path(scratch))
+        opened = import_module("launch.sweep").Sweep(Path(scratch), names_itself(sys.argv[1:]))
 
     try:
         with opened as sweep:
@@ -214,14 +239,30 @@ def _tell(door: Door, error: Exception) -> int:
     return 2 if mistake else 1
 
 
-def quoted(argument: str) -> str:
-    """KEY=VALUE with a value that is free text in quotes: a prompt may hold commas and brackets."""
+def quoted(argument: str, keys: Collection[str]) -> str:
+    """KEY=VALUE with the value in quotes, if it is that of a key for text.
+
+    It may then hold whatever Hydra and OmegaConf read as more than text. One that is in quotes
+    already stays so.
+    """
     key, equals, text = argument.partition("=")
-    if key not in FREE_TEXT or not equals or re.fullmatch(r"(['\"]).*\1|", text, re.DOTALL):
+    if key not in keys or not equals or not text or QUOTED.fullmatch(text):
         return argument
+    return f"{key}={_in_quotes(text)}"
+
+
+def quoted_values(argument: str, keys: Collection[str]) -> str:
+    """As `quoted`, in a sweep: commas part values, and Hydra's own words (choice, glob) stay."""
+    key, equals, text = argument.partition("=")
+    if key not in keys or not equals or not text or re.search(r"['\"()\[\]{}]", text):
+        return argument
+    return f"{key}={','.join(map(_in_quotes, text.split(',')))}"
+
+
+def _in_quotes(text: str) -> str:
     # Hydra reads \" and, only in front of quotes, \\ inside a quoted value.
-    escaped = re.sub(r'(\\*)(?="|$)', r"\1\1", text).replace('"', '\\"')
-    return f'{key}="{escaped}"'
+    escaped = re.sub(r'(\\*)(?="|$)', r"\1\1", protected(text)).replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def function(path: str) -> Any:

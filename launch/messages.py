@@ -2,10 +2,13 @@
 
 import atexit
 import difflib
+import io
+import json
 import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,21 +51,35 @@ def exit_code(stop: SystemExit) -> int:
 
 
 def write_error(text: str) -> None:
-    """Writes one message to stderr, in one piece so that ranks do not mix theirs."""
+    """Writes one message to stderr, in one piece so that ranks do not mix theirs.
+
+    torchrun writes 30 lines of its own when a rank fails; their last is what the rank has left in
+    its error file (torch.distributed.elastic's protocol): the message once more.
+    """
     # AttributeError: there is no stderr. The exit status tells as well, and must not change.
     with suppress(OSError, AttributeError):
         sys.stderr.write(text.rstrip("\n") + "\n")
         sys.stderr.flush()
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(
+                json.dumps({"message": {"message": text.strip(), "extraInfo": more}})
+            )
 
 
 def occupy_standard_streams() -> None:
-    """Leads closed stdin, stdout and stderr nowhere.
+    """Leads closed stdin, stdout and stderr nowhere, and lets the others take any text.
 
-    Else the next files get their numbers, and what a library says to stderr lands in a checkpoint.
+    Else the next files get their numbers, and what a library says to stderr lands in a checkpoint;
+    and a console that knows no é would end the run.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def log_to_stderr(rank: int) -> None:

@@ -33,6 +33,7 @@ from parallel.config import ConfigError
 from trainer.curves import draw, last_values
 from trainer.display import drawn
 from trainer.lock import hold
+from trainer.run_dir import claimed
 from trainer.status import read_status, write_atomically
 
 NAME_LENGTH = 100
@@ -66,11 +67,12 @@ class Point:
 class Sweep:
     """The points of one command line; use it as a context manager around Hydra's main.
 
-    `scratch` is the folder that Hydra's sweeper writes to.
+    `scratch` is the folder that Hydra's sweeper writes to. `is_new`: its folder is named after the
+    time, which another sweep may share, and must be nobody's.
     """
 
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
+    def __init__(self, scratch: Path, is_new: bool = False) -> None:
+        self._scratch, self._is_new = scratch, is_new
         self._points: dict[str, Point] = {}
         self._total = 0  # points there will be; 0 = only the sweeper knows
         self.code = 0  # exit code of the first point that has failed
@@ -118,7 +120,10 @@ class Sweep:
             raise
 
     def _open(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if self._is_new:
+            folder = claimed(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
         self._held.enter_context(hold(folder))
         self._folder = folder
         known = _read(folder / "sweep.csv")

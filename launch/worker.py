@@ -17,6 +17,7 @@ from launch.messages import (
     let_go_of_streams,
     log_to_stderr,
     logged_to,
+    occupy_standard_streams,
     write_error,
 )
 from parallel.config import ConfigError
@@ -45,6 +46,7 @@ def run_alone(job: dict[str, Any]) -> None:
 
 def run_spawned(job: dict[str, Any]) -> None:
     """Runs a job in a process that launch/spawn.py started."""
+    occupy_standard_streams()
     if job.get("console"):
         lead_streams_to(job["console"])
     try:

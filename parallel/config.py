@@ -1,6 +1,7 @@
 """Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` answer at once."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -54,6 +55,35 @@ class StrategyConfig:
     reduce: str = "auto"
     powersgd_rank: int = 4  # reduce=powersgd: columns of the thin matrices
     powersgd_start_step: int = 100  # reduce=powersgd: steps before it that sum in full; 0 = none
+
+
+def check_torchrun(environment: Mapping[str, str]) -> bool:
+    """Return whether torchrun's variables are there; ConfigError where they make no sense."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if "RANK" not in environment:
+        return False
+    how = "start the ranks with torchrun, or unset RANK to run without it"
+    if missing := [name for name in names if not environment.get(name, "").strip()]:
+        given = f"RANK={environment['RANK']} is set"
+        raise ConfigError(f"{given}, but {', '.join(missing)} not (or to nothing); {how}")
+    optional = [n for n in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if n in environment]
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", *optional):
+        try:
+            numbers[name] = int(environment[name])
+        except ValueError:
+            raise ConfigError(f"{name}={environment[name]} must be a whole number; {how}") from None
+    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise ConfigError(
+            f"RANK={numbers['RANK']} must be from 0 to WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}"
+            f"; {how}"
+        )
+    if not 0 < numbers["MASTER_PORT"] < 65536:
+        raise ConfigError(f"MASTER_PORT={numbers['MASTER_PORT']} must be from 1 to 65535; {how}")
+    local, of = numbers.get("LOCAL_RANK", 0), numbers.get("LOCAL_WORLD_SIZE", 1 << 30)
+    if not 0 <= local < of:
+        raise ConfigError(f"LOCAL_RANK={local} must be from 0 to LOCAL_WORLD_SIZE - 1; {how}")
+    return True
 
 
 def degrees(strategy: StrategyConfig) -> dict[str, int]:

@@ -89,12 +89,12 @@ class Ranks:
         with suppress(dist.DistError):
             self.store.add("left", 1)
 
-    def stop(self, code: int, seconds: float = 10.0) -> None:
+    def stop(self, seconds: float = 10.0) -> None:
         """Tells the ranks that follow to end, and waits until they have heard it.
 
         The store is rank 0's own where there is no torchrun, and would end with it.
         """
-        self.post({"stop": code})
+        self.post({"stop": 0})
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         deadline = time.monotonic() + seconds

@@ -34,7 +34,7 @@ from parallel.whereabouts import (
     waits,
 )
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A terminal's Ctrl-C reaches launcher and ranks, and the launcher sends it on: the same one again.
 ECHO_SECONDS = 1.0
 LONG = 10  # times timeout_seconds without progress while a run starts or saves

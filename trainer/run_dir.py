@@ -9,12 +9,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf._utils import get_omega_conf_dumper  # what OmegaConf.to_yaml writes with
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from parallel.config import ConfigError
 from trainer.config import TrainConfig
+from trainer.free_text import protected, revealed
 from trainer.lock import hold
 from trainer.manifest import DamagedError, check
 from trainer.status import read_status, write_atomically
@@ -32,6 +34,22 @@ class AlreadyFinishedError(Exception):
     """There is nothing left to do in a run's folder; the message says where it ended."""
 
 
+def claimed(run_dir: str | Path) -> Path:
+    """Make a folder that nobody has, of this name or with a number behind it; raises OSError.
+
+    For names that are made of the time: two starts may share a second.
+    """
+    folder, number = Path(run_dir), 1
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            new = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            new.mkdir()
+            return new
+        except FileExistsError:
+            number += 1
+
+
 def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
     """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot.
 
@@ -45,7 +63,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
         if held is not None:
             held.enter_context(hold(folder))
             _refuse(config, folder)  # what it was a moment ago is another's
-        write_atomically(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise ConfigError(
             f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir"
@@ -164,14 +182,24 @@ def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
     """
     path = _config_path(run_dir, key)
     try:
-        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
-    except (OmegaConfBaseException, YAMLError) as error:
+        plain = protected(OmegaConf.to_container(OmegaConf.load(path)))
+        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(
             f"{path} does not fit this version: {str(error).splitlines()[0]}"
         ) from error
-    loaded = OmegaConf.to_object(values)
+    loaded = revealed(OmegaConf.to_object(values))
     assert isinstance(loaded, TrainConfig)
     return loaded
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Return a configuration as YAML whose texts, `${…}` too, are read back as they are."""
+    values = dataclasses.asdict(config)
+    return yaml.dump(
+        values, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True,
+        default_flow_style=False,
+    )  # fmt: skip
 
 
 def saved_values(run_dir: str | Path) -> dict[str, Any]:
@@ -181,7 +209,7 @@ def saved_values(run_dir: str | Path) -> dict[str, Any]:
         values = OmegaConf.to_container(OmegaConf.load(path))
         if not isinstance(values, dict):
             raise ValueError("it holds no keys")
-    except (OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     return _flat(values)
 

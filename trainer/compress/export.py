@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from trainer.compress.packing import pack, unpack
 from trainer.compress.technique import Compression
 from trainer.config import ConfigError, TrainConfig
 from trainer.data.record import copy_record
-from trainer.run_dir import EXPORTED, new_folder
+from trainer.run_dir import EXPORTED, new_folder, to_yaml
 from trainer.storage import take_rows
 
 VERSION = "1"
@@ -48,7 +47,7 @@ def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path
     about = {"version": VERSION, "packed": json.dumps(packed)}
     with new_folder(to) as partial:
         (partial / EXPORTED).write_bytes(save(tensors, metadata=about))
-        (partial / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+        (partial / "config.yaml").write_text(to_yaml(config))
         copy_record(run_dir, partial)
 
 
