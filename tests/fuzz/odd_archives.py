@@ -1,0 +1,430 @@
+"""Archives (.npz) of labelled pictures: odd keys, dtypes, layouts, labels and bytes."""
+
+import struct
+from collections.abc import Callable
+from io import BytesIO
+from random import Random
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+from drafts import ROOT, Case, Draft, SkipOption, make_case, options_of
+from judge import Anything, Images
+from layouts import LAYOUTS
+from odd_encodings import SIZE, drawn
+
+CLASSES = ("ant", "bee", "cat")
+PER_CLASS = {"train": 3, "valid": 1, "test": 1}
+KEYS = {
+    "train": ("train", "Train", "training", "trn", "train_set", "TRAIN"),
+    "valid": ("valid", "val", "dev", "validation", "Val", "eval"),
+    "test": ("test", "Test", "testing", "tst", "test_set", "TEST"),
+}
+Change = Callable[[np.ndarray, Random], np.ndarray]
+
+
+def _begin(rng: Random) -> Draft:
+    draft = Draft("images", rng, Images({}), path=f"{ROOT}.npz")
+    draft.traits |= {"finish": _finish, "key": "{role}_{split}"}
+    _content(draft, rng.choice(("grey", "colour")))
+    return draft
+
+
+def _content(draft: Draft, kind: str) -> None:
+    arrays: dict[str, Any] = {"classes": np.array(CLASSES)}
+    draft.clean = Images({}, [1])
+    number = 0
+    for split, count in PER_CLASS.items():
+        labels = [label for label in range(len(CLASSES)) for _ in range(count)]
+        draft.rng.shuffle(labels)
+        pixels = np.stack([drawn(kind, number + i, draft.rng) for i in range(len(labels))])
+        number += len(labels)
+        arrays |= {f"x {split}": pixels, f"y {split}": np.array(labels)}
+    draft.traits |= {"arrays": arrays, "named": True}
+    _note(draft)
+
+
+def _note(draft: Draft) -> None:
+    """What reading the arrays gives, as they are now: whole numbers are labels of CLASSES."""
+    for split in PER_CLASS:
+        pixels, labels = (draft.traits["arrays"][f"{role} {split}"] for role in "xy")
+        seen = pixels if pixels.ndim == 4 else np.stack([pixels] * 3, 3)
+        draft.clean.splits[split] = [
+            (CLASSES[label], picture) for label, picture in zip(labels, seen, strict=True)
+        ]
+
+
+def _of_kind(kind: str) -> Callable[[Draft], None]:
+    return lambda draft: _content(draft, kind)
+
+
+def _finish(draft: Draft) -> None:
+    if "arrays" not in draft.traits:
+        return
+    arrays, spelled = draft.traits.pop("arrays"), draft.traits.get("spelled", {})
+    named = {}
+    for key, array in arrays.items():
+        role, _, split = key.partition(" ")
+        if split and (role, split) not in draft.traits.get("renamed", {}):
+            template = draft.traits["key"]
+            key = template.format(role=role, split=spelled.get(split, split))
+        else:
+            key = draft.traits.get("renamed", {}).get((role, split), key)
+        named[key] = array
+    order = list(named)
+    draft.rng.shuffle(order)
+    file = BytesIO()
+    save = draft.rng.choice((np.savez, np.savez_compressed))
+    save(file, **{key: named[key] for key in order})
+    draft.files[f"{ROOT}.npz"] = file.getvalue()
+
+
+def _changed(role: str, change: Change, odd: bool, splits: Any = None) -> Callable[[Draft], None]:
+    """Change the pixels (x) or labels (y); `odd`: it may be refused."""
+
+    def apply(draft: Draft) -> None:
+        for split in splits or PER_CLASS:
+            key = f"{role} {split}"
+            try:
+                draft.traits["arrays"][key] = change(draft.traits["arrays"][key], draft.rng)
+            except (ValueError, TypeError, IndexError):  # what was changed before does not take it
+                raise SkipOption from None
+        if odd:
+            draft.odd()
+
+    return apply
+
+
+def _on_white(draft: Draft) -> None:
+    """With alpha, of which what is clear is white."""
+    for split in PER_CLASS:
+        x = draft.traits["arrays"][f"x {split}"]
+        if x.ndim != 4 or x.dtype != np.uint8:
+            raise SkipOption
+        alpha = np.full(x.shape[:3], 255, np.uint8)
+        alpha[:, : draft.rng.randint(1, 7)] = 0
+        draft.traits["arrays"][f"x {split}"] = np.where(alpha[..., None] > 0, x, 255)
+    _note(draft)
+    for split in PER_CLASS:
+        x = draft.traits["arrays"][f"x {split}"]
+        alpha = np.where((x == 255).all(3), 0, 255).astype(np.uint8)
+        x = np.where(alpha[..., None] > 0, x, 9)
+        draft.traits["arrays"][f"x {split}"] = np.concatenate([x, alpha[..., None]], 3)
+
+
+def _channels(first: bool, one: bool = False) -> Change:
+    def change(x: np.ndarray, rng: Random) -> np.ndarray:
+        if one:
+            if x.ndim == 4:
+                raise SkipOption
+            x = x[..., None]
+        if x.ndim != 4:
+            raise SkipOption
+        return np.ascontiguousarray(x.transpose(0, 3, 1, 2)) if first else x
+
+    return change
+
+
+def _as(dtype: str, factor: float = 1.0, shift: float = 0.0) -> Change:
+    return lambda x, rng: (x.astype(np.float64) * factor + shift).astype(dtype)
+
+
+def _with(value: float) -> Change:
+    """One pixel or label becomes this."""
+
+    def change(x: np.ndarray, rng: Random) -> np.ndarray:
+        x = x.astype(np.float64 if value != int(value if value == value else 0) else np.int64) \
+            if np.isfinite(value) else x.astype(np.float64)  # fmt: skip
+        x.reshape(-1)[rng.randrange(x.size)] = value
+        return x
+
+    return change
+
+
+def _binary(dtype: str) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        _content(draft, "two")
+        for split in PER_CLASS:
+            key = f"x {split}"
+            draft.traits["arrays"][key] = (draft.traits["arrays"][key] > 0).astype(dtype)
+        if dtype not in ("bool", "float32"):  # numbers up to 255, or no more than 1?
+            draft.odd()
+
+    return apply
+
+
+PIXELS = {
+    "grey": _of_kind("grey"), "colour": _of_kind("colour"), "black and white": _of_kind("two"),
+    "binary bool": _binary("bool"), "binary uint8": _binary("uint8"),
+    "binary int64": _binary("int64"), "binary float32": _binary("float32"),
+    "binary uint16": _binary("uint16"),
+}  # fmt: skip
+DTYPES = {
+    "int64": _changed("x", _as("int64"), False), "int16": _changed("x", _as("int16"), False),
+    "big-endian uint16": _changed("x", _as(">u2", 257), False),
+    "uint16 of 8 bits": _changed("x", _as("uint16"), True),
+    "uint16 of 12 bits": _changed("x", _as("uint16", 16), True),
+    "uint32": _changed("x", _as("uint32"), False), "uint64": _changed("x", _as("uint64"), False),
+    "uint32 of 16 bits": _changed("x", _as("uint32", 257), True),
+    "float32 shares": _changed("x", _as("float32", 1 / 255), False),
+    "float64 shares": _changed("x", _as("float64", 1 / 255), False),
+    "float16 shares": _changed("x", _as("float16", 1 / 255), False),
+    "big-endian float": _changed("x", _as(">f4", 1 / 255), False),
+    "float32 to 255": _changed("x", _as("float32"), False),
+    "float32 from -1 to 1": _changed("x", _as("float32", 2 / 255, -1), True),
+    "standardised": _changed("x", _as("float32", 1 / 60, -2), True),
+    "fractions to 255": _changed("x", _as("float32", 1, 0.25), True),
+    "longdouble": _changed("x", _as("longdouble", 1 / 255), True),
+    "complex": _changed("x", lambda x, rng: x.astype(complex), True),
+    "percent": _changed("x", _as("float32", 100 / 255), True),
+    "int8": _changed("x", lambda x, rng: x.astype(np.int8), True),
+    "objects": _changed("x", lambda x, rng: x.astype(object), True),
+    "words for pixels": _changed("x", lambda x, rng: x.astype(str), True),
+    "a date": _changed("x", lambda x, rng: x.astype("datetime64[s]"), True),
+    "records": _changed("x", lambda x, rng: x.astype([("r", "u1"), ("g", "u1")]), True),
+    **{f"a pixel of {value}": _changed("x", _with(value), True) for value in (
+        -1, 256, 1e9, 0.5, float("nan"), float("inf"), -float("inf"))},
+    "valid in another range": _changed("x", _as("float32", 1 / 255), True, ("valid",)),
+    "valid in another dtype": _changed("x", _as("int64"), True, ("valid",)),
+    "test in 16 bits": _changed("x", _as("uint16", 257), True, ("test",)),
+}  # fmt: skip
+SHAPES = {
+    "channels first": _changed("x", _channels(True), False),
+    "one channel last": _changed("x", _channels(False, True), False),
+    "one channel first": _changed("x", _channels(True, True), False),
+    "alpha": _on_white,
+    "flat": _changed("x", lambda x, rng: x.reshape(len(x), -1), True),
+    "two channels": _changed("x", lambda x, rng: np.stack([x, x], -1), True),
+    "not square": _changed("x", lambda x, rng: x[:, :-1], True),
+    "valid of another size": _changed("x", lambda x, rng: x[:, :-1, :-1], True, ("valid",)),
+    "no pictures": _changed("x", lambda x, rng: x[:0], True),
+    "no pixels": _changed("x", lambda x, rng: x[:, :0], True),
+    "one dimension more": _changed("x", lambda x, rng: x[:, None, None], True),
+    "a number": _changed("x", lambda x, rng: np.array(7), True),
+    "in Fortran's order": _changed("x", lambda x, rng: np.asfortranarray(x), False),
+    "fewer pictures": _changed("x", lambda x, rng: x[:-1], True),
+    "valid in grey": _changed("x", lambda x, rng: x.reshape(len(x), SIZE, SIZE, -1)[..., 0], True,
+                              ("valid",)),
+}  # fmt: skip
+
+
+def _words(code: str) -> Change:
+    return lambda y, rng: np.array(CLASSES)[y].astype(code)
+
+
+def _unnamed(draft: Draft) -> None:
+    """Without `classes` the labels are the names."""
+    draft.traits["arrays"].pop("classes", None)
+    for split, rows in draft.clean.splits.items():
+        draft.clean.splits[split] = [(str(CLASSES.index(name)), x) for name, x in rows]
+
+
+def _named_by_words(code: str) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        draft.traits["arrays"].pop("classes")
+        _changed("y", _words(code), False)(draft)
+
+    return apply
+
+
+def _class_names(make: Callable[[Random], Any], odd: bool) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        names = draft.traits["arrays"]["classes"] = make(draft.rng)
+        if odd:
+            draft.odd()
+        else:
+            renamed = dict(zip(CLASSES, [_text(n) for n in names.ravel()], strict=False))
+            for split, rows in draft.clean.splits.items():
+                draft.clean.splits[split] = [(renamed[name], x) for name, x in rows]
+
+    return apply
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)
+
+
+def _shifted(draft: Draft) -> None:
+    """Labels from 1 on, or with holes: classes without pictures are no mistake."""
+    spread = draft.rng.choice(((1, 2, 3), (0, 4, 9), (5, 6, 7)))
+    _unnamed(draft)
+    for split, rows in draft.clean.splits.items():
+        draft.clean.splits[split] = [(str(spread[int(name)]), x) for name, x in rows]
+    _changed("y", lambda y, rng: np.array(spread)[y], False)(draft)
+
+
+LABELS = {
+    **{code: _changed("y", _as(code), False) for code in (
+        "int8", "uint8", ">i4", "uint64", "float32", "float64")},
+    "one column": _changed("y", lambda y, rng: y[:, None], False),
+    "one hot": _changed("y", lambda y, rng: np.eye(3)[y], True),
+    "one row": _changed("y", lambda y, rng: y[None], True),
+    "words": _named_by_words("U9"), "bytes": _named_by_words("S9"),
+    "words, and classes": _changed("y", _words("U9"), True),
+    "objects as labels": _changed("y", lambda y, rng: y.astype(object), True),
+    "without classes": _unnamed, "from 1, or with holes": _shifted,
+    **{f"a label of {value}": _changed("y", _with(value), True) for value in (
+        -1, 3, 1000, 0.5, float("nan"), float("inf"), 2**40, 2**62)},
+    "a label beyond train's": _changed("y", lambda y, rng: np.where(y == 1, 9, y), True, ("test",)),
+    "labels short": _changed("y", lambda y, rng: y[:-1], True),
+    "labels long": _changed("y", lambda y, rng: np.append(y, 0), True),
+    "no labels": _changed("y", lambda y, rng: y[:0], True),
+    "classes in bytes": _class_names(lambda rng: np.array(CLASSES).astype("S9"), False),
+    "more classes": _class_names(lambda rng: np.array([*CLASSES, "dog", "eel"]), False),
+    "fewer classes": _class_names(lambda rng: np.array(CLASSES[:2]), True),
+    "classes twice": _class_names(lambda rng: np.array(["a", "a", "b"]), True),
+    "classes of numbers": _class_names(lambda rng: np.array([30, 20, 10]), False),
+    "classes as a table": _class_names(lambda rng: np.array([CLASSES]), False),
+    "classes as objects": _class_names(lambda rng: np.array(CLASSES, object), True),
+    "one name for all": _class_names(lambda rng: np.array("ant"), True),
+    "odd names": _class_names(lambda rng: np.array(["a\nb", "ü😀", ""]), False),
+}  # fmt: skip
+
+
+def _key(template: str, odd: bool = False) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        draft.traits["key"] = template
+        if odd:
+            draft.odd()
+
+    return apply
+
+
+def _spelled(draft: Draft) -> None:
+    draft.traits["spelled"] = {split: draft.rng.choice(names) for split, names in KEYS.items()}
+
+
+def _roles(x: str, y: str, odd: bool = False) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        renamed = draft.traits.setdefault("renamed", {})
+        for split in PER_CLASS:
+            for role, name in (("x", x), ("y", y)):
+                renamed[role, split] = name.format(split=split)
+        if odd:
+            draft.odd()
+
+    return apply
+
+
+def _more(key: str, odd: bool = False) -> Callable[[Draft], None]:
+    """An array more; one that reads like another of the splits may be refused."""
+
+    def apply(draft: Draft) -> None:
+        draft.traits["arrays"][key] = draft.rng.choice((np.zeros(3), np.array("text"), np.zeros(0)))
+        if odd:
+            draft.odd()
+
+    return apply
+
+
+def _without(*keys: str) -> Callable[[Draft], None]:
+    """Without some of the splits: they are cut from train; without a role it is refused."""
+
+    def apply(draft: Draft) -> None:
+        for key in keys:
+            draft.traits["arrays"].pop(key)
+        whole = [key for key in ("valid", "test") if {f"x {key}", f"y {key}"} <= set(keys)]
+        if len(keys) != 2 * len(whole):
+            draft.odd()
+        for split in whole:
+            del draft.clean.splits[split]
+        draft.settings["held_out"] = 0.5
+
+    return apply
+
+
+NAMES = {
+    "splits spelled": _spelled, "split first": _key("{split}_{role}"), "joined": _key("{role}{split}", True),
+    "with a dash": _key("{role}-{split}"), "with a slash": _key("{split}/{role}"),
+    "images and labels": _roles("{split}_images", "{split}_labels"),
+    "image and label": _roles("image_{split}", "label_{split}"),
+    "capitals": _roles("X_{split}", "Y_{split}"), "pixels and targets": _roles("pixels_{split}", "targets_{split}"),
+    "data and labels": _roles("{split}_data", "{split}_labels", True), "without roles": _roles("{split}", "{split}s", True),
+    "an array more": _more("extra"), "mean and std": _more("mean"), "file names": _more("names_train"),
+    "two of train": _more("images_train", True), "an unknown split": _more("x_holdout"),
+    "only train": _without("x valid", "y valid", "x test", "y test"), "no valid": _without("x valid", "y valid"),
+    "no test": _without("x test", "y test"), "no labels of valid": _without("y valid"),
+    "no pictures of test": _without("x test"), "no train": _without("x train", "y train"),
+    "no pictures of train": _without("x train"),
+}  # fmt: skip
+
+
+def _damaged(change: Callable[[bytes, Random], bytes]) -> Callable[[Draft], None]:
+    def apply(draft: Draft) -> None:
+        _finish(draft)
+        draft.files[f"{ROOT}.npz"] = change(draft.files[f"{ROOT}.npz"], draft.rng)
+        draft.odd()
+        if change is _flipped:  # in the directory of a zip that has no check sum: a name, a size
+            draft.clean = Anything()
+
+    return apply
+
+
+def _flipped(content: bytes, rng: Random) -> bytes:
+    changed = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        changed[rng.randrange(len(changed))] ^= rng.randint(1, 255)
+    return bytes(changed)
+
+
+def _member(name: str, content: Callable[[Random], bytes]) -> Callable[[bytes, Random], bytes]:
+    """A zip with one member that numpy did not write."""
+
+    def change(before: bytes, rng: Random) -> bytes:
+        file = BytesIO(before)
+        with ZipFile(file, "a") as archive:
+            archive.writestr(name, content(rng))
+        return file.getvalue()
+
+    return change
+
+
+def _header(text: str) -> bytes:
+    header = text.encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
+
+
+HEADERS = (
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999, 8, 8), }",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (3000000, 800, 8), }",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (-3, 8, 8), }",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (2**80,), }",
+    "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
+    "{'descr': '|V9', 'fortran_order': False, 'shape': (0,), }", "{'descr': ", "[]", "(", "'", "",
+    "{'descr': 'banana', 'fortran_order': False, 'shape': (3,), }", "{'a': 1}", "\\", "1e999",
+)  # fmt: skip
+OTHERS = {
+    "cut": lambda content, rng: content[: int(len(content) * rng.random())],
+    "clipped": lambda content, rng: content[: -rng.randint(1, 30)],
+    "flipped": _flipped,
+    "zeroed": lambda content, rng: content[: len(content) // 2] + bytes(len(content) // 2),
+    "something before": lambda content, rng: b"\0" * rng.randint(1, 50) + content,
+    "something behind": lambda content, rng: content + b"more" * rng.randint(1, 20),
+    "no archive": lambda content, rng: rng.choice((
+        b"", b"PK", b"PK\3\4", b"text", b"\x93NUMPY", _header("{}"), b"\x80\x04N.", bytes(99),
+        b"PK\5\6" + bytes(18), b"\x1f\x8b\x08")),
+    "one array": lambda content, rng: _one_array(),
+    "a member of text": _member("notes.txt", lambda rng: b"hello"),
+    "an odd header": _member("x_more.npy", lambda rng: _header(rng.choice(HEADERS))),
+    "an odd header of train": _member("x_train.npy", lambda rng: _header(rng.choice(HEADERS))),
+    "an empty member": _member("y_train.npy", lambda rng: b""),
+}  # fmt: skip
+
+
+def _one_array() -> bytes:
+    file = BytesIO()
+    np.save(file, np.zeros((9, 8, 8), np.uint8))
+    return file.getvalue()
+
+
+OPTIONS = [
+    *options_of("content", PIXELS), *options_of("encoding", DTYPES), *options_of("shape", SHAPES),
+    *options_of("settings", LABELS), *options_of("names", NAMES),
+    *options_of("damage", {name: _damaged(change) for name, change in OTHERS.items()}),
+    *(option for option in LAYOUTS if option.name in ("data.path is a link",)),
+]  # fmt: skip
+
+
+def case(number: int, seed: int) -> Case:
+    """Return an archive."""
+    return make_case("archives", _begin, OPTIONS, number, seed)
