@@ -6,7 +6,6 @@ N images · H rows · W columns · C channels
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
@@ -23,6 +22,9 @@ ROLES = {
 }
 
 
+MOST_CLASSES = 1 << 20
+
+
 @dataclass(frozen=True)
 class Archive:
     """The tables of an archive's splits, and which of its arrays they are."""
@@ -35,18 +37,20 @@ class Archive:
 def read_archive(config: DataConfig, path: Path) -> Archive:
     """Read an .npz with x_train, y_train, ... and perhaps `classes`; raises ConfigError.
 
-    Pixels are uint8, or become it: bool, uint16 by its range, floats from 0 to 1, and other whole
-    numbers from 0 to 255.
+    Pixels are uint8, or become it: bool and other zeros and ones, uint16 by its range, floats from
+    0 to 1, and other whole numbers from 0 to 255.
     """
     where = f"data.path={config.path}"
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+    except Exception as error:  # of a damaged one numpy, zipfile and Python's parser raise
         raise ConfigError(
             f"{where}: {path} is not an .npz archive of numbers ({error}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
         ) from error
+    no_array = {key: "no array" for key, array in arrays.items() if isinstance(array, bytes)}
+    arrays = {key: array for key, array in arrays.items() if key not in no_array}
     keys, left_out = _roles(where, arrays)
     if ("x", "train") not in keys or ("y", "train") not in keys:
         raise ConfigError(
@@ -54,8 +58,14 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
             "y_train, and may hold x_valid, y_valid, x_test, y_test and classes"
         )
     found = [split for split in SPLITS if ("x", split) in keys]
+    for role, split in keys:
+        if split not in found:
+            raise ConfigError(
+                f"{where} holds {keys[role, split]}, but no images of the {split} split; add "
+                f"x_{split}, or take it out"
+            )
     names = {split: (keys["x", split], keys.get(("y", split), f"y_{split}")) for split in found}
-    return Archive(_tables(where, arrays, names), names, left_out)
+    return Archive(_tables(where, arrays, names), names, left_out | no_array)
 
 
 def _tables(
@@ -122,10 +132,18 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     scale = scale or _scale(images)
     low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
     top, alike = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
-    if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or alike == {"uint8", "whole"}):
+    bytes_alike = alike <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
+    bytes_alike |= scale == "bool" and images.dtype.kind in "biu"
+    if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or bytes_alike):
         raise ConfigError(
             f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16, "
             "floats from 0 to 1, or whole numbers from 0 to 255, alike in all splits"
+        )
+    if images.dtype == np.uint16 and scale == "uint16" and 0 < high < FAINT:
+        raise ConfigError(
+            f"{where} is uint16 but holds nothing above {high:g}, so all of it would be black or "
+            "nearly so; save what has 8 bits as uint8, and multiply what has 10 to 14 bits so that "
+            "it fills 16"
         )
     if scale in ("uint8", "whole"):
         pixels = images.astype(np.uint8)
@@ -136,6 +154,7 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     return pixels, scale
 
 
+FAINT = 1 << 14  # 16-bit pictures of fewer bits than that are none
 # The largest number of each range; floats of other values mean nothing that is known.
 TOPS = {
     "bool": 1.0,
@@ -149,6 +168,8 @@ TOPS = {
 
 def _scale(images: np.ndarray) -> str:
     """What range an array of pixels has: by its dtype or, of other numbers, by their values."""
+    if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() == 1:
+        return "bool"
     if images.dtype.name in ("bool", "uint8", "uint16"):
         return images.dtype.name
     if images.dtype.kind == "f":
@@ -173,7 +194,13 @@ def _labels(
             raise ConfigError(f"{where}: labels are words, and `classes` names them again")
     else:
         count = int(found["train"].max(initial=-1)) + 1
-        class_names = tuple(str(name) for name in np.ravel(arrays.get("classes", range(count))))
+        if count > MOST_CLASSES and "classes" not in arrays:
+            raise ConfigError(
+                f"{where}: {names['train'][1]} holds {count - 1}; labels must be whole numbers "
+                f"from 0 to the number of classes less one, at most {MOST_CLASSES - 1}"
+            )
+        given = np.ravel(arrays["classes"]) if "classes" in arrays else np.arange(max(0, count))
+        class_names = tuple(map(str, _words(f"{where}: `classes`", given)))
     if len(set(class_names)) < len(class_names):
         raise ConfigError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
     rows = {name: row for row, name in enumerate(class_names)}
@@ -194,10 +221,10 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
     """Labels as one whole number, or one word, for each image."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.dtype.kind == "S":
-        labels = labels.astype("U")
+    labels = _words(where, labels)
     whole = labels.dtype.kind in "biuU" or (
-        labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all())
+        labels.dtype.kind == "f"
+        and bool((labels == np.rint(labels)).all() and (abs(labels) <= MOST_CLASSES).all())
     )
     if labels.ndim != 1 or not whole:
         raise ConfigError(
@@ -205,3 +232,13 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
             "one word, for each image"
         )
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
+
+
+def _words(where: str, array: np.ndarray) -> np.ndarray:
+    """Bytes as the words that they spell in UTF-8; anything else as it is."""
+    if array.dtype.kind != "S":
+        return array
+    try:
+        return np.char.decode(array, "utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where} is not UTF-8 ({error}); save it as words") from error
