@@ -55,8 +55,8 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
 
     Raises ValueError for modes whose numbers have no stated range.
     """
-    turned = ImageOps.exif_transpose(image)
-    plain = _eight_bit(turned)
+    form, top, white_is_zero = image.format, *_range_of(image)
+    plain = _eight_bit(ImageOps.exif_transpose(image), form, top, white_is_zero)
     if plain.has_transparency_data or plain.mode in ("La", "RGBa"):
         on = Image.new("RGBA", plain.size, (*BACKGROUND, 255))
         premultiplied = {"La": "LA", "RGBa": "RGBA"}.get(plain.mode)
@@ -66,12 +66,26 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode of 8 bits a channel."""
-    sixteen = image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if sixteen:
+def _range_of(image: Image.Image) -> tuple[int, bool]:
+    """Return the largest number of a picture of up to 16 bits, and whether zero is white.
+
+    Pillow gives a TIFF's numbers of 9 to 16 bits as they stand in the file.
+    """
+    if image.format != "TIFF":
+        return 65535, False
+    tags = getattr(image, "tag_v2", {})
+    bits, photometric, kinds = (tags.get(tag) for tag in (258, 262, 339))
+    if set(np.ravel(kinds or 1)) - {1, 4}:  # whole numbers without a sign, or nothing said
+        raise ValueError("its numbers have a sign or fractions, and so no stated range")
+    return (1 << max(np.ravel(bits or 16))) - 1, photometric == 0
+
+
+def _eight_bit(image: Image.Image, form: str | None, top: int, white_is_zero: bool) -> Image.Image:
+    """The picture, of a file of this format, in a mode of 8 bits a channel."""
+    if image.mode in SIXTEEN_BIT or (image.mode == "I" and form in ("PNG", "PPM")):
         numbers = np.asarray(image).astype(np.int64)
-        return Image.fromarray(((numbers * 255 + 32767) // 65535).astype(np.uint8), "L")
+        numbers = top - numbers if white_is_zero else numbers
+        return Image.fromarray(((numbers * 255 + top // 2) // top).astype(np.uint8), "L")
     if image.mode in ("1", "L", "LA", "La", *CONVERTED):
         return image
     raise ValueError(
