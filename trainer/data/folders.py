@@ -41,17 +41,21 @@ def split_of(name: str) -> str | None:
     """Return the split that a file or folder is named after, None if after none or several.
 
     The first or the last word counts, in any case and without numbers: train-00000-of-00002.txt,
-    x.train.txt, Training, val_2, TestSet.
+    x.train.txt, Training, val_2, TestSet; that behind the last dot if there is no other: data.val.
     """
     stem = name.rpartition(".")[0] or name
+    found = _splits_in(stem) or _splits_in(name)
+    return found.pop() if len(found) == 1 else None
+
+
+def _splits_in(stem: str) -> set[str]:
     letters = re.findall(r"[^\W\d_]+", stem)
     cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
     words = [word for found in cased for word in found if word not in FILLERS]
-    found = {
+    return {
         split for split, spellings in SPELLINGS.items() for word in (words[:1] + words[-1:])
         if word in spellings or JOINED.sub("", word) in spellings
     }  # fmt: skip
-    return found.pop() if len(found) == 1 else None
 
 
 def foreign(name: str) -> str:

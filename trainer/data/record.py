@@ -92,7 +92,8 @@ def table(facts: DataFacts) -> str:
         ).rstrip()
         for row in cells
     ]
-    return "\n".join([f"data.path={facts.path}", *(f"  {line}" for line in lines), *_below(facts)])
+    text = "\n".join([f"data.path={facts.path}", *(f"  {line}" for line in lines), *_below(facts)])
+    return text.encode("utf-8", "backslashreplace").decode()  # names of files may be any bytes
 
 
 def _below(facts: DataFacts) -> Iterable[str]:
