@@ -3,6 +3,7 @@
 B pairs of a micro-batch · T tokens of the longest source · S tokens of the longest target
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from trainer.data.tokenized import (
     encoded,
     find_tokenizer,
     prepare_tokens,
+    rare_characters,
     size_of,
     source_name,
     token_dtype,
@@ -41,7 +43,7 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
         return _write(config, parts, folder, progress)
 
     found = prepare_tokens(config, root, texts, write, progress)
-    splits, notes = {}, []
+    splits, notes = {}, _header_notes(found.parts)
     longer = f"longer than data.seq_len={config.seq_len}"
     for split, entry in found.record["splits"].items():
         spans = _spans(found.folder, split)
@@ -61,6 +63,28 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
             f"data.seq_len={int(longest.max())} to keep them all"
         )
     return found.facts(splits, notes)
+
+
+# Words that a line which names the columns is made of; language codes have two letters.
+HEADER = {
+    "source", "target", "src", "tgt", "trg", "input", "output", "text", "sentence", "translation",
+    "original", "english", "german", "french", "spanish", "italian", "dutch", "portuguese",
+    "russian", "chinese", "japanese",
+}  # fmt: skip
+
+
+def _header_notes(parts: Parts) -> list[str]:
+    """Say of which files the first pair looks like the names of the columns."""
+    notes = []
+    for part in (part for of_split in parts.values() for part in of_split if part.start == 0):
+        first = next(read_pairs(part), ("", ""))
+        words = [re.findall(r"[^\W\d_]+", side.lower()) for side in first]
+        if all(found and all(w in HEADER or len(w) == 2 for w in found) for found in words):
+            notes.append(
+                f"the first line of {part.path.name} ({first[0]}, {first[1]}) is learned as a "
+                "pair; take it out if it names the columns"
+            )
+    return notes
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
@@ -185,6 +209,7 @@ def _write_split(
     dtype = token_dtype(tokenizer)
     spans = [np.zeros((1, 3), np.int64)]
     largest_id = lost = characters = 0
+    rare = rare_characters([])
     names = [f"{split}.{column}.bin" for column in COLUMNS] + [f"{split}.tsv"]
     files = [(folder / name).open("wb") for name in names]
     while batch := list(islice(found, LINES)):
@@ -192,6 +217,7 @@ def _write_split(
         for column, file in enumerate(files[:2]):
             texts = [pair[column] for pair in batch]
             ids, lost_here = encoded(tokenizer, texts)
+            rare.update(rare_characters(texts))
             lost, characters = lost + lost_here, characters + sum(map(len, texts))
             # Attention needs something to look at, even where a tokenizer knows no character.
             ids = [sentence or [tokenizer.eot_id] for sentence in ids]
@@ -208,7 +234,7 @@ def _write_split(
         file.close()
     np.save(folder / f"{split}.npy", np.concatenate(spans))
     found_here = {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
-    return found_here | {"characters": characters, "lost": lost}
+    return found_here | {"characters": characters, "lost": lost, "rare": rare}
 
 
 def read_pairs(part: Part) -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from trainer.config import ConfigError, DataConfig
 
 RECORD = "prepared.json"
-FORMAT = 1  # raise it when the files of a prepared folder change their meaning
+FORMAT = 2  # raise it when the files of a prepared folder change their meaning
 
 Record = dict[str, Any]
 

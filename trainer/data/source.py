@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.folders import SPLITS, Listing, entries, split_of, splits_of, unwrapped, walk
+from trainer.data.folders import (
+    SPLITS,
+    Listing,
+    entries,
+    is_document,
+    split_of,
+    splits_of,
+    unwrapped,
+    walk,
+)
 
 BUNDLED = {
     "shakespeare": ("text", "shakespeare"),
@@ -96,9 +105,11 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     found = [entry for entry, inside in files.items() if inside or split_of(entry.name)]
     named, others = splits_of(where, found, lambda entry: True)
     if not named:
-        named, others = {"train": others}, []
+        texts = [entry for entry in others if not is_document(entry.name)] or others
+        named, others = {"train": texts}, [entry for entry in others if entry not in texts]
     for entry in others:
-        left_out[str(entry.relative_to(root))] = "beside the splits"
+        why = "tells of the data" if is_document(entry.name) else "beside the splits"
+        left_out[str(entry.relative_to(root))] = why
     splits = {split: _chosen(config, named[split], files, root, left_out) for split in named}
     if "train" not in splits:
         first = SUFFIXES[config.kind][0]

@@ -20,6 +20,7 @@ from trainer.data.tokenized import (
     encoded,
     find_tokenizer,
     prepare_tokens,
+    rare_characters,
     size_of,
     source_name,
     token_dtype,
@@ -182,11 +183,13 @@ def _write_split(
 ) -> Record:
     dtype = token_dtype(tokenizer)
     tokens = characters = largest_id = lost = 0
+    rare = rare_characters([])
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
             ids_of, lost_here = encoded(tokenizer, texts)
             lost += lost_here
+            rare.update(rare_characters(texts))
             for (begins, text), ids in zip(batch, ids_of, strict=True):
                 # A document begins with the end token of the one before: it is its BOS.
                 ids_n = np.array([tokenizer.eot_id, *ids] if begins else ids, dtype)
@@ -196,4 +199,4 @@ def _write_split(
                 largest_id = max(largest_id, int(ids_n.max(initial=0)))
                 advance(len(text.encode()))
     found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
-    return found_here | {"lost": lost}
+    return found_here | {"lost": lost, "rare": rare}

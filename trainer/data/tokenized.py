@@ -6,6 +6,8 @@ were prepared when it began.
 """
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -38,7 +40,7 @@ class Tokens:
         """Return what a model must know of them, and what was read."""
         return DataFacts(
             vocab_size=self.record["vocab_size"], splits=splits, left_out=self.listing.left_out,
-            notes=(*self.listing.notes, *notes),
+            notes=(*self.listing.notes, *_rare_notes(self.record), *notes),
         )  # fmt: skip
 
 
@@ -171,6 +173,26 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
         return ids, 0
     decoded = tokenizer.decode_batch(ids)
     return ids, sum(map(characters_lost, texts, decoded))
+
+
+# Characters that a text hardly has on purpose, with what they come from.
+RARE = {
+    "\\r": "carriage returns, of lines that end as on Windows or an old Mac",
+    "[\\x00-\\x08\\x0e-\\x1f\\x7f]": "control characters, of a terminal or of another encoding",
+}
+
+
+def rare_characters(texts: Iterable[str]) -> Counter[str]:
+    """Count characters of each kind in RARE, which are read as they are."""
+    found: Counter[str] = Counter()
+    for text in texts:
+        found.update({kind: len(re.findall(pattern, text)) for pattern, kind in RARE.items()})
+    return found
+
+
+def _rare_notes(record: Record) -> list[str]:
+    total: Counter[str] = sum((Counter(e["rare"]) for e in record["splits"].values()), Counter())
+    return [f"the text has {count:,} {kind}; they are learned" for kind, count in total.items()]
 
 
 def check_ids(folder: Path, record: Record) -> None:
