@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 # Names that tokenizers give to the token between documents, and to padding; ours come first.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+MOST_TOKENS = 1 << 24  # the library takes minutes to save ids that are larger
 SMALLEST = 258  # 256 bytes and the two special tokens
 TRAINING_CHARACTERS = 500_000_000  # a BPE learns its merges from the beginning of a larger text
 # A BPE learns merges inside words, in a time that grows with the square of the longest: a text
@@ -69,7 +70,14 @@ class Tokenizer:
         if not Path(path).is_file():
             raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
         try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)))
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+            if largest >= MOST_TOKENS:
+                raise ConfigError(
+                    f"data.tokenizer={path} has the token id {largest}; a model has a row for each "
+                    f"id up to the largest, and at most {MOST_TOKENS} are read"
+                )
+            return cls(backend)
         except BaseException as error:  # the library raises nothing narrower, and panics
             _reraise_interrupts(error)
             raise ConfigError(
@@ -156,7 +164,19 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
         and set(alphabet) <= backend.get_vocab(with_added_tokens=False).keys()
         and not any(token.lstrip or token.rstrip or token.normalized
                     for token in backend.get_added_tokens_decoder().values())
+        and not _special_in_text(backend)
     )  # fmt: skip
+
+
+def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
+    """Whether plain text can become a special token, which decoding leaves out."""
+    special = {
+        row: token.content for row, token in backend.get_added_tokens_decoder().items()
+        if token.special
+    }  # fmt: skip
+    texts = [text for content in special.values() for text in (content, f" {content}")]
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    return any(row in special for encoding in encodings for row in encoding.ids)
 
 
 def too_small(vocab_size: int) -> str:
