@@ -137,7 +137,17 @@ def make_case(
 
 
 # What an input is made of, in the order in which that is decided.
-ORDER = ("content", "shape", "tokenizer", "encoding", "settings", "names", "damage", "rubbish", "layout")
+ORDER = (
+    "content",
+    "shape",
+    "tokenizer",
+    "encoding",
+    "settings",
+    "names",
+    "damage",
+    "rubbish",
+    "layout",
+)
 
 
 def emptied(folder: Path) -> Path:

@@ -1,11 +1,12 @@
 """Archives (.npz) of labelled pictures: odd keys, dtypes, layouts, labels and bytes."""
 
 import struct
+import warnings
 from collections.abc import Callable
 from io import BytesIO
 from random import Random
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZIP_DEFLATED, ZIP_STORED, ZipFile, ZipInfo
 
 import numpy as np
 from drafts import ROOT, Case, Draft, SkipOption, make_case, options_of
@@ -74,9 +75,26 @@ def _finish(draft: Draft) -> None:
     order = list(named)
     draft.rng.shuffle(order)
     file = BytesIO()
-    save = draft.rng.choice((np.savez, np.savez_compressed))
-    save(file, **{key: named[key] for key in order})
+    with ZipFile(file, "w", draft.rng.choice((ZIP_STORED, ZIP_DEFLATED))) as archive:
+        for key in order:  # as np.savez, which writes the time of day as well
+            member = BytesIO()
+            np.save(member, named[key])
+            info = ZipInfo(f"{key}.npy")
+            info.compress_type = archive.compression
+            archive.writestr(info, member.getvalue())
     draft.files[f"{ROOT}.npz"] = file.getvalue()
+
+
+def _sized(dtype: str, factor: float, odd: bool = False) -> Callable[[Draft], None]:
+    """Pixels from 0 to 255 become another range, of which zeros and ones have none."""
+    change = _changed("x", _as(dtype, factor), odd)
+
+    def apply(draft: Draft) -> None:
+        if draft.traits.get("binary"):
+            raise SkipOption
+        change(draft)
+
+    return apply
 
 
 def _changed(role: str, change: Change, odd: bool, splits: Any = None) -> Callable[[Draft], None]:
@@ -147,6 +165,7 @@ def _binary(dtype: str) -> Callable[[Draft], None]:
         for split in PER_CLASS:
             key = f"x {split}"
             draft.traits["arrays"][key] = (draft.traits["arrays"][key] > 0).astype(dtype)
+        draft.traits["binary"] = True
         if dtype not in ("bool", "float32"):  # numbers up to 255, or no more than 1?
             draft.odd()
 
@@ -154,40 +173,48 @@ def _binary(dtype: str) -> Callable[[Draft], None]:
 
 
 PIXELS = {
-    "grey": _of_kind("grey"), "colour": _of_kind("colour"), "black and white": _of_kind("two"),
-    "binary bool": _binary("bool"), "binary uint8": _binary("uint8"),
-    "binary int64": _binary("int64"), "binary float32": _binary("float32"),
+    "grey": _of_kind("grey"),
+    "colour": _of_kind("colour"),
+    "black and white": _of_kind("two"),
+    "binary bool": _binary("bool"),
+    "binary uint8": _binary("uint8"),
+    "binary int64": _binary("int64"),
+    "binary float32": _binary("float32"),
     "binary uint16": _binary("uint16"),
-}  # fmt: skip
+}
 DTYPES = {
-    "int64": _changed("x", _as("int64"), False), "int16": _changed("x", _as("int16"), False),
-    "big-endian uint16": _changed("x", _as(">u2", 257), False),
+    "int64": _changed("x", _as("int64"), False),
+    "int16": _changed("x", _as("int16"), False),
+    "big-endian uint16": _sized(">u2", 257, False),
     "uint16 of 8 bits": _changed("x", _as("uint16"), True),
-    "uint16 of 12 bits": _changed("x", _as("uint16", 16), True),
-    "uint32": _changed("x", _as("uint32"), False), "uint64": _changed("x", _as("uint64"), False),
-    "uint32 of 16 bits": _changed("x", _as("uint32", 257), True),
-    "float32 shares": _changed("x", _as("float32", 1 / 255), False),
-    "float64 shares": _changed("x", _as("float64", 1 / 255), False),
-    "float16 shares": _changed("x", _as("float16", 1 / 255), False),
-    "big-endian float": _changed("x", _as(">f4", 1 / 255), False),
+    "uint16 of 12 bits": _sized("uint16", 16, True),
+    "uint32": _changed("x", _as("uint32"), False),
+    "uint64": _changed("x", _as("uint64"), False),
+    "uint32 of 16 bits": _sized("uint32", 257, True),
+    "float32 shares": _sized("float32", 1 / 255, False),
+    "float64 shares": _sized("float64", 1 / 255, False),
+    "float16 shares": _sized("float16", 1 / 255, False),
+    "big-endian float": _sized(">f4", 1 / 255, False),
     "float32 to 255": _changed("x", _as("float32"), False),
     "float32 from -1 to 1": _changed("x", _as("float32", 2 / 255, -1), True),
     "standardised": _changed("x", _as("float32", 1 / 60, -2), True),
     "fractions to 255": _changed("x", _as("float32", 1, 0.25), True),
-    "longdouble": _changed("x", _as("longdouble", 1 / 255), True),
+    "longdouble": _sized("longdouble", 1 / 255, True),
     "complex": _changed("x", lambda x, rng: x.astype(complex), True),
-    "percent": _changed("x", _as("float32", 100 / 255), True),
+    "percent": _sized("float32", 100 / 255, True),
     "int8": _changed("x", lambda x, rng: x.astype(np.int8), True),
     "objects": _changed("x", lambda x, rng: x.astype(object), True),
     "words for pixels": _changed("x", lambda x, rng: x.astype(str), True),
     "a date": _changed("x", lambda x, rng: x.astype("datetime64[s]"), True),
     "records": _changed("x", lambda x, rng: x.astype([("r", "u1"), ("g", "u1")]), True),
-    **{f"a pixel of {value}": _changed("x", _with(value), True) for value in (
-        -1, 256, 1e9, 0.5, float("nan"), float("inf"), -float("inf"))},
+    **{
+        f"a pixel of {value}": _changed("x", _with(value), True)
+        for value in (-1, 256, 1e9, 0.5, float("nan"), float("inf"), -float("inf"))
+    },
     "valid in another range": _changed("x", _as("float32", 1 / 255), True, ("valid",)),
     "valid in another dtype": _changed("x", _as("int64"), True, ("valid",)),
     "test in 16 bits": _changed("x", _as("uint16", 257), True, ("test",)),
-}  # fmt: skip
+}
 SHAPES = {
     "channels first": _changed("x", _channels(True), False),
     "one channel last": _changed("x", _channels(False, True), False),
@@ -203,9 +230,10 @@ SHAPES = {
     "a number": _changed("x", lambda x, rng: np.array(7), True),
     "in Fortran's order": _changed("x", lambda x, rng: np.asfortranarray(x), False),
     "fewer pictures": _changed("x", lambda x, rng: x[:-1], True),
-    "valid in grey": _changed("x", lambda x, rng: x.reshape(len(x), SIZE, SIZE, -1)[..., 0], True,
-                              ("valid",)),
-}  # fmt: skip
+    "valid in grey": _changed(
+        "x", lambda x, rng: x.reshape(len(x), SIZE, SIZE, -1)[..., 0], True, ("valid",)
+    ),
+}
 
 
 def _words(code: str) -> Change:
@@ -254,17 +282,23 @@ def _shifted(draft: Draft) -> None:
 
 
 LABELS = {
-    **{code: _changed("y", _as(code), False) for code in (
-        "int8", "uint8", ">i4", "uint64", "float32", "float64")},
+    **{
+        code: _changed("y", _as(code), False)
+        for code in ("int8", "uint8", ">i4", "uint64", "float32", "float64")
+    },
     "one column": _changed("y", lambda y, rng: y[:, None], False),
     "one hot": _changed("y", lambda y, rng: np.eye(3)[y], True),
     "one row": _changed("y", lambda y, rng: y[None], True),
-    "words": _named_by_words("U9"), "bytes": _named_by_words("S9"),
+    "words": _named_by_words("U9"),
+    "bytes": _named_by_words("S9"),
     "words, and classes": _changed("y", _words("U9"), True),
     "objects as labels": _changed("y", lambda y, rng: y.astype(object), True),
-    "without classes": _unnamed, "from 1, or with holes": _shifted,
-    **{f"a label of {value}": _changed("y", _with(value), True) for value in (
-        -1, 3, 1000, 0.5, float("nan"), float("inf"), 2**40, 2**62)},
+    "without classes": _unnamed,
+    "from 1, or with holes": _shifted,
+    **{
+        f"a label of {value}": _changed("y", _with(value), True)
+        for value in (-1, 3, 1000, 0.5, float("nan"), float("inf"), 2**40, 2**62)
+    },
     "a label beyond train's": _changed("y", lambda y, rng: np.where(y == 1, 9, y), True, ("test",)),
     "labels short": _changed("y", lambda y, rng: y[:-1], True),
     "labels long": _changed("y", lambda y, rng: np.append(y, 0), True),
@@ -278,7 +312,7 @@ LABELS = {
     "classes as objects": _class_names(lambda rng: np.array(CLASSES, object), True),
     "one name for all": _class_names(lambda rng: np.array("ant"), True),
     "odd names": _class_names(lambda rng: np.array(["a\nb", "ü😀", ""]), False),
-}  # fmt: skip
+}
 
 
 def _key(template: str, odd: bool = False) -> Callable[[Draft], None]:
@@ -334,19 +368,30 @@ def _without(*keys: str) -> Callable[[Draft], None]:
 
 
 NAMES = {
-    "splits spelled": _spelled, "split first": _key("{split}_{role}"), "joined": _key("{role}{split}", True),
-    "with a dash": _key("{role}-{split}"), "with a slash": _key("{split}/{role}"),
+    "splits spelled": _spelled,
+    "split first": _key("{split}_{role}"),
+    "joined": _key("{role}{split}", True),
+    "with a dash": _key("{role}-{split}"),
+    "with a slash": _key("{split}/{role}"),
     "images and labels": _roles("{split}_images", "{split}_labels"),
     "image and label": _roles("image_{split}", "label_{split}"),
-    "capitals": _roles("X_{split}", "Y_{split}"), "pixels and targets": _roles("pixels_{split}", "targets_{split}"),
-    "data and labels": _roles("{split}_data", "{split}_labels", True), "without roles": _roles("{split}", "{split}s", True),
-    "an array more": _more("extra"), "mean and std": _more("mean"), "file names": _more("names_train"),
-    "two of train": _more("images_train", True), "an unknown split": _more("x_holdout"),
-    "only train": _without("x valid", "y valid", "x test", "y test"), "no valid": _without("x valid", "y valid"),
-    "no test": _without("x test", "y test"), "no labels of valid": _without("y valid"),
-    "no pictures of test": _without("x test"), "no train": _without("x train", "y train"),
+    "capitals": _roles("X_{split}", "Y_{split}"),
+    "pixels and targets": _roles("pixels_{split}", "targets_{split}"),
+    "data and labels": _roles("{split}_data", "{split}_labels", True),
+    "without roles": _roles("{split}", "{split}s", True),
+    "an array more": _more("extra"),
+    "mean and std": _more("mean"),
+    "file names": _more("names_train"),
+    "two of train": _more("images_train", True),
+    "an unknown split": _more("x_holdout"),
+    "only train": _without("x valid", "y valid", "x test", "y test"),
+    "no valid": _without("x valid", "y valid"),
+    "no test": _without("x test", "y test"),
+    "no labels of valid": _without("y valid"),
+    "no pictures of test": _without("x test"),
+    "no train": _without("x train", "y train"),
     "no pictures of train": _without("x train"),
-}  # fmt: skip
+}
 
 
 def _damaged(change: Callable[[bytes, Random], bytes]) -> Callable[[Draft], None]:
@@ -372,8 +417,9 @@ def _member(name: str, content: Callable[[Random], bytes]) -> Callable[[bytes, R
 
     def change(before: bytes, rng: Random) -> bytes:
         file = BytesIO(before)
-        with ZipFile(file, "a") as archive:
-            archive.writestr(name, content(rng))
+        with warnings.catch_warnings(), ZipFile(file, "a") as archive:
+            warnings.simplefilter("ignore")  # a name that is there twice is meant
+            archive.writestr(ZipInfo(name), content(rng))
         return file.getvalue()
 
     return change
@@ -400,15 +446,26 @@ OTHERS = {
     "zeroed": lambda content, rng: content[: len(content) // 2] + bytes(len(content) // 2),
     "something before": lambda content, rng: b"\0" * rng.randint(1, 50) + content,
     "something behind": lambda content, rng: content + b"more" * rng.randint(1, 20),
-    "no archive": lambda content, rng: rng.choice((
-        b"", b"PK", b"PK\3\4", b"text", b"\x93NUMPY", _header("{}"), b"\x80\x04N.", bytes(99),
-        b"PK\5\6" + bytes(18), b"\x1f\x8b\x08")),
+    "no archive": lambda content, rng: rng.choice(
+        (
+            b"",
+            b"PK",
+            b"PK\3\4",
+            b"text",
+            b"\x93NUMPY",
+            _header("{}"),
+            b"\x80\x04N.",
+            bytes(99),
+            b"PK\5\6" + bytes(18),
+            b"\x1f\x8b\x08",
+        )
+    ),
     "one array": lambda content, rng: _one_array(),
     "a member of text": _member("notes.txt", lambda rng: b"hello"),
     "an odd header": _member("x_more.npy", lambda rng: _header(rng.choice(HEADERS))),
     "an odd header of train": _member("x_train.npy", lambda rng: _header(rng.choice(HEADERS))),
     "an empty member": _member("y_train.npy", lambda rng: b""),
-}  # fmt: skip
+}
 
 
 def _one_array() -> bytes:
@@ -418,11 +475,14 @@ def _one_array() -> bytes:
 
 
 OPTIONS = [
-    *options_of("content", PIXELS), *options_of("encoding", DTYPES), *options_of("shape", SHAPES),
-    *options_of("settings", LABELS), *options_of("names", NAMES),
+    *options_of("content", PIXELS),
+    *options_of("encoding", DTYPES),
+    *options_of("shape", SHAPES),
+    *options_of("settings", LABELS),
+    *options_of("names", NAMES),
     *options_of("damage", {name: _damaged(change) for name, change in OTHERS.items()}),
     *(option for option in LAYOUTS if option.name in ("data.path is a link",)),
-]  # fmt: skip
+]
 
 
 def case(number: int, seed: int) -> Case:

@@ -53,7 +53,12 @@ def _bytes(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _saved(
-    form: str, mode: str, suffix: str = "", tolerance: int = 0, refused: bool = False, **options: Any
+    form: str,
+    mode: str,
+    suffix: str = "",
+    tolerance: int = 0,
+    refused: bool = False,
+    **options: Any,
 ) -> Callable[[np.ndarray, Random], Encoded]:
     def save(pixels: np.ndarray, rng: Random) -> Encoded:
         image = Image.fromarray(pixels)
@@ -229,7 +234,7 @@ def _deep_tiff(bits: int, code: str, photometric: int = 1, kind: int = 1) -> Any
         stored = top - samples if photometric == 0 else samples
         seen = np.rint(samples * 255 / top).astype(np.uint8)
         content = tiff(stored, bits, photometric, code, kind)
-        return Encoded(content, ".tif", seen, 1, refused=bits not in (8, 16) or kind != 1)
+        return Encoded(content, ".tif", seen, 1, refused=bits > 16 or kind != 1)
 
     return save
 
@@ -240,9 +245,12 @@ WAYS: dict[str, list[Way]] = {
     "PNG": [
         *(Way("grey", _saved("PNG", m)) for m in ("L", "LA", "RGB", "RGBA", "P", "I;16")),
         *(Way("colour", _saved("PNG", m)) for m in ("RGB", "RGBA")),
-        Way("two", _saved("PNG", "1")), Way("two", _saved("PNG", "P", bits=8)),
+        Way("two", _saved("PNG", "1")),
+        Way("two", _saved("PNG", "P", bits=8)),
         Way("grey", _saved("PNG", "L", optimize=True)),
-        Way("grey", _keyed), Way("colour", _keyed), Way("two", _keyed),
+        Way("grey", _keyed),
+        Way("colour", _keyed),
+        Way("two", _keyed),
     ],
     "PNG of any depth": [
         *(Way("two", _deep_png(d, 0)) for d in (1, 2, 4, 8, 16)),
@@ -264,51 +272,77 @@ WAYS: dict[str, list[Way]] = {
         Way("colour", _turned("WEBP", ".webp", 0, lossless=True)),
     ],
     "JPEG": [
-        *(Way(d, _saved("JPEG", m, s, 8, **JPEG)) for d, m, s in (
-            ("grey", "L", ".jpg"), ("grey", "L", ".jpeg"), ("grey", "RGB", ".jpg"),
-            ("colour", "RGB", ".jpg"), ("colour", "CMYK", ".jpg"), ("colour", "YCbCr", ".jpeg"))),
-        *(Way(d, _saved("JPEG", m, ".jpg", 8, progressive=True, **JPEG)) for d, m in (
-            ("grey", "L"), ("colour", "RGB"))),
+        *(
+            Way(d, _saved("JPEG", m, s, 8, **JPEG))
+            for d, m, s in (
+                ("grey", "L", ".jpg"),
+                ("grey", "L", ".jpeg"),
+                ("grey", "RGB", ".jpg"),
+                ("colour", "RGB", ".jpg"),
+                ("colour", "CMYK", ".jpg"),
+                ("colour", "YCbCr", ".jpeg"),
+            )
+        ),
+        *(
+            Way(d, _saved("JPEG", m, ".jpg", 8, progressive=True, **JPEG))
+            for d, m in (("grey", "L"), ("colour", "RGB"))
+        ),
         Way("colour", _saved("JPEG", "RGB", ".jpg", 30, quality=90)),
     ],
     "TIFF": [
         *(Way("grey", _saved("TIFF", m, ".tif")) for m in ("L", "LA", "RGB", "RGBA", "P", "I;16")),
         *(Way("colour", _saved("TIFF", m, ".tiff")) for m in ("RGB", "RGBA", "CMYK")),
-        Way("colour", _saved("TIFF", "YCbCr", ".tif", 8)), Way("two", _saved("TIFF", "1", ".tif")),
+        Way("colour", _saved("TIFF", "YCbCr", ".tif", 8)),
+        Way("two", _saved("TIFF", "1", ".tif")),
         *(Way("grey", _saved("TIFF", m, ".tif", refused=True)) for m in ("I", "F", "LAB")),
-        *(Way(d, _saved("TIFF", m, ".tif", compression=c)) for d, m in (
-            ("grey", "L"), ("colour", "RGB"), ("grey", "I;16")) for c in (
-            "tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_deflate")),
+        *(
+            Way(d, _saved("TIFF", m, ".tif", compression=c))
+            for d, m in (("grey", "L"), ("colour", "RGB"), ("grey", "I;16"))
+            for c in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "tiff_deflate")
+        ),
         Way("two", _saved("TIFF", "1", ".tif", compression="group4")),
         Way("colour", _saved("TIFF", "RGB", ".tif", 12, compression="jpeg", quality=100)),
     ],
     "TIFF of any depth": [
-        Way("grey", _deep_tiff(8, "<u1")), Way("grey", _deep_tiff(8, "<u1", 0)),
-        Way("grey", _deep_tiff(16, "<u2")), Way("grey", _deep_tiff(16, ">u2")),
-        Way("grey", _deep_tiff(16, "<u2", 0)), Way("grey", _deep_tiff(12, "packed")),
-        Way("grey", _deep_tiff(4, "packed")), Way("two", _deep_tiff(1, "packed")),
-        Way("two", _deep_tiff(1, "packed", 0)), Way("grey", _deep_tiff(4, "packed", 0)),
-        Way("grey", _deep_tiff(32, "<u4")), Way("grey", _deep_tiff(32, "<f4", kind=3)),
-        Way("grey", _deep_tiff(16, "<i2", kind=2)), Way("grey", _deep_tiff(32, ">f4", kind=3)),
-        Way("grey", _deep_tiff(8, "<i1", kind=2)), Way("grey", _deep_tiff(64, "<f8", kind=3)),
+        Way("grey", _deep_tiff(8, "<u1")),
+        Way("grey", _deep_tiff(8, "<u1", 0)),
+        Way("grey", _deep_tiff(16, "<u2")),
+        Way("grey", _deep_tiff(16, ">u2")),
+        Way("grey", _deep_tiff(16, "<u2", 0)),
+        Way("grey", _deep_tiff(12, "packed")),
+        Way("grey", _deep_tiff(4, "packed")),
+        Way("two", _deep_tiff(1, "packed")),
+        Way("two", _deep_tiff(1, "packed", 0)),
+        Way("grey", _deep_tiff(4, "packed", 0)),
+        Way("grey", _deep_tiff(32, "<u4")),
+        Way("grey", _deep_tiff(32, "<f4", kind=3)),
+        Way("grey", _deep_tiff(16, "<i2", kind=2)),
+        Way("grey", _deep_tiff(32, ">f4", kind=3)),
+        Way("grey", _deep_tiff(8, "<i1", kind=2)),
+        Way("grey", _deep_tiff(64, "<f8", kind=3)),
     ],
     "PNM": [
         *(Way("grey", _pnm("P5", top)) for top in (255, 65535, 100, 15, 4095, 1023)),
         *(Way("grey", _pnm("P2", top)) for top in (255, 100, 65535, 1000)),
         *(Way("colour", _pnm("P6", top)) for top in (255, 65535, 100)),
         *(Way("colour", _pnm("P3", top)) for top in (255, 63)),
-        Way("two", _saved("PPM", "1", ".pgm")), Way("grey", _saved("PPM", "I;16", ".pgm")),
+        Way("two", _saved("PPM", "1", ".pgm")),
+        Way("grey", _saved("PPM", "I;16", ".pgm")),
         Way("colour", _saved("PPM", "RGBA", ".ppm", refused=True)),
         Way("grey", _saved("PPM", "F", ".ppm", refused=True)),
     ],
     "BMP": [
         *(Way("grey", _saved("BMP", m)) for m in ("L", "P", "RGB", "RGBA")),
-        Way("colour", _saved("BMP", "RGB")), Way("colour", _saved("BMP", "RGBA")),
-        Way("two", _saved("BMP", "1")), Way("grey", _saved("DIB", "L", ".bmp")),
+        Way("colour", _saved("BMP", "RGB")),
+        Way("colour", _saved("BMP", "RGBA")),
+        Way("two", _saved("BMP", "1")),
+        Way("grey", _saved("DIB", "L", ".bmp")),
     ],
     "GIF": [
-        *(Way("grey", _saved("GIF", m)) for m in ("L", "P")), Way("two", _saved("GIF", "1")),
-        Way("grey", _saved("GIF", "L", interlace=1)), Way("grey", _saved("GIF", "RGB")),
+        *(Way("grey", _saved("GIF", m)) for m in ("L", "P")),
+        Way("two", _saved("GIF", "1")),
+        Way("grey", _saved("GIF", "L", interlace=1)),
+        Way("grey", _saved("GIF", "RGB")),
     ],
     "WEBP": [
         *(Way("colour", _saved("WEBP", m, lossless=True)) for m in ("RGB", "RGBA")),
@@ -316,27 +350,56 @@ WAYS: dict[str, list[Way]] = {
         Way("colour", _saved("WEBP", "RGB", tolerance=40, quality=100)),
     ],
     "animated": [
-        Way("grey", _animated("GIF", ".gif")), Way("grey", _animated("PNG", ".png")),
-        Way("colour", _animated("PNG", ".png")), Way("grey", _animated("TIFF", ".tif")),
+        Way("grey", _animated("GIF", ".gif")),
+        Way("grey", _animated("PNG", ".png")),
+        Way("colour", _animated("PNG", ".png")),
+        Way("grey", _animated("TIFF", ".tif")),
         Way("colour", _animated("WEBP", ".webp", lossless=True)),
         Way("colour", _animated("MPO", ".jpg", 8, **JPEG)),
     ],
     "another suffix": [
-        *(Way(d, _saved(f, m, s, t, **o)) for d, f, m, s, t, o in (
-            ("colour", "JPEG", "RGB", ".png", 8, JPEG), ("colour", "PNG", "RGB", ".jpg", 0, {}),
-            ("grey", "PNG", "L", ".bmp", 0, {}), ("grey", "BMP", "L", ".gif", 0, {}),
-            ("grey", "GIF", "L", ".webp", 0, {}), ("colour", "WEBP", "RGB", ".tif", 0,
-             {"lossless": True}), ("grey", "TIFF", "L", ".ppm", 0, {}))),
+        *(
+            Way(d, _saved(f, m, s, t, **o))
+            for d, f, m, s, t, o in (
+                ("colour", "JPEG", "RGB", ".png", 8, JPEG),
+                ("colour", "PNG", "RGB", ".jpg", 0, {}),
+                ("grey", "PNG", "L", ".bmp", 0, {}),
+                ("grey", "BMP", "L", ".gif", 0, {}),
+                ("grey", "GIF", "L", ".webp", 0, {}),
+                ("colour", "WEBP", "RGB", ".tif", 0, {"lossless": True}),
+                ("grey", "TIFF", "L", ".ppm", 0, {}),
+            )
+        ),
     ],
     "formats of no suffix here": [
-        *(Way(d, _saved(f, m, s, 40, True)) for f, m, d in (
-            ("TGA", "RGB", "colour"), ("TGA", "L", "grey"), ("PCX", "L", "grey"),
-            ("PCX", "RGB", "colour"), ("SGI", "RGB", "colour"), ("SGI", "L", "grey"),
-            ("IM", "L", "grey"), ("IM", "RGB", "colour"), ("MSP", "1", "two"), ("DDS", "RGB", "colour"),
-            ("DDS", "L", "grey"), ("XBM", "1", "two"), ("SPIDER", "F", "grey"), ("ICO", "RGBA", "colour"),
-            ("JPEG2000", "RGB", "colour"), ("JPEG2000", "L", "grey"), ("AVIF", "RGB", "colour"),
-            ("QOI", "RGB", "colour"), ("PDF", "L", "grey"), ("EPS", "L", "grey"), ("BLP", "P", "grey"),
-            ("ICNS", "RGBA", "colour"), ("PALM", "1", "two"), ("IM", "F", "grey"),
-        ) for s in (f".{f.lower()}", ".png")),
+        *(
+            Way(d, _saved(f, m, s, 40, True))
+            for f, m, d in (
+                ("TGA", "RGB", "colour"),
+                ("TGA", "L", "grey"),
+                ("PCX", "L", "grey"),
+                ("PCX", "RGB", "colour"),
+                ("SGI", "RGB", "colour"),
+                ("SGI", "L", "grey"),
+                ("IM", "L", "grey"),
+                ("IM", "RGB", "colour"),
+                ("MSP", "1", "two"),
+                ("DDS", "RGB", "colour"),
+                ("DDS", "L", "grey"),
+                ("XBM", "1", "two"),
+                ("SPIDER", "F", "grey"),
+                ("ICO", "RGBA", "colour"),
+                ("JPEG2000", "RGB", "colour"),
+                ("JPEG2000", "L", "grey"),
+                ("AVIF", "RGB", "colour"),
+                ("QOI", "RGB", "colour"),
+                ("PDF", "L", "grey"),
+                ("EPS", "L", "grey"),
+                ("BLP", "P", "grey"),
+                ("PALM", "1", "two"),
+                ("IM", "F", "grey"),
+            )
+            for s in (f".{f.lower()}", ".png")
+        ),
     ],
-}  # fmt: skip
+}

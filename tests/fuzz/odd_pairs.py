@@ -11,12 +11,33 @@ from odd_texts import ASIAN, damaged
 
 Pair = tuple[str, str]
 ROWS = {"train": 30, "valid": 6, "test": 6}
-WORDS = "licht küche wohnzimmer heizung fenster tür an aus auf zu lamp kitchen window door".split()
+WORDS = [
+    "licht",
+    "küche",
+    "wohnzimmer",
+    "heizung",
+    "fenster",
+    "tür",
+    "an",
+    "aus",
+    "auf",
+    "zu",
+    "lamp",
+    "kitchen",
+    "window",
+    "door",
+]
 
 
 def _begin(rng: Random) -> Draft:
     draft = Draft("pairs", rng, Pairs({}), settings={"vocab_size": 270})
-    draft.traits |= {"place": _place, "finish": _finish, "end": "\n", "last": "\n", "codec": "utf-8"}
+    draft.traits |= {
+        "place": _place,
+        "finish": _finish,
+        "end": "\n",
+        "last": "\n",
+        "codec": "utf-8",
+    }
     rows = {
         split: [(_words(rng), _words(rng)) for _ in range(count)] for split, count in ROWS.items()
     }
@@ -30,7 +51,7 @@ def _words(rng: Random) -> str:
 
 
 def _place(item: Item, spelled: str) -> str:
-    return f"{spelled}{item.stem}{item.suffix}"
+    return f"{spelled}-{item.stem}{item.suffix}" if item.stem else f"{spelled}{item.suffix}"
 
 
 def _finish(draft: Draft) -> None:
@@ -41,6 +62,11 @@ def _rows(draft: Draft) -> None:
     """Write the rows down; the last of the options that change rows, before files are placed."""
     traits = draft.traits
     items = []
+    if traits.get("single"):  # what stands around a file stands once
+        traits |= {"before": "", "after": "", "last": traits["last"] or traits["end"]}
+    if traits["codec"] in ASIAN:
+        for rows in [*traits["rows"].values(), *draft.clean.splits.values()]:
+            rows[:] = [tuple(cell.replace("ü", "日") for cell in row) for row in rows]
     for item in traits["items"]:
         lines = ["\t".join(row) for row in traits["rows"][item.split]]
         text = traits["before"] + traits["end"].join(lines) + traits["last"] + traits["after"]
@@ -54,7 +80,9 @@ def _rows(draft: Draft) -> None:
     if traits.get("single"):
         traits["items"] = [replace(items[0], content=b"".join(item.content for item in items))]
         traits["place"] = lambda item, spelled: ""
-        draft.clean = Pairs({"train": sum(draft.clean.splits.values(), [])})
+        draft.clean = Pairs(
+            {"train": [row for rows in draft.clean.splits.values() for row in rows]}
+        )
         traits["unsplit"] = True
 
 
@@ -102,7 +130,7 @@ def _trait(odd: bool = False, **traits: object) -> Callable[[Draft], None]:
 def _header(draft: Draft) -> None:
     """A first line that names the columns is no pair."""
     names = draft.rng.choice((
-        ("source", "target"), ("en", "de"), ("src", "tgt"), ("English", "German"), ("Source", "Target"),
+        ("source", "target"), ("en", "de"), ("src", "tgt"), ("English", "German"),
         ("input", "output"), ("sentence_en", "sentence_de"),
     ))  # fmt: skip
     clean = {split: list(rows) for split, rows in draft.traits["rows"].items()}
@@ -149,34 +177,65 @@ def _quoted(draft: Draft) -> None:
 
 
 CONTENT = {
-    "accents": _inserted("é", "e\u0301"), "scripts": _inserted("日本語", "שלום"), "emoji": _inserted("😀", "👩‍👩‍👧"),
+    "accents": _inserted("é", "e\u0301"),
+    "scripts": _inserted("日本語", "שלום"),
+    "emoji": _inserted("😀", "👩‍👩‍👧"),
     "line separators": _inserted("\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"),
-    "a carriage return": _inserted("\r", odd=True), "spaces": _inserted("\u00a0", "\u3000", "  ", "\u200b"),
-    "controls": _inserted("\x01", "\x7f", "\x1b[0m"), "a NUL": _inserted("\0", odd=True),
-    "marks": _inserted("\ufeff", "\ufffd"), "quotes": _inserted('"', "'", '""', "`", "\\", "\\t", "\\n"),
-    "special tokens as text": _inserted("<|endoftext|>", "<|pad|>"), "commas": _inserted(",", ";", "|"),
-    "null words": _inserted("NULL", "None", "nan", "NA", "N/A"), "numbers": _inserted("1e5", "007"),
+    "a carriage return": _inserted("\r", odd=True),
+    "spaces": _inserted("\u00a0", "\u3000", "  ", "\u200b"),
+    "controls": _inserted("\x01", "\x7f", "\x1b[0m"),
+    "a NUL": _inserted("\0", odd=True),
+    "marks": _inserted("\ufffd", "\ufffe"),
+    "quotes": _inserted('"', "'", '""', "`", "\\", "\\t", "\\n"),
+    "special tokens as text": _inserted("<|endoftext|>", "<|pad|>"),
+    "commas": _inserted(",", ";", "|"),
+    "null words": _inserted("NULL", "None", "nan", "NA", "N/A"),
+    "numbers": _inserted("1e5", "007"),
     "three cells": _odd_row(lambda row, rng: (*row, rng.choice(("", "x", "0.9")))),
-    "one cell": _odd_row(lambda row, rng: row[:1]), "an empty side": _odd_row(lambda row, rng: (row[0], "")),
-    "an empty source": _odd_row(lambda row, rng: ("", row[1])), "an empty row": _odd_row(lambda row, rng: ("",)),
+    "one cell": _odd_row(lambda row, rng: row[:1]),
+    "an empty side": _odd_row(lambda row, rng: (row[0], "")),
+    "an empty source": _odd_row(lambda row, rng: ("", row[1])),
+    "an empty row": _odd_row(lambda row, rng: ("",)),
     "a blank side": _odd_row(lambda row, rng: (row[0], rng.choice((" ", "\u00a0", "\u3000")))),
-    "only tabs": _odd_row(lambda row, rng: ("", "", "")), "a comment": _odd_row(lambda row, rng: ("# a comment",)),
+    "only tabs": _odd_row(lambda row, rng: ("", "", "")),
+    "a comment": _odd_row(lambda row, rng: ("# a comment",)),
     "commas for tabs": _odd_row(lambda row, rng: (",".join(row),)),
     "spaces for tabs": _odd_row(lambda row, rng: ("    ".join(row),)),
-    "a header": _header, "rows twice": _twice, "padded cells": _padded, "quoted cells": _quoted,
-    "a long pair of train": _long("train"), "a long pair of test": _long("test"),
-    "splits are missing": _missing, "one file": _trait(single=True),
-}  # fmt: skip
+    "a header": _header,
+    "rows twice": _twice,
+    "padded cells": _padded,
+    "quoted cells": _quoted,
+    "a long pair of train": _long("train"),
+    "a long pair of test": _long("test"),
+    "splits are missing": _missing,
+    "one file": _trait(single=True),
+}
 ENCODINGS = {
-    "CRLF": _trait(end="\r\n", last="\r\n"), "CR": _trait(True, end="\r", last="\r"),
-    "no end of line at the end": _trait(last=""), "an empty line at the end": _trait(last="\n\n", odd=True),
-    "blanks at the end": _trait(last="\n  \n", odd=True), "CRLF, none at the end": _trait(end="\r\n", last=""),
-    "a mark": _trait(before="\ufeff"), "a mark and CRLF": _trait(before="\ufeff", end="\r\n", last="\r\n"),
-    "an empty line before": _trait(before="\n", odd=True), "Ctrl-Z at the end": _trait(after="\x1a", odd=True),
-    **{codec: _trait(True, codec=codec) for codec in (
-        "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin1", "cp1252", "cp850", *ASIAN[:5])},
+    "CRLF": _trait(end="\r\n", last="\r\n"),
+    "CR": _trait(True, end="\r", last="\r"),
+    "no end of line at the end": _trait(last=""),
+    "an empty line at the end": _trait(last="\n\n", odd=True),
+    "blanks at the end": _trait(last="\n  \n", odd=True),
+    "CRLF, none at the end": _trait(end="\r\n", last=""),
+    "a mark": _trait(before="\ufeff"),
+    "a mark and CRLF": _trait(before="\ufeff", end="\r\n", last="\r\n"),
+    "an empty line before": _trait(before="\n", odd=True),
+    "Ctrl-Z at the end": _trait(after="\x1a", odd=True),
+    **{
+        codec: _trait(True, codec=codec)
+        for codec in (
+            "utf-16",
+            "utf-16-le",
+            "utf-16-be",
+            "utf-32",
+            "latin1",
+            "cp1252",
+            "cp850",
+            *ASIAN[:5],
+        )
+    },
     "LF CR": _trait(True, end="\n\r"),
-}  # fmt: skip
+}
 
 
 def _suffix(suffix: str) -> Callable[[Draft], None]:
@@ -193,24 +252,31 @@ def _small_blocks(draft: Draft) -> None:
 
 
 SETTINGS = {
-    "small blocks": _small_blocks, "another share": lambda draft: draft.settings.update(held_out=0.3),
+    "small blocks": _small_blocks,
+    "another share": lambda draft: draft.settings.update(held_out=0.3),
     **{f"as {suffix}": _suffix(suffix) for suffix in (".txt", ".TSV", ".csv", ".tab", "", ".json")},
-}  # fmt: skip
+}
 DAMAGES = {
     "a file is empty": damaged(lambda content, rng: b""),
-    "only white space": damaged(lambda content, rng: b"\n \n\t\n"),
+    "only white space": damaged(lambda content, rng: b"\n \n\t\n", True),
     "a wrong byte": damaged(lambda content, rng: content[:9] + b"\xff" + content[9:]),
-    "cut": damaged(lambda content, rng: content[: rng.randrange(len(content))]),
+    "cut": damaged(lambda content, rng: content[: rng.randrange(len(content))], True),
     "NULs at the end": damaged(lambda content, rng: content + bytes(40)),
-    "another format": damaged(lambda content, rng: rng.choice((b"PK\3\4", b"\x1f\x8b", b"{}")) + content),
-}  # fmt: skip
+    "another format": damaged(
+        lambda content, rng: rng.choice((b"PK\3\4", b"\x1f\x8b", b"{}")) + content, True
+    ),
+}
 OPTIONS = [
-    *options_of("content", CONTENT), *options_of("encoding", ENCODINGS), *options_of("settings", SETTINGS),
-    *NAMES, *options_of("damage", DAMAGES), *RUBBISH, *LAYOUTS,
-]  # fmt: skip
+    *options_of("content", CONTENT),
+    *options_of("encoding", ENCODINGS),
+    *options_of("settings", SETTINGS),
+    *NAMES,
+    *options_of("damage", DAMAGES),
+    *RUBBISH,
+    *LAYOUTS,
+]
 
 
 def case(number: int, seed: int) -> Case:
     """Return a table of pairs."""
     return make_case("pairs", _begin, OPTIONS, number, seed, _rows)
-

@@ -8,9 +8,9 @@ from random import Random
 
 import numpy as np
 from drafts import Case, Draft, SkipOption, make_case, options_of
-from odd_encodings import SIZE, WAYS, Way, drawn, png
 from judge import Anything, Images
 from layouts import LAYOUTS, NAMES, ODD_NAMES, RUBBISH, Item, placed
+from odd_encodings import SIZE, WAYS, Way, drawn, png
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 2, "valid": 1, "test": 1}  # pictures of each class
@@ -31,7 +31,9 @@ def _content(draft: Draft, classes: tuple[str, ...], kind: str) -> None:
     for split, count in COUNTS.items():
         for label in classes:
             for number in range(5 * count if unsplit and split == "train" else count):
-                items.append(Item("train" if unsplit else split, label, f"{number}{split}", "", b""))
+                items.append(
+                    Item("train" if unsplit else split, label, f"{number}{split}", "", b"")
+                )
     draft.traits["items"] = items
     for place in range(len(items)):
         _encode(draft, place, plain)
@@ -114,7 +116,7 @@ def _mixed(draft: Draft) -> None:
     """Each file another way."""
     for place in range(len(draft.traits["items"])):
         table = draft.rng.choice([name for name in WAYS if not name.startswith("formats")])
-        _encode(draft, place, draft.rng.choice([w for w in WAYS[table]]))
+        _encode(draft, place, draft.rng.choice(WAYS[table]))
 
 
 def _damaged(change: Callable[[bytes, Random], bytes], skip: bool) -> Callable[[Draft], None]:
@@ -179,17 +181,25 @@ def _appended(content: bytes, rng: Random) -> bytes:
 
 
 DAMAGES = {
-    "cut": _cut, "clipped": _clipped, "flipped": _flipped, "zeroed": _zeroed, "foreign": _foreign,
-    "another size": _sized(SIZE * 2, SIZE * 2), "no width": _sized(0, SIZE),
-    "a bomb": _sized(30_000, 30_000), "half a bomb": _sized(12_000, 10_000),
-}  # fmt: skip
+    "cut": _cut,
+    "clipped": _clipped,
+    "flipped": _flipped,
+    "zeroed": _zeroed,
+    "foreign": _foreign,
+    "another size": _sized(SIZE * 2, SIZE * 2),
+    "no width": _sized(0, SIZE),
+    "a bomb": _sized(30_000, 30_000),
+    "half a bomb": _sized(12_000, 10_000),
+}
 
 
 def _beside(draft: Draft) -> None:
     """Pictures outside of the class folders are left out, and that is said."""
     name = draft.rng.choice(sorted(placed(draft)))
     parents = [str(p) for p in PurePosixPath(name).parents][1:-1]
-    draft.files[f"{draft.rng.choice(parents)}/stray{PurePosixPath(name).suffix}"] = draft.files[name]
+    draft.files[f"{draft.rng.choice(parents)}/stray{PurePosixPath(name).suffix}"] = draft.files[
+        name
+    ]
     draft.odd()
 
 
@@ -214,7 +224,9 @@ def _other_class(draft: Draft) -> None:
 def _missing_split(draft: Draft) -> None:
     if draft.traits["unsplit"]:
         raise SkipOption
-    gone = draft.rng.choice((("valid",), ("test",), ("valid", "test"), ("train",), ("train", "test")))
+    gone = draft.rng.choice(
+        (("valid",), ("test",), ("valid", "test"), ("train",), ("train", "test"))
+    )
     items, pixels = draft.traits["items"], draft.traits["pixels"]
     kept = [place for place, item in enumerate(items) if item.split not in gone]
     draft.traits["items"] = [items[place] for place in kept]
@@ -246,31 +258,55 @@ def _clashing(draft: Draft) -> None:
 
 
 OPTIONS = [
-    *options_of("content", {
-        "not split": _unsplit, "split": _split, "odd class names": _classes(),
-        "a class called like a split": _colliding, "one class": _classes("one"),
-        "numbered classes": _classes("0", "1", "10"), "two classes": _classes("Cat", "cat"),
-    }),
-    *options_of("encoding", {
-        f"{name}, {'all' if every else 'one'}": _encoded(name, every)
-        for name in WAYS for every in (False, True)
-    } | {"every way": _mixed}),
-    *options_of("settings", {
-        "a class of one split": _other_class, "splits are missing": _missing_split,
-        "split folders with numbers": _sharded, "dots in names": _clashing,
-    }),
+    *options_of(
+        "content",
+        {
+            "not split": _unsplit,
+            "split": _split,
+            "odd class names": _classes(),
+            "a class called like a split": _colliding,
+            "one class": _classes("one"),
+            "numbered classes": _classes("0", "1", "10"),
+            "two classes": _classes("Cat", "cat"),
+        },
+    ),
+    *options_of(
+        "encoding",
+        {
+            f"{name}, {'all' if every else 'one'}": _encoded(name, every)
+            for name in WAYS
+            for every in (False, True)
+        }
+        | {"every way": _mixed},
+    ),
+    *options_of(
+        "settings",
+        {
+            "a class of one split": _other_class,
+            "splits are missing": _missing_split,
+            "split folders with numbers": _sharded,
+            "dots in names": _clashing,
+        },
+    ),
     *NAMES,
-    *options_of("damage", {
-        f"{name}{', skipped' if skip else ''}": _damaged(change, skip)
-        for name, change in DAMAGES.items() for skip in (False, True)
-    } | {"more at the end": lambda draft: _damaged(_appended, False)(draft), "beside": _beside,
-         "nested": _nested}),
+    *options_of(
+        "damage",
+        {
+            f"{name}{', skipped' if skip else ''}": _damaged(change, skip)
+            for name, change in DAMAGES.items()
+            for skip in (False, True)
+        }
+        | {
+            "more at the end": lambda draft: _damaged(_appended, False)(draft),
+            "beside": _beside,
+            "nested": _nested,
+        },
+    ),
     *RUBBISH,
     *LAYOUTS,
-]  # fmt: skip
+]
 
 
 def case(number: int, seed: int) -> Case:
     """Return a folder of pictures."""
     return make_case("pictures", _begin, OPTIONS, number, seed)
-

@@ -5,13 +5,40 @@ from dataclasses import replace
 from random import Random
 
 from drafts import ROOT, Case, Draft, SkipOption, make_case, options_of
-from judge import Texts
+from judge import Anything, Texts
 from layouts import LAYOUTS, NAMES, RUBBISH, SPELLINGS, Item, placed
 
-WORDS = (
-    "to be or not that is the question whether tis nobler in mind suffer slings and arrows of "
-    "outrageous fortune take arms against sea troubles by opposing end them"
-).split()
+WORDS = [
+    "to",
+    "be",
+    "or",
+    "not",
+    "that",
+    "is",
+    "the",
+    "question",
+    "whether",
+    "tis",
+    "nobler",
+    "in",
+    "mind",
+    "suffer",
+    "slings",
+    "and",
+    "arrows",
+    "of",
+    "outrageous",
+    "fortune",
+    "take",
+    "arms",
+    "against",
+    "sea",
+    "troubles",
+    "by",
+    "opposing",
+    "end",
+    "them",
+]
 LINES = {"train": 40, "valid": 12, "test": 12}
 SUFFIXES = (".txt", ".text", ".md", ".rst")
 
@@ -60,7 +87,9 @@ def _shards(draft: Draft) -> None:
         lines = item.content.splitlines(keepends=True)
         count = draft.rng.randint(2, 11) if item.split == "train" else 2
         for number in range(count):
-            stem = f"{number:05d}-of-{count:05d}" if draft.traits["place"] is _place else f"p{number}"
+            stem = (
+                f"{number:05d}-of-{count:05d}" if draft.traits["place"] is _place else f"p{number}"
+            )
             content = b"".join(lines[number::count])
             items.append(replace(item, stem=stem, suffix=".txt", content=content))
     draft.traits["items"] = items
@@ -168,26 +197,43 @@ def _spelled_tokens(draft: Draft) -> None:
     _inserted("<|endoftext|>", "<|pad|>", "<|endoftext|><|pad|>")(draft)
 
 
+def _one_letter(draft: Draft) -> None:
+    """Too little for a vocabulary of this size, perhaps."""
+    _rewritten(lambda text: "ab" * (len(text) // 2))(draft)
+    draft.odd()
+
+
 CONTENT = {
-    "one file": _one_file(".txt"), "one file of no suffix": _one_file(""),
-    "one file of an odd suffix": _one_file(".dat"), "shards": _shards, "folders": _in_folders,
-    "not split": _unsplit, "a file called like a split": _colliding, "splits are missing": _missing,
+    "one file": _one_file(".txt"),
+    "one file of no suffix": _one_file(""),
+    "one file of an odd suffix": _one_file(".dat"),
+    "shards": _shards,
+    "folders": _in_folders,
+    "not split": _unsplit,
+    "a file called like a split": _colliding,
+    "splits are missing": _missing,
     "odd suffixes": _nameless,
     "upper-case suffixes": lambda draft: _one_file(".TXT")(draft),
-    "accents": _inserted("é", "ñandú", "e\u0301", "ﬁ"), "scripts": _inserted("日本語", "Ελλάς", "שלום", "हिन्दी"),
-    "emoji": _inserted("😀", "👩‍👩‍👧", "🏳️‍🌈"), "line separators": _inserted("\u2028", "\u2029", "\x85", "\x0b", "\x0c"),
-    "spaces": _inserted("\u00a0", "\u3000", "\u200b", "\t", "   "), "controls": _inserted("\x01", "\x7f", "\x1b[0m", "\x08"),
-    "marks in the text": _inserted("\ufeff", "\ufffe", "\ufffd", "\uffff"), "a NUL": _inserted("\0", odd=True),
+    "accents": _inserted("é", "ñandú", "e\u0301", "ﬁ"),
+    "scripts": _inserted("日本語", "Ελλάς", "שלום", "हिन्दी"),
+    "emoji": _inserted("😀", "👩‍👩‍👧", "🏳️‍🌈"),
+    "line separators": _inserted("\u2028", "\u2029", "\x85", "\x0b", "\x0c"),
+    "spaces": _inserted("\u00a0", "\u3000", "\u200b", "\t", "   "),
+    "controls": _inserted("\x01", "\x7f", "\x1b[0m", "\x08"),
+    "marks in the text": _inserted("\ufeff", "\ufffe", "\ufffd", "\uffff"),
+    "a NUL": _inserted("\0", odd=True),
     "rare planes": _inserted("\U0001f9ff", "\U000e0041", "\U0010ffff", "\ue000"),
-    "right to left": _inserted("\u202e", "\u200f"), "quotes": _inserted("'", '"', "`", "\\", "${x}", "%s", "{}"),
-    "separators": _separated, "special tokens as text": _spelled_tokens,
+    "right to left": _inserted("\u202e", "\u200f"),
+    "quotes": _inserted("'", '"', "`", "\\", "${x}", "%s", "{}"),
+    "separators": _separated,
+    "special tokens as text": _spelled_tokens,
     "no end of line at the end": _rewritten(lambda text: text.rstrip("\n")),
     "empty lines": _rewritten(lambda text: "\n\n\n" + text.replace("\n", "\n\n") + "\n\n"),
     "one long line": _rewritten(lambda text: text.replace("\n", " ")),
     "one long word": _rewritten(lambda text: text.replace(" ", "").replace("\n", "")),
-    "one letter": _rewritten(lambda text: "ab" * (len(text) // 2)),
+    "one letter": lambda draft: _one_letter(draft),
     "white space at the ends": _rewritten(lambda text: text.replace("\n", "  \n\t")),
-}  # fmt: skip
+}
 
 
 def _encoded(*codecs: str, refused: bool = True) -> Callable[[Draft], None]:
@@ -257,18 +303,27 @@ def _joined(draft: Draft) -> None:
 
 
 ENCODINGS = {
-    "UTF-8 with a mark": _marked, "UTF-16": _encoded("utf-16", "utf-16-le", "utf-16-be"),
+    "UTF-8 with a mark": _marked,
+    "UTF-16": _encoded("utf-16", "utf-16-le", "utf-16-be"),
     "UTF-32": _encoded("utf-32", "utf-32-le", "utf-32-be"),
     "Western": _encoded("latin1", "cp1252", "mac_roman", "cp850", "cp437", "iso8859_15"),
-    "Eastern": _encoded("cp1250", "iso8859_2"), "Asian": _encoded(*ASIAN),
-    "EBCDIC": _encoded("cp037", "cp500"), "ASCII": _encoded("ascii", refused=False),
-    "CRLF": _ends("\r\n"), "CR": _ends("\r"), "mixed ends": _mixed_ends, "two encodings": _joined,
+    "Eastern": _encoded("cp1250", "iso8859_2"),
+    "Asian": _encoded(*ASIAN),
+    "EBCDIC": _encoded("cp037", "cp500"),
+    "ASCII": _encoded("ascii", refused=False),
+    "CRLF": _ends("\r\n"),
+    "CR": _ends("\r"),
+    "mixed ends": _mixed_ends,
+    "two encodings": _joined,
     "LF CR": _ends("\n\r"),
-}  # fmt: skip
+}
 
 
 def _small_blocks(draft: Draft) -> None:
-    draft.patches |= {"block": draft.rng.choice((1, 2, 3, 7, 64)), "piece": draft.rng.choice((5, 64))}
+    draft.patches |= {
+        "block": draft.rng.choice((1, 2, 3, 7, 64)),
+        "piece": draft.rng.choice((5, 64)),
+    }
 
 
 def _held_out(draft: Draft) -> None:
@@ -281,33 +336,68 @@ def _setting(**settings: object) -> Callable[[Draft], None]:
 
 
 SETTINGS = {
-    "small blocks": _small_blocks, "another share": _held_out, "windows of one": _setting(seq_len=1),
-    "long windows": _setting(seq_len=150), "the smallest vocabulary": _setting(vocab_size=258),
-}  # fmt: skip
+    "small blocks": _small_blocks,
+    "another share": _held_out,
+    "windows of one": _setting(seq_len=1),
+    "long windows": _setting(seq_len=150),
+    "the smallest vocabulary": _setting(vocab_size=258),
+}
 
 
-def damaged(change: Callable[[bytes, Random], bytes]) -> Callable[[Draft], None]:
-    """Change one file, which may then be refused."""
+def damaged(
+    change: Callable[[bytes, Random], bytes], unknowable: bool = False
+) -> Callable[[Draft], None]:
+    """Change one file, which may be refused; `unknowable`: or be what somebody wanted to write."""
 
     def apply(draft: Draft) -> None:
         name = draft.rng.choice(sorted(placed(draft)))
         draft.files[name] = change(draft.files[name], draft.rng)
         draft.odd()
+        if unknowable:
+            draft.clean = Anything()
 
     return apply
 
 
 DAMAGES = {
     "a file is empty": damaged(lambda content, rng: b""),
-    "only a mark": damaged(lambda content, rng: b"\xef\xbb\xbf"),
-    "only white space": damaged(lambda content, rng: b" \n\n \n"),
-    "a wrong byte": damaged(lambda content, rng: _put(content, rng, rng.choice((
-        b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xc0\x80", b"\xf4\x90\x80\x80", b"\xe2\x82", b"\x80")))),
+    "only a mark": damaged(lambda content, rng: b"\xef\xbb\xbf", True),
+    "only white space": damaged(lambda content, rng: b" \n\n \n", True),
+    "a wrong byte": damaged(
+        lambda content, rng: _put(
+            content,
+            rng,
+            rng.choice(
+                (
+                    b"\xff",
+                    b"\xc3",
+                    b"\xed\xa0\x80",
+                    b"\xc0\x80",
+                    b"\xf4\x90\x80\x80",
+                    b"\xe2\x82",
+                    b"\x80",
+                )
+            ),
+        )
+    ),
     "cut in a character": damaged(lambda content, rng: content + "é".encode()[:1]),
     "NULs at the end": damaged(lambda content, rng: content + bytes(rng.randint(1, 600))),
-    "another format": damaged(lambda content, rng: rng.choice((
-        b"PK\3\4", b"\x1f\x8b\x08\0", b"%PDF-1.7\n%\xe2\xe3", b"\x89PNG\r\n\x1a\n", b"\x93NUMPY")) + content),
-}  # fmt: skip
+    "another format": damaged(
+        lambda content, rng: (
+            rng.choice(
+                (
+                    b"PK\3\4",
+                    b"\x1f\x8b\x08\0",
+                    b"%PDF-1.7\n%\xe2\xe3",
+                    b"\x89PNG\r\n\x1a\n",
+                    b"\x93NUMPY",
+                )
+            )
+            + content
+        ),
+        True,
+    ),
+}
 
 
 def _put(content: bytes, rng: Random, wrong: bytes) -> bytes:
@@ -324,10 +414,15 @@ def _documents(draft: Draft) -> None:
 
 
 OPTIONS = [
-    *options_of("content", CONTENT), *options_of("encoding", ENCODINGS),
-    *options_of("settings", SETTINGS), *NAMES, *options_of("damage", DAMAGES), *RUBBISH,
-    *options_of("rubbish", {"documents": _documents}), *LAYOUTS,
-]  # fmt: skip
+    *options_of("content", CONTENT),
+    *options_of("encoding", ENCODINGS),
+    *options_of("settings", SETTINGS),
+    *NAMES,
+    *options_of("damage", DAMAGES),
+    *RUBBISH,
+    *options_of("rubbish", {"documents": _documents}),
+    *LAYOUTS,
+]
 
 
 def case(number: int, seed: int) -> Case:

@@ -12,7 +12,18 @@ from odd_texts import LINES, WORDS
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
-RARE = ("naïve", "Ünder", "日本", "don't", "3.14", "x=y;", "😀", "tab\there", "two  spaces", "it's.")
+RARE = (
+    "naïve",
+    "Ünder",
+    "日本",
+    "don't",
+    "3.14",
+    "x=y;",
+    "😀",
+    "tab\there",
+    "two  spaces",
+    "it's.",
+)
 
 
 def _begin(rng: Random) -> Draft:
@@ -90,16 +101,32 @@ def _words_trainer(*special: str) -> Callable[[], Any]:
     )
 
 
-def _pieces(*special: str) -> Callable[[], Any]:
-    return lambda: tokenizers.trainers.WordPieceTrainer(
-        vocab_size=150, special_tokens=list(special), show_progress=False
-    )
+def _built(model: Callable[[list[str]], Any], **parts: Any) -> Callable[[Draft], None]:
+    """A model over a list of pieces: training WordPiece or Unigram twice gives two tokenizers."""
+
+    def make(draft: Draft) -> Tokenizer:
+        tokenizer = Tokenizer(model([*"abcdefghijklmnopqrstuvwxyz", *WORDS[:20]]))
+        for name, part in parts.items():
+            setattr(tokenizer, name, part)
+        return tokenizer
+
+    return _model(make)
 
 
-def _unigram(*special: str, **settings: Any) -> Callable[[], Any]:
-    return lambda: tokenizers.trainers.UnigramTrainer(
-        vocab_size=80, special_tokens=list(special), show_progress=False, **settings
-    )
+def _word_piece(*special: str, **settings: Any) -> Callable[[list[str]], Any]:
+    def model(pieces: list[str]) -> Any:
+        tokens = dict.fromkeys([*special, *pieces, *(f"##{piece}" for piece in pieces)])
+        return models.WordPiece({token: row for row, token in enumerate(tokens)}, **settings)
+
+    return model
+
+
+def _unigram(*special: str, **settings: Any) -> Callable[[list[str]], Any]:
+    def model(pieces: list[str]) -> Any:
+        tokens = dict.fromkeys([*special, "▁", *pieces, *(f"▁{piece}" for piece in pieces)])
+        return models.Unigram([(token, -2.0 / len(token)) for token in tokens], **settings)
+
+    return model
 
 
 def _byte_fallback(draft: Draft) -> Tokenizer:
@@ -119,8 +146,8 @@ def _unigram_bytes(draft: Draft) -> Tokenizer:
     pieces += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    tokenizer.decoder = decoders.Sequence([
-        decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never"), decoders.Fuse()])  # fmt: skip
+    space = decoders.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), space, decoders.Fuse()])
     return tokenizer
 
 
@@ -149,46 +176,77 @@ SPACE = pre_tokenizers.Whitespace
 MODELS = {
     "byte-level BPE": _model(_byte_level),
     "byte-level BPE of few bytes": _trained(
-        models.BPE, _bpe("</s>"), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
-        decoder=decoders.ByteLevel()),
+        models.BPE,
+        _bpe("</s>"),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoder=decoders.ByteLevel(),
+    ),
     "byte-level BPE with a space before": _trained(
-        models.BPE, _bpe("</s>", initial_alphabet=ALPHABET),
-        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True), decoder=decoders.ByteLevel()),
+        models.BPE,
+        _bpe("</s>", initial_alphabet=ALPHABET),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True),
+        decoder=decoders.ByteLevel(),
+    ),
     "byte-level BPE without a decoder": _trained(
-        models.BPE, _bpe("</s>"), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)),
+        models.BPE, _bpe("</s>"), pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ),
     "BPE": _trained(models.BPE, _bpe("</s>")),
     "BPE of words": _trained(models.BPE, _bpe("</s>", "[PAD]"), pre_tokenizer=SPACE()),
-    "BPE with unk": _trained(lambda: models.BPE(unk_token="[UNK]"), _bpe("[UNK]", limit_alphabet=9)),
+    "BPE with unk": _trained(
+        lambda: models.BPE(unk_token="[UNK]"), _bpe("[UNK]", limit_alphabet=9)
+    ),
     "BPE with fused unk": _trained(
-        lambda: models.BPE(unk_token="[UNK]", fuse_unk=True), _bpe("[UNK]", limit_alphabet=9)),
+        lambda: models.BPE(unk_token="[UNK]", fuse_unk=True), _bpe("[UNK]", limit_alphabet=9)
+    ),
     "BPE with an unk that is not there": _trained(
-        lambda: models.BPE(unk_token="[UNK]"), _bpe("</s>", limit_alphabet=9)),
+        lambda: models.BPE(unk_token="[UNK]"), _bpe("</s>", limit_alphabet=9)
+    ),
     "BPE of few letters": _trained(models.BPE, _bpe("</s>", limit_alphabet=9)),
     "BPE with a suffix": _trained(
-        lambda: models.BPE(end_of_word_suffix="</w>"), _bpe("<s>", end_of_word_suffix="</w>"),
-        pre_tokenizer=SPACE(), decoder=decoders.BPEDecoder()),
-    "BPE with dropout": _trained(lambda: models.BPE(dropout=0.4), _bpe("</s>"), decoder=decoders.Fuse()),
+        lambda: models.BPE(end_of_word_suffix="</w>"),
+        _bpe("<s>", end_of_word_suffix="</w>"),
+        pre_tokenizer=SPACE(),
+        decoder=decoders.BPEDecoder(),
+    ),
+    "BPE with dropout": _trained(
+        lambda: models.BPE(dropout=0.4), _bpe("</s>"), decoder=decoders.Fuse()
+    ),
     "BPE that ignores merges": _trained(lambda: models.BPE(ignore_merges=True), _bpe("</s>")),
-    "BPE with byte fallback": _model(_byte_fallback), "Unigram with byte fallback": _model(_unigram_bytes),
-    "WordLevel": _trained(lambda: models.WordLevel(unk_token="[UNK]"), _words_trainer("[UNK]"),
-                          pre_tokenizer=SPACE()),
+    "BPE with byte fallback": _model(_byte_fallback),
+    "Unigram with byte fallback": _model(_unigram_bytes),
+    "WordLevel": _trained(
+        lambda: models.WordLevel(unk_token="[UNK]"), _words_trainer("[UNK]"), pre_tokenizer=SPACE()
+    ),
     "WordLevel without unk": _trained(models.WordLevel, _words_trainer(), pre_tokenizer=SPACE()),
     "WordLevel without pieces": _trained(models.WordLevel, _words_trainer("[UNK]")),
-    "WordPiece": _trained(lambda: models.WordPiece(unk_token="[UNK]"), _pieces("[UNK]", "[SEP]", "[PAD]"),
-                          pre_tokenizer=pre_tokenizers.BertPreTokenizer(), decoder=decoders.WordPiece()),
-    "WordPiece without unk": _trained(models.WordPiece, _pieces(), pre_tokenizer=SPACE(),
-                                      decoder=decoders.WordPiece()),
-    "WordPiece of short words": _trained(
-        lambda: models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=4), _pieces("[UNK]"),
-        pre_tokenizer=SPACE(), decoder=decoders.WordPiece(cleanup=True)),
-    "Unigram": _trained(models.Unigram, _unigram("<unk>", unk_token="<unk>"),
-                        pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace()),
-    "Unigram without unk": _trained(models.Unigram, _unigram(), pre_tokenizer=pre_tokenizers.Metaspace(),
-                                    decoder=decoders.Metaspace()),
-    "characters": _model(_characters), "wide ids with holes": _model(_wide_ids),
-    "an empty BPE": _model(_empty(models.BPE)), "an empty WordLevel": _model(_empty(models.WordLevel)),
-    "an empty WordPiece": _model(_empty(models.WordPiece)), "an empty Unigram": _model(_empty(models.Unigram)),
-}  # fmt: skip
+    "WordPiece": _built(
+        _word_piece("[UNK]", "[SEP]", "[PAD]", unk_token="[UNK]"),
+        decoder=decoders.WordPiece(),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+    ),
+    "WordPiece without unk": _built(
+        _word_piece(), pre_tokenizer=SPACE(), decoder=decoders.WordPiece()
+    ),
+    "WordPiece of short words": _built(
+        _word_piece("[UNK]", unk_token="[UNK]", max_input_chars_per_word=4),
+        pre_tokenizer=SPACE(),
+        decoder=decoders.WordPiece(cleanup=True),
+    ),
+    "Unigram": _built(
+        _unigram("<unk>", unk_id=0),
+        pre_tokenizer=pre_tokenizers.Metaspace(),
+        decoder=decoders.Metaspace(),
+    ),
+    "Unigram without unk": _built(
+        _unigram(), pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace()
+    ),
+    "characters": _model(_characters),
+    "wide ids with holes": _model(_wide_ids),
+    "an empty BPE": _model(_empty(models.BPE)),
+    "an empty WordLevel": _model(_empty(models.WordLevel)),
+    "an empty WordPiece": _model(_empty(models.WordPiece)),
+    "an empty Unigram": _model(_empty(models.Unigram)),
+}
 
 
 def _part(name: str, part: Callable[[], Any]) -> Callable[[Draft], None]:
@@ -197,38 +255,74 @@ def _part(name: str, part: Callable[[], Any]) -> Callable[[Draft], None]:
 
 
 PARTS = {
-    **{f"normaliser {name}": _part("normalizer", part) for name, part in {
-        "NFC": normalizers.NFC, "NFKC": normalizers.NFKC, "NFD": normalizers.NFD,
-        "Lowercase": normalizers.Lowercase, "StripAccents": normalizers.StripAccents,
-        "Strip": normalizers.Strip, "Bert": normalizers.BertNormalizer, "Nmt": normalizers.Nmt,
-        "Replace": lambda: normalizers.Replace("o", "0"), "Prepend": lambda: normalizers.Prepend("▁"),
-        "Replace all": lambda: normalizers.Replace(Regex(r"\s+"), ""),
-        "ByteLevel": normalizers.ByteLevel,
-        "several": lambda: normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-    }.items()},
-    **{f"pieces by {name}": _part("pre_tokenizer", part) for name, part in {
-        "Whitespace": SPACE, "WhitespaceSplit": pre_tokenizers.WhitespaceSplit,
-        "Punctuation": pre_tokenizers.Punctuation, "Digits": lambda: pre_tokenizers.Digits(True),
-        "Bert": pre_tokenizers.BertPreTokenizer, "Metaspace": pre_tokenizers.Metaspace,
-        "a letter": lambda: pre_tokenizers.CharDelimiterSplit("e"),
-        "scripts": pre_tokenizers.UnicodeScripts,
-        "removal": lambda: pre_tokenizers.Split(" ", "removed"),
-        "several": lambda: pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(False)]),
-        "bytes without words": lambda: pre_tokenizers.ByteLevel(False, use_regex=False),
-    }.items()},
-    **{f"decoder {name}": _part("decoder", part) for name, part in {
-        "ByteLevel": decoders.ByteLevel, "WordPiece": decoders.WordPiece, "CTC": decoders.CTC,
-        "Metaspace": decoders.Metaspace, "BPE": decoders.BPEDecoder, "Fuse": decoders.Fuse,
-        "Strip": lambda: decoders.Strip(" ", 1, 1), "Replace": lambda: decoders.Replace("e", "3"),
-        "ByteFallback": decoders.ByteFallback,
-    }.items()},
-    "post-processor Template": _part("post_processor", lambda: processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 5), ("</s>", 6)])),
-    "post-processor Bert": _part("post_processor", lambda: processors.BertProcessing(("[SEP]", 1), ("[CLS]", 2))),
-    "post-processor ByteLevel": _part("post_processor", lambda: processors.ByteLevel(trim_offsets=True)),
-    "post-processor Roberta": _part("post_processor", lambda: processors.RobertaProcessing(("</s>", 1), ("<s>", 2))),
-}  # fmt: skip
+    **{
+        f"normaliser {name}": _part("normalizer", part)
+        for name, part in {
+            "NFC": normalizers.NFC,
+            "NFKC": normalizers.NFKC,
+            "NFD": normalizers.NFD,
+            "Lowercase": normalizers.Lowercase,
+            "StripAccents": normalizers.StripAccents,
+            "Strip": normalizers.Strip,
+            "Bert": normalizers.BertNormalizer,
+            "Nmt": normalizers.Nmt,
+            "Replace": lambda: normalizers.Replace("o", "0"),
+            "Prepend": lambda: normalizers.Prepend("▁"),
+            "Replace all": lambda: normalizers.Replace(Regex(r"\s+"), ""),
+            "ByteLevel": normalizers.ByteLevel,
+            "several": lambda: normalizers.Sequence(
+                [normalizers.NFD(), normalizers.StripAccents()]
+            ),
+        }.items()
+    },
+    **{
+        f"pieces by {name}": _part("pre_tokenizer", part)
+        for name, part in {
+            "Whitespace": SPACE,
+            "WhitespaceSplit": pre_tokenizers.WhitespaceSplit,
+            "Punctuation": pre_tokenizers.Punctuation,
+            "Digits": lambda: pre_tokenizers.Digits(True),
+            "Bert": pre_tokenizers.BertPreTokenizer,
+            "Metaspace": pre_tokenizers.Metaspace,
+            "a letter": lambda: pre_tokenizers.CharDelimiterSplit("e"),
+            "scripts": pre_tokenizers.UnicodeScripts,
+            "removal": lambda: pre_tokenizers.Split(" ", "removed"),
+            "several": lambda: pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(False), pre_tokenizers.ByteLevel(False)]
+            ),
+            "bytes without words": lambda: pre_tokenizers.ByteLevel(False, use_regex=False),
+        }.items()
+    },
+    **{
+        f"decoder {name}": _part("decoder", part)
+        for name, part in {
+            "ByteLevel": decoders.ByteLevel,
+            "WordPiece": decoders.WordPiece,
+            "CTC": decoders.CTC,
+            "Metaspace": decoders.Metaspace,
+            "BPE": decoders.BPEDecoder,
+            "Fuse": decoders.Fuse,
+            "Strip": lambda: decoders.Strip(" ", 1, 1),
+            "Replace": lambda: decoders.Replace("e", "3"),
+            "ByteFallback": decoders.ByteFallback,
+        }.items()
+    },
+    "post-processor Template": _part(
+        "post_processor",
+        lambda: processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 5), ("</s>", 6)]
+        ),
+    ),
+    "post-processor Bert": _part(
+        "post_processor", lambda: processors.BertProcessing(("[SEP]", 1), ("[CLS]", 2))
+    ),
+    "post-processor ByteLevel": _part(
+        "post_processor", lambda: processors.ByteLevel(trim_offsets=True)
+    ),
+    "post-processor Roberta": _part(
+        "post_processor", lambda: processors.RobertaProcessing(("</s>", 1), ("<s>", 2))
+    ),
+}
 
 
 def _call(change: Callable[[Tokenizer, Draft], Any]) -> Callable[[Draft], None]:
@@ -244,18 +338,27 @@ TOKENS = {
     "padding": _call(lambda t, draft: t.enable_padding(length=50, pad_id=1, pad_token="<pad>")),
     "padding to multiples": _call(lambda t, draft: t.enable_padding(pad_to_multiple_of=8)),
     "added words": _call(lambda t, draft: t.add_tokens(["question", "outrageous fortune", "the"])),
-    "added with white space": _call(lambda t, draft: t.add_tokens([ADDED("the", lstrip=True, rstrip=True)])),
+    "added with white space": _call(
+        lambda t, draft: t.add_tokens([ADDED("the", lstrip=True, rstrip=True)])
+    ),
     "added single words": _call(lambda t, draft: t.add_tokens([ADDED("is", single_word=True)])),
     "added, normalised": _call(lambda t, draft: t.add_tokens([ADDED("THE", normalized=True)])),
     "special words": _call(lambda t, draft: t.add_special_tokens(["the", "question"])),
     "special white space": _call(lambda t, draft: t.add_special_tokens([ADDED(" ", special=True)])),
     "a special end of line": _call(lambda t, draft: t.add_special_tokens(["\n"])),
-    "several ends": _call(lambda t, draft: t.add_special_tokens(["[SEP]", "<|end_of_text|>", "<eos>"])),
+    "several ends": _call(
+        lambda t, draft: t.add_special_tokens(["[SEP]", "<|end_of_text|>", "<eos>"])
+    ),
     "an end that is a word": _call(lambda t, draft: t.add_tokens(["</s>", "<|endoftext|>"])),
-    "many added": _call(lambda t, draft: t.add_tokens([f"<extra_{i}>" for i in range(70_000)])
-                        if draft.rng.random() < 0.2 else t.add_tokens([f"<x{i}>" for i in range(99)])),
+    "many added": _call(
+        lambda t, draft: (
+            t.add_tokens([f"<extra_{i}>" for i in range(70_000)])
+            if draft.rng.random() < 0.2
+            else t.add_tokens([f"<x{i}>" for i in range(99)])
+        )
+    ),
     "an odd added token": _call(lambda t, draft: t.add_tokens(["\u2581", "é", "\t", "  "])),
-}  # fmt: skip
+}
 
 
 def _json(change: Callable[[dict[str, Any], Random], Any]) -> Callable[[Draft], None]:
@@ -309,27 +412,53 @@ def _bytes(change: Callable[[bytes, Random], bytes]) -> Callable[[Draft], None]:
 
 
 FILES = {
-    "holes in the ids": _json(_holes), "fewer tokens": _json(_fewer),
-    "no merges": _put("model", "merges", value=[]), "no vocabulary": _put("model", "vocab", value={}),
-    "another type": _put("model", "type", value="BPE2"), "no type": _put("model", "type", value=None),
+    "holes in the ids": _json(_holes),
+    "fewer tokens": _json(_fewer),
+    "no merges": _put("model", "merges", value=[]),
+    "no vocabulary": _put("model", "vocab", value={}),
+    "another type": _put("model", "type", value="BPE2"),
+    "no type": _put("model", "type", value=None),
     "a negative id": _json(lambda c, rng: c["model"].__setitem__("vocab", {"a": -1, "b": 0})),
-    "a huge id": _json(lambda c, rng: c["model"].__setitem__(
-        "vocab", {**c["model"]["vocab"], "zzz": rng.choice((2**31, 2**32 - 1, 2**32, 2**40))}
-        if isinstance(c["model"].get("vocab"), dict) else {})),
+    "a huge id": _json(
+        lambda c, rng: c["model"].__setitem__(
+            "vocab",
+            {**c["model"]["vocab"], "zzz": rng.choice((2**31, 2**32 - 1, 2**32, 2**40))}
+            if isinstance(c["model"].get("vocab"), dict)
+            else {},
+        )
+    ),
     "a merge of nothing": _put("model", "merges", value=[["zz", "yy"]]),
-    "a model alone": _json(lambda c, rng: c["model"]), "a list": _json(lambda c, rng: [c]),
-    "another version": _put("version", value="99.0"), "truncation that is odd": _put("truncation", value={
-        "max_length": 0, "strategy": "LongestFirst", "stride": 9, "direction": "Right"}),
+    "a model alone": _json(lambda c, rng: c["model"]),
+    "a list": _json(lambda c, rng: [c]),
+    "another version": _put("version", value="99.0"),
+    "truncation that is odd": _put(
+        "truncation",
+        value={"max_length": 0, "strategy": "LongestFirst", "stride": 9, "direction": "Right"},
+    ),
     "an unknown normaliser": _put("normalizer", value={"type": "Magic"}),
-    "more keys": _put("extra", value=[1, 2]), "no model": _json(lambda c, rng: c.pop("model") and None),
+    "more keys": _put("extra", value=[1, 2]),
+    "no model": _json(lambda c, rng: c.pop("model") and None),
     "added without an id": _put("added_tokens", value=[{"content": "x"}]),
     "cut": _bytes(lambda content, rng: content[: rng.randrange(len(content))]),
     "flipped": _bytes(lambda content, rng: _flip(content, rng)),
-    "no JSON": _bytes(lambda content, rng: rng.choice((
-        b"", b"{}", b"[]", b"null", b"\0", b"\x0a\x09\x0a\x05<unk>", b"1", b"PK\3\4", b"[" * 9999))),
+    "no JSON": _bytes(
+        lambda content, rng: rng.choice(
+            (
+                b"",
+                b"{}",
+                b"[]",
+                b"null",
+                b"\0",
+                b"\x0a\x09\x0a\x05<unk>",
+                b"1",
+                b"PK\3\4",
+                b"[" * 9999,
+            )
+        )
+    ),
     "a mark": _bytes(lambda content, rng: b"\xef\xbb\xbf" + content),
     "in UTF-16": _bytes(lambda content, rng: content.decode().encode("utf-16")),
-}  # fmt: skip
+}
 
 
 def _flip(content: bytes, rng: Random) -> bytes:
@@ -355,9 +484,12 @@ def _hopeful(draft: Draft) -> None:
 
 
 OPTIONS = [
-    *options_of("tokenizer", MODELS), *options_of("encoding", PARTS), *options_of("settings", TOKENS),
-    *options_of("names", FILES), *options_of("layout", {"in a folder": _in_folder, "no file": _no_file}),
-]  # fmt: skip
+    *options_of("tokenizer", MODELS),
+    *options_of("encoding", PARTS),
+    *options_of("settings", TOKENS),
+    *options_of("names", FILES),
+    *options_of("layout", {"in a folder": _in_folder, "no file": _no_file}),
+]
 
 
 def case(number: int, seed: int) -> Case:
