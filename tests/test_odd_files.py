@@ -7,8 +7,9 @@ from random import Random
 import numpy as np
 import pytest
 import tokenizers
-from odd_encodings import drawn, tiff
+from odd_encodings import drawn
 from PIL import Image
+from raw_pictures import tiff
 
 from trainer import data
 from trainer.config import ConfigError, DataConfig

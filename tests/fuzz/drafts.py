@@ -116,6 +116,8 @@ def make_case(
     else:
         chosen, layers = [], set()
         for option in rng.sample(options, len(options)):
+            if option.layer == "damage" and rng.random() < 0.7:
+                continue  # it hides what the others do
             if option.layer not in layers and len(chosen) < rng.choice((2, 2, 3)):
                 chosen.append(option)
                 layers.add(option.layer)

@@ -1,4 +1,4 @@
-"""Fuzz what reads data: `python tests/fuzz/files.py cases=5000 seed=0`, or `only=KIND:NUMBER`.
+"""Fuzz what reads data: `python tests/fuzz/files.py cases=5500 seed=0`, or `only=KIND:NUMBER`.
 
 Every input is made from a seed and a number, read in this process, and judged by one function
 (judge.py): refused with a message, read as the clean input, or read otherwise with a word.
@@ -15,6 +15,7 @@ from pathlib import Path
 
 os.environ.setdefault("RAYON_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["RUST_BACKTRACE"] = "0"
 
 import odd_archives
 import odd_pairs
@@ -94,7 +95,7 @@ def run(
 def main() -> int:
     """Run what the command line asks for, and print a table and each fault."""
     keys = dict(argument.partition("=")[::2] for argument in sys.argv[1:])
-    cases, seed = int(keys.get("cases", 5000)), int(keys.get("seed", 0))
+    cases, seed = int(keys.get("cases", 5500)), int(keys.get("seed", 0))
     with tempfile.TemporaryDirectory(prefix="fuzz-") as name:
         if only := keys.get("only"):
             kind, _, number = only.partition(":")

@@ -1,7 +1,5 @@
 """Archives (.npz) of labelled pictures: odd keys, dtypes, layouts, labels and bytes."""
 
-import struct
-import warnings
 from collections.abc import Callable
 from io import BytesIO
 from random import Random
@@ -12,15 +10,12 @@ import numpy as np
 from drafts import ROOT, Case, Draft, SkipOption, make_case, options_of
 from judge import Anything, Images
 from layouts import LAYOUTS
-from odd_encodings import SIZE, drawn
+from odd_encodings import drawn
+from odd_keys import NAMES, PER_CLASS
+from odd_zips import OTHERS, flipped
+from raw_pictures import SIZE
 
 CLASSES = ("ant", "bee", "cat")
-PER_CLASS = {"train": 3, "valid": 1, "test": 1}
-KEYS = {
-    "train": ("train", "Train", "training", "trn", "train_set", "TRAIN"),
-    "valid": ("valid", "val", "dev", "validation", "Val", "eval"),
-    "test": ("test", "Test", "testing", "tst", "test_set", "TEST"),
-}
 Change = Callable[[np.ndarray, Random], np.ndarray]
 
 
@@ -315,163 +310,15 @@ LABELS = {
 }
 
 
-def _key(template: str, odd: bool = False) -> Callable[[Draft], None]:
-    def apply(draft: Draft) -> None:
-        draft.traits["key"] = template
-        if odd:
-            draft.odd()
-
-    return apply
-
-
-def _spelled(draft: Draft) -> None:
-    draft.traits["spelled"] = {split: draft.rng.choice(names) for split, names in KEYS.items()}
-
-
-def _roles(x: str, y: str, odd: bool = False) -> Callable[[Draft], None]:
-    def apply(draft: Draft) -> None:
-        renamed = draft.traits.setdefault("renamed", {})
-        for split in PER_CLASS:
-            for role, name in (("x", x), ("y", y)):
-                renamed[role, split] = name.format(split=split)
-        if odd:
-            draft.odd()
-
-    return apply
-
-
-def _more(key: str, odd: bool = False) -> Callable[[Draft], None]:
-    """An array more; one that reads like another of the splits may be refused."""
-
-    def apply(draft: Draft) -> None:
-        draft.traits["arrays"][key] = draft.rng.choice((np.zeros(3), np.array("text"), np.zeros(0)))
-        if odd:
-            draft.odd()
-
-    return apply
-
-
-def _without(*keys: str) -> Callable[[Draft], None]:
-    """Without some of the splits: they are cut from train; without a role it is refused."""
-
-    def apply(draft: Draft) -> None:
-        for key in keys:
-            draft.traits["arrays"].pop(key)
-        whole = [key for key in ("valid", "test") if {f"x {key}", f"y {key}"} <= set(keys)]
-        if len(keys) != 2 * len(whole):
-            draft.odd()
-        for split in whole:
-            del draft.clean.splits[split]
-        draft.settings["held_out"] = 0.5
-
-    return apply
-
-
-NAMES = {
-    "splits spelled": _spelled,
-    "split first": _key("{split}_{role}"),
-    "joined": _key("{role}{split}", True),
-    "with a dash": _key("{role}-{split}"),
-    "with a slash": _key("{split}/{role}"),
-    "images and labels": _roles("{split}_images", "{split}_labels"),
-    "image and label": _roles("image_{split}", "label_{split}"),
-    "capitals": _roles("X_{split}", "Y_{split}"),
-    "pixels and targets": _roles("pixels_{split}", "targets_{split}"),
-    "data and labels": _roles("{split}_data", "{split}_labels", True),
-    "without roles": _roles("{split}", "{split}s", True),
-    "an array more": _more("extra"),
-    "mean and std": _more("mean"),
-    "file names": _more("names_train"),
-    "two of train": _more("images_train", True),
-    "an unknown split": _more("x_holdout"),
-    "only train": _without("x valid", "y valid", "x test", "y test"),
-    "no valid": _without("x valid", "y valid"),
-    "no test": _without("x test", "y test"),
-    "no labels of valid": _without("y valid"),
-    "no pictures of test": _without("x test"),
-    "no train": _without("x train", "y train"),
-    "no pictures of train": _without("x train"),
-}
-
-
 def _damaged(change: Callable[[bytes, Random], bytes]) -> Callable[[Draft], None]:
     def apply(draft: Draft) -> None:
         _finish(draft)
         draft.files[f"{ROOT}.npz"] = change(draft.files[f"{ROOT}.npz"], draft.rng)
         draft.odd()
-        if change is _flipped:  # in the directory of a zip that has no check sum: a name, a size
+        if change is flipped:  # in the directory of a zip that has no check sum: a name, a size
             draft.clean = Anything()
 
     return apply
-
-
-def _flipped(content: bytes, rng: Random) -> bytes:
-    changed = bytearray(content)
-    for _ in range(rng.randint(1, 3)):
-        changed[rng.randrange(len(changed))] ^= rng.randint(1, 255)
-    return bytes(changed)
-
-
-def _member(name: str, content: Callable[[Random], bytes]) -> Callable[[bytes, Random], bytes]:
-    """A zip with one member that numpy did not write."""
-
-    def change(before: bytes, rng: Random) -> bytes:
-        file = BytesIO(before)
-        with warnings.catch_warnings(), ZipFile(file, "a") as archive:
-            warnings.simplefilter("ignore")  # a name that is there twice is meant
-            archive.writestr(ZipInfo(name), content(rng))
-        return file.getvalue()
-
-    return change
-
-
-def _header(text: str) -> bytes:
-    header = text.encode().ljust(117) + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header
-
-
-HEADERS = (
-    "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999, 8, 8), }",
-    "{'descr': '|u1', 'fortran_order': False, 'shape': (3000000, 800, 8), }",
-    "{'descr': '|u1', 'fortran_order': False, 'shape': (-3, 8, 8), }",
-    "{'descr': '|u1', 'fortran_order': False, 'shape': (2**80,), }",
-    "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
-    "{'descr': '|V9', 'fortran_order': False, 'shape': (0,), }", "{'descr': ", "[]", "(", "'", "",
-    "{'descr': 'banana', 'fortran_order': False, 'shape': (3,), }", "{'a': 1}", "\\", "1e999",
-)  # fmt: skip
-OTHERS = {
-    "cut": lambda content, rng: content[: int(len(content) * rng.random())],
-    "clipped": lambda content, rng: content[: -rng.randint(1, 30)],
-    "flipped": _flipped,
-    "zeroed": lambda content, rng: content[: len(content) // 2] + bytes(len(content) // 2),
-    "something before": lambda content, rng: b"\0" * rng.randint(1, 50) + content,
-    "something behind": lambda content, rng: content + b"more" * rng.randint(1, 20),
-    "no archive": lambda content, rng: rng.choice(
-        (
-            b"",
-            b"PK",
-            b"PK\3\4",
-            b"text",
-            b"\x93NUMPY",
-            _header("{}"),
-            b"\x80\x04N.",
-            bytes(99),
-            b"PK\5\6" + bytes(18),
-            b"\x1f\x8b\x08",
-        )
-    ),
-    "one array": lambda content, rng: _one_array(),
-    "a member of text": _member("notes.txt", lambda rng: b"hello"),
-    "an odd header": _member("x_more.npy", lambda rng: _header(rng.choice(HEADERS))),
-    "an odd header of train": _member("x_train.npy", lambda rng: _header(rng.choice(HEADERS))),
-    "an empty member": _member("y_train.npy", lambda rng: b""),
-}
-
-
-def _one_array() -> bytes:
-    file = BytesIO()
-    np.save(file, np.zeros((9, 8, 8), np.uint8))
-    return file.getvalue()
 
 
 OPTIONS = [

@@ -7,7 +7,8 @@ from random import Random
 from drafts import Case, Draft, make_case, options_of
 from judge import Pairs
 from layouts import LAYOUTS, NAMES, RUBBISH, Item, placed
-from odd_texts import ASIAN, damaged
+from odd_codecs import ASIAN
+from odd_texts import damaged
 
 Pair = tuple[str, str]
 ROWS = {"train": 30, "valid": 6, "test": 6}

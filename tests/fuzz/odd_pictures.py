@@ -10,7 +10,8 @@ import numpy as np
 from drafts import Case, Draft, SkipOption, make_case, options_of
 from judge import Anything, Images
 from layouts import LAYOUTS, NAMES, ODD_NAMES, RUBBISH, Item, placed
-from odd_encodings import SIZE, WAYS, Way, drawn, png
+from odd_encodings import WAYS, Way, drawn
+from raw_pictures import SIZE, png
 
 CLASSES = ("ant", "bee", "cat")
 COUNTS = {"train": 2, "valid": 1, "test": 1}  # pictures of each class
@@ -128,7 +129,7 @@ def _damaged(change: Callable[[bytes, Random], bytes], skip: bool) -> Callable[[
         if skip:
             draft.settings["on_bad_file"] = "skip"
         checked = before.startswith(b"\x89PNG")  # the other formats have no check sums
-        if change is _flipped and not checked:
+        if change in (_flipped, _zeroed) and not checked:
             draft.clean = Anything()
 
     return apply

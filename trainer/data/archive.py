@@ -45,8 +45,9 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
     except Exception as error:  # of a damaged one numpy, zipfile and Python's parser raise
+        why = " ".join(str(error).split())[:200]  # some of them quote the file
         raise ConfigError(
-            f"{where}: {path} is not an .npz archive of numbers ({error}); data.kind=images reads "
+            f"{where}: {path} is not an .npz archive of numbers ({why}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
         ) from error
     no_array = {key: "no array" for key, array in arrays.items() if isinstance(array, bytes)}
