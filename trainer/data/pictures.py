@@ -3,7 +3,6 @@
 H rows · W columns · C channels of pixels
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +22,14 @@ BACKGROUND = (255, 255, 255)  # behind what is transparent
 def opened(path: str | Path, key: str = "data.path") -> Iterator[Image.Image]:
     """A picture file, whose pixels are not read yet; ConfigError names it where that fails."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:  # Pillow warns, and goes on
+                raise ValueError(
+                    f"{image.width} × {image.height} pixels are more than {limit:,}: it may be a "
+                    "decompression bomb"
+                )
+            yield image
     except ConfigError:
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files
@@ -56,7 +59,7 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     Raises ValueError for modes whose numbers have no stated range.
     """
     turned = ImageOps.exif_transpose(image)
-    plain = _eight_bit(turned)
+    plain = _eight_bit(turned, image.format or "")
     if plain.has_transparency_data or plain.mode in ("La", "RGBa"):
         on = Image.new("RGBA", plain.size, (*BACKGROUND, 255))
         premultiplied = {"La": "LA", "RGBa": "RGBA"}.get(plain.mode)
@@ -66,9 +69,9 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode of 8 bits a channel."""
-    sixteen = image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM"))
+def _eight_bit(image: Image.Image, format: str) -> Image.Image:
+    """The picture in a mode of 8 bits a channel; `format`: of its file, where it is from one."""
+    sixteen = image.mode in SIXTEEN_BIT or (image.mode == "I" and format in ("PNG", "PPM"))
     if sixteen:
         numbers = np.asarray(image).astype(np.int64)
         return Image.fromarray(((numbers * 255 + 32767) // 65535).astype(np.uint8), "L")
