@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
-from omegaconf._utils import get_omega_conf_dumper  # what OmegaConf.to_yaml writes with
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # what OmegaConf itself uses
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.config import ConfigError
@@ -182,9 +182,8 @@ def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
     """
     path = _config_path(run_dir, key)
     try:
-        plain = protected(OmegaConf.to_container(OmegaConf.load(path)))
-        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), plain)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), protected(_read_yaml(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(
             f"{path} does not fit this version: {str(error).splitlines()[0]}"
         ) from error
@@ -202,11 +201,16 @@ def to_yaml(config: TrainConfig) -> str:
     )  # fmt: skip
 
 
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file says, with numbers as OmegaConf reads them, and nothing interpolated."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+
+
 def saved_values(run_dir: str | Path) -> dict[str, Any]:
     """What config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
     path = _config_path(run_dir)
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path))
+        values = _read_yaml(path)
         if not isinstance(values, dict):
             raise ValueError("it holds no keys")
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:

@@ -3,7 +3,6 @@
 H rows · W columns · C channels of pixels
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +22,14 @@ BACKGROUND = (255, 255, 255)  # behind what is transparent
 def opened(path: str | Path, key: str = "data.path") -> Iterator[Image.Image]:
     """A picture file, whose pixels are not read yet; ConfigError names it where that fails."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                yield image
+        with Image.open(path) as image:
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit and image.width * image.height > limit:  # Pillow warns, and goes on
+                raise ValueError(
+                    f"{image.width} × {image.height} pixels are more than {limit:,}: it may be a "
+                    "decompression bomb"
+                )
+            yield image
     except ConfigError:
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files

@@ -170,7 +170,7 @@ def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Re
                 piece for part in of_split for piece in pieces(part, config.document_separator)
             )
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
-            if splits[split]["tokens"] < 2:
+            if splits[split]["blank"] or splits[split]["tokens"] < 2:
                 raise ConfigError(f"data.path={config.path}: the {split} split holds no text")
     return describe(tokenizer) | {"splits": splits}
 
@@ -183,7 +183,7 @@ def _write_split(
 ) -> Record:
     dtype = token_dtype(tokenizer)
     tokens = characters = largest_id = lost = 0
-    rare = rare_characters([])
+    rare, blank = rare_characters([]), True
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
@@ -196,7 +196,8 @@ def _write_split(
                 file.write(ids_n.tobytes())
                 tokens += len(ids_n)
                 characters += len(text)
+                blank = blank and text.isspace()
                 largest_id = max(largest_id, int(ids_n.max(initial=0)))
                 advance(len(text.encode()))
     found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
-    return found_here | {"lost": lost, "rare": rare}
+    return found_here | {"lost": lost, "rare": rare, "blank": blank}

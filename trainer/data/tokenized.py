@@ -175,10 +175,10 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     return ids, sum(map(characters_lost, texts, decoded))
 
 
-# Characters that a text hardly has on purpose, with what they come from.
+# Characters that a text hardly has on purpose.
 RARE = {
-    "\\r": "carriage returns, of lines that end as on Windows or an old Mac",
-    "[\\x00-\\x08\\x0e-\\x1f\\x7f]": "control characters, of a terminal or of another encoding",
+    "\\r": "carriage returns",  # of lines that end as on Windows or an old Mac
+    "[\\x00-\\x08\\x0e-\\x1f\\x7f]": "control characters",  # of a terminal, or ISO-2022
 }
 
 
@@ -192,7 +192,7 @@ def rare_characters(texts: Iterable[str]) -> Counter[str]:
 
 def _rare_notes(record: Record) -> list[str]:
     total: Counter[str] = sum((Counter(e["rare"]) for e in record["splits"].values()), Counter())
-    return [f"the text has {count:,} {kind}; they are learned" for kind, count in total.items()]
+    return [f"{count:,} {kind}, which are learned as they are" for kind, count in total.items()]
 
 
 def check_ids(folder: Path, record: Record) -> None:
