@@ -18,6 +18,7 @@ from trainer.data.dataset import DataFacts, SplitFacts
 from trainer.data.folders import split_of
 from trainer.data.pictures import pixels_of
 from trainer.data.record import read_record, write_record
+from trainer.data.source import Part, read_text
 from trainer.tokenizer import Tokenizer
 
 WORDS = "the question is whether it is nobler in the mind to suffer\n" * 40
@@ -163,6 +164,16 @@ def prepared(folder, name, content, **settings):
 def test_rare_characters_are_said(tmp_path, text, note):
     _, facts = prepared(tmp_path, "book.txt", text)
     assert any(note in said for said in facts.notes) if note else not facts.notes
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 5])
+def test_a_byte_order_mark_in_any_block_is_no_text(tmp_path, monkeypatch, block):
+    monkeypatch.setattr("trainer.data.source.BLOCK", block)
+    path = tmp_path / "book.txt"
+    path.write_bytes("\ufeffé\ufeff\n".encode())
+    size = path.stat().st_size
+    assert "".join(read_text(Part(path, 0, size))) == "é\ufeff\n"
+    assert "".join(read_text(Part(path, 5, size))) == "\ufeff\n"
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE.txt", "readme.rst"])

@@ -79,7 +79,10 @@ def _range_of(image: Image.Image) -> tuple[int, bool]:
     tags = getattr(image, "tag_v2", {})
     bits, photometric, kinds = (tags.get(tag) for tag in (258, 262, 339))
     if set(np.ravel(kinds or 1)) - {1, 4}:  # whole numbers without a sign, or nothing said
-        raise ValueError("its numbers have a sign or fractions, and so no stated range")
+        raise ValueError(
+            f"mode {image.mode} has numbers of no stated range, with a sign or fractions; save it "
+            "with 8 or 16 bits a channel"
+        )
     return (1 << max(np.ravel(bits or 16))) - 1, photometric == 0
 
 

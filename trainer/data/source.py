@@ -247,7 +247,7 @@ def read_text(part: Part) -> Iterator[str]:
     Raises ConfigError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
-    position = part.start
+    position, first = part.start, part.start == 0
     try:
         with part.path.open("rb") as file:
             file.seek(position)
@@ -258,7 +258,9 @@ def read_text(part: Part) -> Iterator[str]:
                     raise ConfigError(_not_text(part.path, position + max(0, nul), block))
                 final = position + len(block) >= part.end or not block
                 text = decoder.decode(block, final)
-                yield text.removeprefix("\ufeff") if position == 0 else text
+                if text and first:
+                    text, first = text.removeprefix("\ufeff"), False
+                yield text
                 position = part.end if final else position + len(block)
     except UnicodeDecodeError as error:
         at, byte = position - pending + error.start, error.object[error.start]
