@@ -135,6 +135,14 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path, monkeypatch):
         (tmp_path / "x.png").write_bytes(content)
         with pytest.raises(ConfigError, match=r"^prompt: .*x\.png cannot be read as an image"):
             read_image(str(tmp_path / "x.png"), SIDE, 3)
+    for content in (b"", b"no", b"\x93NUMPY\x01\x00\x08\x00{{{{{{{{"):
+        (tmp_path / "x.npy").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"x\.npy cannot be read as an image"):
+            read_image(str(tmp_path / "x.npy"), SIDE, 3)
+    with (tmp_path / "x.npy").open("wb") as file:
+        np.savez(file, x=noise)  # an archive under another name
+    with pytest.raises(ConfigError, match=r"x\.npy is <U1"):
+        read_image(str(tmp_path / "x.npy"), SIDE, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # Pillow warns, and goes on
     with (
         pytest.warns(Image.DecompressionBombWarning),
@@ -165,6 +173,7 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
     facts = data.prepare(config)
     assert sum(facts.samples.values()) == 24 - 5 and len(facts.left_out) == 5
     assert all(why.startswith("damaged: ") for why in facts.left_out.values())
+    assert str(tmp_path) not in "".join(facts.left_out.values())  # alike reasons are counted
     assert data.prepare(config) == facts
     for split in facts.samples:
         dataset = data.open_split(config, split)

@@ -126,9 +126,9 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
         alike = {scale}  # a dark split beside a brighter train
     if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or alike == {"uint8", "whole"}):
         raise ConfigError(
-            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8, uint16 of "
-            "its whole range, floats from 0 to 1, or whole numbers from 0 to 255, alike in all "
-            "splits"
+            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16 "
+            "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, alike in "
+            "all splits"
         )
     if scale in ("uint8", "whole"):
         pixels = images.astype(np.uint8)

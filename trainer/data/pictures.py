@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.config import ConfigError
 
@@ -40,6 +40,8 @@ def opened(
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files
         why = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            why = "cannot identify its format"
         raise ConfigError(f"{key}: {path} cannot be read as an image: {why}") from error
 
 
