@@ -131,6 +131,8 @@ def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
     facts = data.prepare(config("images", on_bad_file="skip", held_out=0.2))
     assert sum(facts.samples.values()) == 22
     assert facts.left_out == {"2 images of train": "damaged"}
+    with pytest.raises(ConfigError, match=message):  # what was left out is not taken over
+        data.prepare(config("images"))
 
 
 def test_pictures_of_two_sizes_are_refused(config, tmp_path):

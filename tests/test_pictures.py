@@ -175,6 +175,10 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
     assert all(why.startswith("damaged: ") for why in facts.left_out.values())
     assert str(tmp_path) not in "".join(facts.left_out.values())  # alike reasons are counted
     assert data.prepare(config) == facts
+    config.on_bad_file = "stop"
+    with pytest.raises(ConfigError, match=message):  # what was left out is not taken over
+        data.prepare(config)
+    config.on_bad_file = "skip"
     for split in facts.samples:
         dataset = data.open_split(config, split)
         assert all(dataset.sample(i, None) for i in range(len(dataset)))
