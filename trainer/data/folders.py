@@ -98,14 +98,30 @@ def walk(
             yield entry
 
 
-def unwrapped(root: Path, left_out: dict[str, str]) -> Path:
-    """Return the folder inside that holds the data: the only entry of each one around it."""
+def unwrapped(
+    root: Path, held: Callable[[Path], list[Path]], wraps: Callable[[Path], bool]
+) -> Path:
+    """Return the folder inside that holds the data: the only entry with data in each around it.
+
+    `held` lists a folder's entries with data; `wraps` says whether one is a folder of others.
+    """
     while True:
-        seen: dict[str, str] = {}
-        found = [e for e in entries(root, root, seen) if not is_document(e.name)]
-        if len(found) != 1 or not found[0].is_dir() or split_of(found[0].name):
+        found = [entry for entry in held(root) if not is_document(entry.name)]
+        if len(found) != 1 or split_of(found[0].name) or not wraps(found[0]):
             return root
         root = found[0]
+
+
+def refuse_inner_splits(where: str, files: Collection[Path], root: Path) -> None:
+    """Raise ConfigError if what is about to be read as one has splits further down."""
+    for path in files:
+        parts = path.relative_to(root).parts
+        if len(parts) > 1 and any(split_of(part) in ("valid", "test") for part in parts):
+            raise ConfigError(
+                f"{where} can be read in two ways: all of it alike, or {'/'.join(parts)} and "
+                "others as splits; for the first, move all of it into a folder train/; for the "
+                "second, put the splits of all folders into folders train/, valid/ and test/"
+            )
 
 
 def is_document(name: str) -> bool:

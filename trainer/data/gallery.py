@@ -84,9 +84,12 @@ def list_gallery(config: DataConfig, root: Path) -> Gallery:
     Raises ConfigError where there are none, or where folders could be read in two ways.
     """
     where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
-    inner = unwrapped(root, left_out)
-    if _pictures_in(inner, root, {}):  # one class alone is no wrapper
-        inner = root
+    # A folder that holds pictures itself is a class, be it the only one.
+    inner = unwrapped(
+        root,
+        lambda folder: _with_pictures(folder, root, {}),
+        lambda entry: bool(_class_folders(entry, root)),
+    )
     if inner != root:
         notes.append(f"all of it is in {inner.relative_to(root)}/")
     named = _split_folders(where, inner, root, left_out)

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.folders import SPLITS, Listing, entries, split_of, splits_of, unwrapped, walk
+from trainer.data.folders import (
+    SPLITS,
+    Listing,
+    entries,
+    refuse_inner_splits,
+    split_of,
+    splits_of,
+    unwrapped,
+    walk,
+)
 
 BUNDLED = {
     "shakespeare": ("text", "shakespeare"),
@@ -86,16 +95,18 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     if root.is_file():
         return Listing({"train": [root]})
     where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
-    inner = unwrapped(root, left_out)
+    inner = unwrapped(
+        root,
+        lambda folder: [e for e, inside in _with_text(config, folder, root, {}).items() if inside],
+        Path.is_dir,
+    )
     if inner != root:
         notes.append(f"all of it is in {inner.relative_to(root)}/")
-    files = {
-        entry: _text_files(config, entry, root, left_out)
-        for entry in entries(inner, root, left_out)
-    }
-    found = [entry for entry, inside in files.items() if inside or split_of(entry.name)]
+    files = _with_text(config, inner, root, left_out)
+    found = [entry for entry in files if files[entry] or split_of(entry.name)]
     named, others = splits_of(where, found, lambda entry: True)
     if not named:
+        refuse_inner_splits(where, [path for entry in others for path in files[entry]], inner)
         named, others = {"train": others}, []
     for entry in others:
         left_out[str(entry.relative_to(root))] = "beside the splits"
@@ -109,6 +120,14 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     if not splits["train"]:
         raise ConfigError(f"{where} holds no {_readable(config)} file")
     return Listing({s: splits[s] for s in SPLITS if s in splits}, left_out, notes)
+
+
+def _with_text(
+    config: DataConfig, folder: Path, root: Path, left_out: dict[str, str]
+) -> dict[Path, list[Path]]:
+    """The files that each entry of a folder is read from."""
+    found = entries(folder, root, left_out)
+    return {entry: _text_files(config, entry, root, left_out) for entry in found}
 
 
 def _text_files(

@@ -55,7 +55,9 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
             tokens=entry["tokens"], characters=entry["characters"], lost=entry["lost"],
         ) for split, entry in found.record["splits"].items()
     }  # fmt: skip
-    return found.facts(splits)
+    returns = sum(entry["carriage_returns"] for entry in found.record["splits"].values())
+    notes = [f"{returns:,} carriage returns, which are learned as they are"] if returns else []
+    return found.facts(splits, notes)
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Text":
@@ -169,7 +171,7 @@ def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Re
                 piece for part in of_split for piece in pieces(part, config.document_separator)
             )
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
-            if splits[split]["tokens"] < 2:
+            if splits[split]["blank"] or splits[split]["tokens"] < 2:
                 raise ConfigError(f"data.path={config.path}: the {split} split holds no text")
     return describe(tokenizer) | {"splits": splits}
 
@@ -181,7 +183,8 @@ def _write_split(
     advance: Callable[[int], None],
 ) -> Record:
     dtype = token_dtype(tokenizer)
-    tokens = characters = largest_id = lost = 0
+    tokens = characters = largest_id = lost = returns = 0
+    blank = True
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
@@ -193,7 +196,9 @@ def _write_split(
                 file.write(ids_n.tobytes())
                 tokens += len(ids_n)
                 characters += len(text)
+                returns += text.count("\r")
+                blank = blank and text.isspace()
                 largest_id = max(largest_id, int(ids_n.max(initial=0)))
                 advance(len(text.encode()))
     found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
-    return found_here | {"lost": lost}
+    return found_here | {"lost": lost, "carriage_returns": returns, "blank": blank}
