@@ -6,13 +6,12 @@ N images · H rows · W columns · C channels
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.folders import SPLITS, split_of
+from trainer.data.folders import FILLERS, SPLITS, split_of
 from trainer.data.gallery import Shape, Table
 from trainer.data.order import permutation
 from trainer.data.pictures import pixels_of
@@ -42,7 +41,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
-    except (OSError, EOFError, ValueError, TypeError, AttributeError, BadZipFile) as error:
+    except Exception as error:  # zip, zlib and numpy raise what they like on damaged files
         raise ConfigError(
             f"{where}: {path} is not an .npz archive of numbers ({error}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
@@ -92,7 +91,8 @@ def _roles(
     for key in arrays:
         words = re.findall(r"[^\W\d_]+", key.lower())
         roles = {ROLES[word] for word in words if word in ROLES}
-        split = split_of("_".join(word for word in words if word not in ROLES))
+        others = [word for word in words if word not in ROLES and word not in FILLERS]
+        split = split_of(others[0]) if len(others) == 1 else None  # x_train_mean is another thing
         if key == "classes":
             continue
         if len(roles) != 1 or not split:
@@ -122,10 +122,13 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     scale = scale or _scale(images)
     low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
     top, alike = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
+    if scale == "uint16" and images.dtype == np.uint16:
+        alike = {scale}  # a dark split beside a brighter train
     if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or alike == {"uint8", "whole"}):
         raise ConfigError(
-            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16, "
-            "floats from 0 to 1, or whole numbers from 0 to 255, alike in all splits"
+            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16 "
+            "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, alike in "
+            "all splits"
         )
     if scale in ("uint8", "whole"):
         pixels = images.astype(np.uint8)
@@ -144,12 +147,16 @@ TOPS = {
     "uint16": 65535.0,
     "share": 1.0,
     "fraction": -1.0,
+    "few bits": -1.0,  # 12 bits in 16, or dark: 8 bits of the range would keep 16 shades
 }
 
 
 def _scale(images: np.ndarray) -> str:
     """What range an array of pixels has: by its dtype or, of other numbers, by their values."""
-    if images.dtype.name in ("bool", "uint8", "uint16"):
+    if images.dtype == np.uint16:
+        most = int(images.max(initial=0))
+        return "whole" if most <= 255 else "few bits" if most < 1 << 12 else "uint16"
+    if images.dtype.name in ("bool", "uint8"):
         return images.dtype.name
     if images.dtype.kind == "f":
         if images.size and float(images.max()) <= 1.0:
@@ -169,11 +176,21 @@ def _labels(
         found[split] = _column(f"{where}: {y}", arrays[y])
     if found["train"].dtype.kind == "U":
         class_names = tuple(map(str, np.unique(found["train"])))
+        if number := next((s for s, column in found.items() if column.dtype.kind != "U"), None):
+            raise ConfigError(
+                f"{where}: labels of train are words, those of {number} numbers; give words alike"
+            )
         if "classes" in arrays:
             raise ConfigError(f"{where}: labels are words, and `classes` names them again")
     else:
         count = int(found["train"].max(initial=-1)) + 1
-        class_names = tuple(str(name) for name in np.ravel(arrays.get("classes", range(count))))
+        if count > len(found["train"]) and "classes" not in arrays:
+            raise ConfigError(
+                f"{where}: {names['train'][1]} holds labels up to {count - 1} for "
+                f"{len(found['train'])} images; labels must be whole numbers from 0 to less than "
+                "the number of classes: number them anew, or name all of them in `classes`"
+            )
+        class_names = tuple(map(str, _text(np.ravel(arrays.get("classes", range(count))))))
     if len(set(class_names)) < len(class_names):
         raise ConfigError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
     rows = {name: row for row, name in enumerate(class_names)}
@@ -194,8 +211,7 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
     """Labels as one whole number, or one word, for each image."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    if labels.dtype.kind == "S":
-        labels = labels.astype("U")
+    labels = _text(labels)
     whole = labels.dtype.kind in "biuU" or (
         labels.dtype.kind == "f" and bool((labels == np.rint(labels)).all())
     )
@@ -205,3 +221,13 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
             "one word, for each image"
         )
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
+
+
+def _text(names: np.ndarray) -> np.ndarray:
+    """Names in bytes as text: UTF-8, else Latin-1; others as they are."""
+    if names.dtype.kind != "S":
+        return names
+    try:
+        return np.char.decode(names, "utf-8")
+    except UnicodeDecodeError:
+        return np.char.decode(names, "latin-1")
