@@ -266,22 +266,6 @@ def test_hugging_face_pairs(hugging_face):
             data.prepare(config)
 
 
-def test_rows_with_an_empty_cell_are_left_out_and_said(hugging_face, caplog):
-    rows = [{"a": f"day {i}", "b": f"Tag {i} {TEXT[:60]}", "c": "x"} for i in range(40)]
-    rows[3]["b"] = rows[5]["a"] = None
-    rows[7]["b"] = "  "
-    config = hugging_face("pairs", train=rows, test=rows[:8])
-    config.fields = ["b", "a"]
-    facts = data.prepare(config)
-    assert facts.samples["test"] == 5 and "3 rows of test have an empty cell" in caplog.text
-    assert facts.left_out["3 rows of train"] == "a cell is empty"
-    test = data.open_split(config, "test")
-    assert "None" not in {test.source_text(i) for i in range(5)} and test.reference(0) == "day 0"
-    texts = [{"text": TEXT}, {"text": None}, {"text": TEXT}]
-    text = hugging_face("text", train=texts, validation=texts, test=texts)
-    assert data.prepare(text).left_out["1 rows of valid"] == "a cell is empty"
-
-
 def test_hugging_face_images(hugging_face, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 4, 4), dtype=np.uint8)
     rows = datasets.Dataset.from_dict(

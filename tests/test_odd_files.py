@@ -35,14 +35,13 @@ def archive(folder, **changes):
     return read_archive(DataConfig(kind="images", path=str(path)), path).tables
 
 
-@pytest.mark.parametrize("factor, bits", [(1, 8), (4, 10), (16, 12)])
-def test_sixteen_bits_that_hold_fewer_are_refused(tmp_path, factor, bits):
-    with pytest.raises(
-        ConfigError, match=f"uint16 but holds nothing above {int(GREY.max()) * factor}"
-    ):
-        archive(tmp_path, x_train=GREY.astype(np.uint16) * factor)
-    whole = archive(tmp_path, x_train=GREY.astype(np.uint16) * 257)["train"]
-    assert (whole.pixels[..., 0] == GREY).all()
+@pytest.mark.parametrize("factor", [4, 16])
+def test_sixteen_bits_that_hold_fewer_are_refused(tmp_path, factor):
+    thin = GREY.astype(np.uint16) * factor
+    with pytest.raises(ConfigError, match=f"x_train is uint16 from .* to {thin.max()}"):
+        archive(tmp_path, x_train=thin)
+    for whole in (GREY.astype(np.uint16) * 257, GREY.astype(np.uint16)):
+        assert (archive(tmp_path, x_train=whole)["train"].pixels[..., 0] == GREY).all()
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int64", "uint16", "bool", "float32", "int8"])
@@ -65,8 +64,8 @@ def test_class_names_in_bytes_are_words(tmp_path, names):
     assert archive(tmp_path, classes=encoded)["train"].class_names == tuple(names)
     found = archive(tmp_path, y_train=encoded[np.arange(6) % 3])["train"]
     assert found.class_names == tuple(sorted(names))
-    with pytest.raises(ConfigError, match="not UTF-8"):
-        archive(tmp_path, classes=np.array([b"\xff", b"b", b"c"]))
+    latin = archive(tmp_path, classes=np.array([b"\xe4", b"b", b"c"]))["train"]
+    assert latin.class_names == ("ä", "b", "c")
 
 
 def test_labels_without_images_are_refused(tmp_path):

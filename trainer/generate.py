@@ -280,8 +280,8 @@ def read_image(name: str, size: int, channels: int) -> NDArray[np.uint8]:
         raise ConfigError("prompt is empty; it must be a .png or .npy file, or e.g. test:0")
     if Path(name).suffix == ".npy":
         try:
-            pixels = np.load(name, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            pixels = np.asarray(np.load(name, allow_pickle=False))
+        except Exception as error:  # numpy raises what it likes on damaged files
             raise ConfigError(
                 f"prompt={name} cannot be read as an image ({error}); it must be a .png or .npy "
                 "file, or e.g. test:0"

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from trainer.config import ConfigError, DataConfig
-from trainer.data.folders import SPLITS, split_of
+from trainer.data.folders import FILLERS, SPLITS, split_of
 from trainer.data.gallery import Shape, Table
 from trainer.data.order import permutation
 from trainer.data.pictures import pixels_of
@@ -20,9 +20,6 @@ ROLES = {
     **dict.fromkeys(("x", "image", "images", "pixels"), "x"),
     **dict.fromkeys(("y", "label", "labels", "target", "targets"), "y"),
 }
-
-
-MOST_CLASSES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
-    except Exception as error:  # of a damaged one numpy, zipfile and Python's parser raise
+    except Exception as error:  # zip, zlib and numpy raise what they like on damaged files
         why = " ".join(str(error).split())[:200]  # some of them quote the file
         raise ConfigError(
             f"{where}: {path} is not an .npz archive of numbers ({why}); data.kind=images reads "
@@ -103,7 +100,8 @@ def _roles(
     for key in arrays:
         words = re.findall(r"[^\W\d_]+", key.lower())
         roles = {ROLES[word] for word in words if word in ROLES}
-        split = split_of("_".join(word for word in words if word not in ROLES))
+        others = [word for word in words if word not in ROLES and word not in FILLERS]
+        split = split_of(others[0]) if len(others) == 1 else None  # x_train_mean is another thing
         if key == "classes":
             continue
         if len(roles) != 1 or not split:
@@ -133,18 +131,15 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     scale = scale or _scale(images)
     low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
     top, alike = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
+    if scale == "uint16" and images.dtype == np.uint16:
+        alike = {scale}  # a dark split beside a brighter train
     bytes_alike = alike <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
     bytes_alike |= scale == "bool" and images.dtype.kind in "biu"
     if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or bytes_alike):
         raise ConfigError(
-            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16, "
-            "floats from 0 to 1, or whole numbers from 0 to 255, alike in all splits"
-        )
-    if images.dtype == np.uint16 and scale == "uint16" and 0 < high < FAINT:
-        raise ConfigError(
-            f"{where} is uint16 but holds nothing above {high:g}, so all of it would be black or "
-            "nearly so; save what has 8 bits as uint8, and multiply what has 10 to 14 bits so that "
-            "it fills 16"
+            f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16 "
+            "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, alike in "
+            "all splits"
         )
     if scale in ("uint8", "whole"):
         pixels = images.astype(np.uint8)
@@ -155,7 +150,6 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     return pixels, scale
 
 
-FAINT = 1 << 14  # 16-bit pictures of fewer bits than that are none
 # The largest number of each range; floats of other values mean nothing that is known.
 TOPS = {
     "bool": 1.0,
@@ -164,6 +158,7 @@ TOPS = {
     "uint16": 65535.0,
     "share": 1.0,
     "fraction": -1.0,
+    "few bits": -1.0,  # 12 bits in 16, or dark: 8 bits of the range would keep 16 shades
 }
 
 
@@ -171,7 +166,10 @@ def _scale(images: np.ndarray) -> str:
     """What range an array of pixels has: by its dtype or, of other numbers, by their values."""
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() == 1:
         return "bool"
-    if images.dtype.name in ("bool", "uint8", "uint16"):
+    if images.dtype == np.uint16:
+        most = int(images.max(initial=0))
+        return "whole" if most <= 255 else "few bits" if most < 1 << 12 else "uint16"
+    if images.dtype.name in ("bool", "uint8"):
         return images.dtype.name
     if images.dtype.kind == "f":
         if images.size and float(images.max()) <= 1.0:
@@ -191,17 +189,21 @@ def _labels(
         found[split] = _column(f"{where}: {y}", arrays[y])
     if found["train"].dtype.kind == "U":
         class_names = tuple(map(str, np.unique(found["train"])))
+        if number := next((s for s, column in found.items() if column.dtype.kind != "U"), None):
+            raise ConfigError(
+                f"{where}: labels of train are words, those of {number} numbers; give words alike"
+            )
         if "classes" in arrays:
             raise ConfigError(f"{where}: labels are words, and `classes` names them again")
     else:
         count = int(found["train"].max(initial=-1)) + 1
-        if count > MOST_CLASSES and "classes" not in arrays:
+        if count > len(found["train"]) and "classes" not in arrays:
             raise ConfigError(
-                f"{where}: {names['train'][1]} holds {count - 1}; labels must be whole numbers "
-                f"from 0 to the number of classes less one, at most {MOST_CLASSES - 1}"
+                f"{where}: {names['train'][1]} holds labels up to {count - 1} for "
+                f"{len(found['train'])} images; labels must be whole numbers from 0 to less than "
+                "the number of classes: number them anew, or name all of them in `classes`"
             )
-        given = np.ravel(arrays["classes"]) if "classes" in arrays else np.arange(max(0, count))
-        class_names = tuple(map(str, _words(f"{where}: `classes`", given)))
+        class_names = tuple(map(str, _text(np.ravel(arrays.get("classes", range(count))))))
     if len(set(class_names)) < len(class_names):
         raise ConfigError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
     rows = {name: row for row, name in enumerate(class_names)}
@@ -222,10 +224,10 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
     """Labels as one whole number, or one word, for each image."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    labels = _words(where, labels)
+    labels = _text(labels)
     whole = labels.dtype.kind in "biuU" or (
         labels.dtype.kind == "f"
-        and bool((labels == np.rint(labels)).all() and (abs(labels) <= MOST_CLASSES).all())
+        and bool((labels == np.rint(labels)).all() and (abs(labels) < 1 << 31).all())
     )
     if labels.ndim != 1 or not whole:
         raise ConfigError(
@@ -235,11 +237,11 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
-def _words(where: str, array: np.ndarray) -> np.ndarray:
-    """Bytes as the words that they spell in UTF-8; anything else as it is."""
-    if array.dtype.kind != "S":
-        return array
+def _text(names: np.ndarray) -> np.ndarray:
+    """Names in bytes as text: UTF-8, else Latin-1; others as they are."""
+    if names.dtype.kind != "S":
+        return names
     try:
-        return np.char.decode(array, "utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{where} is not UTF-8 ({error}); save it as words") from error
+        return np.char.decode(names, "utf-8")
+    except UnicodeDecodeError:
+        return np.char.decode(names, "latin-1")

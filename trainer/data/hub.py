@@ -3,14 +3,15 @@
 import logging
 from importlib import import_module
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
+from trainer.data import pictures
 from trainer.data.folders import split_of
-from trainer.data.pictures import GREY, pixels_of
 from trainer.data.prepared import Record, build, opened, prepared_folder
 from trainer.data.source import Part, name_of
 
@@ -35,7 +36,8 @@ def located(config: DataConfig) -> Path:
     local = Path(config.path.removeprefix("hf:"))
     files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
     fingerprints: list[Any] = [Part(path, 0, 0).fingerprint() for path in files]
-    ingredients = [config.path, config.fields, config.document_separator, *fingerprints]
+    settings = [config.path, config.fields, config.document_separator, config.on_bad_file]
+    ingredients = [*settings, *fingerprints]
     return prepared_folder(config, f"hf-{name_of(config)}", ingredients)
 
 
@@ -57,13 +59,16 @@ def exported(config: DataConfig) -> Path:
 def _write(config: DataConfig, folder: Path) -> Record:
     splits, left_out = _load(config)
     columns = _columns(config, splits["train"])
-    rows = {split: _complete(config, found, columns) for split, found in splits.items()}
+    rows = {split: _complete(config, split, found, columns) for split, found in splits.items()}
     for split, found in rows.items():
         if missing := len(splits[split]) - len(found):
             log.warning("%d rows of %s have an empty cell and are left out", missing, split)
             left_out[f"{missing} rows of {split}"] = "a cell is empty"
     if config.kind == "images":
-        _save_arrays(config, rows, splits["train"].features[columns[1]], folder / "images.npz")
+        arrays = _arrays(config, rows, left_out)
+        if names := getattr(splits["train"].features[columns[1]], "names", None):
+            arrays["classes"] = np.array(names)
+        np.savez(folder / "images.npz", **arrays)
     for split, found in rows.items():
         if config.kind == "text":
             text = (config.document_separator or "\n").join(texts[0] for texts in found)
@@ -125,21 +130,41 @@ def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
 
 def _flat_names(rows: Any) -> list[str]:
     """The columns, and those inside a column that is a dict of languages."""
-    first = rows[0] if len(rows) else {}
-    inner = first.get("translation")
-    within = [f"translation.{language}" for language in inner] if isinstance(inner, dict) else []
+    inner = rows.features.get("translation")
+    languages = list(getattr(inner, "languages", inner if isinstance(inner, dict) else ()))
+    if not languages:
+        return list(rows.column_names)
+    within = [f"translation.{language}" for language in languages]
     return [name for name in rows.column_names if name != "translation"] + within
 
 
-def _complete(config: DataConfig, rows: Any, columns: tuple[str, ...]) -> list[tuple[Any, ...]]:
+def _complete(
+    config: DataConfig, split: str, rows: Any, columns: tuple[str, ...]
+) -> list[tuple[Any, ...]]:
     """The cells of the columns, of the rows in which none of them is empty."""
     found = []
-    for row in rows:
-        cells = tuple(_cell(row, column) for column in columns)
-        empty = any(cell is None for cell in cells)
-        blank = config.kind == "pairs" and any(not str(cell).strip() for cell in cells)
-        if not empty and not blank:
-            found.append(cells)
+    try:
+        for name, feature in rows.features.items():
+            if type(feature).__name__ == "Image":  # decoded here, as all pictures are
+                rows = rows.cast_column(name, type(feature)(decode=False))
+        for row in rows:
+            cells = tuple(_cell(row, column) for column in columns)
+            empty = any(cell is None for cell in cells)
+            blank = config.kind == "pairs" and any(not str(cell).strip() for cell in cells)
+            if not empty and not blank:
+                found.append(cells)
+    except Exception as error:  # the library raises what its many back ends do
+        raise ConfigError(
+            f"data.path={config.path}: the {split} split cannot be read: {error}"
+        ) from error
+    allowed: tuple[type, ...] = (str,) if config.kind == "text" else (str, int, float)
+    for cells in found if config.kind != "images" else []:
+        for column, cell in zip(columns, cells, strict=True):
+            if not isinstance(cell, allowed):
+                raise ConfigError(
+                    f"data.path={config.path}: the column {column} of the {split} split holds a "
+                    f"{type(cell).__name__}; data.kind={config.kind} reads text, set data.fields"
+                )
     return found
 
 
@@ -150,33 +175,54 @@ def _cell(row: dict[str, Any], column: str) -> Any:
     return (row[outer] or {}).get(inner)
 
 
-def _save_arrays(
-    config: DataConfig, splits: dict[str, list[tuple[Any, ...]]], feature: Any, path: Path
-) -> None:
-    arrays: dict[str, Any] = {}
-    modes = {image.mode for rows in splits.values() for image, _ in rows if hasattr(image, "mode")}
-    channels = 1 if modes <= set(GREY) else 3
+def _arrays(
+    config: DataConfig, splits: dict[str, list[tuple[Any, ...]]], left_out: dict[str, str]
+) -> dict[str, Any]:
+    """Images x and labels y of each split; those that are damaged go to `left_out`, if allowed."""
+    read: dict[str, list[tuple[np.ndarray, Any]]] = {}
     for split, rows in splits.items():
-        images = [_pixels(config, split, image, channels) for image, _ in rows]
+        read[split], damaged = [], []
+        for number, (image, label) in enumerate(rows):
+            try:
+                read[split].append((_pixels(config, f"image {number} of {split}", image), label))
+            except ConfigError as error:
+                damaged.append(str(error))
+        if damaged and config.on_bad_file == "stop":
+            more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise ConfigError(
+                f"{damaged[0]}{more}; put them right, or leave them out with data.on_bad_file=skip"
+            )
+        if damaged:
+            log.warning("%d images of %s are damaged and are left out", len(damaged), split)
+            left_out[f"{len(damaged)} images of {split}"] = "damaged"
+    channels = max((image.shape[-1] for rows in read.values() for image, _ in rows), default=1)
+    arrays: dict[str, Any] = {}
+    for split, found in read.items():
+        images = [
+            image.repeat(3, -1) if (image.shape[-1], channels) == (1, 3) else image
+            for image, _ in found
+        ]
         shapes = {picture.shape for picture in images}
         if len(shapes) != 1:
+            sizes = ", ".join(map(str, sorted(shapes))) or "none"
             raise ConfigError(
-                f"data.path={config.path}: the {split} split has images of shapes {shapes}; all "
+                f"data.path={config.path}: the {split} split has images of the shapes {sizes}; all "
                 "must have one shape"
             )
-        labels = np.array([label for _, label in rows])
+        labels = np.array([label for _, label in found])
         arrays |= {f"x_{split}": np.stack(images), f"y_{split}": labels}
-    if names := getattr(feature, "names", None):
-        arrays["classes"] = np.array(names)
-    np.savez(path, **arrays)
+    return arrays
 
 
-def _pixels(config: DataConfig, split: str, image: Any, channels: int) -> np.ndarray:
-    if not hasattr(image, "mode"):
-        return np.asarray(image)  # rows of numbers, which archive.py judges
+def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
+    """(H, W, C) of one cell: uint8 of a picture, or numbers that archive.py judges."""
+    if isinstance(image, dict):
+        content = BytesIO(image["bytes"]) if image.get("bytes") else None
+        name = name if content else str(image.get("path"))
+        with pictures.opened(name, f"data.path={config.path}", content) as picture:
+            return pictures.pixels_of(picture, 1 if pictures.is_grey(picture) else 3)
     try:
-        return pixels_of(image, channels)
-    except Exception as error:  # Pillow's readers raise what they like on damaged files
-        raise ConfigError(
-            f"data.path={config.path}: an image of the {split} split cannot be read: {error}"
-        ) from error
+        numbers = np.asarray(image)
+    except ValueError as error:  # rows of different lengths
+        raise ConfigError(f"data.path={config.path}: {name} is no array: {error}") from error
+    return numbers if numbers.ndim == 3 else numbers[..., None]

@@ -6,34 +6,43 @@ H rows · W columns · C channels of pixels
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.config import ConfigError
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of modes
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 CONVERTED = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+ORIENTATION = 0x0112  # EXIF's tag
+PHOTOMETRIC = 262  # TIFF's tag: 0 = 0 is white
+SAMPLE_FORMAT = 339  # of a TIFF: 1 = whole numbers without a sign
 BACKGROUND = (255, 255, 255)  # behind what is transparent
 
 
 @contextmanager
-def opened(path: str | Path, key: str = "data.path") -> Iterator[Image.Image]:
-    """A picture file, whose pixels are not read yet; ConfigError names it where that fails."""
+def opened(
+    path: str | Path, key: str = "data.path", content: IO[bytes] | None = None
+) -> Iterator[Image.Image]:
+    """A picture, whose pixels are not read yet; ConfigError names it where that fails.
+
+    `content`: its bytes, where it is no file; `path` is then the name in the message.
+    """
     try:
-        with Image.open(path) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit and image.width * image.height > limit:  # Pillow warns, and goes on
-                raise ValueError(
-                    f"{image.width} × {image.height} pixels are more than {limit:,}: it may be a "
-                    "decompression bomb"
-                )
+        with Image.open(path if content is None else content) as image:
+            most = Image.MAX_IMAGE_PIXELS or 0
+            # Pillow only warns below twice as many; a filter of warnings is shared by threads.
+            if 0 < most < image.size[0] * image.size[1]:
+                raise ValueError(f"{_by(image.size)} pixels are more than {most:,}")
             yield image
     except ConfigError:
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files
         why = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            why = "cannot identify its format"
         raise ConfigError(f"{key}: {path} cannot be read as an image: {why}") from error
 
 
@@ -47,53 +56,62 @@ def is_animated(image: Image.Image) -> bool:
     return getattr(image, "n_frames", 1) > 1
 
 
-def size_of(image: Image.Image) -> tuple[int, int]:
-    """Return (width, height) of the picture as it is looked at, by its EXIF orientation."""
-    turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (image.size[1], image.size[0]) if turned else image.size
-
-
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     """Return (H, W, channels) uint8: turned by EXIF, 16 bits scaled to 8, on white.
 
     Raises ValueError for modes whose numbers have no stated range.
     """
-    form, top, white_is_zero = image.format, *_range_of(image)
-    plain = _eight_bit(ImageOps.exif_transpose(image), form, top, white_is_zero)
+    plain = ImageOps.exif_transpose(_eight_bit(image))
     if plain.has_transparency_data or plain.mode in ("La", "RGBa"):
         on = Image.new("RGBA", plain.size, (*BACKGROUND, 255))
         premultiplied = {"La": "LA", "RGBa": "RGBA"}.get(plain.mode)
         plain = plain.convert(premultiplied) if premultiplied else plain
         plain = Image.alpha_composite(on, plain.convert("RGBA"))
+    plain = plain if plain.mode in ("1", "L") else plain.convert("RGB")
     pixels = np.asarray(plain.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _range_of(image: Image.Image) -> tuple[int, bool]:
-    """Return the largest number of a picture of up to 16 bits, and whether zero is white.
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
 
-    Pillow gives a TIFF's numbers of 9 to 16 bits as they stand in the file.
-    """
-    if image.format != "TIFF":
-        return 65535, False
-    tags = getattr(image, "tag_v2", {})
-    bits, photometric, kinds = (tags.get(tag) for tag in (258, 262, 339))
-    if set(np.ravel(kinds or 1)) - {1, 4}:  # whole numbers without a sign, or nothing said
+
+def _stored_as(image: Image.Image) -> str:
+    """Pillow's name of the numbers in a file, e.g. L;4; empty once its pixels are read."""
+    tiles = getattr(image, "tile", None)
+    arguments = tiles[0].args if tiles else ""
+    first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
+    return first if isinstance(first, str) else ""
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """The picture in a mode of 8 bits a channel, with its EXIF and its transparent colour."""
+    stored, clear = _stored_as(image), image.info.get("transparency")
+    if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return _scaled(image, 4095 if stored == "I;12" else 65535, clear)
+    kinds = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1)
+    if image.mode not in ("1", "L", "LA", "La", *CONVERTED) or set(np.ravel(kinds)) - {1, 4}:
         raise ValueError(
-            f"mode {image.mode} has numbers of no stated range, with a sign or fractions; save it "
-            "with 8 or 16 bits a channel"
+            f"mode {image.mode} has numbers of no stated range; save it with 8 or 16 bits a channel"
         )
-    return (1 << max(np.ravel(bits or 16))) - 1, photometric == 0
+    if stored == "RGB;16B" and clear is not None:
+        raise ValueError("16 bits a channel with a transparent colour; save it as RGBA")
+    if stored in ("L;2", "L;4") and isinstance(clear, int):
+        image.load()  # its pixels are scaled by Pillow, its transparent colour is not
+        image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[stored]
+    return image
 
 
-def _eight_bit(image: Image.Image, form: str | None, top: int, white_is_zero: bool) -> Image.Image:
-    """The picture, of a file of this format, in a mode of 8 bits a channel."""
-    if image.mode in SIXTEEN_BIT or (image.mode == "I" and form in ("PNG", "PPM")):
-        numbers = np.asarray(image).astype(np.int64)
-        numbers = top - numbers if white_is_zero else numbers
-        return Image.fromarray(((numbers * 255 + top // 2) // top).astype(np.uint8), "L")
-    if image.mode in ("1", "L", "LA", "La", *CONVERTED):
-        return image
-    raise ValueError(
-        f"mode {image.mode} has numbers of no stated range; save it with 8 or 16 bits a channel"
-    )
+def _scaled(image: Image.Image, top: int, clear: object) -> Image.Image:
+    """Numbers from 0 to `top` as 8 bits, white where they equal `clear`."""
+    orientation, tags = Image.Exif(), getattr(image, "tag_v2", {})
+    orientation[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
+    numbers = np.asarray(image).astype(np.int64)
+    if tags.get(PHOTOMETRIC) == 0:
+        numbers = top - numbers
+    eight = ((numbers * 255 + top // 2) // top).astype(np.uint8)
+    if isinstance(clear, int):
+        eight[numbers == clear] = 255
+    scaled = Image.fromarray(eight, "L")
+    scaled.info["exif"] = orientation.tobytes()
+    return scaled
