@@ -10,7 +10,7 @@ from trainer.data.pictures import pixels_of
 
 
 def test_odd_files_are_read_right_or_refused_or_said(tmp_path):
-    outcome = files.run(cases=5000, every=20, seed=14, folder=tmp_path)
+    outcome = files.run(cases=5500, every=22, seed=14, folder=tmp_path)
     assert not outcome.faults, "\n".join(f"{c.name}: {v.detail}" for c, v in outcome.faults)
     for kind, counts in outcome.counts.items():
         assert counts[judge.EQUAL] >= 5 and counts[judge.REFUSED] >= 5, (kind, counts)
