@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from launched import Launched
 
+from conf.schema import free_text, load, register
 from launch.before import training
+from launch.door import quoted
 from parallel.config import ConfigError, check_torchrun
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.run_dir import claimed, load_config
@@ -85,6 +89,28 @@ def test_free_text_arrives_through_the_command_line(tmp_path):
         done = command("train", f"init_from={text}", "device=cpu", f"run_dir={tmp_path / 'r'}")
         assert done.returncode == 2
         assert f"init_from={Path.cwd() / text} holds no run" in done.stderr.decode(), text
+
+
+PUNCTUATION = [
+    *"!#%&*+-./:;<>@^_`|~", "=", ",", "'", '"', "()", "[]", "{}", "$", "${}", "${a}", "?", "???",
+    "\\", " ", "\n", "null", "true", "1e3", "#", "é", "日本", "🙂", "a=b", "[1,2]", "{a: b}",
+    'x"y', "\\${x}", "~", "%20", "--", "&&", "|| exit", "\t", "*.txt", "@package",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("door", ["train", "generate", "export"])
+def test_every_key_for_text_takes_every_punctuation(door):
+    """As many inputs as keys times texts: all keys of a door hold a text at once."""
+    keys = sorted(free_text(door))
+    assert len(keys) >= 5
+    register("now")
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        for number, text in enumerate(PUNCTUATION):
+            typed = f"a{text}b" if number % 2 else f"{text}c{text}d"
+            words = [quoted(f"{key}={typed}", keys) for key in keys]
+            config = load(door, compose(door, words))
+            for key in keys:
+                assert attrgetter(key)(config) == typed, (key, typed)
 
 
 def test_two_starts_in_one_second_have_a_folder_each(tmp_path):
