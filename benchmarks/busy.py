@@ -53,9 +53,10 @@ def main() -> None:
         quiet = quiet or first
         fair = quiet * min(1.0, cores / (busy + cores))  # each of our threads is one of so many
         for name, rates in found.items():
+            rate = median(rates)
             print(  # noqa: T201
-                f"{busy:3} busy processes, {name} waiting: {median(rates):6.0f} tokens/s, "
-                f"{median(rates) / first:.2f} of libgomp's, {median(rates) / fair:.2f} of the fair share"
+                f"{busy:3} busy processes, {name} waiting: {rate:6.0f} tokens/s, "
+                f"{rate / first:.2f} of libgomp's, {rate / fair:.2f} of the fair share"
             )
 
 
