@@ -77,7 +77,7 @@ def test_job_composes_and_fits_its_data(job, debug):
     config = configured(job, *debug)
     assert problems(config, 1) == []
     model = complete(config, FACTS[config.data.kind]).model
-    assert 0.5e6 < count(model) < 4e6
+    assert 0.5e6 < count(model) < 4.5e6
 
 
 @pytest.mark.parametrize("model", options("model"))
