@@ -382,10 +382,10 @@ def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tm
 
 
 def spoiled(runtime, config: TrainConfig) -> str:
-    def load(path, worker):
+    def load_first(config, worker):
         next(worker.model.parameters()).detach().fill_(torch.nan)
 
-    with mock.patch.object(loop, "load", load):
+    with mock.patch.object(loop, "load_first", load_first):
         return refused(runtime, config)
 
 
