@@ -5,7 +5,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from launch.messages import write_error
+from launch.messages import occupy_standard_streams, write_error
 from parallel.config import ConfigError
 from trainer.audit import show, verify
 
@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     for name in ("first", "second"):
         comparing.add_argument(name, type=Path, help="a checkpoint, or a run (its newest one)")
     given = parser.parse_args(arguments)
+    occupy_standard_streams()
     try:
         if given.command == "list":
             good = show(given.run_dir)

@@ -3,6 +3,7 @@
 Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
 """
 
+import errno
 import logging
 import os
 import re
@@ -75,8 +76,8 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     occupy_standard_streams()
-    if odd := [word for word in sys.argv[1:] if not _is_text(word)]:
-        write_error(f"{odd[0]!a} holds bytes that are not UTF-8; write it in UTF-8")
+    if problem := _unreadable(sys.argv[1:]):
+        write_error(problem)
         sys.exit(2)
     if problem := torch_problem():
         if os.environ.get("RANK", "0") == "0":
@@ -106,13 +107,25 @@ def names_itself(words: Sequence[str]) -> bool:
     return not restarted and not any(word.startswith("run_dir=") for word in words)
 
 
-def _is_text(word: str) -> bool:
-    """Whether an argument is UTF-8; Python keeps other bytes as lone surrogates."""
+def _unreadable(words: Sequence[str]) -> str:
+    """What keeps a command from being read at all; empty = nothing.
+
+    Python keeps bytes that are not in the locale's encoding as lone surrogates.
+    """
     try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        Path.cwd()
+    except FileNotFoundError:
+        return "the working directory is gone; change to one that is there"
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            try:
+                os.fsencode(word).decode()
+            except UnicodeDecodeError:
+                return f"{word!a} holds bytes that are not UTF-8; write it in UTF-8"
+            return f"{word!a} is no text in this locale; set LC_ALL=C.UTF-8"
+    return ""
 
 
 def leave(code: int) -> NoReturn:
@@ -154,7 +167,10 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
         return exit_code(stop)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `--help | head`: nobody reads on
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            return _tell(door, error)
+        # `--help | head`: nobody reads on; or what is printed goes to a full disk.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -246,8 +262,11 @@ def quoted(argument: str, keys: Collection[str]) -> str:
     already stays so.
     """
     key, equals, text = argument.partition("=")
-    if key not in keys or not equals or not text or QUOTED.fullmatch(text):
+    if key not in keys or not equals or not text:
         return argument
+    if QUOTED.fullmatch(text):
+        inside = text[1:-1]
+        return argument if protected(inside) == inside else f'{key}="{protected(inside)}"'
     return f"{key}={_in_quotes(text)}"
 
 

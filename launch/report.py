@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.messages import write_error
+from launch.messages import occupy_standard_streams, write_error
 from parallel.config import ConfigError
 from trainer.report import NAME, write_report
 
@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     )
     page = f"the page; {NAME} in the first run's folder unless given"
     parser.add_argument("given", nargs="+", metavar="RUN", help=f"a run's folder. FILE: {page}")
+    occupy_standard_streams()
     try:
         run_dirs, output = understood(parser.parse_args(arguments).given)
         path, notes = write_report(run_dirs, output)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 import uuid
 from typing import Any
@@ -16,6 +17,7 @@ from trainer.status import read_status
 
 # A signal makes the ranks save; they are given what that takes. A second one ends them at once.
 SAVING_SECONDS = 24 * 3600
+HANDLED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 
 
 def spawn(job: dict[str, Any], count: int) -> None:
@@ -34,7 +36,7 @@ def spawn(job: dict[str, Any], count: int) -> None:
         max_restarts=0,
         start_method="spawn",
         monitor_interval=0.1,
-        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGHUP,SIGQUIT",
+        signals_to_handle=",".join(name for name in HANDLED if not _is_ignored(name)),
         shutdown_timeout=SAVING_SECONDS,
     )
     let_go_of_streams()  # multiprocessing flushes them where it starts a process
@@ -50,6 +52,11 @@ def spawn(job: dict[str, Any], count: int) -> None:
     finally:
         if threads is None:
             del os.environ["OMP_NUM_THREADS"]
+
+
+def _is_ignored(name: str) -> bool:
+    """Whether a signal was ignored before this process began, as nohup does with SIGHUP."""
+    return signal.getsignal(signal.Signals[name]) is signal.SIG_IGN
 
 
 def _left_with(job: dict[str, Any], began: float) -> int | None:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from operator import attrgetter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from launch.before import training
 from launch.door import quoted
 from parallel.config import ConfigError, check_torchrun
 from trainer.config import DataConfig, ModelConfig, TrainConfig
+from trainer.free_text import revealed
 from trainer.run_dir import claimed, load_config
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +113,37 @@ def test_every_key_for_text_takes_every_punctuation(door):
             config = load(door, compose(door, words))
             for key in keys:
                 assert attrgetter(key)(config) == typed, (key, typed)
+
+
+def test_a_command_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && {sys.executable} {ROOT}/launch/train.py steps=0"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith("the working directory is gone")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = command("train", "run_dir=é", **plain)
+    assert done.returncode == 2 and b"set LC_ALL=C.UTF-8" in done.stderr
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        done = subprocess.run([sys.executable, str(ROOT / "launch/train.py"), "--help"],
+                              stdout=full, stderr=subprocess.PIPE, check=False)  # fmt: skip
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+
+
+def test_signals_that_were_ignored_stay_so(monkeypatch):
+    handled = import_module("launch.spawn")
+    assert not handled._is_ignored("SIGHUP")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert handled._is_ignored("SIGHUP") and not handled._is_ignored("SIGTERM")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_quotes_of_ones_own_keep_what_is_inside():
+    assert quoted("prompt='x y'", ["prompt"]) == "prompt='x y'"
+    assert revealed(quoted("prompt='${x}'", ["prompt"]).partition("=")[2][1:-1]) == "${x}"
 
 
 def test_two_starts_in_one_second_have_a_folder_each(tmp_path):
