@@ -75,7 +75,7 @@ def training(config: TrainConfig, world_size: int, held: ExitStack | None = None
     _check_compiler(config)
     _check_kernels(config, world_size)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if config.strategy.elastic and given and not any(o.startswith("run_dir=") for o in given):
+    if config.strategy.elastic and given and names_itself(given):
         raise ConfigError(
             "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
             "they must find the run; give it a folder, e.g. run_dir=runs/big"

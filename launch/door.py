@@ -104,7 +104,7 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
 def names_itself(words: Sequence[str]) -> bool:
     """Whether a new folder is named after the time; a restart by torchrun goes on in the old."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return not restarted and not any(word.startswith("run_dir=") for word in words)
+    return not restarted and not any(word.lstrip("+").startswith("run_dir=") for word in words)
 
 
 def _unreadable(words: Sequence[str]) -> str:
@@ -262,7 +262,7 @@ def quoted(argument: str, keys: Collection[str]) -> str:
     already stays so.
     """
     key, equals, text = argument.partition("=")
-    if key not in keys or not equals or not text:
+    if key.lstrip("+") not in keys or not equals or not text:
         return argument
     if QUOTED.fullmatch(text):
         inside = text[1:-1]
@@ -280,7 +280,7 @@ def quoted_values(argument: str, keys: Collection[str]) -> str:
 
 def _in_quotes(text: str) -> str:
     # Hydra reads \" and, only in front of quotes, \\ inside a quoted value.
-    escaped = re.sub(r'(\\*)(?="|$)', r"\1\1", protected(text)).replace('"', '\\"')
+    escaped = re.sub(r'(\\*)(?="|\Z)', r"\1\1", protected(text)).replace('"', '\\"')
     return f'"{escaped}"'
 
 

@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from conf import schema
 from conf.check import problems
 from conf.schema import SCHEMAS
-from launch.door import open_door, quoted
+from launch.door import names_itself, open_door, quoted
 from parallel.config import ConfigError, resolve
 from parallel.runtime import Ranks, process_group
 from trainer.free_text import revealed
@@ -340,6 +340,7 @@ TEXTS = [
     "🙂 é 日本",
     "text-as-hex:41",
     "\\${x}\\",
+    "a\\\n",
 ]
 
 
@@ -352,10 +353,13 @@ def test_a_prompt_may_hold_anything(text):
 def test_only_free_text_is_quoted():
     keys = schema.free_text("train") | schema.free_text("generate")
     for word in ("optim.betas=[0.9,0.95]", 'prompt="in quotes already"', "--help", "model=gpt2",
-                 "+run_dir=a=b", "prompt=", "compress=[merge,int8]"):  # fmt: skip
+                 "prompt=", "compress=[merge,int8]"):  # fmt: skip
         assert quoted(word, keys) == word
     assert {"run_dir", "init_from", "compress.teacher", "prompt", "data.path"} <= keys
     assert not {"steps", "optim.lr", "data.fields"} & keys
+    assert quoted("++run_dir=a=b", keys) == '++run_dir="a=b"'
+    for words, named in (([], True), (["run_dir=x"], False), (["++run_dir=x"], False)):
+        assert names_itself(words) == named
 
 
 def test_a_port_in_use_is_one_line(monkeypatch, capsys):

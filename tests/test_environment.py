@@ -160,9 +160,12 @@ def test_a_closed_terminal_is_a_signal_to_save(tmp_path, how):
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     process = run.start(*words, torchrun=["--nproc_per_node=1"] if how == "torchrun" else None)
     signal.signal(signal.SIGHUP, before)
-    run.wait_for_step(3, process)
-    process.send_signal(signal.SIGHUP)
-    process.wait(120)
+    try:
+        run.wait_for_step(3, process)
+        process.send_signal(signal.SIGHUP)
+        process.wait(120)
+    finally:
+        process.kill()
     status = run.status()
     assert (status["state"], status["reason"], status["code"]) == ("stopped", "SIGHUP", 75)
     assert status["checkpoint"] == status["step"] >= 3
