@@ -67,10 +67,12 @@ def first_pixels(config: DataConfig, split: str) -> set[int]:
 SPELLED = {
     "train": "train.txt Train.TXT TRAIN train-00000-of-00002.txt train_1.txt x.train.txt"
     " training.txt training_set trainset TrainData train.en-de.tsv ag_news_train"
-    " train2017 train-clean-100",
+    " train2017 train-clean-100 wiki.train.tokens wmt.train.en.txt trainA",
     "valid": "valid.txt validation-00000-of-00001.txt val dev.txt eval.txt VAL_2 development"
-    " devset ValidationSet x-dev.txt valid(1).txt evaluation_data",
-    "test": "test.txt Testing test-00000-of-00001.txt test_set testset TestData x.test.txt tst.txt",
+    " devset ValidationSet x-dev.txt valid(1).txt evaluation_data"
+    " validate.txt iwslt14.valid.de-en.txt newsdev2016.txt",
+    "test": "test.txt Testing test-00000-of-00001.txt test_set testset TestData x.test.txt tst.txt"
+    " iwslt14.test.de-en.txt newstest2014.txt devtest.txt",
     None: "book.txt bus car latest.txt contest pretrain.txt restrain attest train_test.txt"
     " mytrain.txt developer.md evaluate.md 2024.txt _.txt .txt",
 }
@@ -124,6 +126,8 @@ def test_shards_of_images_are_one_split(tmp_path):
 TWO_READINGS = [
     ("bus.md", "car.md", "train.md"), ("a.txt", "b.txt", "test.txt"), ("notes.txt", "x__dev.txt"),
     ("book.txt", "train__part.txt"), ("a__x.txt", "training_set__x.txt"),
+    ("mytrain.txt", "mydev.txt", "mytest.txt"), ("trains.txt", "tests.txt"),
+    ("books_train_en.txt", "books_test_en.txt", "other.txt"),
 ]  # fmt: skip
 
 
@@ -139,6 +143,13 @@ def test_images_with_two_readings_are_refused_with_both(tmp_path):
     paint(tmp_path / "d", *CLASSES)
     paint(tmp_path / "d/train", "steam", "diesel")
     with pytest.raises(ConfigError, match=r"two ways: train as train split, without bus, car"):
+        data.prepare(config_of(tmp_path / "d", "images"))
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("trainA", "trainB", "testA", "testB")])
+def test_splits_without_class_folders_are_no_classes(tmp_path, names):
+    paint(tmp_path / "d", *names)
+    with pytest.raises(ConfigError, match=r"splits by their names, but hold pictures without cl"):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
@@ -201,6 +212,37 @@ def test_other_formats_are_not_read_as_text(tmp_path, name):
         data.prepare(config)
 
 
+@pytest.mark.parametrize("kind", ["text", "images"])
+def test_a_folder_is_data_whatever_its_name(tmp_path, kind):
+    if kind == "images":
+        paint(tmp_path / "d", "authors", "license")
+        facts = data.prepare(config_of(tmp_path / "d", "images"))
+        assert facts.class_names == ("authors", "license") and not facts.left_out
+        return
+    config = write(tmp_path / "d", authors__a__x__y__b_txt=text_of("AA"))
+    (tmp_path / "d/authors/a/x/y/b_txt").rename(tmp_path / "d/authors/a/x/y/b.txt")
+    write(tmp_path / "d", **{"notice board.txt": text_of("BB"), "README.de.md": text_of("CC")})
+    config.held_out = 0.5
+    facts = data.prepare(config)
+    assert marks_in(config)["train"] | marks_in(config)["test"] == {"AA", "BB"}
+    assert facts.left_out == {"README.de.md": "tells of the data"}
+
+
+def test_what_lies_around_a_wrapper_is_said(tmp_path):
+    config = write(tmp_path / "d", **{
+        "LICENSE": "x", "notes.pdf": "x", "empty.txt": "", "in__train.txt": text_of("AA"),
+        "README.md": text_of("DD"), "in__test.txt": text_of("BB"), "in__.DS_Store": "x",
+    })  # fmt: skip
+    facts = data.prepare(config)
+    left = {"LICENSE", "notes.pdf", "README.md", "in/.DS_Store"}
+    assert facts.left_out.keys() == left | {"empty.txt"} and "in/" in table(facts)
+    paint(tmp_path / "p/in/train", *CLASSES)
+    paint(tmp_path / "p/in/test", *CLASSES)
+    write(tmp_path / "p", **{"LICENSE": "x", "sheet.png": "x", "docs__x.pdf": "x"})
+    facts = data.prepare(config_of(tmp_path / "p", "images"))
+    assert facts.left_out.keys() == {"LICENSE", "sheet.png", "docs"}
+
+
 # ---- links
 
 
@@ -243,6 +285,50 @@ def test_class_folders_that_are_links_share_no_cache(tmp_path):
     assert data.prepare(configs[0]).class_names == ("bus", "car", "tram")
 
 
+def test_a_file_that_links_repeat_is_read_once(tmp_path):
+    config = write(tmp_path / "d", **{"a.txt": text_of("AA"), "b.txt": text_of("BB")})
+    clean = data.prepare(config).splits["train"]
+    (tmp_path / "d/0latest.txt").symlink_to("b.txt")
+    (tmp_path / "d/more").mkdir()
+    (tmp_path / "d/more/c.txt").symlink_to("../0latest.txt")
+    found = data.prepare(config)
+    assert found.splits["train"].digest == clean.digest
+    assert found.left_out == dict.fromkeys(("0latest.txt", "more/c.txt"), "the same file as b.txt")
+
+
+@pytest.mark.parametrize("link, target", [("test.txt", "train.txt"), ("test", "extra")])
+def test_a_file_that_links_put_into_two_splits_is_refused(tmp_path, link, target):
+    write(tmp_path / "d", **{"train.txt": text_of("AA")})
+    if target == "extra":
+        write(tmp_path / "d", train__more__x=text_of("BB"))
+        (tmp_path / "d/train.txt").rename(tmp_path / "d/train/a.txt")
+        target = "train"
+    (tmp_path / "d" / link).symlink_to(target)
+    with pytest.raises(ConfigError, match=r"train.*\(the train split\) and test.* are one file"):
+        data.prepare(config_of(tmp_path / "d"))
+
+
+def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_path):
+    paint(tmp_path / "d", *CLASSES)
+    clean = data.prepare(config_of(tmp_path / "d", "images"))
+    (tmp_path / "d/bus/x.png").symlink_to("../car/3.png")
+    (tmp_path / "d/car/y.png").symlink_to("3.png")
+    config = config_of(tmp_path / "d", "images")
+    message = r"car/3.png \(class car of the train split\) and bus/x.png \(class bus of .* are one"
+    with pytest.raises(ConfigError, match=message):
+        data.prepare(config)
+    config.on_bad_file = "skip"
+    found = data.prepare(config)
+    assert found.samples == clean.samples
+    assert found.left_out.keys() == {"bus/x.png", "car/y.png"}
+    (tmp_path / "d/bus/x.png").unlink()
+    (tmp_path / "d/tram").symlink_to("car")
+    with pytest.raises(
+        ConfigError, match=r"class car of .*class tram of the train split\) are one"
+    ):
+        data.prepare(config_of(tmp_path / "d", "images"))
+
+
 def test_loops_of_links_in_class_folders(tmp_path):
     paint(tmp_path / "d", *CLASSES)
     (tmp_path / "d/bus/up").symlink_to(tmp_path / "d")
@@ -263,6 +349,19 @@ ENCODED = [
     ("utf-32", "`iconv -f utf-32 -t"), ("utf-32-le", "`iconv -f utf-32le"),
     ("latin1", "is not UTF-8 at byte .*`iconv -f latin1"), ("cp1252", "`iconv -f cp1252"),
 ]  # fmt: skip
+RUSSIAN = "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный; пора, проснись.\n"
+JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n"
+CHINESE = "话说天下大势,分久必合,合久必分。周末七国分争,并入于秦。\n"
+SCRIPTS = [("cp1251", "cp1251", RUSSIAN), ("koi8-r", "koi8-r", RUSSIAN),
+           ("shift_jis", "cp932", JAPANESE), ("euc-jp", "euc-jp", JAPANESE),
+           ("gb18030", "gb18030", CHINESE)]  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding, named, text", SCRIPTS)
+def test_encodings_of_other_scripts_are_guessed(tmp_path, encoding, named, text):
+    (tmp_path / "d.txt").write_bytes((text * 40).encode(encoding))
+    with pytest.raises(ConfigError, match=rf"not UTF-8 .*`iconv -f {named} -t utf-8` by its looks"):
+        data.prepare(config_of(tmp_path / "d.txt"))
 
 
 @pytest.mark.parametrize("encoding, message", ENCODED)

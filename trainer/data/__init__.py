@@ -97,6 +97,11 @@ def _problems(config: DataConfig) -> list[str]:
             f"data.held_out={config.held_out} must be a share from 0.001 to 0.9; "
             f"set data.held_out={near_share}, or 0.1 for the last tenth"
         )
+    if config.on_bad_file != "stop" and config.kind != "images":
+        problems.append(
+            f"data.on_bad_file={config.on_bad_file} is for data.kind=images; a {config.kind} file "
+            "that is damaged always stops the run, set data.on_bad_file=stop"
+        )
     if not config.path.startswith("hf:"):
         try:
             locate(config)

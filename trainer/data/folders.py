@@ -1,9 +1,11 @@
 """What a folder holds: which entries make which split, and which are left out, and why."""
 
+import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from trainer.config import ConfigError
 
@@ -11,9 +13,10 @@ SPLITS = ("train", "valid", "test")
 SPELLINGS = {
     "train": {"train", "training", "trn"},
     "valid": {
-        "valid", "validation", "val", "dev", "devel", "development", "eval", "evaluation"
+        "valid", "validation", "validate", "val", "dev", "devel", "development", "eval",
+        "evaluation", "newsdev",
     },
-    "test": {"test", "testing", "tst"},
+    "test": {"test", "testing", "tst", "devtest", "newstest"},
 }  # fmt: skip
 FILLERS = {"of", "set", "data", "split", "part", "shard", "fold", "v"}
 JOINED = re.compile(r"(set|data|split)$")  # trainset, testdata
@@ -26,6 +29,52 @@ DOCUMENTS = {
     "readme", "license", "licence", "notice", "changelog", "citation", "copying", "authors",
     "contributing", "metadata",
 }  # fmt: skip
+DOCUMENT, BESIDE = "tells of the data", "beside the splits"  # why an entry is left out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entry:
+    """A file at data.path, or a folder with all that is in it and may be data."""
+
+    location: str
+    relative: str  # to data.path
+    real: str  # location without links
+    linked: bool  # whether a link leads here
+    size: int = 0
+    mtime_ns: int = 0
+    inside: tuple["Entry", ...] | None = None  # of a folder, by name
+
+    @property
+    def name(self) -> str:
+        """The last part of the location."""
+        return self.location.rpartition("/")[2]
+
+    @property
+    def path(self) -> Path:
+        """The location as a path."""
+        return Path(self.location)
+
+    @property
+    def suffix(self) -> str:
+        """The suffix in lower case: .txt."""
+        stem, dot, last = self.name.rpartition(".")
+        return (dot + last).lower() if stem else ""
+
+    @property
+    def is_document(self) -> bool:
+        """Whether this is a file that tells of the data rather than being some: README.md."""
+        return self.inside is None and self.name.partition(".")[0].lower() in DOCUMENTS
+
+    def files(self) -> Iterator["Entry"]:
+        """Yield the file itself, or those in the folder and all below it, by name."""
+        if self.inside is None:
+            yield self
+        for entry in self.inside or ():
+            yield from entry.files()
+
+    def fingerprint(self) -> list[Any]:
+        """Return what changes when the file, or what it is a link to, does."""
+        return [self.relative, self.real, self.size, self.mtime_ns]
 
 
 @dataclass(frozen=True)
@@ -37,25 +86,46 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
-def split_of(name: str) -> str | None:
-    """Return the split that a file or folder is named after, None if after none or several.
+def scan(root: Path) -> tuple[Entry, dict[str, str]]:
+    """Return a folder with all in it that may be data, and why each of the others may not.
 
-    The first or the last word counts, in any case and without numbers: train-00000-of-00002.txt,
-    x.train.txt, Training, val_2, TestSet; that behind the last dot if there is no other: data.val.
+    Links are followed, but to a folder that the way to them has gone through. Raises OSError.
     """
-    stem = name.rpartition(".")[0] or name
-    found = _splits_in(stem) or _splits_in(name)
-    return found.pop() if len(found) == 1 else None
+    left_out: dict[str, str] = {}
+    real = os.path.realpath(root)
+    inside = _inside(str(root), "", real, False, {real}, left_out)
+    return Entry(str(root), "", real, False, inside=inside), left_out
 
 
-def _splits_in(stem: str) -> set[str]:
-    letters = re.findall(r"[^\W\d_]+", stem)
-    cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
-    words = [word for found in cased for word in found if word not in FILLERS]
-    return {
-        split for split, spellings in SPELLINGS.items() for word in (words[:1] + words[-1:])
-        if word in spellings or JOINED.sub("", word) in spellings
-    }  # fmt: skip
+def _inside(
+    folder: str, relative: str, real: str, linked: bool, above: set[str], left_out: dict[str, str]
+) -> tuple[Entry, ...]:
+    with os.scandir(folder) as found:
+        inside = sorted(found, key=lambda entry: entry.name)
+    entries = []
+    for entry in inside:
+        name = f"{relative}/{entry.name}" if relative else entry.name
+        here = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+        if why := foreign(entry.name) or _unreadable(entry, here, above):
+            left_out[name] = why
+            continue
+        reached = linked or entry.is_symlink()
+        if entry.is_dir():
+            below = _inside(entry.path, name, here, reached, {*above, here}, left_out)
+            entries.append(Entry(entry.path, name, here, reached, inside=below))
+        else:
+            stat = entry.stat()
+            entries.append(Entry(entry.path, name, here, reached, stat.st_size, stat.st_mtime_ns))
+    return tuple(entries)
+
+
+def _unreadable(entry: "os.DirEntry[str]", real: str, above: set[str]) -> str:
+    """Say why an entry can be no data, by what it is; empty where it may be."""
+    if entry.is_symlink() and not Path(entry.path).exists():
+        return "a link to nothing"
+    if entry.is_dir():
+        return "a link to a folder that it is in" if real in above else ""
+    return "" if entry.is_file() else "neither a file nor a folder"
 
 
 def foreign(name: str) -> str:
@@ -67,59 +137,55 @@ def foreign(name: str) -> str:
     return "a backup or half a download" if name.lower().endswith(LEFTOVERS) else ""
 
 
-def entries(
-    folder: Path, root: Path, left_out: dict[str, str], above: Collection[Path] = ()
-) -> list[Path]:
-    """Return the files and folders in a folder that may be data, by name; links are followed.
+def split_of(name: str) -> str | None:
+    """Return the split that a file or folder is named after, None if after none or several.
 
-    What is not goes to `left_out`, as do links to folders that the way here has gone through:
-    `above`, resolved.
+    The first or the last word counts, in any case and without numbers: train-00000-of-00002.txt,
+    x.train.txt, Training, val_2, TestSet; or one between dots: wiki.train.tokens, data.val.
     """
-    found, above = [], {*above, root.resolve(), folder.resolve()}
-    for entry in sorted(folder.iterdir()):
-        why = foreign(entry.name)
-        if not why and not entry.exists():
-            why = "a link to nothing"
-        if not why and entry.is_dir() and entry.resolve() in above:
-            why = "a link to a folder that it is in"
-        if not why and not entry.is_dir() and not entry.is_file():
-            why = "neither a file nor a folder"
-        if why:
-            left_out[str(entry.relative_to(root))] = why
-        else:
-            found.append(entry)
-    return found
+    stem = name.rpartition(".")[0] or name
+    fields = {split for part in stem.split(".")[1:-1] for split in _spelled(part)}
+    found = _at_the_ends(stem) or fields or _at_the_ends(name)
+    return found.pop() if len(found) == 1 else None
 
 
-def walk(
-    folder: Path, root: Path, left_out: dict[str, str], above: Collection[Path] = ()
-) -> Iterator[Path]:
-    """Yield the files in a folder and all below it, as `entries`."""
-    for entry in entries(folder, root, left_out, above):
-        if entry.is_dir():
-            yield from walk(entry, root, left_out, {*above, folder.resolve()})
-        else:
-            yield entry
+def _at_the_ends(stem: str) -> set[str]:
+    words = _words(stem)
+    return {split for word in (words[:1] + words[-1:]) for split in _spelled(word)}
+
+
+def _words(stem: str) -> list[str]:
+    """The words of a name in lower case, without numbers and what only counts them."""
+    letters = re.findall(r"[^\W\d_]+", stem)
+    cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
+    return [word for found in cased for word in found if word not in FILLERS]
+
+
+def _spelled(word: str) -> set[str]:
+    """The splits that a word stands for."""
+    bare = JOINED.sub("", word.lower())
+    return {split for split, known in SPELLINGS.items() if word.lower() in known or bare in known}
 
 
 def unwrapped(
-    root: Path, held: Callable[[Path], list[Path]], wraps: Callable[[Path], bool]
-) -> Path:
-    """Return the folder inside that holds the data: the only entry with data in each around it.
+    top: Entry, held: Callable[[Entry], Sequence[Entry]], wraps: Callable[[Entry], bool]
+) -> list[Entry]:
+    """Return the folders from `top` to the one with the data: each the only one with any inside.
 
     `held` lists a folder's entries with data; `wraps` says whether one is a folder of others.
     """
+    chain = [top]
     while True:
-        found = [entry for entry in held(root) if not is_document(entry.name)]
+        found = [entry for entry in held(chain[-1]) if not entry.is_document]
         if len(found) != 1 or split_of(found[0].name) or not wraps(found[0]):
-            return root
-        root = found[0]
+            return chain
+        chain.append(found[0])
 
 
-def refuse_inner_splits(where: str, files: Collection[Path], root: Path) -> None:
+def refuse_inner_splits(where: str, files: Collection[Entry], above: Entry) -> None:
     """Raise ConfigError if what is about to be read as one has splits further down."""
-    for path in files:
-        parts = path.relative_to(root).parts
+    for file in files:
+        parts = Path(file.location).relative_to(above.location).parts
         if len(parts) > 1 and any(split_of(part) in ("valid", "test") for part in parts):
             raise ConfigError(
                 f"{where} can be read in two ways: all of it alike, or {'/'.join(parts)} and "
@@ -128,20 +194,15 @@ def refuse_inner_splits(where: str, files: Collection[Path], root: Path) -> None
             )
 
 
-def is_document(name: str) -> bool:
-    """Whether a file tells of the data rather than being some: README.md, LICENSE.txt."""
-    return bool(set(re.findall(r"[a-z]+", name.lower())[:1]) & DOCUMENTS)
-
-
 def splits_of(
-    where: str, found: Collection[Path], holds_splits: Callable[[Path], bool]
-) -> tuple[dict[str, list[Path]], list[Path]]:
+    where: str, found: Collection[Entry], holds_splits: Callable[[Entry], bool]
+) -> tuple[dict[str, list[Entry]], list[Entry]]:
     """Return the entries of each split, and those that are of none.
 
     `holds_splits` says of an entry whether it can be a split. Raises ConfigError, which begins with
     `where`, where entries could be read in two ways.
     """
-    named: dict[str, list[Path]] = {}
+    named: dict[str, list[Entry]] = {}
     others = []
     for entry in found:
         split = split_of(entry.name) if holds_splits(entry) else None
@@ -149,7 +210,9 @@ def splits_of(
             named.setdefault(split, []).append(entry)
         else:
             others.append(entry)
-    data = [entry for entry in others if not is_document(entry.name)]
+    data = [entry for entry in others if not entry.is_document]
+    if not named:
+        _refuse_twins(where, [entry.name for entry in data if holds_splits(entry)])
     if not data or not named or ("train" in named and len(named) > 1):
         return named, others
     ours = ", ".join(entry.name for split in named.values() for entry in split)
@@ -161,3 +224,49 @@ def splits_of(
         f"alone, or add the others; for the second, move all of them into a folder train/, or "
         f"rename {one.name}"
     )
+
+
+def _refuse_twins(where: str, names: Sequence[str]) -> None:
+    """Raise ConfigError if names that are no splits differ in a split's spelling alone.
+
+    mytrain.txt and mytest.txt; books_train_en.txt and books_dev_en.txt.
+    """
+    spelled = {word: split for split, known in SPELLINGS.items() for word in known}
+    pattern = re.compile("|".join(sorted(spelled, key=len, reverse=True)))
+    twins: dict[str, dict[str, str]] = {}  # name without a split's spelling: split: name
+    for name in names:
+        plain = re.sub(r"\d+", "", name.lower())
+        for match in pattern.finditer(plain):
+            rest = f"{plain[: match.start()]}*{plain[match.end() :]}"
+            twins.setdefault(rest, {}).setdefault(spelled[match[0]], name)
+    for of_split in twins.values():
+        if len(of_split) > 1:
+            ours = ", ".join(of_split.values())
+            theirs = ", ".join(sorted(of_split, key=SPLITS.index))
+            raise ConfigError(
+                f"{where} can be read in two ways: {ours} as splits ({theirs}), or all of it "
+                "alike; for the first, give them the names train, valid and test; for the second, "
+                "move all of it into a folder train/"
+            )
+
+
+def once(
+    where: str, files: Sequence[tuple[Entry, str]], left_out: dict[str, str], skip: bool = False
+) -> set[str]:
+    """Return which of the files, by `relative`, are to be read, those that links repeat once.
+
+    `files`: each with what it is read as, its split or class. A file that is reached under two of
+    these raises ConfigError, which begins with `where`; with `skip` the first counts.
+    """
+    first: dict[str, tuple[Entry, str]] = {}
+    for entry, role in sorted(files, key=lambda found: found[0].linked):
+        kept, its_role = first.setdefault(entry.real, (entry, role))
+        if entry is kept:
+            continue
+        if role != its_role and not skip:
+            raise ConfigError(
+                f"{where}: {kept.relative} ({its_role}) and {entry.relative} ({role}) are one "
+                "file; take one of the links away"
+            )
+        left_out[entry.relative] = f"the same file as {kept.relative}"
+    return {entry.relative for entry, _ in first.values()}

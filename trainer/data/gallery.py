@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data import pictures
-from trainer.data.folders import Listing, entries, split_of, splits_of, unwrapped
+from trainer.data.folders import BESIDE, Entry, Listing, once, scan, split_of, splits_of, unwrapped
 from trainer.data.prepared import progress_bar
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -69,7 +69,7 @@ def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
 class Gallery:
     """Picture files with their classes, by split, and where they were found."""
 
-    files: dict[str, list[tuple[Path, str]]]
+    files: dict[str, list[tuple[Entry, str]]]
     listing: Listing  # of each split the folders that it was read from
 
     @property
@@ -83,40 +83,42 @@ def list_gallery(config: DataConfig, root: Path) -> Gallery:
 
     Raises ConfigError where there are none, or where folders could be read in two ways.
     """
-    where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
+    where, notes = f"data.path={config.path}", list[str]()
+    top, left_out = scan(root)
     # A folder that holds pictures itself is a class, be it the only one.
-    inner = unwrapped(
-        root,
-        lambda folder: _with_pictures(folder, root, {}),
-        lambda entry: bool(_class_folders(entry, root)),
-    )
-    if inner != root:
-        notes.append(f"all of it is in {inner.relative_to(root)}/")
-    named = _split_folders(where, inner, root, left_out)
+    *around, inner = unwrapped(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
+    if around:
+        notes.append(f"all of it is in {inner.relative}/")
+    for folder in (*around, inner):
+        _leave_out(folder, left_out)
+    named = _split_folders(where, inner, left_out)
     files = {}
     for split, folders in named.items():
-        files[split] = [p for folder in folders for p in _of_classes(where, folder, root, left_out)]
-    gallery = Gallery(files, Listing(named, left_out, notes))
+        files[split] = [p for folder in folders for p in _of_classes(where, folder, left_out)]
+    roles = [(p, f"class {name} of the {s} split") for s in files for p, name in files[s]]
+    kept = once(where, roles, left_out, skip=config.on_bad_file == "skip")
+    files = {s: [found for found in files[s] if found[0].relative in kept] for s in files}
+    read_from = {split: [folder.path for folder in named[split]] for split in named}
+    gallery = Gallery(files, Listing(read_from, left_out, notes))
     _same_classes(where, gallery)
     return gallery
 
 
-def _split_folders(
-    where: str, inner: Path, root: Path, left_out: dict[str, str]
-) -> dict[str, list[Path]]:
+def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[str, list[Entry]]:
     """The folders of each split; without any it is all of train."""
-    tops = _with_pictures(inner, root, left_out)
-    nested = {entry for entry in tops if _class_folders(entry, root)}
+    tops = _with_pictures(inner)
+    nested = {entry for entry in tops if _with_pictures(entry)}
     named, others = splits_of(where, tops, nested.__contains__)
     if not named:  # all are classes
         if nested:
-            raise _nested(where, min(nested), root)
+            raise _nested(where, next(entry for entry in tops if entry in nested))
+        _refuse_flat_splits(where, tops)
         named, others = {"train": [inner]} if tops else {}, []
     for name in list(left_out) if nested else []:
         if left_out[name] == EMPTY and split_of(name):
             raise ConfigError(f"{where}: {name}/ holds no images in class folders")
     for entry in others:
-        left_out[_name(entry, root)] = "beside the splits"
+        left_out[entry.relative] = BESIDE
     if "train" not in named:
         found = f"has {', '.join(named)} but no train split; add" if named else (
             f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
@@ -125,77 +127,58 @@ def _split_folders(
     return named
 
 
-def _name(path: Path, root: Path) -> str:
-    return str(path.relative_to(root))
+def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
+    """Raise ConfigError if what would be classes are splits, by all their names."""
+    splits = [split_of(entry.name) for entry in classes]
+    if None not in splits and len(set(splits)) > 1:
+        names = ", ".join(entry.name for entry in classes)
+        raise ConfigError(
+            f"{where}: {names} are splits by their names, but hold pictures without class folders; "
+            f"move the pictures into a folder per class, {classes[0].name}/<class>/, or, if these "
+            "are the classes, move them into a folder train/"
+        )
 
 
-def _with_pictures(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
+def _holds_pictures(entry: Entry) -> bool:
+    return any(file.suffix in SUFFIXES for file in entry.files())
+
+
+def _with_pictures(folder: Entry) -> list[Entry]:
     """The folders directly in a folder that hold pictures, at any depth."""
-    found = []
-    for entry in entries(folder, root, left_out):
-        if not entry.is_dir():
-            left_out[_name(entry, root)] = "beside the class folders"
-        elif _holds_pictures(entry, root, {folder.resolve()}):
-            found.append(entry)
-        else:
-            left_out[_name(entry, root)] = EMPTY
-    return found
+    inside = folder.inside or ()
+    return [entry for entry in inside if entry.inside is not None and _holds_pictures(entry)]
 
 
-def _pictures_in(folder: Path, root: Path, left_out: dict[str, str]) -> list[Path]:
-    """The picture files directly in a folder."""
-    found = []
-    for entry in entries(folder, root, left_out):
-        if entry.is_dir():
-            continue
-        if entry.suffix.lower() in SUFFIXES:
-            found.append(entry)
-        else:
-            left_out[_name(entry, root)] = "no picture file"
-    return found
+def _leave_out(folder: Entry, left_out: dict[str, str]) -> None:
+    """Say of what is in a folder of class folders, but is none, why it is not read."""
+    for entry in folder.inside or ():
+        if entry.inside is None:
+            left_out[entry.relative] = "beside the class folders"
+        elif not _holds_pictures(entry):
+            left_out[entry.relative] = EMPTY
 
 
-def _class_folders(folder: Path, root: Path) -> list[Path]:
-    """The folders directly in a folder that hold pictures, at any depth."""
-    above = {folder.resolve()}
-    inside = [entry for entry in entries(folder, root, {}) if entry.is_dir()]
-    return [entry for entry in inside if _holds_pictures(entry, root, above)]
-
-
-def _holds_pictures(folder: Path, root: Path, above: set[Path]) -> bool:
-    """Whether there is a picture in a folder or below; `above`: the folders on the way here."""
-    below = {*above, folder.resolve()}
-    return any(
-        _holds_pictures(entry, root, below) if entry.is_dir()
-        else entry.suffix.lower() in SUFFIXES
-        for entry in entries(folder, root, {}, above)
-    )  # fmt: skip
-
-
-def _of_classes(
-    where: str, folder: Path, root: Path, left_out: dict[str, str]
-) -> list[tuple[Path, str]]:
+def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
     """The pictures of each class folder in a folder, with the class's name."""
     found = []
-    for entry in entries(folder, root, left_out):
-        if not entry.is_dir():
-            left_out[_name(entry, root)] = "beside the class folders"
-            continue
-        if _class_folders(entry, root):
-            raise _nested(where, entry, root)
-        paths = _pictures_in(entry, root, left_out)
-        if not paths:
-            left_out[_name(entry, root)] = EMPTY
-        found += [(path, entry.name) for path in paths]
+    _leave_out(folder, left_out)
+    for entry in _with_pictures(folder):
+        if _with_pictures(entry):
+            raise _nested(where, entry)
+        for file in (inside for inside in entry.inside or () if inside.inside is None):
+            if file.suffix in SUFFIXES:
+                found.append((file, entry.name))
+            else:
+                left_out[file.relative] = "no picture file"
     if not found:
-        raise ConfigError(f"{where}: {folder} holds no images in class folders")
+        raise ConfigError(f"{where}: {folder.location} holds no images in class folders")
     return found
 
 
-def _nested(where: str, entry: Path, root: Path) -> ConfigError:
-    inside = ", ".join(path.name for path in _class_folders(entry, root)[:SHOWN])
+def _nested(where: str, entry: Entry) -> ConfigError:
+    inside = ", ".join(folder.name for folder in _with_pictures(entry)[:SHOWN])
     return ConfigError(
-        f"{where}: {_name(entry, root)} is read as a class, but it holds folders with pictures "
+        f"{where}: {entry.relative} is read as a class, but it holds folders with pictures "
         f"({inside}); if it is a split, name it train, valid or test; if it is a class, move its "
         "pictures up into it"
     )
@@ -220,13 +203,14 @@ class Checked:
     notes: list[str] = field(default_factory=list)
 
 
-def check_gallery(config: DataConfig, root: Path, gallery: Gallery, progress: bool) -> Checked:
+def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Checked:
     """Decode every picture once, on all cores.
 
     Raises ConfigError if they are not of one square size, or if one is damaged and
     data.on_bad_file=stop.
     """
-    paths = [path for files in gallery.files.values() for path, _ in files]
+    found = [entry for files in gallery.files.values() for entry, _ in files]
+    paths = [entry.path for entry in found]
     with (
         progress_bar("Checking images", len(paths), progress) as advance,
         ThreadPoolExecutor(cpu_count()) as pool,
@@ -235,9 +219,9 @@ def check_gallery(config: DataConfig, root: Path, gallery: Gallery, progress: bo
         for look in pool.map(_look, paths):
             looks.append(look)
             advance(1)
-    both = list(zip(paths, looks, strict=True))
-    good = [(path, look) for path, look in both if not look.problem]
-    damaged = {_name(path, root): look.problem for path, look in both if look.problem}
+    both = list(zip(found, looks, strict=True))
+    good = [(entry.path, look) for entry, look in both if not look.problem]
+    damaged = {entry.relative: look.problem for entry, look in both if look.problem}
     if damaged and config.on_bad_file == "stop":
         raise _damaged(damaged)
     if not good:
@@ -245,6 +229,10 @@ def check_gallery(config: DataConfig, root: Path, gallery: Gallery, progress: bo
     notes = []
     if animated := sum(look.animated for _, look in good):
         notes.append(f"of {animated} animated files the first picture is read")
+    for split, files in gallery.files.items():
+        left = {name for entry, name in files if entry.relative not in damaged}
+        lost = sorted({name for _, name in files} - left)
+        notes += [f"every picture of class {name} in the {split} split is damaged" for name in lost]
     return Checked(
         _common_shape(good), {name: f"damaged: {why}" for name, why in damaged.items()}, notes
     )
@@ -294,23 +282,21 @@ def _damaged(damaged: dict[str, str]) -> ConfigError:
     )
 
 
-def tables_of(
-    gallery: Gallery, root: Path, shape: Shape, damaged: dict[str, str]
-) -> dict[str, Table]:
+def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[str, Table]:
     """Return the pictures of each split as a table, without the damaged ones."""
     names, tables = gallery.class_names, {}
+    numbers = {name: number for number, name in enumerate(names)}
     for split, files in gallery.files.items():
-        kept = [(path, label) for path, label in files if _name(path, root) not in damaged]
+        kept = [(entry, label) for entry, label in files if entry.relative not in damaged]
         # By a hash of the name, so that an image that is added later hardly moves the others.
         hashes = [
-            blake2b(str(path.relative_to(root)).encode("utf-8", "surrogateescape"), digest_size=8)
-            for path, _ in kept
+            blake2b(entry.relative.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            for entry, _ in kept
         ]
-        order = sorted(range(len(kept)), key=[h.digest() for h in hashes].__getitem__)
         tables[split] = Table(
-            labels=np.array([names.index(label) for _, label in kept], np.int64),
-            order=np.array(order, np.int64), class_names=names, shape=shape,
-            paths=tuple(path for path, _ in kept),
+            labels=np.array([numbers[label] for _, label in kept], np.int64),
+            order=np.array(sorted(range(len(kept)), key=hashes.__getitem__), np.int64),
+            class_names=names, shape=shape, paths=tuple(entry.path for entry, _ in kept),
         )  # fmt: skip
         if not kept:
             raise ConfigError(f"data.path: every image of the {split} split is damaged")

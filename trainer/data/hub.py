@@ -11,9 +11,9 @@ import numpy as np
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data import pictures
-from trainer.data.folders import split_of
+from trainer.data.folders import scan, split_of
 from trainer.data.prepared import Record, build, opened, prepared_folder
-from trainer.data.source import Part, name_of
+from trainer.data.source import name_of
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +34,8 @@ def export(config: DataConfig) -> Path:
 def located(config: DataConfig) -> Path:
     """The folder of the converted data set."""
     local = Path(config.path.removeprefix("hf:"))
-    files = sorted(p for p in local.rglob("*") if p.is_file()) if local.is_dir() else []
-    fingerprints: list[Any] = [Part(path, 0, 0).fingerprint() for path in files]
+    files = scan(local)[0].files() if local.is_dir() else ()
+    fingerprints = [file.fingerprint() for file in files]
     settings = [config.path, config.fields, config.document_separator, config.on_bad_file]
     ingredients = [*settings, *fingerprints]
     return prepared_folder(config, f"hf-{name_of(config)}", ingredients)

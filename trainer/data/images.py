@@ -6,14 +6,13 @@ B images of a micro-batch · C channels · H rows = W columns of pixels
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from trainer.config import ConfigError, DataConfig
 from trainer.data.archive import read_archive
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.folders import SPLITS, walk
+from trainer.data.folders import SPLITS, scan
 from trainer.data.gallery import Checked, Table, check_gallery, list_gallery, tables_of
 from trainer.data.order import mixed
 from trainer.data.prepared import Record, build, opened, prepared_folder
@@ -128,11 +127,10 @@ def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
 
 
 def _folder(config: DataConfig, root: Path) -> Path:
-    files = [root] if root.is_file() else walk(root, root, {})
-    # Names too: links of the same names may lead elsewhere, others to the same files.
-    fingerprints: list[Any] = [
-        [str(path.relative_to(root)), *Part(path, 0, 0).fingerprint()] for path in files
-    ]
+    fingerprints = (
+        [Part(root, 0, 0).fingerprint()] if root.is_file()
+        else [file.fingerprint() for file in scan(root)[0].files()]
+    )  # fmt: skip
     ingredients = [*fingerprints, config.held_out, config.on_bad_file]
     return prepared_folder(config, name_of(config), ingredients)
 
@@ -158,7 +156,7 @@ def _read(
     else:
         gallery = list_gallery(config, root)
         checked = (
-            check_gallery(config, root, gallery, progress) if record is None
+            check_gallery(config, gallery, progress) if record is None
             else Checked(tuple(record["shape"]), record["damaged"])
         )  # fmt: skip
         sources = {
@@ -166,7 +164,7 @@ def _read(
             for split, folders in gallery.listing.splits.items()
         }
         found = _Found(
-            tables_of(gallery, root, checked.shape, checked.damaged), sources,
+            tables_of(gallery, checked.shape, checked.damaged), sources,
             gallery.listing.left_out | checked.damaged, gallery.listing.notes + checked.notes,
         )  # fmt: skip
     _hold_out(config, found)

@@ -9,17 +9,21 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from charset_normalizer import from_bytes
+
 from trainer.config import ConfigError, DataConfig
 from trainer.data.folders import (
+    BESIDE,
+    DOCUMENT,
     SPLITS,
+    Entry,
     Listing,
-    entries,
-    is_document,
+    once,
     refuse_inner_splits,
+    scan,
     split_of,
     splits_of,
     unwrapped,
-    walk,
 )
 
 BUNDLED = {
@@ -35,6 +39,8 @@ OTHER_FORMATS = {
     ".safetensors", ".bin", ".h5", ".hdf5", ".sqlite", ".db", ".wav", ".mp3", ".flac", ".ogg",
 }  # fmt: skip
 BLOCK = 1 << 20  # bytes read at once
+GUESSED_ON = 1 << 14  # bytes that an encoding is guessed on
+ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # iconv's names of encodings
 
 
 @dataclass(frozen=True)
@@ -95,25 +101,21 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     """
     if root.is_file():
         return Listing({"train": [root]})
-    where, left_out, notes = f"data.path={config.path}", dict[str, str](), list[str]()
-    inner = unwrapped(
-        root,
-        lambda folder: [e for e, inside in _with_text(config, folder, root, {}).items() if inside],
-        Path.is_dir,
-    )
-    if inner != root:
-        notes.append(f"all of it is in {inner.relative_to(root)}/")
-    files = _with_text(config, inner, root, left_out)
+    where, notes = f"data.path={config.path}", list[str]()
+    top, left_out = scan(root)
+    inner = _unwrapped(config, top, left_out)
+    if inner is not top:
+        notes.append(f"all of it is in {inner.relative}/")
+    files = {entry: _text_files(config, entry, left_out) for entry in inner.inside or ()}
     found = [entry for entry in files if files[entry] or split_of(entry.name)]
     named, others = splits_of(where, found, lambda entry: True)
     if not named:
-        texts = [entry for entry in others if not is_document(entry.name)] or others
-        refuse_inner_splits(where, [path for entry in texts for path in files[entry]], inner)
+        texts = [entry for entry in others if not entry.is_document] or others
+        refuse_inner_splits(where, [file for entry in texts for file in files[entry]], inner)
         named, others = {"train": texts}, [entry for entry in others if entry not in texts]
     for entry in others:
-        why = "tells of the data" if is_document(entry.name) else "beside the splits"
-        left_out[str(entry.relative_to(root))] = why
-    splits = {split: _chosen(config, named[split], files, root, left_out) for split in named}
+        left_out[entry.relative] = DOCUMENT if entry.is_document else BESIDE
+    splits = {split: _chosen(config, named[split], files, left_out) for split in named}
     if "train" not in splits:
         first = SUFFIXES[config.kind][0]
         raise ConfigError(
@@ -121,51 +123,58 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
             "train/"
         )
     if not splits["train"]:
-        raise ConfigError(f"{where} holds no {_readable(config)} file")
-    return Listing({s: splits[s] for s in SPLITS if s in splits}, left_out, notes)
+        raise ConfigError(f"{where} holds no {_readable(config)} file with text")
+    roles = [(file, f"the {s} split") for s in SPLITS for file in splits.get(s, ())]
+    kept = once(where, roles, left_out)
+    paths = {s: [file.path for file in splits[s] if file.relative in kept] for s in splits}
+    return Listing({s: paths[s] for s in SPLITS if s in paths}, left_out, notes)
 
 
-def _with_text(
-    config: DataConfig, folder: Path, root: Path, left_out: dict[str, str]
-) -> dict[Path, list[Path]]:
-    """The files that each entry of a folder is read from."""
-    found = entries(folder, root, left_out)
-    return {entry: _text_files(config, entry, root, left_out) for entry in found}
+def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
+    """The folder inside that holds all text; says of what lies around it why it is not read."""
+
+    def with_text(folder: Entry) -> list[Entry]:
+        return [entry for entry in folder.inside or () if _text_files(config, entry, {})]
+
+    *around, inner = unwrapped(top, with_text, lambda entry: entry.inside is not None)
+    for entry in (entry for folder in around for entry in folder.inside or ()):
+        if entry.is_document:
+            left_out[entry.relative] = DOCUMENT
+        elif entry is not inner and entry not in around:
+            _text_files(config, entry, left_out)
+    return inner
 
 
-def _text_files(
-    config: DataConfig, entry: Path, root: Path, left_out: dict[str, str]
-) -> list[Path]:
+def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
     """The files that an entry of data.path is read from: itself, or those in the folder."""
     found = []
-    for path in walk(entry, root, left_out) if entry.is_dir() else [entry]:
-        if path.suffix.lower() not in SUFFIXES[config.kind]:
-            left_out[str(path.relative_to(root))] = f"no {_readable(config)} file"
-        elif path.stat().st_size == 0 and path != entry:
-            left_out[str(path.relative_to(root))] = "empty"
+    for file in entry.files():
+        if file.suffix not in SUFFIXES[config.kind]:
+            left_out[file.relative] = f"no {_readable(config)} file"
+        elif file.size == 0 and not (file is entry and split_of(file.name)):
+            left_out[file.relative] = "empty"
         else:
-            found.append(path)
+            found.append(file)
     return found
 
 
 def _chosen(
     config: DataConfig,
-    named: list[Path],
-    files: dict[Path, list[Path]],
-    root: Path,
+    named: list[Entry],
+    files: dict[Entry, list[Entry]],
     left_out: dict[str, str],
-) -> list[Path]:
+) -> list[Entry]:
     """The files of one split; one of an unknown suffix that is named after it counts if alone."""
-    chosen = [path for entry in named for path in files[entry]]
+    chosen = [file for entry in named for file in files[entry]]
     if chosen:
         return chosen
     for entry in named:
-        if entry.is_dir():
+        if entry.inside is not None:
             raise ConfigError(
-                f"data.path={config.path}: {entry} holds no {_readable(config)} file, which "
-                f"data.kind={config.kind} reads"
+                f"data.path={config.path}: {entry.location} holds no {_readable(config)} file, "
+                f"which data.kind={config.kind} reads"
             )
-        left_out.pop(str(entry.relative_to(root)), None)
+        left_out.pop(entry.relative, None)
     return named
 
 
@@ -264,14 +273,25 @@ def read_text(part: Part) -> Iterator[str]:
                 position = part.end if final else position + len(block)
     except UnicodeDecodeError as error:
         at, byte = position - pending + error.start, error.object[error.start]
-        encoding = "cp1252" if 0x80 <= byte < 0xA0 else "latin1"
         raise ConfigError(
             f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it from what it is in, "
-            f"e.g. `iconv -f {encoding} -t utf-8` for Western European text, or choose another "
-            "data.path"
+            f"e.g. {_likely(error.object, byte)}, or choose another data.path"
         ) from error
     except OSError as error:
         raise ConfigError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
+
+
+def _likely(block: bytes, first: int) -> str:
+    """How to convert a text from the encoding that it is likely in."""
+    letters = [byte for byte in block[:GUESSED_ON] if byte >= 0x80 or chr(byte).isalpha()]
+    guess = None
+    if 3 * sum(byte >= 0x80 for byte in letters) > len(letters):  # not the Latin script
+        guess = from_bytes(block[:GUESSED_ON]).best()
+    if guess and guess.encoding not in ("ascii", "utf_8"):
+        encoding = ICONV.get(guess.encoding, guess.encoding.replace("_", "-"))
+        return f"`iconv -f {encoding} -t utf-8` by its looks"
+    encoding = "cp1252" if 0x80 <= first < 0xA0 else "latin1"
+    return f"`iconv -f {encoding} -t utf-8` for Western European text"
 
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
