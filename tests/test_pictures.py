@@ -203,3 +203,15 @@ def test_of_an_animated_file_the_first_picture_is_read_and_said(tmp_path):
     assert any("1 animated" in note for note in facts.notes)
     pixels = read_image(str(tmp_path / "own/class0/film.gif"), SIDE, 3)
     assert pixels[:, 0, 0].tolist() == [255, 0, 0]
+
+
+def test_a_png_whose_check_sums_are_wrong_is_damaged(tmp_path):
+    """Pillow gives other pixels for such a file, without a word."""
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    content = bytearray((tmp_path / "x.png").read_bytes())
+    content[-22:-16] = bytes(6)  # the end of the pixels, and their check sum
+    with Image.open(BytesIO(content)) as image:
+        assert image.size == (32, 32)
+    with pytest.raises(ConfigError, match=r"x\.png cannot be read as an image: broken PNG"):
+        decoded(bytes(content))

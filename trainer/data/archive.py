@@ -43,6 +43,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
             arrays = dict(archive.items())
     except Exception as error:  # zip, zlib and numpy raise what they like on damaged files
         why = " ".join(str(error).split())[:200]  # some of them quote the file
+        why = re.sub(r"malformed node or string.*", "a damaged header", why)
         raise ConfigError(
             f"{where}: {path} is not an .npz archive of numbers ({why}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
@@ -122,6 +123,7 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
     images = images[..., None] if images.ndim == 3 else images
+    images = images.astype(images.dtype.newbyteorder("="), copy=False)
     wrong = images.dtype.kind not in "buif" or images.ndim != 4 or images.shape[-1] not in (1, 3, 4)
     if wrong or 0 in images.shape[1:]:
         raise ConfigError(

@@ -176,7 +176,7 @@ def unwrapped(
     """
     chain = [top]
     while True:
-        found = [entry for entry in held(chain[-1]) if not entry.is_document]
+        found = held(chain[-1])
         if len(found) != 1 or split_of(found[0].name) or not wraps(found[0]):
             return chain
         chain.append(found[0])

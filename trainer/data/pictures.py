@@ -30,8 +30,14 @@ def opened(
 
     `content`: its bytes, where it is no file; `path` is then the name in the message.
     """
+    source = path if content is None else content
     try:
-        with Image.open(path if content is None else content) as image:
+        with Image.open(source) as image:
+            if image.format == "PNG":
+                image.verify()  # check sums, which reading the pixels does not look at
+        if content is not None:
+            content.seek(0)
+        with Image.open(source) as image:
             most = Image.MAX_IMAGE_PIXELS or 0
             # Pillow only warns below twice as many; a filter of warnings is shared by threads.
             if 0 < most < image.size[0] * image.size[1]:

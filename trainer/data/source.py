@@ -134,7 +134,9 @@ def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entr
     """The folder inside that holds all text; says of what lies around it why it is not read."""
 
     def with_text(folder: Entry) -> list[Entry]:
-        return [entry for entry in folder.inside or () if _text_files(config, entry, {})]
+        inside = [entry for entry in folder.inside or () if not entry.is_document]
+        named = [e for e in inside if any(split_of(file.name) for file in e.files())]
+        return [entry for entry in inside if _text_files(config, entry, {})] or named
 
     *around, inner = unwrapped(top, with_text, lambda entry: entry.inside is not None)
     for entry in (entry for folder in around for entry in folder.inside or ()):
