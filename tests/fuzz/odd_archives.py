@@ -81,8 +81,12 @@ def _finish(draft: Draft) -> None:
 
 
 def _sized(dtype: str, factor: float, odd: bool = False) -> Callable[[Draft], None]:
-    """Pixels from 0 to 255 become another range, of which zeros and ones have none."""
-    change = _changed("x", _as(dtype, factor), odd)
+    """Pixels from 0 to 255 become another range."""
+    return _unless_binary(_changed("x", _as(dtype, factor), odd))
+
+
+def _unless_binary(change: Callable[[Draft], None]) -> Callable[[Draft], None]:
+    """A change that is not made to zeros and ones, whose range it would leave as it is."""
 
     def apply(draft: Draft) -> None:
         if draft.traits.get("binary"):
@@ -203,7 +207,7 @@ DTYPES = {
     "a date": _changed("x", lambda x, rng: x.astype("datetime64[s]"), True),
     "records": _changed("x", lambda x, rng: x.astype([("r", "u1"), ("g", "u1")]), True),
     **{
-        f"a pixel of {value}": _changed("x", _with(value), True)
+        f"a pixel of {value}": _unless_binary(_changed("x", _with(value), True))
         for value in (-1, 256, 1e9, 0.5, float("nan"), float("inf"), -float("inf"))
     },
     "valid in another range": _changed("x", _as("float32", 1 / 255), True, ("valid",)),
@@ -295,7 +299,7 @@ LABELS = {
         for value in (-1, 3, 1000, 0.5, float("nan"), float("inf"), 2**40, 2**62)
     },
     "a label beyond train's": _changed("y", lambda y, rng: np.where(y == 1, 9, y), True, ("test",)),
-    "labels short": _changed("y", lambda y, rng: y[:-1], True),
+    "labels short": _changed("y", lambda y, rng: y[:-2], True),
     "labels long": _changed("y", lambda y, rng: np.append(y, 0), True),
     "no labels": _changed("y", lambda y, rng: y[:0], True),
     "classes in bytes": _class_names(lambda rng: np.array(CLASSES).astype("S9"), False),

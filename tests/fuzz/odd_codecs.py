@@ -27,7 +27,8 @@ def _encoded(*codecs: str, refused: bool = True) -> Callable[[Draft], None]:
         draft.traits["items"] = [item for item, _ in encoded]
         wanted: dict[str, list[str]] = {}
         for item, text in encoded:
-            wanted.setdefault(item.split, []).append(text)
+            separator = str(draft.settings.get("document_separator") or "\0")
+            wanted.setdefault(item.split, []).extend(t for t in text.split(separator) if t)
         draft.clean = Texts(wanted)
         if refused:
             draft.odd()
