@@ -5,8 +5,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from launch.messages import occupy_standard_streams, write_error
-from parallel.config import ConfigError
+from launch.messages import answer
 from trainer.audit import show, verify
 
 
@@ -24,21 +23,16 @@ def main(arguments: list[str]) -> int:
     for name in ("first", "second"):
         comparing.add_argument(name, type=Path, help="a checkpoint, or a run (its newest one)")
     given = parser.parse_args(arguments)
-    occupy_standard_streams()
-    try:
-        if given.command == "list":
-            good = show(given.run_dir)
-        elif given.command == "verify":
-            found = [verify(path) for path in given.path]
-            good = all(found)
-        else:  # loads torch
-            compare = import_module("trainer.difference").show_difference
-            good = compare(given.first, given.second)
-    except ConfigError as error:
-        write_error("\n".join(error.problems))
-        return 2
+    if given.command == "list":
+        good = show(given.run_dir)
+    elif given.command == "verify":
+        found = [verify(path) for path in given.path]
+        good = all(found)
+    else:  # loads torch
+        compare = import_module("trainer.difference").show_difference
+        good = compare(given.first, given.second)
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer(main, sys.argv[1:]))

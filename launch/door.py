@@ -3,7 +3,6 @@
 Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
 """
 
-import errno
 import logging
 import os
 import re
@@ -32,10 +31,11 @@ from launch.messages import (
     is_mistake,
     log_to_stderr,
     occupy_standard_streams,
+    unprinted,
     write_error,
 )
 from launch.versions import torch_problem
-from parallel.config import ConfigError, check_torchrun
+from parallel.config import ConfigError, check_torchrun, restarts
 from trainer.free_text import protected
 from trainer.run_dir import AlreadyFinishedError
 
@@ -76,24 +76,12 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     occupy_standard_streams()
-    if problem := _unreadable(sys.argv[1:]):
-        write_error(problem)
-        sys.exit(2)
-    if problem := torch_problem():
-        if os.environ.get("RANK", "0") == "0":
-            write_error(problem)
-        sys.exit(2)
-    try:
-        torchrun = check_torchrun(os.environ)
-        ranks = import_module("parallel.runtime").Ranks.of_torchrun() if torchrun else None
-    except ConfigError as error:
-        write_error(explain(name, error))
-        sys.exit(2)
+    ranks = _ranks(name)
     if ranks and ranks.rank:
         leave(import_module("launch.worker").follow(ranks))
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
-    with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
+    with _scratch() as scratch:
         schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
         code = _compose(Door(name, work, prepare, alone, together), ranks, scratch)
     if ranks:
@@ -101,10 +89,35 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
     leave(code)
 
 
+def _ranks(name: str) -> Any:
+    """The ranks that torchrun has started, None without it; exits where nothing can begin."""
+    problem = _unreadable(sys.argv[1:])
+    if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
+        sys.exit(2)  # rank 0 says it
+    try:
+        if not problem and check_torchrun(os.environ):
+            return import_module("parallel.runtime").Ranks.of_torchrun()
+    except ConfigError as error:
+        problem = explain(name, error)
+    if problem:
+        write_error(problem)
+        sys.exit(2)
+    return None
+
+
+def _scratch() -> Any:
+    """A folder for what a sweep's points share, "" where there is no sweep."""
+    try:
+        return TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("")
+    except OSError as error:
+        write_error(f"no folder for temporary files ({error.strerror}); set TMPDIR")
+        sys.exit(1)
+
+
 def names_itself(words: Sequence[str]) -> bool:
     """Whether a new folder is named after the time; a restart by torchrun goes on in the old."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return not restarted and not any(word.lstrip("+").startswith("run_dir=") for word in words)
+    given = any(word.lstrip("+").startswith("run_dir=") for word in words)
+    return not given and not restarts(os.environ)
 
 
 def _unreadable(words: Sequence[str]) -> str:
@@ -113,7 +126,8 @@ def _unreadable(words: Sequence[str]) -> str:
     Python keeps bytes that are not in the locale's encoding as lone surrogates.
     """
     try:
-        Path.cwd()
+        if "${" in str(Path.cwd()):
+            return "the working directory has a ${ in its name, which Hydra fills in; change it"
     except FileNotFoundError:
         return "the working directory is gone; change to one that is there"
     for word in words:
@@ -167,12 +181,6 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
         return exit_code(stop)
     except KeyboardInterrupt:
         return 130
-    except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            return _tell(door, error)
-        # `--help | head`: nobody reads on; or what is printed goes to a full disk.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except Exception as error:
         return _tell(door, error)
 
@@ -250,9 +258,11 @@ def _run_held(
 
 def _tell(door: Door, error: Exception) -> int:
     """Writes a user's mistake as one message and a bug with its trace; the exit status."""
-    mistake = is_mistake(error)
-    write_error(explain(door.name, error) if mistake else traceback.format_exc())
-    return 2 if mistake else 1
+    if is_mistake(error):
+        write_error(explain(door.name, error))
+        return 2
+    write_error(unprinted(error) or traceback.format_exc())
+    return 1
 
 
 def quoted(argument: str, keys: Collection[str]) -> str:

@@ -2,6 +2,7 @@
 
 import atexit
 import difflib
+import errno
 import io
 import json
 import logging
@@ -34,6 +35,7 @@ TYPES = {
 
 
 LOG = "log.txt"  # in a run's folder, what its console has shown
+NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # nor a reader
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/watch.py)
 
 
@@ -62,10 +64,13 @@ def write_error(text: str) -> None:
         sys.stderr.flush()
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"timestamp": str(int(time.time()))}
-        with suppress(OSError):
+        try:
             Path(path).write_text(
                 json.dumps({"message": {"message": text.strip(), "extraInfo": more}})
             )
+        except OSError:  # half of it would end torchrun with an error of its own
+            with suppress(OSError):
+                Path(path).unlink()
 
 
 def occupy_standard_streams() -> None:
@@ -80,6 +85,32 @@ def occupy_standard_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def unprinted(error: BaseException) -> str:
+    """What to say where a result found no room, or no reader, on stdout; empty for other errors."""
+    if not isinstance(error, OSError) or error.filename or error.errno not in NO_ROOM:
+        return ""
+    return f"what was to be printed cannot be written: {error.strerror}"
+
+
+def answer(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command that needs no ranks; its status, 2 after a user's mistake."""
+    occupy_standard_streams()
+    atexit.register(let_go_of_streams)
+    try:
+        code = command(arguments)
+        if sys.stdout:
+            sys.stdout.flush()
+    except ConfigError as error:
+        write_error("\n".join(error.problems))
+        return 2
+    except OSError as error:
+        if not (said := unprinted(error)):
+            raise
+        write_error(said)
+        return 1
+    return code
 
 
 def log_to_stderr(rank: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.messages import occupy_standard_streams, write_error
+from launch.messages import answer
 from parallel.config import ConfigError
 from trainer.report import NAME, write_report
 
@@ -24,13 +24,8 @@ def main(arguments: list[str]) -> int:
     )
     page = f"the page; {NAME} in the first run's folder unless given"
     parser.add_argument("given", nargs="+", metavar="RUN", help=f"a run's folder. FILE: {page}")
-    occupy_standard_streams()
-    try:
-        run_dirs, output = understood(parser.parse_args(arguments).given)
-        path, notes = write_report(run_dirs, output)
-    except ConfigError as error:
-        write_error("\n".join(error.problems))
-        return 2
+    run_dirs, output = understood(parser.parse_args(arguments).given)
+    path, notes = write_report(run_dirs, output)
     console = Console()
     for line in (*notes, f"report: {path}"):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -61,4 +56,4 @@ def understood(given: list[str]) -> tuple[list[Path], Path | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(answer(main, sys.argv[1:]))

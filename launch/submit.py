@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launch import slurm
 from launch.door import open_door
-from launch.messages import log_to_stderr, write_error
+from launch.messages import answer, log_to_stderr
 from parallel.config import ConfigError
 
 ASKED = ("status", "logs", "cancel")
@@ -25,21 +25,17 @@ def look(arguments: list[str]) -> int:
             command.add_argument("--follow", action="store_true", help="and those that come")
     given = parser.parse_args(arguments)
     log_to_stderr(0)
-    try:
-        if not given.run_dir.is_dir():
-            raise ConfigError(f"{given.run_dir} is no folder; name that of a run or sweep")
-        if given.command == "logs":
-            return slurm.logs(given.run_dir, given.lines, given.follow)
-        (slurm.show if given.command == "status" else slurm.cancel)(given.run_dir)
-    except ConfigError as error:
-        write_error("\n".join(error.problems))
-        return 2
+    if not given.run_dir.is_dir():
+        raise ConfigError(f"{given.run_dir} is no folder; name that of a run or sweep")
+    if given.command == "logs":
+        return slurm.logs(given.run_dir, given.lines, given.follow)
+    (slurm.show if given.command == "status" else slurm.cancel)(given.run_dir)
     return 0
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ASKED:
-        sys.exit(look(sys.argv[1:]))
+        sys.exit(answer(look, sys.argv[1:]))
     logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
     open_door("submit", work="", prepare="launch.before:submission", together="launch.slurm:submit")

@@ -18,6 +18,7 @@ from launch.messages import (
     log_to_stderr,
     logged_to,
     occupy_standard_streams,
+    unprinted,
     write_error,
 )
 from parallel.config import ConfigError
@@ -91,7 +92,7 @@ def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
         return code
     if isinstance(error, ConfigError | PeerLostError):
         text = explain(job["door"], error)
-    else:
+    elif not (text := unprinted(error)):
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
         text = "\n".join(prefix + line for line in traceback.format_exc().splitlines())
     write_error(text)

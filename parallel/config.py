@@ -86,6 +86,12 @@ def check_torchrun(environment: Mapping[str, str]) -> bool:
     return True
 
 
+def restarts(environment: Mapping[str, str]) -> int:
+    """Return how often torchrun has started these ranks again; 0 where it does not say."""
+    count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
+    return int(count) if count.isdecimal() else 0
+
+
 def degrees(strategy: StrategyConfig) -> dict[str, int]:
     """The degree of each mesh axis, in the mesh's order."""
     return {axis: getattr(strategy, axis) for axis in AXES}

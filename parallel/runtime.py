@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-from parallel.config import ConfigError
+from parallel.config import ConfigError, restarts
 from parallel.whereabouts import record_few_collectives
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
@@ -37,13 +37,15 @@ class Runtime:
 class Ranks:
     """The ranks of one launch: rank 0 posts jobs, the others follow it."""
 
-    def __init__(self, store: dist.Store, rank: int, world_size: int, restart: str = "0"):
+    def __init__(self, store: dist.Store, rank: int, world_size: int, restart: int = 0):
         self.launch = store  # outlives a restart of the ranks
         # Keys of the attempt before a restart are still there; a prefix keeps them apart.
         self.store = dist.PrefixStore(f"attempt{restart}", store)
         self.rank, self.world_size = rank, world_size
-        self.local_rank = int(os.environ.get("LOCAL_RANK", rank))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+        # Of one rank that no launcher has started they are another's.
+        theirs = os.environ if "RANK" in os.environ else {}
+        self.local_rank = int(theirs.get("LOCAL_RANK", rank))
+        self.local_world_size = int(theirs.get("LOCAL_WORLD_SIZE", world_size))
         self.jobs = 0
 
     @classmethod
@@ -60,8 +62,7 @@ class Ranks:
         # The agents' store outlives a restart. Else it is rank 0's own and new; and hosts that have
         # come and gone count their restarts differently.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if kept else "0"
-        return cls(store, rank, world_size, restart)
+        return cls(store, rank, world_size, restarts(os.environ) if kept else 0)
 
     @classmethod
     def alone(cls) -> "Ranks":

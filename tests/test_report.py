@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launch.messages import answer
 from launch.report import main
 from trainer.chart import Axis, Curve, Mark, chart, lanes, round_values, smoothed, thinned
 from trainer.config import ConfigError
@@ -150,9 +151,9 @@ def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
 
 def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = run_in(tmp_path / "one"), run_in(tmp_path / "optim.lr=1" / "two")
-    assert main([f"run_dir={one}"]) == 0
+    assert answer(main, [f"run_dir={one}"]) == 0
     assert capsys.readouterr().out == f"report: {one / 'report.html'}\n"
-    assert main([str(one), str(two), f"output={tmp_path / 'both.html'}"]) == 0
+    assert answer(main, [str(one), str(two), f"output={tmp_path / 'both.html'}"]) == 0
     assert "<h1>one, two</h1>" in (tmp_path / "both.html").read_text()
     for arguments, message in (
         ([f"run_dir={tmp_path / 'oen'}"], rf"holds no run .*did you mean run_dir={one}\?"),
@@ -161,7 +162,7 @@ def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(one), f"output={tmp_path}"], r"cannot be written \(it is a folder\); name another"),
         ([str(one), f"output={tmp_path}/no/a.html"], r"cannot be written \(No such file or dir"),
     ):
-        assert main(arguments) == 2
+        assert answer(main, arguments) == 2
         told = capsys.readouterr().err
         assert re.search(message, told) and told.count("\n") == 1, told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.html", "one", "optim.lr=1"]

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import ConfigError
+from trainer.display import print_whole
 from trainer.manifest import NAME, DamagedError, Manifest, check, file_problems, read_manifest
 from trainer.run_dir import checkpoints, leftovers
 
@@ -31,9 +32,8 @@ def show(run_dir: Path) -> bool:
             table.add_row(path.name, "complete", size, loss, _layout(manifest), "")
     for path in leftovers(run_dir):
         table.add_row(path.name, "incomplete", "", "", "", "being written, or its run was killed")
-    console = Console()
-    console.print(table)
-    console.print("`verify` compares every byte", highlight=False)
+    print_whole(table)
+    Console().print("`verify` compares every byte", highlight=False)
     return whole
 
 

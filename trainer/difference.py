@@ -8,6 +8,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from trainer.audit import good_checkpoint
+from trainer.display import print_whole
 from trainer.storage import read_whole
 
 
@@ -37,7 +38,7 @@ def show_difference(first: Path, second: Path) -> bool:
             largest, share = largest_difference(here, there)
             table.add_row(name, _kind(here), f"{largest:.3g}", f"{share:.2g}")
     if table.row_count:
-        console.print(table)
+        print_whole(table)
     equal = len(names) - table.row_count
     console.print(f"{equal} of {len(names)} tensors are equal to the bit", highlight=False)
     return not table.row_count

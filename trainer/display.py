@@ -72,6 +72,14 @@ def open_console() -> Console:
     return Console(file=cast(IO[str], Lasting(sys.stdout)) if sys.stdout else None)
 
 
+def print_whole(table: Table) -> None:
+    """Print a table on stdout as wide as it is: a narrow terminal cuts no number off."""
+    console = Console()
+    # A log file's width is 80, and nothing is measured as more than that.
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
+
+
 @contextmanager
 def drawn(live: Live) -> Iterator[None]:
     """While it is on the terminal, what is logged goes above it rather than through it."""

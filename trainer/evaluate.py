@@ -18,6 +18,7 @@ from trainer.config import EvaluateConfig
 from trainer.data import Dataset, open_split, prepare
 from trainer.data.loader import Batch, evaluation_batches
 from trainer.data.record import changes, data_of, read_record
+from trainer.display import print_whole
 from trainer.generate import translate
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.run_dir import absolute, load_config
@@ -138,7 +139,7 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     if runtime.rank == 0:
         console = Console()
         console.print(f"{config.run_dir}, {config.split} split:", soft_wrap=True, markup=False)
-        console.print(table(values))
+        print_whole(table(values))
         if translates:
             console.print(f"BLEU: {bleu_signature()}", soft_wrap=True, highlight=False)
 

@@ -21,6 +21,7 @@ from trainer.data import open_split, prepare
 from trainer.data.gallery import decoded
 from trainer.data.images import standardized
 from trainer.data.record import read_record
+from trainer.display import print_whole
 from trainer.model import DecodingCache
 from trainer.trained import TrainedRun, open_run, transformer
 
@@ -204,6 +205,9 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
     run = open_run(config, runtime)
     answer = ANSWERS[run.config.model.family](config, run)
     if runtime.rank == 0:
+        if isinstance(answer, Table):
+            print_whole(answer)
+            return
         Console().print(answer, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
+from parallel.config import restarts
 from parallel.runtime import Runtime, largest
 from parallel.watch import STOPPED, PeerLostError, StoppedError, Watch
 from trainer.config import ConfigError, TrainConfig
@@ -37,7 +38,7 @@ class Supervisor:
     def begin(self, step: int) -> None:
         """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
         self.step = step
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        attempt = restarts(os.environ)
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
         before = self._status.begin(step, attempt > 0, first=self._runtime.rank == 0)
         why = f": {before.reason}" if before and before.reason else ""

@@ -39,6 +39,7 @@ from trainer.cases import (
 )
 from trainer.compress.technique import Compression
 from trainer.config import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
+from trainer.display import print_whole
 from trainer.initial import draw_rows
 from trainer.loss import IGNORED
 from trainer.model import Transformer
@@ -326,7 +327,6 @@ Rows = dict[tuple[str, str], list[Difference]]  # by model and strategy
 
 def report(rows: Rows, tolerance: float) -> bool:
     """Show the largest differences, and what differs first where one is too large; true if none."""
-    console = Console()
     title = f"largest differences from one process in float64; {tolerance:g} pass"
     shown = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("model", "strategy", *QUANTITIES, "verdict"):
@@ -338,11 +338,9 @@ def report(rows: Rows, tolerance: float) -> bool:
         shown.add_row(model, strategy, *values, "equal" if equal else "DIFFERS")
         if not equal:
             faults.append(f"{model}, {strategy}: {verdict(found, tolerance)}")
-    # A log file's width is 80, and nothing is measured as more than that.
-    console.width = max(console.width, Console(width=1000).measure(shown).maximum)
-    console.print(shown)
+    print_whole(shown)
     for fault in faults:
-        console.print(fault, soft_wrap=True, highlight=False)
+        Console().print(fault, soft_wrap=True, highlight=False)
     return not faults
 
 

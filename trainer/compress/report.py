@@ -27,6 +27,7 @@ from trainer.config import (
 )
 from trainer.curves import last_values
 from trainer.data import prepare
+from trainer.display import print_whole
 from trainer.flops import flops_per_sample
 from trainer.run_dir import load_config
 from trainer.trained import (
@@ -104,7 +105,7 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     path = Path(config.run_dir) / NAME
     _draw(found, path)
     console = Console()
-    console.print(table(found))
+    print_whole(table(found))
     console.print(f"picture: {path}", markup=False, soft_wrap=True)
 
 
