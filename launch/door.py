@@ -15,7 +15,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NoReturn
 
 import hydra
@@ -81,7 +81,7 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
         leave(import_module("launch.worker").follow(ranks))
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
-    with _scratch() as scratch:
+    with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
         schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
         code = _compose(Door(name, work, prepare, alone, together), ranks, scratch)
     if ranks:
@@ -105,15 +105,6 @@ def _ranks(name: str) -> Any:
     return None
 
 
-def _scratch() -> Any:
-    """A folder for what a sweep's points share, "" where there is no sweep."""
-    try:
-        return TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("")
-    except OSError as error:
-        write_error(f"no folder for temporary files ({error.strerror}); set TMPDIR")
-        sys.exit(1)
-
-
 def names_itself(words: Sequence[str]) -> bool:
     """Whether a new folder is named after the time; a restart by torchrun goes on in the old."""
     given = any(word.lstrip("+").startswith("run_dir=") for word in words)
@@ -130,6 +121,10 @@ def _unreadable(words: Sequence[str]) -> str:
             return "the working directory has a ${ in its name, which Hydra fills in; change it"
     except FileNotFoundError:
         return "the working directory is gone; change to one that is there"
+    try:
+        gettempdir()
+    except FileNotFoundError:  # torch is not even imported without
+        return "no folder takes temporary files; set TMPDIR to one with room"
     for word in words:
         try:
             word.encode()
@@ -261,7 +256,10 @@ def _tell(door: Door, error: Exception) -> int:
     if is_mistake(error):
         write_error(explain(door.name, error))
         return 2
-    write_error(unprinted(error) or traceback.format_exc())
+    if isinstance(error, OSError) and error.filename:
+        write_error(f"{error.filename} cannot be used: {error.strerror}")
+    else:
+        write_error(unprinted(error) or traceback.format_exc())
     return 1
 
 
