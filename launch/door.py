@@ -36,12 +36,13 @@ from launch.messages import (
 )
 from launch.versions import torch_problem
 from parallel.config import ConfigError, check_torchrun, restarts
-from trainer.free_text import protected
+from trainer.free_text import MARK, protected
 from trainer.run_dir import AlreadyFinishedError
 
 CONF = str(Path(schema.__file__).parent)
 MULTIRUN = ("-m", "--multirun")
 QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
+SWEPT = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)\Z", re.DOTALL)
 EXIT_SECONDS = 10.0  # that the end of a process may take
 
 log = logging.getLogger(__name__)
@@ -274,16 +275,18 @@ def quoted(argument: str, keys: Collection[str]) -> str:
         return argument
     if QUOTED.fullmatch(text):
         inside = text[1:-1]
-        return argument if protected(inside) == inside else f'{key}="{protected(inside)}"'
+        kept = inside.startswith(MARK) or protected(inside) == inside  # a script's own words
+        return argument if kept else f'{key}="{protected(inside)}"'
     return f"{key}={_in_quotes(text)}"
 
 
 def quoted_values(argument: str, keys: Collection[str]) -> str:
     """As `quoted`, in a sweep: commas part values, and Hydra's own words (choice, glob) stay."""
     key, equals, text = argument.partition("=")
-    if key not in keys or not equals or not text or re.search(r"['\"()\[\]{}]", text):
+    if key.lstrip("+") not in keys or not equals or not text or SWEPT.match(text):
         return argument
-    return f"{key}={','.join(map(_in_quotes, text.split(',')))}"
+    values = re.findall(rf"(?:{QUOTED.pattern}|[^,])+", text, re.DOTALL)
+    return f"{key}={','.join(quoted(f'{key}={value}', keys)[len(key) + 1 :] for value in values)}"
 
 
 def _in_quotes(text: str) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from launched import Launched
 
 from conf.schema import free_text, load, register
 from launch.before import training
-from launch.door import quoted
+from launch.door import quoted, quoted_values
 from parallel.config import ConfigError, check_torchrun
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.free_text import revealed
@@ -144,6 +145,24 @@ def test_signals_that_were_ignored_stay_so(monkeypatch):
 def test_quotes_of_ones_own_keep_what_is_inside():
     assert quoted("prompt='x y'", ["prompt"]) == "prompt='x y'"
     assert revealed(quoted("prompt='${x}'", ["prompt"]).partition("=")[2][1:-1]) == "${x}"
+    for text in ("${x}", 'a"b', "plain"):  # what a job script repeats is quoted already
+        once = quoted(f"prompt={text}", ["prompt"])
+        assert quoted(once, ["prompt"]) == once
+
+
+@pytest.mark.parametrize("typed, values", [
+    ("a,b", ["a", "b"]), ("${x},b", ["${x}", "b"]), ("'a,b',c", ["a,b", "c"]),
+    ("x{y},[z]", ["x{y}", "[z]"]), ("don't", ["don't"]), ("f(x),g", ["f(x)", "g"]),
+    ('say "hi, you",b', ['say "hi, you"', "b"]), ("choice(a,b)", ["a", "b"]),
+])  # fmt: skip
+def test_a_sweep_takes_every_text(typed, values):
+    parser = OverridesParser.create()
+    override = parser.parse_override(quoted_values(f"init_from={typed}", ["init_from"]))
+    if override.is_sweep_override():
+        swept = [parser.parse_override(f"k={v}").value() for v in override.sweep_string_iterator()]
+    else:
+        swept = [override.value()]
+    assert [revealed(value) for value in swept] == values
 
 
 def test_two_starts_in_one_second_have_a_folder_each(tmp_path):
