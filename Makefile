@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: train test lint setup clean
 
 train: $(VENV)/.installed
-	$(BIN)/python launch/train.py
+	$(BIN)/python launch/train.py launch.ranks=2
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
