@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from workload import by_sample, llama, on_ranks, pin, random_batch
 
-from parallel.actions import actions
-from parallel.config import StrategyConfig
+from parallel.parallel_model import Worker
+from parallel.pipeline.schedules import SCHEDULES, bubble_formula, stages_per_rank, takes
+from parallel.pipeline.simulator import Action, Span, bubble, simulate
+from parallel.pipeline.torch_schedules import actions
 from parallel.runtime import Runtime
-from parallel.schedule import SCHEDULES, bubble_formula, stages_per_rank, takes
-from parallel.simulate import Action, Span, bubble, simulate
-from parallel.worker import Worker
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.precision import PRECISIONS
 

@@ -2,7 +2,7 @@
 
 Threads of OpenMP wait for each other by spinning. On a machine with nothing else to do that is the
 fastest way; where other processes want the cores, each wait costs a time slice. Prints tokens per
-second, with libgomp's own waiting and with that of launch/door.py, alternately; on a quiet machine
+second, with libgomp's own waiting and with that of launch/cli, alternately; on a quiet machine
 and beside so many busy processes.
 """
 
@@ -16,7 +16,7 @@ from statistics import median
 
 ROOT = Path(__file__).parents[1]
 BUSY, ROUNDS = 10, 3
-WAITS = {"libgomp's": {"GOMP_SPINCOUNT": "300000"}, "launch/door.py's": {}}
+WAITS = {"libgomp's": {"GOMP_SPINCOUNT": "300000"}, "launch/cli's": {}}
 STEPS = {0: 60, BUSY: 12}  # few where each takes long
 
 

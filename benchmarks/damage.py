@@ -18,15 +18,15 @@ from torch import Tensor
 from torch import distributed as dist
 from workload import on_ranks
 
-from parallel.config import StrategyConfig
-from parallel.gradients import local
+from parallel.grad_norm import local
 from parallel.runtime import Runtime
-from trainer.checkpoint import TrainState, choose, restore, tensors_of
-from trainer.config import ConfigError, ModelConfig, TrainConfig
+from parallel.strategy import StrategyConfig
+from trainer.checkpoint.manifest import NAME
+from trainer.checkpoint.restore import TrainState, choose, restore, tensors_of
+from trainer.checkpoint.save import Saver
+from trainer.config.train import ConfigError, ModelConfig, TrainConfig
 from trainer.loop import start
-from trainer.manifest import NAME
-from trainer.run_dir import checkpoint_path
-from trainer.saver import Saver
+from trainer.run.run_dir import checkpoint_path
 
 KINDS = ("bit", "cut", "missing", "manifest")
 GOOD, DAMAGED = 20, 30  # steps

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from trainer.compress.export import compute_with_integers
-from trainer.compress.linear import CompressedLinear, Lens
-from trainer.layers import Linear
+from trainer.compress.quantized_linear import CompressedLinear, Lens
+from trainer.nn.layers import Linear
 
 WIDTH, HIDDEN = 512, 2048
 

@@ -22,11 +22,13 @@ from tempfile import TemporaryDirectory
 
 from torch import distributed as dist
 
-from launch.before import training
-from parallel.config import StrategyConfig
+from launch.cli.preflight import training
 from parallel.runtime import Ranks, process_group
+from parallel.strategy import StrategyConfig
 from trainer import loop
-from trainer.config import (
+from trainer.checkpoint.manifest import DamagedError, check
+from trainer.checkpoint.save import Save, Saver
+from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -35,10 +37,8 @@ from trainer.config import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.manifest import DamagedError, check
-from trainer.metrics import Recorder
-from trainer.run_dir import checkpoints
-from trainer.saver import Save, Saver
+from trainer.metrics.recorder import Recorder
+from trainer.run.run_dir import checkpoints
 
 EVERY = 3  # steps between saves
 WORLDS = {1: StrategyConfig(), 2: StrategyConfig(shard=2), 4: StrategyConfig(shard=2, tensor=2)}

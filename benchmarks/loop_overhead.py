@@ -18,19 +18,19 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from conf import schema
-from conf.check import complete
+from conf.validation.validate import complete
 from parallel.runtime import Ranks, Runtime, process_group
 from trainer import loop
-from trainer.config import TrainConfig
+from trainer.checkpoint.save import Saver
+from trainer.config.train import TrainConfig
 from trainer.data import open_split, prepare
-from trainer.initial import draw_rows
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
-from trainer.optim import decays, lr_at
+from trainer.nn.init import draw_rows
+from trainer.optim.optimizer import decays, lr_at
 from trainer.precision import resolve_precision
-from trainer.run_dir import open_run_dir
-from trainer.saver import Saver
-from trainer.supervisor import supervised
+from trainer.resilience.supervisor import supervised
+from trainer.run.run_dir import open_run_dir
 
 
 def configured(overrides: list[str], run_dir: str) -> TrainConfig:

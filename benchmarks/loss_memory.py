@@ -13,11 +13,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from parallel.config import StrategyConfig
-from parallel.pool import RankPool
+from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.config import LossConfig, ModelConfig
+from trainer.config.train import LossConfig, ModelConfig
 from trainer.precision import PRECISIONS
 
 SAMPLES, SEQ_LEN = 4, 512

@@ -21,12 +21,12 @@ from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGP
 from torch.nn import functional as F
 from workload import Batch, alternate, by_sample, llama, on_ranks, pin, random_batch, train_step
 
-from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
-from trainer.config import ModelConfig
-from trainer.initial import draw_rows
+from parallel.strategy import StrategyConfig
+from trainer.config.train import ModelConfig
 from trainer.model import Transformer
-from trainer.stream import SequenceLayout, Stream
+from trainer.nn.init import draw_rows
+from trainer.nn.sequence import SequenceLayout, Stream
 
 RANKS, SEQ_LEN = 2, 128
 TORCH_CLASSES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}

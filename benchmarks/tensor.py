@@ -32,15 +32,15 @@ from torch.distributed.tensor.parallel import (
 )
 from workload import alternate, llama, on_ranks, random_batch, train_step
 
-from parallel.config import StrategyConfig
 from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
-from parallel.vocab import Vocabulary
-from trainer.config import ModelConfig
-from trainer.initial import draw_rows
+from parallel.strategy import StrategyConfig
+from parallel.tensor.vocab_parallel import Vocabulary
+from trainer.config.train import ModelConfig
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
-from trainer.stream import SequenceLayout
+from trainer.nn.init import draw_rows
+from trainer.nn.sequence import SequenceLayout
 
 RANKS, SEQ_LEN, LAYERS = 2, 128, 4
 Step = Callable[[dict[str, Tensor]], Tensor]

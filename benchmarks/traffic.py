@@ -9,11 +9,11 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from parallel.config import world_size
-from parallel.pool import RankPool
-from parallel.schedule import placed
-from trainer.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
-from trainer.traffic import step_traffic
+from parallel.pipeline.schedules import placed
+from parallel.rank_pool import RankPool
+from parallel.strategy import world_size
+from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
+from trainer.verify.comm_volume import step_traffic
 
 if __name__ == "__main__":
     table = Table("strategy", "collective", "dtype", "counted", "closed form")

@@ -17,11 +17,11 @@ import torch
 from torch import distributed as dist
 from workload import llama, on_ranks, pin, random_batch, train_step
 
-from parallel.config import StrategyConfig
 from parallel.runtime import Runtime
-from trainer.config import TrainConfig
-from trainer.lock import share
-from trainer.supervisor import Supervisor
+from parallel.strategy import StrategyConfig
+from trainer.config.train import TrainConfig
+from trainer.resilience.supervisor import Supervisor
+from trainer.run.lock import share
 
 SEQ_LEN, VOCAB = 128, 1024
 KINDS = ("plain", "watched", "plain, processor", "watched, processor")

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from parallel.config import StrategyConfig
-from parallel.pool import RankPool
+from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.config import ModelConfig, OptimConfig
-from trainer.optim import Optimizer
+from trainer.config.train import ModelConfig, OptimConfig
+from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS
 
 Batch = dict[str, Tensor]

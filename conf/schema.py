@@ -11,8 +11,8 @@ from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
 from conf.submit import SubmitConfig
-from parallel.config import ConfigError
-from trainer.config import (
+from parallel.strategy import ConfigError
+from trainer.config.train import (
     CompressReportConfig,
     EvaluateConfig,
     ExportConfig,
@@ -22,7 +22,7 @@ from trainer.config import (
     TrainConfig,
     VerifyConfig,
 )
-from trainer.free_text import protected, revealed
+from trainer.run.free_text import protected, revealed
 
 # The name of a door's YAML file → the dataclass it must fit.
 SCHEMAS: dict[str, type] = {

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass, field, fields
 
-from trainer.config import TrainConfig
+from trainer.config.train import TrainConfig
 
 # Options of sbatch that other keys set, or that the script relies on.
 OWN_OPTIONS = {
@@ -23,7 +23,7 @@ OWN_OPTIONS = {
 
 @dataclass
 class ClusterConfig:
-    """A job of Slurm; read by launch/script.py and launch/slurm.py."""
+    """A job of Slurm; read by launch/slurm/batch_script.py and launch/slurm/commands.py."""
 
     nodes: int = 1  # hosts of the job
     gpus_per_node: int = 0  # GPUs taken of each host; 0 = a job on CPUs

@@ -5,8 +5,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from launch.messages import answer
-from trainer.audit import show, verify
+from launch.cli.errors import answer
+from trainer.checkpoint.inspect import show, verify
 
 
 def main(arguments: list[str]) -> int:
@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         found = [verify(path) for path in given.path]
         good = all(found)
     else:  # loads torch
-        compare = import_module("trainer.difference").show_difference
+        compare = import_module("trainer.checkpoint.diff").show_difference
         good = compare(given.first, given.second)
     return 0 if good else 1
 

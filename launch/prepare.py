@@ -1,11 +1,11 @@
 """Prepare a data set: `python launch/prepare.py --help`."""
 
-from launch.door import open_door
+from launch.cli.entrypoint import open_door
 
 if __name__ == "__main__":
     open_door(
         "prepare",
         work="",
-        prepare="launch.before:preparation",
-        alone="launch.inputs:prepare_data",
+        prepare="launch.cli.preflight:preparation",
+        alone="launch.cli.inputs:prepare_data",
     )

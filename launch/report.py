@@ -8,9 +8,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.messages import answer
-from parallel.config import ConfigError
-from trainer.report import NAME, write_report
+from launch.cli.errors import answer
+from parallel.strategy import ConfigError
+from trainer.report.page import NAME, write_report
 
 KEYS = ("run_dir", "output")
 

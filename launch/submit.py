@@ -5,10 +5,10 @@ import logging
 import sys
 from pathlib import Path
 
-from launch import slurm
-from launch.door import open_door
-from launch.messages import answer, log_to_stderr
-from parallel.config import ConfigError
+from launch.cli.entrypoint import open_door
+from launch.cli.errors import answer, log_to_stderr
+from launch.slurm import commands as slurm
+from parallel.strategy import ConfigError
 
 ASKED = ("status", "logs", "cancel")
 
@@ -38,4 +38,9 @@ if __name__ == "__main__":
         sys.exit(answer(look, sys.argv[1:]))
     logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
-    open_door("submit", work="", prepare="launch.before:submission", together="launch.slurm:submit")
+    open_door(
+        "submit",
+        work="",
+        prepare="launch.cli.preflight:submission",
+        together="launch.slurm.commands:submit",
+    )

@@ -1,6 +1,6 @@
 """Train: `python launch/train.py --help`."""
 
-from launch.door import open_door
+from launch.cli.entrypoint import open_door
 
 if __name__ == "__main__":
-    open_door("train", work="trainer.loop:train", prepare="launch.before:training")
+    open_door("train", work="trainer.loop:train", prepare="launch.cli.preflight:training")

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.config import AXES, StrategyConfig, degrees, world_size
+from parallel.strategy import AXES, StrategyConfig, degrees, world_size
 
 # The axes whose ranks see different samples; the innermost varies fastest.
 DATA_AXES = ("replicate", "shard")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-from parallel.config import ConfigError, restarts
-from parallel.whereabouts import record_few_collectives
+from parallel.health.process_info import record_few_collectives
+from parallel.strategy import ConfigError, restarts
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from parallel.pool import RankPool
+from parallel.rank_pool import RankPool
 from parallel.runtime import Ranks, process_group
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would the runs started here.

@@ -9,15 +9,15 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from parallel.config import ConfigError, StrategyConfig, resolve, world_size
-from parallel.gradients import local
+from parallel.grad_norm import local
+from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint import TrainState
-from trainer.config import TrainConfig
-from trainer.data.order import Order, positions
+from trainer.checkpoint.restore import TrainState
+from trainer.config.train import TrainConfig
+from trainer.data.sampler import Order, positions
 from trainer.loss import cross_entropy_sum
-from trainer.metrics import Recorder
-from trainer.run_dir import open_run_dir
+from trainer.metrics.recorder import Recorder
+from trainer.run.run_dir import open_run_dir
 
 LAYOUTS = {
     "single": StrategyConfig(),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from trainer.config import MetricsConfig
-from trainer.metrics import Recorder
+from trainer.config.train import MetricsConfig
+from trainer.metrics.recorder import Recorder
 
 
 class FakeClock:

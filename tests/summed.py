@@ -3,13 +3,13 @@
 import tiny
 import torch
 
-from parallel.config import StrategyConfig
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.cases import FAMILIES, make_batch, samples, scale_down, split
-from trainer.initial import draw_rows
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
+from trainer.nn.init import draw_rows
 from trainer.precision import PRECISIONS
+from trainer.verify.cases import FAMILIES, make_batch, samples, scale_down, split
 
 MODEL = scale_down(FAMILIES["decoder (GPT-2)"])
 STEPS = 3

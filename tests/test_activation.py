@@ -7,8 +7,8 @@ import torch
 from test_model import build
 from torch.utils.flop_counter import FlopCounterMode
 
-from parallel.activation import MODES, checkpoint_activations
-from trainer.cases import FAMILIES, make_batch, scale_down
+from parallel.activation_checkpointing import MODES, checkpoint_activations
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 
 def step(mode: str) -> tuple[int, dict[str, torch.Tensor]]:

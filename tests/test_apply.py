@@ -9,15 +9,15 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
-from parallel.apply import Facts, parallelize
-from parallel.config import StrategyConfig, world_size
 from parallel.mesh import AXES, build_mesh
+from parallel.parallelize import Facts, parallelize
+from parallel.strategy import StrategyConfig, world_size
 from trainer.build import build_worker
-from trainer.cases import FAMILIES, make_batch, scale_down
-from trainer.config import TrainConfig
-from trainer.initial import draw_rows
+from trainer.config.train import TrainConfig
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.nn.init import draw_rows
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 
 def drawn(runtime, strategy: StrategyConfig) -> dict:

@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.archive import read_archive
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)

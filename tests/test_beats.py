@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from parallel.beats import Beat, Seen, judge, slow
+from parallel.health.heartbeat import Beat, Seen, judge, slow
 
 TIMEOUT, INTERVAL = 10.0, 1.0
 BEAT = Beat(

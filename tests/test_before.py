@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.before import reading, training
-from parallel.config import StrategyConfig
-from trainer.config import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
-from trainer.run_dir import load_config
-from trainer.tokenizer import Tokenizer
+from launch.cli.preflight import reading, training
+from parallel.strategy import StrategyConfig
+from trainer.config.train import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
+from trainer.data.tokenizer import Tokenizer
+from trainer.run.run_dir import load_config
 
 PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
 

@@ -8,13 +8,13 @@ import pytest
 import tiny
 import torch
 
-from parallel.config import StrategyConfig, world_size
-from trainer.checkpoint import TrainState, load_weights, restore
-from trainer.config import ConfigError, OptimConfig, TrainConfig
-from trainer.guard import Guard
-from trainer.manifest import read_manifest
-from trainer.optim import Optimizer
+from parallel.strategy import StrategyConfig, world_size
+from trainer.checkpoint.manifest import read_manifest
+from trainer.checkpoint.restore import TrainState, load_weights, restore
+from trainer.config.train import ConfigError, OptimConfig, TrainConfig
+from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS, LossScale
+from trainer.resilience.bad_steps import Guard
 
 
 def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = None) -> TrainState:

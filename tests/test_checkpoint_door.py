@@ -8,11 +8,11 @@ import torch
 from test_checkpoint import run_in, state_of
 
 from launch.checkpoint import main
-from launch.messages import answer
-from parallel.config import StrategyConfig
-from parallel.gradients import local
-from trainer.run_dir import checkpoint_path
-from trainer.saver import Saver
+from launch.cli.errors import answer
+from parallel.grad_norm import local
+from parallel.strategy import StrategyConfig
+from trainer.checkpoint.save import Saver
+from trainer.run.run_dir import checkpoint_path
 
 
 def two(runtime, folder, strategy) -> None:

@@ -9,18 +9,18 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from conf.compress import compress_problems
-from parallel.config import StrategyConfig
+from conf.validation.compression import compress_problems
+from parallel.strategy import StrategyConfig
 from trainer import loop
-from trainer.cases import FAMILIES, make_batch, scale_down
-from trainer.compress.linear import CompressedLinear, Lens, pruned, rounded, whole
-from trainer.compress.sequence import Drop, Merge, PoolImage, PoolText
-from trainer.compress.technique import Compression
-from trainer.config import CompressConfig, TrainConfig
-from trainer.flops import flops_per_sample
-from trainer.initial import draw_rows
+from trainer.compress.compression import Compression
+from trainer.compress.quantized_linear import CompressedLinear, Lens, pruned, rounded, whole
+from trainer.compress.sequence_reduction import Drop, Merge, PoolImage, PoolText
+from trainer.config.train import CompressConfig, TrainConfig
 from trainer.model import DecodingCache, Transformer
-from trainer.stream import Context, SequenceLayout, Stream
+from trainer.nn.flops import flops_per_sample
+from trainer.nn.init import draw_rows
+from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 VIT, TRANSLATOR = FAMILIES["encoder (ViT)"], FAMILIES["encoder-decoder"]
 SIX = 6  # blocks, or as many as make four of an encoder-decoder

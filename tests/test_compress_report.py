@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import tiny
 
-from launch.before import comparing, exporting, training
-from trainer.compress import report as module
-from trainer.compress.report import Facts, report, table
-from trainer.config import (
+from launch.cli.preflight import comparing, exporting, training
+from trainer.compress_report import report as module
+from trainer.compress_report.report import Facts, report, table
+from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
     ConfigError,
     ExportConfig,
     TrainConfig,
 )
+from trainer.inference.trained_run import export_run
 from trainer.loop import start
-from trainer.run_dir import EXPORTED
-from trainer.trained import export_run
+from trainer.run.run_dir import EXPORTED
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,11 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conf import schema
-from conf.check import CHOICES, RANGES, complete, problems
 from conf.help import comments
 from conf.submit import SubmitConfig
-from parallel.config import AXES, ConfigError, StrategyConfig
-from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
+from conf.validation.validate import CHOICES, RANGES, complete, problems
+from parallel.strategy import AXES, ConfigError, StrategyConfig
+from trainer.config.train import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
 from trainer.data import DataFacts
 from trainer.model import Transformer
 

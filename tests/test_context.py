@@ -11,13 +11,13 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from parallel import tiles
-from parallel.activation import checkpoint_activations
-from parallel.context import METHODS, ContextSplit, zigzag
-from parallel.cost import context_bytes
+from parallel.activation_checkpointing import checkpoint_activations
+from parallel.comm_volume.closed_form import context_bytes
+from parallel.comm_volume.counter import Payload, Traffic
+from parallel.context import block_attention as tiles
+from parallel.context.attention import METHODS, ContextSplit, zigzag
+from parallel.context.block_attention import KERNELS
 from parallel.runtime import Runtime
-from parallel.tiles import KERNELS
-from parallel.traffic import Payload, Traffic
 
 B, K = 2, 8
 

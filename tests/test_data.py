@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
-from trainer.data import hub, prepared
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import cache as prepared
+from trainer.data import huggingface as hub
+from trainer.data.files import BUNDLED, locate, split_parts
 from trainer.data.pairs import read_pairs
-from trainer.data.source import BUNDLED, locate, split_parts
 
 TEXT = "To-morrow, and to-morrow, and to-morrow,\nCreeps in this petty pace from day to day\n" * 20
 

@@ -12,7 +12,7 @@ import pytest
 from recorders import FakeClock, lines, make, shown
 from rich.console import Console
 
-from trainer.display import Display, Lasting, sparkline
+from trainer.metrics.console import Display, Lasting, sparkline
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:

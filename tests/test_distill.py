@@ -10,17 +10,17 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from conf.check import problems
-from conf.compress import match_problems, teacher_problems
-from launch.before import training
-from parallel.config import StrategyConfig, world_size
-from parallel.pool import RankFailedError
+from conf.validation.compression import match_problems, teacher_problems
+from conf.validation.validate import problems
+from launch.cli.preflight import training
+from parallel.rank_pool import RankFailedError
 from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
-from trainer.compress.distill import divergence_sum
-from trainer.compress.match import apart_sum
-from trainer.compress.report import report
-from trainer.config import (
+from trainer.compress.distillation import divergence_sum
+from trainer.compress.hidden_states import apart_sum
+from trainer.compress_report.report import report
+from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
     ConfigError,
@@ -32,9 +32,9 @@ from trainer.config import (
     OptimConfig,
     TrainConfig,
 )
+from trainer.inference.trained_run import open_run
 from trainer.loss import IGNORED
-from trainer.run_dir import AlreadyFinishedError, checkpoints
-from trainer.trained import open_run
+from trainer.run.run_dir import AlreadyFinishedError, checkpoints
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)
 STUDENT = replace(tiny.LLAMA, vocab_size=280, dropout=0.1)

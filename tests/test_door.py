@@ -19,16 +19,16 @@ import torch.distributed as dist
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf import schema
-from conf.check import problems
 from conf.schema import SCHEMAS
-from launch.door import names_itself, open_door, quoted
-from parallel.config import ConfigError, resolve
+from conf.validation.validate import problems
+from launch.cli.entrypoint import names_itself, open_door, quoted
 from parallel.runtime import Ranks, process_group
-from trainer.free_text import revealed
+from parallel.strategy import ConfigError, resolve
+from trainer.run.free_text import revealed
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
-from launch.door import open_door
+from launch.cli.entrypoint import open_door
 
 if __name__ == "__main__":
     open_door("train", work="test_door:work", prepare="test_door:check")
@@ -124,7 +124,7 @@ def test_a_bad_override_under_torchrun_is_said_first_and_last(run, tmp_path):
     assert error.count(message) == 2
     lines = error.splitlines()
     assert lines[0] == message and lines[-2].endswith(f": {message}")
-    ours = [line for line in error.splitlines() if "launch/door.py" in line]
+    ours = [line for line in error.splitlines() if "launch/cli/entrypoint.py" in line]
     assert ours == []  # torchrun shows its own trace, none of it ours
     assert sorted(path.name for path in tmp_path.iterdir()) == ["door.py"]
 

@@ -14,12 +14,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launched import Launched
 
 from conf.schema import free_text, load, register
-from launch.before import training
-from launch.door import quoted, quoted_values
-from parallel.config import ConfigError, check_torchrun
-from trainer.config import DataConfig, ModelConfig, TrainConfig
-from trainer.free_text import revealed
-from trainer.run_dir import claimed, load_config
+from launch.cli.entrypoint import quoted, quoted_values
+from launch.cli.preflight import training
+from parallel.strategy import ConfigError, check_torchrun
+from trainer.config.train import DataConfig, ModelConfig, TrainConfig
+from trainer.run.free_text import revealed
+from trainer.run.run_dir import claimed, load_config
 
 ROOT = Path(__file__).parents[1]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
@@ -133,7 +133,7 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
 
 def test_signals_that_were_ignored_stay_so(monkeypatch):
-    handled = import_module("launch.spawn")
+    handled = import_module("launch.cli.spawn")
     assert not handled._is_ignored("SIGHUP")
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

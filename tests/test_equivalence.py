@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-import conf.layout
-from conf.check import CHOICES
-from parallel.config import StrategyConfig, world_size
-from parallel.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
-from parallel.schedule import SCHEDULES
-from trainer.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
-from trainer.config import CompressConfig, VerifyConfig
-from trainer.verify import (
+import conf.validation.layout
+from conf.validation.validate import CHOICES
+from parallel.pipeline.schedules import SCHEDULES
+from parallel.strategy import StrategyConfig, world_size
+from trainer.config.train import CompressConfig, VerifyConfig
+from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
+from trainer.verify.compare import (
     QUANTITIES,
     Difference,
     compare,
@@ -20,6 +19,7 @@ from trainer.verify import (
     report,
     verdict,
 )
+from trainer.verify.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
 
 TOLERANCE = 1e-10
 
@@ -124,13 +124,13 @@ def test_no_log_is_too_narrow_for_the_table(capsys):
 
 def test_every_fault_can_be_asked_for():
     assert CHOICES["fault"] == ("", *FAULTS)
-    assert tuple(SPLIT_FAULTS) == conf.layout.SPLIT_FAULTS
-    assert tuple(PIPELINE_FAULTS) == conf.layout.PIPELINE_FAULTS
-    assert tuple(CONTEXT_FAULTS) == conf.layout.CONTEXT_FAULTS
+    assert tuple(SPLIT_FAULTS) == conf.validation.layout.SPLIT_FAULTS
+    assert tuple(PIPELINE_FAULTS) == conf.validation.layout.PIPELINE_FAULTS
+    assert tuple(CONTEXT_FAULTS) == conf.validation.layout.CONTEXT_FAULTS
 
 
 def test_the_checks_know_the_micro_batches_of_a_verification():
-    assert conf.layout.VERIFIED == MICRO_BATCHES
+    assert conf.validation.layout.VERIFIED == MICRO_BATCHES
 
 
 @pytest.mark.parametrize(

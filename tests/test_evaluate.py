@@ -12,12 +12,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from parallel.config import StrategyConfig, world_size
-from trainer.config import EvaluateConfig, TrainConfig
+from parallel.strategy import StrategyConfig, world_size
+from trainer.config.train import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
 from trainer.data.loader import evaluated
-from trainer.evaluate import bleu_signature, evaluate, evaluate_run
-from trainer.generate import translate
+from trainer.tasks.evaluate import bleu_signature, evaluate, evaluate_run
+from trainer.tasks.generate import translate
 
 LAYOUTS = {
     "ddp 2": StrategyConfig(replicate=2),
@@ -122,7 +122,7 @@ def test_a_part_of_pairs_is_measured_by_its_own_references(runtime, runs):
 def test_a_loss_that_is_not_finite_has_no_finite_perplexity(runtime, runs, planted):
     worker, dataset = of_one_rank(runs["text"], runtime)
     totals = torch.tensor([planted, 1.0, 0.0], dtype=torch.float64)
-    with mock.patch("trainer.evaluate._totals", lambda *_: totals):
+    with mock.patch("trainer.tasks.evaluate._totals", lambda *_: totals):
         values = evaluate(worker, dataset, micro_batch_size=4)
     assert [repr(value) for value in values.values()] == [repr(planted)] * 3
 

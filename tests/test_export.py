@@ -7,18 +7,24 @@ import pytest
 import tiny
 import torch
 
-from launch.before import exporting, reading
-from parallel.config import StrategyConfig, world_size
+from launch.cli.preflight import exporting, reading
 from parallel.runtime import Ranks, process_group
+from parallel.strategy import StrategyConfig, world_size
 from trainer.compress.export import IntegerLinear, compute_with_integers
-from trainer.compress.linear import CompressedLinear, Lens
 from trainer.compress.packing import loosened, pack, squeezed, unpack
-from trainer.config import CompressConfig, ConfigError, EvaluateConfig, ExportConfig, TrainConfig
+from trainer.compress.quantized_linear import CompressedLinear, Lens
+from trainer.config.train import (
+    CompressConfig,
+    ConfigError,
+    EvaluateConfig,
+    ExportConfig,
+    TrainConfig,
+)
 from trainer.data import open_split
-from trainer.evaluate import evaluate
+from trainer.inference.trained_run import export_run, open_run
 from trainer.loop import start
-from trainer.run_dir import EXPORTED, AlreadyFinishedError, load_config, open_run_dir
-from trainer.trained import export_run, open_run
+from trainer.run.run_dir import EXPORTED, AlreadyFinishedError, load_config, open_run_dir
+from trainer.tasks.evaluate import evaluate
 
 LENSES = {
     "int8": Lens(bits=8, input_bits=8),

@@ -11,16 +11,22 @@ from torch import nn
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
-from launch import before
-from launch.before import reading, training
-from parallel.config import ConfigError, StrategyConfig, world_size
-from trainer import float8
-from trainer.cases import make_batch, samples, split
-from trainer.config import CompressConfig, EvaluateConfig, ModelConfig, OptimConfig, TrainConfig
-from trainer.float8 import Float8Linear, check, multiply_in_float8
-from trainer.layers import Linear
+from launch.cli import preflight as before
+from launch.cli.preflight import reading, training
+from parallel.strategy import ConfigError, StrategyConfig, world_size
+from trainer.config.train import (
+    CompressConfig,
+    EvaluateConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+)
+from trainer.inference.trained_run import open_run
 from trainer.loop import start, take_step
-from trainer.trained import open_run
+from trainer.nn import float8
+from trainer.nn.float8 import Float8Linear, check, multiply_in_float8
+from trainer.nn.layers import Linear
+from trainer.verify.cases import make_batch, samples, split
 
 MODEL = ModelConfig(
     layers=2, width=64, heads=4, kv_heads=2, ffn_width=96, vocab_size=61, max_positions=12,

@@ -7,9 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.config import ModelConfig
-from trainer.flops import flops_per_sample, peak_flops
+from trainer.config.train import ModelConfig
 from trainer.model import Transformer
+from trainer.nn.flops import flops_per_sample, peak_flops
 
 BATCH, SEQ_LEN, SOURCE_LEN = 3, 12, 7
 SMALL = ModelConfig(

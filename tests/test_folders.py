@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.folders import split_of
 from trainer.data.record import table
 

@@ -39,7 +39,7 @@ def unmarked(part):
 
 
 BROKEN = {
-    "PNG, all": ("pictures", "trainer.data.gallery.pictures.pixels_of", inverted, judge.SILENT),
+    "PNG, all": ("pictures", "trainer.data.image_files.pictures.pixels_of", inverted, judge.SILENT),
     "splits spelled": (
         "pictures",
         "trainer.data.folders.SPELLINGS",

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from parallel.config import StrategyConfig, world_size
-from trainer.config import CompressConfig, ConfigError, GenerateConfig
+from parallel.strategy import StrategyConfig, world_size
+from trainer.config.train import CompressConfig, ConfigError, GenerateConfig
 from trainer.data import open_split, open_tokenizer
-from trainer.generate import draw, generate, keep_likeliest, read_image, sample, translate
+from trainer.tasks.generate import draw, generate, keep_likeliest, read_image, sample, translate
 
 PROMPT = [3, 1, 4, 1, 5]
 IMAGES = replace(tiny.CLASSIFIER, image_size=8, channels=1, classes=7, max_positions=5)

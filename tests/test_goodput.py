@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import goodput
-from trainer.goodput import KINDS, Goodput, Ledger, begin, read, record, sentence, write
+from trainer.metrics import goodput
+from trainer.metrics.goodput import KINDS, Goodput, Ledger, begin, read, record, sentence, write
 
 
 class FakeClock:

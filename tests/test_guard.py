@@ -24,13 +24,13 @@ from poisoned import (
 )
 from torch import Tensor
 
-from conf.check import complete
-from parallel.config import ConfigError, StrategyConfig, resolve, world_size
-from parallel.gradients import local
-from parallel.worker import Worker
+from conf.validation.validate import complete
+from parallel.grad_norm import local
+from parallel.parallel_model import Worker
+from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint import not_finite, restore
-from trainer.config import (
+from trainer.checkpoint.restore import not_finite, restore
+from trainer.config.train import (
     CheckpointConfig,
     EvalConfig,
     MetricsConfig,
@@ -38,13 +38,13 @@ from trainer.config import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.curves import last_values
 from trainer.data import prepare
-from trainer.guard import Guard
-from trainer.history import read_history
-from trainer.metrics import Recorder
-from trainer.report import page
-from trainer.run_dir import checkpoints, open_run_dir
+from trainer.metrics.loss_plot import last_values
+from trainer.metrics.recorder import Recorder
+from trainer.report.page import page
+from trainer.report.run_history import read_history
+from trainer.resilience.bad_steps import Guard
+from trainer.run.run_dir import checkpoints, open_run_dir
 
 
 @pytest.fixture(scope="module")

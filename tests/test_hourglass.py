@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.cases import FAMILIES, make_batch, scale_down
-from trainer.compress.sequence import Lengthen, Shorten
-from trainer.compress.technique import Compression
-from trainer.config import CompressConfig
-from trainer.flops import flops_per_sample
-from trainer.initial import draw_rows
+from trainer.compress.compression import Compression
+from trainer.compress.sequence_reduction import Lengthen, Shorten
+from trainer.config.train import CompressConfig
 from trainer.model import DecodingCache, Transformer
-from trainer.stream import Context, SequenceLayout, Stream
+from trainer.nn.flops import flops_per_sample
+from trainer.nn.init import draw_rows
+from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 LENGTH, BLOCKS = 12, 6
 

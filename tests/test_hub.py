@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
-from trainer.data import hub
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import huggingface as hub
 
 SIDE = 4
 

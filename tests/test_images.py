@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
-from trainer.data import source
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import files as source
 
 
 def config_for(tmp_path, path, **settings):

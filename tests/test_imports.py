@@ -14,16 +14,35 @@ FILES = {
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
 # Imported where they are used: extras that a machine may not have, and matplotlib for one picture.
-OPTIONAL = {"wandb", "datasets", "trainer.timeline"}
+OPTIONAL = {"wandb", "datasets", "trainer.metrics.timeline_plot"}
 # What knows no ranks.
-PLAIN = ("trainer.model", "trainer.layers", "trainer.loss", "trainer.optim", "trainer.tokenizer")
+PLAIN = (
+    "trainer.model",
+    "trainer.nn.layers",
+    "trainer.loss",
+    "trainer.optim.optimizer",
+    "trainer.data.tokenizer",
+)
 # What answers before torch is loaded.
 LIGHT = (
-    *("parallel.config", "parallel.schedule", "parallel.simulate"),
-    *("trainer.config", "trainer.run_dir", "trainer.data", "trainer.manifest", "trainer.audit"),
-    *("conf.schema", "conf.check", "conf.help", "launch.door", "launch.messages", "launch.before"),
-    *("launch.checkpoint", "launch.report", "trainer.tracker"),
-    *("launch.submit", "launch.script", "launch.slurm"),
+    *("parallel.strategy", "parallel.pipeline.schedules", "parallel.pipeline.simulator"),
+    *(
+        "trainer.config.train",
+        "trainer.run.run_dir",
+        "trainer.data",
+        "trainer.checkpoint.manifest",
+        "trainer.checkpoint.inspect",
+    ),
+    *(
+        "conf.schema",
+        "conf.validation.validate",
+        "conf.help",
+        "launch.cli.entrypoint",
+        "launch.cli.errors",
+        "launch.cli.preflight",
+    ),
+    *("launch.checkpoint", "launch.report", "trainer.metrics.trackers"),
+    *("launch.submit", "launch.slurm.batch_script", "launch.slurm.commands"),
 )
 
 
@@ -100,8 +119,8 @@ def test_imports_stand_on_top(module):
 def test_nothing_loads_matplotlib_but_a_picture(module):
     on_top = [node for node in TREES[module].body if isinstance(node, ast.Import | ast.ImportFrom)]
     loaded = {name for node in on_top for name in imports(node)}
-    assert "trainer.timeline" not in loaded
-    assert module == "trainer.timeline" or "matplotlib" not in packages(module)
+    assert "trainer.metrics.timeline_plot" not in loaded
+    assert module == "trainer.metrics.timeline_plot" or "matplotlib" not in packages(module)
 
 
 @pytest.mark.parametrize("module", FILES)

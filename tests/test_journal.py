@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from recorders import lines, make, shown
 
-from trainer.config import ConfigError
+from trainer.config.train import ConfigError
 
 
 @pytest.mark.parametrize(

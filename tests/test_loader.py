@@ -11,7 +11,7 @@ import torch
 
 from trainer.data.dataset import Dataset, Sample
 from trainer.data.loader import TrainLoader, evaluated, evaluation_batches
-from trainer.data.order import Order, mixed, permutation, positions, ranges
+from trainer.data.sampler import Order, mixed, permutation, positions, ranges
 
 
 class Numbers(Dataset):

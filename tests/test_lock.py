@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from launched import until
 
-from parallel.config import ConfigError
-from trainer import lock
-from trainer.config import TrainConfig
-from trainer.lock import hold, share
-from trainer.run_dir import open_run_dir
-from trainer.status import StatusFile, read_status
+from parallel.strategy import ConfigError
+from trainer.config.train import TrainConfig
+from trainer.run import lock
+from trainer.run.lock import hold, share
+from trainer.run.run_dir import open_run_dir
+from trainer.run.status import StatusFile, read_status
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 def other(function: str, folder: Path) -> subprocess.Popen:
     """Another process that holds or shares the folder until it is killed."""
     code = (
-        f"import time; from trainer.lock import {function}\n"
+        f"import time; from trainer.run.lock import {function}\n"
         f"with {function}({str(folder)!r}): print(flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(

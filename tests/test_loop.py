@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from conf.check import complete
-from parallel.config import resolve, world_size
-from parallel.gradients import local
+from conf.validation.validate import complete
+from parallel.grad_norm import local
+from parallel.strategy import resolve, world_size
 from trainer import loop
-from trainer.config import (
+from trainer.config.train import (
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -28,8 +28,8 @@ from trainer.config import (
 )
 from trainer.data import prepare
 from trainer.data.loader import TrainLoader
-from trainer.metrics import Recorder
-from trainer.run_dir import checkpoints, open_run_dir
+from trainer.metrics.recorder import Recorder
+from trainer.run.run_dir import checkpoints, open_run_dir
 
 PLAY = files("trainer.data") / "bundled" / "shakespeare" / "valid.txt"
 

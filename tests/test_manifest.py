@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import manifest as module
-from trainer.manifest import (
+from trainer.checkpoint import manifest as module
+from trainer.checkpoint.manifest import (
     NAME,
     Chunk,
     DamagedError,

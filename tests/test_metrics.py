@@ -9,8 +9,8 @@ import torch
 from recorders import FakeClock, lines, make, shown
 from rich.console import Console
 
-from parallel.simulate import Span
-from trainer.config import MetricsConfig
+from parallel.pipeline.simulator import Span
+from trainer.config.train import MetricsConfig
 
 
 def test_rates_are_those_since_the_last_line_without_pauses(tmp_path: Path) -> None:

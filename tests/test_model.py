@@ -10,12 +10,12 @@ import transformers
 import yaml
 from torch import nn
 
-from trainer.cases import FAMILIES, make_batch, scale_down
-from trainer.config import ModelConfig
-from trainer.initial import draw_rows
-from trainer.layers import Dropout, keep_mask
+from trainer.config.train import ModelConfig
 from trainer.model import DecodingCache, Transformer
-from trainer.stream import Context, SequenceLayout, Stream
+from trainer.nn.init import draw_rows
+from trainer.nn.layers import Dropout, keep_mask
+from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 PRESETS = Path(__file__).parent.parent / "conf" / "model"
 

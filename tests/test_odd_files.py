@@ -12,14 +12,14 @@ from PIL import Image
 from raw_pictures import tiff
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.archive import read_archive
 from trainer.data.dataset import DataFacts, SplitFacts
+from trainer.data.files import Part, read_text
 from trainer.data.folders import split_of
 from trainer.data.pictures import pixels_of
 from trainer.data.record import read_record, write_record
-from trainer.data.source import Part, read_text
-from trainer.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer
 
 WORDS = "the question is whether it is nobler in the mind to suffer\n" * 40
 
@@ -167,7 +167,7 @@ def test_rare_characters_are_said(tmp_path, text, note):
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
 def test_a_byte_order_mark_in_any_block_is_no_text(tmp_path, monkeypatch, block):
-    monkeypatch.setattr("trainer.data.source.BLOCK", block)
+    monkeypatch.setattr("trainer.data.files.BLOCK", block)
     path = tmp_path / "book.txt"
     path.write_bytes("\ufeffé\ufeff\n".encode())
     size = path.stat().st_size

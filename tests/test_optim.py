@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config import OptimConfig, TrainConfig
-from trainer.optim import Optimizer, decays, lr_at, lr_leap, schedule_warnings
+from trainer.config.train import OptimConfig, TrainConfig
+from trainer.optim.optimizer import Optimizer, decays, lr_at, lr_leap, schedule_warnings
 from trainer.precision import PRECISIONS, LossScale, resolve_precision
 
 CPU = torch.device("cpu")

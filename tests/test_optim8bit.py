@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torchao.optim import AdamW8bit as TorchaoAdamW
 from torchao.optim.quant_utils import create_dynamic_map
 
-from parallel.config import ConfigError, StrategyConfig, world_size
-from trainer.cases import make_batch, samples, split
-from trainer.config import ModelConfig, OptimConfig, TrainConfig
+from parallel.strategy import ConfigError, StrategyConfig, world_size
+from trainer.config.train import ModelConfig, OptimConfig, TrainConfig
 from trainer.loop import start, take_step
-from trainer.optim import Optimizer
-from trainer.optim8bit import block_size, dequantise, dynamic_map, quantise
+from trainer.optim.adamw8bit import block_size, dequantise, dynamic_map, quantise
+from trainer.optim.optimizer import Optimizer
+from trainer.verify.cases import make_batch, samples, split
 
 CONFIG = OptimConfig(name="adamw8bit", lr=1e-2, warmup_steps=0, weight_decay=0.3)
 # Rows of 512 numbers: whole blocks of 256 also on each of two tensor ranks.

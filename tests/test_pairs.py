@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import files as source
 from trainer.data import pairs as reader
-from trainer.data import source
 
 FOLDER = source.locate(DataConfig(kind="pairs", path="bundled:home-assistant"))
 LINES = (FOLDER / "test.en-de.tsv").read_text().splitlines()[:300]

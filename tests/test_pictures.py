@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.pictures import is_grey, opened, pixels_of
-from trainer.generate import read_image
+from trainer.tasks.generate import read_image
 
 SIDE = 4
 ONE_ROW = {  # a mode, a colour of it, what the decoded pixel is

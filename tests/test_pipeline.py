@@ -7,17 +7,17 @@ from unittest import mock
 
 import pytest
 
-from parallel.actions import actions
-from parallel.config import StrategyConfig
-from parallel.pipeline import Stage, cut, runs
-from parallel.simulate import in_flight
-from trainer import verify
+from parallel.pipeline.simulator import in_flight
+from parallel.pipeline.stages import Stage, cut, runs
+from parallel.pipeline.torch_schedules import actions
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.cases import FAMILIES, make_batch, samples, scale_down, split
-from trainer.config import LossConfig, VerifyConfig
-from trainer.flops import flops_per_block
+from trainer.config.train import LossConfig, VerifyConfig
+from trainer.nn.flops import flops_per_block
 from trainer.precision import PRECISIONS
-from trainer.verify import compare, verdict
+from trainer.verify import compare as verify
+from trainer.verify.cases import FAMILIES, make_batch, samples, scale_down, split
+from trainer.verify.compare import compare, verdict
 
 LLAMA = FAMILIES["decoder (Llama)"]
 

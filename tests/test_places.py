@@ -17,12 +17,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from launch import before, door, versions
-from launch.before import training
-from launch.messages import logged_to, write_error
-from trainer.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from trainer.display import Display
-from trainer.journal import MetricsFile
+from launch.cli import entrypoint as door
+from launch.cli import environment as versions
+from launch.cli import preflight as before
+from launch.cli.errors import logged_to, write_error
+from launch.cli.preflight import training
+from trainer.config.train import ConfigError, DataConfig, ModelConfig, TrainConfig
+from trainer.metrics.console import Display
+from trainer.metrics.jsonl import MetricsFile
 
 ROOT = Path(__file__).parents[1]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
@@ -162,7 +164,7 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
 
 
 TALKS = """
-from trainer.display import open_console
+from trainer.metrics.console import open_console
 console = open_console()
 for _ in range(3):
     console.print("a line")
@@ -181,7 +183,7 @@ def test_a_console_that_failed_does_not_fail_again_at_the_end():
 
 LOGS = """
 import logging, sys
-from launch.messages import let_go_of_streams, log_to_stderr
+from launch.cli.errors import let_go_of_streams, log_to_stderr
 log_to_stderr(0)
 logging.info("a line")
 if "let go" in sys.argv:
@@ -200,7 +202,7 @@ def test_a_full_log_changes_no_exit_status(argument):
 
 CLOSED = """
 import os, sys
-from launch.messages import occupy_standard_streams, write_error
+from launch.cli.errors import occupy_standard_streams, write_error
 occupy_standard_streams()
 number = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 os.write(2, b"a library complains")
@@ -212,7 +214,7 @@ os.write(number, str(number).encode())
 def test_a_log_has_what_is_logged_and_shown_and_a_full_one_is_silent(tmp_path, disk, capsys):
     shown = Display(Console(file=io.StringIO()), 10, "tok")
     with logged_to(tmp_path / "log.txt"):
-        logging.getLogger("trainer.saver").warning("a warning")
+        logging.getLogger("trainer.checkpoint.save").warning("a warning")
         shown.say("a line")
     shown.say("too late")
     lines = (tmp_path / "log.txt").read_text().splitlines()
@@ -220,7 +222,7 @@ def test_a_log_has_what_is_logged_and_shown_and_a_full_one_is_silent(tmp_path, d
     full = disk("size=16k")
     with logged_to(full / "log.txt"):
         for _ in range(100):
-            logging.getLogger("trainer.saver").warning("x" * 1000)
+            logging.getLogger("trainer.checkpoint.save").warning("x" * 1000)
     assert (full / "log.txt").stat().st_size < 20_000
     assert "Logging error" not in capsys.readouterr().err
 

@@ -10,12 +10,12 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from parallel.config import StrategyConfig
-from parallel.pool import RankFailedError, RankPool
+from parallel.rank_pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
-from trainer.cases import FAMILIES
-from trainer.config import VerifyConfig
-from trainer.verify import compare
+from parallel.strategy import StrategyConfig
+from trainer.config.train import VerifyConfig
+from trainer.verify.cases import FAMILIES
+from trainer.verify.compare import compare
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import torch
 from summed import BUCKET_MIB, MODEL, STEPS, Gradients, sums
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from parallel import ddp
-from parallel.config import StrategyConfig
+from parallel.data import ddp
+from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.cases import make_batch, split
 from trainer.precision import PRECISIONS
+from trainer.verify.cases import make_batch, split
 
 
 def low_rank(runtime, strategy: StrategyConfig, steps: int) -> tuple[list, dict]:

@@ -11,15 +11,16 @@ import tiny
 import torch
 from matplotlib.image import imread
 
-from launch.before import training
-from parallel.actions import actions
-from parallel.config import StrategyConfig, world_size
-from parallel.recording import Recording, merged
-from parallel.schedule import stages_per_rank
-from parallel.simulate import Action, Span, bubble
-from trainer import loop, timeline
-from trainer.config import CheckpointConfig, EvalConfig, MetricsConfig, TrainConfig
+from launch.cli.preflight import training
+from parallel.pipeline.schedules import stages_per_rank
+from parallel.pipeline.simulator import Action, Span, bubble
+from parallel.pipeline.torch_schedules import actions
+from parallel.pipeline.trace import Recording, merged
+from parallel.strategy import StrategyConfig, world_size
+from trainer import loop
+from trainer.config.train import CheckpointConfig, EvalConfig, MetricsConfig, TrainConfig
 from trainer.loss import cross_entropy_sum
+from trainer.metrics import timeline_plot as timeline
 
 LOSS_SECONDS = 0.02
 LAYOUTS = {
@@ -44,9 +45,9 @@ def drawn(runtime, config: TrainConfig) -> tuple[list[tuple[list[Span], Path, st
         return cross_entropy_sum(*args, **options)
 
     with (
-        mock.patch("trainer.timeline.draw", draw),
+        mock.patch("trainer.metrics.timeline_plot.draw", draw),
         mock.patch("trainer.build.cross_entropy_sum", slow_loss),
-        mock.patch("trainer.metrics.DRAWN_STEP", 2),
+        mock.patch("trainer.metrics.recorder.DRAWN_STEP", 2),
         mock.patch.object(Recording, "start", lambda self: (start(self), recorded.append(self))),
     ):
         loop.train(config, runtime)

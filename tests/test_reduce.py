@@ -10,15 +10,15 @@ import torch
 from summed import BUCKET_MIB, MODEL, STEPS, Gradients, sums
 from torch.nn import functional as F
 
-from parallel.config import StrategyConfig, world_size
-from parallel.exchange import Exchange, exchange_bucket
-from trainer import checkpoint
+from parallel.data.comm_hook import Exchange, exchange_bucket
+from parallel.strategy import StrategyConfig, world_size
 from trainer.build import parallel_model
-from trainer.cases import make_batch, samples, split
-from trainer.config import OptimConfig, TrainConfig
+from trainer.checkpoint import restore as checkpoint
+from trainer.config.train import OptimConfig, TrainConfig
 from trainer.loop import start, take_step
-from trainer.optim import Optimizer
+from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS
+from trainer.verify.cases import make_batch, samples, split
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

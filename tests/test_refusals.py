@@ -8,13 +8,13 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from conf.check import CHOICES, problems
 from conf.schema import known_keys
-from launch.door import open_door
-from launch.messages import TYPES, explain
-from parallel.config import ConfigError, world_size
+from conf.validation.validate import CHOICES, problems
+from launch.cli.entrypoint import open_door
+from launch.cli.errors import TYPES, explain
+from parallel.strategy import ConfigError, world_size
 from trainer import data
-from trainer.config import DataConfig, TrainConfig
+from trainer.config.train import DataConfig, TrainConfig
 
 KEYS = known_keys(TrainConfig)
 NUMBERS = {key: field.type for key, field in KEYS.items() if field.type in (int, float)}

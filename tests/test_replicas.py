@@ -5,15 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.config import StrategyConfig, world_size
-from parallel.gradients import local
-from parallel.replicas import CHUNK, digest, odd_replicas, odd_weights
-from parallel.schedule import placed
+from parallel.grad_norm import local
+from parallel.health.replica_check import CHUNK, digest, odd_replicas, odd_weights
+from parallel.pipeline.schedules import placed
+from parallel.strategy import StrategyConfig, world_size
 from trainer.build import parallel_model
-from trainer.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
-from trainer.optim import Optimizer
+from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS
-from trainer.verify import OPTIM
+from trainer.verify.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
+from trainer.verify.compare import OPTIM
 
 WEIGHTS = odd_weights(torch.device("cpu"))
 

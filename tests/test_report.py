@@ -8,14 +8,23 @@ from typing import Any
 
 import pytest
 
-from launch.messages import answer
+from launch.cli.errors import answer
 from launch.report import main
-from trainer.chart import Axis, Curve, Mark, chart, lanes, round_values, smoothed, thinned
-from trainer.config import ConfigError
-from trainer.history import read_history
-from trainer.manifest import Manifest, write_manifest
-from trainer.report import differing, page, summary
-from trainer.run_dir import checkpoint_path
+from trainer.checkpoint.manifest import Manifest, write_manifest
+from trainer.config.train import ConfigError
+from trainer.report.page import differing, page, summary
+from trainer.report.run_history import read_history
+from trainer.report.svg_chart import (
+    Axis,
+    Curve,
+    Mark,
+    chart,
+    lanes,
+    round_values,
+    smoothed,
+    thinned,
+)
+from trainer.run.run_dir import checkpoint_path
 
 CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
 SECONDS = {"useful": 80, "restart": 12, "save": 1, "data_wait": 0, "evaluation": 5, "repeated": 2,

@@ -16,15 +16,15 @@ from test_checkpoint import run_in, state_of
 from test_manifest import Evil
 from test_saver import config_of, heard, here
 
-from parallel.config import StrategyConfig
-from parallel.gradients import local
-from trainer import checkpoint as module
-from trainer.checkpoint import load_weights, restore, tensors_of
-from trainer.config import ConfigError, OptimConfig
-from trainer.manifest import Manifest
-from trainer.optim import lr_at
-from trainer.run_dir import checkpoint_path, checkpoints
-from trainer.saver import Saver
+from parallel.grad_norm import local
+from parallel.strategy import StrategyConfig
+from trainer.checkpoint import restore as module
+from trainer.checkpoint.manifest import Manifest
+from trainer.checkpoint.restore import load_weights, restore, tensors_of
+from trainer.checkpoint.save import Saver
+from trainer.config.train import ConfigError, OptimConfig
+from trainer.optim.optimizer import lr_at
+from trainer.run.run_dir import checkpoint_path, checkpoints
 
 FSDP = StrategyConfig(shard=2)
 STEPS = (10, 20, 30)
@@ -229,7 +229,7 @@ def older(runtime, folder) -> tuple[int, int]:
     def manifest(samples, lr, order_batch_size, **known):
         return Manifest(**known)
 
-    with mock.patch("trainer.saver.Manifest", manifest):
+    with mock.patch("trainer.checkpoint.save.Manifest", manifest):
         tiny.save(config, state)
     restore(replace(config, batch_size=8, resume_changed=["batch_size"]), state)
     return state.samples, state.order_batch_size

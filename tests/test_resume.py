@@ -12,11 +12,11 @@ import pytest
 import tiny
 import torch
 
-from conf.check import complete
-from parallel.config import StrategyConfig, resolve, world_size
+from conf.validation.validate import complete
+from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint import TrainState, restore
-from trainer.config import (
+from trainer.checkpoint.restore import TrainState, restore
+from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
@@ -26,9 +26,9 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data import open_split, prepare
-from trainer.data.order import Order, mixed
-from trainer.metrics import Recorder
-from trainer.run_dir import open_run_dir
+from trainer.data.sampler import Order, mixed
+from trainer.metrics.recorder import Recorder
+from trainer.run.run_dir import open_run_dir
 
 LAYOUTS = {
     "single": StrategyConfig(),

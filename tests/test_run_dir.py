@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.config import ConfigError
-from trainer.config import OptimConfig, StrategyConfig, TrainConfig
-from trainer.manifest import NAME, Manifest, write_manifest
-from trainer.run_dir import (
+from parallel.strategy import ConfigError
+from trainer.checkpoint.manifest import NAME, Manifest, write_manifest
+from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
+from trainer.run.run_dir import (
     AlreadyFinishedError,
     checkpoint_path,
     checkpoints,
     load_config,
     open_run_dir,
 )
-from trainer.status import StatusFile
+from trainer.run.status import StatusFile
 
 
 def started(run_dir, *steps, **values):

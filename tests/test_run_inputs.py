@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from launch.before import training
+from launch.cli.preflight import training
 from parallel.runtime import Ranks, process_group
 from trainer import data
-from trainer.config import (
+from trainer.config.train import (
     ConfigError,
     DataConfig,
     EvaluateConfig,
@@ -27,12 +27,12 @@ from trainer.config import (
     TrainConfig,
 )
 from trainer.data.record import TOKENIZER, data_of, read_record
-from trainer.evaluate import evaluate_run
-from trainer.generate import generate
+from trainer.data.tokenizer import Tokenizer
+from trainer.inference.trained_run import export_run
 from trainer.loop import start
-from trainer.run_dir import load_config
-from trainer.tokenizer import Tokenizer
-from trainer.trained import export_run
+from trainer.run.run_dir import load_config
+from trainer.tasks.evaluate import evaluate_run
+from trainer.tasks.generate import generate
 
 PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
 COLOURS = {"ape": (200, 10, 10), "bee": (10, 200, 10), "cat": (10, 10, 200)}

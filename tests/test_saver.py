@@ -19,15 +19,15 @@ from test_checkpoint import run_in, state_of
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from parallel.config import StrategyConfig
-from trainer import saver as module
-from trainer import storage
-from trainer.checkpoint import restore, tensors_of
-from trainer.config import CheckpointConfig, ConfigError, EvalConfig, TrainConfig
-from trainer.manifest import check
-from trainer.run_dir import checkpoint_path, checkpoints
-from trainer.saver import Saver
-from trainer.storage import DTYPES, read, read_whole
+from parallel.strategy import StrategyConfig
+from trainer.checkpoint import save as module
+from trainer.checkpoint import shards as storage
+from trainer.checkpoint.manifest import check
+from trainer.checkpoint.restore import restore, tensors_of
+from trainer.checkpoint.save import Saver
+from trainer.checkpoint.shards import DTYPES, read, read_whole
+from trainer.config.train import CheckpointConfig, ConfigError, EvalConfig, TrainConfig
+from trainer.run.run_dir import checkpoint_path, checkpoints
 
 FSDP = StrategyConfig(shard=2)
 

@@ -7,9 +7,7 @@ import pytest
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
-from parallel.actions import actions
-from parallel.config import ConfigError, StrategyConfig
-from parallel.schedule import (
+from parallel.pipeline.schedules import (
     SCHEDULES,
     bubble_formula,
     problems,
@@ -19,7 +17,9 @@ from parallel.schedule import (
     takes,
     warnings,
 )
-from parallel.simulate import KINDS, Action, bubble, in_flight, simulate
+from parallel.pipeline.simulator import KINDS, Action, bubble, in_flight, simulate
+from parallel.pipeline.torch_schedules import actions
+from parallel.strategy import ConfigError, StrategyConfig
 
 
 def pipeline(schedule, ranks, per_rank, path=""):

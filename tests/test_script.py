@@ -9,8 +9,8 @@ import pytest
 from launched import ROOT
 
 from conf.submit import ClusterConfig
-from launch.script import Job, Point, job_name, script, time_limit
-from trainer.config import TrainConfig
+from launch.slurm.batch_script import Job, Point, job_name, script, time_limit
+from trainer.config.train import TrainConfig
 
 
 def job(*runs: str, overrides: tuple[str, ...] = ("strategy=fsdp",), **cluster) -> Job:
@@ -182,7 +182,7 @@ def test_what_is_queued_again(end, tmp_path):
 
 
 def write_status(folder: Path, values: dict) -> None:
-    """As trainer/status.py writes it: a line for each key."""
+    """As trainer/run/status.py writes it: a line for each key."""
     shown = {None: "null"}
     lines = [
         f' "{key}": ' + (f'"{value}"' if isinstance(value, str) else str(shown.get(value, value)))

@@ -11,15 +11,22 @@ import pytest
 import torch
 from tiny import LLAMA, text_data
 
-from launch.before import training
-from parallel.config import StrategyConfig
-from parallel.gradients import local
-from parallel.watch import StoppedError
-from trainer import loop, supervisor
-from trainer.config import CheckpointConfig, ConfigError, EvalConfig, MetricsConfig, TrainConfig
-from trainer.metrics import Recorder
-from trainer.run_dir import AlreadyFinishedError, checkpoints
-from trainer.status import read_status
+from launch.cli.preflight import training
+from parallel.grad_norm import local
+from parallel.health.watchdog import StoppedError
+from parallel.strategy import StrategyConfig
+from trainer import loop
+from trainer.config.train import (
+    CheckpointConfig,
+    ConfigError,
+    EvalConfig,
+    MetricsConfig,
+    TrainConfig,
+)
+from trainer.metrics.recorder import Recorder
+from trainer.resilience import supervisor
+from trainer.run.run_dir import AlreadyFinishedError, checkpoints
+from trainer.run.status import read_status
 
 
 @pytest.fixture(scope="module")

@@ -7,21 +7,27 @@ import pytest
 import tiny
 import torch
 
-from conf.compress import compress_problems
-from launch.before import exporting
-from parallel.config import StrategyConfig, world_size
+from conf.validation.compression import compress_problems
+from launch.cli.preflight import exporting
 from parallel.runtime import Ranks, process_group
-from trainer.cases import FAMILIES, make_batch, scale_down
-from trainer.compress.structured import Pruning, removed, units_of
-from trainer.compress.technique import Compression
-from trainer.config import CompressConfig, EvaluateConfig, ExportConfig, ModelConfig, TrainConfig
+from parallel.strategy import StrategyConfig, world_size
+from trainer.compress.compression import Compression
+from trainer.compress.structured_pruning import Pruning, removed, units_of
+from trainer.config.train import (
+    CompressConfig,
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from trainer.data import open_split
-from trainer.evaluate import evaluate
-from trainer.initial import draw_rows
+from trainer.inference.trained_run import export_run, open_run
 from trainer.loop import start
 from trainer.model import Transformer
-from trainer.run_dir import EXPORTED, load_config
-from trainer.trained import export_run, open_run
+from trainer.nn.init import draw_rows
+from trainer.run.run_dir import EXPORTED, load_config
+from trainer.tasks.evaluate import evaluate
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
 LAYOUTS = {

@@ -15,13 +15,13 @@ from launched import PLAY, ROOT
 from test_script import options
 
 from conf import schema
-from conf.check import problems
 from conf.submit import ClusterConfig, SubmitConfig, training_part
-from launch import slurm
-from launch.script import Point
-from launch.slurm import Hosts
-from parallel.config import StrategyConfig
-from trainer.config import DataConfig, TrainConfig
+from conf.validation.validate import problems
+from launch.slurm import commands as slurm
+from launch.slurm.batch_script import Point
+from launch.slurm.commands import Hosts
+from parallel.strategy import StrategyConfig
+from trainer.config.train import DataConfig, TrainConfig
 
 SUBMIT = str(ROOT / "launch" / "submit.py")
 

@@ -7,10 +7,10 @@ import sys
 import pytest
 from launched import Launched, until
 
-from launch import sweep as module
-from launch.messages import JobFailedError
-from launch.sweep import Point, Sweep
-from trainer.curves import draw, last_values
+from launch.cli import sweep as module
+from launch.cli.errors import JobFailedError
+from launch.cli.sweep import Point, Sweep
+from trainer.metrics.loss_plot import draw, last_values
 
 
 def rows(folder) -> list[dict]:

@@ -15,13 +15,13 @@ import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 
-from conf.compress import answers_problems
-from launch.before import teaching, training
-from parallel.config import StrategyConfig, world_size
+from conf.validation.compression import answers_problems
+from launch.cli.preflight import teaching, training
 from parallel.runtime import Runtime
-from trainer import loop, teach
-from trainer.compress.distill import divergence_sum, kept_answer
-from trainer.config import (
+from parallel.strategy import StrategyConfig, world_size
+from trainer import loop
+from trainer.compress.distillation import divergence_sum, kept_answer
+from trainer.config.train import (
     CompressConfig,
     ConfigError,
     DataConfig,
@@ -33,12 +33,13 @@ from trainer.config import (
     classes_of,
 )
 from trainer.data import open_split
-from trainer.data.answers import Answered, Answers
 from trainer.data.loader import TrainLoader
+from trainer.distill import precompute as teach
+from trainer.distill.logit_dataset import Answered, Answers
+from trainer.distill.precompute import largest, teach_run
 from trainer.loss import IGNORED
-from trainer.run_dir import load_config, new_folder
-from trainer.stream import Context
-from trainer.teach import largest, teach_run
+from trainer.nn.sequence import Context
+from trainer.run.run_dir import load_config, new_folder
 
 ROOT = Path(__file__).parents[1]
 # Of each kind: the data, a teacher, and a student of another shape.

@@ -14,19 +14,19 @@ from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.config import ConfigError, StrategyConfig
-from parallel.gradients import local
+from parallel.comm_volume.counter import Traffic
+from parallel.grad_norm import local
 from parallel.runtime import Runtime, same_everywhere
-from parallel.tensor import SEQUENCE, STYLES, fits, style_of
-from parallel.traffic import Traffic
-from parallel.vocab import Vocabulary
+from parallel.strategy import ConfigError, StrategyConfig
+from parallel.tensor.layers import SEQUENCE, STYLES, fits, style_of
+from parallel.tensor.vocab_parallel import Vocabulary
 from trainer import build
 from trainer.build import parallel_model
-from trainer.cases import FAMILIES, make_batch, scale_down, split
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config.train import ModelConfig, TrainConfig
 from trainer.data import fingerprint, prepare
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS, Precision
+from trainer.verify.cases import FAMILIES, make_batch, scale_down, split
 
 GPT = ModelConfig(
     layers=1, width=256, heads=4, ffn_width=1024, vocab_size=64, max_positions=64, dropout=0.1,

@@ -5,10 +5,10 @@ import pytest
 import tokenizers
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
-from trainer.data import source
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import files as source
 from trainer.data import text as reader
-from trainer.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer
 
 PLAY = (source.locate(DataConfig(path="bundled:shakespeare")) / "test.txt").read_text()[:30_000]
 

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.colors import to_hex
 from matplotlib.image import imread
 
-from parallel.actions import actions
-from parallel.simulate import UNIT_COSTS, Action, simulate
-from trainer.timeline import COLOURS, draw, heading, picture
+from parallel.pipeline.simulator import UNIT_COSTS, Action, simulate
+from parallel.pipeline.torch_schedules import actions
+from trainer.metrics.timeline_plot import COLOURS, draw, heading, picture
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,12 +5,12 @@ import math
 import pytest
 import tokenizers
 
-import trainer.tokenizer as tokenizer_module
+import trainer.data.tokenizer as tokenizer_module
 from trainer import data
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.tokenized import encoded
-from trainer.evaluate import bits
-from trainer.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer
+from trainer.tasks.evaluate import bits
 
 TEXT = "When shall we three meet again? In thunder, lightning, or in rain? " * 3
 ODD = "Häuser\t\r\n\n  naïve 🙂 日本語 \x00 <|endoftext|> <|pad|> 's 12345"

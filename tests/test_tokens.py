@@ -9,8 +9,8 @@ import pytest
 import tiny
 
 from trainer import data
-from trainer.config import ConfigError
-from trainer.data.tokens import TokenFile
+from trainer.config.train import ConfigError
+from trainer.data.token_file import TokenFile
 
 IDS = np.arange(5000, dtype=np.uint16) % 300
 
@@ -59,8 +59,8 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path, bad: 
 SHRINKS = """
 import os, sys
 from pathlib import Path
-from trainer.config import ConfigError
-from trainer.data.tokens import TokenFile
+from trainer.config.train import ConfigError
+from trainer.data.token_file import TokenFile
 path = Path(sys.argv[1])
 tokens = TokenFile(path, "uint16", 5000, 300)
 tokens.read(4000, 4100)

@@ -16,9 +16,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from trainer.config import MetricsConfig
-from trainer.metrics import Recorder
-from trainer.tracker import Tracker, follow, furthest, is_mirrored, to_tensorboard, to_wandb
+from trainer.config.train import MetricsConfig
+from trainer.metrics.recorder import Recorder
+from trainer.metrics.trackers import (
+    Tracker,
+    follow,
+    furthest,
+    is_mirrored,
+    to_tensorboard,
+    to_wandb,
+)
 
 # The tracker's process imports this in wandb's place; what it does goes into a file.
 FAKE_WANDB = """
@@ -206,8 +213,8 @@ def test_a_tracker_that_is_killed_is_missed_once(
 def test_the_tracker_ends_when_the_trainer_is_killed(tmp_path: Path, fake_wandb: FakeWandb) -> None:
     (tmp_path / "metrics.jsonl").touch()
     code = (
-        "import os, signal, sys, pathlib; from trainer.config import MetricsConfig;"
-        "from trainer.tracker import Tracker; folder = pathlib.Path(sys.argv[1]);"
+        "import os, signal, sys, pathlib; from trainer.config.train import MetricsConfig;"
+        "from trainer.metrics.trackers import Tracker; folder = pathlib.Path(sys.argv[1]);"
         "tracker = Tracker(MetricsConfig(wandb='offline'), folder, {}, lambda text: None);"
         "(folder / 'metrics.jsonl').write_text('{\"step\": 7}\\n');"
         "os.kill(os.getpid(), signal.SIGKILL)"

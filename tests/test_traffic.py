@@ -6,12 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.config import StrategyConfig, world_size
-from parallel.cost import StepBytes, ring_bytes, stage_bytes, step_bytes
-from parallel.schedule import placed
-from trainer.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
-from trainer.config import ModelConfig
-from trainer.traffic import step_traffic
+from parallel.comm_volume.closed_form import StepBytes, ring_bytes, stage_bytes, step_bytes
+from parallel.pipeline.schedules import placed
+from parallel.strategy import StrategyConfig, world_size
+from trainer.config.train import ModelConfig
+from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
+from trainer.verify.comm_volume import step_traffic
 
 # Ranks take long on two cores: each strategy has one family, in turn.
 CASES = [

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
+from parallel.health.process_info import oom_kills
+from parallel.health.watchdog import HUNG, PeerLostError, Watch
 from parallel.runtime import Runtime, largest
-from parallel.watch import HUNG, PeerLostError, Watch
-from parallel.whereabouts import oom_kills
 
 TIMEOUT = 2.0
 
@@ -29,7 +29,7 @@ class Ranks:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._folder = folder
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "parallel.watch"])
+        context.set_forkserver_preload(["torch", "parallel.health.watchdog"])
         self.processes = [
             context.Process(target=watched, args=(rank, world_size, self._store.port, folder, work))
             for rank in range(world_size)
@@ -159,7 +159,7 @@ def dies(runtime: Runtime, watch: Watch, folder: Path) -> None:
     try:
         steps(runtime, watch, 1000)
     except RuntimeError:
-        with mock.patch("parallel.watch.oom_kills", lambda: watch._oom_kills + 1):
+        with mock.patch("parallel.health.watchdog.oom_kills", lambda: watch._oom_kills + 1):
             lost = watch.lost()
         assert isinstance(lost, PeerLostError)
         logging.error("%s", lost)

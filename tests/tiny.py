@@ -9,16 +9,16 @@ import pytest
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from launch.before import training
-from parallel.config import ConfigError, StrategyConfig
+from launch.cli.preflight import training
+from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
-from parallel.worker import Worker
+from parallel.strategy import ConfigError, StrategyConfig
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState
-from trainer.config import CompressConfig, DataConfig, ModelConfig, TrainConfig
+from trainer.checkpoint.restore import TrainState
+from trainer.checkpoint.save import Saver
+from trainer.config.train import CompressConfig, DataConfig, ModelConfig, TrainConfig
 from trainer.loop import start
-from trainer.run_dir import checkpoint_path
-from trainer.saver import Saver
+from trainer.run.run_dir import checkpoint_path
 
 TWO_RANKS = {
     "ddp 2": StrategyConfig(replicate=2),

@@ -7,19 +7,19 @@ from functools import partial
 
 import torch
 
-from parallel import apply
-from parallel.config import StrategyConfig, resolve
+from parallel import parallelize as apply
 from parallel.mesh import build_mesh
+from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
-from parallel.worker import Worker
-from trainer.compress.technique import Compression
-from trainer.config import CompressConfig, LossConfig, ModelConfig, TrainConfig
-from trainer.ends import Head
-from trainer.float8 import multiply_in_float8
-from trainer.flops import flops_per_block
-from trainer.initial import draw_rows
+from parallel.strategy import StrategyConfig, resolve
+from trainer.compress.compression import Compression
+from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.nn.embeddings import Head
+from trainer.nn.float8 import multiply_in_float8
+from trainer.nn.flops import flops_per_block
+from trainer.nn.init import draw_rows
 from trainer.precision import Precision, resolve_precision
 
 log = logging.getLogger(__name__)

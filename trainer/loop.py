@@ -12,29 +12,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel.health.watchdog import StoppedError
+from parallel.parallel_model import MicroBatch
 from parallel.runtime import Runtime, same_everywhere
-from parallel.watch import StoppedError
-from parallel.worker import MicroBatch
 from trainer.build import build_worker
-from trainer.checkpoint import TrainState, not_finite, restore
-from trainer.compress.technique import Compression
-from trainer.config import ConfigError, TrainConfig
+from trainer.checkpoint.restore import TrainState, not_finite, restore
+from trainer.checkpoint.save import Saver
+from trainer.compress.compression import Compression
+from trainer.config.train import ConfigError, TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
-from trainer.data.answers import Answered
 from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
-from trainer.evaluate import evaluate
-from trainer.flops import flops_per_sample
-from trainer.generate import sample
-from trainer.guard import Guard, RolledBackError, check_replicas
-from trainer.metrics import Recorder
-from trainer.optim import Optimizer, lr_at, schedule_warnings
+from trainer.data.tokenizer import Tokenizer
+from trainer.distill.logit_dataset import Answered
+from trainer.distill.teacher import load_teacher, open_answers
+from trainer.inference.trained_run import load_first
+from trainer.metrics.recorder import Recorder
+from trainer.nn.flops import flops_per_sample
+from trainer.optim.optimizer import Optimizer, lr_at, schedule_warnings
 from trainer.precision import LossScale, resolve_precision
-from trainer.saver import Saver
-from trainer.supervisor import Supervisor, own_code, supervised
-from trainer.teacher import load_teacher, open_answers
-from trainer.tokenizer import Tokenizer
-from trainer.trained import load_first
+from trainer.resilience.bad_steps import Guard, RolledBackError, check_replicas
+from trainer.resilience.supervisor import Supervisor, own_code, supervised
+from trainer.tasks.evaluate import evaluate
+from trainer.tasks.generate import sample
 
 log = logging.getLogger(__name__)
 

@@ -16,21 +16,21 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.config import ModelConfig
-from trainer.ends import Head, PatchEmbedding, TokenEmbedding, image_length
-from trainer.initial import stable_hash
-from trainer.layers import (
+from trainer.config.train import ModelConfig
+from trainer.loss import IGNORED
+from trainer.nn.embeddings import Head, PatchEmbedding, TokenEmbedding, image_length
+from trainer.nn.init import stable_hash
+from trainer.nn.layers import (
     AttentionCache,
     Block,
     BlockCache,
     Dropout,
     rotary_angles,
 )
-from trainer.loss import IGNORED
-from trainer.stream import Context, Flow, Inputs, Resize, SequenceLayout, Stream, Watcher
+from trainer.nn.sequence import Context, Flow, Inputs, Resize, SequenceLayout, Stream, Watcher
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
-# parallel/tensor.py explains.
+# parallel/tensor/layers.py explains.
 TENSOR_LAYOUT = {
     "embed.tokens": "vocabulary",
     "embed.positions": "sequence",

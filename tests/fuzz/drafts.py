@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from trainer.config import DataConfig
+from trainer.config.train import DataConfig
 
 ROOT = "data"  # the folder of data.path, inside the folder of a case
 

@@ -18,8 +18,9 @@ import numpy as np
 from drafts import Case, emptied
 
 from trainer import data
-from trainer.config import ConfigError, DataConfig
-from trainer.data import folders, source, text
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import files as source
+from trainer.data import folders, text
 from trainer.data.dataset import IGNORED, DataFacts
 from trainer.data.record import read_record, table, write_record
 

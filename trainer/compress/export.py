@@ -8,17 +8,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from parallel.apply import place
-from parallel.gradients import local
-from parallel.worker import Worker
-from trainer.carried import BY_ROW
-from trainer.compress.linear import CompressedLinear, Lens, whole
+from parallel.grad_norm import local
+from parallel.parallel_model import Worker
+from parallel.parallelize import place
+from trainer.checkpoint.shards import take_rows
+from trainer.checkpoint.vocabulary import BY_ROW
+from trainer.compress.compression import Compression
 from trainer.compress.packing import pack, unpack
-from trainer.compress.technique import Compression
-from trainer.config import ConfigError, TrainConfig
+from trainer.compress.quantized_linear import CompressedLinear, Lens, whole
+from trainer.config.train import ConfigError, TrainConfig
 from trainer.data.record import copy_record
-from trainer.run_dir import EXPORTED, new_folder, to_yaml
-from trainer.storage import take_rows
+from trainer.run.run_dir import EXPORTED, new_folder, to_yaml
 
 VERSION = "1"
 

@@ -5,7 +5,7 @@
 import torch
 from torch import Tensor
 
-from trainer.compress.linear import Lens, kept, pruned, whole
+from trainer.compress.quantized_linear import Lens, kept, pruned, whole
 
 
 def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:

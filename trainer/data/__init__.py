@@ -6,12 +6,13 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 
-from trainer.config import ConfigError, DataConfig
-from trainer.data import hub, images, pairs, text
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import huggingface as hub
+from trainer.data import images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
+from trainer.data.files import locate
 from trainer.data.folders import SPLITS
-from trainer.data.source import locate
-from trainer.tokenizer import SMALLEST, Tokenizer, too_small
+from trainer.data.tokenizer import SMALLEST, Tokenizer, too_small
 
 __all__ = [
     "DataFacts",

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.folders import FILLERS, SPLITS, split_of
-from trainer.data.gallery import Shape, Table
-from trainer.data.order import permutation
+from trainer.data.image_files import Shape, Table
 from trainer.data.pictures import pixels_of
+from trainer.data.sampler import permutation
 
 ROLES = {
     **dict.fromkeys(("x", "image", "images", "pixels"), "x"),

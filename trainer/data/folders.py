@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config import ConfigError
+from trainer.config.train import ConfigError
 
 SPLITS = ("train", "valid", "test")
 SPELLINGS = {

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
 from trainer.data.archive import read_archive
+from trainer.data.cache import Record, build, opened, prepared_folder
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
+from trainer.data.files import Part, name_of
 from trainer.data.folders import SPLITS, scan
-from trainer.data.gallery import Checked, Table, check_gallery, list_gallery, tables_of
-from trainer.data.order import mixed
-from trainer.data.prepared import Record, build, opened, prepared_folder
+from trainer.data.image_files import Checked, Table, check_gallery, list_gallery, tables_of
 from trainer.data.record import read_record
-from trainer.data.source import Part, name_of
+from trainer.data.sampler import mixed
 
 STATISTICS = 10_000  # training images that mean and standard deviation are taken of
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trainer.data.dataset import IGNORED, Dataset, Sample
-from trainer.data.order import Order, mixed, permutation, positions
+from trainer.data.sampler import Order, mixed, permutation, positions
 
 Batch = dict[str, torch.Tensor]
 EVALUATION_SEED = 2026  # of no run: what is measured must not depend on what is compared

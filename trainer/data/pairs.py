@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.prepared import Record, opened, progress_bar
-from trainer.data.source import Part, read_text, split_parts
+from trainer.data.files import Part, read_text, split_parts
+from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
     describe,
@@ -26,8 +27,7 @@ from trainer.data.tokenized import (
     token_dtype,
     tokens_folder,
 )
-from trainer.data.tokens import TokenFile
-from trainer.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer
 
 LINES = 4096  # tokenised at once
 COLUMNS = ("source", "target")

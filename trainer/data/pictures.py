@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.config import ConfigError
+from trainer.config.train import ConfigError
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of modes
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")

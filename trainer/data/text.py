@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.order import mixed
-from trainer.data.prepared import Record, opened, progress_bar
-from trainer.data.source import Part, read_text, split_parts
+from trainer.data.files import Part, read_text, split_parts
+from trainer.data.sampler import mixed
+from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
     describe,
@@ -26,8 +27,7 @@ from trainer.data.tokenized import (
     token_dtype,
     tokens_folder,
 )
-from trainer.data.tokens import TokenFile
-from trainer.tokenizer import Tokenizer
+from trainer.data.tokenizer import Tokenizer
 
 PIECE = 1 << 16  # characters tokenised as one string; the tokenizer is slow on longer ones
 PIECES = 32  # tokenised at once, on all cores

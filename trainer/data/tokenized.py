@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data.cache import Record, build, opened, prepared_folder, progress_bar
 from trainer.data.dataset import DataFacts, SplitFacts
-from trainer.data.prepared import Record, build, opened, prepared_folder, progress_bar
+from trainer.data.files import Listing, Part, name_of, read_listing, split_parts
 from trainer.data.record import TOKENIZER
-from trainer.data.source import Listing, Part, name_of, read_listing, split_parts
-from trainer.tokenizer import Tokenizer, characters_lost
+from trainer.data.tokenizer import Tokenizer, characters_lost
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,334 @@
+"""Whether a compression fits the model and the layout: pure functions, every problem at once."""
+
+import math
+
+from conf.validation.layout import divisors
+from parallel.strategy import StrategyConfig
+from trainer.config.train import CompressConfig, ModelConfig, TrainConfig, classes_of
+from trainer.distill.logit_dataset import Facts
+
+SHORTENS = ("merge", "pool_after", "drop")
+
+
+def compress_problems(
+    compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
+) -> list[str]:
+    """Why a model cannot be compressed so under a resolved strategy; empty = it can."""
+    asked = [key for key in SHORTENS if getattr(compress, key)]
+    found = _shared(asked, compress, strategy) + _pooling(compress, model)
+    if model.family == "encoder":
+        found += _patches(compress, model)
+    elif compress.drop:
+        found.append(
+            f"compress.drop={compress.drop:g} leaves patches of images out, but "
+            f"model.family={model.family} learns from text; set compress.drop=0"
+        )
+    if model.family == "decoder" and compress.merge:
+        found.append(
+            f"compress.merge={compress.merge} would let a token see the ones behind it: what is "
+            "merged stands for all of its positions, and model.family=decoder predicts them one "
+            "by one; set compress.merge=0, and compress=pool instead, which is shifted"
+        )
+    found += [
+        f"compress.{key}=1 tells zero from nothing; set compress.{key}=2 or more, or 0 for all bits"
+        for key in ("bits", "input_bits")
+        if getattr(compress, key) == 1
+    ]
+    return found + _widths(compress, model, strategy) + _pruned(compress, model)
+
+
+def _shared(asked: list[str], compress: CompressConfig, strategy: StrategyConfig) -> list[str]:
+    """Sequences that are shortened are whole on every rank."""
+    if strategy.context == 1:
+        return []
+    return [
+        f"compress.{key}={getattr(compress, key):g} needs all of a sequence on each rank, but "
+        f"strategy.context={strategy.context} shares it; set strategy.context=1, or "
+        f"compress.{key}=0"
+        for key in asked
+    ]
+
+
+def _encoder_blocks(model: ModelConfig) -> int:
+    two = model.family == "encoder_decoder"
+    return (model.encoder_layers or model.layers) if two else model.layers
+
+
+def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    if model.family == "decoder":
+        return _hourglass(compress, model)
+    blocks = _encoder_blocks(model)
+    if compress.pool_after >= blocks:
+        return [
+            f"compress.pool_after={compress.pool_after} must be below the {blocks} blocks of the "
+            f"encoder; set compress.pool_after={max(0, blocks - 1)} or less"
+        ]
+    return []
+
+
+def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """As many whole blocks in front as behind, and something to shorten between them."""
+    found, most = [], (model.layers - 1) // 2
+    if compress.pool_after > most:
+        found.append(
+            f"compress.pool_after={compress.pool_after} leaves none of model.layers={model.layers} "
+            f"to work on pooled tokens, as many blocks in front of them as behind; set "
+            f"compress.pool_after={most}"
+        )
+    if compress.pool_after and 0 < model.max_positions < compress.pool_stride:
+        found.append(
+            f"compress.pool_stride={compress.pool_stride} is more than the {model.max_positions} "
+            f"tokens of a sample; set compress.pool_stride={model.max_positions} or less"
+        )
+    return found
+
+
+def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """What an image's patches cannot give; nothing where its size is not known yet."""
+    side = model.image_size // model.patch_size
+    if not side:
+        return []
+    found = []
+    if compress.pool_after and compress.pool_stride > side:
+        found.append(
+            f"compress.pool_stride={compress.pool_stride} is more than the {side} patches of an "
+            f"image's side; set compress.pool_stride={side} or less"
+        )
+    if compress.pool_after and compress.drop:
+        found.append(
+            f"compress.pool_after={compress.pool_after} joins squares of patches, in which "
+            f"compress.drop={compress.drop:g} leaves holes; set one of them to 0"
+        )
+    pooled = -(-side // compress.pool_stride) if compress.pool_after else side
+    patches = max(1, round(pooled**2 * (1 - compress.drop)))
+    times = model.layers - 1 - compress.pool_after
+    most = _most(patches, times)
+    if compress.merge > most:
+        found.append(
+            f"compress.merge={compress.merge} is more than half of the vectors that are left "
+            f"after {times - 1} merges of {patches}; set compress.merge={most} or less"
+        )
+    return found
+
+
+def _most(vectors: int, times: int) -> int:
+    """The most that can be merged so many times: half of what is left, the last time."""
+    # vectors - (times - 1) r >= 2 r
+    return vectors // (times + 1) if times > 0 else 0
+
+
+def _neighbours(compress: CompressConfig) -> dict[str, int]:
+    """How many weights along the inputs belong together, by the key that says so."""
+    sizes = {
+        "group": compress.group if compress.bits else 0,
+        "sparse_m": compress.sparse_m if compress.sparse_n else 0,
+    }
+    return {key: size for key, size in sizes.items() if size}
+
+
+def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Neighbouring weights along the inputs of a layer, of which each rank has whole groups."""
+    head_width = model.head_width or model.width // model.heads
+    inputs = {
+        f"model.width={model.width}": model.width,
+        f"{model.heads} heads of {head_width}": _part(model.heads * head_width, strategy.tensor),
+        f"model.ffn_width={model.ffn_width}": _part(model.ffn_width, strategy.tensor),
+    }
+    found = []
+    for key, size in _neighbours(compress).items():
+        wrong = [name for name, width in inputs.items() if not width or width % size]
+        if wrong:
+            fit = [d for d in divisors(min(filter(None, inputs.values()))) if all(
+                width and width % d == 0 for width in inputs.values()
+            )]  # fmt: skip
+            each = f" on each of strategy.tensor={strategy.tensor} ranks" * (strategy.tensor > 1)
+            near = min(fit, key=lambda d: abs(d - size), default=0)
+            found.append(
+                f"compress.{key}={size} does not divide the inputs of {' and '.join(wrong)}{each}; "
+                f"try compress.{key}={near}"
+            )
+    if compress.sparse_n and compress.sparse_n >= compress.sparse_m:
+        found.append(
+            f"compress.sparse_n={compress.sparse_n} must be below compress.sparse_m="
+            f"{compress.sparse_m}; set compress.sparse_n={max(1, compress.sparse_m // 2)}, or 0"
+        )
+    return found
+
+
+def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """What of whole heads and channels cannot be pruned."""
+    found, groups = [], model.kv_heads or model.heads
+    counts = {"prune_heads": (groups, "heads"), "prune_ffn": (model.ffn_width, "channels")}
+    if model.kv_heads:
+        counts["prune_heads"] = (groups, "key/value heads")
+    for key, (count, what) in counts.items():
+        share = getattr(compress, key)
+        if share and not 0 < round(share * count) < count:
+            near = min(max(1, round(share * count)), count - 1) / count
+            found.append(
+                f"compress.{key}={share:g} of {count} {what} is {round(share * count)}: "
+                f"set compress.{key}={near:.3g}" + (", or 0" if near else "")
+            )
+    if (compress.prune_heads or compress.prune_ffn) and compress.prune_end < compress.prune_start:
+        found.append(
+            f"compress.prune_end={compress.prune_end:g} is before compress.prune_start="
+            f"{compress.prune_start:g}; set compress.prune_end={compress.prune_start:g} or more"
+        )
+    return found + _regrouped(compress, model, model.heads // groups)
+
+
+def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
+    """Neighbours along the inputs must still be neighbours when inputs are gone."""
+    head = queries * (model.head_width or model.width // model.heads)
+    found = []
+    for key, size in _neighbours(compress).items():
+        if compress.prune_ffn:
+            found.append(
+                f"compress.prune_ffn={compress.prune_ffn:g} removes channels one by one, and the "
+                f"others would have new neighbours in compress.{key}={size}; set "
+                + ("compress.group=0" if key == "group" else "compress.sparse_n=0")
+            )
+        if compress.prune_heads and head % size:
+            found.append(
+                f"compress.{key}={size} does not divide the {head} inputs of a head that "
+                f"compress.prune_heads removes; set compress.{key}={math.gcd(size, head)}"
+            )
+    return found
+
+
+def _part(width: int, degree: int) -> int:
+    """What each rank has of a width; 0 where they have unequal parts."""
+    return width // degree if width % degree == 0 else 0
+
+
+def match_problems(
+    compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
+) -> list[str]:
+    """Why a model cannot learn from a teacher's hidden states so; empty = it can."""
+    match, named = compress.match, f"compress.match={compress.match}"
+    if not match or not compress.match_weight:
+        return []
+    ours = [pair[0] for pair in match if len(pair) == 2 and min(pair) >= 0]
+    if len(set(ours)) < len(match):
+        return [
+            f"{named} must be pairs of blocks, ours and the teacher's, counted from 0 and each of "
+            "ours once, e.g. [[1,3],[3,7]]"
+        ]
+    found = []
+    if not compress.teacher:
+        found.append(f"{named} learns from a teacher; set compress.teacher, or compress.match=[]")
+    if strategy.context > 1:
+        found.append(
+            f"{named} compares all positions of a sample, but strategy.context={strategy.context} "
+            "shares them; set strategy.context=1, or compress.match=[]"
+        )
+    found += [
+        f"{named} compares positions one by one, but compress.{key}={getattr(compress, key):g} "
+        f"leaves fewer; set compress.{key}=0, or compress.match=[]"
+        for key in SHORTENS
+        if getattr(compress, key)
+    ]
+    last = _depth(model) - 1
+    if max(ours) > last:
+        near = [[min(one, last), other] for one, other in match]
+        found.append(f"{named}, but the blocks here are 0 to {last}; try compress.match={near}")
+    return found
+
+
+def _depth(model: ModelConfig) -> int:
+    return model.layers + (_encoder_blocks(model) if model.family == "encoder_decoder" else 0)
+
+
+def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
+    """Why the hidden states of a teacher cannot be compared with ours; empty = they can."""
+    compress, ours, theirs = config.compress, config.model, teacher.model
+    if not compress.match or not compress.match_weight:
+        return []
+    named = f"compress.match={compress.match} compares positions one by one, but "
+    found = [
+        f"{named}compress.teacher={compress.teacher} has compress.{key}="
+        f"{getattr(teacher.compress, key)} and fewer; name another run, or set compress.match=[]"
+        for key in ("merge", "pool_after")
+        if getattr(teacher.compress, key)
+    ]
+    found += [
+        f"{named}compress.teacher={compress.teacher} has model.{key}={getattr(theirs, key)}; set "
+        f"model.{key}={getattr(theirs, key)}, or compress.match=[]"
+        for key in ("patch_size", "pool")
+        if ours.family == "encoder" and getattr(ours, key) != getattr(theirs, key)
+    ]
+    near, turns = [], [_encoder_blocks(model) for model in (ours, theirs)]
+    for block, other in compress.match:
+        low, high = (0, turns[1]) if block < turns[0] else (turns[1], _depth(theirs))
+        near.append([block, min(max(other, low), high - 1)])
+    if near != compress.match:
+        two = f", the first {turns[1]} of its encoder, as are the first {turns[0]} here"
+        found.append(
+            f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
+            f"{_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; try "
+            f"compress.match={near}"
+        )
+    return found
+
+
+def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
+    """Why a completed run cannot learn from the answers in compress.teacher; empty = it can."""
+    compress, data = config.compress, config.data
+    named = f"compress.teacher={compress.teacher}"
+    if data.kind != facts.kind:
+        return [
+            f"{named} is about data.kind={facts.kind}, but data.kind={data.kind} here; name "
+            "answers to the same data"
+        ]
+    found = []
+    if facts.classes != (classes := classes_of(config.model)):
+        found.append(
+            f"{named} tells {facts.classes} classes apart, but there are {classes} here; name "
+            "answers of a run with the same tokenizer, or the same classes"
+        )
+    if data.kind != "images" and data.seq_len != facts.seq_len:
+        found.append(
+            f"{named} is about data.seq_len={facts.seq_len}, but data.seq_len={data.seq_len} "
+            f"here; set data.seq_len={facts.seq_len}"
+        )
+    if data.kind == "images" and data.augment:
+        found.append(
+            f"{named} is about images as they are, but data.augment=true moves them; set "
+            "data.augment=false, or name the run that teaches"
+        )
+    if compress.match and compress.match_weight:
+        found.append(
+            f"{named} holds logits alone, but compress.match={compress.match} learns from hidden "
+            "states; set compress.match=[], or name the run that teaches"
+        )
+    return found
+
+
+def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
+    """Why a completed run cannot learn from the run of compress.teacher; empty = it can."""
+    named = f"compress.teacher={config.compress.teacher}"
+    ours, theirs = config.model, teacher.model
+    if ours.family != theirs.family:
+        return [
+            f"{named} is of model.family={theirs.family}, but model.family={ours.family} here; "
+            "name a run of the same family"
+        ]
+    if ours.family == "encoder":
+        return [
+            f"{named} has model.{key}={getattr(theirs, key)}, but model.{key}="
+            f"{getattr(ours, key)} here; name a run on the same images and classes"
+            for key in ("classes", "image_size", "channels")
+            if getattr(ours, key) != getattr(theirs, key)
+        ] + _matched_problems(config, teacher)
+    found = _matched_problems(config, teacher)
+    if ours.vocab_size != theirs.vocab_size:
+        found.append(
+            f"{named} has model.vocab_size={theirs.vocab_size}, but model.vocab_size="
+            f"{ours.vocab_size} here; name a run with the same tokenizer"
+        )
+    if theirs.positions == "learned" and theirs.max_positions < config.data.seq_len:
+        found.append(
+            f"{named} reads at most model.max_positions={theirs.max_positions} tokens, but "
+            f"data.seq_len={config.data.seq_len}; set data.seq_len={theirs.max_positions} or less"
+        )
+    return found

@@ -1,0 +1,279 @@
+"""Whether a strategy fits the model and the batch: pure functions, every problem at once."""
+
+from math import inf, isqrt
+from typing import Any
+
+from parallel.pipeline.schedules import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
+from parallel.pipeline.schedules import problems as schedule_problems
+from parallel.strategy import HOW, ConfigError, StrategyConfig, data_degree, degrees
+from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
+
+# Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
+SPLIT_FAULTS = (
+    "skip_input_gradient_sum",
+    "skip_output_sum",
+    "skip_sequence_gather",
+    "skip_vocabulary_mask",
+)
+CONTEXT_FAULTS = ("skip_ring_step",)
+PIPELINE_FAULTS = ("stale_stage_input", "skip_tied_gradient_sum", "local_loss_scale")
+VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
+
+
+def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
+    """What is wrong with a resolved strategy for a door's configuration, but for its model."""
+    found = _fault(getattr(config, "fault", ""), strategy)
+    data = getattr(config, "data", None)
+    seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
+    if seq_len < 2 * strategy.context > 2:
+        found.append(
+            f"strategy.context={strategy.context} gives each rank two pieces of every sequence, "
+            f"but data.seq_len={seq_len}; set strategy.context={max(1, int(seq_len) // 2)} or "
+            "less"
+        )
+    compiles = getattr(config, "compile", False)
+    if strategy.async_tensor and (strategy.tensor == 1 or not compiles):
+        found.append(
+            "strategy.async_tensor=true overlaps what compile=true has compiled of "
+            f"strategy.tensor above 1, but strategy.tensor={strategy.tensor} and "
+            f"compile={str(compiles).lower()}; set compile=true, or strategy.async_tensor=false"
+        )
+    metrics = getattr(config, "metrics", None)
+    if metrics is not None and metrics.timeline and strategy.pipeline == 1:
+        found.append(
+            "metrics.timeline=true draws a pipeline's schedule, but strategy.pipeline=1; set "
+            "strategy=pipeline, or metrics.timeline=false"
+        )
+    if strategy.pipeline > 1:
+        found += _schedule(config, strategy)
+    return found + _reduction(config, strategy)
+
+
+def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
+    """Why gradients cannot be summed as strategy.reduce says."""
+    given = f"strategy.reduce={strategy.reduce}"
+    if isinstance(config, VerifyConfig) and strategy.reduce != "auto":
+        return [
+            f"{given} rounds gradients, so that no layout equals one process; set "
+            "strategy.reduce=auto"
+        ]
+    if strategy.reduce not in ("int8", "powersgd"):
+        return []
+    others = [
+        f"strategy.{axis}={degree}"
+        for axis, degree in degrees(strategy).items()
+        if axis != "replicate" and degree > 1
+    ]
+    found = []
+    if others:
+        found.append(
+            f"{given} compresses whole gradients of whole copies, which {' and '.join(others)} "
+            "does not leave; set strategy=ddp, or strategy.reduce=bf16"
+        )
+    elif strategy.replicate == 1 and not strategy.elastic:
+        found.append(
+            f"{given} compresses what copies tell each other, but strategy.replicate=1 makes none; "
+            f"start 2 ranks or more {HOW}, or set strategy.reduce=auto"
+        )
+    if getattr(config, "precision", "") == "fp16":
+        found.append(
+            f"{given} adds to a step what was lost in the one before, but precision=fp16 scales "
+            "each by another factor; set precision=bf16, or strategy.reduce=fp16"
+        )
+    return found
+
+
+def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
+    """Why a schedule does not go with what else is asked for."""
+    found: list[str] = []
+    # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
+    if isinstance(config, VerifyConfig) or not (
+        isinstance(config, TrainConfig) or strategy.schedule_csv
+    ):
+        found = schedule_problems(strategy, VERIFIED * strategy.pipeline)
+    try:
+        return found + _one_pass(config, strategy)
+    except ConfigError:
+        return found  # told where the schedule's lists are checked
+
+
+def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
+    """What does not go with a backward in two passes.
+
+    A compiled graph has but one, what is recomputed would be for each layer's weights anew, and
+    float8 layers would multiply for both gradients in either pass.
+    """
+    asked = []
+    if getattr(config, "compile", False):
+        asked.append(("compile", "true", "false"))
+    if isinstance(config, TrainConfig) and config.precision == "fp8":
+        asked.append(("precision", "fp8", "bf16"))
+    mode = getattr(config, "activation_checkpointing", "none")
+    if mode != "none":
+        asked.append(("activation_checkpointing", mode, "none"))
+    if not asked or not splits_backward(strategy):
+        return []
+    fit = " or ".join(n for n, rules in SCHEDULES.items() if not rules.splits_backward)
+    name, other = f"strategy.schedule={strategy.schedule}", f"strategy.schedule={fit}"
+    if strategy.schedule_csv:
+        name, other = f"{CSV_KEY}={strategy.schedule_csv}", "write B for I and W there"
+    return [
+        f"{key}={value} needs a backward in one pass, but {name} computes gradients of inputs and "
+        f"of weights apart; set {key}={off}, or {other}"
+        for key, value, off in asked
+    ]
+
+
+def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a model's layers cannot be spread so; empty = they can."""
+    return splits(model, strategy.tensor) + _shares(model, strategy) + _stages(model, strategy)
+
+
+def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a step's samples cannot be dealt to ranks and micro-batches."""
+    size, micro, degree = config.batch_size, config.micro_batch_size, data_degree(strategy)
+    if size % degree:
+        return [
+            f"batch_size={size} is not divisible by the {degree} ranks that see different samples "
+            f"(strategy.replicate × strategy.shard); try {near_multiples(size, degree)}"
+        ]
+    share = size // degree
+    if micro and share % micro and not strategy.elastic:
+        return [
+            f"micro_batch_size={micro} does not divide the {share} samples of one rank "
+            f"(batch_size={size} / {degree} ranks); try {near_divisors(share, micro)}"
+        ]
+    if strategy.pipeline == 1:
+        return []
+    return schedule_problems(strategy, share // micro_batch_size(config, strategy))
+
+
+def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
+    """Samples per forward, where 0 was left to us: the share of one rank.
+
+    Or in a pipeline the least share of it that makes at least two micro-batches per rank. For an
+    elastic strategy the most that divides the share, up to the size given.
+    """
+    share, given = config.batch_size // data_degree(strategy), config.micro_batch_size
+    if given and strategy.elastic:
+        return max(size for size in divisors(share) if size <= given)
+    if given or strategy.pipeline == 1:
+        return given or share
+    counts = [
+        count for count in divisors(share) if takes(strategy.schedule, strategy.pipeline, count)
+    ]
+    enough = [count for count in counts if count >= 2 * strategy.pipeline]
+    return share // (enough[0] if enough else max(counts, default=1))
+
+
+def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why attention cannot trade positions for heads over the context axis."""
+    heads = model.heads // strategy.tensor
+    if strategy.context_method != "ulysses" or heads % strategy.context == 0:
+        return []
+    fit = ", ".join(map(str, divisors(heads)))
+    each = f" on each of strategy.tensor={strategy.tensor} ranks" if strategy.tensor > 1 else ""
+    return [
+        f"strategy.context={strategy.context} does not divide the {heads} heads{each}, which "
+        f"strategy.context_method=ulysses deals out; try strategy.context={fit}, or "
+        "strategy.context_method=ring or all_gather"
+    ]
+
+
+def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+    """Why a model cannot be cut into the pipeline's stages."""
+    if strategy.pipeline == 1:
+        return []
+    blocks, sizes = model.layers, f"model.layers={model.layers}"
+    if model.family == "encoder_decoder":
+        depth = model.encoder_layers or model.layers
+        blocks, sizes = blocks + depth, f"{sizes} and {depth} of the encoder"
+    per_rank = stages_per_rank(strategy)
+    stages = strategy.pipeline * per_rank
+    if stages > blocks:
+        near = f"set strategy.pipeline={max(1, blocks // per_rank)}"
+        return [
+            f"strategy.pipeline={strategy.pipeline} with {per_rank} stages per rank needs {stages} "
+            f"blocks, one for each stage, but the model has {blocks} ({sizes}); {near} or less"
+        ]
+    firsts = list(strategy.split)
+    rises = all(a < b for a, b in zip([0, *firsts], [*firsts, blocks], strict=True))
+    if firsts and (len(firsts) != stages - 1 or not rises):
+        even = [round(blocks * stage / stages) for stage in range(1, stages)]
+        return [
+            f"strategy.split={_short(firsts)} must be the first blocks of stages 1 to "
+            f"{stages - 1}: {stages - 1} rising numbers from 1 to {blocks - 1}, e.g. "
+            f"{_short(even)}; or empty, to cut where all stages cost alike"
+        ]
+    return []
+
+
+def _short(numbers: list[int]) -> str:
+    return f"[{','.join(map(str, numbers))}]"
+
+
+def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
+    """Why a fault cannot be planted in this layout."""
+    if fault in SPLIT_FAULTS and strategy.tensor == 1:
+        return [f"fault={fault} is one of split layers; set strategy=tensor"]
+    if fault in CONTEXT_FAULTS and (strategy.context == 1 or strategy.context_method != "ring"):
+        return [
+            f"fault={fault} is one of a ring; set strategy=context strategy.context_method=ring"
+        ]
+    if fault in PIPELINE_FAULTS and strategy.pipeline == 1:
+        return [f"fault={fault} is one of a pipeline; set strategy=pipeline"]
+    if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
+        return [
+            f"fault={fault} is one of sequence parallelism; set strategy.sequence_parallel=true"
+        ]
+    return []
+
+
+def splits(model: ModelConfig, degree: int) -> list[str]:
+    """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
+    fit = [d for d in divisors(model.heads) if _splits_heads(model, d)]
+    found = []
+    if degree not in fit:
+        given = f"model.heads={model.heads}"
+        if model.kv_heads:
+            given += f" and model.kv_heads={model.kv_heads}"
+        found.append(
+            f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
+        )
+    # The ranks have equally many rows, and the last of them what is left.
+    rows = -(-model.vocab_size // degree)
+    if 0 < model.vocab_size <= rows * (degree - 1):
+        found.append(
+            f"strategy.tensor={degree} leaves a rank without any of model.vocab_size="
+            f"{model.vocab_size}; set model.vocab_size={degree**2} or more"
+        )
+    return found
+
+
+def _splits_heads(model: ModelConfig, degree: int) -> bool:
+    """A rank has whole query heads; key/value heads are whole, or equal parts of one."""
+    groups = model.kv_heads or model.heads
+    head_width = model.head_width or model.width // model.heads
+    shared = degree % groups == 0 and groups * head_width % degree == 0
+    return model.heads % degree == 0 and (groups % degree == 0 or shared)
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of `number`, rising; of one that no size can have, 1 and itself."""
+    if number > 1e12:
+        return [1, number]
+    low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
+
+
+def near_divisors(number: int, wanted: int) -> str:
+    """The divisors of `number` just below and above `wanted`."""
+    found = divisors(number)
+    near = [*[d for d in found if d < wanted][-1:], *[d for d in found if d > wanted][:1]]
+    return " or ".join(map(str, near))
+
+
+def near_multiples(number: int, factor: int) -> str:
+    """The multiples of `factor` just below and above `number`."""
+    below = number // factor * factor
+    return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

@@ -1,0 +1,254 @@
+"""Hydra's errors in one readable message: what is, what must be, and the nearest valid value."""
+
+import atexit
+import difflib
+import errno
+import io
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.help import groups
+from conf.schema import SCHEMAS, known_keys
+from parallel.strategy import ConfigError
+from trainer.metrics.console import CONSOLE
+
+TYPES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "a text",
+    "list[int]": "a list of whole numbers, e.g. [1,2]",
+    "list[float]": "a list of numbers, e.g. [0.9,0.95]",
+    "list[str]": "a list of texts, e.g. [a,b]",
+    "list[list[int]]": "a list of pairs of whole numbers, e.g. [[1,3],[3,7]]",
+}
+
+
+LOG = "log.txt"  # in a run's folder, what its console has shown
+NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # nor a reader
+STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/health/watchdog.py)
+
+
+class JobFailedError(Exception):
+    """A job has failed and said why; in a sweep the next one follows."""
+
+    def __init__(self, code: int, reason: str = ""):
+        super().__init__(code, reason)
+        self.code, self.reason = code, reason
+
+
+def exit_code(stop: SystemExit) -> int:
+    """The status that a process left with."""
+    return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+
+
+def write_error(text: str) -> None:
+    """Writes one message to stderr, in one piece so that ranks do not mix theirs.
+
+    torchrun writes 30 lines of its own when a rank fails; their last is what the rank has left in
+    its error file (torch.distributed.elastic's protocol): the message once more.
+    """
+    # AttributeError: there is no stderr. The exit status tells as well, and must not change.
+    with suppress(OSError, AttributeError):
+        sys.stderr.write(text.rstrip("\n") + "\n")
+        sys.stderr.flush()
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"timestamp": str(int(time.time()))}
+        try:
+            Path(path).write_text(
+                json.dumps({"message": {"message": text.strip(), "extraInfo": more}})
+            )
+        except OSError:  # half of it would end torchrun with an error of its own
+            with suppress(OSError):
+                Path(path).unlink()
+
+
+def occupy_standard_streams() -> None:
+    """Leads closed stdin, stdout and stderr nowhere, and lets the others take any text.
+
+    Else the next files get their numbers, and what a library says to stderr lands in a checkpoint;
+    and a console that knows no é would end the run.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def unprinted(error: BaseException) -> str:
+    """What to say where a result found no room, or no reader, on stdout; empty for other errors."""
+    if not isinstance(error, OSError) or error.filename or error.errno not in NO_ROOM:
+        return ""
+    return f"what was to be printed cannot be written: {error.strerror}"
+
+
+def answer(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """Run a command that needs no ranks; its status, 2 after a user's mistake."""
+    occupy_standard_streams()
+    atexit.register(let_go_of_streams)
+    try:
+        code = command(arguments)
+        if sys.stdout:
+            sys.stdout.flush()
+    except ConfigError as error:
+        write_error("\n".join(error.problems))
+        return 2
+    except OSError as error:
+        if not (said := unprinted(error)):
+            raise
+        write_error(said)
+        return 1
+    return code
+
+
+def log_to_stderr(rank: int) -> None:
+    """Rank 0 says what it does; the others only what is wrong, with their number."""
+    logging.basicConfig(
+        level=logging.WARNING if rank else logging.INFO,
+        format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
+    )
+    atexit.register(let_go_of_streams)
+
+
+class _Forgiving(logging.FileHandler):
+    """A log that finds no room is not worth a word, and no run."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Nothing."""
+
+
+@contextmanager
+def logged_to(path: Path) -> Iterator[None]:
+    """What is logged, and what the run's console shows as lines, is in this file as well."""
+    try:
+        handler = _Forgiving(path, encoding="utf-8")
+    except OSError:
+        yield
+        return
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    console = logging.getLogger(CONSOLE)
+    console.setLevel(logging.INFO)
+    loggers = (logging.getLogger(), console)
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        with suppress(OSError):
+            handler.close()
+
+
+def let_go_of_streams() -> None:
+    """Leads a stdout or stderr that cannot take what it was given nowhere.
+
+    Python flushes them when it ends, and if that fails the exit status is 120: a launcher would
+    take a run that is done for one that failed.
+    """
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def lead_streams_to(path: str) -> None:
+    """Appends stdout and stderr to a file from here on."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+    os.close(file)
+
+
+def explain(name: str, error: BaseException) -> str:
+    """The message of a user's mistake at door `name`."""
+    if isinstance(error, ConfigError):
+        lines = error.problems
+        head = f"{len(lines)} problems with this configuration:\n" if len(lines) > 1 else ""
+        return head + "\n".join(f"- {line}" if head else line for line in lines)
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        reason = error.message.splitlines()[0]
+        if reason.startswith("Lexer"):
+            reason = "it holds a character that must be quoted"
+        return f"cannot read {error.override}: {reason}; write KEY=VALUE, quoted for the shell"
+    for pattern, say in SAID.items():
+        found = re.search(pattern, str(error))
+        if found:
+            return say(name, *found.groups())
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    return "; ".join(dict.fromkeys([_first(error), _first(cause)]))
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error is a user's; Hydra refuses `strategy=5` with a bare ValueError."""
+    bare = isinstance(error, ValueError) and str(error).startswith("Config group override must")
+    return bare or isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
+
+
+def _unknown_key(name: str, key: str) -> str:
+    """Says that `key` does not exist, with the key that was likely meant."""
+    known = [*known_keys(SCHEMAS[name]), *groups(name)]
+    same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
+    near = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
+    near = near or difflib.get_close_matches(key, known, n=1)
+    near = near or [by_leaf[leaf] for leaf in difflib.get_close_matches(key, by_leaf, n=1)]
+    return f"{key} does not exist; " + (
+        f"did you mean {near[0]}?" if near else "--help lists the keys"
+    )
+
+
+def _refused_value(name: str, key: str, value: str) -> str:
+    known = known_keys(SCHEMAS[name])
+    if key in known:
+        kind = known[key].type
+        plain = kind.__name__ if type(kind) is type else str(kind)
+        return f"{key}={value} must be {TYPES[plain]}"
+    below = [known_key for known_key in known if known_key.startswith(f"{key}.")]
+    return f"{key}={value}: {key} is a section; set its keys: {', '.join(below)}"
+
+
+# What Hydra and OmegaConf say → what we say: (door, *groups of the pattern) → message.
+SAID: dict[str, Callable[..., str]] = {
+    r"Could not override '([^']+)'": _unknown_key,
+    r"Error merging override \+*([^=~]+)=(.*)": _refused_value,
+    r"Error merging override (~.+)": lambda _, key: f"{key}: a key cannot be taken away; set it",
+    r"An item is already at '(.+)'": lambda _, key: f"{key} exists; write {key}=VALUE without +",
+    r"Multiple values for (\w+)": lambda _, group: (
+        f"{group} is set twice; write {group}=OPTION once"
+    ),
+    r"Config group override must": lambda _: "a group's option is a name; --help lists them",
+}
+
+
+def _missing_option(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    options = sorted(error.options or ())
+    if not group or not options:
+        return _first(error)
+    near = difflib.get_close_matches(option, options, n=1)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    return f"{group}={option} does not exist; {group} is one of {', '.join(options)}{hint}"
+
+
+def _first(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,140 @@
+"""What a run's inputs are made with, and its first weights: chosen before any rank works."""
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from parallel.strategy import ConfigError
+from trainer import data
+from trainer.checkpoint.vocabulary import carried_rows
+from trainer.config.train import DataConfig, PrepareConfig, TrainConfig
+from trainer.data.record import (
+    FACTS,
+    TOKENIZER,
+    data_of,
+    has_record,
+    read_record,
+    table,
+    write_record,
+)
+from trainer.run.run_dir import EXPORTED, absolute, checkpoints, load_config
+
+# Keys of a model that its weights do not tell.
+CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")
+FREE_OF_SHAPE = ("dropout", "init", "init_std", "max_positions", *CHANGE_THE_FUNCTION)
+NEW = "new"  # data.processor: made of the train split
+log = logging.getLogger(__name__)
+
+
+def placed(config: TrainConfig) -> TrainConfig:
+    """The configuration with paths that mean the same in whatever folder it is read again."""
+    reads = config.data
+    processor = reads.processor if reads.processor == NEW else absolute(reads.processor)
+    reads = replace(
+        reads, path=absolute(reads.path), tokenizer=absolute(reads.tokenizer), processor=processor
+    )
+    compress = replace(config.compress, teacher=absolute(config.compress.teacher))
+    return replace(config, data=reads, init_from=absolute(config.init_from), compress=compress)
+
+
+def processed(config: TrainConfig) -> DataConfig:
+    """The data section with the tokenizer or classes that a run goes on with, or begins with.
+
+    Those in its own folder, once it has learned with them; else the ones that are named; else those
+    of init_from.
+    """
+    own = config.data
+    if checkpoints(config.run_dir) and has_record(config.run_dir):
+        return data_of(config)
+    if own.processor == NEW:
+        return replace(own, processor="")
+    if own.processor and own.tokenizer:
+        raise ConfigError(
+            f"data.processor={own.processor} and data.tokenizer={own.tokenizer} both name a "
+            "tokenizer; set one of them"
+        )
+    if own.processor and not has_record(own.processor):
+        raise ConfigError(
+            f"data.processor={own.processor} is no run's folder: it holds neither {FACTS} nor "
+            f"{TOKENIZER}; name a run or an exported model, or {NEW}"
+        )
+    if config.init_from and not own.processor and not own.tokenizer:
+        return data_of(config, config.init_from)
+    return own
+
+
+def sized(config: TrainConfig) -> TrainConfig:
+    """The configuration with those sizes of init_from's model that would follow the data."""
+    if not config.init_from or config.data.processor or config.data.tokenizer:
+        return config
+    theirs = load_config(config.init_from, "init_from").model
+    sizes = {
+        key: getattr(config.model, key) or getattr(theirs, key) for key in ("vocab_size", "classes")
+    }
+    return replace(config, model=replace(config.model, **sizes))
+
+
+def keep_processor(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
+    """Keeps in the run's folder what using it needs: its tokenizer, classes, and what was read."""
+    tokenizer, folder = data.open_tokenizer(reads), Path(config.run_dir)
+    try:
+        if tokenizer is not None and reads.processor != config.run_dir:
+            tokenizer.save(folder / TOKENIZER)
+        write_record(folder, facts)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={config.run_dir} cannot be written ({error.strerror}); choose another run_dir"
+        ) from error
+
+
+def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
+    """Raises ConfigError if config.init_from holds no weights, or those of another model.
+
+    Says what the weights compute another function with.
+    """
+    if not config.init_from:
+        return
+    theirs = load_config(config.init_from, "init_from").model
+    check_trained(config.init_from, "init_from")
+    rows = carried_rows(config.init_from, facts, data.open_tokenizer(reads))
+    free = FREE_OF_SHAPE if rows is None else (*FREE_OF_SHAPE, "vocab_size", "classes")
+    found = [
+        f"init_from={config.init_from} holds a model with model.{key}={getattr(theirs, key)}, not "
+        f"{value}; set model.{key}={getattr(theirs, key)}, or init_from another run"
+        for key, value in vars(config.model).items()
+        if key not in free and getattr(theirs, key) != value
+    ]
+    if found:
+        raise ConfigError(*found)
+    for key in CHANGE_THE_FUNCTION:
+        if (before := getattr(theirs, key)) != (now := getattr(config.model, key)):
+            log.warning(
+                "init_from=%s was trained with model.%s=%s, here it is %s: its weights compute "
+                "another function", config.init_from, key, before, now,
+            )  # fmt: skip
+    record = read_record(config.init_from)
+    same = record is None or np.allclose([record.mean, record.std], [facts.mean, facts.std])
+    if record and not same:
+        log.warning(
+            "init_from=%s was trained on pixels less mean %s by deviation %s, here it is %s by %s",
+            config.init_from, record.mean, record.std, facts.mean, facts.std,
+        )  # fmt: skip
+    if rows is not None:
+        log.warning(
+            "init_from=%s has %s for %d of %d here: their rows are taken over, the others drawn "
+            "anew", config.init_from, rows.what, rows.known, len(rows.theirs),
+        )  # fmt: skip
+
+
+def check_trained(run_dir: str, key: str = "run_dir") -> None:
+    """Raises ConfigError unless a folder holds a checkpoint, or an exported model."""
+    if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
+        raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
+
+
+def prepare_data(config: PrepareConfig) -> None:
+    """Prepares the data set and shows what was read."""
+    config.data.processor = config.data.processor.removeprefix(NEW)
+    log.info("%s", table(data.prepare(config.data, progress=True)))

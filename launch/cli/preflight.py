@@ -1,0 +1,334 @@
+"""What happens once, before any rank works: the checks, the data and the run's folder."""
+
+import logging
+import os
+import shutil
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib import import_module
+from itertools import chain, count
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from conf.submit import SubmitConfig, training_part
+from conf.validation.compression import answers_problems, compress_problems, teacher_problems
+from conf.validation.float8 import precision_problems
+from conf.validation.layout import micro_batch_size, model_problems
+from conf.validation.validate import complete, problems
+from launch.cli.entrypoint import names_itself
+from launch.cli.environment import note_start
+from launch.cli.inputs import (
+    check_first_weights,
+    check_trained,
+    keep_processor,
+    placed,
+    processed,
+    sized,
+)
+from launch.slurm.batch_script import Point, ranks_per_node
+from parallel.pipeline.schedules import warnings
+from parallel.strategy import ConfigError, StrategyConfig, data_degree, resolve
+from trainer import data
+from trainer.config.train import (
+    CompressReportConfig,
+    DataConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+    TeachConfig,
+    TrainConfig,
+    VerifyConfig,
+    asked_for,
+    classes_of,
+)
+from trainer.data.record import TOKENIZER, data_of, read_record, table
+from trainer.distill.logit_dataset import Answers, Facts, is_answers
+from trainer.metrics import goodput
+from trainer.run.run_dir import (
+    check_run_dir,
+    checkpoints,
+    claimed,
+    load_config,
+    open_run_dir,
+)
+
+Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
+
+TEACHER = "compress.teacher"
+log = logging.getLogger(__name__)
+
+
+def training(config: TrainConfig, world_size: int, held: ExitStack | None = None) -> TrainConfig:
+    """The checked and completed configuration; its data is prepared and its folder open.
+
+    No other run is let into the folder until `held` ends (None = that is not looked after).
+    """
+    opened = _opened()
+    config = placed(config)
+    _check(config, world_size)
+    _check_compiler(config)
+    _check_kernels(config, world_size)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    if config.strategy.elastic and given and names_itself(given):
+        raise ConfigError(
+            "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
+            "they must find the run; give it a folder, e.g. run_dir=runs/big"
+        )
+    config, reads, facts = _completed(config, world_size)
+    check_first_weights(config, reads, facts)
+    log.info("%s", table(facts))
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and names_itself(given):
+        config = replace(config, run_dir=str(_claimed(config.run_dir)))
+    open_run_dir(config, held)
+    keep_processor(config, reads, facts)
+    goodput.begin(Path(config.run_dir), opened, time.time())
+    note_start(Path(config.run_dir), list(given))
+    log.info("run_dir=%s", config.run_dir)
+    return config
+
+
+def _claimed(run_dir: str) -> Path:
+    try:
+        return claimed(run_dir)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={run_dir} cannot be written ({error.strerror}); choose another run_dir"
+        ) from error
+
+
+def submission(config: SubmitConfig) -> Point:
+    """The checked and completed run of a job, and how the job starts it; nothing is written.
+
+    Its data are prepared here, once, where no GPU waits for them.
+    """
+    world_size = config.cluster.nodes * ranks_per_node(config.cluster)
+    _check(config, world_size)
+    training, _, _ = _completed(placed(training_part(config)), world_size)
+    check_run_dir(training)
+    given = HydraConfig.get().overrides.task
+    overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
+    if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
+        overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")
+    return Point(training, config.cluster, overrides)
+
+
+def _completed(
+    config: TrainConfig, world_size: int
+) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
+    """The checked configuration with all that ranks and data decide; the data are prepared.
+
+    With it, the data section as the run reads it, and what it has read.
+    """
+    config = replace(config, strategy=resolve(config.strategy, world_size))
+    config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
+    share = config.batch_size // data_degree(config.strategy)
+    for warning in warnings(config.strategy, share // config.micro_batch_size):
+        log.warning("%s", warning)
+    reads = processed(config)
+    facts = data.prepare(reads, progress=True)
+    if facts.samples["train"] < config.batch_size:
+        log.warning(
+            "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
+            "more than once", facts.samples["train"], config.batch_size,
+        )  # fmt: skip
+    config = complete(sized(config), facts)
+    if config.compress.teacher:
+        check_teacher(replace(config, data=reads), facts)
+    return config, reads, facts
+
+
+def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
+    """Raises ConfigError where a completed run cannot learn from that of compress.teacher.
+
+    `config.data` is as the run reads it. What needs no teacher any more, since it is finished,
+    raises AlreadyFinishedError.
+    """
+    check_run_dir(config)
+    folder = config.compress.teacher
+    said = None
+    try:
+        if is_answers(folder):
+            said = Answers(folder).facts
+        found = _run_problems(config) if said is None else answers_problems(config, said)
+        found = found or _processor_problems(config, facts)
+        if not found and said is not None:
+            found = _sample_problems(config, said)
+    except ConfigError as error:
+        found = error.problems
+    if found and checkpoints(config.run_dir):
+        both = f"{TEACHER}= compress.match=[] resume_changed=[{TEACHER},compress.match]"
+        alone = f"{TEACHER}= resume_changed=[{TEACHER}]"
+        found[-1] += f"; to go on without it: {both if config.compress.match else alone}"
+    if found:
+        raise ConfigError(*found)
+
+
+def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]:
+    """Why a teacher would not read the inputs, or name the classes, as the student does."""
+    folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
+    own = Path(folder) / TOKENIZER
+    if tokenizer and not (own.is_file() and tokenizer.same(own)):
+        return [
+            f"{TEACHER}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
+        ]
+    theirs = read_record(folder)
+    if theirs is None or (
+        theirs.class_names == facts.class_names
+        and np.allclose([theirs.mean, theirs.std], [facts.mean, facts.std])
+    ):
+        return []
+    return [
+        f"{TEACHER}={folder} has other classes ({', '.join(theirs.class_names)}), or another mean "
+        f"of the pixels, than the data here ({', '.join(facts.class_names)}); set "
+        f"data.processor={folder}"
+    ]
+
+
+def _run_problems(config: TrainConfig) -> list[str]:
+    """Why the run of compress.teacher cannot teach; what may be done about it."""
+    folder = config.compress.teacher
+    teacher = load_config(folder, TEACHER)
+    steps = [step for step, _ in checkpoints(folder)]
+    if not steps:
+        return [f"{TEACHER}={folder} holds no checkpoint; name a run that has been trained"]
+    found = teacher_problems(config, teacher)
+    if not found and steps[-1] < teacher.steps:
+        log.warning(
+            "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
+            TEACHER, folder, steps[-1], teacher.steps,
+        )  # fmt: skip
+    return found
+
+
+def _sample_problems(config: TrainConfig, facts: Facts) -> list[str]:
+    """Whether what is learned from here is what answers were given to."""
+    if facts.data == data.fingerprint(config.data, ["train"]):
+        return []
+    return [
+        f"{TEACHER}={config.compress.teacher} is about other samples than those of data.path="
+        f"{config.data.path}; set data.path={facts.path} and leave it as it was, or ask the "
+        "teacher about these: launch/teach.py"
+    ]
+
+
+def _check_compiler(config: TrainConfig) -> None:
+    """Raises ConfigError where torch.compile would end in a trace for want of a compiler."""
+    names = (os.environ.get("CXX", "g++"), "g++", "clang++")
+    if config.compile and not any(map(shutil.which, names)):
+        raise ConfigError(
+            "compile=true needs a C++ compiler, but there is none here; install g++, or set "
+            "compile=false"
+        )
+
+
+def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
+    """Raises ConfigError where precision=fp8 is asked for and is not to be had here."""
+    if config.precision == "fp8":
+        import_module("trainer.nn.float8").check(config.device, world_size)
+
+
+def _opened() -> float:
+    """When this start began, by the monotonic clock: with the process, or later in a sweep."""
+    now = time.monotonic()
+    job = HydraConfig.get().job if HydraConfig.initialized() else None
+    if job is not None and not OmegaConf.is_missing(job, "num") and job.num > 0:
+        return now
+    return now - goodput.process_seconds()
+
+
+def verification(
+    config: VerifyConfig, world_size: int, held: ExitStack | None = None
+) -> VerifyConfig:
+    """The checked configuration."""
+    _check(config, world_size)
+    return replace(config, strategy=resolve(config.strategy, world_size))
+
+
+def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
+    """The checked configuration of a door that reads a run with at least one checkpoint."""
+    _check(config, world_size)
+    _check_kernels(config, world_size)
+    trained = load_config(config.run_dir)
+    check_trained(config.run_dir)
+    strategy = resolve(config.strategy, world_size)
+    found = model_problems(trained.model, strategy)
+    found += compress_problems(trained.compress, trained.model, strategy)
+    found += precision_problems(config.precision, trained.model, trained.compress, strategy)
+    if found:
+        raise ConfigError(*found)
+    return replace(config, strategy=strategy)
+
+
+def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
+    """The checked configuration: there is a run, and nothing where it is to go."""
+    _read_alone(config, world_size, [config.run_dir], "exports")
+    _check_new(config.to, f"{config.run_dir}-exported")
+    if config.precision == "fp8":
+        raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
+    run = load_config(config.run_dir)
+    compress = replace(run.compress, **asked_for(config.compress))
+    if found := compress_problems(compress, run.model, StrategyConfig()):
+        raise ConfigError("\n".join(found))
+    return replace(config, compress=compress)
+
+
+def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None) -> TeachConfig:
+    """The checked configuration: there is a run, and nothing where its answers are to go."""
+    config = reading(config, world_size)
+    _check_new(config.to, f"{config.run_dir}-answers")
+    trained = load_config(config.run_dir)
+    if config.k > (classes := classes_of(trained.model)):
+        raise ConfigError(
+            f"k={config.k} is more than the {classes} classes that run_dir={config.run_dir} tells "
+            f"apart; set k={classes}"
+        )
+    data.prepare(data_of(trained, config.run_dir), progress=True)
+    return config
+
+
+def _check_new(to: str, near: str) -> None:
+    if not to or Path(to).exists():
+        given = f"to={to} is there already" if to else "to is empty"
+        more = (f"{near}-{number}" for number in count(2))
+        near = next(name for name in chain([near], more) if not Path(name).exists())
+        raise ConfigError(f"{given}; name a new folder, e.g. to={near}")
+
+
+def comparing(
+    config: CompressReportConfig, world_size: int, held: ExitStack | None = None
+) -> CompressReportConfig:
+    """The checked configuration: both runs are there."""
+    both = [config.run_dir, *filter(None, [config.baseline])]
+    _read_alone(config, world_size, both, "measures")
+    return config
+
+
+def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str) -> None:
+    """Raises ConfigError unless there are such runs and one rank, which `does` something."""
+    _check(config, world_size)
+    for run_dir in run_dirs:
+        load_config(run_dir)
+        check_trained(run_dir)
+    if world_size > 1:
+        raise ConfigError(f"{world_size} ranks were started, but one {does}; start 1 rank")
+
+
+def preparation(
+    config: PrepareConfig, world_size: int, held: ExitStack | None = None
+) -> PrepareConfig:
+    """The checked configuration."""
+    _check(config, world_size)
+    return config
+
+
+def _check(config: object, world_size: int) -> None:
+    found = problems(config, world_size)
+    if found:
+        raise ConfigError(*found)

@@ -1,0 +1,297 @@
+"""A sweep: one job per point, in processes of its own; what is done is not done again.
+
+Hydra's sweeper says which points there are. `run_dir` is the sweep's folder, and each point's run
+is a folder below it, named after what is swept: the same command with the same folder goes on.
+"""
+
+import csv
+import io
+import logging
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Self
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import OverrideParseException
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launch.cli.errors import LOG, STOPPED, JobFailedError, exit_code, write_error
+from parallel.strategy import ConfigError
+from trainer.metrics.console import drawn
+from trainer.metrics.loss_plot import draw, last_values
+from trainer.run.lock import hold
+from trainer.run.run_dir import claimed
+from trainer.run.status import read_status, write_atomically
+
+NAME_LENGTH = 100
+COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, in front of the swept
+SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # of a point, in the live table
+log = logging.getLogger(__name__)
+logging.getLogger("hydra").setLevel(logging.WARNING)  # what it launches is said here
+
+
+@dataclass
+class Point:
+    """One job of a sweep; `values` are the last ones that its run has measured."""
+
+    overrides: dict[str, str]
+    state: str = "waiting"  # waiting | running | finished | stopped | failed
+    code: int = 0  # exit code of its job
+    reason: str = ""  # why it has failed
+    seconds: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        whole = ",".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
+        plain = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\[\]]", "", whole)) or "point"
+        if len(plain) <= NAME_LENGTH:
+            return plain
+        return f"{plain[:NAME_LENGTH]}-{blake2b(whole.encode(), digest_size=4).hexdigest()}"
+
+
+class Sweep:
+    """The points of one command line; use it as a context manager around Hydra's main.
+
+    `scratch` is the folder that Hydra's sweeper writes to. `is_new`: its folder is named after the
+    time, which another sweep may share, and must be nobody's.
+    """
+
+    def __init__(self, scratch: Path, is_new: bool = False) -> None:
+        self._scratch, self._is_new = scratch, is_new
+        self._points: dict[str, Point] = {}
+        self._total = 0  # points there will be; 0 = only the sweeper knows
+        self.code = 0  # exit code of the first point that has failed
+        self._folder: Path | None = None
+        self._held = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with self._held:
+            if self._folder is not None:
+                self._conclude(self._folder)
+
+    def run(self, cfg: DictConfig, work: Callable[[DictConfig, Path], None]) -> float | None:
+        """Runs the composed point, unless that is done; what an optimising sweeper is to see.
+
+        `work` takes the configuration and the file that the job's console goes to. A sweeper that
+        optimises gets JobFailedError if the point fails, or has failed before.
+        """
+        try:
+            point = composed()
+            if self._folder is None:
+                self._open(Path(cfg.run_dir))
+        except (ConfigError, OSError) as error:  # of the sweep, not of a point
+            write_error(str(error))
+            raise SystemExit(2) from None
+        assert self._folder is not None
+        point = self._points.setdefault(point.name, point)
+        folder = self._folder / point.name
+        cfg.run_dir = str(folder)
+        cfg.metrics.wandb_group = cfg.metrics.wandb_group or self._folder.name
+        try:
+            if point.state == "failed" and not cfg.retry_failed:
+                log.info("%s has failed before; retry_failed=true tries it again", point.name)
+                raise JobFailedError(point.code, point.reason)
+            with self._running(point, folder):
+                work(cfg, folder / LOG)
+                point.values = last_values(folder)
+                return None if self._total else _objective(point.values, cfg.metrics.objective)
+        except JobFailedError as failed:
+            self.code = self.code or failed.code
+            if self._total:  # Hydra would say it again at the end
+                return None
+            raise
+
+    def _open(self, folder: Path) -> None:
+        if self._is_new:
+            folder = claimed(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._held.enter_context(hold(folder))
+        self._folder = folder
+        known = _read(folder / "sweep.csv")
+        for overrides in _grid(_fixed()):
+            point = Point(overrides)
+            self._points[point.name] = known.pop(point.name, point)
+        self._total = len(self._points)
+        self._points |= known  # of a command with other values, or an optimising sweeper's
+        log.info("sweep of %s points: %s", self._total or "unknown", folder)
+        console = Console(stderr=True)
+        if console.is_interactive and sys.stderr.isatty():
+            live = Live(console=console, get_renderable=self._table, refresh_per_second=1)
+            self._held.enter_context(drawn(live))
+
+    @contextmanager
+    def _running(self, point: Point, folder: Path) -> Iterator[None]:
+        began = time.time()
+        point.state, point.code, point.reason = "running", 0, ""
+        log.info("%s: %s", point.name, "goes on" if folder.exists() else "begins")
+        try:
+            yield
+            point.state = "finished"
+        except JobFailedError as failed:
+            point.state, point.code, point.reason = "failed", failed.code, failed.reason
+            raise
+        except SystemExit as stop:
+            point.code = exit_code(stop)
+            point.state = "stopped" if point.code == STOPPED or point.code > 128 else "failed"
+            point.reason = _reason(folder, began)
+            if point.state == "failed":
+                raise JobFailedError(point.code, point.reason) from None
+            log.info("the same command with run_dir=%s goes on with the sweep", self._folder)
+            raise
+        except BaseException:
+            point.state = "stopped"
+            raise
+        finally:
+            point.seconds += time.time() - began
+            point.values = last_values(folder)
+            self._save()
+            words = [point.state, *_shown(point.values)]
+            words += [f"(exit {point.code}) {point.reason}"] if point.state == "failed" else []
+            log.info("%s: %s", point.name, "  ".join(words))
+
+    def _save(self) -> None:
+        """sweep.csv: a row for each point that was begun."""
+        assert self._folder is not None
+        begun = [point for point in self._points.values() if point.state != "waiting"]
+        keys = list(dict.fromkeys(key for point in begun for key in point.overrides))
+        measured = list(dict.fromkeys(name for point in begun for name in point.values))
+        text = io.StringIO()
+        rows = csv.DictWriter(text, [*COLUMNS, *keys, *measured], lineterminator="\n")
+        rows.writeheader()
+        for p in begun:
+            own = [p.name, p.state, p.code, p.reason, round(p.seconds, 1)]
+            rows.writerow(dict(zip(COLUMNS, own, strict=True)) | p.overrides | p.values)
+        try:
+            write_atomically(self._folder / "sweep.csv", text.getvalue())
+        except OSError as error:
+            log.warning("%s cannot be written: %s", self._folder / "sweep.csv", error)
+
+    def _conclude(self, folder: Path) -> None:
+        states = [point.state for point in self._points.values()]
+        counts = {state: states.count(state) for state in dict.fromkeys(states)}
+        told = ", ".join(f"{number} {state}" for state, number in counts.items())
+        log.info("sweep: %s; %s", told, folder / "sweep.csv")
+        curves = {name: folder / name for name in self._points}
+        try:
+            for path in self._scratch.iterdir():
+                shutil.copy(path, folder)
+            if draw(curves, folder / "sweep.png"):
+                log.info("its curves: %s", folder / "sweep.png")
+        except OSError as error:
+            log.warning("%s cannot be written: %s", folder, error)
+
+    def _table(self) -> Table:
+        table = Table(title=f"sweep {self._folder}", title_justify="left")
+        for column in ("point", "state", *SHOWN):
+            table.add_column(column.replace("_", " "), overflow="fold")
+        for name, point in list(self._points.items()):
+            running = self._folder if point.state == "running" else None
+            values = last_values(running / name) if running else point.values
+            numbers = [f"{values[key]:.5g}" if key in values else "" for key in SHOWN]
+            table.add_row(name, point.state, *numbers)
+        return table
+
+
+def _objective(values: dict[str, float], name: str) -> float:
+    plain = name.removeprefix("eval_")
+    for split in ("valid", "test"):
+        if (value := values.get(f"{split}_{plain}")) is not None:
+            return value
+    there = sorted(key.partition("_")[2] for key in values if key.startswith("valid_"))
+    missing = f"metrics.objective={name} was not measured, or is not finite"
+    what = f"{missing}; there are: {', '.join(there)}"
+    raise JobFailedError(2, what)
+
+
+def _reason(folder: Path, began: float) -> str:
+    """Why a job has failed: its last word."""
+    status = read_status(folder)
+    if status and status.reason and status.updated >= began:
+        return status.reason.splitlines()[0]
+    try:
+        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _shown(values: dict[str, float]) -> list[str]:
+    return [f"{key} {values[key]:.5g}" for key in SHOWN if key in values]
+
+
+def composed() -> Point:
+    """The point that Hydra has composed; ConfigError if its folder is swept."""
+    point = Point(_pairs(HydraConfig.get().overrides.task, _fixed()))
+    if "run_dir" in point.overrides:
+        raise ConfigError(
+            "run_dir cannot be swept: it is the sweep's folder, and each point's is below it; "
+            "give one run_dir"
+        )
+    return point
+
+
+def _fixed() -> set[str]:
+    """The keys that have no list of values on the command line: all others are swept."""
+    given = _given()
+    swept = {word.key_or_group for word in given if word.is_sweep_override()}
+    return {word.key_or_group for word in given} - swept
+
+
+def _given() -> list[Override]:
+    """The command line's overrides; none if it cannot be read, which Hydra tells about."""
+    words = [w for w in sys.argv[1:] if "=" in w and not w.startswith(("-", "hydra"))]
+    try:
+        return OverridesParser.create().parse_overrides(words)
+    except OverrideParseException:
+        return []
+
+
+def _grid(fixed: set[str]) -> list[dict[str, str]]:
+    """What is swept in each point, where Hydra's own sweeper is at work; else nothing is known."""
+    sweeper = HydraConfig.get().sweeper
+    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
+        return []
+    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    parsed = _given() + OverridesParser.create().parse_overrides(params)
+    (batch,) = BasicSweeper.split_arguments(parsed, None)
+    return [_pairs(words, fixed) for words in batch]
+
+
+def _pairs(words: Iterable[str], fixed: set[str]) -> dict[str, str]:
+    pairs = (word.partition("=") for word in words)
+    return {key: value for key, _, value in pairs if key not in fixed}
+
+
+def _read(path: Path) -> dict[str, Point]:
+    """The points of a sweep.csv by name."""
+    if not path.exists():
+        return {}
+    found = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            values = last_values(path.parent / row["point"])
+            overrides = {k: v for k, v in row.items() if k not in (*COLUMNS, *values) and v}
+            found[row["point"]] = Point(
+                overrides, row["state"], int(row["code"]), row["reason"], float(row["seconds"]),
+                values,
+            )  # fmt: skip
+    return found

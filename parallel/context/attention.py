@@ -1,0 +1,177 @@
+"""Context parallelism: every rank has some positions of a sequence, attention sees them all.
+
+Which positions, `zigzag` says. Three ways to the same result: to gather keys and values, to pass
+them round a ring, or to trade positions for heads.
+"""
+
+# B batch, S query positions here, T key positions here, H query heads, G key/value heads, K width
+# of a head. R query and C key positions of one computation, whosever they are.
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from parallel.collectives import Exchange, Gather
+from parallel.context.ring import Ring, RingAttention
+from parallel.context.zigzag import Visible, chunk_length, in_order, in_parts, zigzag
+
+ALL_GATHER, RING, ULYSSES = METHODS = ("all_gather", "ring", "ulysses")
+
+SEQUENCE_DIM = 2  # of (B,H,S,K)
+
+
+class ContextSplit:
+    """The context axis: which positions a rank has, and attention over those of all ranks."""
+
+    shares = True
+    ring = Ring
+
+    def __init__(self, group: dist.ProcessGroup, method: str):
+        assert method in METHODS, method
+        self.group, self.method = group, method
+        self.first = group.rank() == 0
+
+    def share(self, length: int) -> int:
+        """How many positions of a sequence are here, with padding."""
+        return 2 * chunk_length(length, self.group.size())
+
+    def take(self, x: Tensor) -> Tensor:
+        """Of (B, length, …) the rows of this rank; behind the end the last one, again."""
+        rows = self.positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
+        return x.index_select(1, rows)
+
+    def whole(self, x: Tensor, length: int) -> Tensor:
+        """Undoes `take`, with gradients: each rank's are of what all have made of the whole."""
+        parts = self.group.size()
+        gathered = Gather.apply(x.movedim(1, 0), parts * x.shape[1], self.group, 0)
+        return in_order(gathered.movedim(0, 1).chunk(parts, 1), 1)[:, :length]
+
+    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
+        """This rank's positions of a sequence; see `zigzag`."""
+        return zigzag(length, self.group.size(), self.group.rank(), device)
+
+    def attend(
+        self, query_BHSK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, key_length: int,
+        visible: Visible, causal: bool,
+    ) -> Tensor:  # fmt: skip
+        """(B,H,S,K): attention of this rank's queries to the whole sequence of the keys.
+
+        Queries are at this rank's positions of their sequence, keys and values at its positions of
+        theirs, which has `key_length` positions and may be another; H is a multiple of G, whose
+        heads serve H/G neighbours each. `visible` is asked for any query positions, padding too,
+        and key positions < key_length; a query that may see nothing gets 0 and has no gradient.
+        `causal`: of one sequence a query sees what is not after it, and `visible` is not asked.
+        Padding must be finite, and in the gradient of the result 0 unless such a query sees
+        nothing.
+        """
+        parts, part = self.group.size(), self.group.rank()
+        queries = query_BHSK.shape[SEQUENCE_DIM]
+        assert key_BGTK.shape[SEQUENCE_DIM] == 2 * chunk_length(key_length, parts)
+        assert queries % 2 == 0 and query_BHSK.shape[1] % key_BGTK.shape[1] == 0
+        if self.method == RING and parts > 1:
+            both_2BGTK = torch.stack((key_BGTK, value_BGTK))
+            ring = self.ring(self.group, key_length, visible, causal)
+            return RingAttention.apply(query_BHSK, both_2BGTK, ring)
+        if self.method == ULYSSES and parts > 1:
+            query_BHRK = _to_heads(query_BHSK, self.group)
+            both_2BGCK = _to_heads(_for_ranks(key_BGTK, value_BGTK, parts), self.group)
+            rows = torch.arange(queries * parts, device=query_BHSK.device)
+            mixed_BHRK = _whole(query_BHRK, rows, both_2BGCK, key_length, visible, causal)
+            return _to_positions(mixed_BHRK, self.group)
+        both_2BGCK = _gathered(key_BGTK, value_BGTK, self.group)
+        if causal and parts > 1:
+            return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
+        rows = zigzag(queries * parts, parts, part, query_BHSK.device)
+        return _whole(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
+
+
+def share_sequences(model: nn.Module, mesh: DeviceMesh, method: str) -> ContextSplit | None:
+    """Let a model work on this rank's positions of each sequence; None if there is but one rank."""
+    if mesh.size() == 1:
+        return None
+    model.context = ContextSplit(mesh.get_group(), method)  # type: ignore[assignment]
+    return model.context  # type: ignore[return-value]
+
+
+def _whole(
+    query_BHRK: Tensor, rows_R: Tensor, both_2BGCK: Tensor, key_length: int, visible: Visible,
+    causal: bool,
+) -> Tensor:  # fmt: skip
+    """Attention from queries at `rows_R` to all keys, which are in order.
+
+    If causal, these are all queries, in order, of the keys' sequence.
+    """
+    if causal:
+        return _attention(query_BHRK, both_2BGCK, None, causal=True)
+    mask = visible(rows_R, torch.arange(key_length, device=rows_R.device))
+    return _attention(query_BHRK, both_2BGCK[:, :, :, :key_length], mask)
+
+
+def _attention(
+    query_BHRK: Tensor, both_2BGCK: Tensor, mask: Tensor | None, causal: bool = False
+) -> Tensor:
+    """torch's attention, except that a query that sees nothing gets 0 and has no gradient."""
+    key_BGCK, value_BGCK = both_2BGCK.unbind(0)
+    group = query_BHRK.shape[1] // key_BGCK.shape[1]
+    if mask is None:
+        return F.scaled_dot_product_attention(
+            query_BHRK, key_BGCK, value_BGCK, is_causal=causal, enable_gqa=group > 1
+        )
+    if group > 1:
+        # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.
+        key_BGCK, value_BGCK = (x.repeat_interleave(group, 1) for x in (key_BGCK, value_BGCK))
+    # What kernels make of a row without a key differs, NaN among it: let it see all, and drop it.
+    sees = mask.any(-1, keepdim=True)
+    mixed_BHRK = F.scaled_dot_product_attention(
+        query_BHRK, key_BGCK, value_BGCK, attn_mask=mask | ~sees
+    )
+    return torch.where(sees, mixed_BHRK, 0.0)
+
+
+def _gathered(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(2,B,G,C,K): all keys and values, in order (arXiv 2407.21783, section 3.3.2)."""
+    parts, both_2BGTK = group.size(), torch.stack((key_BGTK, value_BGTK))
+    if parts == 1:
+        return both_2BGTK
+    gathered = Gather.apply(both_2BGTK, 2 * parts, group, 0).unflatten(0, (parts, 2))
+    return in_order(gathered.unbind(0), 1 + SEQUENCE_DIM)
+
+
+def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int) -> Tensor:
+    """Each of the two chunks of queries looks at what is not after it; nothing else is computed."""
+    chunk, mixed = query_BHSK.shape[SEQUENCE_DIM] // 2, []
+    chunks = zip((part, 2 * parts - 1 - part), query_BHSK.chunk(2, SEQUENCE_DIM), strict=True)
+    for index, query in chunks:
+        end = (index + 1) * chunk
+        # Aligned at the lower right, which `is_causal` is not; torch's `causal_lower_right` breaks
+        # torch.compile, selective activation checkpointing and every TorchDispatchMode.
+        mask = query.new_ones(1, 1, chunk, end, dtype=torch.bool).tril(end - chunk)
+        mixed.append(_attention(query, both_2BGCK[:, :, :, :end], mask))
+    return torch.cat(mixed, SEQUENCE_DIM)
+
+
+def _for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor:
+    """(2,B,G',T,K): key/value heads, repeated as little as makes `parts` divide them.
+
+    As `parts` divides H, the repeated G' still divides H.
+    """
+    times = parts // math.gcd(key_BGTK.shape[1], parts)
+    return torch.stack((key_BGTK, value_BGTK)).repeat_interleave(times, 2)
+
+
+def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Of (…,H,S,K) all positions, in order, of this rank's heads (Ulysses, arXiv 2309.14509)."""
+    parts = group.size()
+    assert x.shape[-3] % parts == 0
+    meant_for = x.unflatten(-3, (parts, -1)).movedim(-4, 0)
+    return in_order(Exchange.apply(meant_for, group).unbind(0), -2)
+
+
+def _to_positions(x_BHRK: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Undoes `_to_heads`."""
+    meant_for = torch.stack(in_parts(x_BHRK, group.size(), SEQUENCE_DIM))
+    return Exchange.apply(meant_for, group).movedim(0, 1).flatten(1, 2)

@@ -1,0 +1,117 @@
+"""Ring attention (arXiv 2310.01889): keys and values go round, every rank's queries meet them all.
+
+No rank ever has more keys and values than its own and those that arrive. The backward goes round
+once more, and the gradients of keys and values travel with them until they are home.
+"""
+
+# B batch, S query positions here, T key positions here, H query heads, G key/value heads, K width
+# of a head; 2 stands for key and value.
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from parallel.collectives import start_shift, wait
+from parallel.context.block_attention import accumulator, merge, tile_backward, tile_forward
+from parallel.context.zigzag import Visible, zigzag
+
+ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Which of this rank's queries look at which keys of another rank."""
+
+    rows: slice
+    columns: slice
+    mask: Tensor | None = None
+    causal: bool = False
+
+
+@dataclass(frozen=True)
+class Ring:
+    """One attention around a ring of ranks; see `ContextSplit.attend` for what it is asked for."""
+
+    group: dist.ProcessGroup
+    key_length: int
+    visible: Visible
+    causal: bool
+
+    def around(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(owner, its tensor) of every rank, this one first; the next one is already under way."""
+        parts, held = self.group.size(), own
+        for step in range(parts):
+            arriving = start_shift(held, self.group) if step < parts - 1 else None
+            yield (self.group.rank() - step) % parts, held
+            if arriving is not None:
+                held = wait(arriving)
+
+    def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
+        """What the owner of `keys` positions has to show; None = nothing but padding."""
+        parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
+        if self.causal:
+            if owner == part:
+                return Tile(ALL, ALL, causal=True)
+            # Of a rank before this one the first chunk is before all queries, and the second after
+            # them; what a rank behind this one has lies between the two chunks of queries.
+            half = slice(0, keys // 2) if owner < part else slice(rows // 2, rows)
+            return Tile(ALL, half) if owner < part else Tile(half, ALL)
+        chunk = keys // 2
+        starts = owner * chunk, (2 * parts - 1 - owner) * chunk
+        real = sum(min(max(self.key_length - start, 0), chunk) for start in starts)
+        if not real:
+            return None
+        device = query_BHSK.device
+        positions = zigzag(rows * parts, parts, part, device)
+        columns = zigzag(keys * parts, parts, owner, device)[:real]  # padding comes last
+        return Tile(ALL, slice(0, real), self.visible(positions, columns))
+
+
+class RingAttention(torch.autograd.Function):
+    """Attention of (B,H,S,K) queries to the (2,B,G,T,K) keys and values of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BHSK: Tensor, own_2BGTK: Tensor, ring: Ring) -> Tensor:
+        dtype = accumulator(query_BHSK.dtype)
+        out_BHSK = torch.zeros_like(query_BHSK, dtype=dtype)
+        lse_BHS = out_BHSK.new_full(out_BHSK.shape[:-1], -torch.inf)
+        for owner, held_2BGTK in ring.around(own_2BGTK):
+            tile = ring.tile(query_BHSK, held_2BGTK.shape[3], owner)
+            if tile is None:
+                continue
+            key, value = held_2BGTK[:, :, :, tile.columns].unbind(0)
+            more = tile_forward(query_BHSK[:, :, tile.rows], key, value, tile.mask, tile.causal)
+            merge(out_BHSK[:, :, tile.rows], lse_BHS[:, :, tile.rows], *more)
+        result_BHSK = out_BHSK.to(query_BHSK.dtype)
+        ctx.save_for_backward(query_BHSK, own_2BGTK, result_BHSK, lse_BHS)
+        ctx.ring = ring
+        return result_BHSK
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query_BHSK, own_2BGTK, out_BHSK, lse_BHS = ctx.saved_tensors
+        ring, dtype = ctx.ring, accumulator(query_BHSK.dtype)
+        query_grad_BHSK = torch.zeros_like(query_BHSK, dtype=dtype)
+        travelling: Tensor | None = None
+        for owner, held_2BGTK in ring.around(own_2BGTK):
+            # In the dtype of the keys, as a reduce-scatter would sum them.
+            grad_2BGTK = torch.zeros_like(held_2BGTK)
+            tile = ring.tile(query_BHSK, held_2BGTK.shape[3], owner)
+            if tile is not None:
+                rows, columns = tile.rows, tile.columns
+                key, value = held_2BGTK[:, :, :, columns].unbind(0)
+                of_query, *of_keys = tile_backward(
+                    grads[0][:, :, rows], query_BHSK[:, :, rows], key, value,
+                    out_BHSK[:, :, rows], lse_BHS[:, :, rows], tile.mask, tile.causal,
+                )  # fmt: skip
+                query_grad_BHSK[:, :, rows] += of_query
+                grad_2BGTK[:, :, :, columns] = torch.stack(of_keys)
+            if travelling is not None:
+                grad_2BGTK = grad_2BGTK + wait(travelling)
+            travelling = start_shift(grad_2BGTK, ring.group)  # after the last step: home
+        assert travelling is not None
+        return query_grad_BHSK.to(query_BHSK.dtype), wait(travelling), None

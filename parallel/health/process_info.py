@@ -1,0 +1,127 @@
+"""Where a process is: its main thread, its collectives, its relatives and its memory limit."""
+
+import json
+import os
+import sys
+import threading
+import traceback
+from pathlib import Path
+from types import FrameType
+
+from torch._C import _distributed_c10d
+
+ROOT = Path(__file__).parents[2]
+OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("parallel", "trainer", "launch"))
+WAITS = f"{os.sep}torch{os.sep}distributed{os.sep}"  # the code that collectives are called from
+STACK_LINES = 12
+KEPT_COLLECTIVES = 16
+
+
+def record_few_collectives() -> None:
+    """Keep torch's flight recorder small; called before the first process group is made.
+
+    Every group writes to it, and every heartbeat reads it: the 2000 entries that it keeps otherwise
+    take a hundred times as long.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))
+
+
+def main_frame() -> FrameType | None:
+    """The innermost Python frame of the main thread."""
+    return sys._current_frames().get(threading.main_thread().ident or 0)
+
+
+def place(frame: FrameType | None) -> str:
+    """The innermost line of this project that a thread is at: trainer/loop.py:97 (take_step)."""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(OURS):
+            short = Path(file).relative_to(ROOT)
+            return f"{short}:{frame.f_lineno} ({frame.f_code.co_name})"
+        frame = frame.f_back
+    return "outside of this project"
+
+
+def stack(frame: FrameType | None) -> str:
+    """The innermost lines of a thread's stack, as a trace shows them."""
+    return "".join(traceback.format_stack(frame)[-STACK_LINES:]).rstrip() if frame else ""
+
+
+def last_collective(cuda: bool) -> tuple[str, bool]:
+    """The collective that goes on, or the last one: name, number, group and size; and which."""
+    name = "_dump_nccl_trace_json" if cuda else "_dump_fr_trace_json"
+    dump = getattr(_distributed_c10d, name, None)
+    entries = json.loads(dump(True, False)).get("entries", []) if dump else []
+    if not entries:
+        return "none yet", False
+    open_ones = [entry for entry in entries if not entry["retired"]]
+    entry = open_ones[0] if open_ones else entries[-1]
+    number = entry["p2p_seq_id" if entry["is_p2p"] else "collective_seq_id"]
+    sizes = ", ".join(map(str, entry["input_sizes"][:2]))
+    group = " ".join(entry["process_group"])
+    text = f"{entry['profiling_name']} #{number} of group {group}, {sizes or 'no tensors'}"
+    return text, bool(open_ones)
+
+
+def waits(frame: FrameType | None) -> bool:
+    """Whether a thread is inside torch.distributed."""
+    return frame is not None and WAITS in frame.f_code.co_filename
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host still runs; a dead one that nobody has asked for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process of this host; 0 if there is no such process."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError):
+        return 0
+
+
+def oom_kills() -> int:
+    """How many processes of this control group the kernel has killed for want of memory."""
+    try:
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                file = Path(f"/sys/fs/cgroup{path}/memory.events")
+            elif "memory" in controllers.split(","):
+                file = Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control")
+            else:
+                continue
+            counts = dict(entry.split()[:2] for entry in file.read_text().splitlines())
+            return int(counts.get("oom_kill", 0))
+    except (OSError, ValueError):
+        pass
+    return 0
+
+
+class OwnTime:
+    """Seconds that a thread has computed, or waited for a core to compute on.
+
+    What it sleeps in a collective does not count: a slow rank is the one that does not sleep.
+    """
+
+    def __init__(self) -> None:
+        """Of the thread that calls."""
+        path = f"/proc/self/task/{threading.get_native_id()}/schedstat"
+        self._file = os.open(path, os.O_RDONLY) if Path(path).exists() else -1
+
+    def seconds(self) -> float:
+        """So far; 0.0 where the system does not tell."""
+        if self._file < 0:
+            return 0.0
+        ran, queued = os.pread(self._file, 64, 0).split()[:2]
+        return (int(ran) + int(queued)) / 1e9
+
+    def close(self) -> None:
+        """No more is asked."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1

@@ -1,0 +1,103 @@
+"""Copies that several ranks have of one tensor, compared by a digest of their bits."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from parallel.grad_norm import local
+
+CHUNK = 1 << 20  # numbers that are widened to 64 bits at once
+# Odd multipliers (SplitMix64, Steele et al. 2014) as signed 64-bit integers.
+GOLDEN, MIXER = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
+
+
+@dataclass(frozen=True)
+class Odd:
+    """A tensor whose copies differ."""
+
+    name: str
+    ranks: list[int]  # that differ from most; all that have a copy where there is no majority
+    copies: int
+
+
+def digest(tensor: Tensor, weights: Tensor) -> Tensor:
+    """An int64 scalar made of a tensor's bits and their order; `weights` are `odd_weights`.
+
+    A sum of products modulo 2**64 with odd factors: any change of a single number changes it.
+    """
+    flat = tensor.detach().contiguous().view(-1)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    if not flat.numel():
+        return total
+    for part in flat.view(INTEGERS[tensor.element_size()]).split(CHUNK):
+        total = total * MIXER + (part.to(torch.int64) * weights[: len(part)]).sum()
+    return total
+
+
+def odd_weights(device: torch.device) -> Tensor:
+    """(CHUNK,) int64: a pseudo-random odd number for each place."""
+    mixed = torch.arange(1, CHUNK + 1, device=device) * GOLDEN
+    mixed = (mixed ^ (mixed >> 30)) * MIXER
+    return (mixed ^ (mixed >> 27)) | 1
+
+
+def odd_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> list[Odd]:
+    """Of this rank's tensors and those of all others the ones whose copies differ, by name.
+
+    Every rank calls it with what it has, and gets the same. Copies are tensors, or parts of them,
+    of one name that lie at the same place of all axes that split them, whatever strategy made them.
+    """
+    weights = odd_weights(device)
+    keys = {_key(name, tensor): name for name, tensor in tensors.items()}
+    count = torch.tensor(len(tensors), device=device)
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)  # ranks of a pipeline have unequal numbers
+    own = torch.zeros(int(count.item()), 2, dtype=torch.int64, device=device)
+    if tensors:
+        own[: len(keys), 0] = torch.tensor(list(keys), device=device)
+        own[: len(keys), 1] = torch.stack([digest(local(t), weights) for t in tensors.values()])
+    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, own)
+    found = _odd(torch.stack(everyone).tolist())
+    if not found:
+        return []
+    every: list = [None] * dist.get_world_size()
+    dist.all_gather_object(every, keys)  # a name may be known to ranks of another stage alone
+    names = {key: name for theirs in every for key, name in theirs.items()}
+    return [Odd(names[key], ranks, copies) for key, (ranks, copies) in found.items()]
+
+
+def _odd(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int], int]]:
+    """By key the odd ranks and the number of copies, from the (key, digest) of every rank."""
+    digests: dict[int, dict[int, int]] = {}
+    for rank, pairs in enumerate(everyone):
+        for key, value in pairs:
+            if key:
+                digests.setdefault(key, {})[rank] = value
+    found = {}
+    for key, by_rank in digests.items():
+        (usual, most), *others = Counter(by_rank.values()).most_common(2)
+        if others:
+            tie = others[0][1] == most
+            odd = [rank for rank, value in by_rank.items() if tie or value != usual]
+            found[key] = odd, len(by_rank)
+    return found
+
+
+def _key(name: str, tensor: Tensor) -> int:
+    """63 bits, never 0, of a tensor's name and of which part of it this rank has."""
+    part: list[tuple[str, int]] = []
+    if isinstance(tensor, DTensor):
+        mesh = tensor.device_mesh
+        axes = zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), tensor.placements,
+                   strict=True)  # fmt: skip
+        # Not `is_shard`: of the strided shards of FSDP × tensor it says no.
+        part = [(axis, place) for axis, place, how in axes if not how.is_replicate()]
+    hashed = blake2b(repr((name, part)).encode(), digest_size=8).digest()
+    return int.from_bytes(hashed, "little") >> 1 | 1

@@ -1,0 +1,345 @@
+"""A thread that watches over its rank: signals, the launcher, heartbeats, and an end to a hang.
+
+It runs while the main thread is in a collective: those let other threads run, so a rank that hangs
+still beats, and still hears what the others have found.
+"""
+
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
+from types import FrameType
+from typing import Any, Self
+
+import torch.distributed as dist
+
+from parallel.health.heartbeat import Beat, Seen, judge, named, slow
+from parallel.health.process_info import (
+    OwnTime,
+    is_alive,
+    last_collective,
+    main_frame,
+    oom_kills,
+    parent_of,
+    place,
+    stack,
+    waits,
+)
+from parallel.runtime import Runtime, largest
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# A terminal's Ctrl-C reaches launcher and ranks, and the launcher sends it on: the same one again.
+ECHO_SECONDS = 1.0
+LONG = 10  # times timeout_seconds without progress while a run starts or saves
+FAILED, STOPPED, HUNG = 1, 75, 77  # exit codes
+COMPARED_STEPS = 20  # at least, before a rank is called slow
+GRACE_SECONDS = 3.0  # for a rank to leave by itself once another one has failed
+
+log = logging.getLogger(__name__)
+Tell = Callable[[str, int, int], None]  # (reason, rank to blame, exit code), just before the end
+
+
+class StoppedError(Exception):
+    """The run was asked to stop by a signal; every rank raises it at the same point."""
+
+
+class PeerLostError(Exception):
+    """Another rank's process is gone; the message says which."""
+
+
+class Watch:
+    """One rank under watch, from entering to leaving the context, in the main thread.
+
+    `timeout_seconds`: 0 = nothing is ended. `tell` is called by one rank before it ends a run.
+    `window_seconds`: of training that ranks' own times are compared over.
+    """
+
+    def __init__(self, runtime: Runtime, timeout_seconds: float, tell: Tell,
+                 window_seconds: float = 10.0):  # fmt: skip
+        self.runtime, self.timeout = runtime, timeout_seconds
+        self.signal = 0  # that asked this rank to stop; 0 = none
+        self._tell = tell
+        self._window = window_seconds
+        self._interval = min(1.0, timeout_seconds / 10) if timeout_seconds else 1.0
+        self._signalled_at = self._failed_at = 0.0
+        self._step, self._progress, self._long = 0, 0, True  # a run starts slowly
+        self._number = 0  # of beats
+        self._heard = time.monotonic()  # when the store last answered
+        self._shown = -1  # progress at the last beat
+        self._own_steps, self._own_seconds = 0, 0.0
+        self._parent = os.getppid()
+        self._launched = "TORCHELASTIC_RUN_ID" in os.environ
+        self._oom_kills = oom_kills()
+        self._seen: dict[int, Seen] = {}
+        self._before: dict[int, Beat] = {}  # at the start of the window
+        self._before_at = 0.0
+        self._slow: set[int] = set()  # named already
+        self._store: dist.Store | None = None
+        if runtime.world_size > 1 and runtime.store is not None:
+            # Each watch of this launch has its own keys, and its own connection: the main thread
+            # blocks its one while it waits for a key.
+            number = runtime.store.add(f"watch{runtime.rank}", 1)
+            self._store = dist.PrefixStore(f"watch{number}", runtime.store.clone())  # type: ignore[attr-defined]
+
+    def __enter__(self) -> Self:
+        self._own = OwnTime()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._handlers: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            # Python runs handlers in the main thread, which may be stuck; this tells ours at once.
+            self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+            for number in SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants
+                    self._handlers[number] = signal.signal(number, self._asked)
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+        if self._store is not None and self.timeout:
+            threading.Thread(target=self._leave_if_cut_off, name="alone", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended = True
+        os.write(self._write, b"\0")
+        self._thread.join()
+        if self._store is not None and self.timeout:
+            with suppress(dist.DistError):
+                self._store.set(f"beat{self.runtime.rank}", _raw(replace(self._beat(), left=True)))
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._handlers:
+            signal.set_wakeup_fd(self._old_wakeup)
+        os.close(self._read)
+        os.close(self._write)
+        self._own.close()
+
+    # What the main thread says.
+
+    def moved(self, step: int) -> None:
+        """The run has got something done at this step."""
+        self._step = step
+        self._progress += 1
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Around a training step: this rank's own time in it is measured."""
+        began = self._own.seconds()
+        yield
+        self._own_seconds += self._own.seconds() - began
+        self._own_steps += 1
+        self._long = False
+
+    @contextmanager
+    def long(self) -> Iterator[None]:
+        """What may take ten times as long as a step."""
+        self._long, before = True, self._long
+        try:
+            yield
+        finally:
+            self._progress += 1
+            self._long = before
+
+    def stop_asked(self) -> bool:
+        """Whether any rank was asked to stop; every rank calls it, and gets the same answer."""
+        (found,) = largest(self.runtime, [self.signal])
+        self.signal = self.signal or found
+        return bool(found)
+
+    def fail(self) -> None:
+        """This rank fails: the others leave, too."""
+        if self._store is not None:
+            self._post({"by": self.runtime.rank, "code": FAILED})
+
+    def together(self, seconds: float = 60.0) -> None:
+        """Wait until all ranks are here: whoever leaves first ends the others."""
+        if self._store is None:
+            return
+        self._store.add("here", 1)
+        deadline = time.monotonic() + seconds
+        while self._store.add("here", 0) < self.runtime.world_size:
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.02)
+
+    def lost(self) -> PeerLostError | None:
+        """After a collective has failed: the error of ranks whose process is gone, if any is."""
+        if self._store is None or self._store.check(["verdict"]):
+            return None
+        first = self._beats()
+        beats = {rank: Beat(**json.loads(raw)) for rank, raw in first.items()}
+        gone = [rank for rank, beat in beats.items() if self._is_gone(beat)]
+        if not gone:
+            time.sleep(2.5 * self._interval)
+            gone = [rank for rank, raw in self._beats().items() if raw == first[rank]]
+        gone = [r for r in gone if r != self.runtime.rank and not beats[r].left]
+        if not gone:
+            return None
+        beats = {rank: beats[rank] for rank in gone}
+        steps = ", ".join(f"pid {b.pid} on {b.host}, step {b.step}" for b in beats.values())
+        killed = oom_kills() - self._oom_kills
+        why = f"; out of memory (cgroup oom_kill {killed})" if killed else ""
+        verb = "is" if len(gone) == 1 else "are"
+        return PeerLostError(f"{named(gone)} {verb} gone ({steps}): killed, or crashed{why}")
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        self.signal = self.signal or number
+
+    # The thread.
+
+    def _run(self) -> None:
+        watches = self._launched or (self._store is not None and self.timeout > 0)
+        due = time.monotonic()
+        while not self._ended:
+            wait = max(0.0, due - time.monotonic()) if watches else None
+            ready, _, _ = select.select([self._read], [], [], wait)
+            for number in os.read(self._read, 4096) if ready else b"":
+                if number in SIGNALS:
+                    self._signalled(number)
+            if watches and time.monotonic() >= due and not self._ended:
+                due = time.monotonic() + self._interval
+                self._leave_if_orphaned()
+                self._beat_and_look()
+
+    def _signalled(self, number: int) -> None:
+        self._leave_if_orphaned()  # a launcher's death may come as a signal
+        now = time.monotonic()
+        name = signal.Signals(number).name
+        if not self._signalled_at:
+            self._signalled_at = now
+            log.info("%s: the run saves and ends after this step; again = at once", name)
+        elif now - self._signalled_at > ECHO_SECONDS:
+            self._end(f"a second signal ({name}): left at once", self.runtime.rank, 128 + number)
+
+    def _leave_if_orphaned(self) -> None:
+        if self._launched and os.getppid() != self._parent:
+            self._end("its launcher is gone", self.runtime.rank, FAILED)
+
+    def _leave_if_cut_off(self) -> None:
+        """Ends a rank that neither gets on nor reaches the store: no verdict would reach it.
+
+        A thread of its own: where a cable is cut, a word to the store waits for minutes.
+        """
+        progress, moved = self._progress, time.monotonic()
+        while not self._ended:
+            time.sleep(self._interval)
+            now = time.monotonic()
+            if self._progress != progress:
+                progress, moved = self._progress, now
+            patience = self.timeout * (LONG if self._long else 1)
+            if now - moved > patience and now - self._heard > self.timeout and not self._ended:
+                log.error(
+                    "rank %d is cut off: no step for %.0f s, and no word from the launch's store "
+                    "for %.0f s", self.runtime.rank, now - moved, now - self._heard,
+                )  # fmt: skip
+                os._exit(HUNG)
+
+    def _beat_and_look(self) -> None:
+        store, rank = self._store, self.runtime.rank
+        if store is None or not self.timeout:
+            return
+        try:
+            store.set(f"beat{rank}", _raw(self._beat()))
+            if rank in (0, 1, self.runtime.world_size - 1):  # no single one decides
+                self._look()
+            if store.check(["verdict"]):
+                self._obey(json.loads(store.get("verdict")))
+            self._heard = time.monotonic()
+        except dist.DistError:
+            # The launcher has ended, or its host is gone: its other children will tell.
+            self._store = None
+
+    def _beat(self) -> Beat:
+        frame = main_frame()
+        stands = self._progress == self._shown
+        self._shown = self._progress
+        collective, waiting = last_collective(self.runtime.device.type == "cuda")
+        self._number += 1
+        return Beat(
+            self._number, socket.gethostname(), os.getpid(), self._parent, self._step,
+            self._progress, self.timeout * (LONG if self._long else 1), collective,
+            waiting or waits(frame), place(frame), stack(frame) if stands else "",
+            self._own_seconds, self._own_steps,
+        )  # fmt: skip
+
+    def _beats(self) -> dict[int, bytes]:
+        assert self._store is not None
+        ranks = range(self.runtime.world_size)
+        ranks_known = [r for r in ranks if r in self._seen or self._store.check([f"beat{r}"])]
+        raws = self._store.multi_get([f"beat{rank}" for rank in ranks_known])
+        return dict(zip(ranks_known, raws, strict=True))
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for rank, raw in self._beats().items():
+            old = self._seen.get(rank)
+            if old is not None and old.raw == raw:
+                continue
+            beat = Beat(**json.loads(raw))
+            stands = old is not None and old.beat.progress == beat.progress
+            self._seen[rank] = Seen(beat, now, old.moved if old and stands else now, raw)
+        verdict = judge(self._seen, now, self.timeout, self._interval)
+        if verdict is not None:
+            beats = [self._seen[rank].beat for rank in verdict.silent]
+            self._post({
+                "by": self.runtime.rank, "code": HUNG, "text": verdict.text,
+                "rank": verdict.ranks[0], "kill": [[b.host, b.pid, b.parent] for b in beats],
+            })  # fmt: skip
+        if self.runtime.rank == 0 and self.runtime.device.type == "cpu":
+            self._compare(now)
+
+    def _compare(self, now: float) -> None:
+        """Name a rank whose own time in training steps is far above the others', once."""
+        beats = {rank: seen.beat for rank, seen in self._seen.items()}
+        if self._before:
+            steps = beats[0].own_steps - self._before[0].own_steps  # all ranks take the same
+            if now - self._before_at < self._window or steps < COMPARED_STEPS:
+                return
+        for rank, ratio in slow(self._before, beats).items():
+            if rank not in self._slow:
+                log.warning(
+                    "rank %d is slow: a step takes it %.1f times as long as the others, which wait "
+                    "for it (around step %d)", rank, ratio, beats[rank].step,
+                )  # fmt: skip
+                self._slow.add(rank)
+        self._before, self._before_at = beats, now
+
+    def _post(self, verdict: dict[str, Any]) -> None:
+        assert self._store is not None
+        self._store.compare_set("verdict", "", json.dumps(verdict))  # the first one counts
+
+    def _obey(self, verdict: dict[str, Any]) -> None:
+        """End this rank, and the stopped ones of this host, which hear no signal but SIGKILL."""
+        if verdict["code"] == FAILED:
+            self._failed_at = self._failed_at or time.monotonic()
+            if verdict["by"] != self.runtime.rank and (
+                time.monotonic() - self._failed_at > GRACE_SECONDS
+            ):
+                os._exit(FAILED)
+            return
+        if verdict["by"] == self.runtime.rank:
+            self._tell(verdict["text"], verdict["rank"], HUNG)
+        for host, pid, parent in verdict["kill"]:
+            ours = host == socket.gethostname() and parent == self._parent == parent_of(pid)
+            if ours and pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+        os._exit(HUNG)
+
+    def _end(self, reason: str, rank: int, code: int) -> None:
+        self._tell(reason, rank, code)
+        os._exit(code)
+
+    def _is_gone(self, beat: Beat) -> bool:
+        same_host = beat.host == socket.gethostname() and beat.parent == self._parent
+        return same_host and not is_alive(beat.pid)
+
+
+def _raw(beat: Beat) -> str:
+    return json.dumps(asdict(beat))

@@ -1,0 +1,158 @@
+"""What lists of pipeline actions cost: when each one runs, who waits, how much is in flight."""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from parallel.strategy import ConfigError
+
+KINDS = {
+    "F": "forward",
+    "B": "backward",
+    "I": "backward of the inputs",
+    "W": "backward of the weights",
+}
+# The papers' unit: a forward, and each half of a backward, takes as long as the other.
+UNIT_COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
+
+
+class Action(NamedTuple):
+    """A piece of work of one stage on one micro-batch; written `1F0` as torch does."""
+
+    stage: int
+    kind: str  # one of KINDS
+    micro_batch: int
+    # One of an overlapped pair with the action behind it: results of both leave together.
+    joined: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.micro_batch}"
+
+
+class Span(NamedTuple):
+    """When an action ran on its rank, in the costs' unit (a real run's: seconds)."""
+
+    rank: int
+    stage: int
+    kind: str
+    micro_batch: int
+    start: float
+    end: float
+
+
+Lists = Mapping[int, Sequence[Action]]  # of each rank, in order
+Result = tuple[int, str, int]  # stage, kind ("B" = the gradient of its inputs) and micro-batch
+
+
+def unit_cost(action: Action) -> float:
+    """UNIT_COSTS of an action's kind."""
+    return UNIT_COSTS[action.kind]
+
+
+def simulate(actions: Lists, cost: Callable[[Action], float] = unit_cost) -> list[Span]:
+    """Run the lists, each rank strictly in order; what is sent arrives at once.
+
+    A forward waits for that of the stage before, a backward for its own forward and for the stage
+    behind. Lists that can never go on are a ConfigError that names what each rank waits for.
+    """
+    last = max(action.stage for listed in actions.values() for action in listed)
+    queues = {rank: deque(_together(listed)) for rank, listed in actions.items()}
+    clock: dict[int, float] = dict.fromkeys(actions, 0)
+    arrived: dict[Result, float] = {}
+    spans: list[Span] = []
+    while any(queues.values()):
+        before = len(spans)
+        for rank, queue in queues.items():
+            while queue and not _missing(queue[0], arrived, last):
+                ran = _run(rank, queue.popleft(), clock[rank], arrived, last, cost)
+                clock[rank] = ran[-1].end
+                spans += ran
+        if len(spans) == before:
+            raise ConfigError(_deadlock(queues, actions, arrived, last))
+    return spans
+
+
+def bubble(spans: Sequence[Span]) -> float:
+    """Share of the ranks' whole time, from the first start to the last end, that they are idle.
+
+    GPipe's and 1F1B's is (ranks - 1) / (micro-batches + ranks - 1) by this definition, which is
+    GPipe's own (arXiv 1811.06965, section 2.3). Megatron-LM (arXiv 2104.04473) and the zero bubble
+    paper (2401.10241) print idle time over busy time, or leave out when ranks start and end.
+    """
+    ranks = len({span.rank for span in spans})
+    whole = ranks * (max(span.end for span in spans) - min(span.start for span in spans))
+    return (whole - sum(span.end - span.start for span in spans)) / whole
+
+
+def in_flight(actions: Lists) -> dict[int, int]:
+    """By stage, the most micro-batches that it holds activations of.
+
+    From the end of a forward to the end of its backward, that of the weights where it is split.
+    """
+    held: Counter[int] = Counter()
+    most: dict[int, int] = {}
+    for listed in actions.values():
+        for action in listed:
+            held[action.stage] += {"F": 1, "I": 0}.get(action.kind, -1)
+            most[action.stage] = max(most.get(action.stage, 0), held[action.stage])
+    return dict(sorted(most.items()))
+
+
+def _together(listed: Iterable[Action]) -> list[list[Action]]:
+    """The list as groups of what is joined; most are of one action."""
+    groups: list[list[Action]] = [[]]
+    for action in listed:
+        groups[-1].append(action)
+        if not action.joined:
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def _result(action: Action) -> Result:
+    return action.stage, "B" if action.kind == "I" else action.kind, action.micro_batch
+
+
+def _needs(action: Action, last: int) -> list[Result]:
+    stage, kind, micro_batch, _ = action
+    if kind == "F":
+        return [(stage - 1, "F", micro_batch)] if stage else []
+    if kind == "W":
+        return [(stage, "B", micro_batch)]
+    behind = [(stage + 1, "B", micro_batch)] if stage < last else []
+    return [(stage, "F", micro_batch), *behind]
+
+
+def _missing(group: Sequence[Action], arrived: Mapping[Result, float], last: int) -> list[Result]:
+    """What a group needs of others and nobody has run yet."""
+    own = {_result(action) for action in group}
+    needed = (need for action in group for need in _needs(action, last))
+    return [need for need in needed if need not in arrived and need not in own]
+
+
+def _run(rank: int, group: Sequence[Action], clock: float, arrived: dict[Result, float],
+         last: int, cost: Callable[[Action], float]) -> list[Span]:  # fmt: skip
+    """Run a group whose needs have arrived; note when its results do."""
+    spans = []
+    for action in group:
+        start = max([clock, *(arrived.get(need, clock) for need in _needs(action, last))])
+        clock = start + cost(action)
+        spans.append(Span(rank, action.stage, action.kind, action.micro_batch, start, clock))
+    arrived |= {_result(action): clock for action in group}
+    return spans
+
+
+def _deadlock(queues: Mapping[int, Sequence[list[Action]]], actions: Lists,
+              arrived: Mapping[Result, float], last: int) -> str:  # fmt: skip
+    where = {_result(a): (rank, a) for rank, listed in actions.items() for a in listed}
+    stuck = []
+    for rank, queue in queues.items():
+        if not queue:
+            continue
+        missing = _missing(queue[0], arrived, last)[0]
+        action = next(a for a in queue[0] if missing in _needs(a, last))
+        if missing in where:
+            owner, awaited = where[missing]
+            stuck.append(f"rank {rank} at {action} waits for {awaited} of rank {owner}")
+        else:
+            stuck.append(f"rank {rank} at {action} waits for {Action(*missing)}, which none runs")
+    return f"the schedule cannot go on (deadlock): {'; '.join(stuck)}"

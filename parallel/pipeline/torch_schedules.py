@@ -1,0 +1,91 @@
+"""The actions of a schedule as torch runs them, read from its own classes with no process group."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.distributed.pipelining import schedules
+
+from parallel.pipeline.schedules import SCHEDULES, stages_of
+from parallel.pipeline.simulator import KINDS, Action
+
+
+class _OneFOneB(schedules.Schedule1F1B):
+    """1F1B with any number of micro-batches: torch's runs with fewer than stages, but refuses."""
+
+    def __init__(self, *args: Any, **options: Any):
+        schedules.PipelineScheduleSingle.__init__(self, *args, **options)
+
+
+def class_of(schedule: str) -> Any:
+    """torch's class of a schedule."""
+    return _OneFOneB if schedule == "1f1b" else getattr(schedules, SCHEDULES[schedule].torch_class)
+
+
+class _Stage:
+    """Stands in for a stage where a schedule is built, and notes what it is told to compute."""
+
+    def __init__(self, stage: int, stages: int, rank: int, ranks: int):
+        self.stage_index, self.num_stages = stage, stages
+        self.group_rank, self.group_size = rank, ranks
+        self.is_first, self.is_last = stage == 0, stage == stages - 1
+        self.submod = None
+        self.ran: list[Action] = []
+
+    def forward_one_chunk(self, micro_batch: int, *args: Any, **options: Any) -> None:
+        self.ran.append(Action(self.stage_index, "F", micro_batch))
+
+    def backward_one_chunk(self, micro_batch: int, *args: Any, **options: Any) -> None:
+        self.ran.append(Action(self.stage_index, "B", micro_batch))
+
+    def perform_reduce_grad(self, *args: Any) -> None:
+        """Nothing is reduced."""
+
+    def no_messages(self, micro_batch: int) -> list[Any]:
+        return []
+
+    get_fwd_recv_ops = get_fwd_send_ops = get_bwd_recv_ops = get_bwd_send_ops = no_messages
+    release_fwd_send_outputs = no_messages  # asked for since torch 2.15
+
+
+def actions(
+    schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
+) -> dict[int, list[Action]]:
+    """The compute actions of each rank of the pipeline in order; torch's ValueError if it refuses.
+
+    An overlapped forward and backward of DualPipeV are two actions, of which the first is joined.
+    """
+    torch_class = class_of(schedule)
+    stages = {
+        rank: [
+            _Stage(stage, ranks * stages_per_rank, rank, ranks)
+            for stage in stages_of(schedule, rank, ranks, stages_per_rank)
+        ]
+        for rank in range(ranks)
+    }
+    if not issubclass(torch_class, schedules.PipelineScheduleSingle):
+        order = torch_class(stages[0], micro_batches).pipeline_order_with_comms
+        return {rank: _flat(order[rank]) for rank in range(ranks)}
+    # What these classes list beside what they do is wrong for the last rank of 1F1B in torch 2.13
+    # (micro-batch 0 is missing, one too many is there); so they run, on a stage that takes notes.
+    for (stage,) in stages.values():
+        _dry_run(torch_class(stage, micro_batches), micro_batches)
+    return {rank: stages[rank][0].ran for rank in range(ranks)}
+
+
+def _dry_run(schedule: Any, micro_batches: int) -> None:
+    # Nothing to warm up: shapes are not inferred, and no message is sent.
+    schedule._initialize_stage = lambda *args, **options: None
+    none: list[tuple[()]] = [()] * micro_batches
+    schedule._step_microbatches(none, [{} for _ in none], none)
+
+
+def _flat(order: Sequence[schedules._Action]) -> list[Action]:
+    """Compute actions without the messages between them."""
+    flat = []
+    for action in order:
+        parts = action.sub_actions or (action,)
+        for part in parts:
+            kind, micro_batch = part.computation_type.value, part.microbatch_index
+            if kind in KINDS and micro_batch is not None:
+                flat.append(Action(part.stage_index, kind, micro_batch, part is not parts[-1]))
+    return flat

@@ -1,0 +1,320 @@
+"""Tensor parallelism: every layer is split over ranks by columns or rows, as in Megatron-LM.
+
+Parameters are DTensors at rest, so that checkpoints, FSDP and the optimizer see the whole; a layer
+computes on the plain local part, with collectives (arXiv 1909.08053) where the split begins and
+ends. With sequence parallelism (arXiv 2205.05198) each rank has its part of the positions between
+the split layers.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from parallel.collectives import (
+    Copy,
+    Gather,
+    Scatter,
+    Sum,
+    all_reduce,
+    padded,
+)
+from parallel.grad_norm import local
+from parallel.strategy import ConfigError, StrategyConfig
+from parallel.tensor.recompute_gather import Regather
+from parallel.tensor.vocab_parallel import Vocabulary
+
+# What a pattern of the model's table can say of a layer.
+COLUMN = "column"  # outputs are split: rows of the weight
+HEADS = "heads"  # outputs are split between heads; a head that several ranks share is gathered
+ROW = "row"  # inputs are split: columns of the weight; the outputs are summed
+VOCABULARY = "vocabulary"  # entries (of an embedding) or classes (of an output) are split
+SEQUENCE = "sequence"  # not split, but works on a part of the sequence
+STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
+
+SEQUENCE_DIM = 1
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a pattern means this parameter, or the module that it is of."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def style_of(name: str, table: Mapping[str, str]) -> str:
+    """What the table says of a parameter by its canonical name; exactly one pattern must match."""
+    found = [style for pattern, style in table.items() if fits(name, pattern)]
+    assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"
+    return found[0]
+
+
+class TensorSplit:
+    """The tensor axis of a split model: its sequence layout, its vocabulary, its gradients.
+
+    As the model's sequence layout it has `part`, `whole` and `own`. While `splits_sequence` is off
+    all ranks have all positions; that is how a model is evaluated.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, splits_sequence: bool, vocabulary: Vocabulary):
+        self.group = group
+        self.splits_sequence = splits_sequence
+        self.vocabulary = vocabulary
+        self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
+        self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
+        self.regather = Regather(group, SEQUENCE_DIM)
+
+    @property
+    def part(self) -> int:
+        """Which part of the sequence is this rank's."""
+        return self.group.rank() if self.splits_sequence else 0
+
+    def part_length(self, length: int) -> int:
+        """How many of `length` positions are this rank's, with padding."""
+        return -(-length // self.group.size()) if self.splits_sequence else length
+
+    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+        """All `length` positions: where the split part of a layer begins."""
+        if not self.splits_sequence:
+            return Copy.apply(x_BSD, self.group)
+        whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
+        self.regather.remember(whole_BSD, x_BSD)
+        return whole_BSD
+
+    def own(self, x_BSD: Tensor) -> Tensor:
+        """This rank's positions of what every rank has computed."""
+        if not self.splits_sequence:
+            return x_BSD
+        return padded(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
+            self.group.size(), SEQUENCE_DIM
+        )[self.group.rank()]
+
+    def collected(self, x_BSD: Tensor, length: int) -> Tensor:
+        """All `length` positions, for what every rank does alike and then takes its `own` of."""
+        if not self.splits_sequence:
+            return x_BSD
+        return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
+
+    def share(self, gradient_BSD: Tensor) -> Tensor:
+        """What this rank adds to the gradient of a `whole`, where every rank knows all of it."""
+        return gradient_BSD if self.group.rank() == 0 else torch.zeros_like(gradient_BSD)
+
+    def sum(self, x_BSD: Tensor) -> Tensor:
+        """The sum over the ranks, for this rank's positions: where the split part ends."""
+        if not self.splits_sequence:
+            return Sum.apply(x_BSD, self.group)
+        return Scatter.apply(x_BSD, self.group, SEQUENCE_DIM)
+
+    @contextmanager
+    def whole_sequences(self) -> Iterator[None]:
+        """All ranks have all positions: a token that is generated has nothing to split."""
+        splits, self.splits_sequence = self.splits_sequence, False
+        try:
+            yield
+        finally:
+            self.splits_sequence = splits
+
+    def gather_again(self, block: nn.Module) -> None:
+        """Let a block gather the inputs of split layers again in the backward, not keep them.
+
+        Of no use where activations are recomputed anyway.
+        """
+        if self.splits_sequence:
+            block.forward = self.regather.inside(block.forward)
+
+    def compute_on_leaves(self, model: nn.Module) -> None:
+        """Let autograd work on plain tensors, views of the DTensors at rest.
+
+        For parameters that stay where they are: FSDP's are other tensors in every forward.
+        """
+        made: dict[int, Tensor] = {}
+        for module in model.modules():
+            if isinstance(module, _Part):
+                for name, p in module.named_parameters(recurse=False):
+                    if isinstance(p, DTensor):
+                        leaf = made.setdefault(id(p), local(p.detach()).requires_grad_())
+                        module.leaves[name] = leaf
+                        self._leaves[leaf] = p
+
+    def finish_gradients(self, model: nn.Module) -> None:
+        """Give the parameters at rest their gradients, those summed that ranks have parts of."""
+        for leaf, parameter in self._leaves.items():
+            assert isinstance(parameter, DTensor)
+            if leaf.grad is not None:
+                parameter.grad = DTensor.from_local(
+                    leaf.grad, parameter.device_mesh, parameter.placements, run_check=False,
+                    shape=parameter.shape, stride=parameter.stride(),
+                )  # fmt: skip
+                leaf.grad = None
+        self._sum_partial_gradients(model)
+
+    def _sum_partial_gradients(self, model: nn.Module) -> None:
+        """One all-reduce for all that works on a part of the sequence."""
+        parameters = dict(model.named_parameters())
+        gradients = [parameters[name].grad for name in self.partial]
+        parts = [local(gradient) for gradient in gradients if gradient is not None]
+        if not parts:
+            return
+        flat = all_reduce(torch.cat([part.flatten() for part in parts]), self.group)
+        for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
+            part.copy_(total.view_as(part))
+
+
+class _Part(nn.Module):
+    """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
+
+    split: TensorSplit
+    leaves: dict[str, Tensor]  # see `compute_on_leaves`
+
+    def forward(self, *args: Any) -> Tensor:
+        whole = self._parameters
+        self._parameters = {
+            name: self.part_of(self.leaves.get(name, parameter))
+            for name, parameter in whole.items()
+        }
+        try:
+            return super().forward(*args)
+        finally:
+            self._parameters = whole
+
+    def part_of(self, parameter: Any) -> Any:
+        """What to compute on, with gradients to the parameter."""
+        return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class _SharedHeads(_Part):
+    """Heads of which there are fewer than ranks: the ranks that share one gather it."""
+
+    head_width: int
+
+    def part_of(self, parameter: Any) -> Any:
+        if parameter is None:
+            return None
+        group, part = self.split.group, super().part_of(parameter)
+        rows = part.shape[0] * group.size()
+        whole = Gather.apply(part, rows, group, 0)
+        head = group.rank() * (rows // self.head_width) // group.size()
+        return whole.narrow(0, head * self.head_width, self.head_width)
+
+
+class _Row(_Part):
+    """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
+
+    def forward(self, *args: Any) -> Tensor:
+        bias, self._parameters["bias"] = self._parameters["bias"], None
+        try:
+            x = self.split.sum(super().forward(*args))
+        finally:
+            self._parameters["bias"] = bias
+        return x if bias is None else x + bias.to(x.dtype)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest over all input features, of which each rank has a part."""
+        return all_reduce(super().largest(x), self.split.group, "max")  # type: ignore[misc]
+
+
+class _VocabularyEmbedding(_Part):
+    """Looks up the entries that this rank has, and zero for the others."""
+
+    def forward(self, input: Tensor, *args: Any) -> Tensor:
+        row, mine = self.split.vocabulary.find(input)
+        x = super().forward(row, *args)
+        return self.split.sum(x * mine.unsqueeze(-1))
+
+
+def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Let compiled blocks overlap the group's collectives with matrix products.
+
+    torch decomposes both and interleaves the pieces through symmetric memory (torch's
+    asynchronous tensor parallelism). Raises ConfigError where the hardware cannot.
+    """
+    peers = range(torch.cuda.device_count()) if device.type == "cuda" else []
+    reach = all(torch.cuda.can_device_access_peer(a, b) for a in peers for b in peers if a != b)
+    if not peers or not reach or torch.cuda.get_device_capability(device) < (9, 0):
+        raise ConfigError(
+            "strategy.async_tensor=true needs NVIDIA GPUs of the Hopper generation or later that "
+            f"reach each other's memory (NVLink), but the ranks compute on {device.type}; "
+            "set strategy.async_tensor=false"
+        )
+    enable_symm_mem_for_group(group.group_name)
+    torch._inductor.config._micro_pipeline_tp = True
+
+
+def split_layers(
+    model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], strategy: StrategyConfig,
+    device: torch.device, classes: int,
+) -> TensorSplit | None:  # fmt: skip
+    """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
+
+    `classes` are those of the output, which another rank of a pipeline may have. None if there is
+    but one rank.
+    """
+    if mesh.size() == 1:
+        return None
+    group = mesh.get_group()
+    if strategy.async_tensor:
+        overlap_collectives(group, device)
+    split = TensorSplit(group, strategy.sequence_parallel, Vocabulary(classes, group))
+    shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+    for prefix, module in list(model.named_modules()):
+        styles = set()
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            full_name = f"{prefix}.{name}"
+            style = style_of(full_name, table)
+            styles.add(style)
+            dim = split_dim(style, name)
+            if dim is not None:
+                if id(parameter) not in shared:
+                    shared[id(parameter)] = _distributed(parameter, mesh, dim)
+                setattr(module, name, shared[id(parameter)])
+            elif strategy.sequence_parallel:
+                split.partial.append(full_name)
+        for style in styles - {SEQUENCE}:
+            parent = model.get_submodule(prefix.rpartition(".")[0])
+            _work_on_part(module, style, split, parent)
+    model.layout = split  # type: ignore[assignment]
+    return split
+
+
+def split_dim(style: str, name: str) -> int | None:
+    """The dim that a parameter is split along; None = every rank has the whole."""
+    if style == SEQUENCE or (style == ROW and name.endswith("bias")):
+        return None
+    return 1 if style == ROW else 0
+
+
+def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+    parts = parameter.chunk(mesh.size(), dim)
+    rank = mesh.get_local_rank()
+    own = parts[rank] if rank < len(parts) else parts[0].narrow(dim, 0, 0)
+    whole = DTensor.from_local(
+        torch.empty_like(own, memory_format=torch.contiguous_format), mesh, [Shard(dim)],
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
+
+
+def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any) -> None:
+    """Give a layer the class that computes on its part of the parameters."""
+    part: type = _Row if style == ROW else _Part
+    if isinstance(module, nn.Embedding):
+        part = _VocabularyEmbedding
+    elif style == HEADS and module.get_parameter("weight").shape[0] < (
+        split.group.size() * parent.head_width
+    ):
+        part = _SharedHeads
+        module.head_width = parent.head_width
+    module.__class__ = _mixed(part, type(module))  # type: ignore[arg-type]
+    module.split, module.leaves = split, {}  # type: ignore[assignment]
+
+
+@cache
+def _mixed(part: type, kind: type) -> type:
+    """One class for all such layers, so that a compiled block serves for all that look alike."""
+    return type(f"{kind.__name__}Part", (part, kind), {})

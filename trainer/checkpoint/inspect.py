@@ -1,0 +1,99 @@
+"""Checkpoints shown and checked, without a process group and without torch."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from trainer.checkpoint.manifest import (
+    NAME,
+    DamagedError,
+    Manifest,
+    check,
+    file_problems,
+    read_manifest,
+)
+from trainer.config.train import ConfigError
+from trainer.metrics.console import print_whole
+from trainer.run.run_dir import checkpoints, leftovers
+
+
+def show(run_dir: Path) -> bool:
+    """A table of all checkpoints of a run, by name and size of their files; True if all are whole.
+
+    Raises ConfigError if the folder holds none.
+    """
+    table = Table()
+    for title in ("checkpoint", "state", "size", "eval_loss", "written by", ""):
+        table.add_column(title)
+    whole = True
+    for path in _all(run_dir):
+        try:
+            manifest = check(path, hashed=())
+        except DamagedError as error:
+            whole = False
+            table.add_row(path.name, "damaged", "", "", "", str(error))
+        else:
+            loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
+            size = f"{manifest.size / 1e6:,.1f} MB"
+            table.add_row(path.name, "complete", size, loss, _layout(manifest), "")
+    for path in leftovers(run_dir):
+        table.add_row(path.name, "incomplete", "", "", "", "being written, or its run was killed")
+    print_whole(table)
+    Console().print("`verify` compares every byte", highlight=False)
+    return whole
+
+
+def verify(path: Path) -> bool:
+    """Every byte of a checkpoint, or of all of a run, against its manifest; True if all are good.
+
+    A line for each, with all that is damaged. Raises ConfigError if there is none.
+    """
+    console, good = Console(), True
+    for folder in [path] if _is_checkpoint(path) else _all(path):
+        try:
+            manifest = read_manifest(folder)
+            problems = file_problems(folder, manifest, manifest.files)
+        except DamagedError as error:
+            problems = [str(error)]
+        good = good and not problems
+        what = "; ".join(problems) or f"{len(manifest.files)} files, {manifest.size:,} bytes"
+        state = "damaged" if problems else "good"
+        console.print(f"{folder} {state}: {what}", markup=False, highlight=False, soft_wrap=True)
+    return good
+
+
+def good_checkpoint(path: Path) -> tuple[Path, Manifest]:
+    """A checkpoint's folder, or a run's newest one, with its manifest; ConfigError if not good."""
+    folder = path
+    if not _is_checkpoint(path):
+        found = checkpoints(path)
+        if not found:
+            raise ConfigError(_none(path))
+        folder = found[-1][1]
+    try:
+        return folder, check(folder)
+    except DamagedError as error:
+        raise ConfigError(f"{folder} is damaged: {error}") from error
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return (path / NAME).exists() or path.name.startswith("step-")
+
+
+def _all(run_dir: Path) -> list[Path]:
+    """Published checkpoints and those that were set aside, oldest first."""
+    found = [path for _, path in checkpoints(run_dir)]
+    found += sorted((run_dir / "checkpoints").glob("unused-step-*"))
+    if not found and not leftovers(run_dir):
+        raise ConfigError(_none(run_dir))
+    return found
+
+
+def _none(path: Path) -> str:
+    return f"{path} is no checkpoint, and no run's folder that holds one; name either"
+
+
+def _layout(manifest: Manifest) -> str:
+    parts = {axis: degree for axis, degree in manifest.layout.items() if degree != 1}
+    return " ".join(f"{axis}={degree}" for axis, degree in parts.items()) or "ranks=1"

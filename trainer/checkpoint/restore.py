@@ -1,0 +1,382 @@
+"""Checkpoints read: the newest good one is found by all ranks together and loaded into a run."""
+
+import logging
+import shutil
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from parallel.grad_norm import local
+from parallel.parallel_model import Worker
+from parallel.runtime import agreed, everyones
+from parallel.strategy import StrategyConfig, degrees
+from trainer.checkpoint.manifest import (
+    DamagedError,
+    Manifest,
+    OtherFormatError,
+    TensorEntry,
+    file_problems,
+    read_manifest,
+)
+from trainer.checkpoint.shards import DTYPES, read, read_whole, take_rows
+from trainer.checkpoint.vocabulary import BY_ROW
+from trainer.compress.compression import Compression
+from trainer.config.train import CompressConfig, ConfigError, TrainConfig
+from trainer.optim.optimizer import Optimizer, lr_leap
+from trainer.precision import LossScale
+from trainer.resilience.bad_steps import Guard
+from trainer.run.run_dir import (
+    checkpoint_path,
+    checkpoints,
+    differences,
+    identity,
+    leftovers,
+    may_change,
+)
+
+log = logging.getLogger(__name__)
+
+DIFFERENCES_SHOWN = 5
+KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
+
+
+@dataclass
+class TrainState:
+    """All that a training run is at one moment, under whatever layout.
+
+    Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
+    two numbers are all of the state of the schedule, of the data and of the random numbers.
+    """
+
+    worker: Worker
+    optimizer: Optimizer
+    loss_scale: LossScale
+    guard: Guard
+    tokens: Tensor  # valid targets learned from so far, int64 on the device
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # that these steps took, by which the data go on under any batch_size
+    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
+    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
+    compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
+
+
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """What a checkpoint holds: every tensor by its canonical name."""
+    weights = state.worker.parameters()
+    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
+    for name, moments in state.optimizer.state().items():
+        found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
+    found |= {f"loss_scale.{name}": tensor for name, tensor in state.loss_scale.state().items()}
+    found |= {f"guard.{name}": tensor for name, tensor in state.guard.state().items()}
+    own = f"{KEPT}{dist.get_rank()}."
+    found |= {f"{own}{name}": tensor for name, tensor in state.worker.kept().items()}
+    found["updates"] = state.optimizer.updates()
+    found["tokens"] = state.tokens
+    found["step"] = torch.tensor(state.step)
+    return found
+
+
+def not_finite(state: TrainState) -> str:
+    """The first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+
+    All ranks call it and get the same. One reduction of each tensor, whose results are read back
+    together: for the moments at which the host waits anyway.
+    """
+    own = {name: local(tensor.detach()) for name, tensor in tensors_of(state).items()}
+    own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
+    largest = torch._foreach_norm(list(own.values()), torch.inf)
+    finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
+    first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
+    return next(filter(None, everyones(first)), "")
+
+
+def layout_of(strategy: StrategyConfig) -> dict[str, int]:
+    """The degrees and the number of ranks, as a manifest has them."""
+    return degrees(strategy) | {"ranks": dist.get_world_size()}
+
+
+@dataclass
+class Choice:
+    """The checkpoint to read, and those newer ones that are passed over."""
+
+    path: Path | None = None  # None = none is good
+    manifest: Manifest | None = None
+    damaged: dict[int, str] = field(default_factory=dict)  # why, by step
+
+
+def choose(run_dir: Path, step: int = 0) -> Choice:
+    """The newest checkpoint that is what was saved (or that of `step`); the same on every rank.
+
+    Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
+    version: older ones are no replacement for it.
+    """
+    while True:
+        choice, removed = Choice(), False
+        steps = agreed([step for step, _ in checkpoints(run_dir)])
+        for candidate in reversed([s for s in steps if step in (0, s)]):
+            path = checkpoint_path(run_dir, candidate)
+            try:
+                choice.manifest = _checked(path)
+            except OtherFormatError as error:
+                raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
+            except DamagedError as error:
+                choice.damaged[candidate] = str(error)
+            except FileNotFoundError:  # by the run that writes here: there is a newer one
+                removed = True
+            else:
+                choice.path = path
+                return choice
+        if not removed:
+            return choice
+
+
+def _checked(folder: Path) -> Manifest:
+    """The manifest of a checkpoint, raising on every rank what is wrong in the eyes of any rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    problem: DamagedError | None = None
+    try:
+        manifest = read_manifest(folder)
+        mine = set(sorted(manifest.files)[rank::ranks])
+        found = file_problems(folder, manifest, mine)
+        problem = DamagedError(found[0]) if found else None
+    except DamagedError as error:
+        problem = error
+    except OSError as error:
+        problem = DamagedError(f"cannot be read: {error}")
+    everyone = everyones(problem)
+    if not any(everyone):
+        return manifest
+    if not agreed(folder.exists()):
+        raise FileNotFoundError(folder)
+    raise next(error for error in everyone if error)
+
+
+def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
+    """Go on from the newest good checkpoint of config.run_dir, or from config.resume_step.
+
+    Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
+    on from is set aside. `data` is the fingerprint of what is learned from (empty = not compared).
+    Without any checkpoint the state stays as it is. ConfigError if there are some but none is good
+    (unless config.resume is scratch), if the checkpoint's model, config or data is another.
+    """
+    run_dir, first = Path(config.run_dir), dist.get_rank() == 0
+    if first:
+        _clear(run_dir)
+    state.run = agreed(uuid4().hex)
+    while True:
+        choice = choose(run_dir, config.resume_step)
+        if choice.path is None:
+            break
+        assert choice.manifest is not None
+        _same_run(config, choice.manifest, data)
+        if _load(choice.path, choice.manifest, state, config):
+            state.run = choice.manifest.run
+            break
+    state.guard.read_rollbacks(config.run_dir, state.order_batch_size or config.batch_size)
+    lines = [
+        f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
+        for step, reason in choice.damaged.items()
+    ]
+    if choice.path is None and choice.damaged and config.resume != "scratch":
+        raise ConfigError(
+            "\n".join(lines) + f"\nno checkpoint in run_dir={run_dir} is good; put one back, set "
+            "resume_step to another, choose another run_dir, or begin again with resume=scratch"
+        )
+    if first:
+        for line in lines:
+            log.warning(line)
+        if choice.damaged:
+            lost = max(choice.damaged) - state.step
+            log.warning("going on from step %d: %d steps are done again", state.step, lost)
+        _set_aside(run_dir, state.step)
+
+
+def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
+    problems = differences(config, manifest.config)
+    other = data and manifest.data and data != manifest.data
+    if other and not may_change(config, "data.path"):
+        problems.append(
+            f"run_dir={config.run_dir} was trained on other data: what data.path="
+            f"{config.data.path} holds has changed since step {manifest.step}; put the old data "
+            "back, choose another run_dir, or go on all the same with resume_changed=[data.path]"
+        )
+    if problems:
+        raise ConfigError(*problems)
+    if dist.get_rank() == 0:
+        for key, value in identity(config).items():
+            if (before := manifest.config.get(key, value)) != value:
+                log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
+        if other:
+            log.warning("going on with other data: see resume_changed")
+        if leap := lr_leap(manifest.step, manifest.lr, config):
+            log.warning(leap)
+        elif (before := manifest.config.get("batch_size")) not in (None, config.batch_size):
+            log.warning(
+                "a step takes %d samples, not %d, at the same learning rate: see optim.lr, which "
+                "suits one batch_size, and steps=%d, which counts steps of either size",
+                *(config.batch_size, before, config.steps),
+            )
+
+
+def _load(path: Path, manifest: Manifest, state: TrainState, config: TrainConfig) -> bool:
+    strategy = config.strategy
+    _check_shapes(path, manifest, state.worker.whole.shapes)
+    tensors = tensors_of(state)
+    if not _keeps(manifest, tensors, strategy):
+        tensors = {n: t for n, t in tensors.items() if not n.startswith(KEPT)}
+        if dist.get_rank() == 0:
+            log.warning(
+                "the error feedback of strategy.reduce=%s begins anew: %s was saved under another "
+                "layout, or with another strategy.reduce",
+                *(strategy.reduce, path),
+            )
+    _check_moments(path, manifest, tensors)
+    if not _read(path, manifest, tensors):
+        return False
+    state.loss_scale.loaded()
+    state.optimizer.set_updates(tensors["updates"].item())
+    state.guard.load({n: tensors[f"guard.{n}"] for n in state.guard.state()})
+    state.step = int(tensors["step"].item())
+    # Older versions counted the data in steps, all of one batch size.
+    batch_size = int(manifest.config.get("batch_size", config.batch_size))
+    state.order_batch_size = manifest.order_batch_size or batch_size
+    state.samples = state.step * batch_size if manifest.samples is None else manifest.samples
+    return True
+
+
+def _keeps(manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig) -> bool:
+    """Whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
+    own = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(KEPT)}
+    there = {name: entry.shape for name, entry in manifest.tensors.items() if name in own}
+    return not own or (own == there and manifest.layout == layout_of(strategy))
+
+
+def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
+    """Fill the tensors, on all ranks; False if the checkpoint was removed meanwhile."""
+    problem = ""
+    try:
+        read(path, manifest, tensors)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+    problems = [f"rank {r}: {text}" for r, text in enumerate(everyones(problem)) if text]
+    if problems and agreed(path.exists()):
+        raise RuntimeError(f"{path} is good but cannot be read: {problems[0]}")
+    return not problems
+
+
+def load_weights(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> Path:
+    """Read the weights of a run's newest good checkpoint into a model; which one it was.
+
+    `rows` as of trained.py's `load`. Raises ConfigError if there is none, or if its model has other
+    parameters or shapes.
+    """
+    parameters, shapes = worker.parameters(), worker.whole.shapes
+    if rows is None:
+        return load_parameters(run_dir, parameters, shapes)
+    alike = {name: p for name, p in parameters.items() if name not in BY_ROW}
+    path = load_parameters(run_dir, alike, shapes, by_row=BY_ROW)
+    manifest = read_manifest(path)
+    for name in parameters.keys() - alike.keys():
+        take_rows(parameters[name], read_whole(path, manifest, f"model.{name}"), rows)
+    return path
+
+
+def load_parameters(
+    run_dir: Path, parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
+    key: str = "run_dir", by_row: Collection[str] = (),
+) -> Path:  # fmt: skip
+    """As `load_weights`, of what this rank has of a model whose parameters have such shapes.
+
+    All ranks call it, also those that have nothing. `key` is the one that names the folder. Those
+    named in `by_row` may have other numbers of rows there.
+    """
+    weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    while True:
+        choice = choose(run_dir)
+        if dist.get_rank() == 0:
+            for step, reason in choice.damaged.items():
+                log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
+        if choice.path is None:
+            what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
+            raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
+        assert choice.manifest is not None
+        _check_shapes(choice.path, choice.manifest, shapes, by_row)
+        if _read(choice.path, choice.manifest, weights):
+            return choice.path
+
+
+def _check_shapes(
+    path: Path, manifest: Manifest, shapes: Mapping[str, torch.Size], by_row: Collection[str] = ()
+) -> None:
+    saved = {
+        name.removeprefix("model."): entry.shape
+        for name, entry in manifest.tensors.items()
+        if name.startswith("model.")
+    }
+    ours = {name: tuple(shape) for name, shape in shapes.items()}
+    for name in by_row:
+        if name in ours and name in saved and ours[name][1:] == saved[name][1:]:
+            ours[name] = saved[name]
+    other = [name for name in {**ours, **saved} if ours.get(name) != saved.get(name)]
+    if not other:
+        return
+    missing = "missing"
+    shown = "; ".join(
+        f"{name} is {saved.get(name, missing)} there and {ours.get(name, missing)} in this model"
+        for name in other[:DIFFERENCES_SHOWN]
+    )
+    more = f"; and {len(other) - DIFFERENCES_SHOWN} more" if len(other) > DIFFERENCES_SHOWN else ""
+    raise ConfigError(
+        f"checkpoint {path} has another shape: {shown}{more}; set model=… as in the run's "
+        "config.yaml, or choose another run_dir"
+    )
+
+
+def _check_moments(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+    """Raise ConfigError, on every rank, if the optimizer keeps other tensors than were saved."""
+    odd = [
+        name
+        for name, tensor in tensors.items()
+        if name.startswith("optimizer.") and not _alike(manifest.tensors.get(name), tensor)
+    ]
+    found = [name for names in everyones(odd[:1]) for name in names]
+    if not found:
+        return
+    name = found[0].removeprefix("optimizer.")
+    raise ConfigError(
+        f"checkpoint {path} holds other moments, the first of them {name}; set optim.name as in "
+        "the run's config.yaml (and for adamw8bit a strategy.tensor that cuts rows into the same "
+        "blocks), or choose another run_dir"
+    )
+
+
+def _alike(entry: TensorEntry | None, tensor: Tensor) -> bool:
+    if entry is None or entry.shape != tuple(tensor.shape):
+        return False
+    codes = DTYPES[torch.uint8]
+    return (entry.dtype == codes) == (DTYPES[tensor.dtype] == codes)
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what a save or a removal that was killed has left."""
+    left = leftovers(run_dir)
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    if left:
+        names = ", ".join(path.name for path in left)
+        log.info("removed what a killed run left unfinished in %s: %s", left[0].parent, names)
+
+
+def _set_aside(run_dir: Path, step: int) -> None:
+    """Rename checkpoints newer than the step gone on from: from here on the run is another."""
+    for newer, path in checkpoints(run_dir):
+        if newer > step:
+            aside = path.with_name(f"unused-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            log.warning("%s is not gone on from; it is now %s", path, aside.name)

@@ -1,0 +1,338 @@
+"""Checkpoints written: copied in the training thread, written and published in the background.
+
+The ranks agree on a save through the process group's store, never by a collective, which could
+come between those of training. So a save that fails on any rank fails on all, and on none later.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from threading import Thread
+from typing import Any, Self
+from uuid import uuid4
+
+from torch import distributed as dist
+
+from parallel.health.watchdog import StoppedError
+from parallel.runtime import agreed
+from trainer.checkpoint.manifest import (
+    DamagedError,
+    FileEntry,
+    Manifest,
+    check,
+    kept,
+    sync_folder,
+    write_manifest,
+)
+from trainer.checkpoint.restore import TrainState, layout_of, tensors_of
+from trainer.checkpoint.shards import Shard, file_name
+from trainer.config.train import ConfigError, TrainConfig
+from trainer.optim.optimizer import lr_at
+from trainer.run.run_dir import checkpoint_path, checkpoints, identity
+
+log = logging.getLogger(__name__)
+
+# The other ranks' files may be large and their disk slow; who is dead is the launcher's business.
+PATIENCE = timedelta(days=30)
+LEAVING_SECONDS = 10.0  # for a save in flight when training ends by an error
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save: its number in this process, and what its manifest says beside the files."""
+
+    number: int
+    step: int
+    samples: int
+    eval_loss: float | None  # of a number that is finite
+    began: float  # monotonic seconds
+
+
+class Saver:
+    """Saves a run; all ranks call it at the same steps. Use it as a context manager.
+
+    At most one save is in flight: its copy is the only one in host memory.
+    """
+
+    def __init__(self, config: TrainConfig, state: TrainState, data: str = ""):
+        """Plan the saves of this state, whose `data` (trainer.data.fingerprint) go on record.
+
+        Raises ConfigError, on all ranks, if the disk cannot hold one checkpoint more.
+        """
+        self._config, self._folder = config, checkpoint_path(config.run_dir, 0).parent
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._shard = Shard(tensors_of(state))
+        self._record: dict[str, Any] = {
+            "run": state.run, "config": identity(config), "data": data,
+            "layout": layout_of(config.strategy), "order_batch_size": state.order_batch_size,
+        }  # fmt: skip
+        there = checkpoint_path(config.run_dir, state.step).exists()
+        facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
+        self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
+        if problem:
+            raise ConfigError(problem)
+        if self._rank == 0 and (warning := seldom_best(config)):
+            log.warning(warning)
+        store = dist.distributed_c10d._get_default_store()
+        # A clone has a connection of its own: waiting on it keeps nobody from the store.
+        clone = store.clone()  # type: ignore[attr-defined]
+        self._store = dist.PrefixStore(f"saves-{self._token}", clone)
+        self._number = 0
+        self._thread: Thread | None = None
+        self._outcome: dict[str, str] = {}
+        self._news: deque[dict[str, Any]] = deque()
+        self._saved_step = state.step if there else -1
+        self._step_in_flight = -1
+        self._warned = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Ends the save in flight, and raises ConfigError if it failed."""
+        if kind is None:
+            self.wait(last=True)
+        elif self._thread is not None:
+            # After a user's mistake or a signal all ranks are alive; after anything else one may be
+            # dead.
+            together = issubclass(kind, ConfigError | StoppedError)
+            self._thread.join(None if together else LEAVING_SECONDS)
+
+    def save(self, state: TrainState, eval_loss: float | None = None) -> None:
+        """Save the run as it is now, with its loss on the valid split where that was measured.
+
+        Returns when the copy is taken, or, with checkpoint.async_save=false, when the checkpoint is
+        there. Raises ConfigError, on all ranks, if a save has failed and checkpoint.on_error=stop.
+        """
+        self.wait()
+        if state.step == self._saved_step:
+            return
+        self._number += 1
+        # What is not finite is no measure of a model; JSON has no word for it either.
+        measured = eval_loss is not None and math.isfinite(eval_loss)
+        save = Save(
+            self._number, state.step, state.samples, eval_loss if measured else None,
+            time.monotonic(),
+        )  # fmt: skip
+        self._shard.copy(tensors_of(state))
+        self._step_in_flight = state.step
+        self._thread = Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self._config.checkpoint.async_save:
+            self.wait()
+
+    def wait(self, last: bool = False) -> None:
+        """Wait for the save in flight; of the `last` one a failure is an error in any case."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+            if "bug" in self._outcome:
+                raise RuntimeError(f"a checkpoint could not be saved:\n{self._outcome['bug']}")
+            if "problem" not in self._outcome:
+                self._saved_step = self._step_in_flight
+        problem = self._outcome.get("problem")
+        if problem and (last or self._config.checkpoint.on_error == "stop"):
+            raise ConfigError(problem)
+
+    def news(self) -> Iterator[dict[str, Any]]:
+        """On rank 0, a line of metrics for each save that has ended since the last call."""
+        while self._news:
+            yield self._news.popleft()
+
+    def forget(self) -> None:
+        """Wait, before the run goes back: a step that was saved may be saved again."""
+        self.wait()
+        self._saved_step = -1
+
+    def _run(self, save: Save) -> None:
+        """The background thread: this rank's file, then what became of all of them."""
+        try:
+            self._tell(save, self._rank, self._written(save))
+            self._outcome = self._hear(save, "all") if self._rank else self._published(save)
+        except Exception:
+            self._outcome = {"bug": traceback.format_exc()}
+        if self._rank:
+            return
+        # Without a store there is nobody left to tell; what ended the others is told elsewhere.
+        with suppress(dist.DistError):
+            self._tell(save, "all", self._outcome)
+        self._warn(save)
+        if not self._outcome:
+            self._retain(save)
+        self._note(save)
+
+    def _written(self, save: Save) -> dict[str, Any]:
+        """What this rank has written, or why it could not."""
+        partial = self._partial(save)
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            free, needed = shutil.disk_usage(partial).free, self._shard.file_bytes()
+            if needed > free:  # rather than fill the disk to its last byte, also for others
+                return {"problem": "No space left on device"}
+            entry = self._shard.write(partial / file_name(self._rank))
+            return {} if entry is None else asdict(entry)
+        except OSError as error:
+            return {"problem": error.strerror or str(error)}
+        except Exception:
+            return {"bug": traceback.format_exc()}
+
+    def _published(self, save: Save) -> dict[str, str]:
+        """On rank 0, what became of a save: nothing to say if it is there."""
+        reports = [self._hear(save, rank) for rank in range(self._ranks)]
+        for key in (
+            *(f"{save.number}/{rank}" for rank in range(self._ranks)),
+            f"{save.number - 1}/all",
+        ):  # all have read it: they are at this save
+            self._store.delete_key(key)  # fmt: skip
+        partial = self._partial(save)
+        try:
+            if not any({"problem", "bug"} & report.keys() for report in reports):
+                files = {file_name(r): FileEntry(**f) for r, f in enumerate(reports) if f}
+                self._publish(save, partial, files)
+                return {}
+        except OSError as error:
+            reports[0] = {"problem": error.strerror or str(error)}
+        shutil.rmtree(partial, ignore_errors=True)
+        for rank, report in enumerate(reports):
+            if "bug" in report:
+                return {"bug": f"rank {rank}: {report['bug']}"}
+        rank, reason = next((r, f["problem"]) for r, f in enumerate(reports) if "problem" in f)
+        return {"problem": self._failure(save, rank, reason)}
+
+    def _publish(self, save: Save, partial: Path, files: dict[str, FileEntry]) -> None:
+        write_manifest(
+            partial,
+            Manifest(
+                step=save.step, samples=save.samples, eval_loss=save.eval_loss,
+                lr=lr_at(save.step, self._config.steps, self._config.optim),
+                tensors=self._shard.tensors, files=files, **self._record,
+            ),
+        )  # fmt: skip
+        final = checkpoint_path(self._config.run_dir, save.step)
+        replaced = final.with_name(f"unused-{final.name}")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            final.rename(replaced)
+        partial.rename(final)
+        sync_folder(self._folder)
+
+    def _retain(self, save: Save) -> None:
+        """Remove what checkpoint.keep* do not keep; damaged ones do not count."""
+        options = self._config.checkpoint
+        found = checkpoints(self._config.run_dir)
+        losses: dict[int, float | None] = {save.step: save.eval_loss}
+        for step, path in found:
+            try:
+                losses[step] = check(path, hashed=()).eval_loss
+            except DamagedError:
+                log.info("%s is damaged and does not count as kept", path)
+        chosen = kept(losses, options.keep, options.keep_best, options.keep_every)
+        for step, path in found:
+            if options.keep and step not in chosen:
+                _remove(path)
+
+    def _note(self, save: Save) -> None:
+        if "problem" in self._outcome:
+            reason = self._outcome["problem"]
+            self._news.append({"event": "save_failed", "step": save.step, "reason": reason})
+        elif not self._outcome:
+            seconds = round(time.monotonic() - save.began, 3)
+            gib = round(self._shard.total_bytes / 2**30, 6)
+            self._news.append({"event": "save", "step": save.step, "seconds": seconds, "gib": gib})
+
+    def _warn(self, save: Save) -> None:
+        told = self._config.checkpoint.on_error == "stop" or save.step >= self._config.steps
+        if "problem" in self._outcome and not told:  # as the run's error
+            log.warning("%s; training goes on, and the next save tries again",
+                        self._outcome["problem"])  # fmt: skip
+        seconds, grace = time.monotonic() - save.began, self._config.checkpoint.grace_seconds
+        if grace and seconds > grace and not self._warned:
+            self._warned = True
+            log.warning(
+                "the save of step %d took %.1f s, more than checkpoint.grace_seconds=%g: a run "
+                "that is told to stop may be killed before it has saved; ask for a longer grace",
+                *(save.step, seconds, grace),
+            )
+
+    def _failure(self, save: Save, rank: int, reason: str) -> str:
+        return (
+            f"the save of step {save.step} failed on rank {rank}: {reason}; it needs "
+            f"{_size(self._shard.total_bytes)} and {_size(_free(self._folder))} are free in "
+            f"run_dir={self._config.run_dir}; older checkpoints are untouched"
+        )
+
+    def _too_small(self) -> str:
+        """Why not even one checkpoint fits beside those that are there; empty if it does."""
+        needed = self._shard.total_bytes
+        try:
+            if not self._folder.exists():
+                self._folder.mkdir(parents=True)
+                sync_folder(self._folder.parent)
+            free = _free(self._folder)
+        except OSError as error:
+            return (
+                f"run_dir={self._config.run_dir} cannot be written ({error.strerror}); choose "
+                "another run_dir"
+            )
+        if needed <= free:
+            return ""
+        return (
+            f"a checkpoint needs {_size(needed)}, but {_size(free)} are free in run_dir="
+            f"{self._config.run_dir}; free some space there, or choose another run_dir"
+        )
+
+    def _partial(self, save: Save) -> Path:
+        return self._folder / f".step-{save.step:08d}.{self._token}.partial"
+
+    def _tell(self, save: Save, who: int | str, what: dict[str, Any]) -> None:
+        self._store.set(f"{save.number}/{who}", json.dumps(what))
+
+    def _hear(self, save: Save, who: int | str) -> dict[str, Any]:
+        key = f"{save.number}/{who}"
+        self._store.wait([key], PATIENCE)
+        return json.loads(self._store.get(key))
+
+
+def seldom_best(config: TrainConfig) -> str:
+    """A warning where most checkpoints have no loss for checkpoint.keep_best; else empty."""
+    saved, measured = config.checkpoint.every, config.eval.every
+    if not (config.checkpoint.keep_best and saved and measured and saved % measured):
+        return ""
+    return (
+        f"checkpoint.keep_best=true goes by losses that are measured at the step of a save, which "
+        f"with checkpoint.every={saved} and eval.every={measured} is every "
+        f"{math.lcm(saved, measured)}th step; set eval.every={math.gcd(saved, measured)} or "
+        f"checkpoint.every={max(1, round(saved / measured)) * measured}"
+    )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, first from sight: a reader sees a whole one or none."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
+    try:
+        checkpoint.rename(hidden)
+        shutil.rmtree(hidden)
+    except OSError as error:
+        log.warning("%s could not be removed: %s", checkpoint, error)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
+
+
+def _size(count: float) -> str:
+    """812.3 MB, by powers of 1000 as disks are sold."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

@@ -1,0 +1,231 @@
+"""How tensors lie in a checkpoint's files: one safetensors file of each rank, and no pickle.
+
+torch.distributed.checkpoint plans which rank writes which part of a tensor, and which parts a rank
+of another layout reads; what is written, and how, is ours.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint.default_planner import (
+    DefaultSavePlanner,
+    create_default_local_load_plan,
+    create_default_local_save_plan,
+)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+
+from parallel.grad_norm import local
+from parallel.parallelize import place
+from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
+
+DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+PIECE_BYTES = 1 << 24  # written and hashed at a time
+
+
+def file_name(rank: int) -> str:
+    """The file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+class Shard:
+    """What this rank writes of a checkpoint: planned once, then held in host memory as a file is.
+
+    Memory is taken at the first copy and used again by every later one.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        """Plan, with all other ranks, who writes what; every rank has each tensor or a part."""
+        plan = create_default_local_save_plan(dict(tensors), dist.get_rank() == 0)
+        # A rank may hold no row of a small tensor.
+        plan = replace(plan, items=[item for item in plan.items if all(_box(item).sizes)])
+        plans: list[SavePlan] = [plan] * dist.get_world_size()
+        dist.all_gather_object(plans, plan)
+        # Of what several ranks have, the one with the least to write writes it.
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        plans, metadata = planner.create_global_plan(plans)
+        self.tensors = _index(plans, metadata)  # of the whole checkpoint
+        self.total_bytes = sum(
+            math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize
+            for entry in self.tensors.values()
+        )
+        # Wide dtypes first, so that every tensor of the file begins at a multiple of its width.
+        mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype(i).itemsize)
+        self._parts = {item.index.fqn: (_dtype(item), _box(item).sizes) for item in mine}
+        assert len(self._parts) == len(mine), "a rank has one part of a tensor"
+        self._buffer: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what the tensors are now; they may change as soon as this returns.
+
+        On a GPU that is so for work that is queued later; `write` waits for the copy itself.
+        """
+        cuda = any(tensors[name].is_cuda for name in self._parts)
+        if self._buffer is None:
+            self._buffer = torch.empty(self._ends()[-1], dtype=torch.uint8, pin_memory=cuda)
+        begin = 0
+        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
+            tensor = local(tensors[name].detach())
+            assert tensor.shape == sizes and tensor.dtype == dtype, name
+            self._buffer[begin:end].view(dtype).view(sizes).copy_(tensor, non_blocking=True)
+            begin = end
+        if cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def write(self, path: Path) -> FileEntry | None:
+        """Write the copy and wait until it is on the disk; None if this rank has nothing to write.
+
+        Raises OSError.
+        """
+        if not self._parts:
+            return None
+        if self._copied is not None:
+            self._copied.synchronize()
+        digest, size = hashlib.sha256(), 0
+        with path.open("xb") as file:
+            for piece in self._pieces():
+                file.write(piece)
+                digest.update(piece)
+                size += len(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        return FileEntry(size, digest.hexdigest())
+
+    def file_bytes(self) -> int:
+        """Size of this rank's file."""
+        return sum(map(len, self._pieces())) if self._buffer is not None else 0
+
+    def _ends(self) -> list[int]:
+        """Where each part ends in the buffer; 0 alone if there is none."""
+        ends = [0]
+        for dtype, sizes in self._parts.values():
+            ends.append(ends[-1] + math.prod(sizes) * dtype.itemsize)
+        return ends[1:] or ends
+
+    def _pieces(self) -> Iterator[bytes | memoryview]:
+        """The file: length of the header, header, data (https://github.com/huggingface/safetensors)."""
+        assert self._buffer is not None
+        begin, header = 0, {}
+        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
+            header[name] = {
+                "dtype": DTYPES[dtype], "shape": list(sizes), "data_offsets": [begin, end],
+            }  # fmt: skip
+            begin = end
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little") + text
+        data = self._buffer.numpy().data
+        for start in range(0, len(data), PIECE_BYTES):
+            yield data[start : start + PIECE_BYTES]
+
+
+def read(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, or this rank's parts of them, from a checkpoint of any layout.
+
+    Their names and shapes must be those of the checkpoint, which must have been checked.
+    """
+    wanted = {name: manifest.tensors[name] for name in tensors}
+    items = create_default_local_load_plan(dict(tensors), _metadata(wanted)).items
+    by_file: dict[str, list[ReadItem]] = {}
+    for item in items:
+        chunk = wanted[item.storage_index.fqn].chunks[item.storage_index.index or 0]
+        by_file.setdefault(chunk.file, []).append(item)
+    for name, wanted_items in by_file.items():
+        with safe_open(folder / name, framework="pt") as file:
+            for item in wanted_items:
+                there = file.get_slice(item.storage_index.fqn)
+                found = there[_slices(item.storage_offsets, item.lengths)]
+                here = local(tensors[item.dest_index.fqn].detach())
+                here[_slices(item.dest_offsets, item.lengths)].copy_(found)
+
+
+def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
+    """One whole tensor of a checkpoint, put together from its chunks."""
+    entry = manifest.tensors[name]
+    whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+    for chunk in entry.chunks:
+        with safe_open(folder / chunk.file, framework="pt") as file:
+            whole[_slices(chunk.offsets, chunk.sizes)] = file.get_tensor(name)
+    return whole
+
+
+def take_rows(parameter: Tensor, source: Tensor, rows: list[int]) -> None:
+    """Copy rows of `source` (rows there, …) to this rank's part of a parameter, where there are.
+
+    `rows`: of each row here its row there, -1 for none.
+    """
+    here = place(parameter)
+    own = torch.tensor([*rows, *[-1] * (parameter.shape[0] - len(rows))][here[0]])
+    known = own >= 0
+    with torch.no_grad():
+        part = local(parameter)
+        part[known.to(part.device)] = source[own[known]][:, *here[1:]].to(part)
+
+
+def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+    return tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
+
+
+def _box(item: WriteItem) -> ChunkStorageMetadata:
+    assert item.tensor_data is not None and item.tensor_data.chunk is not None
+    return item.tensor_data.chunk
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    assert item.tensor_data is not None
+    return item.tensor_data.properties.dtype
+
+
+def _index(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
+    """What all ranks write together, by name."""
+    chunks: dict[str, list[Chunk]] = {}
+    for rank, plan in enumerate(plans):
+        for item in plan.items:
+            box = Chunk(tuple(_box(item).offsets), tuple(_box(item).sizes), file_name(rank))
+            chunks.setdefault(item.index.fqn, []).append(box)
+    found = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata), name
+        shape, dtype = tuple(entry.size), DTYPES[entry.properties.dtype]
+        found[name] = TensorEntry(dtype, shape, tuple(chunks[name]))
+        held = sum(math.prod(chunk.sizes) for chunk in chunks[name])
+        assert held == math.prod(shape), f"the ranks have {held} numbers of {name} {shape}"
+    return found
+
+
+def _metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
+    """A manifest's tensors in the words of torch.distributed.checkpoint."""
+    return Metadata(
+        {
+            name: TensorStorageMetadata(
+                TensorProperties(TORCH_DTYPES[entry.dtype]),
+                torch.Size(entry.shape),
+                [
+                    ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
+                    for chunk in entry.chunks
+                ],
+            )
+            for name, entry in tensors.items()
+        }
+    )

@@ -1,0 +1,240 @@
+"""Shorter sequences: what flows between blocks is merged, pooled or dropped."""
+
+# B batch, S sequence, D width; A and C: the two sets that a sequence is parted into for merging;
+# G groups of K neighbours.
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from trainer.nn.layers import random_bits
+from trainer.nn.sequence import Flow, Resize, Stream
+
+
+class Merge(Resize):
+    """Token merging (arXiv 2210.09461): up to `r` vectors join the one that is most like them.
+
+    Between blocks, and by the vectors themselves instead of attention's keys: those are split over
+    the tensor axis, and the ranks would merge differently. Every second vector is compared with
+    the ones between; a merged vector is the mean of all that it stands for. A sample's merges
+    depend on its own valid vectors alone, so that padding changes nothing. `kept`: vectors at the
+    start that take no part (a class token).
+    """
+
+    marks = True
+
+    def __init__(self, r: int, kept: int):
+        self.r, self.kept = r, kept
+
+    def length(self, length: int, training: bool) -> int:
+        return length - min(self.r, (length - self.kept) // 2)
+
+    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
+        marks_BS2 = stream.marks_of(len(x_BSD))
+        length = self.length(x_BSD.shape[1], training)
+        if length == x_BSD.shape[1]:
+            return x_BSD, marks_BS2
+        slot_BS = self._slots(x_BSD.detach(), marks_BS2[..., 0] > 0, length)
+        precise = torch.promote_types(x_BSD.dtype, torch.float32)
+        sizes_BS1 = marks_BS2[..., :1].to(precise)
+        total_BSD = _gathered(x_BSD.to(precise) * sizes_BS1, slot_BS, length)
+        marks = _gathered(marks_BS2, slot_BS, length)
+        mean_BSD = total_BSD / marks[..., :1].to(precise).clamp(min=1)
+        return mean_BSD.to(x_BSD.dtype), marks
+
+    @torch.no_grad()
+    def _slots(self, x_BSD: Tensor, valid_BS: Tensor, length: int) -> Tensor:
+        """(B,S): where each vector goes; `length` = nowhere (padding that has no room)."""
+        kept = self.kept
+        unit_BSD = F.normalize(x_BSD[:, kept:], dim=-1)
+        valid = valid_BS[:, kept:]
+        scores_BAC = unit_BSD[:, ::2] @ unit_BSD[:, 1::2].mT
+        scores_BAC = scores_BAC.masked_fill(~valid[:, None, 1::2], -torch.inf)
+        best_BA, nearest_BA = scores_BAC.max(-1)
+        best_BA = best_BA.masked_fill(~valid[:, ::2], -torch.inf)
+        rank_BA = best_BA.argsort(dim=-1, descending=True, stable=True).argsort(-1)
+        merges_B1 = (valid.sum(1, keepdim=True) // 2).clamp(max=self.r)
+        merged_BA = rank_BA < merges_B1
+        gone_BS = torch.zeros_like(valid_BS)
+        gone_BS[:, kept::2] = merged_BA
+        stays_BS = valid_BS & ~gone_BS
+        slot_BS = torch.where(stays_BS, stays_BS.cumsum(1) - 1, length)
+        of_C = slot_BS[:, kept + 1 :: 2].gather(1, nearest_BA)
+        slot_BS[:, kept::2] = torch.where(merged_BA, of_C, slot_BS[:, kept::2])
+        return slot_BS
+
+
+class PoolImage(Resize):
+    """Squares of patches become their mean, once (as in a funnel, arXiv 2006.03236).
+
+    `side` patches make a side of the image; at its far edges a square may be cut off.
+    """
+
+    def __init__(self, stride: int, side: int, kept: int):
+        self.stride, self.side, self.kept = stride, side, kept
+
+    def length(self, length: int, training: bool) -> int:
+        return self.kept + (-(-self.side // self.stride)) ** 2
+
+    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, None]:
+        first_BSD, grid = x_BSD[:, : self.kept], x_BSD[:, self.kept :].mT
+        grid = grid.unflatten(-1, (self.side, self.side))
+        pooled = F.avg_pool2d(grid, self.stride, ceil_mode=True, count_include_pad=False)
+        return torch.cat((first_BSD, pooled.flatten(2).mT), dim=1), None
+
+
+class PoolText(Resize):
+    """Every `stride` vectors of a source become the mean of those that are no padding, once."""
+
+    marks = True
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def length(self, length: int, training: bool) -> int:
+        return -(-length // self.stride)
+
+    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
+        marks_BS2 = stream.marks_of(len(x_BSD))
+        sizes_BS1 = marks_BS2[..., :1].to(torch.promote_types(x_BSD.dtype, torch.float32))
+        marks = self._sums(marks_BS2)
+        mean_BSD = self._sums(x_BSD * sizes_BS1) / marks[..., :1].to(sizes_BS1.dtype).clamp(min=1)
+        return mean_BSD.to(x_BSD.dtype), marks
+
+    def _sums(self, x_BSD: Tensor) -> Tensor:
+        lacking = -x_BSD.shape[1] % self.stride
+        return (
+            F.pad(x_BSD, (0, 0, 0, lacking))
+            .unflatten(1, (-1, self.stride))
+            .sum(2, dtype=x_BSD.dtype)
+        )
+
+
+class Shorten(Resize):
+    """Of every `stride` tokens of a text one vector goes on, as in Hourglass (arXiv 2110.13711).
+
+    Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that none
+    of it is behind the first position that it goes back to (see Lengthen); of another document's
+    positions it takes none. The sequence as it was flows on in the memory's place.
+    """
+
+    stream = "target"
+    keeps = True
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def length(self, length: int, training: bool) -> int:
+        return -(-length // self.stride)
+
+    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+        """Each group stands at its last position, in that one's document."""
+        last = slice(-stream.start % self.stride, None, self.stride)
+        documents_BS, rope = stream.documents_BS, stream.rope
+        total = len(range(stream.total)[last])
+        shorter = replace(
+            stream.resized(total), mask=None, start=self.length(stream.start, training),
+            documents_BS=None if documents_BS is None else documents_BS[:, last],
+            rope=None if rope is None else (rope[0][:, last], rope[1][:, last]), longer=stream,
+        )  # fmt: skip
+        if documents_BS is not None:
+            rows_S = torch.arange(total, device=documents_BS.device)
+            shorter.mask = shorter.visible(rows_S, rows_S)
+        return shorter
+
+    def __call__(
+        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+    ) -> Flow:
+        x_BSD = flow[0]
+        whole_BSD = stream.layout.collected(x_BSD, stream.length)
+        return stream.layout.own(self._pooled(whole_BSD, stream, cache)), x_BSD, None
+
+    def _pooled(self, x_BSD: Tensor, stream: Stream, cache: dict[str, Tensor]) -> Tensor:
+        """(B,G,D): the means of the groups whose last position is among these."""
+        B, S, D = x_BSD.shape
+        before = self.stride - 1
+        # In front of the first position there is nothing, of document -1.
+        ids_BS = stream.documents_BS
+        ids_BS = x_BSD.new_zeros(B, S, dtype=torch.int64) if ids_BS is None else ids_BS
+        tail_BSD = cache.get("tail", x_BSD.new_zeros(B, before, D))
+        tail_ids_BS = cache.get("ids", ids_BS.new_full((B, before), -1))
+        x_BSD, ids_BS = torch.cat((tail_BSD, x_BSD), 1), torch.cat((tail_ids_BS, ids_BS), 1)
+        cache |= {"tail": x_BSD[:, S:], "ids": ids_BS[:, S:]}
+        first = -stream.start % self.stride
+        if first >= S:
+            return x_BSD[:, :0]
+        groups_BGDK = x_BSD[:, first:].unfold(1, self.stride, self.stride)
+        ids_BGK = ids_BS[:, first:].unfold(1, self.stride, self.stride)
+        same_BGK = ids_BGK == ids_BGK[..., -1:]
+        share_BGK = same_BGK / same_BGK.sum(-1, keepdim=True)
+        return (groups_BGDK * share_BGK[:, :, None].to(x_BSD.dtype)).sum(-1)
+
+
+class Lengthen(Resize):
+    """Undoes Shorten: every position is given the newest group, beside what it was before."""
+
+    stream = "target"
+    restores = True
+
+    def __init__(self, stride: int):
+        self.stride = stride
+
+    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+        assert stream.longer is not None
+        return stream.longer
+
+    def __call__(
+        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+    ) -> Flow:
+        x_BSD, before_BSD, longer = flow[0], flow[1], stream.longer
+        assert before_BSD is not None and longer is not None
+        groups_BGD = stream.layout.collected(x_BSD, stream.length)
+        skipped = longer.start % self.stride  # positions of the first group that are written
+        if skipped:
+            groups_BGD = torch.cat((cache["last"], groups_BGD), dim=1)
+        cache["last"] = groups_BGD[:, -1:]
+        long_BSD = self._repeated(groups_BGD)[:, skipped:][:, : longer.total]
+        if longer.documents_BS is not None and stream.documents_BS is not None:
+            theirs_BS = self._repeated(stream.documents_BS)[:, : longer.total]
+            long_BSD = torch.where((theirs_BS == longer.documents_BS)[..., None], long_BSD, 0.0)
+        return before_BSD + longer.layout.own(long_BSD), None, None
+
+    def _repeated(self, x_BG: Tensor) -> Tensor:
+        return x_BG[:, :, None].expand(-1, -1, self.stride, *x_BG.shape[2:]).flatten(1, 2)
+
+
+class Drop(Resize):
+    """Patches that are left out while training (arXiv 2208.07220): others for each sample."""
+
+    SITE = 0x70A7C4  # tells its draws from those of dropout
+
+    def __init__(self, share: float, kept: int):
+        self.share, self.kept = share, kept
+
+    def length(self, length: int, training: bool) -> int:
+        if not training:
+            return length
+        return self.kept + max(1, round((length - self.kept) * (1.0 - self.share)))
+
+    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, None]:
+        if not training or stream.seeds_B is None:
+            return x_BSD, None
+        S, D = x_BSD.shape[1:]
+        count = self.length(S, training) - self.kept
+        numbers_S = torch.arange(S - self.kept, device=x_BSD.device)
+        draws_BS = random_bits(stream.seeds_B, self.SITE, numbers_S)
+        stay_BS = draws_BS.argsort(dim=-1, stable=True)[:, :count].sort(-1).values + self.kept
+        first_BS = torch.arange(self.kept, device=x_BSD.device).expand(len(x_BSD), -1)
+        rows_BS = torch.cat((first_BS, stay_BS), dim=1)
+        return x_BSD.gather(1, rows_BS[..., None].expand(-1, -1, D)), None
+
+
+def _gathered(x_BSD: Tensor, slot_BS: Tensor, length: int) -> Tensor:
+    """(B,length,D): the sums of what goes to each slot."""
+    B, _, D = x_BSD.shape
+    rows_B1 = torch.arange(B, device=x_BSD.device)[:, None] * (length + 1)
+    flat = x_BSD.new_zeros(B * (length + 1), D)
+    flat = flat.index_add(0, (slot_BS + rows_B1).flatten(), x_BSD.flatten(0, 1))
+    return flat.view(B, length + 1, D)[:, :length]

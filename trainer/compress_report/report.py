@@ -1,0 +1,218 @@
+"""What a compression is worth: one table and one picture, beside the run without it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from rich.console import Console
+from rich.table import Table
+
+from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig
+from trainer.compress.compression import Compression
+from trainer.compress.packing import pack
+from trainer.compress.quantized_linear import CompressedLinear, pruned
+from trainer.compress_report.throughput import forward, in_turn, on_cores, one_batch, step
+from trainer.config.train import (
+    CompressReportConfig,
+    ConfigError,
+    EvaluateConfig,
+    ExportConfig,
+    asked_for,
+)
+from trainer.data import prepare
+from trainer.inference.trained_run import (
+    TrainedRun,
+    export_run,
+    is_export,
+    open_run,
+    smaller,
+    transformer,
+)
+from trainer.metrics.console import print_whole
+from trainer.metrics.loss_plot import last_values
+from trainer.nn.flops import flops_per_sample
+from trainer.run.run_dir import load_config
+
+NAME = "compression.png"
+METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss", "valid_loss")
+
+
+@dataclass
+class Facts:
+    """What is known of a run; `training` and `inference` are samples per second, by round."""
+
+    name: str
+    compress: str
+    metric: str
+    parameters: int
+    bytes: int  # of the weights, as they are exported
+    flops: float  # of training, per sample
+    lengths: list[int]  # vectors in front of each block of the encoder; empty = all alike
+    zeros: float  # share of the weights between embedding and head
+    training: list[float] = field(default_factory=list)
+    inference: list[float] = field(default_factory=list)
+    spread: dict[str, float] = field(default_factory=dict)  # inference on more cores and ranks
+
+    @property
+    def training_rate(self) -> float:
+        """The median of the rounds."""
+        return median(self.training)
+
+    @property
+    def inference_rate(self) -> float:
+        """The median of the rounds."""
+        return median(self.inference)
+
+
+def report(config: CompressReportConfig, runtime: Runtime) -> None:
+    """Prints the table and writes run_dir/compression.png, from the runs' newest checkpoints.
+
+    Rates alternate between the runs and are per second of CPU time, of a forward and backward of
+    one batch of the run's size, and of a forward of the exported model, with integer kernels where
+    they fit; on several cores and ranks of this host per second of wall time. Raises ConfigError
+    if the runs have other data.
+    """
+    names = [name for name in (config.baseline, config.run_dir) if name]
+    reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
+    trains = [
+        smaller(open_run(replace(reader, run_dir=name), runtime, integers=False), runtime)
+        for name in names
+    ]
+    if trains[0].config.data != trains[-1].config.data:
+        raise ConfigError(
+            f"baseline={config.baseline} has learned from other data than run_dir="
+            f"{config.run_dir}; name a run that differs in model and compress alone"
+        )
+    prepare(trains[0].data)
+    found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
+    with TemporaryDirectory() as scratch:  # inference is of what is exported
+        folders = [
+            _exported(name, Path(scratch) / str(number), runtime)
+            for number, name in enumerate(names)
+        ]
+        reads = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
+        _measure(found, trains, reads, config.rounds)
+        if runtime.device.type == "cpu":
+            spread = on_cores(folders, [run.config.model for run in reads], config.rounds)
+            for number, facts in enumerate(found):
+                facts.spread = {name: rates[number] for name, rates in spread.items()}
+    path = Path(config.run_dir) / NAME
+    _draw(found, path)
+    console = Console()
+    print_whole(table(found))
+    console.print(f"picture: {path}", markup=False, soft_wrap=True)
+
+
+def _measure(
+    found: list[Facts], trains: list[TrainedRun], reads: list[TrainedRun], rounds: int
+) -> None:
+    """Fill in the rates of one rank: of CPU time, or of wall time on a GPU."""
+    batch = one_batch(trains[-1])
+    clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
+    training, inference = (
+        in_turn(work, [run.worker for run in runs], batch, rounds, clock)
+        for work, runs in ((step, trains), (forward, reads))
+    )
+    for number, facts in enumerate(found):
+        facts.training, facts.inference = training[number], inference[number]
+
+
+def _exported(name: str, to: Path, runtime: Runtime) -> str:
+    """A folder with what is exported of a run, which may be that already."""
+    if is_export(name):
+        return name
+    export_run(ExportConfig(name, str(to), load_config(name).compress), runtime, say=False)
+    return str(to)
+
+
+def _facts(name: str, run: TrainedRun) -> Facts:
+    config, model = run.config, transformer(run.worker)
+    lens = Compression(config.compress).lens
+    compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
+    parts = [pack(module.weight.detach(), lens) for module in compressed]
+    inside = sum(module.weight.numel() for module in compressed)
+    parameters = sum(p.numel() for p in run.worker.parameters().values())
+    size = sum(tensor.nbytes for part in parts for tensor in part.values())
+    length = config.data.seq_len
+    lengths = model.lengths(length)
+    values = last_values(Path(name))
+    metric = next((key for key in METRICS if key in values), "")
+    changed = asked_for(load_config(name).compress)  # also what a smaller model is without
+    zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
+    return Facts(
+        name, " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
+        f"{metric.removeprefix('test_')} {values[metric]:.4g}" if metric else "not measured",
+        parameters, size + 4 * (parameters - inside),
+        flops_per_sample(config.model, length, length, lengths), lengths,
+        sum(int((weight == 0).sum()) for weight in zeros) / max(1, inside),
+    )  # fmt: skip
+
+
+def table(found: list[Facts]) -> Table:
+    """A column for each run; with two, the ratio of the second to the first."""
+    shown = Table(*["", *(facts.name for facts in found)])
+    if len(found) > 1:
+        shown.add_column("ratio", justify="right")
+    rows: list[tuple[str, Callable[[Facts], str], Callable[[Facts], float] | None]] = [
+        ("compress", lambda f: f.compress, None),
+        ("metric", lambda f: f.metric, None),
+        ("parameters", lambda f: f"{f.parameters:,}", lambda f: f.parameters),
+        ("MB on disk", lambda f: f"{f.bytes / 1e6:.3g}", lambda f: f.bytes),
+        ("GFLOP a sample", lambda f: f"{f.flops / 1e9:.3g}", lambda f: f.flops),
+        ("vectors by block", lambda f: " ".join(map(str, f.lengths)) or "all", None),
+        ("zeros", lambda f: f"{f.zeros:.1%}", None),
+        ("training, samples/s", lambda f: f"{f.training_rate:.4g}", lambda f: f.training_rate),
+        ("inference, samples/s", lambda f: f"{f.inference_rate:.4g}", lambda f: f.inference_rate),
+    ]
+    for way in found[0].spread:
+        rate = partial(_spread_rate, way)
+        rows.append((f"  {way}", partial(_spread_text, way), rate))
+    for name, text, number in rows:
+        ratio = f"{number(found[-1]) / number(found[0]):.3g}" if number else ""
+        shown.add_row(name, *map(text, found), *[ratio] * (len(found) > 1))
+    return shown
+
+
+def _spread_rate(way: str, facts: Facts) -> float:
+    return facts.spread[way]
+
+
+def _spread_text(way: str, facts: Facts) -> str:
+    return f"{facts.spread[way]:.4g}"
+
+
+def _draw(found: list[Facts], path: Path) -> None:
+    """Vectors in front of each block, and what is faster and smaller; ConfigError if it cannot."""
+    pyplot = import_module("matplotlib.pyplot")  # 0.5 s that no other door needs
+    pyplot.switch_backend("agg")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for facts in found:
+        blocks = range(1, len(facts.lengths) + 1)
+        axes[0].plot(blocks, facts.lengths, marker="o", label=f"{facts.name}: {facts.compress}")
+    axes[0].set(title="vectors in front of each block", xlabel="block", ylim=(0, None))
+    axes[0].xaxis.get_major_locator().set_params(integer=True)
+    axes[0].legend(fontsize="small")
+    bars = {
+        "training\nsamples/s": lambda f: f.training_rate,
+        "inference\nsamples/s": lambda f: f.inference_rate,
+        "FLOPs\na sample": lambda f: f.flops,
+        "bytes\non disk": lambda f: f.bytes,
+    }
+    values = [number(found[-1]) / number(found[0]) for number in bars.values()]
+    drawn = axes[1].bar(list(bars), values, color=["C1", "C1", "C2", "C2"])
+    axes[1].bar_label(drawn, fmt="%.2f")
+    axes[1].margins(y=0.1)  # for what stands on the bars
+    axes[1].axhline(1.0, color="grey", linewidth=0.8)
+    axes[1].set(title=f"{found[-1].name} / {found[0].name}")
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror})") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,102 @@
+"""How fast models compute, one beside the other: in turn, since a machine's speed drifts."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from statistics import median
+
+import torch
+
+from parallel.parallel_model import MicroBatch, Worker
+from parallel.rank_pool import RankPool
+from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig
+from trainer.config.train import EvaluateConfig, ModelConfig
+from trainer.data import open_split
+from trainer.data.loader import evaluation_batches
+from trainer.inference.trained_run import TrainedRun, open_run
+
+Rates = list[list[float]]  # samples per second, by model and round
+
+
+def one_batch(run: TrainedRun) -> MicroBatch:
+    """One batch of the run's size, as in training."""
+    dataset = open_split(run.data, "train")
+    batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
+    return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
+
+
+def step(worker: Worker, batch: MicroBatch) -> None:
+    """Forward and backward."""
+    worker.zero_grad()
+    worker.forward_backward([batch])
+
+
+def forward(worker: Worker, batch: MicroBatch) -> None:
+    """As a model is used."""
+    with worker.evaluating():
+        worker.forward(batch)
+
+
+def in_turn(work: Callable[[Worker, MicroBatch], None], workers: Sequence[Worker],
+            batch: MicroBatch, rounds: int, clock: Callable[[], float]) -> Rates:  # fmt: skip
+    """Rates of each worker; the first round warms up and is not told. A GPU is waited for."""
+    jobs = [partial(work, worker, batch) for worker in workers]
+    found: Rates = [[] for _ in workers]
+    for number in range(rounds + 1):
+        for job, rates in zip(jobs, found, strict=True):
+            began = clock()
+            job()
+            if batch["targets"].is_cuda:
+                torch.cuda.synchronize()
+            if number:
+                rates.append(len(batch["targets"]) / (clock() - began))
+    return found
+
+
+def layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfig]]:
+    """What this host's cores can do for inference: threads of one rank, and ranks."""
+    cores = len(os.sched_getaffinity(0))
+    if cores == 1:
+        return {}
+    ways = {
+        "1 core": (1, StrategyConfig()),
+        f"{cores} cores": (cores, StrategyConfig()),
+        "2 ranks, ddp": (1, StrategyConfig(replicate=2)),
+    }
+    if all(model.heads % 2 == model.ffn_width % 2 == 0 for model in models):
+        ways["2 ranks, tensor"] = (1, StrategyConfig(tensor=2))
+    return ways
+
+
+def on_cores(folders: Sequence[str], models: Sequence[ModelConfig], rounds: int
+             ) -> dict[str, list[float]]:  # fmt: skip
+    """Medians of samples per second of wall time, of each model on each layout of this host."""
+    pool, found = RankPool(2), {}
+    try:
+        for name, (threads, strategy) in layouts(models).items():
+            ranks = strategy.replicate * strategy.tensor
+            rates = pool.run(
+                ranks, spread_rates, folders, strategy, threads, rounds, timeout_seconds=3600.0
+            )
+            # Ranks with samples of their own do as much each; the others do one thing together.
+            found[name] = [strategy.replicate * median(own) for own in rates[0]]
+    finally:
+        pool.close()
+    return found
+
+
+def spread_rates(runtime: Runtime, folders: Sequence[str], strategy: StrategyConfig, threads: int,
+                 rounds: int) -> Rates:  # fmt: skip
+    """On one rank of a layout: forwards of the models in these folders."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        reader = EvaluateConfig(strategy=strategy, precision="fp32", device="cpu")
+        runs = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
+        workers = [run.worker for run in runs]
+        return in_turn(forward, workers, one_batch(runs[-1]), rounds, time.perf_counter)
+    finally:
+        torch.set_num_threads(before)

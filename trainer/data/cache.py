@@ -1,0 +1,123 @@
+"""Folders of prepared data: written once, whole or not at all, and reused while nothing changed."""
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from trainer.config.train import ConfigError, DataConfig
+
+RECORD = "prepared.json"
+FORMAT = 2  # raise it when the files of a prepared folder change their meaning
+
+Record = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Path:
+    """The folder that is made of these ingredients: another one as soon as any of them changes."""
+    text = json.dumps([FORMAT, config.kind, ingredients], default=str)
+    fingerprint = blake2b(text.encode(), digest_size=6).hexdigest()
+    return Path(config.cache) / f"{name}-{fingerprint}"
+
+
+def build(folder: Path, write: Callable[[Path], Record]) -> Record:
+    """The record that `write` returned when it filled the folder; it is called only if need be.
+
+    Several processes may build at once: each fills a folder of its own, and the first to finish
+    gives it its name.
+    """
+    record = read(folder)
+    if record is not None:
+        return record
+    if folder.exists():
+        log.warning("%s; it is prepared anew", damage(folder))
+    try:
+        return _build(folder, write)
+    except OSError as error:
+        raise ConfigError(
+            f"data.cache={folder.parent} cannot be written: {error}; set data.cache to a "
+            "folder with room"
+        ) from error
+
+
+def _build(folder: Path, write: Callable[[Path], Record]) -> Record:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        record = write(temporary)
+        record["files"] = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
+        (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        temporary.chmod(0o755)  # mkdtemp keeps other users out
+        if read(folder) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
+            _rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return record
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.replace(folder)
+    except OSError:
+        if read(folder) is None:  # else another process was faster, with the same content
+            raise
+
+
+def read(folder: Path) -> Record | None:
+    """The record of a complete prepared folder, or None."""
+    return None if damage(folder) else _record(folder)
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a prepared folder, with the bytes found and expected; empty = nothing."""
+    try:
+        sizes = dict(_record(folder)["files"])
+    except OSError:
+        return f"{folder} is missing or holds no {RECORD}"
+    except (ValueError, KeyError, TypeError):
+        return f"{folder / RECORD} is damaged"
+    for name, expected in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path} is missing"
+        if path.stat().st_size != expected:
+            return f"{path} is damaged: it has {path.stat().st_size} bytes, not {expected}"
+    return ""
+
+
+def opened(folder: Path) -> Record:
+    """The record of a folder that `prepare` has made; ConfigError if it is no longer whole."""
+    if found := damage(folder):
+        raise ConfigError(
+            f"{found}; data.path or data.cache has changed since it was prepared. Start again: "
+            "it is prepared anew"
+        )
+    return _record(folder)
+
+
+def _record(folder: Path) -> Record:
+    record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    return record
+
+
+@contextmanager
+def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """A function to call with what was done since; draws on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
+        yield lambda done: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.advance(task, done)

@@ -1,0 +1,316 @@
+"""Where data come from: files, folders and what is bundled, found, split and read as UTF-8."""
+
+import codecs
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from charset_normalizer import from_bytes
+
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data.folders import (
+    BESIDE,
+    DOCUMENT,
+    SPLITS,
+    Entry,
+    Listing,
+    once,
+    refuse_inner_splits,
+    scan,
+    split_of,
+    splits_of,
+    unwrapped,
+)
+
+BUNDLED = {
+    "shakespeare": ("text", "shakespeare"),
+    "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
+    "home-assistant": ("pairs", "home-assistant-en-de"),
+}
+SUFFIXES = {"text": (".txt", ".text", ".md", ".rst"), "pairs": (".tsv", ".txt")}
+PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
+OTHER_FORMATS = {
+    *PICTURES, ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather", ".pkl",
+    ".gz", ".zst", ".zip", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pdf", ".docx", ".html", ".xml",
+    ".safetensors", ".bin", ".h5", ".hdf5", ".sqlite", ".db", ".wav", ".mp3", ".flac", ".ogg",
+}  # fmt: skip
+BLOCK = 1 << 20  # bytes read at once
+GUESSED_ON = 1 << 14  # bytes that an encoding is guessed on
+ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # iconv's names of encodings
+
+
+@dataclass(frozen=True)
+class Part:
+    """Bytes [start, end) of a file."""
+
+    path: Path
+    start: int
+    end: int
+
+    def fingerprint(self) -> list[Any]:
+        """What changes when the file does."""
+        stat = self.path.stat()
+        return [str(self.path.resolve()), self.start, self.end, stat.st_size, stat.st_mtime_ns]
+
+
+def name_of(config: DataConfig) -> str:
+    """A file name for the data."""
+    stem = Path(config.path.partition(":")[2] or config.path).stem
+    return re.sub(r"[^\w.-]+", "-", stem) or "data"
+
+
+def locate(config: DataConfig) -> Path:
+    """The file or folder of `data.path`, which is there and readable; ConfigError otherwise."""
+    if config.path.startswith("bundled:"):
+        return _bundled(config)
+    path = Path(config.path).expanduser()
+    if not config.path:
+        names = ", ".join(f"bundled:{name}" for name in BUNDLED)
+        raise ConfigError(f"data.path is empty; it must be a file, a folder or one of {names}")
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, siblings, 1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"data.path={config.path}: no such file or folder{hint}")
+    return path
+
+
+def _bundled(config: DataConfig) -> Path:
+    name = config.path.removeprefix("bundled:")
+    if name not in BUNDLED:
+        near = get_close_matches(name, BUNDLED, 1, 0) or list(BUNDLED)
+        raise ConfigError(
+            f"data.path={config.path}: bundled are {', '.join(BUNDLED)}; "
+            f"set data.path=bundled:{near[0]}"
+        )
+    kind, path = BUNDLED[name]
+    if kind != config.kind:
+        raise ConfigError(f"data.kind={config.kind}: {config.path} is data.kind={kind}")
+    return Path(str(files("trainer.data"))) / "bundled" / path
+
+
+def read_listing(config: DataConfig, root: Path) -> Listing:
+    """Return the files of text or of pairs at data.path, by split, and what is not read.
+
+    Without valid or test they are part of train (`split_parts`). Raises ConfigError where there is
+    nothing to read, or where entries could be read in two ways.
+    """
+    if root.is_file():
+        return Listing({"train": [root]})
+    where, notes = f"data.path={config.path}", list[str]()
+    top, left_out = scan(root)
+    inner = _unwrapped(config, top, left_out)
+    if inner is not top:
+        notes.append(f"all of it is in {inner.relative}/")
+    files = {entry: _text_files(config, entry, left_out) for entry in inner.inside or ()}
+    found = [entry for entry in files if files[entry] or split_of(entry.name)]
+    named, others = splits_of(where, found, lambda entry: True)
+    if not named:
+        texts = [entry for entry in others if not entry.is_document] or others
+        refuse_inner_splits(where, [file for entry in texts for file in files[entry]], inner)
+        named, others = {"train": texts}, [entry for entry in others if entry not in texts]
+    for entry in others:
+        left_out[entry.relative] = DOCUMENT if entry.is_document else BESIDE
+    splits = {split: _chosen(config, named[split], files, left_out) for split in named}
+    if "train" not in splits:
+        first = SUFFIXES[config.kind][0]
+        raise ConfigError(
+            f"{where} has {', '.join(splits)} but no train split; add train{first} or a folder "
+            "train/"
+        )
+    if not splits["train"]:
+        raise ConfigError(f"{where} holds no {_readable(config)} file with text")
+    roles = [(file, f"the {s} split") for s in SPLITS for file in splits.get(s, ())]
+    kept = once(where, roles, left_out)
+    paths = {s: [file.path for file in splits[s] if file.relative in kept] for s in splits}
+    return Listing({s: paths[s] for s in SPLITS if s in paths}, left_out, notes)
+
+
+def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
+    """The folder inside that holds all text; says of what lies around it why it is not read."""
+
+    def with_text(folder: Entry) -> list[Entry]:
+        inside = [entry for entry in folder.inside or () if not entry.is_document]
+        named = [e for e in inside if any(split_of(file.name) for file in e.files())]
+        return [entry for entry in inside if _text_files(config, entry, {})] or named
+
+    *around, inner = unwrapped(top, with_text, lambda entry: entry.inside is not None)
+    for entry in (entry for folder in around for entry in folder.inside or ()):
+        if entry.is_document:
+            left_out[entry.relative] = DOCUMENT
+        elif entry is not inner and entry not in around:
+            _text_files(config, entry, left_out)
+    return inner
+
+
+def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
+    """The files that an entry of data.path is read from: itself, or those in the folder."""
+    found = []
+    for file in entry.files():
+        if file.suffix not in SUFFIXES[config.kind]:
+            left_out[file.relative] = f"no {_readable(config)} file"
+        elif file.size == 0 and not (file is entry and split_of(file.name)):
+            left_out[file.relative] = "empty"
+        else:
+            found.append(file)
+    return found
+
+
+def _chosen(
+    config: DataConfig,
+    named: list[Entry],
+    files: dict[Entry, list[Entry]],
+    left_out: dict[str, str],
+) -> list[Entry]:
+    """The files of one split; one of an unknown suffix that is named after it counts if alone."""
+    chosen = [file for entry in named for file in files[entry]]
+    if chosen:
+        return chosen
+    for entry in named:
+        if entry.inside is not None:
+            raise ConfigError(
+                f"data.path={config.path}: {entry.location} holds no {_readable(config)} file, "
+                f"which data.kind={config.kind} reads"
+            )
+        left_out.pop(entry.relative, None)
+    return named
+
+
+def _readable(config: DataConfig) -> str:
+    return " or ".join(SUFFIXES[config.kind])
+
+
+def split_parts(config: DataConfig, root: Path) -> dict[str, list[Part]]:
+    """The parts of files that make each split; a split that is missing is cut from train's end."""
+    found = read_listing(config, root).splits
+    splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
+    missing = [split for split in ("valid", "test") if split not in splits]
+    if missing:
+        splits |= _hold_out(config, splits["train"], missing)
+    return {split: splits[split] for split in SPLITS}
+
+
+def _whole(config: DataConfig, path: Path) -> Part:
+    suffix = path.suffix.lower()
+    if suffix in OTHER_FORMATS:
+        instead = (
+            "data.kind=images or another data.path" if suffix in PICTURES
+            else f"data.path to {_readable(config)} files"
+        )  # fmt: skip
+        raise ConfigError(
+            f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"
+        )
+    size = path.stat().st_size
+    if size == 0:
+        raise ConfigError(f"data.path={config.path}: {path} is empty; it must hold text")
+    return Part(path, 0, size)
+
+
+def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict[str, list[Part]]:
+    """Train without its last `held_out` share, and that share in equal parts for the others."""
+    total = sum(part.end for part in train)
+    kept = total * (1 - config.held_out)
+    step = (total - kept) / len(missing)
+    cuts = [0, *(round(kept + i * step) for i in range(len(missing))), total]
+    splits = {}
+    for split, start, end in zip(["train", *missing], cuts[:-1], cuts[1:], strict=True):
+        splits[split] = list(_between(train, start, end))
+        if not splits[split]:
+            raise ConfigError(
+                f"data.held_out={config.held_out}: nothing of the {total} bytes at data.path="
+                f"{config.path} is left for {split}; change data.held_out or give more text"
+            )
+    return splits
+
+
+def _between(parts: list[Part], start: int, end: int) -> Iterator[Part]:
+    """What of the parts lies between two bytes of their concatenation, in whole lines."""
+    offset = 0
+    for part in parts:
+        low, high = (min(max(0, cut - offset), part.end) for cut in (start, end))
+        low, high = (_line_start(part.path, cut) if cut < part.end else cut for cut in (low, high))
+        if low < high:
+            yield Part(part.path, low, high)
+        offset += part.end
+
+
+def _line_start(path: Path, cut: int) -> int:
+    """The start of the first line (or, in a long line, character) at or after a byte."""
+    if cut == 0:
+        return 0
+    with path.open("rb") as file:
+        file.seek(cut - 1)
+        ahead = file.read(1 << 16)
+    line_break = ahead.find(b"\n")
+    if line_break >= 0:
+        return cut + line_break
+    continuation = next((i for i, byte in enumerate(ahead[1:]) if byte & 0xC0 != 0x80), 0)
+    return cut + continuation
+
+
+def read_text(part: Part) -> Iterator[str]:
+    """The text of a part, block by block, unchanged but for a byte order mark at its start.
+
+    Raises ConfigError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    position, first = part.start, part.start == 0
+    try:
+        with part.path.open("rb") as file:
+            file.seek(position)
+            while position < part.end:
+                pending = len(decoder.getstate()[0])
+                block = file.read(min(BLOCK, part.end - position))
+                if (nul := block.find(0)) >= 0 or block.startswith(UTF_16):
+                    raise ConfigError(_not_text(part.path, position + max(0, nul), block))
+                final = position + len(block) >= part.end or not block
+                text = decoder.decode(block, final)
+                if text and first:
+                    text, first = text.removeprefix("\ufeff"), False
+                yield text
+                position = part.end if final else position + len(block)
+    except UnicodeDecodeError as error:
+        at, byte = position - pending + error.start, error.object[error.start]
+        raise ConfigError(
+            f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it from what it is in, "
+            f"e.g. {_likely(error.object, byte)}, or choose another data.path"
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
+
+
+def _likely(block: bytes, first: int) -> str:
+    """How to convert a text from the encoding that it is likely in."""
+    letters = [byte for byte in block[:GUESSED_ON] if byte >= 0x80 or chr(byte).isalpha()]
+    guess = None
+    if 3 * sum(byte >= 0x80 for byte in letters) > len(letters):  # not the Latin script
+        guess = from_bytes(block[:GUESSED_ON]).best()
+    if guess and guess.encoding not in ("ascii", "utf_8"):
+        encoding = ICONV.get(guess.encoding, guess.encoding.replace("_", "-"))
+        return f"`iconv -f {encoding} -t utf-8` by its looks"
+    encoding = "cp1252" if 0x80 <= first < 0xA0 else "latin1"
+    return f"`iconv -f {encoding} -t utf-8` for Western European text"
+
+
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+
+
+def _not_text(path: Path, position: int, block: bytes) -> str:
+    """What a file with NULs is: text in an encoding of two or four bytes, or no text at all."""
+    zeros = [block[place::4].count(0) * 4 / max(1, len(block)) > 0.2 for place in range(4)]
+    order = {
+        (False, True, True, True): "utf-32le", (True, True, True, False): "utf-32be",
+        (False, True, False, True): "utf-16le", (True, False, True, False): "utf-16be",
+    }.get((zeros[0], zeros[1], zeros[2], zeros[3]), "")  # fmt: skip
+    if block.startswith(UTF_16):  # its byte order mark is read, and left out, by iconv
+        order = "utf-32" if order.startswith("utf-32") else "utf-16"
+    if order:
+        return (
+            f"{path} is not UTF-8 but {order.upper()}; convert it, `iconv -f {order} -t utf-8`, or "
+            "choose another data.path"
+        )
+    return f"{path} holds a NUL at byte {position}, so it is no text; choose another data.path"

@@ -1,0 +1,303 @@
+"""Labelled pictures in folders: one folder per class, perhaps inside one per split."""
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from os import cpu_count
+from pathlib import Path
+
+import numpy as np
+
+from trainer.config.train import ConfigError, DataConfig
+from trainer.data import pictures
+from trainer.data.cache import progress_bar
+from trainer.data.folders import BESIDE, Entry, Listing, once, scan, split_of, splits_of, unwrapped
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+Shape = tuple[int, int, int]  # H, W, C
+EMPTY = "a folder without pictures"
+SHOWN = 3  # damaged files that a message names
+
+
+@dataclass(frozen=True)
+class Table:
+    """The images of a split with their labels, in memory or as paths."""
+
+    labels: np.ndarray  # (N,) int64
+    order: np.ndarray  # (N,) rows in the order of which the last are held out
+    class_names: tuple[str, ...]
+    shape: Shape
+    pixels: np.ndarray | None = None  # of an archive: (N, H, W, C) uint8
+    paths: tuple[Path, ...] = ()  # of a folder
+
+    def image(self, row: int) -> np.ndarray:
+        """(H, W, C) uint8."""
+        if self.pixels is not None:
+            return np.asarray(self.pixels[row])
+        pixels = decoded(self.paths[row], self.shape[2])
+        if pixels.shape != self.shape:
+            raise ConfigError(
+                f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
+                f"and is {_size(pixels.shape)}; put the old image back"
+            )
+        return pixels
+
+    def rows(self, order: np.ndarray) -> "Table":
+        """These rows as a table, in this order."""
+        return replace(
+            self,
+            labels=self.labels[order],
+            order=np.arange(len(order)),
+            pixels=None if self.pixels is None else self.pixels[order],
+            paths=tuple(self.paths[i] for i in order) if self.paths else (),
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return f"{shape[1]} × {shape[0]}"
+
+
+def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
+    """Return the pixels of a file (H, W, channels) uint8; ConfigError names one that is damaged."""
+    with pictures.opened(path, key) as image:
+        return pictures.pixels_of(image, channels)
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Picture files with their classes, by split, and where they were found."""
+
+    files: dict[str, list[tuple[Entry, str]]]
+    listing: Listing  # of each split the folders that it was read from
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The classes of the train split, by name."""
+        return tuple(sorted({name for _, name in self.files["train"]}))
+
+
+def list_gallery(config: DataConfig, root: Path) -> Gallery:
+    """List the pictures of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
+
+    Raises ConfigError where there are none, or where folders could be read in two ways.
+    """
+    where, notes = f"data.path={config.path}", list[str]()
+    top, left_out = scan(root)
+    # A folder that holds pictures itself is a class, be it the only one.
+    *around, inner = unwrapped(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
+    if around:
+        notes.append(f"all of it is in {inner.relative}/")
+    for folder in (*around, inner):
+        _leave_out(folder, left_out)
+    named = _split_folders(where, inner, left_out)
+    files = {}
+    for split, folders in named.items():
+        files[split] = [p for folder in folders for p in _of_classes(where, folder, left_out)]
+    roles = [(p, f"class {name} of the {s} split") for s in files for p, name in files[s]]
+    kept = once(where, roles, left_out, skip=config.on_bad_file == "skip")
+    files = {s: [found for found in files[s] if found[0].relative in kept] for s in files}
+    read_from = {split: [folder.path for folder in named[split]] for split in named}
+    gallery = Gallery(files, Listing(read_from, left_out, notes))
+    _same_classes(where, gallery)
+    return gallery
+
+
+def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[str, list[Entry]]:
+    """The folders of each split; without any it is all of train."""
+    tops = _with_pictures(inner)
+    nested = {entry for entry in tops if _with_pictures(entry)}
+    named, others = splits_of(where, tops, nested.__contains__)
+    if not named:  # all are classes
+        if nested:
+            raise _nested(where, next(entry for entry in tops if entry in nested))
+        _refuse_flat_splits(where, tops)
+        named, others = {"train": [inner]} if tops else {}, []
+    for name in list(left_out) if nested else []:
+        if left_out[name] == EMPTY and split_of(name):
+            raise ConfigError(f"{where}: {name}/ holds no images in class folders")
+    for entry in others:
+        left_out[entry.relative] = BESIDE
+    if "train" not in named:
+        found = f"has {', '.join(named)} but no train split; add" if named else (
+            f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
+        )  # fmt: skip
+        raise ConfigError(f"{where} {found} a folder train/ with a folder per class, or an .npz")
+    return named
+
+
+def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
+    """Raise ConfigError if what would be classes are splits, by all their names."""
+    splits = [split_of(entry.name) for entry in classes]
+    if None not in splits and len(set(splits)) > 1:
+        names = ", ".join(entry.name for entry in classes)
+        raise ConfigError(
+            f"{where}: {names} are splits by their names, but hold pictures without class folders; "
+            f"move the pictures into a folder per class, {classes[0].name}/<class>/, or, if these "
+            "are the classes, move them into a folder train/"
+        )
+
+
+def _holds_pictures(entry: Entry) -> bool:
+    return any(file.suffix in SUFFIXES for file in entry.files())
+
+
+def _with_pictures(folder: Entry) -> list[Entry]:
+    """The folders directly in a folder that hold pictures, at any depth."""
+    inside = folder.inside or ()
+    return [entry for entry in inside if entry.inside is not None and _holds_pictures(entry)]
+
+
+def _leave_out(folder: Entry, left_out: dict[str, str]) -> None:
+    """Say of what is in a folder of class folders, but is none, why it is not read."""
+    for entry in folder.inside or ():
+        if entry.inside is None:
+            left_out[entry.relative] = "beside the class folders"
+        elif not _holds_pictures(entry):
+            left_out[entry.relative] = EMPTY
+
+
+def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
+    """The pictures of each class folder in a folder, with the class's name."""
+    found = []
+    _leave_out(folder, left_out)
+    for entry in _with_pictures(folder):
+        if _with_pictures(entry):
+            raise _nested(where, entry)
+        for file in (inside for inside in entry.inside or () if inside.inside is None):
+            if file.suffix in SUFFIXES:
+                found.append((file, entry.name))
+            else:
+                left_out[file.relative] = "no picture file"
+    if not found:
+        raise ConfigError(f"{where}: {folder.location} holds no images in class folders")
+    return found
+
+
+def _nested(where: str, entry: Entry) -> ConfigError:
+    inside = ", ".join(folder.name for folder in _with_pictures(entry)[:SHOWN])
+    return ConfigError(
+        f"{where}: {entry.relative} is read as a class, but it holds folders with pictures "
+        f"({inside}); if it is a split, name it train, valid or test; if it is a class, move its "
+        "pictures up into it"
+    )
+
+
+def _same_classes(where: str, gallery: Gallery) -> None:
+    known = gallery.class_names
+    for split, files in gallery.files.items():
+        if other := sorted({name for _, name in files} - set(known)):
+            raise ConfigError(
+                f"{where}: {', '.join(other)} of the {split} split is no class of the train split, "
+                f"which has {', '.join(known)}"
+            )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What is known of all picture files once each has been decoded."""
+
+    shape: Shape
+    damaged: dict[str, str]  # why, by name; they are left out
+    notes: list[str] = field(default_factory=list)
+
+
+def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Checked:
+    """Decode every picture once, on all cores.
+
+    Raises ConfigError if they are not of one square size, or if one is damaged and
+    data.on_bad_file=stop.
+    """
+    found = [entry for files in gallery.files.values() for entry, _ in files]
+    paths = [entry.path for entry in found]
+    with (
+        progress_bar("Checking images", len(paths), progress) as advance,
+        ThreadPoolExecutor(cpu_count()) as pool,
+    ):
+        looks = []
+        for look in pool.map(_look, paths):
+            looks.append(look)
+            advance(1)
+    both = list(zip(found, looks, strict=True))
+    good = [(entry.path, look) for entry, look in both if not look.problem]
+    damaged = {entry.relative: look.problem for entry, look in both if look.problem}
+    if damaged and config.on_bad_file == "stop":
+        raise _damaged(damaged)
+    if not good:
+        raise ConfigError(f"data.path={config.path}: no picture of {len(paths)} can be read")
+    notes = []
+    if animated := sum(look.animated for _, look in good):
+        notes.append(f"of {animated} animated files the first picture is read")
+    for split, files in gallery.files.items():
+        left = {name for entry, name in files if entry.relative not in damaged}
+        lost = sorted({name for _, name in files} - left)
+        notes += [f"every picture of class {name} in the {split} split is damaged" for name in lost]
+    return Checked(
+        _common_shape(good), {name: f"damaged: {why}" for name, why in damaged.items()}, notes
+    )
+
+
+def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
+    """The one shape of all pictures; ConfigError names one that is another."""
+    sizes = Counter(look.size for _, look in good)
+    (width, height), _ = sizes.most_common(1)[0]
+    odd = next(((path, look) for path, look in good if look.size != (width, height)), None)
+    if odd:
+        found = " × ".join(map(str, odd[1].size))
+        raise ConfigError(
+            f"data.path: {odd[0]} is {found} pixels but {sizes[width, height]} others are "
+            f"{width} × {height}; all images must have one shape"
+        )
+    if width != height:
+        name = good[0][0]
+        raise ConfigError(f"data.path: {name} is {width} × {height} pixels; it must be square")
+    return height, width, 1 if all(look.grey for _, look in good) else 3
+
+
+@dataclass(frozen=True)
+class _Look:
+    size: tuple[int, int] = (0, 0)
+    grey: bool = False
+    animated: bool = False
+    problem: str = ""
+
+
+def _look(path: Path) -> _Look:
+    try:
+        with pictures.opened(path) as image:
+            grey, animated = pictures.is_grey(image), pictures.is_animated(image)
+            pixels = pictures.pixels_of(image, 1 if grey else 3)
+    except ConfigError as error:
+        return _Look(problem=str(error).partition("read as an image: ")[2] or str(error))
+    return _Look((pixels.shape[1], pixels.shape[0]), grey, animated)
+
+
+def _damaged(damaged: dict[str, str]) -> ConfigError:
+    shown = "; ".join(f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN])
+    more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
+    return ConfigError(
+        f"data.path: {len(damaged)} images cannot be read: {shown}{more}; put them right, or leave "
+        "them out with data.on_bad_file=skip"
+    )
+
+
+def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[str, Table]:
+    """Return the pictures of each split as a table, without the damaged ones."""
+    names, tables = gallery.class_names, {}
+    numbers = {name: number for number, name in enumerate(names)}
+    for split, files in gallery.files.items():
+        kept = [(entry, label) for entry, label in files if entry.relative not in damaged]
+        # By a hash of the name, so that an image that is added later hardly moves the others.
+        hashes = [
+            blake2b(entry.relative.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+            for entry, _ in kept
+        ]
+        tables[split] = Table(
+            labels=np.array([numbers[label] for _, label in kept], np.int64),
+            order=np.array(sorted(range(len(kept)), key=hashes.__getitem__), np.int64),
+            class_names=names, shape=shape, paths=tuple(entry.path for entry, _ in kept),
+        )  # fmt: skip
+        if not kept:
+            raise ConfigError(f"data.path: every image of the {split} split is damaged")
+    return tables

@@ -1,0 +1,206 @@
+"""Text to token ids and back: a byte-level BPE trained here, or an own tokenizer.json."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import tokenizers
+
+from trainer.config.train import ConfigError
+from trainer.run.status import write_atomically
+
+log = logging.getLogger(__name__)
+
+# Names that tokenizers give to the token between documents, and to padding; ours come first.
+END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+MOST_TOKENS = 1 << 24  # the library takes minutes to save ids that are larger
+SMALLEST = 258  # 256 bytes and the two special tokens
+TRAINING_CHARACTERS = 500_000_000  # a BPE learns its merges from the beginning of a larger text
+# A BPE learns merges inside words, in a time that grows with the square of the longest: a text
+# without spaces is cut for that, not for encoding.
+LONG_WORD = re.compile(r"\S{32}(?=\S)")
+
+
+class Tokenizer:
+    """A vocabulary with a token between documents (also BOS and EOS of a sentence) and padding."""
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True  # text that spells a special token stays text
+        if getattr(backend.model, "dropout", None):  # the same text is the same tokens
+            backend.model.dropout = None
+        self.eot_id = _special(backend, END_NAMES)
+        self.pad_id = _special(backend, PAD_NAMES)
+        # The largest id counts, not the number of entries: an own vocabulary can have holes.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.is_lossless = _is_byte_level(backend)  # decoding gives any text back
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE of exactly `vocab_size` entries; ConfigError where that cannot be."""
+        if vocab_size < SMALLEST:
+            raise ConfigError(too_small(vocab_size))
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+        backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_NAMES[0], PAD_NAMES[0]],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(_beginning(texts), trainer)
+        reached = backend.get_vocab_size()
+        if reached < vocab_size:
+            raise ConfigError(
+                f"data.vocab_size={vocab_size}: the train split has text for {reached} entries "
+                f"only; set data.vocab_size={reached} or less, or give more text"
+            )
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """The tokenizer in a tokenizer.json, with its own end and padding tokens if it has any."""
+        if not Path(path).is_file():
+            raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+            largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+            if largest >= MOST_TOKENS:
+                raise ConfigError(
+                    f"data.tokenizer={path} has the token id {largest}; a model has a row for each "
+                    f"id up to the largest, and at most {MOST_TOKENS} are read"
+                )
+            return cls(backend)
+        except BaseException as error:  # the library raises nothing narrower, and panics
+            _reraise_interrupts(error)
+            raise ConfigError(
+                f"data.tokenizer={path} must be a tokenizer.json of the `tokenizers` library, but "
+                f"reading it says: {error}"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write a tokenizer.json, whole or not at all; raises OSError."""
+        write_atomically(Path(path), self._backend.to_str(pretty=True))
+
+    def same(self, path: str | Path) -> bool:
+        """Whether a file holds this very tokenizer."""
+        return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
+
+    def rows(self) -> dict[str, int]:
+        """Return the id of each token; the end and the padding have one name in any tokenizer."""
+        ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
+        return {special.get(row, token): row for token, row in ids.items()}
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of the text, without special tokens; as `encode_batch`."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, made on all cores.
+
+        Raises ConfigError where the tokenizer has no token for a part of it, nor one for what is
+        unknown.
+        """
+        with _explained("encode"):
+            # The fast variant leaves out character offsets, which nobody reads.
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids; special tokens are left out."""
+        return self.decode_batch([[int(i) for i in ids]])[0]
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each sequence of ids, made on all cores."""
+        with _explained("decode"):
+            texts: list[str] = self._backend.decode_batch(list(ids), skip_special_tokens=True)
+        return texts
+
+
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turn what the library raises, panics too, into a ConfigError."""
+    try:
+        yield
+    except BaseException as error:
+        _reraise_interrupts(error)
+        raise ConfigError(
+            f"data.tokenizer cannot {what} this text ({error}); give it an unknown token or a byte "
+            "alphabet, or leave data.tokenizer empty for a byte-level BPE trained on the text"
+        ) from error
+
+
+def _reraise_interrupts(error: BaseException) -> None:
+    """Raise what is no panic of the library: an interrupt, or the end of the process."""
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | ConfigError):
+        raise error
+
+
+def characters_lost(text: str, decoded: str) -> int:
+    """Return how many characters of the text are not in what its tokens decode to."""
+    if text == decoded:
+        return 0
+    common = Counter(text) & Counter(decoded)
+    return max(1, len(text) - common.total())
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether every byte has a token, and nothing else is done to the text."""
+    before, alphabet = backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    return (
+        isinstance(backend.model, tokenizers.models.BPE)
+        and isinstance(before, tokenizers.pre_tokenizers.ByteLevel)
+        and isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        and backend.normalizer is None
+        and not before.add_prefix_space
+        and set(alphabet) <= backend.get_vocab(with_added_tokens=False).keys()
+        and not any(token.lstrip or token.rstrip or token.normalized
+                    for token in backend.get_added_tokens_decoder().values())
+        and not _special_in_text(backend)
+    )  # fmt: skip
+
+
+def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
+    """Whether plain text can become a special token, which decoding leaves out."""
+    special = {
+        row: token.content for row, token in backend.get_added_tokens_decoder().items()
+        if token.special
+    }  # fmt: skip
+    texts = [text for content in special.values() for text in (content, f" {content}")]
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    return any(row in special for encoding in encodings for row in encoding.ids)
+
+
+def too_small(vocab_size: int) -> str:
+    """What is wrong with a vocabulary that does not hold every byte."""
+    return (
+        f"data.vocab_size={vocab_size} must be at least {SMALLEST} (256 bytes and 2 special "
+        f"tokens); set data.vocab_size={SMALLEST} or more"
+    )
+
+
+def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+    """The id of the first of these names in the vocabulary; the first is added if there is none."""
+    name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
+    backend.add_special_tokens([name])  # a known one is only marked as special
+    token_id = backend.token_to_id(name)
+    assert token_id is not None, name
+    return token_id
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    characters = 0
+    for text in texts:
+        if characters > TRAINING_CHARACTERS:
+            log.info("The BPE is trained on the first %d characters.", characters)
+            return
+        characters += len(text)
+        yield LONG_WORD.sub("\\g<0>\n", text)

@@ -1,0 +1,159 @@
+"""What a teacher has said of every sample of a train split, kept in a folder to learn from.
+
+N positions of a file · K classes of a position · B samples of a micro-batch · S tokens of a sample
+"""
+
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.train import ConfigError
+from trainer.data.dataset import IGNORED, Dataset, Sample
+
+NAME = "answers.json"
+FORMAT = 1
+DTYPES = {"F16": np.float16, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the answers are of, and what they are."""
+
+    kind: str  # as data.kind
+    seq_len: int  # as data.seq_len
+    data: str  # fingerprint of the train split
+    path: str  # as data.path
+    classes: int  # that the teacher tells apart
+    k: int  # of them, the likeliest, of which its logits are kept
+    samples: int
+    files: tuple[tuple[str, int, int], ...]  # name, bytes and number of the first sample
+
+
+def is_answers(folder: str | Path) -> bool:
+    """Whether a folder holds answers instead of a run."""
+    return (Path(folder) / NAME).is_file()
+
+
+def write_facts(folder: Path, facts: Facts) -> None:
+    """What `Answers` reads first; OSError if it cannot be written."""
+    (folder / NAME).write_text(json.dumps({"format": FORMAT, **asdict(facts)}), encoding="utf-8")
+
+
+class Answers:
+    """A folder of answers, read sample by sample; several threads may."""
+
+    def __init__(self, folder: str | Path, key: str = "compress.teacher"):
+        """`key` is the one that names the folder; ConfigError where its files are not whole."""
+        self.folder, self._named = Path(folder), f"{key}={folder}"
+        try:
+            values = json.loads((self.folder / NAME).read_bytes())
+            if values.pop("format") != FORMAT:
+                raise ConfigError(f"{self._named} is of another version; {_AGAIN}")
+            self.facts = Facts(**values)
+            self._firsts = [int(first) for _, _, first in self.facts.files]
+            for name, size, _ in self.facts.files:
+                if (self.folder / name).stat().st_size != size:
+                    raise ValueError(f"{name} has not its {size} bytes")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(error) from error
+        self._header = lru_cache(maxsize=None)(self._read_header)
+
+    def fingerprint(self) -> str:
+        """What is another for other answers."""
+        return blake2b((self.folder / NAME).read_bytes(), digest_size=16).hexdigest()
+
+    def rows(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of a sample's positions (N,K) float16, logits less the largest, and (N,K) their classes.
+
+        ConfigError if they are damaged.
+        """
+        number = bisect_right(self._firsts, index) - 1
+        place = index - self._firsts[number]
+        try:
+            begin, end = (int(i) for i in self._read(number, "starts", place, place + 2))
+            logits_NK, classes_NK = (
+                self._read(number, name, begin, end) for name in ("logits", "classes")
+            )
+            if not np.isfinite(logits_NK).all() or (classes_NK >= self.facts.classes).any():
+                raise ValueError(f"what it says of sample {index} is no logit of a class")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise self._damaged(error) from error
+        return logits_NK, classes_NK.astype(np.int32)
+
+    def _read(self, number: int, name: str, begin: int, end: int) -> np.ndarray:
+        """Rows of a tensor, by a plain read: a file that shrinks is an error, not a signal."""
+        start, header = self._header(number)
+        about = header[name]
+        dtype, row = np.dtype(DTYPES[about["dtype"]]), tuple(about["shape"][1:])
+        size = dtype.itemsize * int(np.prod(row))
+        data = self._bytes(number, start + about["data_offsets"][0] + begin * size,
+                           (end - begin) * size)  # fmt: skip
+        return np.frombuffer(data, dtype).reshape(end - begin, *row)
+
+    def _read_header(self, number: int) -> tuple[int, dict[str, Any]]:
+        """Where the tensors begin, and what safetensors says of each."""
+        length = int.from_bytes(self._bytes(number, 0, 8), "little")
+        return 8 + length, json.loads(self._bytes(number, 8, length))
+
+    def _bytes(self, number: int, begin: int, count: int) -> bytes:
+        path = self.folder / self.facts.files[number][0]
+        with path.open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), count, begin)
+        if len(data) != count:
+            raise ValueError(f"{path.name} ends before byte {begin + count}")
+        return data
+
+    def _damaged(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self._named} is damaged ({error}); {_AGAIN}")
+
+
+class Answered(Dataset):
+    """A train split as the teacher saw it: every epoch alike, with what it said beside.
+
+    A micro-batch has `answer_logits` (B,S,K) float16 and `answer_classes` (B,S,K) int32 too, or
+    (B,K) of images; where targets are ignored they say nothing of use.
+    """
+
+    def __init__(self, dataset: Dataset, answers: Answers):
+        self._dataset, self._answers = dataset, answers
+        self.characters, self.targets = dataset.characters, dataset.targets
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def lengths(self) -> np.ndarray | None:
+        """(len,): the size of each sample where sizes differ."""
+        return self._dataset.lengths()
+
+    def sample(self, index: int, seed: int | None) -> Sample:
+        """As in evaluation, and its number."""
+        return self._dataset.sample(index, None) | {"index": np.array(index)}
+
+    def collate(self, samples: Sequence[Sample]) -> Sample:
+        """As of the split, with the answers."""
+        plain = [{k: v for k, v in sample.items() if k != "index"} for sample in samples]
+        batch = self._dataset.collate(plain)
+        targets, k = batch["targets"], self._answers.facts.k
+        logits = np.zeros((*targets.shape, k), np.float16)
+        classes = np.zeros((*targets.shape, k), np.int32)
+        for row, sample in enumerate(samples):
+            valid = np.asarray(targets[row] != IGNORED)
+            said, of = self._answers.rows(int(sample["index"]))
+            if len(said) != valid.sum():
+                raise ConfigError(
+                    f"compress.teacher={self._answers.folder} has {len(said)} answers for sample "
+                    f"{sample['index']}, which has {valid.sum()} targets; {_AGAIN}"
+                )
+            logits[row][valid], classes[row][valid] = said, of
+        return batch | {"answer_logits": logits, "answer_classes": classes}
+
+
+_AGAIN = "ask the teacher again: launch/teach.py"

@@ -1,0 +1,140 @@
+"""Ask a trained model what it holds likely of every sample that is learned from, and keep that."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from safetensors.numpy import save
+from torch import Tensor
+
+from parallel.runtime import Runtime
+from parallel.strategy import data_degree
+from trainer.config.train import TeachConfig, classes_of
+from trainer.data import fingerprint, open_split, prepare
+from trainer.data.cache import progress_bar
+from trainer.data.loader import evaluation_batches
+from trainer.data.record import copy_record, data_of
+from trainer.distill.logit_dataset import Facts, write_facts
+from trainer.inference.trained_run import open_run
+from trainer.loss import IGNORED
+from trainer.run.run_dir import load_config, new_folder
+
+FILE_BYTES = 1 << 27  # of one file, about
+LEAST = -65504.0  # of float16
+
+Answer = tuple[np.ndarray, np.ndarray]  # of a sample's positions (N,K): logits, and their classes
+
+
+class Writer:
+    """Fills a folder with answers, sample after sample."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._files: list[tuple[str, int, int]] = []
+        self._waiting: list[Answer] = []
+        self._written = self._bytes = 0
+
+    def add(self, answer: Answer) -> None:
+        """The next sample's."""
+        self._waiting.append(answer)
+        self._bytes += sum(part.nbytes for part in answer)
+        if self._bytes >= FILE_BYTES:
+            self.flush()
+
+    def finish(self, facts: Facts, run_dir: str) -> None:
+        """Say what the files are, and what the run says of its data."""
+        write_facts(self._folder, facts)
+        copy_record(run_dir, self._folder)
+
+    def flush(self) -> list[tuple[str, int, int]]:
+        """Write what waits; all files so far: name, bytes and number of the first sample."""
+        if not self._waiting:
+            return self._files
+        logits, classes = zip(*self._waiting, strict=True)
+        starts = np.cumsum([0, *map(len, logits)], dtype=np.int64)
+        file = {"starts": starts, "logits": np.concatenate(logits)}
+        file["classes"] = np.concatenate(classes)
+        path = self._folder / f"answers-{len(self._files):05d}.safetensors"
+        path.write_bytes(save(file))
+        self._files.append((path.name, path.stat().st_size, self._written))
+        self._written += len(self._waiting)
+        self._waiting, self._bytes = [], 0
+        return self._files
+
+
+def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
+    """Of each sample, at its valid targets, the k largest logits less the first, and their classes.
+
+    logits (B,S,V) or (B,V). A softmax is the same for both, and float16 is finest near zero.
+    """
+    values, classes = logits.float().topk(k, dim=-1)
+    values = (values - values[..., :1]).clamp(min=LEAST).half()
+    smallest = np.uint16 if logits.shape[-1] <= 1 << 16 else np.int32
+    size = len(targets)
+    valid_BS = (targets != IGNORED).view(size, -1).cpu().numpy()
+    values_BSK = values.view(size, -1, k).cpu().numpy()
+    classes_BSK = classes.view(values_BSK.shape).cpu().numpy().astype(smallest)
+    return [(values_BSK[i][valid], classes_BSK[i][valid]) for i, valid in enumerate(valid_BS)]
+
+
+def teach_run(config: TeachConfig, runtime: Runtime) -> None:
+    """Writes config.to, from the newest checkpoint of config.run_dir; all ranks compute it.
+
+    Raises ConfigError if the folder cannot be written; nothing is left there then.
+    """
+    trained = load_config(config.run_dir)
+    reads = data_of(trained, config.run_dir)
+    prepare(reads)
+    worker = open_run(config, runtime).worker
+    dataset = open_split(reads, "train")
+    share = trained.batch_size // data_degree(trained.strategy)
+    size = config.micro_batch_size or trained.micro_batch_size or share
+    batches = evaluation_batches(
+        dataset, size, worker.data_rank, worker.data_degree,
+        pin_memory=worker.device.type == "cuda",
+    )  # fmt: skip
+    facts = partial(
+        Facts, kind=trained.data.kind, seq_len=trained.data.seq_len, path=trained.data.path,
+        data=fingerprint(reads, ["train"]), classes=classes_of(trained.model), k=config.k,
+        samples=len(dataset),
+    )  # fmt: skip
+    with writing(config, runtime.rank == 0, facts) as add, worker.evaluating():
+        for batch in batches:
+            inputs = worker.to_device(batch)
+            said = largest(worker.forward(inputs), inputs["targets"], config.k)
+            own = [a for a, i in zip(said, batch["index"].tolist(), strict=True) if i >= 0]
+            for answers in worker.gather_over_data(own):  # in the order of the samples
+                add(answers)
+
+
+@contextmanager
+def writing(
+    config: TeachConfig, first: bool, facts: Callable[..., Facts]
+) -> Iterator[Callable[[list[Answer]], None]]:
+    """A function that takes the answers of the next samples; the first rank writes config.to.
+
+    `facts` tells all of them but for the files. ConfigError if they cannot be written.
+    """
+    if not first:
+        yield lambda answers: None
+        return
+    to = Path(config.to)
+    with new_folder(to) as folder:
+        writer = Writer(folder)
+        with progress_bar("Answering", facts(files=()).samples, show=True) as advance:
+
+            def add(answers: list[Answer]) -> None:
+                for answer in answers:
+                    writer.add(answer)
+                advance(len(answers))
+
+            yield add
+        written = facts(files=tuple(writer.flush()))
+        writer.finish(written, config.run_dir)
+    size = sum(size for _, size, _ in written.files) / 1e6
+    Console().print(
+        f"answers: {to}, {written.samples} samples, {size:.3g} MB", markup=False, soft_wrap=True
+    )

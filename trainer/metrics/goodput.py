@@ -1,0 +1,169 @@
+"""Goodput: what a run's wall time went into, over all of its starts.
+
+Every second from the start of the process on belongs to one kind, so that the kinds add up. The
+sums live in run_dir/goodput.json, which is replaced whole with every line of metrics: a kill loses
+what came after the last line, and that shows as time between two starts.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.run.status import write_atomically
+
+NAME = "goodput.json"
+# Kinds of seconds, and what the console calls those that are lost.
+LOST = {
+    "restart": "restart",  # from the start of the process until its first step is done
+    "save": "save",  # training stood still for a checkpoint
+    "data_wait": "data wait",
+    "evaluation": "evaluation",
+    "repeated": "steps done again",  # that an earlier start, or the run before a rollback, had done
+    "other": "other",  # a profiler's trace, a picture, a sample of text
+}
+KINDS = ("useful", *LOST)
+
+
+@dataclass
+class Ledger:
+    """The sums of a run; the content of goodput.json."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    step: int = 0  # the furthest that any start has come
+    starts: int = 0
+    down_seconds: float = 0.0  # between what one start last wrote and the next: off, or lost
+    written: float = 0.0  # seconds since the epoch at the last writing; 0.0 = never
+    opened: float | None = None  # what was not booked yet began here, by the monotonic clock
+
+
+def read(run_dir: Path) -> Ledger:
+    """The ledger of a run; an empty one where there is none or it cannot be understood."""
+    try:
+        values = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
+        ledger = Ledger(**values)
+        ledger.seconds = {kind: float(ledger.seconds[kind]) for kind in KINDS}
+    except (OSError, ValueError, TypeError, KeyError):
+        return Ledger()
+    return ledger
+
+
+def write(run_dir: Path, ledger: Ledger, now: float) -> None:
+    """Replace goodput.json, whole at any moment; `now` is seconds since the epoch.
+
+    A disk that is full costs the figures of one line, never the run.
+    """
+    ledger.written = now
+    with suppress(OSError):
+        write_atomically(run_dir / NAME, json.dumps(asdict(ledger)))
+
+
+def begin(run_dir: Path, opened: float, now: float) -> None:
+    """Enter a new start that began at `opened` by the monotonic clock; `now` is of the epoch."""
+    ledger = read(run_dir)
+    ledger.starts += 1
+    if ledger.written:
+        age_seconds = max(0.0, time.monotonic() - opened)
+        ledger.down_seconds += max(0.0, now - age_seconds - ledger.written)
+    ledger.opened = opened
+    write(run_dir, ledger, now)
+
+
+def process_seconds() -> float:
+    """Seconds since this process was started; those of computing where the system does not tell."""
+    try:
+        # The name of the program, in parentheses, may hold spaces; `starttime` is the 20th behind.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+        return max(0.0, since_boot - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.process_time()
+
+
+class Goodput:
+    """Books the seconds of one start: to what goes on, or to the step when it is done."""
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float]):
+        """`clock` is the monotonic one; tests have their own."""
+        self._run_dir, self._clock = run_dir, clock
+        self.ledger = read(run_dir)
+        self.ledger.starts = max(1, self.ledger.starts)
+        self._mark = clock() if self.ledger.opened is None else self.ledger.opened
+        self.ledger.opened = None
+        self._step_seconds = 0.0  # of the step that is being done
+        self._kind: str | None = None  # what goes on instead of a step
+        self._restarting = True  # until the first step is done
+
+    @contextmanager
+    def during(self, kind: str) -> Iterator[None]:
+        """Time in here is of this kind and no part of a step; may be nested."""
+        assert kind in KINDS, kind
+        self._book()
+        outer, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._book()
+            self._kind = outer
+
+    def step_done(self, step: int) -> None:
+        """Book the time of a step: useful the first time that the run has done it."""
+        self._book()
+        kind = "useful" if step > self.ledger.step else "repeated"
+        self._add("restart" if self._restarting else kind)
+        self.ledger.step = max(self.ledger.step, step)
+        self._restarting = False
+
+    def save(self) -> None:
+        """Make what is booked survive a kill."""
+        write(self._run_dir, self.ledger, time.time())
+
+    def close(self) -> dict[str, Any]:
+        """Book the rest, save, and return the line of metrics.jsonl but for its step."""
+        self._book()
+        self._add("restart" if self._restarting else "other")
+        self.ledger.opened = self._mark  # this process may go on: back from a rollback
+        self.save()
+        return record(self.ledger)
+
+    def _book(self) -> None:
+        now = self._clock()
+        seconds, self._mark = max(0.0, now - self._mark), now
+        if self._kind is None or self._restarting:
+            self._step_seconds += seconds
+        else:
+            self.ledger.seconds[self._kind] += seconds
+
+    def _add(self, kind: str) -> None:
+        self.ledger.seconds[kind] += self._step_seconds
+        self._step_seconds = 0.0
+
+
+def record(ledger: Ledger) -> dict[str, Any]:
+    """The figures of a ledger: seconds and, but for `down`, shares of their sum."""
+    total_seconds = sum(ledger.seconds.values())
+    shares = {f"{k}_share": s / (total_seconds or 1.0) for k, s in ledger.seconds.items()}
+    seconds = {f"{kind}_seconds": round(s, 3) for kind, s in ledger.seconds.items()}
+    return {
+        "event": "goodput",
+        "starts": ledger.starts,
+        **{name: round(share, 6) for name, share in shares.items()},
+        **seconds,
+        "total_seconds": round(total_seconds, 3),
+        "down_seconds": round(ledger.down_seconds, 3),
+    }
+
+
+def sentence(values: dict[str, Any]) -> str:
+    """A record in one line for the console."""
+    starts = f"{values['starts']} start{'s' * (values['starts'] > 1)}"
+    lost = [f"{name} {100 * values[f'{kind}_share']:.1f} %" for kind, name in LOST.items()]
+    useful = 100 * values["useful_share"]
+    return (
+        f"goodput {useful:.1f} % of {values['total_seconds']:.0f} s in {starts}; "
+        f"lost: {', '.join(lost)}"
+    )

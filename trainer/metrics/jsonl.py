@@ -1,0 +1,135 @@
+"""metrics.jsonl: one JSON object a line, written by the run and read by whoever looks on.
+
+A training line has `loss`, an evaluation's `split`; anything else that happens is a line with
+`event`, which readers of curves pass over. All have `step`.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from trainer.config.train import ConfigError
+from trainer.run.status import write_atomically
+
+NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, whole at any moment."""
+
+    def __init__(self, path: Path, start_step: int, say: Callable[[str], None]):
+        """Open to append; lines that a resumed run would write a second time are dropped.
+
+        Raises ConfigError if the file cannot be written.
+        """
+        self._path, self._say = path, say
+        self._waiting = b""  # lines that found no room yet
+        self._full = False
+        try:
+            kept, self.dropped = _parted(path, start_step) if path.exists() else ([], [])
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
+            ) from error
+        lines = map(json.loads, kept)
+        # Splits that a run which goes on has measured already.
+        self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one line, at once; numbers that are not finite become null.
+
+        Where there is no room, lines wait in memory until there is.
+        """
+        finite = {k: None if _is_bad(value) else value for k, value in record.items()}
+        self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if not self._full:
+                self._say(
+                    f"{self._path} cannot be written ({error.strerror}); training goes on, and "
+                    "its lines are kept until they can"
+                )
+            self._full = True
+        else:
+            self._full = False
+
+    def close(self) -> None:
+        """Close the file, after a last try to write what waits."""
+        with suppress(OSError):
+            self._write()
+        if self._waiting:
+            count = self._waiting.count(b"\n")
+            self._say(f"{self._path}: there was no room for the last {count} lines")
+        self._file.close()
+
+    def _write(self) -> None:
+        whole = os.fstat(self._file.fileno()).st_size
+        left = memoryview(self._waiting)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            os.ftruncate(self._file.fileno(), whole)  # a line is there or it is not
+            raise
+        self._waiting = b""
+
+
+def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
+    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
+
+    Returns the lines that stay and those dropped.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept: list[str] = []
+    dropped: list[str] = []
+    for line in lines:
+        (kept if _stays(line, start_step) else dropped).append(line)
+    if dropped:
+        write_atomically(path, "".join(kept))
+    return kept, dropped
+
+
+def _stays(line: str, start_step: int) -> bool:
+    if not line.endswith("\n"):
+        return False
+    try:
+        record = json.loads(line)
+        if record.get("action") == "rollback" or record.get("event") == "start":
+            return True  # what was left out of the data, or when a start was, does not come again
+        # A run that starts over keeps nothing else: its evaluation at step 0 comes again too.
+        return 0 < start_step >= record["step"]
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a line can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_bad(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The lines of a file that may be growing, and the numbers, from 1, of those not understood.
+
+    What stands behind the last line's end is being written. Raises OSError.
+    """
+    *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    found: list[dict[str, Any]] = []
+    damaged: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+            found.append(record)
+        except (ValueError, TypeError, KeyError, OverflowError):
+            damaged.append(number)
+    return found, damaged

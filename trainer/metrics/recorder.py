@@ -1,0 +1,298 @@
+"""What a run tells: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb and others.
+
+One rank writes. Everything here is plain Python on numbers that the loop already has; the one thing
+it asks of the device is to be idle where a pause begins and ends, so that times are right.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from torch.profiler import ProfilerActivity, profile, schedule
+
+from parallel.pipeline.simulator import Span
+from trainer.config.train import MetricsConfig
+from trainer.metrics.console import Display, open_console
+from trainer.metrics.goodput import Goodput, sentence
+from trainer.metrics.jsonl import NAME, MetricsFile
+from trainer.metrics.trackers import TOOLS, Tracker
+from trainer.nn.flops import peak_flops
+
+PROFILER_WARMUP_STEPS = 10
+DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
+
+
+class Stopwatch:
+    """Seconds of training since the last lap; pauses do not count."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._mark = clock()
+        self.paused_seconds = 0.0  # since the start
+
+    def start(self) -> None:
+        """Begin the first lap."""
+        self._mark = self._clock()
+        self.paused_seconds = 0.0
+
+    def lap(self) -> float:
+        """Seconds since the lap before; the next begins."""
+        before, self._mark = self._mark, self._clock()
+        return self._mark - before
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time in here does not count; pauses may be nested."""
+        began, mark, paused = self._clock(), self._mark, self.paused_seconds
+        try:
+            yield
+        finally:  # set, not added to: a pause inside this one is part of it
+            seconds = self._clock() - began
+            self._mark, self.paused_seconds = mark + seconds, paused + seconds
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this process: of its tensors on a GPU, all that is resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class Recorder:
+    """Writes what a training run does; on all but the first rank every method does nothing.
+
+    `resolved` is the whole configuration; `flops_per_token` are those of training (flops.py);
+    `tokens` everywhere are those of the whole run, over all ranks. Use it as a context manager: it
+    closes what it opened, after an exception too.
+    """
+
+    def __init__(
+        self, config: MetricsConfig, run_dir: Path, *, first: bool, steps: int, start_step: int,
+        resolved: dict[str, Any], flops_per_token: float, devices: int, device: torch.device,
+        precision_name: str, unit: str = "tok", console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):  # fmt: skip
+        self._config, self._run_dir = config, Path(run_dir)
+        self._first, self._steps, self._start_step = first, steps, start_step
+        self._device, self._devices = device, devices
+        self._flops_per_token = flops_per_token
+        peak = config.peak_tflops * 1e12 or _known_peak(device, precision_name)
+        self._all_peaks = devices * peak if peak else None
+        self._stopwatch = Stopwatch(clock)
+        self._step = self._line_step = start_step
+        self._line_tokens, self._line_wait_seconds = 0, 0.0
+        self._started = False
+        self.profiler: profile | None = None
+        if first:
+            name = self._run_dir.resolve().name
+            self._display = Display(console or open_console(), steps, unit, name)
+            self._file = MetricsFile(self._run_dir / NAME, start_step, self.say)
+            self._trackers = [
+                Tracker(
+                    config, self._run_dir, resolved, self.say, tool=tool, start_step=start_step,
+                    dropped=self._file.dropped,
+                ) for tool in TOOLS
+            ]  # fmt: skip
+            self._goodput = Goodput(self._run_dir, clock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._first:
+            return
+        try:
+            if self.profiler is not None:
+                self.profiler.stop()
+            if self._started:
+                self._tell_goodput()
+        finally:
+            self._display.close()
+            self._file.close()
+            for tracker in self._trackers:
+                tracker.close()
+
+    def begins(self) -> None:
+        """A line of this start of the run: from which step, on how many ranks, and when.
+
+        Not of a return to a checkpoint within the process.
+        """
+        if self._first:
+            number, now = self._goodput.ledger.starts, round(time.time(), 3)
+            record = {"event": "start", "step": self._start_step, "start": number}
+            self._file.append(record | {"ranks": self._devices, "time": now})
+
+    def start(self, tokens: int) -> None:
+        """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""
+        self._line_tokens = tokens
+        self._started = True
+        if self._first:
+            self._display.start(self._start_step)
+            self._start_profiler()
+        self._stopwatch.start()
+
+    def due(self, step: int) -> bool:
+        """Whether a training line is written after this step: every metrics.every-th and the last.
+
+        The same on every rank: the loop may gather the line's numbers with a collective.
+        """
+        return step % self._config.every == 0 or step == self._steps
+
+    def lacks(self, split: str, step: int) -> bool:
+        """Whether a step's evaluation is not in the file from before this run went on."""
+        return self._first and not (step == self._start_step and split in self._file.evaluated)
+
+    def draws(self, step: int) -> bool:
+        """Whether this step is the one whose timeline is drawn; the same on every rank."""
+        drawn = min(self._start_step + DRAWN_STEP, self._steps)
+        return self._config.timeline and step == drawn
+
+    def training(
+        self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, wait_seconds: float
+    ) -> None:
+        """A training line; `wait_seconds` that this rank has waited for data since the start."""
+        if not self._first:
+            return
+        seconds = max(self._stopwatch.lap(), 1e-9)
+        tokens_per_second = (tokens - self._line_tokens) / seconds
+        record = {
+            "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+            "tokens_per_second": tokens_per_second,
+            "step_seconds": seconds / max(1, step - self._line_step),
+            "memory_gib": memory_gib(self._device),
+            "data_wait_share": min(1.0, (wait_seconds - self._line_wait_seconds) / seconds),
+        }  # fmt: skip
+        if self._all_peaks is not None:
+            record["mfu"] = self._flops_per_token * tokens_per_second / self._all_peaks
+        self._line_step, self._line_tokens, self._line_wait_seconds = step, tokens, wait_seconds
+        self._file.append(record)
+        # Evaluations and checkpoints to come take their share of the remaining time too.
+        paused_seconds = self._stopwatch.paused_seconds / max(1, step - self._start_step)
+        seconds_left = (self._steps - step) * (record["step_seconds"] + paused_seconds)
+        self._display.training(record, seconds_left)
+        for tracker in self._trackers:
+            tracker.poll()
+        self._goodput.save()
+
+    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+        """An evaluation line; `values` holds `eval_loss` and the task's metrics."""
+        if self._first:
+            self._file.append({"step": step, "split": split, **values})
+            self._display.evaluation(step, split, values)
+
+    def event(self, record: dict[str, Any], text: str) -> None:
+        """A line with `event` and `step` of something that has happened; `text` on the console."""
+        if self._first:
+            self._file.append(record)
+            self.say(text)
+
+    def saved(self, record: dict[str, Any]) -> None:
+        """The line of a save that has ended (saver.py)."""
+        if self._first:
+            self._file.append(record)
+            if record["event"] == "save":
+                self._display.saved(record["step"])
+
+    def timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
+        """Draw a pipeline's step as it ran."""
+        if not self._first:
+            return
+        from trainer.metrics.timeline_plot import draw, heading  # noqa: PLC0415 (loads matplotlib: 0.5 s)
+
+        path, title = self._run_dir / "timeline.png", heading(spans, schedule)
+        with self._forgiving(path):
+            draw(spans, path, f"step {step}, {title}")
+            self.say(f"timeline of step {step}: {path} ({title})")
+
+    def goes_back(self, text: str) -> None:
+        """Say that the run goes back to a checkpoint; its next recorder goes on with the sums."""
+        self._started = False
+        if self._first:
+            self._goodput.close()
+        self.say(text)
+
+    def say(self, text: str) -> None:
+        """One line on the console."""
+        if self._first:
+            self._display.say(text)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for the next step's data."""
+        with self._goodput.during("data_wait") if self._first else nullcontext():
+            yield
+
+    @contextmanager
+    def pause(self, kind: str = "other") -> Iterator[None]:
+        """What happens in here is not counted as training but as `kind` (goodput.py)."""
+        self._synchronize()  # steps that the device still works on are training
+        with (
+            self._stopwatch.pause(),
+            self._goodput.during(kind) if self._first else nullcontext(),
+        ):
+            try:
+                yield
+            finally:
+                self._synchronize()
+
+    def step_done(self) -> None:
+        """Call once after every step: moves the bar and the profiler."""
+        self._step += 1
+        if self._first:
+            self._goodput.step_done(self._step)
+            self._display.advance(self._step)
+        if self.profiler is not None:
+            # Writing the trace takes seconds.
+            with self._stopwatch.pause(), self._goodput.during("other"):
+                self.profiler.step()
+
+    def _tell_goodput(self) -> None:
+        values = self._goodput.close()
+        self._file.append({"step": self._step, **values})
+        self.say(sentence(values))
+
+    @contextmanager
+    def _forgiving(self, path: Path) -> Iterator[None]:
+        """A file that is nice to have: if it cannot be written, that is said."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"{path} cannot be written ({error.strerror or error}); training goes on")
+
+    def _synchronize(self) -> None:
+        if self._first and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _start_profiler(self) -> None:
+        left = self._steps - self._start_step
+        active = min(self._config.profile_steps, left)
+        if active <= 0:
+            return
+        warmup = min(PROFILER_WARMUP_STEPS, left - active)
+        on_cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+        # The profiler traces in its own warm-up too, at a cost: one step of that is enough.
+        plan = schedule(wait=max(0, warmup - 1), warmup=min(1, warmup), active=active, repeat=1)
+        self.profiler = profile(
+            activities=[ProfilerActivity.CPU, *on_cuda], schedule=plan,
+            on_trace_ready=self._write_trace, acc_events=True,
+        )  # fmt: skip
+        self.profiler.start()
+
+    def _write_trace(self, profiler: profile) -> None:
+        path = self._run_dir / "trace.json"
+        with self._forgiving(path):
+            profiler.export_chrome_trace(str(path))
+            self.say(f"profiler trace: {path}; open it at https://ui.perfetto.dev")
+
+
+def _known_peak(device: torch.device, precision_name: str) -> float | None:
+    if device.type != "cuda":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), precision_name)

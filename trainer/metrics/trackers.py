@@ -1,0 +1,321 @@
+"""Mirrors of metrics.jsonl, each in a process of its own, so that none can hold up a run.
+
+wandb may prompt, wait for a network for minutes, raise, or wait again when the interpreter exits;
+TensorBoard's files may find no room. None of that reaches the trainer: it starts `python -m
+trainer.metrics.trackers`, which follows the file.
+"""
+
+import json
+import os
+import re
+import secrets
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from trainer.config.train import MetricsConfig
+from trainer.metrics.jsonl import NAME
+
+POLL_SECONDS = 1.0  # between looks at the file
+TOOLS = ("wandb", "tensorboard")  # each is an extra of this package
+KEPT = "metrics.jsonl has everything"
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """What the process is told."""
+
+    tool: str
+    mode: str  # of wandb: offline | online
+    project: str
+    group: str
+    tags: list[str]
+    run_dir: str
+    start_step: int
+    offset: int  # bytes of metrics.jsonl that an earlier start of this run has mirrored
+    mirrored: list[list[Any]]  # (step, kind) of lines that an earlier start has mirrored beyond it
+    resolved: dict[str, Any]
+    grace_seconds: float  # the process ends itself this long after the run
+
+
+class Tracker:
+    """The trainer's end: starts the process, passes on what it says, and waits little for it."""
+
+    def __init__(
+        self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
+        say: Callable[[str], None], patience_seconds: float = 5.0, grace_seconds: float = 120.0,
+        dropped: Sequence[str] = (), tool: str = "wandb", start_step: int = 0,
+    ):  # fmt: skip
+        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if the tool is off.
+
+        `dropped` are lines of an earlier start that are written a second time: wandb has them.
+        """
+        self._say, self._tool = say, tool
+        self._patience_seconds = patience_seconds
+        self._heard = b""
+        self._process: subprocess.Popen | None = None
+        if not (config.tensorboard if tool == "tensorboard" else config.wandb != "off"):
+            return
+        offset = (run_dir / NAME).stat().st_size
+        if tool == "tensorboard" and not curves(run_dir).exists():
+            offset = 0  # what was written before it was asked for belongs to the curves
+        mirror = Mirror(
+            tool, config.wandb, config.wandb_project, config.wandb_group, config.wandb_tags,
+            str(run_dir), start_step, offset,
+            furthest(dropped) if run_id_path(run_dir).exists() else [], resolved, grace_seconds,
+        )  # fmt: skip
+        try:
+            self._process = _start(mirror)
+        except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
+            say(f"{tool} cannot be started ({error}); {KEPT}")
+
+    def poll(self) -> None:
+        """Pass on what the process has to say; never waits."""
+        process = self._process
+        if process is None or process.stdout is None:
+            return
+        status = process.poll()
+        *lines, self._heard = (self._heard + (process.stdout.read() or b"")).split(b"\n")
+        for line in lines:
+            self._say(line.decode(errors="replace"))
+        if status is not None:
+            process.stdout.close()
+            self._process = None
+            if status != 0 and not lines:
+                self._say(f"{self._tool} ended with status {status}; {KEPT}")
+
+    def close(self) -> None:
+        """Let the tool finish, for a few seconds; then leave it to itself."""
+        process = self._process
+        if process is None or process.stdin is None:
+            return
+        try:
+            # A line, not just a closed pipe: forked data workers may hold its other copies open.
+            process.stdin.write(b"end\n")
+            process.stdin.close()
+            process.wait(self._patience_seconds)
+        except subprocess.TimeoutExpired:
+            waited = f"{self._patience_seconds:g} s"
+            self._say(f"{self._tool} is not done after {waited}: left to itself")
+        except OSError:
+            pass  # it has ended already; poll says so
+        self.poll()
+
+
+def _start(mirror: Mirror) -> subprocess.Popen:
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", "trainer.metrics.trackers", json.dumps(asdict(mirror))],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        start_new_session=True,  # Ctrl-C is the trainer's: this one finishes after it
+    )  # fmt: skip
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    return process
+
+
+def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str, Any]]:
+    """The records of a growing metrics.jsonl from byte `offset` on, until `ended` is set."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        while True:
+            last = ended.is_set()  # asked before reading, so that nothing written before is missed
+            while line := file.readline():
+                if not line.endswith(b"\n"):
+                    file.seek(-len(line), os.SEEK_CUR)  # half a line: again when it is whole
+                    break
+                yield json.loads(line)
+            if last:
+                return
+            ended.wait(POLL_SECONDS)
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """What a line is of: a split that was evaluated, an event, or (empty) training."""
+    return str(record.get("split") or record.get("event") or "")
+
+
+def furthest(lines: Sequence[str]) -> list[list[Any]]:
+    """The (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
+    found: list[list[Any]] = []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, AttributeError):
+            record = json.loads(line)
+            found.append([int(record["step"]), kind_of(record)])
+    last = max((step for step, _ in found), default=0)
+    return [entry for entry in found if entry[0] == last]
+
+
+def is_mirrored(record: dict[str, Any], mirrored: list[list[Any]]) -> bool:
+    """Whether an earlier start has passed on this line, going by the furthest ones that it has."""
+    step = record["step"]
+    return bool(mirrored) and (step < mirrored[0][0] or [step, kind_of(record)] in mirrored)
+
+
+def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
+    """A line's numbers under wandb's names: an evaluation's under its split, an event's under it.
+
+    An event may have none but its step.
+    """
+    kind = kind_of(record)
+    prefix = f"{kind}/" if kind else ""
+    hidden = () if "event" in record else ("step",)
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+    return {prefix + k: v for k, v in numbers.items() if k not in hidden}
+
+
+def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
+    """A line's numbers under TensorBoard's names, whose parts make its sections."""
+    kind = kind_of(record) or "train"
+    hidden = ("step", "time")  # an axis of its own; more digits than it keeps
+    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
+    return {f"{kind}/{k}": v for k, v in numbers.items() if k not in hidden}
+
+
+def curves(run_dir: Path) -> Path:
+    """Where TensorBoard's event files are."""
+    return run_dir / "tensorboard"
+
+
+def run_id_path(run_dir: Path) -> Path:
+    """Where the id of the run on wandb is kept, so that every start goes on with the same one."""
+    return run_dir / "wandb" / "run-id"
+
+
+def _run_id(run_dir: Path) -> str:
+    """The run's id: its folder's name, and what tells it from a run of the same name elsewhere."""
+    path = run_id_path(run_dir)
+    known = path.read_text(encoding="utf-8") if path.exists() else ""
+    if known:  # empty: there was no room for it
+        return known
+    name = re.sub(r"[/\\#?%:]", "-", run_dir.resolve().name)
+    made = f"{name[:100]}-{secrets.token_hex(3)}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(made, encoding="utf-8")
+    return made
+
+
+def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
+    import wandb  # noqa: PLC0415 (seconds, and optional)
+
+    options: dict[str, Any] = {
+        "mode": mirror.mode, "project": mirror.project,
+        "dir": mirror.run_dir, "config": mirror.resolved,
+        "id": _run_id(Path(mirror.run_dir)), "name": Path(mirror.run_dir).resolve().name,
+        "resume": "allow", "group": mirror.group or None, "tags": mirror.tags or None,
+        "settings": wandb.Settings(silent=True, console="off", init_timeout=10),
+    }  # fmt: skip
+    if mirror.mode == "online" and not wandb.login(prompt=False, verify=False):
+        options["mode"] = "offline"
+        say("wandb: nobody is logged in here (wandb login), so the run is tracked offline")
+    try:
+        return wandb.init(**options)
+    except Exception as error:
+        if options["mode"] == "offline":
+            raise
+        say(f"wandb is out of reach ({_brief(error)}), so the run is tracked offline")
+        wandb.teardown()  # else its own half-made run is in the way
+        return wandb.init(**{**options, "mode": "offline"})
+
+
+class Wandb:
+    """A run on wandb, which takes steps in rising order only."""
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        self._run, self._mirrored, self._step = _open_run(mirror, say), mirror.mirrored, 0
+        self.finish = self._run.finish
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass on a line, unless an earlier start has; a save's comes when it has ended."""
+        if not is_mirrored(record, self._mirrored):
+            self._step = max(self._step, record["step"])
+            self._run.log(to_wandb(record), step=self._step)
+
+
+class TensorBoard:
+    """Event files in run_dir/tensorboard; readers drop what an earlier start wrote beyond it."""
+
+    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
+        # Without the tensorboard package there is none; its own writer, since those of torch and
+        # tensorboardX import torch, which takes seconds and memory.
+        self._proto = import_module("tensorboard.compat.proto.event_pb2")
+        files = import_module("tensorboard.summary.writer.event_file_writer")
+        text = import_module("tensorboard.plugins.text.summary_v2").text_pb
+        self._files = files.EventFileWriter(str(curves(Path(mirror.run_dir))), flush_secs=10)
+        self.finish = self._files.close
+        # Lines up to the step of the checkpoint stay; those behind it come again.
+        first = mirror.start_step + 1 if mirror.start_step else 0
+        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
+        self._add(step=first, session_log=started)
+        shown = textwrap.indent(json.dumps(mirror.resolved, indent=1), "    ")
+        self._add(step=first, summary=text("config", shown))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Pass on a line's numbers."""
+        numbers = to_tensorboard(record)
+        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
+        self._add(step=record["step"], summary={"value": values})
+
+    def _add(self, **event: Any) -> None:
+        self._files.add_event(self._proto.Event(wall_time=time.time(), **event))
+
+
+def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
+    run = TensorBoard(mirror, say) if mirror.tool == "tensorboard" else Wandb(mirror, say)
+    failed = False
+    for record in follow(Path(mirror.run_dir) / NAME, mirror.offset, ended):
+        try:
+            run.log(record)
+        except Exception as error:
+            if not failed:
+                say(f"{mirror.tool} does not take all records ({_brief(error)}); {KEPT}")
+            failed = True
+    try:
+        run.finish()
+    except Exception:
+        if not failed:  # else it is said already
+            raise
+
+
+def _brief(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _main(text: str) -> None:
+    mirror = Mirror(**json.loads(text))
+    told = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what wandb writes is not for the run's console
+    ended = threading.Event()
+
+    def say(line: str) -> None:
+        told.write(line + "\n")
+        told.flush()
+
+    def listen() -> None:
+        sys.stdin.readline()  # a line, or nothing when the trainer is gone
+        ended.set()
+        threading.Event().wait(mirror.grace_seconds)
+        os._exit(1)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        _mirror(mirror, ended, say)
+    except ImportError as error:
+        install = f'pip install "samestep[{mirror.tool}]"'
+        say(f"{mirror.tool} cannot be imported ({_brief(error)}): {install}; {KEPT}")
+    except Exception as error:
+        say(f"{mirror.tool} gave up ({_brief(error)}); {KEPT}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

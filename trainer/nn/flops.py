@@ -1,0 +1,112 @@
+"""FLOPs of a training sample, and the peaks of devices: together, model FLOPs utilisation."""
+
+# B batch, S sequence, T source sequence, D width, H query heads, G key/value heads, K head width.
+
+import re
+from collections.abc import Sequence
+
+from trainer.config.train import ModelConfig
+
+# Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
+# tensor cores where there are any; fp8, bf16 and fp16 add up in fp32. The first pattern that is
+# found in the device's name counts.
+_HOPPER_SXM = {
+    "fp8": 1979.0, "bf16": 989.5, "fp16": 989.5, "tf32": 494.7, "fp32": 67.0, "fp64": 67.0,
+}  # fmt: skip
+_HOPPER_NVL = {
+    "fp8": 1670.5, "bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0,
+}  # fmt: skip
+_HOPPER_PCIE = {
+    "fp8": 1513.0, "bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0, "fp64": 51.0,
+}  # fmt: skip
+_BLACKWELL = {
+    "fp8": 4500.0, "bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp64": 37.0,
+}  # fmt: skip
+PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
+    (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # less than the whole device: unknown
+    (r"\bB200\b", _BLACKWELL),
+    (r"\bH[12]00\b.*\bNVL\b", _HOPPER_NVL),
+    (r"\bH100 PCIe\b", _HOPPER_PCIE),
+    (r"\bH[12]00\b", _HOPPER_SXM),
+    (r"\bA100\b", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5, "fp64": 19.5}),
+    (r"\bL40S\b", {"fp8": 733.0, "bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
+    (r"\bA10\b", {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2}),
+    (r"\bRTX 4090\b", {"fp8": 330.3, "bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
+    (r"\bV100-PCIE\b", {"fp16": 112.0, "fp32": 14.0, "fp64": 7.0}),
+    (r"\bV100-SXM[23]\b", {"fp16": 125.0, "fp32": 15.7, "fp64": 7.8}),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """Dense peak of a device in FLOP/s; None where it is not known.
+
+    `device_name` is torch.cuda.get_device_name's; `precision` one of fp8 bf16 fp16 tf32 fp32
+    fp64.
+    """
+    for pattern, peaks in PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return peaks[precision] * 1e12 if precision in peaks else None
+    return None
+
+
+def flops_per_sample(
+    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+) -> float:
+    """FLOPs of the matrix products in one forward and backward of one sample of `seq_len` tokens.
+
+    A multiply-add is two; a backward is twice its forward; attention counts all S×S scores, masked
+    or not, once per pass: no FLOPs of recomputation, neither flash attention's nor that of
+    activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
+    encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
+    `lengths`: where a sequence gets shorter, those in front of each block of an encoder, or of a
+    decoder alone.
+    """
+    return sum(flops_per_block(config, seq_len, source_len, lengths))
+
+
+def flops_per_block(
+    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+) -> list[float]:
+    """As `flops_per_sample`, of each block: the first with the embedding, the last with the head.
+
+    By these a pipeline is cut.
+    """
+    if config.family == "encoder":
+        patches = (config.image_size // config.patch_size) ** 2
+        lengths = lengths or config.layers * [patches + (config.pool == "class_token")]
+        blocks = [_block(config, length) for length in lengths]
+        costs = [2.0 * 3 * block for block in blocks]
+        # Pixels need no gradient: the backward of the first layer is one product, not two.
+        costs[0] += 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
+        costs[-1] += 2.0 * 3 * config.width * config.classes
+        return costs
+    if config.family == "decoder" and lengths:
+        blocks = [_block(config, length) for length in lengths]
+    else:
+        blocks = config.layers * [_block(config, seq_len)]
+    if config.family == "encoder_decoder":
+        depth = config.encoder_layers or config.layers
+        lengths = lengths or depth * [source_len]
+        cross = _attention(config, seq_len, lengths[-1])
+        encoder = [_block(config, length) for length in lengths]
+        blocks = encoder + [block + cross for block in blocks]
+    blocks[-1] += seq_len * config.width * config.vocab_size
+    return [2.0 * 3 * block for block in blocks]
+
+
+def _block(config: ModelConfig, length: int) -> int:
+    """Multiply-adds of one block's forward, without cross-attention."""
+    matrices = 3 if config.activation in ("swiglu", "geglu") else 2
+    feed_forward = matrices * length * config.width * config.ffn_width
+    return _attention(config, length, length) + feed_forward
+
+
+def _attention(config: ModelConfig, length: int, seen: int) -> int:
+    """Multiply-adds of one attention's forward from `length` tokens to `seen` ones."""
+    head_width = config.head_width or config.width // config.heads
+    query_width = config.heads * head_width
+    group_width = (config.kv_heads or config.heads) * head_width
+    query_and_output = 2 * length * config.width * query_width
+    key_and_value = 2 * seen * config.width * group_width
+    scores_and_mix = 2 * length * seen * query_width
+    return query_and_output + key_and_value + scores_and_mix

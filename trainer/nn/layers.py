@@ -1,0 +1,316 @@
+"""The parts of a Transformer block; each computes in the dtype of its input and knows no ranks."""
+
+# B batch, S sequence, T memory (source) sequence, D width, H query heads, G key/value heads,
+# K width of a head, F feed-forward width, P patches, C channels. Logical sizes, also when sharded.
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from trainer.config.train import ModelConfig
+from trainer.nn.sequence import Stream
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class AttentionCache:
+    """Keys and values of the tokens seen so far, (B,G,S,K), with room for `capacity` tokens."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def append(self, key_BGSK: Tensor, value_BGSK: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, the given ones last."""
+        B, G, S, K = key_BGSK.shape
+        if self.key is None or self.value is None:
+            self.key = key_BGSK.new_empty(B, G, self.capacity, K)
+            self.value = value_BGSK.new_empty(B, G, self.capacity, K)
+        end = self.length + S
+        self.key[:, :, self.length : end] = key_BGSK
+        self.value[:, :, self.length : end] = value_BGSK
+        self.length = end
+        return self.key[:, :, :end], self.value[:, :, :end]
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Keep the given rows of the batch: beam search's survivors."""
+        if self.key is not None and self.value is not None:
+            self.key, self.value = self.key[rows_B], self.value[rows_B]
+
+
+@dataclass
+class BlockCache:
+    """What one decoder block remembers while generating."""
+
+    attention: AttentionCache
+    cross: AttentionCache  # keys and values of the memory, filled by the first token
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weight follows its input's dtype: fp32 master weights, bf16 compute."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors, looked up in its own dtype and handed out in `dtype` (None = as is)."""
+
+    def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return F.embedding(input, self.weight).to(dtype or self.weight.dtype)
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) over the width."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.rms = config.norm == "rmsnorm"
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.width))
+        has_bias = config.bias and not self.rms
+        self.bias = nn.Parameter(torch.empty(config.width)) if has_bias else None
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        weight = self.weight.to(x_BSD.dtype)
+        if self.rms:
+            return F.rms_norm(x_BSD, weight.shape, weight, self.eps)
+        bias = None if self.bias is None else self.bias.to(x_BSD.dtype)
+        return F.layer_norm(x_BSD, weight.shape, weight, bias, self.eps)
+
+
+def _signed(value: int) -> int:
+    """The 64-bit pattern as the signed integer that torch stores."""
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+# 32 bits of the golden ratio: a compiler folds counter × stride into an index, which must not
+# overflow. The other two are SplitMix64's.
+_STRIDE = 0x9E3779B9
+_MIX_1, _MIX_2 = map(_signed, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _fold(bits: Tensor, shift: int) -> Tensor:
+    # torch's shift drags the sign along; SplitMix64 wants zeros to come in from the left.
+    return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
+
+
+def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tensor:
+    """(B,N): 64 bits for each value of the counter, by SplitMix64's mixer (Steele et al. 2014)."""
+    bits = (seeds_B + site)[:, None] + counter_N * _STRIDE
+    bits = _fold(bits, 30) * _MIX_1
+    bits = _fold(bits, 27) * _MIX_2
+    return _fold(bits, 31)
+
+
+def keep_mask(seeds_B: Tensor, site: int | Tensor, width: int, share: float,
+              places_S: Tensor) -> Tensor:  # fmt: skip
+    """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
+
+    Four 16-bit draws per counter value: no generator state, so neither ranks, micro-batches,
+    resuming nor recomputation change a mask. `places_S` are the positions of the rows, of which
+    only some may be here.
+    """
+    S, D = len(places_S), width
+    row = (D + 3) // 4  # counter values per position
+    counter = (places_S[:, None] * row + torch.arange(row, device=seeds_B.device)).flatten()
+    bits = random_bits(seeds_B, site, counter)
+    draws = bits.view(torch.int16).view(-1, S, 4 * row)[:, :, :D]
+    return draws >= round(share * 65536) - 32768
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) whose mask depends on the sample alone."""
+
+    def __init__(self, share: float):
+        super().__init__()
+        self.share = share
+        # Tells one dropout of the model from the next; set from its name. A tensor, since with a
+        # number each block would be compiled anew.
+        self.site = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        if not self.training or self.share == 0.0 or stream.seeds_B is None:
+            return x_BSD
+        width = x_BSD.shape[-1]
+        keep = keep_mask(stream.seeds_B, self.site, width, self.share, stream.places_S)
+        # Of a `where` one byte per entry is kept for the backward, of a product the mask's floats.
+        return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
+
+
+def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple:
+    """Cosine and sine of the rotary embedding (arXiv 2104.09864), each (B,S,1,K/2).
+
+    `rope_scaling` stretches the slow frequencies as Llama 3.1 does, for a context of 8,192 tokens
+    grown by that factor (arXiv 2407.21783).
+    """
+    head_width = config.head_width or config.width // config.heads
+    half = torch.arange(0, head_width, 2, device=positions_BS.device, dtype=dtype)
+    frequency = 1.0 / config.rope_theta ** (half / head_width)
+    if config.rope_scaling != 1.0:
+        turns = 8192 * frequency / (2 * torch.pi)  # turns within the original context
+        blend = ((turns - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
+        frequency = frequency * (blend + (1.0 - blend) / config.rope_scaling)
+    angle = positions_BS[:, :, None, None].to(dtype) * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (k, k + K/2) of a head by its position's angle, in the angles' precision."""
+    cos, sin = rope
+    left, right = x_BSHK.chunk(2, dim=-1)
+    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    return turned.to(x_BSHK.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention, grouped-query when kv_heads < heads (arXiv 2305.13245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_width = config.head_width or config.width // config.heads
+        query_width = config.heads * self.head_width
+        group_width = (config.kv_heads or config.heads) * self.head_width
+        self.query = Linear(config.width, query_width, bias=config.bias)
+        self.key = Linear(config.width, group_width, bias=config.bias)
+        self.value = Linear(config.width, group_width, bias=config.bias)
+        self.output = Linear(query_width, config.width, bias=config.bias)
+
+    def _heads(self, x_BSD: Tensor) -> Tensor:
+        # The number of heads is read from the tensor, so that a shard of the heads just works.
+        return x_BSD.unflatten(-1, (-1, self.head_width))
+
+    def forward(self, x_BSD: Tensor, stream: Stream, cache: AttentionCache | None = None) -> Tensor:
+        """Self-attention."""
+        query_BSHK, key_BSGK = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD))
+        if stream.rope is not None:
+            query_BSHK, key_BSGK = rotate(query_BSHK, stream.rope), rotate(key_BSGK, stream.rope)
+        key_BGSK = key_BSGK.transpose(1, 2)
+        value_BGSK = self._heads(self.value(x_BSD)).transpose(1, 2)
+        causal = stream.causal and stream.documents_BS is None and stream.valid_BS is None
+        if cache is not None:
+            causal = causal and cache.length == 0  # a later token sees all that is cached
+            key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
+        return self._attend(query_BSHK, key_BGSK, value_BGSK, stream, causal)
+
+    def cross(
+        self, x_BSD: Tensor, memory_BTD: Tensor, memory: Stream, cache: AttentionCache | None = None
+    ) -> Tensor:
+        """Attention from x to the encoder's memory."""
+        if cache is not None and cache.key is not None and cache.value is not None:
+            key_BGTK, value_BGTK = cache.key, cache.value
+        else:
+            key_BGTK = self._heads(self.key(memory_BTD)).transpose(1, 2)
+            value_BGTK = self._heads(self.value(memory_BTD)).transpose(1, 2)
+            if cache is not None:
+                cache.key, cache.value = key_BGTK, value_BGTK
+        return self._attend(
+            self._heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory, causal=False
+        )
+
+    def _attend(
+        self,
+        query_BSHK: Tensor,
+        key_BGSK: Tensor,
+        value_BGSK: Tensor,
+        keys: Stream,
+        causal: bool,
+    ) -> Tensor:
+        query_BHSK, mask = query_BSHK.transpose(1, 2), keys.mask
+        if keys.context.shares:
+            mixed_BHSK = keys.context.attend(
+                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible, causal
+            )
+            return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
+        group = query_BHSK.shape[1] // key_BGSK.shape[1]
+        if group > 1 and mask is not None:
+            # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.
+            key_BGSK = key_BGSK.repeat_interleave(group, dim=1)
+            value_BGSK = value_BGSK.repeat_interleave(group, dim=1)
+        mixed_BHSK = F.scaled_dot_product_attention(
+            query_BHSK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal,
+            enable_gqa=group > 1 and mask is None,
+        )  # fmt: skip
+        return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around an activation; gated for swiglu and geglu (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        gated = config.activation in ("swiglu", "geglu")
+        self.gate = Linear(config.width, config.ffn_width, bias=config.bias) if gated else None
+        self.up = Linear(config.width, config.ffn_width, bias=config.bias)
+        self.down = Linear(config.ffn_width, config.width, bias=config.bias)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(self.activation(self.up(x_BSD)))
+        return self.down(self.activation(self.gate(x_BSD)) * self.up(x_BSD))
+
+
+class Block(nn.Module):
+    """One pre-norm layer: self-attention, cross-attention in a decoder with memory, feed-forward.
+
+    What flows from block to block is (x, memory). In an encoder that feeds a decoder, `memory` is
+    the decoder's stream that waits; the encoder's last block (`turns`) norms its own output, which
+    is the whole sequence from there on, and swaps the two, so that a model can be cut between any
+    two blocks.
+    """
+
+    def __init__(self, config: ModelConfig, stream: str, cross: bool = False, turns: bool = False):
+        super().__init__()
+        self.stream = stream  # source | target: the sequence that x belongs to
+        self.attention_norm = Norm(config)
+        self.attention = Attention(config)
+        self.cross_norm = Norm(config) if cross else None
+        self.cross_attention = Attention(config) if cross else None
+        self.feed_forward_norm = Norm(config)
+        self.feed_forward = FeedForward(config)
+        self.turn_norm = Norm(config) if turns else None
+        self.attention_dropout = Dropout(config.dropout)
+        self.cross_dropout = Dropout(config.dropout) if cross else None
+        self.feed_forward_dropout = Dropout(config.dropout)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        memory_BTD: Tensor | None,
+        streams: dict[str, Stream],
+        cache: BlockCache | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        own = streams[self.stream]
+        branch_BSD = self.attention(
+            own.whole(self.attention_norm(x_BSD)), own, cache.attention if cache else None
+        )
+        x_BSD = x_BSD + self.attention_dropout(branch_BSD, own)
+        if self.cross_attention and self.cross_norm and self.cross_dropout:
+            assert memory_BTD is not None
+            branch_BSD = self.cross_attention.cross(
+                own.whole(self.cross_norm(x_BSD)),
+                memory_BTD,
+                streams["source"],
+                cache.cross if cache else None,
+            )
+            x_BSD = x_BSD + self.cross_dropout(branch_BSD, own)
+        branch_BSD = self.feed_forward(own.whole(self.feed_forward_norm(x_BSD)))
+        x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own)
+        if self.turn_norm is not None:
+            assert memory_BTD is not None
+            return memory_BTD, own.whole(self.turn_norm(x_BSD))
+        return x_BSD, memory_BTD

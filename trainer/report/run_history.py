@@ -1,0 +1,160 @@
+"""A run's folder read back, for a report: its curves, what has happened, and how it fares.
+
+Free of torch. Whatever of it is missing or damaged is a note, since a report is asked for just
+when something has gone wrong; only a folder that holds no run is refused.
+"""
+
+import json
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint.manifest import DamagedError, check
+from trainer.config.train import ConfigError
+from trainer.metrics.goodput import Ledger
+from trainer.metrics.goodput import read as read_goodput
+from trainer.metrics.jsonl import NAME, is_number, read_lines
+from trainer.run.run_dir import checkpoints, saved_values
+from trainer.run.status import Status, read_status
+
+LINES_NAMED = 5  # of those that cannot be read
+HIDDEN = ("event", "step")  # of an event that is not known here, what is not shown
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened at a step."""
+
+    step: int
+    kind: str  # start | restart | save | evaluation | bad step | rollback, or the line's `event`
+    text: str
+
+
+@dataclass
+class History:
+    """All that a run's folder tells."""
+
+    run_dir: Path
+    values: dict[str, Any] = field(default_factory=dict)  # of config.yaml, by dotted key
+    training: list[Line] = field(default_factory=list)
+    evaluations: list[Line] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # by step
+    status: Status | None = None
+    goodput: Ledger = field(default_factory=Ledger)
+    notes: list[str] = field(default_factory=list)  # what could not be read
+
+    def curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
+        """The finite values of one key by step: of training, or of a split's evaluations."""
+        lines = [line for line in self.evaluations if line["split"] == split]
+        return [
+            (line["step"], float(line[key]))
+            for line in (lines if split else self.training)
+            if is_number(line.get(key))
+        ]
+
+
+def read_history(run_dir: Path) -> History:
+    """What a run's folder tells; raises ConfigError, with the nearest run, if it holds none."""
+    history = History(run_dir, status=read_status(run_dir), goodput=read_goodput(run_dir))
+    try:
+        history.values = saved_values(run_dir)
+    except ConfigError as error:
+        if not (run_dir / "config.yaml").is_file():
+            raise
+        history.notes += error.problems
+    for line in _lines(history):
+        if "event" in line:
+            history.events += _event(line)
+        elif "split" in line:
+            history.evaluations.append(line | {"split": str(line["split"])})
+            history.events.append(_evaluation(line))
+        else:
+            history.training.append(line)
+    _read_checkpoints(history)
+    _read_rollbacks(history)
+    history.events.sort(key=lambda event: event.step)
+    return history
+
+
+def _lines(history: History) -> list[Line]:
+    path = history.run_dir / NAME
+    try:
+        lines, damaged = read_lines(path) if path.exists() else ([], [])
+    except OSError as error:
+        history.notes.append(f"{NAME} cannot be read: {error.strerror}")
+        return []
+    if damaged:
+        named = ", ".join(map(str, damaged[:LINES_NAMED]))
+        more = f" and {len(damaged) - LINES_NAMED} more" if len(damaged) > LINES_NAMED else ""
+        history.notes.append(f"{NAME}: damaged and passed over: line {named}{more}")
+    if not any("loss" in line for line in lines):
+        history.notes.append(f"no metrics yet: {NAME} holds no step")
+    return lines
+
+
+def _event(line: Line) -> list[Event]:
+    """One event, or none of a line that is told elsewhere."""
+    step, kind = line["step"], str(line["event"])
+    if kind == "goodput":
+        return []
+    if kind == "start":
+        ranks = f"{line.get('ranks')} rank{'s' * (line.get('ranks') != 1)}"
+        when = f", {moment(line['time'])}" if is_number(line.get("time")) else ""
+        again = line.get("start") != 1
+        text = f"start {line.get('start')}, from step {step} on {ranks}{when}"
+        return [Event(step, "restart" if again else "start", text)]
+    if kind == "save":
+        return [Event(step, "save", f"checkpoint saved, {line.get('seconds')} s")]
+    if kind == "bad_step":
+        where = "" if line.get("rank") is None else f" on rank {line['rank']}"
+        text = f"the {line.get('kind')} is bad{where}; what was done: {line.get('action')}"
+        return [Event(step, "bad step", text)]
+    told = ", ".join(f"{key} {value}" for key, value in line.items() if key not in HIDDEN)
+    return [Event(step, kind.replace("_", " "), told)]
+
+
+def _evaluation(line: Line) -> Event:
+    values = {key: value for key, value in line.items() if is_number(value) and key != "step"}
+    text = "  ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in values.items())
+    return Event(line["step"], "evaluation", f"{line['split']}: {text}")
+
+
+def _read_checkpoints(history: History) -> None:
+    """Damaged ones are noted; a save that a kill kept from metrics.jsonl is told by its folder."""
+    told = {event.step for event in history.events if event.kind == "save"}
+    for step, path in checkpoints(history.run_dir):
+        try:
+            check(path, hashed=())
+        except DamagedError as error:
+            history.notes.append(f"{path.name} is damaged: {error}")
+        else:
+            if step not in told:
+                history.events.append(Event(step, "save", "checkpoint, there now"))
+
+
+def _read_rollbacks(history: History) -> None:
+    path = history.run_dir / "rollbacks.json"
+    if not path.exists():
+        return
+    try:
+        for rollback in json.loads(path.read_text(encoding="utf-8")):
+            if "samples" in rollback:
+                left = [f"{begin:,} to {end - 1:,}" for begin, end in rollback["samples"]]
+                what = f"{', '.join(left) or 'none'} of the order of samples"
+            else:  # of an older version
+                what = f"steps {', '.join(map(str, rollback['data_steps']))} of data"
+            text = f"back to step {rollback['step']}; left out from then on: {what}"
+            history.events.append(Event(int(rollback["step"]), "rollback", text))
+    except (OSError, ValueError, TypeError, KeyError):
+        history.notes.append(f"{path.name} is damaged")
+
+
+def moment(seconds: float) -> str:
+    """Seconds since 1970 as local time: 2026-11-23 06:04."""
+    try:
+        return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
+    except (OverflowError, OSError, ValueError):
+        return "at no time"

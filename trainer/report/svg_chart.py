@@ -1,0 +1,263 @@
+"""Charts of a report as inline SVG: coloured by the page's style, so that they suit light and dark.
+
+Coordinates are those of the view box; the page scales it. What is under the pointer is shown by the
+page's script, from the values in `data-chart`.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+from trainer.metrics.console import short
+
+WIDTH, HEIGHT, WIDE = 600, 280, 1240
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 36  # margins
+LANE, GAP = 22, 8  # of a run's events; least distance of two marks of a kind
+POINTS = 500  # of a curve that are drawn
+TICKS = 5
+LOG_FROM = 20.0  # times the least value: from there on the axis is logarithmic
+SMOOTHED_FROM, SMOOTHED_SHARE = 60, 0.04  # points; share of them that a mean is over
+COLOURS = 8  # of runs, in the page's style; then they come again, dashed
+# A path around the middle of an event's mark, by kind.
+GLYPHS = {
+    "start": "M-4,-5L5,0L-4,5Z", "restart": "M-4,-5L5,0L-4,5Z", "save": "M-3,-3H3V3H-3Z",
+    "evaluation": "M0,-5V5", "bad step": "M-4,-4L4,4M-4,4L4,-4", "rollback": "M4,-5L-5,0L4,5Z",
+}  # fmt: skip
+OTHER = "M0,-5L5,0L0,5L-5,0Z"
+LINES_FOR = ("restart", "bad step", "rollback")  # drawn through the curves too
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The values of one run by step."""
+
+    name: str
+    run: int  # number of the run, which decides the colour
+    points: Sequence[Point]
+    style: str = "line"  # line | smooth (faint, with its mean) | dots (dashed between dots)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Something at a step."""
+
+    step: int
+    run: int
+    kind: str
+    text: str
+
+
+class Axis:
+    """Values to one coordinate; logarithmic where they differ by much."""
+
+    def __init__(self, values: Sequence[float], begin: float, end: float, log: bool = False):
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        self.log = log and low > 0 and high > LOG_FROM * low
+        if low == high:
+            low, high = low - (abs(low) or 1.0) / 20, high + (abs(high) or 1.0) / 20
+        self.low, self.high = (math.log10(low), math.log10(high)) if self.log else (low, high)
+        self.begin, self.end = begin, end
+
+    def __call__(self, value: float) -> float:
+        """The coordinate of a value."""
+        at = math.log10(value) if self.log else value
+        share = (at - self.low) / ((self.high - self.low) or 1.0)
+        return self.begin + share * (self.end - self.begin)
+
+    def ticks(self) -> list[float]:
+        """Round values within."""
+        if not self.log:
+            return round_values(self.low, self.high)
+        first, last = math.ceil(self.low), math.floor(self.high)
+        every = max(1, (last - first) // TICKS)
+        decades = [10.0**power for power in range(first, last + 1, every)]
+        if len(decades) > 1:
+            return decades
+        return [n * 10.0**p for p in range(first - 1, last + 1) for n in (1, 2, 5)
+                if self.low <= math.log10(n * 10.0**p) <= self.high]  # fmt: skip
+
+
+def round_values(low: float, high: float) -> list[float]:
+    """About TICKS multiples of 1, 2 or 5 times a power of ten, between two values."""
+    rough = (high - low) / TICKS
+    if not (rough > 0 and math.isfinite(rough)):
+        return [low]
+    power = 10.0 ** math.floor(math.log10(rough))
+    size = next(n * power for n in (1, 2, 5, 10) if n * power >= rough * (1 - 1e-9))
+    first = math.ceil(low / size - 1e-9)
+    return [n * size for n in range(first, math.floor(high / size + 1e-9) + 1)]
+
+
+def chart(title: str, curves: Sequence[Curve], marks: Sequence[Mark], steps: tuple[int, int],
+          scale: str = "") -> str:  # fmt: skip
+    """A figure of curves over steps; empty where there is nothing to draw.
+
+    `scale` of the values: `log` if they differ by much, `zero` to begin there, empty to fill it.
+    """
+    drawn = [curve for curve in curves if curve.points]
+    if not drawn:
+        return ""
+    across = Axis(steps, LEFT, WIDTH - RIGHT)
+    values = [value for curve in drawn for _, value in curve.points]
+    values += [0.0] * (scale == "zero")
+    up = Axis(values, HEIGHT - BOTTOM, TOP + 6, log=scale == "log")
+    parts = [_grid(across, up), *(_line(mark, across) for mark in marks if mark.kind in LINES_FOR)]
+    parts += [_curve(curve, across, up) for curve in drawn]
+    told = [{"name": c.name, "run": c.run, "points": rounded(thinned(c.points))} for c in drawn]
+    frame = {"x": [across.low, across.high], "left": LEFT, "right": WIDTH - RIGHT, "top": TOP,
+             "bottom": HEIGHT - BOTTOM, "curves": told}  # fmt: skip
+    kind = ", logarithmic" if up.log else ""
+    return (
+        f"<figure><figcaption>{escape(title)}<small>{kind}</small></figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
+        f'data-chart="{escape(json.dumps(frame, separators=(",", ":")))}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def lanes(title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]) -> str:
+    """A figure of what happened, by step: a lane for each run; empty if nothing has."""
+    if not marks:
+        return ""
+    across = Axis(steps, LEFT, WIDE - RIGHT)
+    height = TOP + LANE * len(names)
+    parts = []
+    for run in range(len(names)):
+        y = TOP + LANE * (run + 0.5)
+        parts.append(f'<path class="axis" d="M{LEFT},{y}H{WIDE - RIGHT}"/>')
+        parts.append(f'<text class="c{run % COLOURS}" x="{LEFT - 12}" y="{y + 4}" '
+                     f'text-anchor="end">●<title>{escape(names[run])}</title></text>')  # fmt: skip
+        parts += [_glyph(mark, across(mark.step), y) for mark in spread(marks, run, across)]
+    parts.append(_steps_below(across, height))
+    kinds = list(dict.fromkeys(mark.kind for mark in marks))
+    shown = "".join(
+        f'<span><svg viewBox="-7 -7 14 14" width="14" height="14">{_shape(kind)}</svg>'
+        f"{escape(kind)}</span>" for kind in kinds
+    )  # fmt: skip
+    return (
+        f'<figure class="lanes"><figcaption>{escape(title)}</figcaption><div class="key">{shown}'
+        f'</div><svg viewBox="0 0 {WIDE} {height + BOTTOM - 4}" role="img" '
+        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    )
+
+
+def spread(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
+    """The marks of a run, less those that would lie on the one before of their kind."""
+    found: list[Mark] = []
+    last: dict[str, float] = {}
+    for mark in sorted((m for m in marks if m.run == run), key=lambda m: m.step):
+        at = across(mark.step)
+        if mark.kind in LINES_FOR or at - last.get(mark.kind, -math.inf) >= GAP:
+            found.append(mark)
+            last[mark.kind] = at
+    return found
+
+
+def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+    """At most so many points: the least and the largest of each stretch, so that spikes stay."""
+    if len(points) <= most:
+        return list(points)
+    stretches = most // 2
+    edges = [round(i * len(points) / stretches) for i in range(stretches + 1)]
+    found: list[Point] = []
+    for begin, end in pairwise(edges):
+        part = points[begin:end]
+        extremes = {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
+        found += sorted(extremes)
+    return found
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """The mean around each point, over a small share of all of them."""
+    reach = max(1, round(len(points) * SMOOTHED_SHARE / 2))
+    sums = [0.0]
+    for _, value in points:
+        sums.append(sums[-1] + value)
+    found = []
+    for i, (step, _) in enumerate(points):
+        near = min(reach, i, len(points) - 1 - i)  # as far on both sides, so that no end is pulled
+        found.append((step, (sums[i + near + 1] - sums[i - near]) / (2 * near + 1)))
+    return found
+
+
+def rounded(points: Sequence[Point]) -> list[list[float]]:
+    """Values with the digits that are read."""
+    return [[step, float(f"{value:.5g}")] for step, value in points]
+
+
+def _curve(curve: Curve, across: Axis, up: Axis) -> str:
+    dashed = " dashed" if curve.run >= COLOURS else ""
+    look = f'class="curve c{curve.run % COLOURS}{dashed}" data-run="{curve.run}"'
+    if curve.style == "dots":
+        spots = "".join(
+            f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="3"/>'
+            for step, value in thinned(curve.points, 60)
+        )  # fmt: skip
+        return f"<g {look}>{_path(curve.points, across, up, 'dotted')}{spots}</g>"
+    if curve.style == "smooth" and len(curve.points) >= SMOOTHED_FROM:
+        mean = _path(smoothed(curve.points), across, up, "")
+        return f"<g {look}>{_path(curve.points, across, up, 'faint')}{mean}</g>"
+    return f"<g {look}>{_path(curve.points, across, up, '')}</g>"
+
+
+def _path(points: Sequence[Point], across: Axis, up: Axis, look: str) -> str:
+    places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in thinned(points))
+    return f'<polyline class="{look}" points="{places}"/>'
+
+
+def _grid(across: Axis, up: Axis) -> str:
+    parts = []
+    for value in up.ticks():
+        y = up(value)
+        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>')
+    return "".join(parts) + _steps_below(across, HEIGHT - BOTTOM)
+
+
+def _steps_below(across: Axis, y: float) -> str:
+    parts = [f'<path class="axis" d="M{across.begin},{y:.1f}H{across.end}"/>']
+    for value in across.ticks():
+        x = across(value)
+        parts.append(f'<path class="axis" d="M{x:.1f},{y:.1f}v4"/>')
+        parts.append(
+            f'<text x="{x:.1f}" y="{y + 17:.1f}" text-anchor="middle">{tick(value)}</text>'
+        )
+    middle = (across.begin + across.end) / 2
+    parts.append(f'<text x="{middle}" y="{y + 31:.1f}" text-anchor="middle">step</text>')
+    return "".join(parts)
+
+
+def _line(mark: Mark, across: Axis) -> str:
+    x, end = across(mark.step), HEIGHT - BOTTOM
+    return (
+        f'<g class="mark c{mark.run % COLOURS}" data-run="{mark.run}"><title>{_told(mark)}</title>'
+        f'<path d="M{x:.1f},{TOP}V{end}"/><text x="{x + 3:.1f}" y="{TOP + 8}">{escape(mark.kind)}'
+        "</text></g>"
+    )
+
+
+def _glyph(mark: Mark, x: float, y: float) -> str:
+    return (
+        f'<g class="glyph" data-run="{mark.run}" transform="translate({x:.1f},{y})"><title>'
+        f'{_told(mark)}</title><circle r="8" class="touch"/>{_shape(mark.kind)}</g>'
+    )
+
+
+def _shape(kind: str) -> str:
+    return f'<path class="{kind.replace(" ", "-") if kind in GLYPHS else "other"}" ' + (
+        f'd="{GLYPHS.get(kind, OTHER)}"/>'
+    )
+
+
+def _told(mark: Mark) -> str:
+    return escape(f"step {mark.step}: {mark.kind}\n{mark.text}")
+
+
+def tick(value: float) -> str:
+    """A round value, as short as can be."""
+    return short(value) if abs(value) >= 1000 else f"{value:.4g}"

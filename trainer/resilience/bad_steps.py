@@ -1,0 +1,341 @@
+"""The numbers of a run: which steps are bad, whose samples did it, and what is done about it.
+
+A step is bad if its loss or gradient is not finite or, where asked, if its loss is a spike. The
+device decides that before the update, which it drops; the host hears of it at the next look. It is
+bad, too, if its update has left weights or moments that are not finite: that is looked for where
+steps are bad, and before a save.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import chain, takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from parallel.health.replica_check import odd_replicas
+from parallel.parallel_model import Worker
+from parallel.runtime import agreed, everyones
+from trainer.config.train import ConfigError, TrainConfig
+from trainer.data.loader import TrainLoader
+from trainer.data.sampler import ranges
+from trainer.metrics.recorder import Recorder
+from trainer.optim.optimizer import Optimizer
+from trainer.precision import LossScale
+from trainer.run.run_dir import checkpoint_path, checkpoints
+from trainer.run.status import write_atomically
+
+LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
+LONGEST_WINDOW = 1024  # losses remembered, whatever spike_window is
+DEVIATION = 1.4826  # times the median absolute deviation: the standard deviation of a normal law
+LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary are no measure of a spike
+REMEDY = "try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (or bf16 for fp16)"
+
+
+class RolledBackError(Exception):
+    """The run has to go on from its last good checkpoint; every rank raises it."""
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that was not learned from."""
+
+    step: int  # of the run, from 1
+    kind: str  # loss | gradient | spike | update
+    rank: int | None  # the first of those that read the samples at fault; None = not one share
+    shares: list[int]  # data ranks whose samples may have done it
+    tensor: str = ""  # of an update: the first that it has left not finite
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """A return to a checkpoint: its step, and what of the data is left out from then on."""
+
+    step: int
+    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the order of samples
+
+
+class Guard:
+    """Judges every step on the device, and remembers what it has to: part of the run's state.
+
+    All ranks come to the same verdicts, since the gradient's norm and the mean loss are the same
+    on all of them.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        """A guard that has seen nothing yet."""
+        self._config = config
+        self.rollbacks: list[Rollback] = []
+        self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # good ones, the newest last
+        self._known = torch.zeros((), dtype=torch.int64, device=device)  # of them
+        self._bad_in_row = 0  # until the last look
+        self._flags: list[Tensor] = []  # of the steps since then, each an int64 scalar
+
+    @property
+    def left_out(self) -> set[tuple[int, int]]:
+        """Ranges of positions in the order of samples that are not learned from."""
+        return {samples for rollback in self.rollbacks for samples in rollback.samples}
+
+    def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
+        """Take over what was left out of a run's data; every rank calls it, and rank 0 reads.
+
+        `batch_size` is of older versions' entries, which name steps. Raises ConfigError.
+        """
+        self.rollbacks = _read_rollbacks(run_dir, batch_size)
+
+    def judge(self, worker: Worker, loss: Tensor, grad_norm: Tensor,
+              scale: LossScale) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Whether to drop the step's update, and whether its gradient overflowed: 1.0 or 0.0.
+
+        fp16 overflows now and then and its scale adapts: such an update is dropped, but the step is
+        bad only if the loss itself is not finite, or once the scale has fallen below 1 and the
+        gradient still overflows. Nothing is read back.
+        """
+        overflow = ~grad_norm.isfinite()
+        bad, drop = overflow, overflow
+        spike_sigma = self._config.spike_sigma
+        if scale.dynamic or spike_sigma:
+            mean_loss = worker.sum_over_data(loss.clone())
+        if scale.dynamic:
+            lost = ~mean_loss.isfinite()  # no matter of the scale, which the loss has not seen
+            drop = overflow | lost
+            overflow = overflow & ~lost
+            bad = lost | (overflow & (scale.scale < 1.0))
+        flags = LOSS * ~loss.isfinite() + GRADIENT * bad
+        if spike_sigma:
+            spike = self._is_spike(mean_loss) & ~drop
+            flags, drop = flags + SPIKE * spike, drop | spike
+            self._remember(mean_loss, ~drop)
+        self._flags.append(flags)
+        return drop.float(), overflow.float()
+
+    def _is_spike(self, loss: Tensor) -> Tensor:
+        """Whether the loss is above the median of a full window by so many deviations."""
+        size = self._config.spike_window
+        window = self._losses[-size:]
+        median = window.sort().values[size // 2]
+        deviation = DEVIATION * (window - median).abs().sort().values[size // 2]
+        deviation = torch.maximum(deviation, LEAST_DEVIATION * median.abs())
+        limit = median + self._config.spike_sigma * deviation
+        return (self._known >= size) & (loss > limit)
+
+    def _remember(self, loss: Tensor, good: Tensor) -> None:
+        longer = torch.cat((self._losses[1:], loss[None].to(self._losses.dtype)))
+        self._losses = torch.where(good, longer, self._losses)
+        self._known = self._known + good
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: a resumed run judges as the unbroken one."""
+        in_row = torch.tensor(self._bad_in_row)
+        return {"losses": self._losses, "known": self._known, "bad_in_row": in_row}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a checkpoint's state."""
+        self._losses.copy_(state["losses"])
+        # Without the rule no loss is remembered, and those from before would be too old later.
+        self._known.copy_(state["known"] * (self._config.spike_sigma > 0))
+        self._bad_in_row = int(state["bad_in_row"].item())
+        self._flags.clear()
+
+    def look(self, step: int, worker: Worker, loader: TrainLoader, recorder: Recorder,
+             settle: Callable[[], None], not_finite: Callable[[], str],
+             saving: bool = False) -> None:  # fmt: skip
+        """Report the bad steps since the last look, up to `step`; here the host waits.
+
+        All ranks call it. `settle` waits for a save in flight, so that all know what is newest
+        before the run goes back there. `not_finite` names a weight or moment that is not; it is
+        asked where steps are bad, and before a save. Raises RolledBackError where the run must go
+        back, and ConfigError where on_bad_step=stop or max_bad_steps ends it.
+        """
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        self._flags.clear()
+        numbers = self._bad(flags)
+        tensor = not_finite() if saving or numbers else ""
+        if not numbers and not tensor:
+            return
+        settle()
+        saved = checkpoints(self._config.run_dir)
+        everyone = everyones((worker.data_rank, flags, saved[-1][0] if saved else None))
+        good = everyone[0][2]  # what rank 0 sees of the folder counts
+        found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
+        if tensor:
+            update = BadStep(_culprit(step, flags), "update", None, _shares(everyone), tensor)
+            found = self._with_update(found, update)
+        policy, why = self._config.on_bad_step, self._why_stop(good, found[-1])
+        if policy == "rollback" and not why:
+            places = [place for bad in found for place in loader.positions(bad.step - 1)]
+            self.rollbacks.append(Rollback(good, ranges(places)))
+            if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
+                _write_rollbacks(self._config.run_dir, self.rollbacks)
+        if dist.get_rank() == 0:
+            for bad in found:
+                stops = why and (policy == "rollback" or bad is found[-1])
+                _record(bad, "stop" if stops else policy, loader, recorder)
+        if why:
+            made = "nothing was saved since" if found[-1].tensor else "no update was made with it"
+            raise ConfigError(f"{_what(found[-1])}; {made}, {why}")
+        if policy == "rollback":
+            recorder.goes_back(f"going back to the checkpoint of step {good}")
+            raise RolledBackError
+
+    @property
+    def _patience(self) -> int:
+        return 1 if self._config.on_bad_step == "stop" else self._config.max_bad_steps
+
+    def _bad(self, flags: list[int]) -> list[int]:
+        """Which steps were bad, up to the one that ends the run; counts those in a row."""
+        numbers = []
+        for number, flag in enumerate(flags):
+            bad = flag & (GRADIENT | SPIKE)
+            self._bad_in_row = self._bad_in_row + 1 if bad else 0
+            if bad:
+                numbers.append(number)
+            if self._bad_in_row == self._patience:
+                break
+        return numbers
+
+    def _with_update(self, found: list[BadStep], update: BadStep) -> list[BadStep]:
+        """The bad steps up to, and with, the one whose update made those behind it bad."""
+        before = [bad for bad in found if bad.step < update.step]
+        if before and self._config.on_bad_step == "stop":
+            return before  # which has ended the run already
+        self._bad_in_row = 1  # those behind it do not count
+        return [*before, update]
+
+    def _why_stop(self, good: int | None, last: BadStep) -> str:
+        """What ends the run, the last good checkpoint, and what to try; empty = it goes on."""
+        policy, most = self._config.on_bad_step, f"max_bad_steps={self._config.max_bad_steps}"
+        tries = 1  # to go on from this checkpoint, the one that has just failed included
+        while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
+            tries += 1
+        if last.tensor and policy != "rollback":
+            remedy = f"Set on_bad_step=rollback to leave the step out, or {REMEDY}"
+        elif policy == "stop":
+            remedy = f"Set on_bad_step=skip or rollback to leave such steps out, or {REMEDY}"
+        elif self._bad_in_row >= self._patience:
+            remedy = f"It is the last of {most} in a row: {REMEDY}"
+        elif policy == "rollback" and (tries >= self._patience or good is None):
+            remedy = f"Going on from there has failed {most} times: {REMEDY}"
+        else:
+            return ""
+        if good is None:
+            return f"and there is no checkpoint yet. {remedy}"
+        where = checkpoint_path(self._config.run_dir, good)
+        return f"and the last good checkpoint is {where}. {remedy}"
+
+
+def _bad_step(
+    first: int, number: int, everyone: list[tuple[int, list[int], int | None]]
+) -> BadStep:
+    """What is known of a step from the (data rank, flags, …) of all ranks."""
+    flag = everyone[0][1][number]
+    ranks = [rank for rank, (_, flags, _) in enumerate(everyone) if flags[number] & LOSS]
+    kind = "spike" if flag & SPIKE else "loss" if ranks else "gradient"
+    shares = sorted({everyone[rank][0] for rank in ranks})
+    if kind != "loss":
+        shares = _shares(everyone)
+    rank = ranks[0] if kind == "loss" and len(shares) == 1 else None
+    return BadStep(first + number, kind, rank, shares)
+
+
+def _shares(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
+    """The data ranks of all."""
+    return sorted({data_rank for data_rank, *_ in everyone})
+
+
+def _culprit(step: int, flags: list[int]) -> int:
+    """The step, up to `step`, whose update has left weights that are not finite.
+
+    With them every step is bad: it is the one before the last row of such.
+    """
+    row = takewhile(lambda flag: flag & GRADIENT, reversed(flags))
+    return step - sum(1 for _ in row)
+
+
+def _what(bad: BadStep) -> str:
+    if bad.tensor:
+        return f"{bad.tensor} is not finite after step {bad.step}"
+    what = {
+        "loss": "the loss is not finite",
+        "gradient": "the gradient is not finite",
+        "spike": "the loss is a spike",
+    }[bad.kind]
+    return f"{what} at step {bad.step}" + ("" if bad.rank is None else f" on rank {bad.rank}")
+
+
+def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
+    """A line in metrics.jsonl and one on the console."""
+    shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
+    samples = sorted(chain.from_iterable(shares))
+    record = {
+        "event": "bad_step", "step": bad.step, "rank": bad.rank, "kind": bad.kind,
+        "action": action, "samples": samples,
+    } | ({"tensor": bad.tensor} if bad.tensor else {})  # fmt: skip
+    done = {
+        "stop": "the run stops", "skip": "its update is left out",
+        "rollback": "its samples are left out from now on",
+    }[action]  # fmt: skip
+    recorder.event(record, f"{_what(bad)}: {done} ({len(samples)} samples, in metrics.jsonl)")
+
+
+def check_replicas(step: int, worker: Worker, optimizer: Optimizer, recorder: Recorder,
+                   run_dir: str) -> None:  # fmt: skip
+    """Raise ConfigError, on every rank, if copies of weights or moments are not the same bits."""
+    tensors: dict[str, Tensor] = dict(worker.parameters())
+    for name, moments in optimizer.state().items():
+        tensors |= {f"{name} ({moment})": tensor for moment, tensor in moments.items()}
+    found = odd_replicas(tensors, worker.device)
+    if not found:
+        return
+    first = found[0]
+    ranks = " and ".join(map(str, first.ranks))
+    where = f"rank{'s' * (len(first.ranks) > 1)} {ranks} of {first.copies} with a copy"
+    what = f"replicas differ at step {step}: {first.name} on {where}"
+    what += f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
+    rank = first.ranks[0] if len(first.ranks) == 1 else None
+    record = {"event": "replicas_differ", "step": step, "rank": rank, "tensor": first.name}
+    recorder.event(record, what)
+    saved = checkpoints(run_dir)
+    good = f"from {saved[-1][1]}" if saved else "from the beginning"
+    raise ConfigError(
+        f"{what}; these ranks no longer train one model. Start again {good}, which is as good as "
+        "the last comparison before it; if it comes back on the same rank, its device is faulty"
+    )
+
+
+def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
+    """What rank 0 reads, on every rank; older versions named steps, of `batch_size` samples."""
+    path = _rollbacks_path(run_dir)
+    reads = dist.get_rank() == 0 and path.exists()
+    text = agreed(path.read_text(encoding="utf-8") if reads else "[]")
+    try:
+        return [Rollback(int(r["step"]), _ranges(r, batch_size)) for r in json.loads(text)]
+    except (ValueError, TypeError, KeyError):
+        raise ConfigError(
+            f"{path} is damaged: it says which samples, by their place in the order, are left out; "
+            'write it again, as [{"step": 50, "samples": [[1792, 1824]]}], or choose another '
+            "run_dir"
+        ) from None
+
+
+def _ranges(rollback: dict[str, Any], batch_size: int) -> list[tuple[int, int]]:
+    if "samples" not in rollback:
+        steps = map(int, rollback["data_steps"])
+        return [(step * batch_size, (step + 1) * batch_size) for step in steps]
+    found = [(int(begin), int(end)) for begin, end in rollback["samples"]]
+    if not all(0 <= begin < end for begin, end in found):
+        raise ValueError(found)
+    return found
+
+
+def _write_rollbacks(run_dir: str, rollbacks: list[Rollback]) -> None:
+    text = json.dumps([asdict(rollback) for rollback in rollbacks])
+    write_atomically(_rollbacks_path(run_dir), text + "\n")
+
+
+def _rollbacks_path(run_dir: str) -> Path:
+    return Path(run_dir) / "rollbacks.json"

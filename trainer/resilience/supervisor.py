@@ -1,0 +1,139 @@
+"""A training run under supervision: its signals, heartbeats, status.json, place in the folder."""
+
+import logging
+import os
+import re
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+
+from parallel.health.watchdog import STOPPED, PeerLostError, StoppedError, Watch
+from parallel.runtime import Runtime, largest
+from parallel.strategy import restarts
+from trainer.config.train import ConfigError, TrainConfig
+from trainer.run.lock import share
+from trainer.run.run_dir import checkpoints
+from trainer.run.status import StatusFile
+
+PACKAGES = ("parallel", "trainer", "conf", "launch")
+ATTEMPTS = 3  # torchrun's restarts from one step that are enough
+# What a collective raises when the process at its other end is gone.
+BROKEN = re.compile(r"gloo|nccl|connection|peer|socket|closed", re.IGNORECASE)
+
+log = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """What the loop tells of its progress, and asks: whether to go on."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime):
+        self._config, self._runtime = config, runtime
+        self._status = StatusFile(config.run_dir, config.steps)
+        self.watch = Watch(runtime, config.timeout_seconds, self._tell)
+        self.stopping = False  # agreed by all ranks
+        self.step = 0
+
+    def begin(self, step: int) -> None:
+        """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
+        self.step = step
+        attempt = restarts(os.environ)
+        allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
+        before = self._status.begin(step, attempt > 0, first=self._runtime.rank == 0)
+        why = f": {before.reason}" if before and before.reason else ""
+        if attempt and self._runtime.rank == 0:
+            of = f" of {allowed}" if allowed else ""
+            log.info("restart %d%s, from step %d%s", attempt, of, step, why)
+        (attempts,) = largest(self._runtime, [self._status.attempts])
+        if attempts >= ATTEMPTS:
+            raise ConfigError(
+                f"no progress since step {step}: {attempts} attempts from there have failed{why}"
+            )
+
+    def note(self, state: str = "running", reason: str = "", code: int | None = None) -> None:
+        """Write status.json, on the first rank."""
+        if self._runtime.rank == 0:
+            self._write(state, reason, 0, code)
+
+    def done(self, step: int) -> bool:
+        """After each step: whether to stop here, the same on every rank."""
+        self.step = step
+        self.watch.moved(step)
+        return self.ask()
+
+    def ask(self) -> bool:
+        """Whether to stop, the same on every rank; all of them call it."""
+        self.stopping = self.stopping or self.watch.stop_asked()
+        return self.stopping
+
+    def on_any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank; all of them call it."""
+        return bool(largest(self._runtime, [int(flag)])[0])
+
+    def go_on(self) -> None:
+        """Between batches of an evaluation: StoppedError, on every rank, if they are to stop."""
+        self.watch.moved(self.step)
+        if self.ask():
+            raise StoppedError
+
+    def failed(self, error: Exception) -> None:
+        """Leave word of what this rank dies of."""
+        reason = str(error).splitlines()[0] if str(error) else ""
+        named = isinstance(error, ConfigError | PeerLostError)
+        text = reason if named else f"{type(error).__name__}: {reason}"
+        self._write("failed", text, self._runtime.rank, 2 if isinstance(error, ConfigError) else 1)
+        self.watch.fail()
+
+    def stopped(self) -> None:
+        """Leave word that the run goes on with the same command; wait for the other ranks."""
+        saved = self._newest()
+        how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
+        if self._runtime.rank == 0:
+            log.info("stopped at step %d of %d; %s", self.step, self._config.steps, how)
+        self.note("stopped", signal.Signals(self.watch.signal).name, STOPPED)
+        self.watch.together()
+
+    def _tell(self, reason: str, rank: int, code: int) -> None:
+        """The watch's last words before it ends this process."""
+        log.error("%s", reason)
+        self._write("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
+
+    def _write(self, state: str, reason: str, rank: int, code: int | None) -> None:
+        self._status.write(
+            state, self.step, reason=reason, rank=rank, code=code, checkpoint=self._newest()
+        )
+
+    def _newest(self) -> int | None:
+        saved = checkpoints(self._config.run_dir)
+        return saved[-1][0] if saved else None
+
+
+@contextmanager
+def supervised(config: TrainConfig, runtime: Runtime) -> Iterator[Supervisor]:
+    """A training run on this rank; how it ends is left in status.json and told to other ranks."""
+    supervisor = Supervisor(config, runtime)
+    with share(config.run_dir), supervisor.watch:
+        try:
+            yield supervisor
+            supervisor.note("finished", code=0)
+        except StoppedError:
+            supervisor.stopped()
+            raise
+        except Exception as error:
+            lost = None
+            if not isinstance(error, ConfigError) and BROKEN.search(str(error)):
+                lost = supervisor.watch.lost()
+            supervisor.failed(lost or error)
+            if lost:
+                raise lost from error
+            raise
+
+
+def own_code() -> str:
+    """A digest of this project's own source files: ranks of one run must have the same."""
+    root = Path(__file__).parents[2]
+    digest = blake2b()
+    for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()

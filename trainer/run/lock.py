@@ -1,0 +1,146 @@
+"""Who works in a run's folder: one run at a time, and none beside the ranks of a dead one.
+
+On one host the system's own lock decides, which ends with the process that holds it. Between hosts
+whose file system does not carry it a heartbeat decides: the file's time of change, of which only
+that it changes is read, so that no two clocks are compared.
+"""
+
+import fcntl
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from parallel.strategy import ConfigError
+
+BEAT_SECONDS = 2.0
+STALE_SECONDS = 15.0  # without a beat: the host that held the lock is gone
+ORPHAN_SECONDS = 8.0  # that the ranks of a dead launcher take to end, and more
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def hold(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[None]:
+    """This process alone opens runs in the folder; ConfigError names who does so already."""
+    path = Path(run_dir) / ".lock"
+    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if not _try(file, fcntl.LOCK_EX):
+            raise ConfigError(_in_use(run_dir, _read(path)))
+        holder = _read(path)
+        if holder:  # it has not given the lock back
+            _wait_for(path, holder, run_dir, stale_seconds)
+            log.info("the lock of a run that has died is taken over (%s)", _whose(holder))
+        _wait_for_orphans(run_dir)
+        me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps(me).encode(), 0)
+        try:
+            with _beating(file, path, me):
+                yield
+        finally:
+            os.ftruncate(file, 0)  # a run that was stopped need not be waited for, either
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def share(run_dir: str | Path) -> Iterator[None]:
+    """This process is a rank that works in the folder; no other run begins before it has ended."""
+    try:
+        file = os.open(Path(run_dir) / ".ranks", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:  # a folder that cannot be written is told about elsewhere
+        yield
+        return
+    try:
+        _try(file, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(file)
+
+
+def _wait_for_orphans(run_dir: str | Path) -> None:
+    path = Path(run_dir) / ".ranks"
+    if not path.exists():
+        return
+    file = os.open(path, os.O_RDWR)
+    try:
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        while not _try(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"run_dir={run_dir} is in use: ranks of an earlier run still work there; end "
+                    "them, or choose another run_dir"
+                )
+            time.sleep(0.1)
+    finally:
+        os.close(file)
+
+
+def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: float) -> None:
+    """Return once the other host's heartbeat has stopped; ConfigError if it goes on."""
+    if holder["host"] == socket.gethostname():
+        return  # its lock has ended with it
+    before = path.stat().st_mtime_ns
+    deadline = time.monotonic() + stale_seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(0.2, stale_seconds / 10))
+        if path.stat().st_mtime_ns != before or _read(path) != holder:
+            raise ConfigError(_in_use(run_dir, _read(path) or holder))
+
+
+@contextmanager
+def _beating(file: int, path: Path, me: dict) -> Iterator[None]:
+    """Touch the file every few seconds; a process whose lock was taken over ends at once."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                os.utime(file)
+                now = _read(path)
+                if now and now != me:
+                    log.error("this run was silent for so long that %s took over", _whose(now))
+                    os._exit(1)
+
+    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _try(file: int, how: int) -> bool:
+    """Whether the lock is ours; a file system without locks leaves it to the heartbeat."""
+    try:
+        fcntl.flock(file, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8") or "{}")
+    except (OSError, ValueError):
+        return {}
+
+
+def _whose(holder: dict) -> str:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
+    return f"pid {holder['pid']} on {holder['host']}, since {since}"
+
+
+def _in_use(run_dir: str | Path, holder: dict) -> str:
+    who = f" by another run ({_whose(holder)})" if holder else ""
+    return f"run_dir={run_dir} is in use{who}; wait for its end, or choose another run_dir"

@@ -1,0 +1,312 @@
+"""The folder of a run: what may be continued there, its resolved config and its checkpoints."""
+
+import dataclasses
+import difflib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # what OmegaConf itself uses
+from omegaconf.errors import OmegaConfBaseException
+
+from parallel.strategy import ConfigError
+from trainer.checkpoint.manifest import DamagedError, check
+from trainer.config.train import TrainConfig
+from trainer.run.free_text import protected, revealed
+from trainer.run.lock import hold
+from trainer.run.status import read_status, write_atomically
+
+# What a run is: these keys must not change when it is continued. Everything else may.
+IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
+FREE = ("data.cache", "data.processor")
+# A run keeps these for ever: its weights are those of one tokenizer.
+FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
+PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
+EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
+
+
+class AlreadyFinishedError(Exception):
+    """There is nothing left to do in a run's folder; the message says where it ended."""
+
+
+def claimed(run_dir: str | Path) -> Path:
+    """Make a folder that nobody has, of this name or with a number behind it; raises OSError.
+
+    For names that are made of the time: two starts may share a second.
+    """
+    folder, number = Path(run_dir), 1
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            new = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
+            new.mkdir()
+            return new
+        except FileExistsError:
+            number += 1
+
+
+def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
+    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot.
+
+    The folder is locked before anything is written there, until `held` ends (None = it is not).
+    Raises AlreadyFinishedError if the run has done its steps.
+    """
+    folder = Path(config.run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _refuse(config, folder)
+        if held is not None:
+            held.enter_context(hold(folder))
+            _refuse(config, folder)  # what it was a moment ago is another's
+        write_atomically(folder / "config.yaml", to_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir"
+        ) from error
+
+
+def check_run_dir(config: TrainConfig) -> None:
+    """Raises what `open_run_dir` would, but for a folder in use, and writes nothing."""
+    folder = Path(config.run_dir)
+    try:
+        if folder.exists():
+            _refuse(config, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
+        ) from error
+
+
+@contextmanager
+def new_folder(to: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `to` at the end; ConfigError if it cannot be written.
+
+    Nothing is left where that fails.
+    """
+    partial = to.with_name(f".{to.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(to)
+    except OSError as error:
+        raise ConfigError(
+            f"to={to} cannot be written ({error.strerror}); choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """The published checkpoints of a run as (step, folder), oldest first by step.
+
+    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def leftovers(run_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints that were being written or removed when their run was killed."""
+    return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
+
+
+def identity(config: TrainConfig) -> dict[str, Any]:
+    """The values that make a run what it is, by dotted key."""
+    flat = _flat(dataclasses.asdict(config))
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.split(".")[0] in IDENTITY and key not in FREE
+    }
+
+
+def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
+    """Every key in which the run that `before` is the identity of was another one, as a problem.
+
+    Those that config.resume_changed names are none.
+    """
+    changed = [
+        (key, before[key], value)
+        for key, value in identity(config).items()
+        if key in before and not _alike(key, before[key], value)
+    ]
+    return [
+        f"run_dir={config.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
+        + (
+            f"or begin another run with these weights: init_from={config.run_dir} run_dir=…"
+            if key in FIXED
+            else f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
+        )
+        for key, old, new in changed
+        if key in FIXED or not may_change(config, key)
+    ]
+
+
+def absolute(path: str) -> str:
+    """Return a path that means the same wherever it is read; other values as they are."""
+    if path.startswith("hf:"):
+        folder = Path(path.removeprefix("hf:"))
+        return f"hf:{folder.absolute()}" if folder.exists() else path
+    if not path or path.startswith("bundled:"):
+        return path
+    with suppress(RuntimeError):  # the home of somebody who is not known here
+        return str(Path(path).expanduser().absolute())
+    return str(Path(path).absolute())
+
+
+def _alike(key: str, old: Any, new: Any) -> bool:
+    return old == new or (key in PATHS and absolute(str(old)) == absolute(str(new)))
+
+
+def may_change(config: TrainConfig, key: str) -> bool:
+    """Whether config.resume_changed names a key of the identity, or its section."""
+    return key in config.resume_changed or key.split(".")[0] in config.resume_changed
+
+
+def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
+    """The configuration a run was trained with; raises ConfigError if the folder holds no run.
+
+    `key` is the one that names the folder.
+    """
+    path = _config_path(run_dir, key)
+    try:
+        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), protected(_read_yaml(path)))
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ConfigError(
+            f"{path} does not fit this version: {str(error).splitlines()[0]}"
+        ) from error
+    loaded = revealed(OmegaConf.to_object(values))
+    assert isinstance(loaded, TrainConfig)
+    return loaded
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """Return a configuration as YAML whose texts, `${…}` too, are read back as they are."""
+    values = dataclasses.asdict(config)
+    return yaml.dump(
+        values, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True,
+        default_flow_style=False,
+    )  # fmt: skip
+
+
+def _read_yaml(path: Path) -> Any:
+    """What a YAML file says, with numbers as OmegaConf reads them, and nothing interpolated."""
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
+
+
+def saved_values(run_dir: str | Path) -> dict[str, Any]:
+    """What config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
+    path = _config_path(run_dir)
+    try:
+        values = _read_yaml(path)
+        if not isinstance(values, dict):
+            raise ValueError("it holds no keys")
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    return _flat(values)
+
+
+def _config_path(run_dir: str | Path, key: str = "run_dir") -> Path:
+    path = Path(run_dir) / "config.yaml"
+    if not str(run_dir) or not path.is_file():
+        raise ConfigError(_no_run(str(run_dir), key))
+    return path
+
+
+def _refuse(config: TrainConfig, folder: Path) -> None:
+    problems = _problems(config, folder)
+    if problems:
+        raise ConfigError(*problems)
+    found = [c for c in checkpoints(folder) if config.resume_step in (0, c[0])]
+    done = next((s for s, path in reversed(found) if s >= config.steps and _is_good(path)), 0)
+    status = read_status(folder)
+    # A run that was stopped while it measured the test split goes on with that.
+    left = status is not None and status.state != "finished" and done == config.steps
+    if done and not left:
+        raise AlreadyFinishedError(
+            f"run_dir={folder} is already finished at step {done} (steps={config.steps}); "
+            "raise steps to go on"
+        )
+
+
+def _problems(config: TrainConfig, folder: Path) -> list[str]:
+    known = [*IDENTITY, *identity(config)]
+    if unknown := [key for key in config.resume_changed if key not in known]:
+        near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
+        return [
+            f"resume_changed names {unknown[0]}, which is no key that makes a run what it is; "
+            f"did you mean {near}?"
+        ]
+    if (folder / EXPORTED).exists():
+        return [f"run_dir={folder} holds an exported model; choose another run_dir"]
+    if not (folder / "config.yaml").exists():
+        if any(not path.name.startswith(".") for path in folder.iterdir()):
+            return [f"run_dir={folder} is not empty and holds no run; choose another run_dir"]
+        if config.resume == "always" or config.resume_step:
+            return [f"{_no_run(config.run_dir)}, or set resume=auto to begin one"]
+        return []
+    found = checkpoints(folder)
+    if found and config.resume == "never":
+        return [
+            f"run_dir={folder} holds a run at step {found[-1][0]} and resume=never; "
+            "set resume=auto to go on, or choose another run_dir"
+        ]
+    problems = differences(config, identity(load_config(folder)))
+    return problems + _checkpoint_problems(config, folder, [step for step, _ in found])
+
+
+def _checkpoint_problems(config: TrainConfig, folder: Path, steps: list[int]) -> list[str]:
+    if config.resume_step and config.resume_step not in steps:
+        there = ", ".join(map(str, steps)) or "none"
+        return [
+            f"resume_step={config.resume_step}, but run_dir={folder} holds no checkpoint of that "
+            f"step; there are: {there}; 0 is the newest"
+        ]
+    if not steps and config.resume == "always":
+        return [
+            f"run_dir={folder} holds no checkpoint and resume=always; set resume=auto to begin "
+            "at step 0"
+        ]
+    return []
+
+
+def _is_good(path: Path) -> bool:
+    try:
+        check(path)
+    except DamagedError:
+        return False
+    return True
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found
+
+
+def _no_run(run_dir: str, key: str = "run_dir") -> str:
+    what = f"{key}={run_dir} holds no run (no config.yaml)" if run_dir else f"{key} is empty"
+    parent = Path(run_dir).parent if run_dir else Path("runs")
+    runs = [path.parent for path in parent.glob("*/config.yaml")]
+    runs.sort(key=lambda run: run.stat().st_mtime)
+    names = {run.name: run for run in runs}
+    near = difflib.get_close_matches(Path(run_dir).name, names, n=1)
+    if near:
+        return f"{what}; did you mean {key}={names[near[0]]}?"
+    return f"{what}; the newest run is {key}={runs[-1]}" if runs else f"{what}; name a run's folder"

@@ -1,0 +1,269 @@
+"""What is verified: small models of each family, strategies, and batches that play tricks."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from parallel.parallel_model import Worker
+from parallel.strategy import StrategyConfig, data_degree
+from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig
+from trainer.loss import IGNORED
+
+SAMPLES = 8  # per step, over all ranks
+MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
+SEQ_LEN = 12
+
+# One model of each kind that the project trains; `walk` proves every strategy on all of them.
+FAMILIES = {
+    "decoder (Llama)": ModelConfig(heads=8, kv_heads=4, ffn_width=344, tied=False),
+    "decoder (GPT-2)": ModelConfig(
+        norm="layernorm", activation="gelu_tanh", positions="learned", bias=True
+    ),
+    "encoder (ViT)": ModelConfig(
+        family="encoder", norm="layernorm", activation="gelu", positions="learned", bias=True,
+        init="vit", pool="class_token",
+    ),
+    "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
+}  # fmt: skip
+STRATEGIES = {
+    "ddp 2": StrategyConfig(replicate=2),
+    "ddp 4": StrategyConfig(replicate=4),
+    "fsdp 2": StrategyConfig(shard=2),
+    "fsdp 4": StrategyConfig(shard=4),
+    "fsdp 4, kept": StrategyConfig(shard=4, reshard_after_forward=False),
+    "hsdp 2×2": StrategyConfig(replicate=2, shard=2),
+    "tensor 2": StrategyConfig(tensor=2),
+    "tensor 2, whole sequences": StrategyConfig(tensor=2, sequence_parallel=False),
+    "tensor 4": StrategyConfig(tensor=4),
+    "tensor 4, whole sequences": StrategyConfig(tensor=4, sequence_parallel=False),
+    "ddp 2 × tensor 2": StrategyConfig(replicate=2, tensor=2),
+    "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
+    "fsdp 2 × tensor 2, whole sequences": StrategyConfig(
+        shard=2, tensor=2, sequence_parallel=False
+    ),
+    "ddp 2 × tensor 4": StrategyConfig(replicate=2, tensor=4),
+    "fsdp 2 × tensor 4": StrategyConfig(shard=2, tensor=4),
+    "hsdp 2×2 × tensor 2": StrategyConfig(replicate=2, shard=2, tensor=2),
+    "pipeline 2": StrategyConfig(pipeline=2),
+    "pipeline 4": StrategyConfig(pipeline=4),
+    **{
+        f"pipeline {ranks}, {schedule}": StrategyConfig(pipeline=ranks, schedule=schedule)
+        for schedule in ("1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev")
+        for ranks in (2, 4)
+    },
+    **{
+        f"context {ranks}, {method}": StrategyConfig(context=ranks, context_method=method)
+        for method in ("all_gather", "ring", "ulysses")
+        for ranks in (2, 4)
+    },
+    "ddp 2 × context 2": StrategyConfig(replicate=2, context=2),
+    "fsdp 2 × context 2, ring": StrategyConfig(shard=2, context=2, context_method="ring"),
+    "context 2 × tensor 2": StrategyConfig(context=2, tensor=2),
+    "context 2 × tensor 2, ulysses, whole sequences": StrategyConfig(
+        context=2, tensor=2, context_method="ulysses", sequence_parallel=False
+    ),
+    "pipeline 2 × context 2": StrategyConfig(pipeline=2, context=2),
+    "pipeline 2 × context 2, ring, zero_bubble": StrategyConfig(
+        pipeline=2, context=2, context_method="ring", schedule="zero_bubble"
+    ),
+    "hsdp 2×2 × context 2": StrategyConfig(replicate=2, shard=2, context=2),
+    "pipeline 2 × context 2 × tensor 2": StrategyConfig(pipeline=2, context=2, tensor=2),
+    "ddp 2 × pipeline 2 × context 2": StrategyConfig(replicate=2, pipeline=2, context=2),
+    "ddp 2 × pipeline 2 × tensor 2": StrategyConfig(replicate=2, pipeline=2, tensor=2),
+    "fsdp 2 × pipeline 2 × context 2": StrategyConfig(shard=2, pipeline=2, context=2),
+    "ddp 2 × context 2 × tensor 2": StrategyConfig(replicate=2, context=2, tensor=2),
+    "fsdp 2 × context 2 × tensor 2": StrategyConfig(shard=2, context=2, tensor=2),
+    "ddp 2 × pipeline 2": StrategyConfig(replicate=2, pipeline=2),
+    "fsdp 2 × pipeline 2": StrategyConfig(shard=2, pipeline=2),
+    "fsdp 2 × pipeline 2, zbv": StrategyConfig(shard=2, pipeline=2, schedule="zbv"),
+    "tensor 2 × pipeline 2": StrategyConfig(tensor=2, pipeline=2),
+    "tensor 2 × pipeline 2, zero_bubble": StrategyConfig(
+        tensor=2, pipeline=2, schedule="zero_bubble"
+    ),
+    "hsdp 2×2 × pipeline 2": StrategyConfig(replicate=2, shard=2, pipeline=2),
+    "fsdp 2 × tensor 2 × pipeline 2": StrategyConfig(shard=2, tensor=2, pipeline=2),
+}
+
+# Sums of gradients that are rounded or compressed: no layout with one equals one process.
+REDUCED = {
+    **{
+        f"{name}, {reduce}": replace(strategy, reduce=reduce)
+        for reduce in ("bf16", "fp16")
+        for name, strategy in STRATEGIES.items()
+        if name in ("ddp 2", "fsdp 2", "hsdp 2×2", "ddp 2 × tensor 2", "fsdp 2 × pipeline 2")
+    },
+    "ddp 2, int8": StrategyConfig(replicate=2, reduce="int8"),
+    "ddp 4, int8": StrategyConfig(replicate=4, reduce="int8"),
+    "ddp 2, powersgd": StrategyConfig(
+        replicate=2, reduce="powersgd", powersgd_rank=2, powersgd_start_step=0
+    ),
+}
+
+
+def _multiple(value: float, of: int) -> int:
+    return max(8, of * round(value / of))
+
+
+def scale_down(
+    model: ModelConfig, tensor: int = 1, stages: int = 1, groups: bool = False
+) -> ModelConfig:
+    """A model small enough for float64 on CPU ranks, with the ratios of the given one.
+
+    Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
+    feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
+    There are as many heads as `tensor` ranks need, and more blocks than `stages`. With `groups`
+    every rank has whole groups of eight of a layer's inputs.
+    """
+    group = max(1, model.heads // (model.kv_heads or model.heads))
+    heads = math.lcm(group * max(1, 4 // group), tensor)
+    width = heads * 8
+    two = model.family == "encoder_decoder"
+    layers = max(2, math.ceil((stages + 1) / (2 if two else 1)))
+    return replace(
+        model, layers=layers, encoder_layers=layers if two else 0,
+        width=width, heads=heads, kv_heads=heads // group, head_width=0,
+        ffn_width=_multiple(width * model.ffn_width / model.width, 8 * tensor if groups else 1),
+        vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
+        image_size=8, patch_size=2, channels=3, classes=7,
+    )  # fmt: skip
+
+
+# What is compressed, under each of these strategies.
+COMPRESSED_STRATEGIES = (
+    "single",
+    "ddp 2",
+    "fsdp 2",
+    "tensor 2",
+    "pipeline 2",
+    "fsdp 2 × tensor 2",
+    "tensor 2 × pipeline 2",
+)
+# A teacher's answers are cut as the sequences and classes are.
+DISTILLED_STRATEGIES = (
+    *COMPRESSED_STRATEGIES,
+    "tensor 2, whole sequences",
+    "context 2, ring",
+    "context 2 × tensor 2",
+)
+# States are matched where sequences are not shared.
+MATCHED_STRATEGIES = tuple(name for name in DISTILLED_STRATEGIES if "context" not in name)
+# Of six blocks: in front of a pipeline's cut and behind it, of an encoder the last, and the last.
+MATCH = [[1, 0], [2, 2], [5, 4]]
+COMPRESSED = {
+    "encoder (ViT)": {
+        "merge": CompressConfig(merge=2),
+        "pool": CompressConfig(pool_after=1),
+        "drop": CompressConfig(drop=0.5),
+        "int8": CompressConfig(bits=8),
+        "int4": CompressConfig(bits=4, group=8),
+        "sparse": CompressConfig(sparse_n=2, sparse_start=0.3),
+        "drop, merge, sparse": CompressConfig(drop=0.3, merge=2, sparse_n=2),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+        "distill": CompressConfig(teacher="drawn"),
+        "distill, match": CompressConfig(teacher="drawn", match=MATCH, match_weight=20.0),
+    },
+    "encoder-decoder": {
+        "merge": CompressConfig(merge=2),
+        "pool": CompressConfig(pool_after=1),
+        "merge, int8": CompressConfig(merge=2, bits=8),
+        "pool, merge, int4, sparse": CompressConfig(
+            pool_after=1, merge=1, bits=4, group=8, sparse_n=2
+        ),
+        "prune, merge, int8": CompressConfig(
+            prune_heads=0.3, prune_ffn=0.3, prune_start=0.0, prune_end=0.6, merge=2, bits=8
+        ),
+        "distill": CompressConfig(teacher="drawn"),
+        "match": CompressConfig(
+            teacher="drawn", distill_weight=0.0, match=MATCH, match_weight=20.0
+        ),
+    },
+    "decoder (Llama)": {
+        "pool": CompressConfig(pool_after=2),
+        "int8": CompressConfig(bits=8),
+        "distill": CompressConfig(teacher="drawn"),
+        "distill, match": CompressConfig(teacher="drawn", match=MATCH, match_weight=20.0),
+        "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.3),
+    },
+    "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
+}
+
+
+def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
+    """(model, strategy, what to verify): every strategy on every family, and compressed models."""
+    for family, model in FAMILIES.items():
+        for name, strategy in STRATEGIES.items():
+            yield family, name, VerifyConfig(strategy, model)
+    for family, techniques in COMPRESSED.items():
+        for technique, compress in techniques.items():
+            for name in _strategies(compress):
+                strategy = STRATEGIES.get(name, StrategyConfig())
+                config = VerifyConfig(strategy, FAMILIES[family], compress)
+                yield f"{family}, {technique}", name, config
+
+
+def _strategies(compress: CompressConfig) -> tuple[str, ...]:
+    if compress.match:
+        return MATCHED_STRATEGIES
+    return DISTILLED_STRATEGIES if compress.teacher else COMPRESSED_STRATEGIES
+
+
+def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressConfig:
+    """The same techniques at sizes that a model has which was scaled down."""
+    encoder, last = model.encoder_layers, model.encoder_layers + model.layers - 1
+    match = {min(pair[0], last): min(pair[1], last) for pair in compress.match}
+    return replace(
+        compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 2),
+        group=8 if compress.group else 0, sparse_m=min(compress.sparse_m, 8),
+        match=[[i, j] for i, j in match.items() if (i < encoder) == (j < encoder)],
+    )  # fmt: skip
+
+
+def samples(strategy: StrategyConfig) -> int:
+    """Samples per step: enough that the ranks of a pipeline have micro-batches to work on."""
+    if strategy.pipeline == 1:
+        return SAMPLES
+    return data_degree(strategy) * (MICRO_BATCHES * strategy.pipeline + 1)
+
+
+def make_batch(
+    model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
+) -> dict[str, Tensor]:
+    """A global batch with unequal numbers of valid targets per sample, padding and documents."""
+    generator = torch.Generator().manual_seed(1000 * seed + step)
+    draw = partial(torch.randint, generator=generator)
+    seeds = draw(0, 1 << 62, (samples,))
+    if model.family == "encoder":
+        size = (samples, model.channels, model.image_size, model.image_size)
+        targets = draw(0, model.classes, (samples,))
+        targets[1] = IGNORED
+        images = torch.randn(size, generator=generator, dtype=torch.float64)
+        return {"images": images, "targets": targets, "seeds": seeds}
+    tokens, targets = draw(0, model.vocab_size, (2, samples, SEQ_LEN))
+    lengths = draw(1, SEQ_LEN + 1, (samples,))
+    targets[torch.arange(SEQ_LEN) >= lengths[:, None]] = IGNORED
+    batch = {"tokens": tokens, "targets": targets, "seeds": seeds}
+    if model.family == "decoder":
+        cut = draw(1, SEQ_LEN, (samples, 1))
+        position = torch.arange(SEQ_LEN)[None]
+        batch["documents"] = (position >= cut).long()
+        batch["positions"] = torch.where(position >= cut, position - cut, position)
+    else:
+        batch["source"] = draw(0, model.vocab_size, (samples, SEQ_LEN - 1))
+        valid = draw(1, SEQ_LEN, (samples, 1))
+        batch["source_valid"] = torch.arange(SEQ_LEN - 1)[None] < valid
+    return batch
+
+
+def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
+    """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
+    rows = len(batch["targets"]) // worker.data_degree
+    own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
+    count = min(rows, MICRO_BATCHES * worker.mesh["pipeline"].size())
+    bounds = [*range(count), rows]  # the last has all the others
+    return [{k: v[i:j] for k, v in own.items()} for i, j in pairwise(bounds)]

@@ -1,0 +1,239 @@
+"""Bytes of a training step: counted from the collectives that it issues, and by the closed form."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from parallel.comm_volume.closed_form import (
+    Shape,
+    SplitSequence,
+    StepBytes,
+    context_bytes,
+    cross_entropy_bytes,
+    stage_bytes,
+    step_bytes,
+    tensor_bytes,
+)
+from parallel.comm_volume.counter import Payload, Traffic
+from parallel.data.ddp import reduce_dtype
+from parallel.grad_norm import local
+from parallel.parallel_model import MicroBatch, Worker
+from parallel.pipeline.stages import Pipeline
+from parallel.pipeline.torch_schedules import actions
+from parallel.runtime import Runtime
+from parallel.strategy import StrategyConfig
+from parallel.tensor.layers import HEADS, split_dim, style_of
+from trainer.build import parallel_model
+from trainer.config.train import ModelConfig
+from trainer.inference.trained_run import transformer
+from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.precision import PRECISIONS
+from trainer.verify.cases import make_batch, samples, split
+
+COUNT_BYTES, FLOAT_BYTES = 8, 4  # a number of targets (int64); a gradient or a norm (float32)
+COMPUTE_BYTES = 2  # bf16
+
+
+def step_traffic(
+    runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
+) -> tuple[Payload, Payload]:
+    """Bytes of one bf16 step of this rank by collective: counted, and by the closed form."""
+    worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"])
+    micro_batches = split(make_batch(model_config, 0, 0, samples(strategy)), worker)
+    for _ in range(3):  # DDP agrees on its buckets once, in the second step
+        worker.zero_grad()
+        with Traffic() as traffic:
+            worker.forward_backward(micro_batches)
+            worker.clip_grad_norm(1.0)
+    due = _due_bytes(worker, strategy, micro_batches)
+    counted = {key: size for key, size in traffic.payload_bytes.items() if size}
+    return counted, {key: size for key, size in due.items() if size}
+
+
+def _due_bytes(
+    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+) -> Payload:
+    """The closed form: gradients and weights, activations, and the listed small ones."""
+    model = transformer(worker)
+    moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
+    if worker.split is not None:
+        moved += _activations(worker, strategy, micro_batches)
+        floats += _partial_gradients(worker) * FLOAT_BYTES
+        heads = len(micro_batches) * _shared_heads(worker)
+        if model.head is not None:
+            targets = (model.own_targets(m["targets"]) for m in micro_batches)
+            floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
+    if worker.context is not None:
+        moved += sum((_attentions(model, strategy, m) for m in micro_batches), StepBytes())
+        floats += FLOAT_BYTES  # the loss, of which each rank has a part
+    if worker.pipeline is not None:
+        moved += _flows(worker.pipeline, model, micro_batches)
+        floats += FLOAT_BYTES  # the loss, which the last stage has
+        tied = 0 if worker.pipeline.tied is None else local(worker.pipeline.tied).numel()
+    # FSDP hands a layer its weights in bf16, and their gradients come back so.
+    fsdp = isinstance(worker.model, FSDPModule)
+    half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
+    return _reduced(worker, strategy, len(micro_batches)) + Counter({
+        ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
+        ("all_reduce", torch.float32): floats,
+        ("all_reduce", torch.bfloat16): moved.all_reduce,
+        ("all_gather", torch.bfloat16): moved.all_gather + half,
+        ("all_gather", torch.float32): full,
+        ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
+        ("reduce_scatter", torch.float32): full,
+        ("all_to_all", torch.bfloat16): moved.all_to_all,
+        ("send", torch.bfloat16): moved.send,
+        ("send", torch.float32): FLOAT_BYTES * tied,
+    })  # fmt: skip
+
+
+def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Counter:
+    """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
+    dtype = reduce_dtype(strategy.reduce, torch.float32)
+    due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
+    gathered = torch.uint8 if strategy.reduce == "int8" else torch.bfloat16
+    return Counter({
+        ("all_reduce", dtype): due.all_reduce,
+        ("all_gather", gathered): due.all_gather,
+        ("reduce_scatter", dtype): due.reduce_scatter,
+        ("all_to_all", torch.uint8): due.all_to_all,
+    })  # fmt: skip
+
+
+def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:
+    """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
+    degree, rank = worker.mesh["tensor"].size(), worker.mesh["tensor"].get_local_rank()
+    blocks: list[Shape] = []
+    others: list[Shape] = []
+    for name, parameter in worker.model.named_parameters():
+        shape, dim = list(parameter.shape), split_dim(style_of(name, TENSOR_LAYOUT), name)
+        if dim is not None:
+            rows = math.ceil(shape[dim] / degree)
+            shape[dim] = max(0, min(rows, shape[dim] - rank * rows))
+        (blocks if name.startswith("blocks.") else others).append(tuple(shape))
+    return blocks, others
+
+
+def _norms(strategy: StrategyConfig) -> int:
+    """All-reduces of the gradient norm: one per axis and set of axes that parameters are split on.
+
+    Split layers are one set, what every tensor rank has whole is another. One more adds up what the
+    ranks of a pipeline have.
+    """
+    shards, tensor, staged = strategy.shard > 1, strategy.tensor > 1, strategy.pipeline > 1
+    return (shards + tensor) + (shards if tensor else 0) + staged
+
+
+def _partial_gradients(worker: Worker) -> int:
+    """Elements of the gradients that work on a part of the sequence: they are summed once."""
+    parameters = dict(worker.model.named_parameters())
+    return sum(local(parameters[name]).numel() for name in worker.partial_gradients())
+
+
+def _shared_heads(worker: Worker) -> int:
+    """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
+    config = transformer(worker).config
+    least = worker.mesh["tensor"].size() * config.width // config.heads
+    return sum(
+        parameter.numel()
+        for name, parameter in worker.model.named_parameters()
+        if style_of(name, TENSOR_LAYOUT) == HEADS and parameter.shape[0] < least
+    )
+
+
+def _activations(
+    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+) -> StepBytes:
+    """What the split layers move that this rank holds."""
+    model, pipeline = transformer(worker), worker.pipeline
+    if pipeline is None:
+        stages, split_backwards = {0: tuple(model.blocks)}, set()
+    else:
+        stages = {stage.stage_index: stage.blocks for stage in pipeline.stages}
+        split_backwards = _split_backwards(strategy, pipeline, len(micro_batches))
+    sequences = [
+        sequence
+        for stage, blocks in stages.items()
+        for number, micro_batch in enumerate(micro_batches)
+        for sequence in _sequences(model, blocks, micro_batch, (stage, number) in split_backwards)
+    ]
+    return tensor_bytes(sequences, model.config.width, strategy, COMPUTE_BYTES)
+
+
+def _split_backwards(
+    strategy: StrategyConfig, pipeline: Pipeline, micro_batches: int
+) -> set[tuple[int, int]]:
+    """Stages and micro-batches whose backward comes in two halves; the first stage's is one."""
+    per_rank = len(pipeline.stages)
+    lists = actions(strategy.schedule, strategy.pipeline, per_rank, micro_batches)
+    return {(a.stage, a.micro_batch) for own in lists.values() for a in own if a.kind == "I"} - {
+        (0, micro_batch) for micro_batch in range(micro_batches)
+    }
+
+
+def _sequences(model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch,
+               splits_backward: bool) -> list[SplitSequence]:  # fmt: skip
+    """The sequences that flow through the layers of one stage."""
+    sizes, family = _sizes(model, micro_batch), model.config.family
+    last = int(blocks[-1]) == model.depth - 1
+    found = []
+    for stream, (count, length) in sizes.items():
+        own = [model.blocks[name] for name in blocks if model.blocks[name].stream == stream]
+        found.append(SplitSequence(
+            count, length, branches=sum(2 + (b.cross_attention is not None) for b in own),
+            starts=int(blocks[0] == "0" and family != "encoder"),
+            ends=sum(b.turn_norm is not None for b in own) + (last and stream == list(sizes)[-1]),
+            backwards=2 if splits_backward else 1,
+        ))  # fmt: skip
+    return found
+
+
+def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch) -> StepBytes:
+    """What attention of this rank's blocks moves where sequences are shared."""
+    config, degree, moved = model.config, strategy.context, StepBytes()
+    sizes = _sizes(model, micro_batch)
+    width = config.head_width or config.width // config.heads
+    queries = config.heads // strategy.tensor
+    groups = max(1, (config.kv_heads or config.heads) // strategy.tensor)
+    for block in model.blocks.values():
+        count, length = sizes[str(block.stream)]
+        seen = [length] + ([sizes["source"][1]] if block.cross_attention is not None else [])
+        for keys in seen:
+            moved += context_bytes(
+                strategy.context_method, (count, queries, length, width),
+                (count, groups, keys, width), degree, COMPUTE_BYTES,
+            )  # fmt: skip
+    if config.family == "encoder" and model.head is not None:  # it pools the whole sequence
+        count, length = sizes["source"]
+        pooled = count * length * degree * config.width * COMPUTE_BYTES
+        moved += StepBytes(all_gather=pooled, reduce_scatter=pooled)
+    return moved
+
+
+def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
+    """Samples and positions here of each sequence, in the order in which blocks work on them."""
+    config, share = model.config, model.context.share
+    if config.family == "encoder":
+        length = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
+        return {"source": (len(micro_batch["images"]), share(length))}
+    count, length = micro_batch["tokens"].shape
+    target = {"target": (count, share(length))}
+    if config.family == "decoder":
+        return target
+    return {"source": (count, share(micro_batch["source"].shape[1])), **target}
+
+
+def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:
+    """What this rank's stages send."""
+    moved = StepBytes()
+    for micro_batch in micro_batches:
+        likes = [model.flow_like(micro_batch, int(blocks[0])) for blocks in pipeline.runs]
+        flows = [
+            (sum(x.nbytes for x in flow), sum(x.nbytes for x in flow if x.is_floating_point()))
+            for flow in ([x for x in flow if x is not None] for flow in likes)
+        ]
+        moved += stage_bytes(flows, pipeline.placement, pipeline.rank)
+    return moved

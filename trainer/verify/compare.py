@@ -1,0 +1,382 @@
+"""Proof that a layout takes the same steps as one process: losses, norms, gradients, weights."""
+
+import math
+from dataclasses import dataclass, field, replace
+from itertools import chain
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from parallel.grad_norm import local
+from parallel.mesh import DATA_AXES
+from parallel.parallel_model import Worker
+from parallel.parallelize import parallelize, place
+from parallel.pipeline.schedules import placed
+from parallel.rank_pool import RankFailedError, RankPool
+from parallel.runtime import Runtime
+from parallel.strategy import (
+    AXES,
+    StrategyConfig,
+    degrees,
+    resolve,
+    world_size,
+)
+from trainer.build import parallel_model
+from trainer.compress.compression import Compression
+from trainer.config.train import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
+from trainer.loss import IGNORED
+from trainer.metrics.console import print_whole
+from trainer.model import Transformer
+from trainer.nn.init import draw_rows
+from trainer.optim.optimizer import Optimizer, decays, lr_at
+from trainer.precision import PRECISIONS
+from trainer.verify.cases import (
+    STRATEGIES,
+    cases,
+    make_batch,
+    samples,
+    scale_compression,
+    scale_down,
+    split,
+)
+from trainer.verify.faults import FAULTS
+
+LABEL_SMOOTHING = 0.1
+# AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): eps is not small.
+OPTIM = OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
+
+COMPRESSED = 5  # a compressed model has blocks as for so many stages: some behind others
+QUANTITIES = ("loss", "norm", "gradient", "weight")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far one compared number or tensor is from the reference, and where it is."""
+
+    quantity: str  # one of QUANTITIES
+    step: int
+    value: float
+    parameter: str = ""
+    axis: str = ""  # mesh axes that the parameter or its gradient spans
+
+
+@dataclass
+class Record:
+    """What one side did: per step the loss, norm and gradients; the weights after the last.
+
+    Of a layout each rank has its own parts of the tensors, and where they lie in the whole ones.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+    places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
+
+
+def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
+    """A frozen model of the same shape that has other weights, and opinions."""
+    config = replace(config, init="gpt2", init_std=0.3)
+    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(draw_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
+    return model
+
+
+def reference_loss(
+    model: Transformer, batch: dict[str, Tensor], teacher: Transformer | None,
+    compress: CompressConfig,
+) -> Tensor:  # fmt: skip
+    """The mean loss of a whole batch, by torch's own functions alone."""
+    functions, targets = nn.functional, batch["targets"].flatten()
+    logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
+    loss = functions.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
+    if teacher is None:
+        return loss
+    valid, temperature = targets != IGNORED, compress.temperature
+    with torch.no_grad():
+        told, theirs = _looked_into(teacher, batch, [block for _, block in compress.match])
+    said = told[valid] / temperature
+    apart = functions.kl_div(
+        functions.log_softmax(logits[valid] / temperature, -1), functions.softmax(said, -1),
+        reduction="batchmean",
+    )  # fmt: skip
+    weight = compress.distill_weight
+    loss = (1 - weight) * loss + weight * temperature**2 * apart
+    for (block, _), ours, his in zip(compress.match, made, theirs, strict=True):
+        of_source = model.blocks[str(block)].stream == "source"
+        loss = loss + compress.match_weight * reference_match(ours, his, batch, of_source)
+    return loss
+
+
+def _looked_into(
+    model: Transformer, batch: dict[str, Tensor], blocks: list[int]
+) -> tuple[Tensor, list[Tensor]]:
+    """Logits (N,V), and what these blocks make: an encoder's last one puts it second."""
+    outputs: dict[int, tuple] = {}
+    hooks = [
+        model.blocks[str(i)].register_forward_hook(lambda _m, _x, y, i=i: outputs.update({i: y}))
+        for i in blocks
+    ]
+    logits = model(batch).flatten(0, -2)
+    for hook in hooks:
+        hook.remove()
+    turns = model.encoder_depth - 1 if model.config.family == "encoder_decoder" else -1
+    return logits, [outputs[i][int(i == turns)] for i in blocks]
+
+
+def reference_match(
+    ours: Tensor, theirs: Tensor, batch: dict[str, Tensor], of_source: bool
+) -> Tensor:
+    """The mean over a batch's valid targets of what their samples' states differ in, one by one."""
+    targets = batch["targets"]
+    everywhere = torch.ones(ours.shape[:2], dtype=torch.bool)
+    valid = batch.get("source_valid", everywhere) if of_source else targets != IGNORED
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(len(targets)):
+        x, y = ours[row][valid[row]], theirs[row][valid[row]]
+        x, y = (nn.functional.cosine_similarity(z[:, None], z[None], dim=-1) for z in (x, y))
+        total = total + nn.functional.mse_loss(x, y) * (targets[row] != IGNORED).sum()
+    return total / (targets != IGNORED).sum()
+
+
+def run_reference(
+    model_config: ModelConfig, steps: int, seed: int, size: int, compress: CompressConfig
+) -> Record:
+    """The same steps in one process with plain torch: no mesh, no wrapper, no own optimizer."""
+    model = Transformer(model_config, torch.float64).double()
+    compression = Compression(compress)
+    compression.reshape(model)
+    for name, parameter in model.named_parameters():
+        rows = draw_rows(model_config, seed, name, parameter.shape, 0, parameter.shape[0])
+        parameter.data.copy_(rows)
+    teacher = drawn_teacher(model_config, seed) if compress.teacher else None
+    names = dict(model.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p], "weight_decay": OPTIM.weight_decay if decays(n, p) else 0.0}
+            for n, p in names.items()
+        ],
+        betas=(OPTIM.betas[0], OPTIM.betas[1]), eps=OPTIM.eps, foreach=False, fused=False,
+    )  # fmt: skip
+    record = Record([], [], [], {})
+    compression.settle(0, steps)
+    for step in range(steps):
+        batch = make_batch(model_config, seed, step, size)
+        loss = reference_loss(model, batch, teacher, compress)
+        optimizer.zero_grad()
+        loss.backward()
+        record.losses.append(loss.item())
+        record.gradients.append({n: p.grad.clone() for n, p in names.items() if p.grad is not None})
+        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
+        record.norms.append(norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, steps, OPTIM)
+        optimizer.step()
+        compression.settle(step + 1, steps)
+    record.weights = {n: p.detach().clone() for n, p in names.items()}
+    return record
+
+
+def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
+    """The steps under the strategy, with the worker and optimizer that training uses.
+
+    Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
+    """
+    compression = Compression(config.compress)
+    if compression.distills:
+        compression.teacher = drawn_teacher(config.model, config.seed).to(runtime.device)
+    worker = parallel_model(
+        config.model, config.strategy, runtime, PRECISIONS["fp64"],
+        seed=config.seed, loss=LossConfig(LABEL_SMOOTHING),
+        activation_checkpointing=config.activation_checkpointing, compression=compression,
+        parallelize=FAULTS[config.fault] if config.fault else parallelize,
+    )  # fmt: skip
+    optimizer = Optimizer(worker.parameters(), OPTIM)
+    record = Record([], [], [], {})
+    compression.settle(0, config.steps)
+    for step in range(config.steps):
+        batch = make_batch(config.model, config.seed, step, samples(config.strategy))
+        micro_batches = split(batch, worker)
+        worker.zero_grad()
+        loss, _ = worker.forward_backward(micro_batches)
+        record.losses.append(worker.sum_over_data(loss).item())
+        gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
+        # Copies: clipping changes the gradients in place.
+        record.gradients.append({name: local(g).clone() for name, g in gradients.items()})
+        record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
+        optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
+        compression.settle(step + 1, config.steps)
+    record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
+    record.places = {name: place(p) for name, p in worker.parameters().items()}
+    return record, spans(worker)
+
+
+def spans(worker: Worker) -> dict[str, str]:
+    """By parameter, the mesh axes that it is split on or its gradient summed over."""
+    wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
+    partial = worker.partial_gradients()
+    found = {}
+    for name, parameter in worker.parameters().items():
+        axes = {"pipeline", "context", *DATA_AXES}
+        if isinstance(parameter, DTensor):
+            axes |= set(parameter.device_mesh.mesh_dim_names or ())
+        axes |= {"tensor"} if name in partial else set()
+        found[name] = " × ".join(axis for axis in wide if axis in axes)
+    return found
+
+
+def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
+    """Every number that a rank can compare, in the order in which training makes them.
+
+    Gradients and weights are those of `axes`, the parameters that the rank has a part of.
+    Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
+    or to a thousandth of the global norm where that is more, since some gradients (of a key's
+    bias) are zero but for rounding.
+    """
+    found = []
+    for step, gradients in enumerate(reference.gradients):
+        for name in axes:
+            scale = max(gradients[name].abs().max().item(), 1e-3 * reference.norms[step])
+            theirs = gradients[name][ours.places[name]]
+            mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
+            gap = _gap(mine, theirs) / scale
+            found.append(Difference("gradient", step, gap, name, axes[name]))
+        found.append(Difference("loss", step, _gap(ours.losses[step], reference.losses[step])))
+        found.append(Difference("norm", step, _gap(ours.norms[step], reference.norms[step])))
+    last = len(ours.losses) - 1
+    for name in axes:
+        gap = _gap(ours.weights[name], reference.weights[name][ours.places[name]])
+        found.append(Difference("weight", last, gap, name, axes[name]))
+    return found
+
+
+def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
+    """What all ranks have found as one list in training's order: of each number the worst."""
+    worst: dict[tuple, Difference] = {}
+    for difference in chain.from_iterable(found):
+        key = (difference.quantity, difference.step, difference.parameter)
+        if key not in worst or difference.value > worst[key].value:
+            worst[key] = difference
+    place = {name: i for i, name in enumerate(names)}
+    order = ("gradient", "loss", "norm", "weight")
+
+    def when(d: Difference) -> tuple:
+        return d.quantity == "weight", d.step, order.index(d.quantity), place.get(d.parameter, 0)
+
+    return sorted(worst.values(), key=when)
+
+
+def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
+    gaps = torch.as_tensor(mine - theirs, dtype=torch.float64).abs()
+    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no part of it
+    return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
+
+
+def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
+    """Run layout and reference and compare them; the same list on every rank.
+
+    Model and compression are scaled down first, the strategy resolved for the ranks there are.
+    """
+    strategy = resolve(config.strategy, runtime.world_size)
+    stages = len(placed(strategy, strategy.pipeline))
+    compressed = config.compress != CompressConfig()
+    if compressed:
+        stages = max(stages, COMPRESSED)
+    model = scale_down(config.model, strategy.tensor, stages, groups=compressed)
+    compress = scale_compression(config.compress, model)
+    config = replace(config, model=model, strategy=strategy, compress=compress)
+    record, axes = run_layout(config, runtime)
+    reference: list = [None]
+    if runtime.rank == 0:
+        size = samples(strategy)
+        reference = [run_reference(config.model, config.steps, config.seed, size, config.compress)]
+    dist.broadcast_object_list(reference, src=0)
+    # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
+    found: list = [None] * runtime.world_size
+    dist.all_gather_object(found, differences(record, reference[0], axes))
+    return merged(found, list(reference[0].weights))
+
+
+def largest(found: list[Difference], quantity: str) -> float:
+    """The largest difference of one quantity."""
+    return max(difference.value for difference in found if difference.quantity == quantity)
+
+
+def first_fault(found: list[Difference], tolerance: float) -> Difference | None:
+    """The first difference that is too large, in training's order: nearest to the cause."""
+    return next((d for d in found if not d.value <= tolerance), None)
+
+
+def verdict(found: list[Difference], tolerance: float) -> str:
+    """`equal`, or what differs first: the quantity, its parameter and axis, and the step."""
+    fault = first_fault(found, tolerance)
+    if fault is None:
+        return "equal"
+    where = f" of {fault.parameter} (axis {fault.axis or 'none'})" if fault.parameter else ""
+    return f"first differs: {fault.quantity}{where}, step {fault.step}"
+
+
+Rows = dict[tuple[str, str], list[Difference]]  # by model and strategy
+
+
+def report(rows: Rows, tolerance: float) -> bool:
+    """Show the largest differences, and what differs first where one is too large; true if none."""
+    title = f"largest differences from one process in float64; {tolerance:g} pass"
+    shown = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("model", "strategy", *QUANTITIES, "verdict"):
+        shown.add_column(column, justify="right" if column in QUANTITIES else "left", no_wrap=True)
+    faults = []
+    for (model, strategy), found in rows.items():
+        values = [f"{largest(found, quantity):.1e}" for quantity in QUANTITIES]
+        equal = first_fault(found, tolerance) is None
+        shown.add_row(model, strategy, *values, "equal" if equal else "DIFFERS")
+        if not equal:
+            faults.append(f"{model}, {strategy}: {verdict(found, tolerance)}")
+    print_whole(shown)
+    for fault in faults:
+        Console().print(fault, soft_wrap=True, highlight=False)
+    return not faults
+
+
+def verify(config: VerifyConfig, runtime: Runtime) -> None:
+    """Verify the config's one strategy and model on the ranks there are; exits 1 if they differ."""
+    found = compare(runtime, config)
+    if runtime.rank == 0:
+        row = (config.model.family, _degrees_text(config.strategy))
+        report({row: found}, config.tolerance)
+    dist.barrier()  # a launcher ends all ranks as soon as one has left
+    if first_fault(found, config.tolerance):
+        raise SystemExit(1)
+
+
+def _degrees_text(strategy: StrategyConfig) -> str:
+    above_one = (f"{axis} {degree}" for axis, degree in degrees(strategy).items() if degree > 1)
+    return " × ".join(above_one) or "-"
+
+
+def walk(config: VerifyConfig) -> None:
+    """Verify strategies on families and compressions, on CPU ranks started here.
+
+    Exits 1 if one differs.
+    """
+    log = Console(stderr=True)
+    pool = RankPool(max(map(world_size, STRATEGIES.values())))
+    rows: Rows = {}
+    try:
+        for model, name, case in cases():
+            log.print(f"verifying {model}: {name}", style="dim", highlight=False)
+            case = replace(config, strategy=case.strategy, model=case.model, compress=case.compress)
+            rows[model, name] = pool.run(world_size(case.strategy), compare, case)[0]
+    except RankFailedError as failure:
+        log.print(str(failure), markup=False)
+        raise SystemExit(1) from None
+    finally:
+        pool.close()
+    if not report(rows, config.tolerance):
+        raise SystemExit(1)

@@ -1,0 +1,236 @@
+"""Faults that `verify` must catch: each builds a worker as `parallelize` does, but a broken one.
+
+They are the bugs that distributed training really suffers from; nothing outside verify uses them.
+"""
+
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
+
+from parallel import grad_norm as gradients
+from parallel.collectives import Gather, padded
+from parallel.context.ring import Ring, Tile
+from parallel.data import ddp
+from parallel.data.ddp import sum_gradients
+from parallel.parallel_model import Worker
+from parallel.parallelize import parallelize
+from parallel.pipeline.stages import LossOf, Pipeline, Stage
+from parallel.tensor.layers import SEQUENCE_DIM, TensorSplit
+
+
+class _OwnPartOnly(DefaultReduceScatter):
+    """A reduce-scatter that forgets the other ranks."""
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+        async_op: bool = False,
+    ) -> Any:  # fmt: skip
+        parts = input_tensor.chunk(dist.get_world_size(group))
+        output_tensor.copy_(parts[dist.get_rank(group)])
+
+
+def _one_left_out(
+    group: dist.ProcessGroup, bucket: dist.GradBucket
+) -> torch.futures.Future[Tensor]:
+    gradient = bucket.gradients()[0]
+    own = gradient.clone()
+
+    def put_back(future: torch.futures.Future[Tensor]) -> Tensor:
+        gradient.copy_(own)
+        return future.value()
+
+    return sum_gradients(group, bucket).then(put_back)
+
+
+def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """A parameter is left out of the all-reduce (DDP), or a block of the reduce-scatter (FSDP)."""
+    with mock.patch.object(ddp, "sum_gradients", _one_left_out):
+        worker = parallelize(*args, **kwargs)
+    block = list(worker.model.get_submodule("blocks").children())[-1]
+    if isinstance(block, FSDPModule):
+        block.set_custom_reduce_scatter(_OwnPartOnly())
+    return worker
+
+
+def local_target_count(*args: Any, **kwargs: Any) -> Worker:
+    """Each rank divides by its own number of targets: a mean of means."""
+    worker = parallelize(*args, **kwargs)
+    sum_over_data = worker.sum_over_data
+
+    def mean_of_means(tensor: Tensor) -> Tensor:
+        local = tensor.clone()
+        total = sum_over_data(tensor)
+        is_count = not tensor.is_floating_point()
+        return local * worker.data_degree if is_count else total
+
+    worker.sum_over_data = mean_of_means  # type: ignore[method-assign]
+    return worker
+
+
+def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
+    """Each rank clips by the norm of what it holds."""
+    worker = parallelize(*args, **kwargs)
+
+    def clip_by_own_part(max_norm: float, scale: Tensor | None = None) -> Tensor:
+        own, worker.stages_group = worker.stages_group, None
+        with mock.patch.object(gradients, "_split_groups", lambda gradient: ()):
+            norm = type(worker).clip_grad_norm(worker, max_norm, scale)
+        worker.stages_group = own
+        return norm
+
+    worker.clip_grad_norm = clip_by_own_part  # type: ignore[method-assign]
+    return worker
+
+
+def _split_of(worker: Worker) -> TensorSplit:
+    assert worker.split is not None  # the check of the configuration has seen to it
+    return worker.split
+
+
+class _OwnGradient(Gather):
+    """An all-gather whose backward forgets the other ranks' gradients."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts = padded(grads[0], ctx.dim, ctx.group.size()).chunk(ctx.group.size(), ctx.dim)
+        return parts[ctx.group.rank()].contiguous(), None, None, None
+
+
+def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """A split layer's input gets this rank's gradient: f, or the all-gather's backward."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+
+    def whole(x_BSD: Tensor, length: int) -> Tensor:
+        if not split.splits_sequence:
+            return x_BSD
+        return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
+
+    split.whole = whole  # type: ignore[method-assign]
+    return worker
+
+
+def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
+    """A rank takes its own positions for everybody's where the sequence should be gathered."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+
+    def whole(x_BSD: Tensor, length: int) -> Tensor:
+        return torch.cat([x_BSD] * split.group.size(), SEQUENCE_DIM)[:, :length]
+
+    split.whole = whole  # type: ignore[method-assign]
+    return worker
+
+
+def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
+    """A rank goes on with its own part of a split layer's output: g, or the reduce-scatter."""
+    worker = parallelize(*args, **kwargs)
+    split = _split_of(worker)
+    split.sum = split.own  # type: ignore[method-assign]
+    return worker
+
+
+def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
+    """A rank adds a row of its own for the tokens that other ranks have."""
+    worker = parallelize(*args, **kwargs)
+    vocabulary = _split_of(worker).vocabulary
+    find = vocabulary.find
+
+    def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
+        row, mine = find(tokens)
+        return row, torch.ones_like(mine) if tokens.dim() > 1 else mine  # the loss has one dim
+
+    vocabulary.find = all_mine  # type: ignore[method-assign]
+    return worker
+
+
+class _ShortRing(Ring):
+    """A ring that stops one step early: a rank never meets its successor's keys."""
+
+    def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
+        left_out = (self.group.rank() + 1) % self.group.size()
+        return None if owner == left_out else super().tile(query_BHSK, keys, owner)
+
+
+def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
+    """Ring attention leaves out the last step."""
+    worker = parallelize(*args, **kwargs)
+    assert worker.context is not None  # the check of the configuration has seen to it
+    worker.context.ring = _ShortRing
+    return worker
+
+
+def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
+    """A stage works on what it had received before: the first micro-batch's, for all of them."""
+    worker = parallelize(*args, **kwargs)
+    for stage in _pipeline_of(worker).stages:
+        _stale(stage)
+    return worker
+
+
+def _stale(stage: Stage) -> None:
+    compute = stage.forward_one_chunk
+    first: list[Tensor] = []
+
+    def on_old_input(number: int, *args: Any, **kwargs: Any) -> Any:
+        own = stage._inputs.get(number, [])
+        if number == 0:
+            first[:] = own
+        elif [tensor.shape for tensor in own] == [tensor.shape for tensor in first]:
+            stage._inputs[number] = [tensor.detach().clone() for tensor in first]
+        return compute(number, *args, **kwargs)
+
+    stage.forward_one_chunk = on_old_input  # type: ignore[method-assign]
+
+
+def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+    """The first and the last stage's copies of a tied weight keep their own gradients."""
+    worker = parallelize(*args, **kwargs)
+    _pipeline_of(worker).tied = None
+    return worker
+
+
+def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
+    """Each micro-batch's loss is divided by its own number of targets, and by their number."""
+    worker = parallelize(*args, **kwargs)
+    pipeline = _pipeline_of(worker)
+    run = pipeline.run
+
+    def mean_of_means(micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
+        counts = [worker._count_valid(m["targets"]) for m in micro_batches]
+        total = torch.stack(counts).sum()
+
+        def scaled(logits: Tensor, number: int) -> Tensor:
+            own = counts[number].clamp(min=1) * len(counts)
+            return loss_of(logits, number) * (total / own)
+
+        run(micro_batches, scaled)
+
+    pipeline.run = mean_of_means  # type: ignore[method-assign]
+    return worker
+
+
+def _pipeline_of(worker: Worker) -> Pipeline:
+    assert worker.pipeline is not None  # the check of the configuration has seen to it
+    return worker.pipeline
+
+
+SPLIT_FAULTS = {
+    fault.__name__: fault
+    for fault in (
+        skip_input_gradient_sum, skip_output_sum, skip_sequence_gather, skip_vocabulary_mask
+    )
+}  # fmt: skip
+PIPELINE_FAULTS = {
+    fault.__name__: fault for fault in (stale_stage_input, skip_tied_gradient_sum, local_loss_scale)
+}
+FAULTS = {
+    fault.__name__: fault for fault in (skip_gradient_sum, local_target_count, local_gradient_norm)
+}
+CONTEXT_FAULTS = {skip_ring_step.__name__: skip_ring_step}
+FAULTS |= SPLIT_FAULTS | PIPELINE_FAULTS | CONTEXT_FAULTS
