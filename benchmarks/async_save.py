@@ -17,9 +17,9 @@ from workload import llama, random_batch
 
 from parallel.runtime import Ranks, process_group
 from trainer import loop
-from trainer.checkpoint.restore import TrainState
 from trainer.checkpoint.save import Saver
 from trainer.config.train import CheckpointConfig, OptimConfig, TrainConfig
+from trainer.state import TrainState
 
 SEQ_LEN, VOCABULARY = 64, 8192
 

@@ -21,12 +21,13 @@ from workload import on_ranks
 from parallel.grad_norm import local
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
+from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import NAME
-from trainer.checkpoint.restore import TrainState, choose, restore, tensors_of
+from trainer.checkpoint.restore import choose, restore
 from trainer.checkpoint.save import Saver
 from trainer.config.train import ConfigError, ModelConfig, TrainConfig
 from trainer.loop import start
-from trainer.run.run_dir import checkpoint_path
+from trainer.state import TrainState
 
 KINDS = ("bit", "cut", "missing", "manifest")
 GOOD, DAMAGED = 20, 30  # steps
@@ -55,7 +56,7 @@ def damage(folder: Path, kind: str, draw: random.Random) -> str:
 
 def here(state: TrainState) -> dict[str, Tensor]:
     """A copy of what this rank has of the state."""
-    return {name: local(t.detach()).clone() for name, t in tensors_of(state).items()}
+    return {name: local(t.detach()).clone() for name, t in state.tensors().items()}
 
 
 def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:

@@ -12,8 +12,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from trainer.compress.export import compute_with_integers
 from trainer.compress.quantized_linear import CompressedLinear, Lens
+from trainer.inference.export import compute_with_integers
 from trainer.nn.layers import Linear
 
 WIDTH, HIDDEN = 512, 2048

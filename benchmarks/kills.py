@@ -26,6 +26,7 @@ from launch.cli.preflight import training
 from parallel.runtime import Ranks, process_group
 from parallel.strategy import StrategyConfig
 from trainer import loop
+from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.manifest import DamagedError, check
 from trainer.checkpoint.save import Save, Saver
 from trainer.config.train import (
@@ -38,7 +39,6 @@ from trainer.config.train import (
     TrainConfig,
 )
 from trainer.metrics.recorder import Recorder
-from trainer.run.run_dir import checkpoints
 
 EVERY = 3  # steps between saves
 WORLDS = {1: StrategyConfig(), 2: StrategyConfig(shard=2), 4: StrategyConfig(shard=2, tensor=2)}

@@ -11,8 +11,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing as mp
 
-from parallel.health.process_info import record_few_collectives
-from parallel.runtime import Runtime, end_process_group
+from parallel.runtime import Runtime, end_process_group, record_few_collectives
 
 GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 

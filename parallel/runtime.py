@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-from parallel.health.process_info import record_few_collectives
 from parallel.strategy import ConfigError, restarts
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
@@ -224,3 +223,15 @@ def choose_device(device: str, local_ranks: int) -> str:
             f"start {count} ranks, or set device=cpu"
         )
     return "cuda"
+
+
+KEPT_COLLECTIVES = 16
+
+
+def record_few_collectives() -> None:
+    """Keep torch's flight recorder small; called before the first process group is made.
+
+    Every group writes to it, and every heartbeat reads it: the 2000 entries that it keeps otherwise
+    take a hundred times as long.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))

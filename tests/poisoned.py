@@ -12,12 +12,12 @@ from torch import Tensor
 from parallel.grad_norm import local
 from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint.restore import TrainState
 from trainer.config.train import TrainConfig
 from trainer.data.sampler import Order, positions
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
+from trainer.state import TrainState
 
 LAYOUTS = {
     "single": StrategyConfig(),

@@ -10,11 +10,12 @@ import torch
 
 from parallel.strategy import StrategyConfig, world_size
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.restore import TrainState, load_weights, restore
+from trainer.checkpoint.restore import load_weights, restore
 from trainer.config.train import ConfigError, OptimConfig, TrainConfig
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS, LossScale
 from trainer.resilience.bad_steps import Guard
+from trainer.state import TrainState
 
 
 def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = None) -> TrainState:

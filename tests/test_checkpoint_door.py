@@ -11,8 +11,8 @@ from launch.checkpoint import main
 from launch.cli.errors import answer
 from parallel.grad_norm import local
 from parallel.strategy import StrategyConfig
+from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.save import Saver
-from trainer.run.run_dir import checkpoint_path
 
 
 def two(runtime, folder, strategy) -> None:

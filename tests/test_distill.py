@@ -17,6 +17,7 @@ from parallel.rank_pool import RankFailedError
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
+from trainer.checkpoint.folder import checkpoints
 from trainer.compress.distillation import divergence_sum
 from trainer.compress.hidden_states import apart_sum
 from trainer.compress_report.report import report
@@ -34,7 +35,7 @@ from trainer.config.train import (
 )
 from trainer.inference.trained_run import open_run
 from trainer.loss import IGNORED
-from trainer.run.run_dir import AlreadyFinishedError, checkpoints
+from trainer.run.run_dir import AlreadyFinishedError
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)
 STUDENT = replace(tiny.LLAMA, vocab_size=280, dropout=0.1)

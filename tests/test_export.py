@@ -10,7 +10,6 @@ import torch
 from launch.cli.preflight import exporting, reading
 from parallel.runtime import Ranks, process_group
 from parallel.strategy import StrategyConfig, world_size
-from trainer.compress.export import IntegerLinear, compute_with_integers
 from trainer.compress.packing import loosened, pack, squeezed, unpack
 from trainer.compress.quantized_linear import CompressedLinear, Lens
 from trainer.config.train import (
@@ -21,6 +20,7 @@ from trainer.config.train import (
     TrainConfig,
 )
 from trainer.data import open_split
+from trainer.inference.export import IntegerLinear, compute_with_integers
 from trainer.inference.trained_run import export_run, open_run
 from trainer.loop import start
 from trainer.run.run_dir import EXPORTED, AlreadyFinishedError, load_config, open_run_dir

@@ -29,7 +29,8 @@ from parallel.grad_norm import local
 from parallel.parallel_model import Worker
 from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint.restore import not_finite, restore
+from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.restore import restore
 from trainer.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -44,7 +45,8 @@ from trainer.metrics.recorder import Recorder
 from trainer.report.page import page
 from trainer.report.run_history import read_history
 from trainer.resilience.bad_steps import Guard
-from trainer.run.run_dir import checkpoints, open_run_dir
+from trainer.run.run_dir import open_run_dir
+from trainer.state import not_finite
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from conf.validation.validate import complete
 from parallel.grad_norm import local
 from parallel.strategy import resolve, world_size
 from trainer import loop
+from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
     CheckpointConfig,
     ConfigError,
@@ -29,7 +30,7 @@ from trainer.config.train import (
 from trainer.data import prepare
 from trainer.data.loader import TrainLoader
 from trainer.metrics.recorder import Recorder
-from trainer.run.run_dir import checkpoints, open_run_dir
+from trainer.run.run_dir import open_run_dir
 
 PLAY = files("trainer.data") / "bundled" / "shakespeare" / "valid.txt"
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from trainer.checkpoint import manifest as module
+from trainer.checkpoint.folder import kept
 from trainer.checkpoint.manifest import (
     NAME,
     Chunk,
@@ -20,7 +21,6 @@ from trainer.checkpoint.manifest import (
     OtherFormatError,
     TensorEntry,
     check,
-    kept,
     read_manifest,
     write_manifest,
 )

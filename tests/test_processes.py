@@ -8,7 +8,7 @@ import time
 import pytest
 from launched import Launched, alive, ranks_of, until
 
-from trainer.run.run_dir import checkpoint_path
+from trainer.checkpoint.folder import checkpoint_path
 
 ENDLESS = ("steps=100000", "checkpoint.every=0")
 

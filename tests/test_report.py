@@ -10,6 +10,7 @@ import pytest
 
 from launch.cli.errors import answer
 from launch.report import main
+from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import Manifest, write_manifest
 from trainer.config.train import ConfigError
 from trainer.report.page import differing, page, summary
@@ -24,7 +25,6 @@ from trainer.report.svg_chart import (
     smoothed,
     thinned,
 )
-from trainer.run.run_dir import checkpoint_path
 
 CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
 SECONDS = {"useful": 80, "restart": 12, "save": 1, "data_wait": 0, "evaluation": 5, "repeated": 2,

@@ -19,12 +19,12 @@ from test_saver import config_of, heard, here
 from parallel.grad_norm import local
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint import restore as module
+from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.restore import load_weights, restore, tensors_of
+from trainer.checkpoint.restore import load_weights, restore
 from trainer.checkpoint.save import Saver
 from trainer.config.train import ConfigError, OptimConfig
 from trainer.optim.optimizer import lr_at
-from trainer.run.run_dir import checkpoint_path, checkpoints
 
 FSDP = StrategyConfig(shard=2)
 STEPS = (10, 20, 30)
@@ -294,4 +294,4 @@ def test_the_state_has_no_tensor_that_is_not_saved(ranks, tmp_path):
 
 
 def names_of(runtime) -> list[str]:
-    return list(tensors_of(state_of(runtime, tiny.LLAMA)))
+    return list(state_of(runtime, tiny.LLAMA).tensors())

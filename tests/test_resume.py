@@ -15,7 +15,7 @@ import torch
 from conf.validation.validate import complete
 from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint.restore import TrainState, restore
+from trainer.checkpoint.restore import restore
 from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -29,6 +29,7 @@ from trainer.data import open_split, prepare
 from trainer.data.sampler import Order, mixed
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
+from trainer.state import TrainState
 
 LAYOUTS = {
     "single": StrategyConfig(),

@@ -5,15 +5,10 @@ from dataclasses import replace
 import pytest
 
 from parallel.strategy import ConfigError
+from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import NAME, Manifest, write_manifest
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
-from trainer.run.run_dir import (
-    AlreadyFinishedError,
-    checkpoint_path,
-    checkpoints,
-    load_config,
-    open_run_dir,
-)
+from trainer.run.run_dir import AlreadyFinishedError, load_config, open_run_dir
 from trainer.run.status import StatusFile
 
 

@@ -22,12 +22,13 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint import save as module
 from trainer.checkpoint import shards as storage
+from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import check
-from trainer.checkpoint.restore import restore, tensors_of
+from trainer.checkpoint.restore import restore
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.shards import DTYPES, read, read_whole
 from trainer.config.train import CheckpointConfig, ConfigError, EvalConfig, TrainConfig
-from trainer.run.run_dir import checkpoint_path, checkpoints
+from trainer.state import TrainState
 
 FSDP = StrategyConfig(shard=2)
 
@@ -61,7 +62,7 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
     config = config_of(folder, FSDP, async_save=async_save)
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
     state.step = 5
-    expected = {n: storage.local(t.detach()).clone() for n, t in tensors_of(state).items()}
+    expected = {n: storage.local(t.detach()).clone() for n, t in state.tensors().items()}
     slow = storage.Shard.write
 
     def write(self, path):
@@ -79,7 +80,7 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
     assert checkpoints(folder) == [(5, checkpoint_path(folder, 5))]
     other = state_of(runtime, tiny.LLAMA, seed=1, strategy=FSDP)
     restore(config, other)
-    for name, tensor in tensors_of(other).items():
+    for name, tensor in other.tensors().items():
         assert torch.equal(storage.local(tensor.detach()), expected[name]), name
 
 
@@ -370,7 +371,7 @@ def any_tensor(runtime, folder) -> None:
         state = {**tensors, "own": torch.arange(3.0)}
     tiny_state = state_of(runtime, tiny.LLAMA, strategy=StrategyConfig(replicate=4))
     config = run_in(folder, StrategyConfig(replicate=4))
-    with mock.patch.object(module, "tensors_of", lambda _: state):
+    with mock.patch.object(TrainState, "tensors", lambda _: state):
         tiny.save(config, tiny_state)
     path = checkpoint_path(folder, 0)
     manifest = check(path)

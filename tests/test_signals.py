@@ -16,6 +16,7 @@ from parallel.grad_norm import local
 from parallel.health.watchdog import StoppedError
 from parallel.strategy import StrategyConfig
 from trainer import loop
+from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
     CheckpointConfig,
     ConfigError,
@@ -25,7 +26,7 @@ from trainer.config.train import (
 )
 from trainer.metrics.recorder import Recorder
 from trainer.resilience import supervisor
-from trainer.run.run_dir import AlreadyFinishedError, checkpoints
+from trainer.run.run_dir import AlreadyFinishedError
 from trainer.run.status import read_status
 
 

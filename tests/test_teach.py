@@ -20,6 +20,7 @@ from launch.cli.preflight import teaching, training
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
+from trainer.atomic_files import new_folder
 from trainer.compress.distillation import divergence_sum, kept_answer
 from trainer.config.train import (
     CompressConfig,
@@ -39,7 +40,7 @@ from trainer.distill.logit_dataset import Answered, Answers
 from trainer.distill.precompute import largest, teach_run
 from trainer.loss import IGNORED
 from trainer.nn.sequence import Context
-from trainer.run.run_dir import load_config, new_folder
+from trainer.run.run_dir import load_config
 
 ROOT = Path(__file__).parents[1]
 # Of each kind: the data, a teacher, and a student of another shape.

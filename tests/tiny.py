@@ -14,11 +14,11 @@ from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
 from parallel.strategy import ConfigError, StrategyConfig
 from trainer.build import build_worker
-from trainer.checkpoint.restore import TrainState
+from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.save import Saver
 from trainer.config.train import CompressConfig, DataConfig, ModelConfig, TrainConfig
 from trainer.loop import start
-from trainer.run.run_dir import checkpoint_path
+from trainer.state import TrainState
 
 TWO_RANKS = {
     "ddp 2": StrategyConfig(replicate=2),

@@ -16,7 +16,7 @@ from parallel.health.watchdog import StoppedError
 from parallel.parallel_model import MicroBatch
 from parallel.runtime import Runtime, same_everywhere
 from trainer.build import build_worker
-from trainer.checkpoint.restore import TrainState, not_finite, restore
+from trainer.checkpoint.restore import restore
 from trainer.checkpoint.save import Saver
 from trainer.compress.compression import Compression
 from trainer.config.train import ConfigError, TrainConfig
@@ -33,6 +33,7 @@ from trainer.optim.optimizer import Optimizer, lr_at, schedule_warnings
 from trainer.precision import LossScale, resolve_precision
 from trainer.resilience.bad_steps import Guard, RolledBackError, check_replicas
 from trainer.resilience.supervisor import Supervisor, own_code, supervised
+from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate
 from trainer.tasks.generate import sample
 

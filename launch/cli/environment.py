@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from trainer.run.status import write_atomically
+from trainer.atomic_files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -8,6 +8,8 @@ import numpy as np
 
 from parallel.strategy import ConfigError
 from trainer import data
+from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.identity import absolute
 from trainer.checkpoint.vocabulary import carried_rows
 from trainer.config.train import DataConfig, PrepareConfig, TrainConfig
 from trainer.data.record import (
@@ -19,7 +21,7 @@ from trainer.data.record import (
     table,
     write_record,
 )
-from trainer.run.run_dir import EXPORTED, absolute, checkpoints, load_config
+from trainer.run.run_dir import EXPORTED, load_config
 
 # Keys of a model that its weights do not tell.
 CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")

@@ -35,6 +35,7 @@ from launch.slurm.batch_script import Point, ranks_per_node
 from parallel.pipeline.schedules import warnings
 from parallel.strategy import ConfigError, StrategyConfig, data_degree, resolve
 from trainer import data
+from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
     CompressReportConfig,
     DataConfig,
@@ -51,13 +52,7 @@ from trainer.config.train import (
 from trainer.data.record import TOKENIZER, data_of, read_record, table
 from trainer.distill.logit_dataset import Answers, Facts, is_answers
 from trainer.metrics import goodput
-from trainer.run.run_dir import (
-    check_run_dir,
-    checkpoints,
-    claimed,
-    load_config,
-    open_run_dir,
-)
+from trainer.run.run_dir import check_run_dir, claimed, load_config, open_run_dir
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 

@@ -30,11 +30,12 @@ from rich.table import Table
 
 from launch.cli.errors import LOG, STOPPED, JobFailedError, exit_code, write_error
 from parallel.strategy import ConfigError
+from trainer.atomic_files import write_atomically
 from trainer.metrics.console import drawn
 from trainer.metrics.loss_plot import draw, last_values
 from trainer.run.lock import hold
 from trainer.run.run_dir import claimed
-from trainer.run.status import read_status, write_atomically
+from trainer.run.status import read_status
 
 NAME_LENGTH = 100
 COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, in front of the swept

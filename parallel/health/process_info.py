@@ -14,16 +14,6 @@ ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("parallel", "trainer", "launch"))
 WAITS = f"{os.sep}torch{os.sep}distributed{os.sep}"  # the code that collectives are called from
 STACK_LINES = 12
-KEPT_COLLECTIVES = 16
-
-
-def record_few_collectives() -> None:
-    """Keep torch's flight recorder small; called before the first process group is made.
-
-    Every group writes to it, and every heartbeat reads it: the 2000 entries that it keeps otherwise
-    take a hundred times as long.
-    """
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))
 
 
 def main_frame() -> FrameType | None:

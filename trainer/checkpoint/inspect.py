@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from trainer.checkpoint.folder import checkpoints, leftovers
 from trainer.checkpoint.manifest import (
     NAME,
     DamagedError,
@@ -15,7 +16,6 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.config.train import ConfigError
 from trainer.metrics.console import print_whole
-from trainer.run.run_dir import checkpoints, leftovers
 
 
 def show(run_dir: Path) -> bool:

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trainer.atomic_files import sync_folder
+
 Number = TypeVar("Number", int, float)
 
 FORMAT = 1
@@ -90,15 +92,6 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -230,19 +223,3 @@ def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
-    """The steps, of those with their evaluation loss, whose good checkpoints are kept.
-
-    The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
-    `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.
-    """
-    steps = sorted(losses)
-    if not keep:
-        return set(steps)
-    chosen = set(steps[-keep:]) | {step for step in steps if every and step % every == 0}
-    measured = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    if best and measured:
-        chosen.add(min(measured, key=lambda step: (measured[step], step)))
-    return chosen

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from parallel.grad_norm import local
 from parallel.parallel_model import Worker
 from parallel.runtime import agreed, everyones
 from parallel.strategy import StrategyConfig, degrees
+from trainer.checkpoint.contents import KEPT, Checkpointed
+from trainer.checkpoint.folder import checkpoint_path, checkpoints, leftovers
+from trainer.checkpoint.identity import differences, identity, may_change
 from trainer.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -25,74 +27,12 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.shards import DTYPES, read, read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
-from trainer.compress.compression import Compression
-from trainer.config.train import CompressConfig, ConfigError, TrainConfig
-from trainer.optim.optimizer import Optimizer, lr_leap
-from trainer.precision import LossScale
-from trainer.resilience.bad_steps import Guard
-from trainer.run.run_dir import (
-    checkpoint_path,
-    checkpoints,
-    differences,
-    identity,
-    leftovers,
-    may_change,
-)
+from trainer.config.train import ConfigError, TrainConfig
+from trainer.optim.optimizer import lr_leap
 
 log = logging.getLogger(__name__)
 
 DIFFERENCES_SHOWN = 5
-KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
-
-
-@dataclass
-class TrainState:
-    """All that a training run is at one moment, under whatever layout.
-
-    Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
-    two numbers are all of the state of the schedule, of the data and of the random numbers.
-    """
-
-    worker: Worker
-    optimizer: Optimizer
-    loss_scale: LossScale
-    guard: Guard
-    tokens: Tensor  # valid targets learned from so far, int64 on the device
-    step: int = 0  # optimizer steps done
-    samples: int = 0  # that these steps took, by which the data go on under any batch_size
-    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
-    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
-    compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
-
-
-def tensors_of(state: TrainState) -> dict[str, Tensor]:
-    """What a checkpoint holds: every tensor by its canonical name."""
-    weights = state.worker.parameters()
-    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
-    for name, moments in state.optimizer.state().items():
-        found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
-    found |= {f"loss_scale.{name}": tensor for name, tensor in state.loss_scale.state().items()}
-    found |= {f"guard.{name}": tensor for name, tensor in state.guard.state().items()}
-    own = f"{KEPT}{dist.get_rank()}."
-    found |= {f"{own}{name}": tensor for name, tensor in state.worker.kept().items()}
-    found["updates"] = state.optimizer.updates()
-    found["tokens"] = state.tokens
-    found["step"] = torch.tensor(state.step)
-    return found
-
-
-def not_finite(state: TrainState) -> str:
-    """The first tensor of a state, by name, that holds NaN or infinity; empty = none does.
-
-    All ranks call it and get the same. One reduction of each tensor, whose results are read back
-    together: for the moments at which the host waits anyway.
-    """
-    own = {name: local(tensor.detach()) for name, tensor in tensors_of(state).items()}
-    own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
-    largest = torch._foreach_norm(list(own.values()), torch.inf)
-    finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
-    first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
-    return next(filter(None, everyones(first)), "")
 
 
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
@@ -156,7 +96,7 @@ def _checked(folder: Path) -> Manifest:
     raise next(error for error in everyone if error)
 
 
-def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
+def restore(config: TrainConfig, state: Checkpointed, data: str = "") -> None:
     """Go on from the newest good checkpoint of config.run_dir, or from config.resume_step.
 
     Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
@@ -177,7 +117,7 @@ def restore(config: TrainConfig, state: TrainState, data: str = "") -> None:
         if _load(choice.path, choice.manifest, state, config):
             state.run = choice.manifest.run
             break
-    state.guard.read_rollbacks(config.run_dir, state.order_batch_size or config.batch_size)
+    state.read_rollbacks(config.run_dir, state.order_batch_size or config.batch_size)
     lines = [
         f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
         for step, reason in choice.damaged.items()
@@ -223,10 +163,10 @@ def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
             )
 
 
-def _load(path: Path, manifest: Manifest, state: TrainState, config: TrainConfig) -> bool:
+def _load(path: Path, manifest: Manifest, state: Checkpointed, config: TrainConfig) -> bool:
     strategy = config.strategy
-    _check_shapes(path, manifest, state.worker.whole.shapes)
-    tensors = tensors_of(state)
+    _check_shapes(path, manifest, state.weight_shapes)
+    tensors = state.tensors()
     if not _keeps(manifest, tensors, strategy):
         tensors = {n: t for n, t in tensors.items() if not n.startswith(KEPT)}
         if dist.get_rank() == 0:
@@ -238,10 +178,7 @@ def _load(path: Path, manifest: Manifest, state: TrainState, config: TrainConfig
     _check_moments(path, manifest, tensors)
     if not _read(path, manifest, tensors):
         return False
-    state.loss_scale.loaded()
-    state.optimizer.set_updates(tensors["updates"].item())
-    state.guard.load({n: tensors[f"guard.{n}"] for n in state.guard.state()})
-    state.step = int(tensors["step"].item())
+    state.loaded(tensors)
     # Older versions counted the data in steps, all of one batch size.
     batch_size = int(manifest.config.get("batch_size", config.batch_size))
     state.order_batch_size = manifest.order_batch_size or batch_size

@@ -24,20 +24,15 @@ from torch import distributed as dist
 
 from parallel.health.watchdog import StoppedError
 from parallel.runtime import agreed
-from trainer.checkpoint.manifest import (
-    DamagedError,
-    FileEntry,
-    Manifest,
-    check,
-    kept,
-    sync_folder,
-    write_manifest,
-)
-from trainer.checkpoint.restore import TrainState, layout_of, tensors_of
+from trainer.atomic_files import sync_folder
+from trainer.checkpoint.contents import Checkpointed
+from trainer.checkpoint.folder import checkpoint_path, checkpoints, kept
+from trainer.checkpoint.identity import identity
+from trainer.checkpoint.manifest import DamagedError, FileEntry, Manifest, check, write_manifest
+from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.shards import Shard, file_name
 from trainer.config.train import ConfigError, TrainConfig
 from trainer.optim.optimizer import lr_at
-from trainer.run.run_dir import checkpoint_path, checkpoints, identity
 
 log = logging.getLogger(__name__)
 
@@ -63,14 +58,14 @@ class Saver:
     At most one save is in flight: its copy is the only one in host memory.
     """
 
-    def __init__(self, config: TrainConfig, state: TrainState, data: str = ""):
+    def __init__(self, config: TrainConfig, state: Checkpointed, data: str = ""):
         """Plan the saves of this state, whose `data` (trainer.data.fingerprint) go on record.
 
         Raises ConfigError, on all ranks, if the disk cannot hold one checkpoint more.
         """
         self._config, self._folder = config, checkpoint_path(config.run_dir, 0).parent
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._shard = Shard(tensors_of(state))
+        self._shard = Shard(state.tensors())
         self._record: dict[str, Any] = {
             "run": state.run, "config": identity(config), "data": data,
             "layout": layout_of(config.strategy), "order_batch_size": state.order_batch_size,
@@ -107,7 +102,7 @@ class Saver:
             together = issubclass(kind, ConfigError | StoppedError)
             self._thread.join(None if together else LEAVING_SECONDS)
 
-    def save(self, state: TrainState, eval_loss: float | None = None) -> None:
+    def save(self, state: Checkpointed, eval_loss: float | None = None) -> None:
         """Save the run as it is now, with its loss on the valid split where that was measured.
 
         Returns when the copy is taken, or, with checkpoint.async_save=false, when the checkpoint is
@@ -123,7 +118,7 @@ class Saver:
             self._number, state.step, state.samples, eval_loss if measured else None,
             time.monotonic(),
         )  # fmt: skip
-        self._shard.copy(tensors_of(state))
+        self._shard.copy(state.tensors())
         self._step_in_flight = state.step
         self._thread = Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError, DataConfig, TrainConfig
 from trainer.data.dataset import DataFacts, SplitFacts
-from trainer.run.status import write_atomically
 
 TOKENIZER = "tokenizer.json"
 FACTS = "data.json"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import tokenizers
 
+from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError
-from trainer.run.status import write_atomically
 
 log = logging.getLogger(__name__)
 

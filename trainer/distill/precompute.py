@@ -12,6 +12,7 @@ from torch import Tensor
 
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
+from trainer.atomic_files import new_folder
 from trainer.config.train import TeachConfig, classes_of
 from trainer.data import fingerprint, open_split, prepare
 from trainer.data.cache import progress_bar
@@ -20,7 +21,7 @@ from trainer.data.record import copy_record, data_of
 from trainer.distill.logit_dataset import Facts, write_facts
 from trainer.inference.trained_run import open_run
 from trainer.loss import IGNORED
-from trainer.run.run_dir import load_config, new_folder
+from trainer.run.run_dir import load_config
 
 FILE_BYTES = 1 << 27  # of one file, about
 LEAST = -65504.0  # of float16

@@ -12,7 +12,6 @@ from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
 from trainer.checkpoint.restore import load_weights
 from trainer.checkpoint.vocabulary import carried_rows
-from trainer.compress import export
 from trainer.compress.structured_pruning import removed
 from trainer.config.train import (
     CompressConfig,
@@ -26,6 +25,7 @@ from trainer.config.train import (
 from trainer.data import open_tokenizer
 from trainer.data.record import TOKENIZER, data_of, read_record
 from trainer.data.tokenizer import Tokenizer
+from trainer.inference import export
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run.run_dir import EXPORTED, load_config

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.run.status import write_atomically
+from trainer.atomic_files import write_atomically
 
 NAME = "goodput.json"
 # Kinds of seconds, and what the console calls those that are lost.

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError
-from trainer.run.status import write_atomically
 
 NAME = "metrics.jsonl"
 

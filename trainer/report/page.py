@@ -11,13 +11,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError
 from trainer.metrics.console import duration, short
 from trainer.metrics.goodput import LOST
 from trainer.metrics.jsonl import is_number
 from trainer.report.run_history import History, moment, read_history
 from trainer.report.svg_chart import COLOURS, Curve, Mark, chart, lanes
-from trainer.run.status import write_atomically
 
 NAME = "report.html"
 TEMPLATE = Path(__file__).with_name(NAME)

@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.manifest import DamagedError, check
 from trainer.config.train import ConfigError
 from trainer.metrics.goodput import Ledger
 from trainer.metrics.goodput import read as read_goodput
 from trainer.metrics.jsonl import NAME, is_number, read_lines
-from trainer.run.run_dir import checkpoints, saved_values
+from trainer.run.run_dir import saved_values
 from trainer.run.status import Status, read_status
 
 LINES_NAMED = 5  # of those that cannot be read

@@ -20,14 +20,14 @@ from torch import distributed as dist
 from parallel.health.replica_check import odd_replicas
 from parallel.parallel_model import Worker
 from parallel.runtime import agreed, everyones
+from trainer.atomic_files import write_atomically
+from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.config.train import ConfigError, TrainConfig
 from trainer.data.loader import TrainLoader
 from trainer.data.sampler import ranges
 from trainer.metrics.recorder import Recorder
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
-from trainer.run.run_dir import checkpoint_path, checkpoints
-from trainer.run.status import write_atomically
 
 LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
 LONGEST_WINDOW = 1024  # losses remembered, whatever spike_window is

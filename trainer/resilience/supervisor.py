@@ -12,9 +12,9 @@ from pathlib import Path
 from parallel.health.watchdog import STOPPED, PeerLostError, StoppedError, Watch
 from parallel.runtime import Runtime, largest
 from parallel.strategy import restarts
+from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import ConfigError, TrainConfig
 from trainer.run.lock import share
-from trainer.run.run_dir import checkpoints
 from trainer.run.status import StatusFile
 
 PACKAGES = ("parallel", "trainer", "conf", "launch")

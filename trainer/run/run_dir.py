@@ -2,10 +2,7 @@
 
 import dataclasses
 import difflib
-import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +12,15 @@ from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # what Omeg
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.strategy import ConfigError
+from trainer.atomic_files import write_atomically
+from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.identity import IDENTITY, _flat, differences, identity
 from trainer.checkpoint.manifest import DamagedError, check
 from trainer.config.train import TrainConfig
 from trainer.run.free_text import protected, revealed
 from trainer.run.lock import hold
-from trainer.run.status import read_status, write_atomically
+from trainer.run.status import read_status
 
-# What a run is: these keys must not change when it is continued. Everything else may.
-IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
-FREE = ("data.cache", "data.processor")
-# A run keeps these for ever: its weights are those of one tokenizer.
-FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
-PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
 EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
 
 
@@ -80,99 +74,6 @@ def check_run_dir(config: TrainConfig) -> None:
         raise ConfigError(
             f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
         ) from error
-
-
-@contextmanager
-def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `to` at the end; ConfigError if it cannot be written.
-
-    Nothing is left where that fails.
-    """
-    partial = to.with_name(f".{to.name}.partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(to)
-    except OSError as error:
-        raise ConfigError(
-            f"to={to} cannot be written ({error.strerror}); choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def checkpoint_path(run_dir: str | Path, step: int) -> Path:
-    """The folder of the checkpoint at `step`."""
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """The published checkpoints of a run as (step, folder), oldest first by step.
-
-    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
-    """
-    folder = Path(run_dir) / "checkpoints"
-    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
-
-
-def leftovers(run_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints that were being written or removed when their run was killed."""
-    return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
-
-
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """The values that make a run what it is, by dotted key."""
-    flat = _flat(dataclasses.asdict(config))
-    return {
-        key: value
-        for key, value in flat.items()
-        if key.split(".")[0] in IDENTITY and key not in FREE
-    }
-
-
-def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
-    """Every key in which the run that `before` is the identity of was another one, as a problem.
-
-    Those that config.resume_changed names are none.
-    """
-    changed = [
-        (key, before[key], value)
-        for key, value in identity(config).items()
-        if key in before and not _alike(key, before[key], value)
-    ]
-    return [
-        f"run_dir={config.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
-        + (
-            f"or begin another run with these weights: init_from={config.run_dir} run_dir=…"
-            if key in FIXED
-            else f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
-        )
-        for key, old, new in changed
-        if key in FIXED or not may_change(config, key)
-    ]
-
-
-def absolute(path: str) -> str:
-    """Return a path that means the same wherever it is read; other values as they are."""
-    if path.startswith("hf:"):
-        folder = Path(path.removeprefix("hf:"))
-        return f"hf:{folder.absolute()}" if folder.exists() else path
-    if not path or path.startswith("bundled:"):
-        return path
-    with suppress(RuntimeError):  # the home of somebody who is not known here
-        return str(Path(path).expanduser().absolute())
-    return str(Path(path).absolute())
-
-
-def _alike(key: str, old: Any, new: Any) -> bool:
-    return old == new or (key in PATHS and absolute(str(old)) == absolute(str(new)))
-
-
-def may_change(config: TrainConfig, key: str) -> bool:
-    """Whether config.resume_changed names a key of the identity, or its section."""
-    return key in config.resume_changed or key.split(".")[0] in config.resume_changed
 
 
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
@@ -288,16 +189,6 @@ def _is_good(path: Path) -> bool:
     except DamagedError:
         return False
     return True
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _no_run(run_dir: str, key: str = "run_dir") -> str:

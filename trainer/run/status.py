@@ -11,6 +11,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trainer.atomic_files import write_atomically
+
 log = logging.getLogger(__name__)
 
 
@@ -82,15 +84,3 @@ class StatusFile:
             if not self._warned:
                 log.warning("%s cannot be written: %s", self._run_dir / "status.json", error)
             self._warned = True
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is whole at any moment."""
-    # A name of its own: two ranks may write at once.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

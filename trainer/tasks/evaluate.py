@@ -14,6 +14,7 @@ from torch import Tensor
 from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
+from trainer.checkpoint.identity import absolute
 from trainer.config.train import EvaluateConfig
 from trainer.data import Dataset, open_split, prepare
 from trainer.data.loader import Batch, evaluation_batches
@@ -22,7 +23,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.inference.trained_run import open_run, transformer
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.metrics.console import print_whole
-from trainer.run.run_dir import absolute, load_config
+from trainer.run.run_dir import load_config
 from trainer.tasks.generate import translate
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from parallel.grad_norm import local
 from parallel.parallel_model import Worker
 from parallel.parallelize import place
+from trainer.atomic_files import new_folder
 from trainer.checkpoint.shards import take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.compress.compression import Compression
@@ -18,7 +19,7 @@ from trainer.compress.packing import pack, unpack
 from trainer.compress.quantized_linear import CompressedLinear, Lens, whole
 from trainer.config.train import ConfigError, TrainConfig
 from trainer.data.record import copy_record
-from trainer.run.run_dir import EXPORTED, new_folder, to_yaml
+from trainer.run.run_dir import EXPORTED, to_yaml
 
 VERSION = "1"
 

@@ -1,0 +1,31 @@
+"""What a checkpoint asks of the training state that it saves or restores."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
+
+
+class Checkpointed(Protocol):
+    """A training state under some layout."""
+
+    step: int
+    samples: int
+    order_batch_size: int
+    run: str
+
+    @property
+    def weight_shapes(self) -> Mapping[str, torch.Size]:
+        """Return the shape of each weight by its canonical name."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the state by its canonical name."""
+
+    def loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what is no tensor from tensors that a checkpoint has filled."""
+
+    def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
+        """Take over which samples the run has left out."""

@@ -1,0 +1,41 @@
+"""Where a run's checkpoints lie, and which of them are retained."""
+
+import math
+import re
+from pathlib import Path
+
+
+def checkpoint_path(run_dir: str | Path, step: int) -> Path:
+    """The folder of the checkpoint at `step`."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+    """The published checkpoints of a run as (step, folder), oldest first by step.
+
+    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
+    """
+    folder = Path(run_dir) / "checkpoints"
+    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+
+
+def leftovers(run_dir: str | Path) -> list[Path]:
+    """Folders of checkpoints that were being written or removed when their run was killed."""
+    return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
+
+
+def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
+    """The steps, of those with their evaluation loss, whose good checkpoints are kept.
+
+    The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
+    `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.
+    """
+    steps = sorted(losses)
+    if not keep:
+        return set(steps)
+    chosen = set(steps[-keep:]) | {step for step in steps if every and step % every == 0}
+    measured = {s: loss for s, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if best and measured:
+        chosen.add(min(measured, key=lambda step: (measured[step], step)))
+    return chosen

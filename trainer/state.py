@@ -1,0 +1,83 @@
+"""The state of a training run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from parallel.grad_norm import local
+from parallel.parallel_model import Worker
+from parallel.runtime import everyones
+from trainer.checkpoint.contents import KEPT
+from trainer.compress.compression import Compression
+from trainer.config.train import CompressConfig
+from trainer.optim.optimizer import Optimizer
+from trainer.precision import LossScale
+from trainer.resilience.bad_steps import Guard
+
+
+@dataclass
+class TrainState:
+    """All that a training run is at one moment, under whatever layout.
+
+    Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
+    two numbers are all of the state of the schedule, of the data and of the random numbers.
+    """
+
+    worker: Worker
+    optimizer: Optimizer
+    loss_scale: LossScale
+    guard: Guard
+    tokens: Tensor  # valid targets learned from so far, int64 on the device
+    step: int = 0  # optimizer steps done
+    samples: int = 0  # that these steps took, by which the data go on under any batch_size
+    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
+    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
+    compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
+
+    @property
+    def weight_shapes(self) -> Mapping[str, torch.Size]:
+        """Return the shape of each weight by its canonical name."""
+        return self.worker.whole.shapes
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every tensor of the state by its canonical name."""
+        weights = self.worker.parameters()
+        found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
+        for name, moments in self.optimizer.state().items():
+            found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
+        found |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()}
+        found |= {f"guard.{name}": tensor for name, tensor in self.guard.state().items()}
+        own = f"{KEPT}{dist.get_rank()}."
+        found |= {f"{own}{name}": tensor for name, tensor in self.worker.kept().items()}
+        found["updates"] = self.optimizer.updates()
+        found["tokens"] = self.tokens
+        found["step"] = torch.tensor(self.step)
+        return found
+
+    def loaded(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what is no tensor from tensors that a checkpoint has filled."""
+        self.loss_scale.loaded()
+        self.optimizer.set_updates(tensors["updates"].item())
+        self.guard.load({name: tensors[f"guard.{name}"] for name in self.guard.state()})
+        self.step = int(tensors["step"].item())
+
+    def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
+        """Take over which samples the run has left out."""
+        self.guard.read_rollbacks(run_dir, batch_size)
+
+
+def not_finite(state: TrainState) -> str:
+    """The first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+
+    All ranks call it and get the same. One reduction of each tensor, whose results are read back
+    together: for the moments at which the host waits anyway.
+    """
+    own = {name: local(tensor.detach()) for name, tensor in state.tensors().items()}
+    own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
+    largest = torch._foreach_norm(list(own.values()), torch.inf)
+    finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
+    first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
+    return next(filter(None, everyones(first)), "")
