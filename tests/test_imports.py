@@ -45,6 +45,92 @@ LIGHT = (
     *("launch.submit", "launch.slurm.batch_script", "launch.slurm.commands"),
 )
 
+# Rooms, each with the rooms it may import, from the bottom up: a line names none below it.
+ROOMS = """
+conf.help:
+parallel.strategy:
+trainer.config: parallel.strategy
+conf.submit: trainer.config
+trainer.atomic_files: parallel.strategy
+parallel.grad_norm:
+parallel.runtime: parallel.strategy
+parallel.health: parallel.grad_norm parallel.runtime
+parallel.collectives:
+parallel.context: parallel.collectives
+parallel.data: parallel.strategy parallel.collectives
+parallel.mesh: parallel.strategy
+parallel.pipeline: parallel.strategy parallel.grad_norm parallel.collectives
+parallel.tensor: parallel.strategy parallel.grad_norm parallel.collectives
+parallel.parallel_model: parallel.grad_norm parallel.runtime parallel.context parallel.data
+    parallel.mesh parallel.pipeline parallel.tensor
+parallel.activation_checkpointing:
+parallel.parallelize: parallel.strategy parallel.grad_norm parallel.context parallel.data
+    parallel.mesh parallel.pipeline parallel.tensor parallel.parallel_model
+    parallel.activation_checkpointing
+trainer.data: trainer.config trainer.atomic_files
+trainer.nn: parallel.strategy trainer.config parallel.runtime
+trainer.metrics: trainer.config trainer.atomic_files parallel.pipeline trainer.nn
+trainer.optim: trainer.config
+trainer.checkpoint: parallel.strategy trainer.config trainer.atomic_files parallel.grad_norm
+    parallel.runtime parallel.health parallel.parallel_model parallel.parallelize trainer.data
+    trainer.metrics trainer.optim
+trainer.run: parallel.strategy trainer.config trainer.atomic_files trainer.checkpoint
+conf.schema: conf.help parallel.strategy trainer.config conf.submit trainer.run
+trainer.loss:
+trainer.model: trainer.config trainer.nn trainer.loss
+trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
+    trainer.nn trainer.loss trainer.model
+trainer.precision:
+trainer.build: parallel.strategy trainer.config parallel.runtime parallel.mesh
+    parallel.parallel_model parallel.parallelize trainer.nn trainer.loss trainer.model
+    trainer.compress trainer.precision
+trainer.inference: parallel.strategy trainer.config trainer.atomic_files parallel.grad_norm
+    parallel.runtime parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint
+    trainer.run trainer.model trainer.compress trainer.precision trainer.build
+trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
+    parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
+    trainer.loss trainer.model trainer.compress trainer.precision trainer.inference
+conf.validation: parallel.strategy trainer.config conf.submit parallel.pipeline trainer.data
+    trainer.distill
+launch.slurm: parallel.strategy trainer.config conf.submit trainer.run
+launch.cli: conf.help parallel.strategy trainer.config conf.submit trainer.atomic_files
+    parallel.runtime parallel.health parallel.pipeline trainer.data trainer.metrics
+    trainer.checkpoint trainer.run conf.schema trainer.distill conf.validation launch.slurm
+launch.checkpoint: trainer.checkpoint launch.cli
+launch.compress_report: launch.cli
+launch.evaluate: launch.cli
+launch.export: launch.cli
+launch.generate: launch.cli
+launch.prepare: launch.cli
+trainer.report: trainer.config trainer.atomic_files trainer.metrics trainer.checkpoint trainer.run
+launch.report: parallel.strategy launch.cli trainer.report
+launch.submit: parallel.strategy launch.slurm launch.cli
+launch.teach: launch.cli
+launch.train: launch.cli
+launch.verify: launch.cli
+parallel.comm_volume: parallel.strategy parallel.data
+parallel.rank_pool: parallel.runtime
+trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
+    trainer.data trainer.nn trainer.metrics trainer.run trainer.compress trainer.inference
+    parallel.rank_pool
+trainer.resilience: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
+    parallel.health parallel.parallel_model trainer.data trainer.metrics trainer.optim
+    trainer.checkpoint trainer.run trainer.precision
+trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.parallel_model
+    trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
+trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
+    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.model
+    trainer.inference
+trainer.loop: trainer.config parallel.runtime parallel.health parallel.parallel_model trainer.data
+    trainer.nn trainer.metrics trainer.optim trainer.checkpoint trainer.compress trainer.precision
+    trainer.build trainer.inference trainer.distill trainer.resilience trainer.state trainer.tasks
+trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
+    parallel.collectives parallel.context parallel.data parallel.mesh parallel.pipeline
+    parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn trainer.metrics
+    trainer.optim trainer.loss trainer.model trainer.compress trainer.precision trainer.build
+    trainer.inference parallel.comm_volume parallel.rank_pool
+"""
+
 
 def imports(tree: ast.AST) -> set[str]:
     """The modules that a tree imports, ours by their full name."""
@@ -84,6 +170,37 @@ def test_imports_run_one_way(module):
     assert not packages(module) & forbidden[module.split(".")[0]]
     if module in PLAIN or module.startswith("trainer.data"):
         assert "parallel" not in packages(module)
+
+
+def room_of(module: str) -> str:
+    """The folder of a package that a module is in, or the module itself where it is in none."""
+    return ".".join(module.split(".")[:2])
+
+
+def room_table() -> dict[str, list[str]]:
+    text = ROOMS.strip().replace("\n    ", " ")
+    return {
+        room: allowed.split() for room, _, allowed in (s.partition(":") for s in text.splitlines())
+    }
+
+
+def test_rooms_import_what_their_table_says():
+    found: dict[str, set[str]] = {}
+    for module in FILES:
+        room, allowed = room_of(module), found.setdefault(room_of(module), set())
+        allowed |= {room_of(name) for name in imports(TREES[module]) & FILES.keys()} - {room}
+    table = room_table()
+    assert {room: sorted(names) for room, names in found.items() if "." in room} == {
+        room: sorted(names) for room, names in table.items()
+    }
+
+
+def test_no_room_imports_one_above_it():
+    seen: set[str] = set()
+    for room, allowed in room_table().items():
+        assert set(allowed) <= seen, f"{room} is above {set(allowed) - seen}"
+        seen.add(room)
+    assert sum(room.startswith("trainer.") for room in seen) <= 24
 
 
 def test_imports_make_no_circle():

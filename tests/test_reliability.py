@@ -20,5 +20,6 @@ def test_every_test_that_is_named_exists():
         named = re.findall(r"`(\w+)::(\w+)`", cell)
         assert named or "not played here: " in cell or "TODO" in cell, number
         for file, name in named:
-            text = (TESTS / f"{file}.py").read_text(encoding="utf-8")
+            (path,) = TESTS.rglob(f"{file}.py")
+            text = path.read_text(encoding="utf-8")
             assert f"\ndef {name}(" in text, f"{number}: {file}::{name}"

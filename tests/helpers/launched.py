@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAY = files("trainer.data") / "bundled" / "shakespeare" / "valid.txt"
 SMALL = [
     *("model.layers=2", "model.width=32", "model.heads=4", "model.kv_heads=2"),

@@ -19,7 +19,7 @@ from trainer.run.lock import hold, share
 from trainer.run.run_dir import open_run_dir
 from trainer.run.status import StatusFile, read_status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def other(function: str, folder: Path) -> subprocess.Popen:

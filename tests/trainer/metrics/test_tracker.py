@@ -219,7 +219,7 @@ def test_the_tracker_ends_when_the_trainer_is_killed(tmp_path: Path, fake_wandb:
         "(folder / 'metrics.jsonl').write_text('{\"step\": 7}\\n');"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[3])
     paths = os.pathsep.join([root, os.environ["PYTHONPATH"]])
     environment = {**os.environ, "PYTHONPATH": paths}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, env=environment)

@@ -21,7 +21,7 @@ from trainer.config.train import DataConfig, ModelConfig, TrainConfig
 from trainer.run.free_text import revealed
 from trainer.run.run_dir import claimed, load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
 WHOLE = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 BAD = [

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_model import build
+from tiny import build
 from torch.utils.flop_counter import FlopCounterMode
 
 from parallel.activation_checkpointing import MODES, checkpoint_activations

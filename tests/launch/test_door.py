@@ -26,7 +26,7 @@ from parallel.runtime import Ranks, process_group
 from parallel.strategy import ConfigError, resolve
 from trainer.run.free_text import revealed
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 from launch.cli.entrypoint import open_door
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -18,6 +19,8 @@ from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.save import Saver
 from trainer.config.train import CompressConfig, DataConfig, ModelConfig, TrainConfig
 from trainer.loop import start
+from trainer.model import Transformer
+from trainer.nn.init import draw_rows
 from trainer.state import TrainState
 
 TWO_RANKS = {
@@ -141,3 +144,11 @@ def whole(tensor: Tensor) -> Tensor:
             tensor = tensor.redistribute(placements=placements)
         tensor = tensor.to_local()
     return tensor.clone()
+
+
+def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
+    model = Transformer(config, dtype).to(dtype)
+    for name, parameter in model.named_parameters():
+        rows = draw_rows(config, seed, name, parameter.shape, 0, parameter.shape[0])
+        parameter.data.copy_(rows)
+    return model

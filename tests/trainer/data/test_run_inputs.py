@@ -34,7 +34,7 @@ from trainer.run.run_dir import load_config
 from trainer.tasks.evaluate import evaluate_run
 from trainer.tasks.generate import generate
 
-PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
+PLAY = Path(__file__).parents[3] / "trainer/data/bundled/shakespeare/valid.txt"
 COLOURS = {"ape": (200, 10, 10), "bee": (10, 200, 10), "cat": (10, 10, 200)}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
 PRESETS = ("ddp", "fsdp", "hsdp", "tensor", "pipeline", "context", "hybrid")
 JOBS = ("language", "images", "translation")

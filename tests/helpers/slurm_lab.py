@@ -1,6 +1,7 @@
 """A Slurm of several hosts on this one: a controller and a daemon for each host, in one folder.
 
-python tests/slurm_lab.py FOLDER [HOSTS]    until Ctrl-C; then: export SLURM_CONF=FOLDER/slurm.conf
+python tests/helpers/slurm_lab.py FOLDER [HOSTS]    until Ctrl-C; then:
+export SLURM_CONF=FOLDER/slurm.conf
 """
 
 import os

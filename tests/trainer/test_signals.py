@@ -210,7 +210,8 @@ def test_the_code_is_that_of_the_files(tmp_path, monkeypatch):
     for name in ("trainer", "parallel"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.py").write_text("x = 1")
-    monkeypatch.setattr(supervisor, "__file__", str(tmp_path / "trainer" / "supervisor.py"))
+    file = tmp_path / "trainer" / "resilience" / "supervisor.py"
+    monkeypatch.setattr(supervisor, "__file__", str(file))
     before = supervisor.own_code()
     assert supervisor.own_code() == before
     (tmp_path / "parallel" / "model.py").write_text("x = 2")

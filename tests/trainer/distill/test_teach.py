@@ -42,7 +42,7 @@ from trainer.loss import IGNORED
 from trainer.nn.sequence import Context
 from trainer.run.run_dir import load_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 # Of each kind: the data, a teacher, and a student of another shape.
 KINDS = {
     "text": (tiny.text_data, replace(tiny.GPT, vocab_size=280), {"layers": 1}),

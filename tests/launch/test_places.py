@@ -26,7 +26,7 @@ from trainer.config.train import ConfigError, DataConfig, ModelConfig, TrainConf
 from trainer.metrics.console import Display
 from trainer.metrics.jsonl import MetricsFile
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
 
 

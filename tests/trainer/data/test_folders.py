@@ -11,7 +11,7 @@ from trainer.config.train import ConfigError, DataConfig
 from trainer.data.folders import split_of
 from trainer.data.record import table
 
-PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
+PLAY = Path(__file__).parents[3] / "trainer/data/bundled/shakespeare/valid.txt"
 LINES = PLAY.read_text().splitlines()[:600]
 COLOURS = {"bus": 250, "car": 130, "train": 10}
 CLASSES = ("bus", "car")

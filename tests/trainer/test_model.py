@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from tiny import build
 from torch import nn
 
 from trainer.config.train import ModelConfig
@@ -17,20 +18,12 @@ from trainer.nn.layers import Dropout, keep_mask
 from trainer.nn.sequence import Context, SequenceLayout, Stream
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
-PRESETS = Path(__file__).parent.parent / "conf" / "model"
+PRESETS = Path(__file__).parents[2] / "conf" / "model"
 
 
 def preset(name: str, **changes) -> ModelConfig:
     values = yaml.safe_load((PRESETS / f"{name}.yaml").read_text())
     return replace(ModelConfig(**values), **changes)
-
-
-def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
-    model = Transformer(config, dtype).to(dtype)
-    for name, parameter in model.named_parameters():
-        rows = draw_rows(config, seed, name, parameter.shape, 0, parameter.shape[0])
-        parameter.data.copy_(rows)
-    return model
 
 
 def copy_weights(ours: Transformer, theirs: nn.Module, names: dict[str, str]) -> None:

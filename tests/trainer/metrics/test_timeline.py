@@ -12,7 +12,7 @@ from parallel.pipeline.simulator import UNIT_COSTS, Action, simulate
 from parallel.pipeline.torch_schedules import actions
 from trainer.metrics.timeline_plot import COLOURS, draw, heading, picture
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[3]
 
 
 def steps(schedule, ranks, stages, micro_batches):

@@ -15,7 +15,7 @@ from trainer.config.train import ConfigError, DataConfig, EvaluateConfig, ModelC
 from trainer.data.tokenizer import Tokenizer
 from trainer.run.run_dir import load_config
 
-PLAY = Path(__file__).parents[1] / "trainer/data/bundled/shakespeare/valid.txt"
+PLAY = Path(__file__).parents[2] / "trainer/data/bundled/shakespeare/valid.txt"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from trainer.config.train import EvaluateConfig, GenerateConfig, TrainConfig, Ve
 from trainer.data import DataFacts
 from trainer.model import Transformer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONF = ROOT / "conf"
 DATA = {"decoder": "shakespeare", "encoder": "fashion-mnist", "encoder_decoder": "home-assistant"}
 FACTS = {
