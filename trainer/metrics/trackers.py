@@ -25,7 +25,8 @@ from trainer.config.train import MetricsConfig
 from trainer.metrics.jsonl import NAME
 
 POLL_SECONDS = 1.0  # between looks at the file
-TOOLS = ("wandb", "tensorboard")  # each is an extra of this package
+# Each tool, and how to install it.
+TOOLS = {"wandb": "wandb", "tensorboard": "samestep[tensorboard]"}
 KEPT = "metrics.jsonl has everything"
 
 
@@ -311,7 +312,7 @@ def _main(text: str) -> None:
     try:
         _mirror(mirror, ended, say)
     except ImportError as error:
-        install = f'pip install "samestep[{mirror.tool}]"'
+        install = f'pip install "{TOOLS[mirror.tool]}"'
         say(f"{mirror.tool} cannot be imported ({_brief(error)}): {install}; {KEPT}")
     except Exception as error:
         say(f"{mirror.tool} gave up ({_brief(error)}); {KEPT}")
