@@ -36,8 +36,11 @@ def measure(config: TrainConfig, state: TrainState, rounds: int) -> dict[str, li
     batch = [random_batch(1, SEQ_LEN, VOCABULARY)]
     batch[0]["index"] = torch.zeros(1, dtype=torch.int64)
     seconds: dict[str, list[float]] = {
-        "synchronous save": [], "asynchronous save": [], "step": [], "step beside a save": [],
-    }  # fmt: skip
+        "synchronous save": [],
+        "asynchronous save": [],
+        "step": [],
+        "step beside a save": [],
+    }
     loop.take_step(config, state, batch)
     with Saver(config, state) as saver:
         seconds["first save (takes the memory)"] = [timed(saver.save, state)]
@@ -60,9 +63,14 @@ if __name__ == "__main__":
     with TemporaryDirectory() as folder, process_group("cpu", Ranks.alone()) as runtime:
         model = llama(width, blocks, SEQ_LEN, VOCABULARY)
         config = TrainConfig(
-            model=model, precision="fp32", device="cpu", steps=1000, run_dir=str(Path(folder)),
-            checkpoint=CheckpointConfig(keep=1), optim=OptimConfig(lr=1e-4),
-        )  # fmt: skip
+            model=model,
+            precision="fp32",
+            device="cpu",
+            steps=1000,
+            run_dir=str(Path(folder)),
+            checkpoint=CheckpointConfig(keep=1),
+            optim=OptimConfig(lr=1e-4),
+        )
         state = loop.start(replace(config), runtime)
         numbers = sum(p.numel() for p in state.worker.parameters().values())
         sys.stdout.write(f"{numbers / 1e6:.0f} M parameters, {3 * 4 * numbers / 1e9:.2f} GB\n")

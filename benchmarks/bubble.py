@@ -77,19 +77,26 @@ if __name__ == "__main__":
     found, numbers = on_ranks(RANKS, measure, defaults=(512, 8, 4, 10))
     width, blocks, micro_batches, steps = numbers
     table = Table(
-        "schedule", "bubble, median", "least and most", "formula", "simulated", "step, median ms",
+        "schedule",
+        "bubble, median",
+        "least and most",
+        "formula",
+        "simulated",
+        "step, median ms",
         title=f"{blocks} blocks of width {width}, {micro_batches} × {SEQ_LEN} tokens, {RANKS} CPU "
         f"ranks, {steps} steps",
-    )  # fmt: skip
+    )
     for schedule, ran in found.items():
         shares = [100 * bubble(spans) for spans in ran]
         lengths = [max(span.end for span in spans) for spans in ran]
         stages = stages_per_rank(strategy_of(schedule))
         formula = 100 * bubble_formula(schedule, RANKS, micro_batches, stages)
         table.add_row(
-            schedule, f"{statistics.median(shares):.1f} %",
-            f"{min(shares):.1f} to {max(shares):.1f}", f"{formula:.1f} %",
+            schedule,
+            f"{statistics.median(shares):.1f} %",
+            f"{min(shares):.1f} to {max(shares):.1f}",
+            f"{formula:.1f} %",
             f"{100 * simulated(schedule, micro_batches, ran):.1f} %",
             f"{1000 * statistics.median(lengths):.0f}",
-        )  # fmt: skip
+        )
     Console().print(table)

@@ -23,12 +23,22 @@ STEPS = {0: 60, BUSY: 12}  # few where each takes long
 def tokens_per_second(steps: int, environment: dict[str, str]) -> float:
     """Of the last two thirds of a short run of the default job."""
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"steps={steps}", f"metrics.every={steps // 3}", "eval.every=0", "eval.samples=8",
-                 "eval.test=false", "metrics.sample_tokens=0", f"run_dir={folder}/run"]  # fmt: skip
+        words = [
+            f"steps={steps}",
+            f"metrics.every={steps // 3}",
+            "eval.every=0",
+            "eval.samples=8",
+            "eval.test=false",
+            "metrics.sample_tokens=0",
+            f"run_dir={folder}/run",
+        ]
         subprocess.run(
-            [sys.executable, str(ROOT / "launch/train.py"), *words], check=True, cwd=ROOT,
-            env=os.environ | environment, capture_output=True,
-        )  # fmt: skip
+            [sys.executable, str(ROOT / "launch/train.py"), *words],
+            check=True,
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+        )
         text = (Path(folder) / "run/metrics.jsonl").read_text()
         lines = [json.loads(line) for line in text.splitlines()]
     rates = [line["tokens_per_second"] for line in lines if "tokens_per_second" in line]

@@ -21,14 +21,23 @@ RUNS = {
     "pipeline, 2 ranks": ["strategy=pipeline", "launch.ranks=2"],
     "context, 2 ranks": ["strategy=context", "launch.ranks=2"],
     "hybrid: pipeline 2 × tensor 2": [
-        "strategy=hybrid", "strategy.pipeline=2", "strategy.tensor=2", "launch.ranks=4"
+        "strategy=hybrid",
+        "strategy.pipeline=2",
+        "strategy.tensor=2",
+        "launch.ranks=4",
     ],
-}  # fmt: skip
+}
 # At the default learning rate rounding grows to 0.03 within 100 steps in float32.
 JOB = [
-    "precision=fp32", "optim.lr=1e-3", "metrics.every=1", "eval.every=0", "eval.samples=8",
-    "eval.test=false", "metrics.sample_tokens=0", "device=cpu",
-]  # fmt: skip
+    "precision=fp32",
+    "optim.lr=1e-3",
+    "metrics.every=1",
+    "eval.every=0",
+    "eval.samples=8",
+    "eval.test=false",
+    "metrics.sample_tokens=0",
+    "device=cpu",
+]
 
 
 def losses(overrides: list[str], steps: int, folder: str) -> list[float]:

@@ -63,9 +63,12 @@ def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
     """Damage checkpoints `count` times in each way; what went wrong."""
     model = ModelConfig(layers=1, width=16, heads=2, ffn_width=32, vocab_size=23, max_positions=8)
     config = TrainConfig(
-        model=model, strategy=StrategyConfig(shard=2), precision="fp32", device="cpu",
+        model=model,
+        strategy=StrategyConfig(shard=2),
+        precision="fp32",
+        device="cpu",
         run_dir=str(folder / "whole"),
-    )  # fmt: skip
+    )
     state = start(config, runtime)
     expected: dict[str, Tensor] = {}
     with Saver(config, state) as saver:

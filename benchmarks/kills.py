@@ -53,11 +53,15 @@ def job(folder: Path, strategy: StrategyConfig, async_save: bool, steps: int) ->
     return TrainConfig(
         data=DataConfig(path=str(play), vocab_size=300, seq_len=16, cache=str(folder / "cache")),
         model=ModelConfig(layers=2, width=64, heads=4, kv_heads=2, ffn_width=128, dropout=0.1),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2), strategy=strategy, device="cpu",
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        strategy=strategy,
+        device="cpu",
         eval=EvalConfig(every=0, samples=4, test=False),
         checkpoint=CheckpointConfig(every=EVERY, keep=2, async_save=async_save),
-        metrics=MetricsConfig(every=1, sample_tokens=0), steps=steps, batch_size=8,
-    )  # fmt: skip
+        metrics=MetricsConfig(every=1, sample_tokens=0),
+        steps=steps,
+        batch_size=8,
+    )
 
 
 def fork(work, *args) -> int:

@@ -57,10 +57,12 @@ class PlainLoop:
             p.data.copy_(rows)
         named = list(self.model.named_parameters())
         groups = [
-            {"params": [p for n, p in named if decays(n, p)],
-             "weight_decay": config.optim.weight_decay},
+            {
+                "params": [p for n, p in named if decays(n, p)],
+                "weight_decay": config.optim.weight_decay,
+            },
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-        ]  # fmt: skip
+        ]
         self.optimizer = torch.optim.AdamW(
             groups, betas=tuple(config.optim.betas), eps=config.optim.eps, fused=True
         )

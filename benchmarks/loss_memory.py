@@ -35,9 +35,12 @@ def peak(runtime: Runtime, vocabulary: int, chunks: int) -> tuple[float, float]:
     """MiB that a step needs at most beyond the model, and its loss."""
     config = ModelConfig(layers=1, vocab_size=vocabulary, max_positions=SEQ_LEN)
     worker = parallel_model(
-        config, StrategyConfig(tensor=runtime.world_size), runtime, PRECISIONS["fp32"],
+        config,
+        StrategyConfig(tensor=runtime.world_size),
+        runtime,
+        PRECISIONS["fp32"],
         loss=LossConfig(chunks=chunks),
-    )  # fmt: skip
+    )
     tokens = torch.arange(SAMPLES * SEQ_LEN).view(SAMPLES, SEQ_LEN) % vocabulary
     before = resident_mib("VmRSS")
     loss, _ = worker.forward_backward([{"tokens": tokens, "targets": tokens.roll(-1, 1)}])
@@ -48,9 +51,11 @@ if __name__ == "__main__":
     vocabulary, ranks = [*map(int, sys.argv[1:]), *(65_536, 1)[len(sys.argv) - 1 :]]
     logits_mib = SAMPLES * SEQ_LEN * vocabulary * 4 / 2**20
     table = Table(
-        "loss.chunks", "peak of a step, MiB", "loss",
+        "loss.chunks",
+        "peak of a step, MiB",
+        "loss",
         title=f"vocabulary {vocabulary:,}, {ranks} ranks; all logits in fp32: {logits_mib:.0f} MiB",
-    )  # fmt: skip
+    )
     for chunks in (1, 4, 16):
         pool = RankPool(ranks)
         most, loss = pool.run(ranks, peak, vocabulary, chunks, timeout_seconds=600.0)[0]

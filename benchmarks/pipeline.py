@@ -71,9 +71,10 @@ def bare(config: ModelConfig, runtime: Runtime, schedule: str, micro_batches: in
     part = Part(config, runtime.rank)
     stage = PipelineStage(part, runtime.rank, RANKS, runtime.device)
     driver = TORCH_CLASSES[schedule](
-        stage, micro_batches,
+        stage,
+        micro_batches,
         loss_fn=lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten()),
-    )  # fmt: skip
+    )
     optimizer = torch.optim.AdamW(part.parameters(), lr=1e-3, fused=True)
 
     def step(batch: Batch) -> float | None:
@@ -110,17 +111,25 @@ if __name__ == "__main__":
     seconds, numbers = on_ranks(RANKS, measure, defaults=(512, 8, 8, 10, 3))
     width, blocks, micro_batches, segments, steps = numbers
     table = Table(
-        "step of", "median ms", "least ms", "tokens/s", "ours / torch, tokens/s", "least and most",
+        "step of",
+        "median ms",
+        "least ms",
+        "tokens/s",
+        "ours / torch, tokens/s",
+        "least and most",
         title=f"{blocks} blocks of width {width}, {micro_batches} × {SEQ_LEN} tokens, {RANKS} CPU "
         f"ranks, {segments} segments of {steps} steps",
-    )  # fmt: skip
+    )
     for name, times in seconds.items():
         bare_times = seconds[f"{name.split(',')[0]}, torch"]
         ratios = [theirs / own for theirs, own in zip(bare_times, times, strict=True)]
         middle = statistics.median(times)
         table.add_row(
-            name, f"{1000 * middle:.0f}", f"{1000 * min(times):.0f}",
-            f"{micro_batches * SEQ_LEN / middle:,.0f}", f"{statistics.median(ratios):.3f}",
+            name,
+            f"{1000 * middle:.0f}",
+            f"{1000 * min(times):.0f}",
+            f"{micro_batches * SEQ_LEN / middle:,.0f}",
+            f"{statistics.median(ratios):.3f}",
             f"{min(ratios):.3f} to {max(ratios):.3f}",
-        )  # fmt: skip
+        )
     Console().print(table)

@@ -22,20 +22,33 @@ from tempfile import TemporaryDirectory
 
 STEPS, EVERY = 600, 20
 JOB = (
-    f"steps={STEPS}", f"checkpoint.every={EVERY}", "metrics.every=1", "eval.every=0",
-    "eval.test=false", "metrics.sample_tokens=0", "model.width=64", "model.heads=4",
-    "model.kv_heads=2", "model.layers=4", "model.ffn_width=128", "data.seq_len=64", "batch_size=8",
+    f"steps={STEPS}",
+    f"checkpoint.every={EVERY}",
+    "metrics.every=1",
+    "eval.every=0",
+    "eval.test=false",
+    "metrics.sample_tokens=0",
+    "model.width=64",
+    "model.heads=4",
+    "model.kv_heads=2",
+    "model.layers=4",
+    "model.ffn_width=128",
+    "data.seq_len=64",
+    "batch_size=8",
     "precision=fp64",  # training makes much of rounding: in fp32 no layouts can be compared
-)  # fmt: skip
+)
 DOOR = str(Path(__file__).parents[1] / "launch" / "train.py")
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
     """The run, in a session of its own, so that all of its processes can be killed together."""
     return subprocess.Popen(
-        [sys.executable, DOOR, f"run_dir={run_dir}", *JOB, *overrides], start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, DOOR, f"run_dir={run_dir}", *JOB, *overrides],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def end(process: subprocess.Popen, *allowed: int) -> None:
@@ -85,10 +98,15 @@ def moved(run_dir: Path) -> None:
     """A run that changes its layout twice; a signal ends each part but the last."""
     layouts = (
         ("launch.ranks=4", "strategy=ddp"),
-        ("launch.ranks=4", "strategy=tensor", "strategy.pipeline=2", "micro_batch_size=2",
-         "strategy.tensor=2"),
+        (
+            "launch.ranks=4",
+            "strategy=tensor",
+            "strategy.pipeline=2",
+            "micro_batch_size=2",
+            "strategy.tensor=2",
+        ),
         ("strategy=single",),
-    )  # fmt: skip
+    )
     for part, layout in enumerate(layouts, 1):
         process = start(run_dir, *layout)
         if part < len(layouts):

@@ -62,8 +62,9 @@ def filled(config: ModelConfig) -> Transformer:
     return model
 
 
-def plain_step(model: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor],
-               context: Callable = nullcontext) -> Step:  # fmt: skip
+def plain_step(
+    model: nn.Module, loss_sum: Callable[[Tensor, Tensor], Tensor], context: Callable = nullcontext
+) -> Step:
     """Forward, backward and torch's fused AdamW by hand."""
     # Fused AdamW takes no list of DTensors and plain tensors together.
     kinds = (True, False)
@@ -114,9 +115,10 @@ def dtensor_compute(
     if sequence_parallel:
         plan["head.norm"] = SequenceParallel()
     return plain_step(
-        parallelize_module(filled(config), mesh, plan), cross_entropy_sum,
+        parallelize_module(filled(config), mesh, plan),
+        cross_entropy_sum,
         loss_parallel if splits_loss else nullcontext,
-    )  # fmt: skip
+    )
 
 
 class _F(torch.autograd.Function):
@@ -151,10 +153,15 @@ class _FloorLayout(SequenceLayout):
 def floor(config: ModelConfig, runtime: Runtime) -> Step:
     """Slices of the weights as plain parameters of a narrower model, and f and g by hand."""
     whole = filled(config).state_dict()
-    model = Transformer(replace(
-        config, heads=config.heads // RANKS, head_width=config.width // config.heads,
-        ffn_width=config.ffn_width // RANKS, vocab_size=config.vocab_size // RANKS,
-    ))  # fmt: skip
+    model = Transformer(
+        replace(
+            config,
+            heads=config.heads // RANKS,
+            head_width=config.width // config.heads,
+            ffn_width=config.ffn_width // RANKS,
+            vocab_size=config.vocab_size // RANKS,
+        )
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             for dim in range(p.dim()):
@@ -175,10 +182,11 @@ def floor(config: ModelConfig, runtime: Runtime) -> Step:
 
     tokens.forward = own_rows
     return plain_step(
-        model, lambda logits, targets: cross_entropy_sum(
+        model,
+        lambda logits, targets: cross_entropy_sum(
             logits, targets, cross_entropy=vocabulary.cross_entropy
         ),
-    )  # fmt: skip
+    )
 
 
 def measure(
@@ -208,14 +216,19 @@ if __name__ == "__main__":
     seconds, numbers = on_ranks(RANKS, measure, defaults=(512, 4, 10, 3))
     width, samples, segments, steps = numbers
     table = Table(
-        "step of", "median ms", "ours is faster by", "least and most",
+        "step of",
+        "median ms",
+        "ours is faster by",
+        "least and most",
         title=f"width {width}, {samples} × {SEQ_LEN} tokens, {RANKS} CPU ranks",
-    )  # fmt: skip
+    )
     for name, times in seconds.items():
         mine = seconds["ours, sequence parallel" if "sequence" in name else "ours"]
         ratios = [theirs / own for theirs, own in zip(times, mine, strict=True)]
         table.add_row(
-            name, f"{1000 * statistics.median(times):.0f}", f"{statistics.median(ratios):.3f}",
+            name,
+            f"{1000 * statistics.median(times):.0f}",
+            f"{statistics.median(ratios):.3f}",
             f"{min(ratios):.3f} to {max(ratios):.3f}",
-        )  # fmt: skip
+        )
     Console().print(table)

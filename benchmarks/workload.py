@@ -24,9 +24,14 @@ Batch = dict[str, Tensor]
 def llama(width: int, blocks: int, seq_len: int, vocab_size: int) -> ModelConfig:
     """A Llama-style decoder with heads of 64 and Llama's ratio of the feed-forward layer, 8/3."""
     return ModelConfig(
-        layers=blocks, width=width, heads=width // 64, ffn_width=8 * width // 3 // 64 * 64,
-        vocab_size=vocab_size, max_positions=seq_len, tied=False,
-    )  # fmt: skip
+        layers=blocks,
+        width=width,
+        heads=width // 64,
+        ffn_width=8 * width // 3 // 64 * 64,
+        vocab_size=vocab_size,
+        max_positions=seq_len,
+        tied=False,
+    )
 
 
 def train_step(

@@ -4,6 +4,7 @@ from launch.cli.entrypoint import open_door
 
 if __name__ == "__main__":
     open_door(
-        "compress_report", work="trainer.compress_report.report:report",
+        "compress_report",
+        work="trainer.compress_report.report:report",
         prepare="launch.cli.preflight:comparing",
-    )  # fmt: skip
+    )

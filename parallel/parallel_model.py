@@ -65,9 +65,17 @@ class _Mean:
 class Worker:
     """A parallelised model with what a training step asks of it."""
 
-    def __init__(self, model: nn.Module, wrapped: nn.Module, whole: Whole, mesh: DeviceMesh,
-                 device: torch.device, loss_sum: LossSum, count_valid: CountValid,
-                 axes: Axes):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        wrapped: nn.Module,
+        whole: Whole,
+        mesh: DeviceMesh,
+        device: torch.device,
+        loss_sum: LossSum,
+        count_valid: CountValid,
+        axes: Axes,
+    ):
         self.model = model  # the Transformer itself, or this rank's stages of it
         self.whole = whole
         self.mesh = mesh

@@ -18,7 +18,7 @@ from parallel.mesh import copies_mesh, shards_mesh
 from parallel.parallel_model import Axes, CountValid, LossSum, Whole, Worker
 from parallel.pipeline.stages import pipelined
 from parallel.strategy import StrategyConfig
-from parallel.tensor.layers import split_layers
+from parallel.tensor.layers import TensorSplit, split_layers
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
 DrawRows = Callable[[str, torch.Size, int, int], Tensor]
@@ -35,12 +35,30 @@ class Facts:
     costs: Sequence[float] = ()  # of the blocks, by which a pipeline is cut
 
 
+def recompute_and_compile(
+    model: nn.Module, split: TensorSplit | None, activation_checkpointing: str, compile: bool
+) -> None:
+    """Wrap each block for what its backward recomputes, then compile it."""
+    for block in model.get_submodule("blocks").children():
+        checkpoint_activations(block, activation_checkpointing)
+        if split is not None and activation_checkpointing == "none" and not compile:
+            split.gather_again(block)
+        if compile:
+            block.compile()
+
+
 def parallelize(
-    model: nn.Module, facts: Facts, mesh: DeviceMesh, strategy: StrategyConfig,
-    device: torch.device, *, parameters: torch.dtype = torch.float32,
-    compute: torch.dtype = torch.float32, activation_checkpointing: str = "none",
+    model: nn.Module,
+    facts: Facts,
+    mesh: DeviceMesh,
+    strategy: StrategyConfig,
+    device: torch.device,
+    *,
+    parameters: torch.dtype = torch.float32,
+    compute: torch.dtype = torch.float32,
+    activation_checkpointing: str = "none",
     compile: bool = False,
-) -> Worker:  # fmt: skip
+) -> Worker:
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
     `parameters` is the dtype that weights and gradients are kept in, `compute` the one that FSDP
@@ -55,14 +73,9 @@ def parallelize(
     context = share_sequences(model, mesh["context"], strategy.context_method)
     # 3. The split of single layers is the innermost: all that follows treats a part as the whole.
     split = split_layers(model, mesh["tensor"], facts.layout, strategy, device, classes)
-    for block in model.get_submodule("blocks").children():
-        # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
-        checkpoint_activations(block, activation_checkpointing)
-        if split is not None and activation_checkpointing == "none" and not compile:
-            split.gather_again(block)
-        # 5. One graph per block; all blocks look alike, so it is compiled once.
-        if compile:
-            block.compile()
+    # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
+    # 5. One graph per block; all blocks look alike, so it is compiled once.
+    recompute_and_compile(model, split, activation_checkpointing, compile)
     # 6. Sharding comes before the weights exist, so that no rank ever holds the whole model.
     copies = copies_mesh(mesh)
     sharded = shard_over(model, mesh, copies, strategy, compute, parameters)
@@ -77,9 +90,13 @@ def parallelize(
 
 
 def shard_over(
-    model: nn.Module, mesh: DeviceMesh, copies: DeviceMesh | None, strategy: StrategyConfig,
-    compute: torch.dtype, parameters: torch.dtype,
-) -> bool:  # fmt: skip
+    model: nn.Module,
+    mesh: DeviceMesh,
+    copies: DeviceMesh | None,
+    strategy: StrategyConfig,
+    compute: torch.dtype,
+    parameters: torch.dtype,
+) -> bool:
     """Shard a meta model with FSDP, if its strategy needs that; whether it does.
 
     FSDP knows DTensors and forwards that wait for their backward, which DDP does not: copies of

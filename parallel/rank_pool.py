@@ -43,8 +43,9 @@ class RankPool:
             self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, world_size: int, function: Callable, *args: Any,
-            timeout_seconds: float = 300.0) -> list:  # fmt: skip
+    def run(
+        self, world_size: int, function: Callable, *args: Any, timeout_seconds: float = 300.0
+    ) -> list:
         """Results of `function(runtime, *args)` in rank order.
 
         The function must be importable by name. RankFailedError names the rank that raised, or

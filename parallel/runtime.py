@@ -128,9 +128,13 @@ def process_group(device: str, ranks: Ranks, timeout_seconds: float = 0.0) -> It
     failed = True
     try:
         yield Runtime(
-            ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size, chosen,
+            ranks.rank,
+            ranks.world_size,
+            ranks.local_rank,
+            ranks.local_world_size,
+            chosen,
             dist.PrefixStore(f"job{ranks.jobs}", ranks.store),
-        )  # fmt: skip
+        )
         failed = False
     finally:
         # NCCL would first wait for collectives whose other ranks may never come; a rank that

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from parallel import parallelize as apply
 from parallel.mesh import build_mesh
@@ -39,23 +40,52 @@ def build_worker(
             "strategy.tensor=%d is more than the %d ranks of this host: the activations of every "
             "layer cross the network several times in each direction, which is many times slower "
             "than inside a host; use strategy.tensor=%d and more strategy.shard or "
-            "strategy.replicate", strategy.tensor, runtime.local_world_size,
+            "strategy.replicate",
+            strategy.tensor,
+            runtime.local_world_size,
             math.gcd(strategy.tensor, runtime.local_world_size),
-        )  # fmt: skip
+        )
     return parallel_model(
-        config.model, strategy, runtime,
-        resolve_precision(config.precision, runtime.device), seed=config.seed, loss=config.loss,
-        activation_checkpointing=config.activation_checkpointing, compile=config.compile,
+        config.model,
+        strategy,
+        runtime,
+        resolve_precision(config.precision, runtime.device),
+        seed=config.seed,
+        loss=config.loss,
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
         compression=compression,
-    )  # fmt: skip
+    )
+
+
+def _loss_sum(model: Transformer, loss: LossConfig) -> Callable[..., Tensor]:
+    """Return the sum of a batch's losses; with chunks the head leaves its last product to it."""
+    if loss.chunks == 1:
+        return partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
+    head = model.head
+    assert isinstance(head, Head)
+    head.defers_output = True
+    return partial(
+        chunked_cross_entropy_sum,
+        project=head.output,
+        chunks=loss.chunks,
+        label_smoothing=loss.label_smoothing,
+    )
 
 
 def parallel_model(
-    config: ModelConfig, strategy: StrategyConfig, runtime: Runtime, precision: Precision, *,
-    seed: int = 0, loss: LossConfig | None = None, activation_checkpointing: str = "none",
-    compile: bool = False, compression: Compression | None = None,
+    config: ModelConfig,
+    strategy: StrategyConfig,
+    runtime: Runtime,
+    precision: Precision,
+    *,
+    seed: int = 0,
+    loss: LossConfig | None = None,
+    activation_checkpointing: str = "none",
+    compile: bool = False,
+    compression: Compression | None = None,
     parallelize: Callable[..., Worker] = apply.parallelize,
-) -> Worker:  # fmt: skip
+) -> Worker:
     """A model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
@@ -64,26 +94,22 @@ def parallel_model(
     compression.reshape(model)
     if precision.float8:
         multiply_in_float8(model.blocks)
-    loss = loss or LossConfig()
-    loss_sum = partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
-    if loss.chunks > 1:
-        head = model.head
-        assert isinstance(head, Head)
-        head.defers_output = True
-        loss_sum = partial(
-            chunked_cross_entropy_sum, project=head.output, chunks=loss.chunks,
-            label_smoothing=loss.label_smoothing,
-        )  # fmt: skip
+    length = config.max_positions
     facts = apply.Facts(
-        draw_rows=partial(draw_rows, config, seed), loss_sum=compression.loss(loss_sum, model),
-        count_valid=count_valid, layout=TENSOR_LAYOUT,
-        costs=flops_per_block(
-            config, config.max_positions, config.max_positions,
-            model.lengths(config.max_positions),
-        ),
-    )  # fmt: skip
+        draw_rows=partial(draw_rows, config, seed),
+        loss_sum=compression.loss(_loss_sum(model, loss or LossConfig()), model),
+        count_valid=count_valid,
+        layout=TENSOR_LAYOUT,
+        costs=flops_per_block(config, length, length, model.lengths(length)),
+    )
     return parallelize(
-        model, facts, mesh, strategy, runtime.device,
-        parameters=precision.parameters, compute=precision.compute,
-        activation_checkpointing=activation_checkpointing, compile=compile,
-    )  # fmt: skip
+        model,
+        facts,
+        mesh,
+        strategy,
+        runtime.device,
+        parameters=precision.parameters,
+        compute=precision.compute,
+        activation_checkpointing=activation_checkpointing,
+        compile=compile,
+    )

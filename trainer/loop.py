@@ -119,12 +119,19 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     if answers := open_answers(config):
         dataset = Answered(dataset, answers)
     return TrainLoader(
-        dataset, config.seed, config.batch_size, config.micro_batch_size,
-        worker.data_rank, worker.data_degree, first_step=state.step,
-        pin_memory=worker.device.type == "cuda", first_sample=state.samples,
-        left_out=state.guard.left_out, order_batch_size=state.order_batch_size,
+        dataset,
+        config.seed,
+        config.batch_size,
+        config.micro_batch_size,
+        worker.data_rank,
+        worker.data_degree,
+        first_step=state.step,
+        pin_memory=worker.device.type == "cuda",
+        first_sample=state.samples,
+        left_out=state.guard.left_out,
+        order_batch_size=state.order_batch_size,
         repeated=config.overfit_steps * (state.order_batch_size or config.batch_size),
-    )  # fmt: skip
+    )
 
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
@@ -136,11 +143,18 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     lengths = state.worker.model.lengths(length)  # type: ignore[operator]
     flops = flops_per_sample(config.model, length, length, lengths) / length
     return Recorder(
-        config.metrics, Path(config.run_dir), first=runtime.rank == 0, steps=config.steps,
-        start_step=state.step, resolved=asdict(config), flops_per_token=flops,
-        devices=runtime.world_size, device=runtime.device, unit="img" if classifies else "tok",
+        config.metrics,
+        Path(config.run_dir),
+        first=runtime.rank == 0,
+        steps=config.steps,
+        start_step=state.step,
+        resolved=asdict(config),
+        flops_per_token=flops,
+        devices=runtime.world_size,
+        device=runtime.device,
+        unit="img" if classifies else "tok",
         precision_name=resolve_precision(config.precision, runtime.device).name,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -244,9 +258,14 @@ def look(run: Run, saving: bool = False) -> None:
     """Hear of bad steps since the last time, and do what is to be done about them."""
     state = run.state
     state.guard.look(
-        state.step, state.worker, run.loader, run.recorder, run.saver.wait,
-        partial(not_finite, state), saving,
-    )  # fmt: skip
+        state.step,
+        state.worker,
+        run.loader,
+        run.recorder,
+        run.saver.wait,
+        partial(not_finite, state),
+        saving,
+    )
 
 
 @contextmanager
@@ -266,9 +285,13 @@ def report(run: Run, step: Step) -> None:
     state = run.state
     look(run)
     run.recorder.training(
-        state.step, state.worker.sum_over_data(step.loss).item(), step.grad_norm.item(), step.lr,
-        int(state.tokens.item()), run.loader.wait_seconds,
-    )  # fmt: skip
+        state.step,
+        state.worker.sum_over_data(step.loss).item(),
+        step.grad_norm.item(),
+        step.lr,
+        int(state.tokens.item()),
+        run.loader.wait_seconds,
+    )
     tell_saves(run)
     run.supervisor.note()
 
@@ -288,9 +311,13 @@ def finish(run: Run) -> dict[str, float]:
         try:
             with run.supervisor.watch.long():
                 text = sample(
-                    state.worker, [], max_tokens=config.metrics.sample_tokens,
-                    eot_id=writer.eot_id, temperature=0.8, seed=config.seed,
-                )  # fmt: skip
+                    state.worker,
+                    [],
+                    max_tokens=config.metrics.sample_tokens,
+                    eot_id=writer.eot_id,
+                    temperature=0.8,
+                    seed=config.seed,
+                )
             recorder.say(f"a sample:\n{writer.decode(text)}")
         except ConfigError as error:  # of a model that has diverged
             recorder.say(f"no sample: {error}")
@@ -300,8 +327,9 @@ def finish(run: Run) -> dict[str, float]:
     return values
 
 
-def measure(run: Run, split: str, samples: int,
-            tokenizer: Tokenizer | None = None) -> dict[str, float]:  # fmt: skip
+def measure(
+    run: Run, split: str, samples: int, tokenizer: Tokenizer | None = None
+) -> dict[str, float]:
     """The values of a split (evaluate.py); BLEU too where a tokenizer is given.
 
     Raises StoppedError where a signal asks for an end meanwhile.
@@ -309,10 +337,14 @@ def measure(run: Run, split: str, samples: int,
     config, worker = run.config, run.state.worker
     share = config.batch_size // worker.data_degree
     return evaluate(
-        worker, open_split(data_of(config), split), samples=samples, tokenizer=tokenizer,
-        micro_batch_size=config.micro_batch_size or share, beams=config.eval.beams,
+        worker,
+        open_split(data_of(config), split),
+        samples=samples,
+        tokenizer=tokenizer,
+        micro_batch_size=config.micro_batch_size or share,
+        beams=config.eval.beams,
         between=run.supervisor.go_on,
-    )  # fmt: skip
+    )
 
 
 def due(step: int, every: int, steps: int) -> bool:

@@ -25,9 +25,12 @@ def cross_entropy_sum(
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     return cross_entropy(
-        logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED,
-        reduction="sum", label_smoothing=label_smoothing,
-    )  # fmt: skip
+        logits.flatten(0, -2),
+        targets.flatten(),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
 
 
 def chunked_cross_entropy_sum(

@@ -109,8 +109,13 @@ class Transformer(nn.Module):
             if isinstance(module, Dropout):
                 module.site = torch.tensor(stable_hash(name), device="cpu")
 
-    def forward(self, inputs: Inputs, cache: DecodingCache | None = None, flow: Flow | None = None,
-                blocks: Sequence[str] | None = None) -> Tensor | Flow:  # fmt: skip
+    def forward(
+        self,
+        inputs: Inputs,
+        cache: DecodingCache | None = None,
+        flow: Flow | None = None,
+        blocks: Sequence[str] | None = None,
+    ) -> Tensor | Flow:
         """Logits of one micro-batch: (B,S,V), or (B,classes) of an encoder.
 
         `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
@@ -143,9 +148,13 @@ class Transformer(nn.Module):
         return self.head(flow[0], streams[str(self.blocks[names[-1]].stream)])
 
     def _through(
-        self, name: str, flow: Flow, streams: dict[str, Stream], inputs: Inputs,
+        self,
+        name: str,
+        flow: Flow,
+        streams: dict[str, Stream],
+        inputs: Inputs,
         cache: DecodingCache | None,
-    ) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
+    ) -> tuple[Flow, dict[str, Stream]]:
         """One block, and what stands behind it."""
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
@@ -159,8 +168,9 @@ class Transformer(nn.Module):
             flow = self.watchers[name](flow, streams, inputs)
         return flow, streams
 
-    def flow_like(self, inputs: Inputs, block: int, cache: DecodingCache | None = None
-                  ) -> tuple[Tensor | None, ...]:  # fmt: skip
+    def flow_like(
+        self, inputs: Inputs, block: int, cache: DecodingCache | None = None
+    ) -> tuple[Tensor | None, ...]:
         """What flows into a block, as meta tensors: x, memory and marks, where there are any.
 
         Behind the last block: the logits. With a cache, the memory flows once.
@@ -224,8 +234,9 @@ class Transformer(nn.Module):
             marked = marked or resize.marks
         return length, marked
 
-    def _streams_before(self, block: int, streams: dict[str, Stream], flow: Flow
-                        ) -> dict[str, Stream]:  # fmt: skip
+    def _streams_before(
+        self, block: int, streams: dict[str, Stream], flow: Flow
+    ) -> dict[str, Stream]:
         """The streams as they are in front of a block that the flow flows into."""
         for place in sorted(place for place in self.resizes if place < block):
             streams = self._behind(place, streams, None)
@@ -233,8 +244,9 @@ class Transformer(nn.Module):
             return streams
         return streams | {"source": streams["source"].marked(flow[2], self.dtype)}
 
-    def _resized(self, place: int, flow: Flow, streams: dict[str, Stream],
-                 cache: DecodingCache | None) -> tuple[Flow, dict[str, Stream]]:  # fmt: skip
+    def _resized(
+        self, place: int, flow: Flow, streams: dict[str, Stream], cache: DecodingCache | None
+    ) -> tuple[Flow, dict[str, Stream]]:
         """Flow and streams behind a block, or behind the embedding."""
         if place not in self.resizes:
             return flow, streams
@@ -242,16 +254,18 @@ class Transformer(nn.Module):
         flow = resize(flow, streams[resize.stream], self.training, own)
         return flow, self._behind(place, streams, flow[2])
 
-    def _behind(self, place: int, streams: dict[str, Stream], marks: Tensor | None
-                ) -> dict[str, Stream]:  # fmt: skip
+    def _behind(
+        self, place: int, streams: dict[str, Stream], marks: Tensor | None
+    ) -> dict[str, Stream]:
         resize = self.resizes[place]
         stream = resize.stream_behind(streams[resize.stream], self.training)
         if marks is not None:
             stream = stream.marked(marks, self.dtype)
         return streams | {resize.stream: stream}
 
-    def _embed(self, inputs: Inputs, streams: dict[str, Stream],
-               cache: DecodingCache | None) -> Flow:  # fmt: skip
+    def _embed(
+        self, inputs: Inputs, streams: dict[str, Stream], cache: DecodingCache | None
+    ) -> Flow:
         """What flows first: of an encoder-decoder the source, and the target that waits."""
         assert self.embed is not None
         if self.config.family == "encoder":
@@ -278,31 +292,56 @@ class Transformer(nn.Module):
         if self.config.family == "encoder_decoder":
             T, device = inputs["source"].shape[1], inputs["source"].device
             streams["source"] = self._stream(
-                T, context, device, seeds_B, torch.arange(T, device=device)[None],
+                T,
+                context,
+                device,
+                seeds_B,
+                torch.arange(T, device=device)[None],
                 valid_BS=inputs.get("source_valid"),
-            )  # fmt: skip
+            )
         # The target's dropout must not repeat the source's, which shares the embedding.
         seeds_B = None if seeds_B is None else ~seeds_B
         S, device = inputs["tokens"].shape[1], inputs["tokens"].device
         streams["target"] = self._stream(
-            S, context, device, seeds_B, _positions(inputs, cache), causal=True,
-            documents_BS=inputs.get("documents"), start=0 if cache is None else cache.length,
-        )  # fmt: skip
+            S,
+            context,
+            device,
+            seeds_B,
+            _positions(inputs, cache),
+            causal=True,
+            documents_BS=inputs.get("documents"),
+            start=0 if cache is None else cache.length,
+        )
         return streams
 
     def _stream(
-        self, total: int, context: Context, device: torch.device, seeds_B: Tensor | None,
-        positions_BS: Tensor | None = None, *, causal: bool = False,
-        documents_BS: Tensor | None = None, valid_BS: Tensor | None = None, start: int = 0,
-    ) -> Stream:  # fmt: skip
+        self,
+        total: int,
+        context: Context,
+        device: torch.device,
+        seeds_B: Tensor | None,
+        positions_BS: Tensor | None = None,
+        *,
+        causal: bool = False,
+        documents_BS: Tensor | None = None,
+        valid_BS: Tensor | None = None,
+        start: int = 0,
+    ) -> Stream:
         rows_S = context.positions(total, device)
         stream = Stream(
-            len(rows_S), total, self.layout, context, causal,
+            len(rows_S),
+            total,
+            self.layout,
+            context,
+            causal,
             places_S=self.layout.own(rows_S[None, :, None])[0, :, 0],
-            documents_BS=documents_BS, valid_BS=valid_BS, seeds_B=seeds_B,
+            documents_BS=documents_BS,
+            valid_BS=valid_BS,
+            seeds_B=seeds_B,
             rope=None if positions_BS is None else self._rope(context.take(positions_BS)),
-            angles=self._rope, start=start,
-        )  # fmt: skip
+            angles=self._rope,
+            start=start,
+        )
         if not context.shares and (documents_BS is not None or valid_BS is not None):
             stream.mask = stream.visible(rows_S, rows_S)
         return stream

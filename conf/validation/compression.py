@@ -138,9 +138,11 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
     for key, size in _neighbours(compress).items():
         wrong = [name for name, width in inputs.items() if not width or width % size]
         if wrong:
-            fit = [d for d in divisors(min(filter(None, inputs.values()))) if all(
-                width and width % d == 0 for width in inputs.values()
-            )]  # fmt: skip
+            fit = [
+                d
+                for d in divisors(min(filter(None, inputs.values())))
+                if all(width and width % d == 0 for width in inputs.values())
+            ]
             each = f" on each of strategy.tensor={strategy.tensor} ranks" * (strategy.tensor > 1)
             near = min(fit, key=lambda d: abs(d - size), default=0)
             found.append(

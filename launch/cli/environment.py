@@ -43,13 +43,15 @@ def note_start(run_dir: Path, overrides: list[str]) -> None:
         starts = []
     packages = {name: found for name in PACKAGES if (found := _version(name))}
     start: dict[str, Any] = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": socket.gethostname(),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "host": socket.gethostname(),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "overrides": overrides,
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
-        "python": platform.python_version(), "packages": packages,
-    }  # fmt: skip
+        "python": platform.python_version(),
+        "packages": packages,
+    }
     try:
         write_atomically(path, json.dumps([*starts, start], indent=1) + "\n")
     except OSError as error:

@@ -11,7 +11,7 @@ from trainer import data
 from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.identity import absolute
 from trainer.checkpoint.vocabulary import carried_rows
-from trainer.config.train import DataConfig, PrepareConfig, TrainConfig
+from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
 from trainer.data.record import (
     FACTS,
     TOKENIZER,
@@ -110,24 +110,43 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
     ]
     if found:
         raise ConfigError(*found)
+    _warn_of_other_functions(config, theirs, facts)
+    if rows is not None:
+        log.warning(
+            "init_from=%s has %s for %d of %d here: their rows are taken over, the others drawn "
+            "anew",
+            config.init_from,
+            rows.what,
+            rows.known,
+            len(rows.theirs),
+        )
+
+
+def _warn_of_other_functions(
+    config: TrainConfig, theirs: ModelConfig, facts: data.DataFacts
+) -> None:
+    """Warn of what makes the weights of config.init_from compute another function here."""
     for key in CHANGE_THE_FUNCTION:
         if (before := getattr(theirs, key)) != (now := getattr(config.model, key)):
             log.warning(
                 "init_from=%s was trained with model.%s=%s, here it is %s: its weights compute "
-                "another function", config.init_from, key, before, now,
-            )  # fmt: skip
+                "another function",
+                config.init_from,
+                key,
+                before,
+                now,
+            )
     record = read_record(config.init_from)
     same = record is None or np.allclose([record.mean, record.std], [facts.mean, facts.std])
     if record and not same:
         log.warning(
             "init_from=%s was trained on pixels less mean %s by deviation %s, here it is %s by %s",
-            config.init_from, record.mean, record.std, facts.mean, facts.std,
-        )  # fmt: skip
-    if rows is not None:
-        log.warning(
-            "init_from=%s has %s for %d of %d here: their rows are taken over, the others drawn "
-            "anew", config.init_from, rows.what, rows.known, len(rows.theirs),
-        )  # fmt: skip
+            config.init_from,
+            record.mean,
+            record.std,
+            facts.mean,
+            facts.std,
+        )
 
 
 def check_trained(run_dir: str, key: str = "run_dir") -> None:

@@ -131,8 +131,10 @@ def _completed(
     if facts.samples["train"] < config.batch_size:
         log.warning(
             "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
-            "more than once", facts.samples["train"], config.batch_size,
-        )  # fmt: skip
+            "more than once",
+            facts.samples["train"],
+            config.batch_size,
+        )
     config = complete(sized(config), facts)
     if config.compress.teacher:
         check_teacher(replace(config, data=reads), facts)
@@ -197,8 +199,11 @@ def _run_problems(config: TrainConfig) -> list[str]:
     if not found and steps[-1] < teacher.steps:
         log.warning(
             "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
-            TEACHER, folder, steps[-1], teacher.steps,
-        )  # fmt: skip
+            TEACHER,
+            folder,
+            steps[-1],
+            teacher.steps,
+        )
     return found
 
 

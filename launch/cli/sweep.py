@@ -292,7 +292,11 @@ def _read(path: Path) -> dict[str, Point]:
             values = last_values(path.parent / row["point"])
             overrides = {k: v for k, v in row.items() if k not in (*COLUMNS, *values) and v}
             found[row["point"]] = Point(
-                overrides, row["state"], int(row["code"]), row["reason"], float(row["seconds"]),
+                overrides,
+                row["state"],
+                int(row["code"]),
+                row["reason"],
+                float(row["seconds"]),
                 values,
-            )  # fmt: skip
+            )
     return found

@@ -176,11 +176,15 @@ def show(folder: Path) -> None:
     runs = [folder] if (folder / "config.yaml").exists() else sorted(folder.glob("*/"))
     for run in runs:
         status = read_status(run)
-        told = "not started" if status is None else (
-            f"{status.state} at step {status.step} of {status.steps}, newest checkpoint "
-            f"{status.checkpoint if status.checkpoint is not None else 'none'}"
-            + (f" ({status.reason})" if status.reason else "")
-        )  # fmt: skip
+        told = (
+            "not started"
+            if status is None
+            else (
+                f"{status.state} at step {status.step} of {status.steps}, newest checkpoint "
+                f"{status.checkpoint if status.checkpoint is not None else 'none'}"
+                + (f" ({status.reason})" if status.reason else "")
+            )
+        )
         console.print(f"{run}: {told}", markup=False, highlight=False)
 
 

@@ -37,9 +37,13 @@ class StepBytes:
 
 
 def step_bytes(
-    blocks: Iterable[Shape], others: Iterable[Shape], strategy: StrategyConfig,
-    micro_batches: int, compute_bytes: int, reduce_bytes: int,
-) -> StepBytes:  # fmt: skip
+    blocks: Iterable[Shape],
+    others: Iterable[Shape],
+    strategy: StrategyConfig,
+    micro_batches: int,
+    compute_bytes: int,
+    reduce_bytes: int,
+) -> StepBytes:
     """What a step must move for a rank's gradients and, with shards, its weights.
 
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
@@ -66,9 +70,7 @@ def step_bytes(
     )
 
 
-def sum_bytes(
-    shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: int
-) -> StepBytes:  # fmt: skip
+def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: int) -> StepBytes:
     """What one sum of whole gradients of these shapes over their copies moves.
 
     An all-reduce. With reduce=int8 an all-to-all and an all-gather of one byte per number and of a

@@ -55,9 +55,14 @@ class ContextSplit:
         return zigzag(length, self.group.size(), self.group.rank(), device)
 
     def attend(
-        self, query_BHSK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, key_length: int,
-        visible: Visible, causal: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHSK: Tensor,
+        key_BGTK: Tensor,
+        value_BGTK: Tensor,
+        key_length: int,
+        visible: Visible,
+        causal: bool,
+    ) -> Tensor:
         """(B,H,S,K): attention of this rank's queries to the whole sequence of the keys.
 
         Queries are at this rank's positions of their sequence, keys and values at its positions of
@@ -98,9 +103,13 @@ def share_sequences(model: nn.Module, mesh: DeviceMesh, method: str) -> ContextS
 
 
 def _whole(
-    query_BHRK: Tensor, rows_R: Tensor, both_2BGCK: Tensor, key_length: int, visible: Visible,
+    query_BHRK: Tensor,
+    rows_R: Tensor,
+    both_2BGCK: Tensor,
+    key_length: int,
+    visible: Visible,
     causal: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention from queries at `rows_R` to all keys, which are in order.
 
     If causal, these are all queries, in order, of the keys' sequence.

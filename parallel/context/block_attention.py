@@ -40,17 +40,29 @@ def tile_forward(
 
 
 def tile_backward(
-    grad_BHRK: Tensor, query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor,
-    out_BHRK: Tensor, lse_BHR: Tensor, mask: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_BHRK: Tensor,
+    query_BHRK: Tensor,
+    key_BGCK: Tensor,
+    value_BGCK: Tensor,
+    out_BHRK: Tensor,
+    lse_BHR: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A tile's gradients of query, key and value, from the result and log-sum-exp of all tiles."""
     heads, groups = query_BHRK.shape[1], key_BGCK.shape[1]
     # Of a row that sees nothing at all every exp(-inf - lse) must be 0.
     lse_BHR = lse_BHR.masked_fill(lse_BHR == -torch.inf, 0.0).contiguous()
     query_grad, *shared = kernel_for(query_BHRK, mask).backward(
-        grad_BHRK, query_BHRK, _repeat(key_BGCK, heads), _repeat(value_BGCK, heads),
-        out_BHRK, lse_BHR, mask, causal,
-    )  # fmt: skip
+        grad_BHRK,
+        query_BHRK,
+        _repeat(key_BGCK, heads),
+        _repeat(value_BGCK, heads),
+        out_BHRK,
+        lse_BHR,
+        mask,
+        causal,
+    )
     key_grad, value_grad = (grad.unflatten(1, (groups, -1)).sum(2) for grad in shared)
     return query_grad, key_grad, value_grad
 
@@ -102,9 +114,15 @@ def _products_forward(
 
 
 def _products_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     scores, scale = _scores(query, key, mask, causal)
     share = (scores - lse.unsqueeze(-1)).exp()
     grad = grad.to(share.dtype)
@@ -130,9 +148,15 @@ def _cpu_forward(
 
 
 def _cpu_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(mask, query.dtype)
     )
@@ -145,14 +169,32 @@ def _cuda_forward(
 
 
 def _cuda_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
     return _aten._scaled_dot_product_flash_attention_backward(
-        grad.contiguous(), query, key, value, out.contiguous(), lse, None, None,
-        query.shape[2], key.shape[2], 0.0, causal, no_dropout, no_dropout,
-    )  # fmt: skip
+        grad.contiguous(),
+        query,
+        key,
+        value,
+        out.contiguous(),
+        lse,
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        causal,
+        no_dropout,
+        no_dropout,
+    )
 
 
 KERNELS = {

@@ -105,9 +105,15 @@ class RingAttention(torch.autograd.Function):
                 rows, columns = tile.rows, tile.columns
                 key, value = held_2BGTK[:, :, :, columns].unbind(0)
                 of_query, *of_keys = tile_backward(
-                    grads[0][:, :, rows], query_BHSK[:, :, rows], key, value,
-                    out_BHSK[:, :, rows], lse_BHS[:, :, rows], tile.mask, tile.causal,
-                )  # fmt: skip
+                    grads[0][:, :, rows],
+                    query_BHSK[:, :, rows],
+                    key,
+                    value,
+                    out_BHSK[:, :, rows],
+                    lse_BHS[:, :, rows],
+                    tile.mask,
+                    tile.causal,
+                )
                 query_grad_BHSK[:, :, rows] += of_query
                 grad_2BGTK[:, :, :, columns] = torch.stack(of_keys)
             if travelling is not None:

@@ -37,9 +37,7 @@ def sum_rounded(
     return work.get_future().then(lambda future: gradients.copy_(future.value()[0]))
 
 
-def exchange_of(
-    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig
-) -> Exchange | None:  # fmt: skip
+def exchange_of(model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig) -> Exchange | None:
     """What compresses the sums of a materialised model's gradients; None if they are not."""
     if strategy.reduce == "int8":
         return Int8(model, mesh.get_group())

@@ -9,9 +9,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, compute: torch.dtype, reduce: torch.dtype,
+    model: nn.Module,
+    mesh: DeviceMesh,
+    compute: torch.dtype,
+    reduce: torch.dtype,
     reshard_after_forward: bool,
-) -> None:  # fmt: skip
+) -> None:
     """Shard every block, and then embedding and head as one more group, in place.
 
     `mesh` is (shard) or, for hybrid sharding, (replicate, shard). Weights are gathered in

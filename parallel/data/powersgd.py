@@ -31,9 +31,7 @@ class PowerSGD(Exchange):
     it misses of the gradient is added to the gradient of the next step (section 3 of the paper).
     """
 
-    def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup, rank: int, start_step: int
-    ):  # fmt: skip
+    def __init__(self, model: nn.Module, group: dist.ProcessGroup, rank: int, start_step: int):
         super().__init__(model, group)
         self._start_step = start_step
         self._steps = torch.zeros((), dtype=torch.int64)  # done, of the whole run

@@ -95,8 +95,9 @@ def _key(name: str, tensor: Tensor) -> int:
     part: list[tuple[str, int]] = []
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
-        axes = zip(mesh.mesh_dim_names or (), mesh.get_coordinate() or (), tensor.placements,
-                   strict=True)  # fmt: skip
+        axes = zip(
+            mesh.mesh_dim_names or (), mesh.get_coordinate() or (), tensor.placements, strict=True
+        )
         # Not `is_shard`: of the strided shards of FSDP × tensor it says no.
         part = [(axis, place) for axis, place, how in axes if not how.is_replicate()]
     hashed = blake2b(repr((name, part)).encode(), digest_size=8).digest()

@@ -61,8 +61,9 @@ class Watch:
     `window_seconds`: of training that ranks' own times are compared over.
     """
 
-    def __init__(self, runtime: Runtime, timeout_seconds: float, tell: Tell,
-                 window_seconds: float = 10.0):  # fmt: skip
+    def __init__(
+        self, runtime: Runtime, timeout_seconds: float, tell: Tell, window_seconds: float = 10.0
+    ):
         self.runtime, self.timeout = runtime, timeout_seconds
         self.signal = 0  # that asked this rank to stop; 0 = none
         self._tell = tell
@@ -237,8 +238,11 @@ class Watch:
             if now - moved > patience and now - self._heard > self.timeout and not self._ended:
                 log.error(
                     "rank %d is cut off: no step for %.0f s, and no word from the launch's store "
-                    "for %.0f s", self.runtime.rank, now - moved, now - self._heard,
-                )  # fmt: skip
+                    "for %.0f s",
+                    self.runtime.rank,
+                    now - moved,
+                    now - self._heard,
+                )
                 os._exit(HUNG)
 
     def _beat_and_look(self) -> None:
@@ -263,11 +267,20 @@ class Watch:
         collective, waiting = last_collective(self.runtime.device.type == "cuda")
         self._number += 1
         return Beat(
-            self._number, socket.gethostname(), os.getpid(), self._parent, self._step,
-            self._progress, self.timeout * (LONG if self._long else 1), collective,
-            waiting or waits(frame), place(frame), stack(frame) if stands else "",
-            self._own_seconds, self._own_steps,
-        )  # fmt: skip
+            self._number,
+            socket.gethostname(),
+            os.getpid(),
+            self._parent,
+            self._step,
+            self._progress,
+            self.timeout * (LONG if self._long else 1),
+            collective,
+            waiting or waits(frame),
+            place(frame),
+            stack(frame) if stands else "",
+            self._own_seconds,
+            self._own_steps,
+        )
 
     def _beats(self) -> dict[int, bytes]:
         assert self._store is not None
@@ -288,10 +301,15 @@ class Watch:
         verdict = judge(self._seen, now, self.timeout, self._interval)
         if verdict is not None:
             beats = [self._seen[rank].beat for rank in verdict.silent]
-            self._post({
-                "by": self.runtime.rank, "code": HUNG, "text": verdict.text,
-                "rank": verdict.ranks[0], "kill": [[b.host, b.pid, b.parent] for b in beats],
-            })  # fmt: skip
+            self._post(
+                {
+                    "by": self.runtime.rank,
+                    "code": HUNG,
+                    "text": verdict.text,
+                    "rank": verdict.ranks[0],
+                    "kill": [[b.host, b.pid, b.parent] for b in beats],
+                }
+            )
         if self.runtime.rank == 0 and self.runtime.device.type == "cpu":
             self._compare(now)
 
@@ -306,8 +324,11 @@ class Watch:
             if rank not in self._slow:
                 log.warning(
                     "rank %d is slow: a step takes it %.1f times as long as the others, which wait "
-                    "for it (around step %d)", rank, ratio, beats[rank].step,
-                )  # fmt: skip
+                    "for it (around step %d)",
+                    rank,
+                    ratio,
+                    beats[rank].step,
+                )
                 self._slow.add(rank)
         self._before, self._before_at = beats, now
 

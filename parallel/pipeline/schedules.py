@@ -218,8 +218,11 @@ def _other(schedule: str, stages_per_rank: int) -> str:
 
 def _wrong_count(schedule: str, ranks: int, micro_batches: int) -> str:
     below = next((m for m in range(micro_batches - 1, 0, -1) if takes(schedule, ranks, m)), None)
-    above = next(m for m in range(max(1, micro_batches + 1), 3 * ranks + micro_batches + 3)
-                 if takes(schedule, ranks, m))  # fmt: skip
+    above = next(
+        m
+        for m in range(max(1, micro_batches + 1), 3 * ranks + micro_batches + 3)
+        if takes(schedule, ranks, m)
+    )
     rules = SCHEDULES[schedule]
     if micro_batches < max(1, rules.least_micro_batches * ranks):
         least = max(1, rules.least_micro_batches * ranks)

@@ -129,8 +129,14 @@ def _missing(group: Sequence[Action], arrived: Mapping[Result, float], last: int
     return [need for need in needed if need not in arrived and need not in own]
 
 
-def _run(rank: int, group: Sequence[Action], clock: float, arrived: dict[Result, float],
-         last: int, cost: Callable[[Action], float]) -> list[Span]:  # fmt: skip
+def _run(
+    rank: int,
+    group: Sequence[Action],
+    clock: float,
+    arrived: dict[Result, float],
+    last: int,
+    cost: Callable[[Action], float],
+) -> list[Span]:
     """Run a group whose needs have arrived; note when its results do."""
     spans = []
     for action in group:
@@ -141,8 +147,12 @@ def _run(rank: int, group: Sequence[Action], clock: float, arrived: dict[Result,
     return spans
 
 
-def _deadlock(queues: Mapping[int, Sequence[list[Action]]], actions: Lists,
-              arrived: Mapping[Result, float], last: int) -> str:  # fmt: skip
+def _deadlock(
+    queues: Mapping[int, Sequence[list[Action]]],
+    actions: Lists,
+    arrived: Mapping[Result, float],
+    last: int,
+) -> str:
     where = {_result(a): (rank, a) for rank, listed in actions.items() for a in listed}
     stuck = []
     for rank, queue in queues.items():

@@ -5,11 +5,9 @@ is what they drive: it calls one model with a run of its blocks, and since every
 same micro-batches, nothing but what flows between blocks travels, in each micro-batch's shapes.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 
 from parallel.collectives import all_reduce
 from parallel.grad_norm import local
+from parallel.pipeline.partition import cut, runs
 from parallel.pipeline.schedules import SCHEDULES, placed, stages_per_rank
 from parallel.pipeline.simulator import Action
 from parallel.pipeline.torch_schedules import class_of
@@ -30,34 +29,6 @@ from parallel.strategy import StrategyConfig
 
 Flow = tuple[Tensor | None, ...]
 LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) -> loss
-
-
-def cut(costs: Sequence[float], stages: int) -> list[int]:
-    """The first block of each stage but the first, so that the costliest stage is cheapest.
-
-    Among those the cut with the least sum of squares. `costs` are of the blocks, in any unit.
-    """
-    ends = [0.0, *accumulate(costs)]
-
-    def better(one: tuple, other: tuple) -> tuple:
-        return min(one, other, key=lambda found: found[:2])
-
-    # best[i]: (costliest stage, sum of squares, first blocks) of the blocks before i.
-    best = [(end, end**2, ()) if i else (math.inf, 0.0, ()) for i, end in enumerate(ends)]
-    for _ in range(1, stages):
-        longer: list[tuple] = [(math.inf, 0.0, ())] * len(ends)
-        for i in range(len(ends)):
-            for j in range(1, i):
-                cost, (most, squares, firsts) = ends[i] - ends[j], best[j]
-                longer[i] = better(longer[i], (max(most, cost), squares + cost**2, (*firsts, j)))
-        best = longer
-    return list(best[-1][2])
-
-
-def runs(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:
-    """Names of each stage's blocks, cut before the blocks `firsts`."""
-    bounds = [0, *firsts, blocks]
-    return [tuple(map(str, range(*ends))) for ends in pairwise(bounds)]
 
 
 class Stage:
@@ -150,9 +121,12 @@ class Stage:
         self._output_grads[number] = grads
 
     def backward_one_chunk(
-        self, number: int, loss: Tensor | None = None, full_backward: bool = True,
+        self,
+        number: int,
+        loss: Tensor | None = None,
+        full_backward: bool = True,
         last_backward: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Gradients of inputs and weights; without `full_backward` those of weights come later."""
         with self._pipeline.recorded(self.stage_index, "B" if full_backward else "I", number):
             self._backward(number, loss, full_backward)
@@ -202,9 +176,14 @@ class Pipeline:
     """The stages of one rank, and the schedule that all ranks of the pipeline axis follow."""
 
     def __init__(
-        self, model: nn.Module, group: dist.ProcessGroup, strategy: StrategyConfig,
-        runs: Sequence[tuple[str, ...]], placement: Sequence[int], device: torch.device,
-    ):  # fmt: skip
+        self,
+        model: nn.Module,
+        group: dist.ProcessGroup,
+        strategy: StrategyConfig,
+        runs: Sequence[tuple[str, ...]],
+        placement: Sequence[int],
+        device: torch.device,
+    ):
         self.model, self.group, self.rank = model, group, group.rank()
         self.runs, self.placement = list(runs), placement  # of each stage: blocks, rank
         self.device = device
@@ -347,17 +326,22 @@ class Pipeline:
             return
         own = local(self.tied.grad)
         theirs, other = torch.empty_like(own), len(self.runs) - 1 if self.holds_embedding else 0
-        _wait([
-            *self.transfers(dist.isend, [own.clone()], other),
-            *self.transfers(dist.irecv, [theirs], other),
-        ])  # fmt: skip
+        _wait(
+            [
+                *self.transfers(dist.isend, [own.clone()], other),
+                *self.transfers(dist.irecv, [theirs], other),
+            ]
+        )
         own += theirs
 
 
 def pipelined(
-    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig, costs: Sequence[float],
+    model: nn.Module,
+    mesh: DeviceMesh,
+    strategy: StrategyConfig,
+    costs: Sequence[float],
     device: torch.device,
-) -> Pipeline | None:  # fmt: skip
+) -> Pipeline | None:
     """Leave in a meta model the layers of this rank's stages alone; None if there is but one."""
     if mesh.size() == 1:
         return None

@@ -55,9 +55,11 @@ class Recording:
         first = self._group.rank() == 0
         theirs: list[Any] = [None] * self._group.size()
         dist.gather_object(
-            (platform.node(), self._zero_seconds, own), theirs if first else None,
-            group=self._group, group_dst=0,
-        )  # fmt: skip
+            (platform.node(), self._zero_seconds, own),
+            theirs if first else None,
+            group=self._group,
+            group_dst=0,
+        )
         return merged(theirs) if first else []
 
     def _mark(self) -> Mark:

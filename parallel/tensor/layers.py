@@ -148,9 +148,13 @@ class TensorSplit:
             assert isinstance(parameter, DTensor)
             if leaf.grad is not None:
                 parameter.grad = DTensor.from_local(
-                    leaf.grad, parameter.device_mesh, parameter.placements, run_check=False,
-                    shape=parameter.shape, stride=parameter.stride(),
-                )  # fmt: skip
+                    leaf.grad,
+                    parameter.device_mesh,
+                    parameter.placements,
+                    run_check=False,
+                    shape=parameter.shape,
+                    stride=parameter.stride(),
+                )
                 leaf.grad = None
         self._sum_partial_gradients(model)
 
@@ -247,9 +251,13 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def split_layers(
-    model: nn.Module, mesh: DeviceMesh, table: Mapping[str, str], strategy: StrategyConfig,
-    device: torch.device, classes: int,
-) -> TensorSplit | None:  # fmt: skip
+    model: nn.Module,
+    mesh: DeviceMesh,
+    table: Mapping[str, str],
+    strategy: StrategyConfig,
+    device: torch.device,
+    classes: int,
+) -> TensorSplit | None:
     """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
 
     `classes` are those of the output, which another rank of a pipeline may have. None if there is
@@ -294,9 +302,13 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Para
     rank = mesh.get_local_rank()
     own = parts[rank] if rank < len(parts) else parts[0].narrow(dim, 0, 0)
     whole = DTensor.from_local(
-        torch.empty_like(own, memory_format=torch.contiguous_format), mesh, [Shard(dim)],
-        run_check=False, shape=parameter.shape, stride=parameter.stride(),
-    )  # fmt: skip
+        torch.empty_like(own, memory_format=torch.contiguous_format),
+        mesh,
+        [Shard(dim)],
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 

@@ -22,8 +22,15 @@ class Vocabulary:
         self.first = min(size, group.rank() * self.rows)
         self.own = min(size - self.first, self.rows)
 
-    def cross_entropy(self, input: Tensor, target: Tensor, *, ignore_index: int = -100,
-                      reduction: str = "sum", label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
+    def cross_entropy(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "sum",
+        label_smoothing: float = 0.0,
+    ) -> Tensor:
         """As torch's function of that name, of this rank's classes: input (N, own classes).
 
         `target` is (N,) of classes, or (N, size) of the probabilities of all classes.
@@ -52,8 +59,14 @@ class _CrossEntropy(torch.autograd.Function):
     """The loss and its gradient need the exponentials of the same differences: one is kept."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocabulary: Vocabulary,
-                ignored: int, smoothing: float) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        vocabulary: Vocabulary,
+        ignored: int,
+        smoothing: float,
+    ) -> Tensor:
         size = vocabulary.size
         valid_N = targets_N != ignored
         place_N, mine_N = vocabulary.find(targets_N)  # an ignored one is nowhere
@@ -84,8 +97,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
     """The same of targets that are probabilities, whose sum over all classes may be below one."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, likely_NV: Tensor, mass_N: Tensor,
-                vocabulary: Vocabulary) -> Tensor:  # fmt: skip
+    def forward(
+        ctx: Any, logits_NV: Tensor, likely_NV: Tensor, mass_N: Tensor, vocabulary: Vocabulary
+    ) -> Tensor:
         share_NV, log_total_N, (told_N,) = _softmax(
             logits_NV, vocabulary, lambda shifted_NV: [(likely_NV * shifted_NV).sum(1)]
         )

@@ -125,12 +125,33 @@ def refuse(config, world_size, _held):
 
 
 NASTY = [
-    "=", "a=b=c", "steps=", "+", "~", "steps=1e400", "steps=true", "steps=1,2", "steps=range(1,3)",
-    "optim.lr=1e-400", "optim.betas=[]", "optim.betas=[a,b]", "optim=null", "hydra=5", "model=",
-    "precision=[fp32]", "steps='3", "steps=${steps}", "optim.lr=${oc.env:NOPE}", "optim..lr=1",
-    "+model.foo.bar=1", "checkpoint.every={a:1}", "strategy/x=1", "x@y=z", "é=1",
+    "=",
+    "a=b=c",
+    "steps=",
+    "+",
+    "~",
+    "steps=1e400",
+    "steps=true",
+    "steps=1,2",
+    "steps=range(1,3)",
+    "optim.lr=1e-400",
+    "optim.betas=[]",
+    "optim.betas=[a,b]",
+    "optim=null",
+    "hydra=5",
+    "model=",
+    "precision=[fp32]",
+    "steps='3",
+    "steps=${steps}",
+    "optim.lr=${oc.env:NOPE}",
+    "optim..lr=1",
+    "+model.foo.bar=1",
+    "checkpoint.every={a:1}",
+    "strategy/x=1",
+    "x@y=z",
+    "é=1",
     "--config-name=no",
-]  # fmt: skip
+]
 LETTERS = "abz=.+~[]{}(),'\"$@ 01\\/:%é"
 
 

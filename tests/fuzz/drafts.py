@@ -56,11 +56,18 @@ class Draft:
 
     def digest(self) -> bytes:
         """Tell inputs apart."""
-        text = repr((
-            self.kind, sorted(self.files.items()), sorted(self.links.items()), self.path,
-            sorted(self.folders), sorted(self.pipes), sorted(self.settings.items()),
-            sorted(self.patches.items()),
-        ))  # fmt: skip
+        text = repr(
+            (
+                self.kind,
+                sorted(self.files.items()),
+                sorted(self.links.items()),
+                self.path,
+                sorted(self.folders),
+                sorted(self.pipes),
+                sorted(self.settings.items()),
+                sorted(self.patches.items()),
+            )
+        )
         return blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest()
 
     def moved(self, rename: Callable[[str], str]) -> None:

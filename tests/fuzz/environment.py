@@ -125,11 +125,25 @@ def working_dir(setting: Setting) -> None:
 
 def run_dir(setting: Setting) -> None:
     """A run folder where none can be, or with a name that few would give."""
-    place = setting.rng.choice((
-        "/dev/null/x", "/proc/x", "/sys/x", "/dev/full", "FILE", "FILE/x", "FOLDER/" + "n" * 300,
-        "FOLDER/a b", "FOLDER/ü", "FOLDER/a=b,c", "FOLDER/new\nline", "FOLDER/${x}", "FOLDER/'q'",
-        "FOLDER/link", "FOLDER/" + "deep/" * 40 + "er",
-    ))  # fmt: skip
+    place = setting.rng.choice(
+        (
+            "/dev/null/x",
+            "/proc/x",
+            "/sys/x",
+            "/dev/full",
+            "FILE",
+            "FILE/x",
+            "FOLDER/" + "n" * 300,
+            "FOLDER/a b",
+            "FOLDER/ü",
+            "FOLDER/a=b,c",
+            "FOLDER/new\nline",
+            "FOLDER/${x}",
+            "FOLDER/'q'",
+            "FOLDER/link",
+            "FOLDER/" + "deep/" * 40 + "er",
+        )
+    )
     setting.may_refuse = True
     (setting.folder / "file").write_text("not empty")
     (setting.folder / "link").symlink_to(setting.folder / "nowhere")
@@ -149,8 +163,9 @@ ODDITIES: dict[str, Oddity] = {
     "TZ": variable("TZ", "", "Nowhere/City", "UTC+25", ":/etc/localtime", "Asia/Kolkata", "X"),
     "locale": variable("LC_ALL", "C", "POSIX", "xx_YY.UTF-8", "tr_TR.UTF-8", "", "de_DE@euro"),
     "LANG": variable("LANG", None, "C", "zz"),
-    "console's encoding": variable("PYTHONIOENCODING", "ascii", "latin1", "utf-16", "cp1252",
-                                   ":strict", "ascii:strict"),
+    "console's encoding": variable(
+        "PYTHONIOENCODING", "ascii", "latin1", "utf-16", "cp1252", ":strict", "ascii:strict"
+    ),
     "UTF-8 mode": variable("PYTHONUTF8", "0", "1"),
     "warnings": variable("PYTHONWARNINGS", "default", "always", "ignore"),
     "optimised": variable("PYTHONOPTIMIZE", "1", "2"),
@@ -194,7 +209,7 @@ ODDITIES: dict[str, Oddity] = {
     "umask": umask,
     "no hangups": lambda setting: setting.ignored.append(1),
     "no interrupts": lambda setting: setting.ignored.append(2),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -225,9 +240,9 @@ class Fuzzer:
 
     def words(self, command: str, new: Path) -> list[str]:
         """What is behind `python`, with scripts by their whole path."""
-        with_data = self.data if {"launch/train.py", "launch/prepare.py"} & set(
-            COMMANDS[command]
-        ) else []  # fmt: skip
+        with_data = (
+            self.data if {"launch/train.py", "launch/prepare.py"} & set(COMMANDS[command]) else []
+        )
         words = [*COMMANDS[command], *(with_data if command not in ("help", "mistake") else [])]
         named = [str(ROOT / word) if word.startswith("launch/") else word for word in words]
         ran = [word.replace("RUN", str(self.run_dir)) for word in named]
@@ -236,9 +251,12 @@ class Fuzzer:
     def output(self, command: str) -> str:
         """What a command prints in a plain environment."""
         return subprocess.run(
-            [sys.executable, *self.words(command, Path())], env=plain(), capture_output=True,
-            text=True, check=True,
-        ).stdout  # fmt: skip
+            [sys.executable, *self.words(command, Path())],
+            env=plain(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
 
     def case(self, number: int, seed: int, odd: Sequence[str] = ()) -> Verdict:
         """Make and judge one case; `odd`: its oddities, drawn where none are given."""
@@ -346,10 +364,16 @@ def run(setting: Setting) -> tuple[int, str, str]:
             resource.setrlimit(kind, (value, value))
 
     process = subprocess.Popen(
-        [sys.executable, *setting.words], env=setting.environment, stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, cwd=setting.working_dir or ROOT,
-        umask=setting.umask, preexec_fn=begin, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *setting.words],
+        env=setting.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        cwd=setting.working_dir or ROOT,
+        umask=setting.umask,
+        preexec_fn=begin,
+        start_new_session=True,
+    )
     try:
         output, error = process.communicate(timeout=SECONDS)
         code = process.returncode

@@ -64,9 +64,12 @@ class Outcome:
         rows.append(["all", *(f"{n:,}" for n in (inputs, *(total[c] for c in COLUMNS)))])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
-            "  ".join(cell.ljust(w) if not i else cell.rjust(w) for i, (cell, w) in
-                      enumerate(zip(row, widths, strict=True))) for row in rows
-        )  # fmt: skip
+            "  ".join(
+                cell.ljust(w) if not i else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        )
 
 
 def run(

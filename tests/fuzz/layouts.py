@@ -57,10 +57,37 @@ SPELLINGS = {
     ),
 }
 ODD_NAMES = (
-    "a b", "ümlaut", "u\u0308mlaut", "名前", "quo'te", 'dou"ble', "per%cent", "a=b", "$HOME",
-    "-dash", "semi;colon", "new\nline", "tab\tname", "x" * 120, "CAPS", "0", "007", "nan", "None",
-    "a,b", "[x]", "{y}", "#1", "\udcff\udcfe", "back\\slash", "😀", "con", "a:b", "null", "1e3",
-)  # fmt: skip
+    "a b",
+    "ümlaut",
+    "u\u0308mlaut",
+    "名前",
+    "quo'te",
+    'dou"ble',
+    "per%cent",
+    "a=b",
+    "$HOME",
+    "-dash",
+    "semi;colon",
+    "new\nline",
+    "tab\tname",
+    "x" * 120,
+    "CAPS",
+    "0",
+    "007",
+    "nan",
+    "None",
+    "a,b",
+    "[x]",
+    "{y}",
+    "#1",
+    "\udcff\udcfe",
+    "back\\slash",
+    "😀",
+    "con",
+    "a:b",
+    "null",
+    "1e3",
+)
 
 
 @dataclass(frozen=True)
@@ -110,13 +137,16 @@ def _odd_stems(draft: Draft) -> None:
     ]
 
 
-NAMES = options_of("names", {
-    "splits spelled": _spelled("train", "valid", "test"),
-    "train spelled": _spelled("train"),
-    "valid and test spelled": _spelled("valid", "test"),
-    "upper-case suffix": _upper_suffix,
-    "odd file names": _odd_stems,
-})  # fmt: skip
+NAMES = options_of(
+    "names",
+    {
+        "splits spelled": _spelled("train", "valid", "test"),
+        "train spelled": _spelled("train"),
+        "valid and test spelled": _spelled("valid", "test"),
+        "upper-case suffix": _upper_suffix,
+        "odd file names": _odd_stems,
+    },
+)
 
 
 def _rubbish(*names: str, folder: str = "") -> Callable[[Draft], None]:
@@ -154,21 +184,26 @@ def _pipe(draft: Draft) -> None:
     draft.pipes.add(f"{PurePosixPath(name).parent}/pipe{PurePosixPath(name).suffix}")
 
 
-RUBBISH = options_of("rubbish", {
-    "hidden files": _rubbish(".DS_Store", "._NAME", ".NAME", ".gitkeep", ".NAME.swp"),
-    "notebook checkpoints": _rubbish("NAME", "NAME-checkpoint", folder=".ipynb_checkpoints"),
-    "__MACOSX": _rubbish("._NAME", "NAME", folder="__MACOSX"),
-    "a repository": _rubbish("HEAD", "NAME", "config", folder=".git"),
-    "backups": _rubbish("NAME.bak", "NAME~", "NAME.orig", "NAME.tmp", "#NAME#", "NAME.BAK"),
-    "half a download": _rubbish("NAME.part", "NAME.crdownload"),
-    "of the system": _rubbish("Thumbs.db", "desktop.ini", "THUMBS.DB"),
-    "thumbnails": _rubbish("NAME", folder="@eaDir"),
-    "foreign files": _rubbish("labels.csv", "notes.pdf", "MD5SUMS", "x.json", "list.xml", "y.zip"),
-    "an empty folder": _folder("empty"),
-    "an empty hidden folder": _folder(".cache"),
-    "an empty folder of that name": _folder("images"),
-    "a pipe": _pipe,
-})  # fmt: skip
+RUBBISH = options_of(
+    "rubbish",
+    {
+        "hidden files": _rubbish(".DS_Store", "._NAME", ".NAME", ".gitkeep", ".NAME.swp"),
+        "notebook checkpoints": _rubbish("NAME", "NAME-checkpoint", folder=".ipynb_checkpoints"),
+        "__MACOSX": _rubbish("._NAME", "NAME", folder="__MACOSX"),
+        "a repository": _rubbish("HEAD", "NAME", "config", folder=".git"),
+        "backups": _rubbish("NAME.bak", "NAME~", "NAME.orig", "NAME.tmp", "#NAME#", "NAME.BAK"),
+        "half a download": _rubbish("NAME.part", "NAME.crdownload"),
+        "of the system": _rubbish("Thumbs.db", "desktop.ini", "THUMBS.DB"),
+        "thumbnails": _rubbish("NAME", folder="@eaDir"),
+        "foreign files": _rubbish(
+            "labels.csv", "notes.pdf", "MD5SUMS", "x.json", "list.xml", "y.zip"
+        ),
+        "an empty folder": _folder("empty"),
+        "an empty hidden folder": _folder(".cache"),
+        "an empty folder of that name": _folder("images"),
+        "a pipe": _pipe,
+    },
+)
 
 
 def _wrapped(*names: str, beside: str = "") -> Callable[[Draft], None]:
@@ -255,22 +290,25 @@ def _renamed_root(draft: Draft) -> None:
     draft.path = rename(draft.path)
 
 
-LAYOUTS: list[Option] = options_of("layout", {
-    "in a wrapper": _wrapped("data-v1.0"),
-    "in two wrappers": _wrapped("archive", "main"),
-    "in a wrapper with a README": _wrapped("repository", beside="README.md"),
-    "in a wrapper with a licence": _wrapped("repository", beside="LICENSE.txt"),
-    "in a wrapper called data": _wrapped("Data"),
-    "files are links": _links_to_files,
-    "folders are links": _links_to_folders(1),
-    "inner folders are links": _links_to_folders(2),
-    "a link to the folder above": _link("loop", "HERE"),
-    "a link to data.path": _link("again", ROOT),
-    "a link to nothing": _link("gone", "nowhere"),
-    "a file that is a link to nothing": _link("goneSUFFIX", "nowhere"),
-    "a link to itself": _link("selfSUFFIX", "HERE/selfSUFFIX"),
-    "data.path is a link": _linked_root,
-    "data.path ends in a slash": _path(f"{ROOT}/"),
-    "data.path goes up and down": _path(f"{ROOT}/../{ROOT}/."),
-    "an odd name of data.path": _renamed_root,
-})  # fmt: skip
+LAYOUTS: list[Option] = options_of(
+    "layout",
+    {
+        "in a wrapper": _wrapped("data-v1.0"),
+        "in two wrappers": _wrapped("archive", "main"),
+        "in a wrapper with a README": _wrapped("repository", beside="README.md"),
+        "in a wrapper with a licence": _wrapped("repository", beside="LICENSE.txt"),
+        "in a wrapper called data": _wrapped("Data"),
+        "files are links": _links_to_files,
+        "folders are links": _links_to_folders(1),
+        "inner folders are links": _links_to_folders(2),
+        "a link to the folder above": _link("loop", "HERE"),
+        "a link to data.path": _link("again", ROOT),
+        "a link to nothing": _link("gone", "nowhere"),
+        "a file that is a link to nothing": _link("goneSUFFIX", "nowhere"),
+        "a link to itself": _link("selfSUFFIX", "HERE/selfSUFFIX"),
+        "data.path is a link": _linked_root,
+        "data.path ends in a slash": _path(f"{ROOT}/"),
+        "data.path goes up and down": _path(f"{ROOT}/../{ROOT}/."),
+        "an odd name of data.path": _renamed_root,
+    },
+)

@@ -150,8 +150,11 @@ def _with(value: float) -> Change:
     """One pixel or label becomes this."""
 
     def change(x: np.ndarray, rng: Random) -> np.ndarray:
-        x = x.astype(np.float64 if value != int(value if value == value else 0) else np.int64) \
-            if np.isfinite(value) else x.astype(np.float64)  # fmt: skip
+        x = (
+            x.astype(np.float64 if value != int(value if value == value else 0) else np.int64)
+            if np.isfinite(value)
+            else x.astype(np.float64)
+        )
         x.reshape(-1)[rng.randrange(x.size)] = value
         return x
 

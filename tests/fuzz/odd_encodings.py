@@ -90,11 +90,14 @@ def _turned(form: str, suffix: str, tolerance: int = 0, **options: Any) -> Any:
         orientation = rng.randint(1, 8)
         # What undoes each of the transpositions that Pillow applies for an orientation.
         undo = {
-            2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_90,
+            7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_270,
-        }.get(orientation)  # fmt: skip
+        }.get(orientation)
         image = Image.fromarray(pixels)
         image = image if undo is None else image.transpose(undo)
         exif = Image.Exif()

@@ -74,10 +74,12 @@ def _rows(draft: Draft) -> None:
         items.append(replace(item, content=text.encode(traits["codec"], "replace")))
     traits["items"] = items
     if not draft.clean.splits:
-        draft.clean.splits.update({
-            split: [(row[0].strip(), row[1].strip()) for row in rows if len(row) > 1]
-            for split, rows in traits["rows"].items()
-        })  # fmt: skip
+        draft.clean.splits.update(
+            {
+                split: [(row[0].strip(), row[1].strip()) for row in rows if len(row) > 1]
+                for split, rows in traits["rows"].items()
+            }
+        )
     if traits.get("single"):
         traits["items"] = [replace(items[0], content=b"".join(item.content for item in items))]
         traits["place"] = lambda item, spelled: ""
@@ -130,10 +132,16 @@ def _trait(odd: bool = False, **traits: object) -> Callable[[Draft], None]:
 
 def _header(draft: Draft) -> None:
     """A first line that names the columns is no pair."""
-    names = draft.rng.choice((
-        ("source", "target"), ("en", "de"), ("src", "tgt"), ("English", "German"),
-        ("input", "output"), ("sentence_en", "sentence_de"),
-    ))  # fmt: skip
+    names = draft.rng.choice(
+        (
+            ("source", "target"),
+            ("en", "de"),
+            ("src", "tgt"),
+            ("English", "German"),
+            ("input", "output"),
+            ("sentence_en", "sentence_de"),
+        )
+    )
     clean = {split: list(rows) for split, rows in draft.traits["rows"].items()}
     for rows in draft.traits["rows"].values():
         rows.insert(0, names)

@@ -93,10 +93,17 @@ def _classes(*names: str, odd: bool = False) -> Callable[[Draft], None]:
 
 def _colliding(draft: Draft) -> None:
     """A class that is called like a split: read right, or refused."""
-    names = draft.rng.choice((
-        ("bus", "car", "train"), ("exam", "test", "quiz"), ("dev", "ops", "sales"), ("val", "kim"),
-        ("Train", "Test", "Bus"), ("eval", "exec", "open"), ("training", "running"),
-    ))  # fmt: skip
+    names = draft.rng.choice(
+        (
+            ("bus", "car", "train"),
+            ("exam", "test", "quiz"),
+            ("dev", "ops", "sales"),
+            ("val", "kim"),
+            ("Train", "Test", "Bus"),
+            ("eval", "exec", "open"),
+            ("training", "running"),
+        )
+    )
     _classes(*names, odd=True)(draft)
 
 
@@ -156,10 +163,24 @@ def _zeroed(content: bytes, rng: Random) -> bytes:
 
 
 def _foreign(content: bytes, rng: Random) -> bytes:
-    return rng.choice((b"", b"\0", b"<html>404</html>", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"BM",
-                       b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-                       b"P5\n8 8\n255\n", b"P5\n0 0\n255\n", b"II*\0", b"\xff\xd8\xff", b"RIFF",
-                       b"P2\n8 8\n255\nx y z", b"P6 99999999999 9 255 "))  # fmt: skip
+    return rng.choice(
+        (
+            b"",
+            b"\0",
+            b"<html>404</html>",
+            b"GIF89a",
+            b"\x89PNG\r\n\x1a\n",
+            b"BM",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            b"P5\n8 8\n255\n",
+            b"P5\n0 0\n255\n",
+            b"II*\0",
+            b"\xff\xd8\xff",
+            b"RIFF",
+            b"P2\n8 8\n255\nx y z",
+            b"P6 99999999999 9 255 ",
+        )
+    )
 
 
 def _sized(width: int, height: int) -> Callable[[bytes, Random], bytes]:

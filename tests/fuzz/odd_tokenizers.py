@@ -39,8 +39,10 @@ def _begin(rng: Random) -> Draft:
             content = "\n".join(lines) + "\n"
             draft.clean.splits[split] = [content]
         else:
-            rows = [tuple(" ".join(rng.choices(words, k=4)).replace("\t", " ") for _ in "st")
-                    for _ in range(count)]  # fmt: skip
+            rows = [
+                tuple(" ".join(rng.choices(words, k=4)).replace("\t", " ") for _ in "st")
+                for _ in range(count)
+            ]
             content = "".join("\t".join(row) + "\n" for row in rows)
             draft.clean = Pairs({**draft.clean.splits, split: rows})
         draft.files[f"{ROOT}/{split}.{'tsv' if kind == 'pairs' else 'txt'}"] = content.encode()
@@ -57,9 +59,11 @@ def _byte_level(draft: Draft, vocab_size: int = 300) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["</s>", "<pad>"], initial_alphabet=ALPHABET,
+        vocab_size=vocab_size,
+        special_tokens=["</s>", "<pad>"],
+        initial_alphabet=ALPHABET,
         show_progress=False,
-    )  # fmt: skip
+    )
     tokenizer.train_from_iterator(_text(draft), trainer)
     return tokenizer
 
@@ -129,8 +133,9 @@ def _byte_fallback(draft: Draft) -> Tokenizer:
         vocab[letter] = len(vocab)
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
-    tokenizer.decoder = decoders.Sequence([
-        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])  # fmt: skip
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     return tokenizer
 
 

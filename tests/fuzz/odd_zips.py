@@ -41,9 +41,17 @@ HEADERS = (
     "{'descr': '|u1', 'fortran_order': False, 'shape': (-3, 8, 8), }",
     "{'descr': '|u1', 'fortran_order': False, 'shape': (2**80,), }",
     "{'descr': '|O', 'fortran_order': False, 'shape': (3,), }",
-    "{'descr': '|V9', 'fortran_order': False, 'shape': (0,), }", "{'descr': ", "[]", "(", "'", "",
-    "{'descr': 'banana', 'fortran_order': False, 'shape': (3,), }", "{'a': 1}", "\\", "1e999",
-)  # fmt: skip
+    "{'descr': '|V9', 'fortran_order': False, 'shape': (0,), }",
+    "{'descr': ",
+    "[]",
+    "(",
+    "'",
+    "",
+    "{'descr': 'banana', 'fortran_order': False, 'shape': (3,), }",
+    "{'a': 1}",
+    "\\",
+    "1e999",
+)
 
 
 OTHERS = {

@@ -37,9 +37,17 @@ def tiff(samples: np.ndarray, bits: int, photometric: int, code: str, kind: int 
     else:
         data = samples.astype(code).tobytes()
     tags = [
-        (256, SIZE), (257, SIZE), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1),
-        (278, SIZE), (279, len(data)), (339, kind),
-    ]  # fmt: skip
+        (256, SIZE),
+        (257, SIZE),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, SIZE),
+        (279, len(data)),
+        (339, kind),
+    ]
     directory = struct.pack(f"{order}H", len(tags)) + b"".join(
         struct.pack(f"{order}HHI", tag, 4, 1) + struct.pack(f"{order}I", value)
         for tag, value in tags

@@ -32,18 +32,26 @@ class Launched:
     def start(self, *overrides: str, torchrun: list[str] | None = None) -> subprocess.Popen:
         """`launch/train.py` with these overrides, under torchrun with these options."""
         return subprocess.Popen(
-            self.command(*overrides, torchrun=torchrun), env=os.environ | ENVIRONMENT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            self.command(*overrides, torchrun=torchrun),
+            env=os.environ | ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def command(self, *overrides: str, torchrun: list[str] | None = None) -> list[str]:
         """What `start` runs."""
         started = [] if torchrun is None else ["-m", "torch.distributed.run", *torchrun]
         data = [f"data.path={self.folder}/play.txt", f"data.cache={self.folder}/cache"]
         return [
-            sys.executable, *started, str(ROOT / "launch" / "train.py"), *SMALL, *data,
-            f"run_dir={self.run_dir}", *overrides,
-        ]  # fmt: skip
+            sys.executable,
+            *started,
+            str(ROOT / "launch" / "train.py"),
+            *SMALL,
+            *data,
+            f"run_dir={self.run_dir}",
+            *overrides,
+        ]
 
     def lines(self) -> list[dict]:
         """The training lines so far."""
@@ -70,8 +78,9 @@ def lines(run_dir: Path) -> list[dict]:
     return [line for line in whole if "loss" in line]
 
 
-def until(true: Callable[[], object], process: subprocess.Popen | None = None,
-          seconds: float = 240.0) -> None:  # fmt: skip
+def until(
+    true: Callable[[], object], process: subprocess.Popen | None = None, seconds: float = 240.0
+) -> None:
     """Wait for something to become true, as long as the process runs."""
     deadline = time.monotonic() + seconds
     while not true():

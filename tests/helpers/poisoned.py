@@ -49,8 +49,9 @@ POISONS = {
 }
 
 
-def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
-          kill_after: int = 0) -> tuple[TrainState | None, str]:  # fmt: skip
+def train(
+    runtime, config: TrainConfig, poison: str, bad: set[int], rank: int, kill_after: int = 0
+) -> tuple[TrainState | None, str]:
     """Train where, on one rank, `bad` steps of the data are poisoned: a loss, or what they leave.
 
     The state at the end, None after the kill at that step (counted as they are made); and the
@@ -97,8 +98,11 @@ def train(runtime, config: TrainConfig, poison: str, bad: set[int], rank: int,
 
 def by_hand(runtime, config: TrainConfig, data_steps: list[int | None]) -> TrainState:
     """A run that learns from these steps of the data; from nothing at a step of None."""
-    config = replace(config, run_dir=f"{config.run_dir}/none",
-                     strategy=resolve(config.strategy, runtime.world_size))  # fmt: skip
+    config = replace(
+        config,
+        run_dir=f"{config.run_dir}/none",
+        strategy=resolve(config.strategy, runtime.world_size),
+    )
     state = loop.start(config, runtime)
     loader = loop.open_loader(config, state)
     for step in data_steps:

@@ -24,11 +24,19 @@ class FakeClock:
 
 def make(run_dir: Path, **changes: Any) -> Recorder:
     options: dict[str, Any] = {
-        "config": MetricsConfig(every=2), "run_dir": run_dir, "first": True, "steps": 1000,
-        "start_step": 0, "resolved": {"seed": 1}, "flops_per_token": 2e9, "devices": 2,
-        "device": torch.device("cpu"), "precision_name": "fp32", "clock": FakeClock(),
+        "config": MetricsConfig(every=2),
+        "run_dir": run_dir,
+        "first": True,
+        "steps": 1000,
+        "start_step": 0,
+        "resolved": {"seed": 1},
+        "flops_per_token": 2e9,
+        "devices": 2,
+        "device": torch.device("cpu"),
+        "precision_name": "fp32",
+        "clock": FakeClock(),
         "console": Console(file=io.StringIO()),
-    }  # fmt: skip
+    }
     return Recorder(**(options | changes))
 
 

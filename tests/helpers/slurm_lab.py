@@ -70,9 +70,11 @@ def missing() -> str:
     install = ["install", "-y", "--no-install-recommends", *PACKAGES]
     for command in (["update"], install):
         subprocess.run(
-            ["apt-get", *options, *command], capture_output=True, check=False,
+            ["apt-get", *options, *command],
+            capture_output=True,
+            check=False,
             env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
-        )  # fmt: skip
+        )
     gone = [command for command in COMMANDS if not shutil.which(command)]
     return f"{', '.join(gone)} could not be installed ({' '.join(PACKAGES)})" if gone else ""
 
@@ -101,10 +103,14 @@ class Lab:
         files = {name: f"{self.folder}/munge.{name}" for name in ("socket", "log", "seed")}
         # It is strict about who owns the folders above; --force makes warnings of that.
         _quietly(
-            "munged", "--force", f"--key-file={key}", f"--socket={files['socket']}",
-            f"--log-file={files['log']}", f"--seed-file={files['seed']}",
+            "munged",
+            "--force",
+            f"--key-file={key}",
+            f"--socket={files['socket']}",
+            f"--log-file={files['log']}",
+            f"--seed-file={files['seed']}",
             f"--pid-file={self.folder}/munged.pid",
-        )  # fmt: skip
+        )
         _quietly("slurmctld", "-c", "-f", str(self.conf))
         for i in range(self.hosts):
             (self.folder / f"spool-n{i + 1}").mkdir()
@@ -119,9 +125,12 @@ class Lab:
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands says."""
         done = subprocess.run(
-            command, env=os.environ | {"SLURM_CONF": str(self.conf)}, capture_output=True,
-            text=True, check=False,
-        )  # fmt: skip
+            command,
+            env=os.environ | {"SLURM_CONF": str(self.conf)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         return done.stdout
 
     def stop(self) -> None:

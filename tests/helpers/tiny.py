@@ -31,30 +31,72 @@ TWO_RANKS = {
 }
 # A large init_std makes an untrained model's opinions differ from token to token.
 LLAMA = ModelConfig(
-    layers=2, width=16, heads=4, kv_heads=2, ffn_width=32, vocab_size=23, max_positions=16,
-    init_std=1.2, dropout=0.2,
-)  # fmt: skip
+    layers=2,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    ffn_width=32,
+    vocab_size=23,
+    max_positions=16,
+    init_std=1.2,
+    dropout=0.2,
+)
 GPT = ModelConfig(
-    layers=2, width=16, heads=4, ffn_width=32, vocab_size=23, max_positions=16, init_std=1.2,
-    norm="layernorm", activation="gelu_tanh", positions="learned", bias=True,
-)  # fmt: skip
+    layers=2,
+    width=16,
+    heads=4,
+    ffn_width=32,
+    vocab_size=23,
+    max_positions=16,
+    init_std=1.2,
+    norm="layernorm",
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+)
 TRANSLATOR = ModelConfig(
-    family="encoder_decoder", layers=2, encoder_layers=1, width=16, heads=4, kv_heads=2,
-    ffn_width=32, vocab_size=23, max_positions=16, init_std=0.5, dropout=0.2,
-)  # fmt: skip
+    family="encoder_decoder",
+    layers=2,
+    encoder_layers=1,
+    width=16,
+    heads=4,
+    kv_heads=2,
+    ffn_width=32,
+    vocab_size=23,
+    max_positions=16,
+    init_std=0.5,
+    dropout=0.2,
+)
 CLASSIFIER = ModelConfig(
-    family="encoder", layers=2, width=16, heads=4, ffn_width=32, norm="layernorm", bias=True,
-    activation="gelu", positions="learned", patch_size=4, init_std=0.5,
-)  # fmt: skip
+    family="encoder",
+    layers=2,
+    width=16,
+    heads=4,
+    ffn_width=32,
+    norm="layernorm",
+    bias=True,
+    activation="gelu",
+    positions="learned",
+    patch_size=4,
+    init_std=0.5,
+)
 
 
-def make_worker(runtime: Runtime, model: ModelConfig, strategy: StrategyConfig | None = None,
-                seed: int = 0, compress: CompressConfig | None = None) -> Worker:  # fmt: skip
+def make_worker(
+    runtime: Runtime,
+    model: ModelConfig,
+    strategy: StrategyConfig | None = None,
+    seed: int = 0,
+    compress: CompressConfig | None = None,
+) -> Worker:
     """The model in float64, so that layouts agree in every token."""
     config = TrainConfig(
-        model=model, strategy=strategy or StrategyConfig(), precision="fp64", seed=seed,
+        model=model,
+        strategy=strategy or StrategyConfig(),
+        precision="fp64",
+        seed=seed,
         compress=compress or CompressConfig(),
-    )  # fmt: skip
+    )
     return build_worker(config, runtime)
 
 
@@ -66,9 +108,13 @@ def each(runtime: Runtime, function: Callable, calls: Iterable[tuple]) -> list:
 def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfig) -> TrainConfig:
     """A run with one checkpoint, of initial weights, in folder/run."""
     config = TrainConfig(
-        model=model, data=data, precision="fp64", device="cpu", batch_size=4,
+        model=model,
+        data=data,
+        precision="fp64",
+        device="cpu",
+        batch_size=4,
         run_dir=str(folder / "run"),
-    )  # fmt: skip
+    )
     config = training(config, runtime.world_size)
     save(config, start(config, runtime))
     return config

@@ -352,8 +352,14 @@ def test_a_prompt_may_hold_anything(text):
 
 def test_only_free_text_is_quoted():
     keys = schema.free_text("train") | schema.free_text("generate")
-    for word in ("optim.betas=[0.9,0.95]", 'prompt="in quotes already"', "--help", "model=gpt2",
-                 "prompt=", "compress=[merge,int8]"):  # fmt: skip
+    for word in (
+        "optim.betas=[0.9,0.95]",
+        'prompt="in quotes already"',
+        "--help",
+        "model=gpt2",
+        "prompt=",
+        "compress=[merge,int8]",
+    ):
         assert quoted(word, keys) == word
     assert {"run_dir", "init_from", "compress.teacher", "prompt", "data.path"} <= keys
     assert not {"steps", "optim.lr", "data.fields"} & keys
@@ -367,8 +373,12 @@ def test_a_port_in_use_is_one_line(monkeypatch, capsys):
         busy.bind(("127.0.0.1", 0))
         busy.listen()
         port = str(busy.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                            "MASTER_PORT": port}.items():  # fmt: skip
+        for name, value in {
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["door.py"])
         with pytest.raises(SystemExit) as stop:

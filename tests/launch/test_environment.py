@@ -34,7 +34,7 @@ BAD = [
     (WHOLE | {"MASTER_PORT": "99999"}, r"MASTER_PORT=99999 must be from 1 to 65535"),
     (WHOLE | {"LOCAL_RANK": "x"}, r"LOCAL_RANK=x must be a whole number"),
     (WHOLE | {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "2"}, r"LOCAL_RANK=3 must be from 0"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("variables, message", BAD)
@@ -50,17 +50,27 @@ def test_torchruns_variables_are_taken_or_left_alone():
 def command(door: str, *words: str | bytes, **variables: str) -> subprocess.CompletedProcess:
     environment = {k: v for k, v in os.environ.items() if k not in variables} | variables
     return subprocess.run(
-        [sys.executable, str(ROOT / f"launch/{door}.py"), *words], env=environment, timeout=120,
-        capture_output=True, check=False,
-    )  # fmt: skip
+        [sys.executable, str(ROOT / f"launch/{door}.py"), *words],
+        env=environment,
+        timeout=120,
+        capture_output=True,
+        check=False,
+    )
 
 
-@pytest.mark.parametrize("variables", [
-    {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
 def test_a_console_that_knows_ascii_alone(tmp_path, variables):
-    for words in (("--help",), (f"run_dir={tmp_path / 'é'}", "precision=fp31"),
-                  (f"data.path={tmp_path / '日本'}", "data=text")):  # fmt: skip
+    for words in (
+        ("--help",),
+        (f"run_dir={tmp_path / 'é'}", "precision=fp31"),
+        (f"data.path={tmp_path / '日本'}", "data=text"),
+    ):
         done = command("train", *words, **variables)
         assert done.returncode in (0, 2) and b"Traceback" not in done.stderr, done.stderr
 
@@ -95,10 +105,43 @@ def test_free_text_arrives_through_the_command_line(tmp_path):
 
 
 PUNCTUATION = [
-    *"!#%&*+-./:;<>@^_`|~", "=", ",", "'", '"', "()", "[]", "{}", "$", "${}", "${a}", "?", "???",
-    "\\", " ", "\n", "null", "true", "1e3", "#", "é", "日本", "🙂", "a=b", "[1,2]", "{a: b}",
-    'x"y', "\\${x}", "~", "%20", "--", "&&", "|| exit", "\t", "*.txt", "@package",
-]  # fmt: skip
+    *"!#%&*+-./:;<>@^_`|~",
+    "=",
+    ",",
+    "'",
+    '"',
+    "()",
+    "[]",
+    "{}",
+    "$",
+    "${}",
+    "${a}",
+    "?",
+    "???",
+    "\\",
+    " ",
+    "\n",
+    "null",
+    "true",
+    "1e3",
+    "#",
+    "é",
+    "日本",
+    "🙂",
+    "a=b",
+    "[1,2]",
+    "{a: b}",
+    'x"y',
+    "\\${x}",
+    "~",
+    "%20",
+    "--",
+    "&&",
+    "|| exit",
+    "\t",
+    "*.txt",
+    "@package",
+]
 
 
 @pytest.mark.parametrize("door", ["train", "generate", "export"])
@@ -127,8 +170,12 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     done = command("train", "run_dir=é", **plain)
     assert done.returncode == 2 and b"set LC_ALL=C.UTF-8" in done.stderr
     with open("/dev/full", "wb") as full:  # noqa: PTH123
-        done = subprocess.run([sys.executable, str(ROOT / "launch/train.py"), "--help"],
-                              stdout=full, stderr=subprocess.PIPE, check=False)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "launch/train.py"), "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
     assert done.returncode == 1 and b"Traceback" not in done.stderr
 
 
@@ -150,11 +197,19 @@ def test_quotes_of_ones_own_keep_what_is_inside():
         assert quoted(once, ["prompt"]) == once
 
 
-@pytest.mark.parametrize("typed, values", [
-    ("a,b", ["a", "b"]), ("${x},b", ["${x}", "b"]), ("'a,b',c", ["a,b", "c"]),
-    ("x{y},[z]", ["x{y}", "[z]"]), ("don't", ["don't"]), ("f(x),g", ["f(x)", "g"]),
-    ('say "hi, you",b', ['say "hi, you"', "b"]), ("choice(a,b)", ["a", "b"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "typed, values",
+    [
+        ("a,b", ["a", "b"]),
+        ("${x},b", ["${x}", "b"]),
+        ("'a,b',c", ["a,b", "c"]),
+        ("x{y},[z]", ["x{y}", "[z]"]),
+        ("don't", ["don't"]),
+        ("f(x),g", ["f(x)", "g"]),
+        ('say "hi, you",b', ['say "hi, you"', "b"]),
+        ("choice(a,b)", ["a", "b"]),
+    ],
+)
 def test_a_sweep_takes_every_text(typed, values):
     parser = OverridesParser.create()
     override = parser.parse_override(quoted_values(f"init_from={typed}", ["init_from"]))

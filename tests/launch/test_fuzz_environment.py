@@ -11,12 +11,17 @@ def fuzzer(tmp_path_factory):
 
 # One case of each command, with what was once a traceback, a lost result or a hang.
 ODD = {
-    "train": ("restarts", "a local rank alone"), "train on two ranks": ("HOME", "umask"),
-    "torchrun": ("file size", "a taken port"), "sweep": ("TZ", "columns"),
-    "generate": ("console's encoding", "locale"), "evaluate": ("columns", "TMPDIR"),
-    "checkpoint": ("stdout", "no colours"), "report": ("stdout", "matplotlib's folder"),
-    "export": ("stderr", "user"), "help": ("stdout", "working directory"),
-}  # fmt: skip
+    "train": ("restarts", "a local rank alone"),
+    "train on two ranks": ("HOME", "umask"),
+    "torchrun": ("file size", "a taken port"),
+    "sweep": ("TZ", "columns"),
+    "generate": ("console's encoding", "locale"),
+    "evaluate": ("columns", "TMPDIR"),
+    "checkpoint": ("stdout", "no colours"),
+    "report": ("stdout", "matplotlib's folder"),
+    "export": ("stderr", "user"),
+    "help": ("stdout", "working directory"),
+}
 
 
 @pytest.mark.parametrize("command", ODD)

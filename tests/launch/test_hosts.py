@@ -17,13 +17,23 @@ from launched import ENVIRONMENT, Launched, until
 HOSTS = {"hosta": "10.77.0.1", "hostb": "10.77.0.2"}
 SHORT = "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=3,heartbeat_timeout=5"
 ELASTIC = (
-    "--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=9", "--rdzv-backend=c10d",
-    "--rdzv-endpoint=hosta:29400", "--rdzv-id=one", f"--rdzv-conf={SHORT}",
-)  # fmt: skip
+    "--nnodes=1:2",
+    "--nproc_per_node=1",
+    "--max-restarts=9",
+    "--rdzv-backend=c10d",
+    "--rdzv-endpoint=hosta:29400",
+    "--rdzv-id=one",
+    f"--rdzv-conf={SHORT}",
+)
 ENDLESS = (
-    "steps=100000", "checkpoint.every=50", "checkpoint.keep=3", "timeout_seconds=10",
-    "optim.schedule=constant", "optim.warmup_steps=5", "optim.lr=1e-4",
-)  # fmt: skip
+    "steps=100000",
+    "checkpoint.every=50",
+    "checkpoint.keep=3",
+    "timeout_seconds=10",
+    "optim.schedule=constant",
+    "optim.warmup_steps=5",
+    "optim.lr=1e-4",
+)
 TWO = ("strategy=ddp", "strategy.replicate=2", "strategy.elastic=true")
 
 

@@ -140,15 +140,22 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
     place.mkdir()
     (place / "a play, [2].txt").write_text(PLAY.read_text()[:20_000])
     command = [
-        sys.executable, str(ROOT / "launch" / "train.py"), *WATCHED, f"run_dir={place / 'r=[0]'}",
-        f"data.path={place / 'a play, [2].txt'}", f"data.cache={place / 'cache'}",
-    ]  # fmt: skip
+        sys.executable,
+        str(ROOT / "launch" / "train.py"),
+        *WATCHED,
+        f"run_dir={place / 'r=[0]'}",
+        f"data.path={place / 'a play, [2].txt'}",
+        f"data.cache={place / 'cache'}",
+    ]
     ours, theirs = os.pipe()
     with open("/dev/full", "w") as full:  # noqa: PTH123
         process = subprocess.Popen(
-            command, stdout=theirs, stderr=full, cwd=place,
+            command,
+            stdout=theirs,
+            stderr=full,
+            cwd=place,
             env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
-        )  # fmt: skip
+        )
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"step 1/4")
     os.close(ours)  # as `| head -1` does

@@ -12,8 +12,15 @@ ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
 PRESETS = ("ddp", "fsdp", "hsdp", "tensor", "pipeline", "context", "hybrid")
 JOBS = ("language", "images", "translation")
-SHORT = ["steps=2", "metrics.every=1", "metrics.sample_tokens=0", "eval.every=0", "eval.samples=8",
-         "eval.test=false", "checkpoint.every=0"]  # fmt: skip
+SHORT = [
+    "steps=2",
+    "metrics.every=1",
+    "metrics.sample_tokens=0",
+    "eval.every=0",
+    "eval.samples=8",
+    "eval.test=false",
+    "checkpoint.every=0",
+]
 ROUNDING = 1e-6  # of float32
 
 
@@ -21,8 +28,15 @@ def train(folder: Path, *words: str, launcher: list[str] | None = None) -> None:
     """Run launch/train.py and expect it to succeed."""
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     command = [*(launcher or [sys.executable]), str(ROOT / "launch/train.py"), *words, *SHORT]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment,
-                          timeout=900, check=False)  # fmt: skip
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 

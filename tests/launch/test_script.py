@@ -40,16 +40,26 @@ def bash(text: str, tmp_path: Path, **commands: str) -> subprocess.CompletedProc
     given = {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "41007"}
     given |= {"SLURM_JOB_NODELIST": "n[1-2]", "SLURM_ARRAY_TASK_ID": "1"}
     return subprocess.run(
-        ["bash", str(tmp_path / "job.sbatch")], env=os.environ | given, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
+        ["bash", str(tmp_path / "job.sbatch")],
+        env=os.environ | given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def test_the_options_of_a_job():
     text = script(
-        job(nodes=2, gpus_per_node=8, cpus_per_rank=12, partition="gpu", account="me",
-            options=["--qos=high"], chain=3)
-    )  # fmt: skip
+        job(
+            nodes=2,
+            gpus_per_node=8,
+            cpus_per_rank=12,
+            partition="gpu",
+            account="me",
+            options=["--qos=high"],
+            chain=3,
+        )
+    )
     assert options(text) == {
         "--job-name": job_name(Path("/runs/big")),
         "--nodes": "2",
@@ -98,15 +108,22 @@ def test_each_rank_gets_what_torchrun_would_set(tmp_path):
     run, data = tmp_path / "a run", "data.path=it's here"
     show = tmp_path / "show"
     show.write_text(
-        '#!/bin/bash\nfor name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT LOADED '
+        "#!/bin/bash\nfor name in RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_PORT LOADED "
         'TORCHELASTIC_RUN_ID TORCHELASTIC_RESTART_COUNT; do echo "$name=${!name}"; done\n'
         'printf "<%s>\\n" "$@"\n'
-    )  # fmt: skip
+    )
     show.chmod(0o755)
     text = script(
-        job(str(run), overrides=("strategy=ddp", data), ranks_per_node=4, cpus_per_rank=3,
-            setup=["export LOADED=cuda"], wrap=str(show), srun_options=["--container-image=a b"])
-    )  # fmt: skip
+        job(
+            str(run),
+            overrides=("strategy=ddp", data),
+            ranks_per_node=4,
+            cpus_per_rank=3,
+            setup=["export LOADED=cuda"],
+            wrap=str(show),
+            srun_options=["--container-image=a b"],
+        )
+    )
     done = bash(text, tmp_path, srun='printf "option <%s>\\n" "$@" >&2\n' + SHOW)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1:-1] == [

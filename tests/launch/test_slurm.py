@@ -37,9 +37,13 @@ class Cluster:
     def call(self, *arguments: str) -> tuple[int, str]:
         """launch/submit.py as a user runs it; its exit status and all that it says."""
         done = subprocess.run(
-            [sys.executable, SUBMIT, *arguments], capture_output=True, text=True, check=False,
-            env=os.environ | ENVIRONMENT, cwd=self.folder,
-        )  # fmt: skip
+            [sys.executable, SUBMIT, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | ENVIRONMENT,
+            cwd=self.folder,
+        )
         return done.returncode, done.stdout + done.stderr
 
     def submit(self, name: str, *overrides: str) -> "Job":
@@ -58,10 +62,18 @@ class Cluster:
         steps = max(line["step"] for line in own)
         if not lines(reference) or lines(reference)[-1]["step"] < steps:
             subprocess.run(
-                [sys.executable, TRAIN, *self.run, f"steps={steps}", f"run_dir={reference}",
-                 "strategy=single"],
-                check=True, capture_output=True, env=os.environ | ENVIRONMENT,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    TRAIN,
+                    *self.run,
+                    f"steps={steps}",
+                    f"run_dir={reference}",
+                    "strategy=single",
+                ],
+                check=True,
+                capture_output=True,
+                env=os.environ | ENVIRONMENT,
+            )
         losses = {line["step"]: line["loss"] for line in lines(reference)}
         assert {line["step"] for line in own} == set(range(1, steps + 1))
         for line in own:

@@ -174,8 +174,11 @@ def test_all_mistakes_of_job_and_training_at_once(door, tmp_path):
     code, _, said = door("run_dir=run", "cluster.hours=0.01", "batch_size=7", "precision=fp31")
     assert code == 2
     assert [line[:12] for line in said.splitlines()] == [
-        "3 problems w", "- precision=", "- cluster.ho", "- batch_size",
-    ]  # fmt: skip
+        "3 problems w",
+        "- precision=",
+        "- cluster.ho",
+        "- batch_size",
+    ]
     assert not (tmp_path / "run").exists()
 
 

@@ -157,8 +157,11 @@ def test_curves_are_read_and_drawn_beside_damaged_lines(tmp_path):
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
     assert last_values(tmp_path / "a") == {
-        "step": 1, "loss": 2.0, "valid_loss": 1.5, "valid_accuracy": 0.5,
-    }  # fmt: skip
+        "step": 1,
+        "loss": 2.0,
+        "valid_loss": 1.5,
+        "valid_accuracy": 0.5,
+    }
     assert last_values(tmp_path / "b") == {}
     assert draw({"a": tmp_path / "a", "b": tmp_path / "b"}, tmp_path / "a.png")
     assert not draw({"b": tmp_path / "b"}, tmp_path / "b.png")

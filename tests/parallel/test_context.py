@@ -82,8 +82,12 @@ def visible_of(case: Case) -> Callable[[Tensor, Tensor], Tensor | None]:
 def whole_tensors(case: Case) -> list[Tensor]:
     """Query, key, value, and the weight of each output in the loss, of the whole sequence."""
     generator = torch.Generator().manual_seed(0)
-    shapes = [(case.heads, case.length), (case.kv_heads, case.keys), (case.kv_heads, case.keys),
-              (case.heads, case.length)]  # fmt: skip
+    shapes = [
+        (case.heads, case.length),
+        (case.kv_heads, case.keys),
+        (case.kv_heads, case.keys),
+        (case.heads, case.length),
+    ]
     tensors = [
         torch.randn(B, *shape, K, dtype=torch.float64, generator=generator) for shape in shapes
     ]
@@ -256,8 +260,9 @@ def test_zigzag_by_hand():
     assert [zigzag(8, 2, part).tolist() for part in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
     # 9 positions in chunks of 3: the last chunk is padding.
     assert [zigzag(9, 2, part).tolist() for part in range(2)] == [
-        [0, 1, 2, 9, 10, 11], [3, 4, 5, 6, 7, 8]
-    ]  # fmt: skip
+        [0, 1, 2, 9, 10, 11],
+        [3, 4, 5, 6, 7, 8],
+    ]
     assert zigzag(5, 1, 0).tolist() == [0, 1, 2, 3, 4, 5]
 
 

@@ -29,9 +29,18 @@ from trainer.precision import PRECISIONS, Precision
 from trainer.verify.cases import FAMILIES, make_batch, scale_down, split
 
 GPT = ModelConfig(
-    layers=1, width=256, heads=4, ffn_width=1024, vocab_size=64, max_positions=64, dropout=0.1,
-    norm="layernorm", activation="gelu_tanh", positions="learned", bias=True,
-)  # fmt: skip
+    layers=1,
+    width=256,
+    heads=4,
+    ffn_width=1024,
+    vocab_size=64,
+    max_positions=64,
+    dropout=0.1,
+    norm="layernorm",
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+)
 HALF = Precision("half", torch.bfloat16, torch.bfloat16)  # as the paper counts: 2 bytes, no casts
 
 
@@ -162,14 +171,20 @@ def test_a_shared_head_lies_in_parts(ranks):
 def activation_bytes(runtime: Runtime, mode: str) -> dict[str, int]:
     """What a step moves of activations, by collective."""
     worker = parallel_model(
-        scale_down(FAMILIES["decoder (Llama)"]), StrategyConfig(tensor=2), runtime,
-        PRECISIONS["bf16"], activation_checkpointing=mode,
-    )  # fmt: skip
+        scale_down(FAMILIES["decoder (Llama)"]),
+        StrategyConfig(tensor=2),
+        runtime,
+        PRECISIONS["bf16"],
+        activation_checkpointing=mode,
+    )
     micro_batches = split(make_batch(worker.model.config, 0, 0), worker)
     with Traffic() as traffic:
         worker.forward_backward(micro_batches)
-    return {name: size for (name, dtype), size in traffic.payload_bytes.items()
-            if dtype == torch.bfloat16}  # fmt: skip
+    return {
+        name: size
+        for (name, dtype), size in traffic.payload_bytes.items()
+        if dtype == torch.bfloat16
+    }
 
 
 def test_kept_collectives_are_not_repeated(ranks):

@@ -13,9 +13,11 @@ def test_no_kill_loses_a_checkpoint():
     kills, steps, most_ranks = "12", "24", "2"
     found = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "kills.py", kills, steps, most_ranks],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True,
+        text=True,
+        timeout=600,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert found.returncode == 0, found.stdout + found.stderr
     lines = found.stdout.splitlines()
     assert len(lines) == 4 and all("0 did harm" in line for line in lines)

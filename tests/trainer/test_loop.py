@@ -39,16 +39,21 @@ PLAY = files("trainer.data") / "bundled" / "shakespeare" / "valid.txt"
 def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("loop")
     (folder / "play.txt").write_text(PLAY.read_text()[:30_000])
-    data = DataConfig(path=str(folder / "play.txt"), vocab_size=300, seq_len=16,
-                      cache=str(folder / "cache"))  # fmt: skip
+    data = DataConfig(
+        path=str(folder / "play.txt"), vocab_size=300, seq_len=16, cache=str(folder / "cache")
+    )
     draft = TrainConfig(
-        data=data, model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64,
-                                     dropout=0.1),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=EvalConfig(every=0, samples=8, test=False),
+        data=data,
+        model=ModelConfig(layers=2, width=32, heads=4, kv_heads=2, ffn_width=64, dropout=0.1),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        eval=EvalConfig(every=0, samples=8, test=False),
         checkpoint=CheckpointConfig(every=3, keep=2),
         metrics=MetricsConfig(every=1, sample_tokens=0),
-        precision="fp64", device="cpu", steps=7, batch_size=8,
-    )  # fmt: skip
+        precision="fp64",
+        device="cpu",
+        steps=7,
+        batch_size=8,
+    )
     return complete(draft, prepare(data))
 
 
@@ -101,17 +106,20 @@ LAYOUTS = {
     "loss in pieces": {"loss": LossConfig(chunks=3)},
     "fsdp 2, loss in pieces": {"loss": LossConfig(chunks=5), "strategy": StrategyConfig(shard=2)},
     "tensor 2, loss in pieces": {
-        "loss": LossConfig(chunks=3), "strategy": StrategyConfig(tensor=2),
+        "loss": LossConfig(chunks=3),
+        "strategy": StrategyConfig(tensor=2),
     },
     "recomputation": {"activation_checkpointing": "block"},
     "compiled": {"compile": True, "strategy": StrategyConfig(shard=2)},
     "tensor 2": {"strategy": StrategyConfig(tensor=2)},
     "tensor 4, accumulation": {"strategy": StrategyConfig(tensor=4), "micro_batch_size": 3},
     "tensor 2, kept products": {
-        "strategy": StrategyConfig(tensor=2), "activation_checkpointing": "selective",
+        "strategy": StrategyConfig(tensor=2),
+        "activation_checkpointing": "selective",
     },
     "tensor 2, recomputation": {
-        "strategy": StrategyConfig(tensor=2), "activation_checkpointing": "block",
+        "strategy": StrategyConfig(tensor=2),
+        "activation_checkpointing": "block",
     },
     "tensor 2, compiled": {"compile": True, "strategy": StrategyConfig(tensor=2)},
     "fsdp 2 x tensor 2": {"strategy": StrategyConfig(shard=2, tensor=2)},
@@ -120,32 +128,43 @@ LAYOUTS = {
     "pipeline 2, one micro-batch": {"strategy": PIPELINE},
     "pipeline 2, unequal micro-batches": {"strategy": ONE_F_ONE_B, "micro_batch_size": 3},
     "pipeline 2, zero bubble": {
-        "strategy": StrategyConfig(pipeline=2, schedule="zero_bubble"), "micro_batch_size": 2,
+        "strategy": StrategyConfig(pipeline=2, schedule="zero_bubble"),
+        "micro_batch_size": 2,
     },
     "pipeline 2, loss in pieces": {
-        "strategy": ONE_F_ONE_B, "micro_batch_size": 2, "loss": LossConfig(chunks=3),
+        "strategy": ONE_F_ONE_B,
+        "micro_batch_size": 2,
+        "loss": LossConfig(chunks=3),
     },
     "fsdp 2 x pipeline 2, loss in pieces": {
-        "strategy": StrategyConfig(shard=2, pipeline=2), "micro_batch_size": 1,
+        "strategy": StrategyConfig(shard=2, pipeline=2),
+        "micro_batch_size": 1,
         "loss": LossConfig(chunks=3),
     },
     "pipeline 2, kept products": {
-        "strategy": PIPELINE, "micro_batch_size": 2, "activation_checkpointing": "selective",
+        "strategy": PIPELINE,
+        "micro_batch_size": 2,
+        "activation_checkpointing": "selective",
     },
     "pipeline 2, recomputation": {
-        "strategy": ONE_F_ONE_B, "micro_batch_size": 2, "activation_checkpointing": "block",
+        "strategy": ONE_F_ONE_B,
+        "micro_batch_size": 2,
+        "activation_checkpointing": "block",
     },
     "fsdp 2 x pipeline 2, 1f1b, compiled": {
-        "strategy": StrategyConfig(shard=2, pipeline=2, schedule="1f1b"), "micro_batch_size": 2,
+        "strategy": StrategyConfig(shard=2, pipeline=2, schedule="1f1b"),
+        "micro_batch_size": 2,
         "compile": True,
     },
     "ddp 2 x pipeline 2": {
-        "strategy": StrategyConfig(replicate=2, pipeline=2), "micro_batch_size": 2,
+        "strategy": StrategyConfig(replicate=2, pipeline=2),
+        "micro_batch_size": 2,
     },
     "tensor 2 x pipeline 2": {
-        "strategy": StrategyConfig(tensor=2, pipeline=2), "micro_batch_size": 2,
+        "strategy": StrategyConfig(tensor=2, pipeline=2),
+        "micro_batch_size": 2,
     },
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -170,16 +189,24 @@ def test_every_layout_has_the_losses_of_one_process(ranks, config, single, tmp_p
 @pytest.mark.parametrize(
     ("strategy", "precision"),
     [
-        (StrategyConfig(), "fp32"), (StrategyConfig(), "fp16"),
-        (StrategyConfig(replicate=2), "fp16"), (StrategyConfig(shard=2), "fp32"),
-        (StrategyConfig(tensor=2), "fp16"), (PIPELINE, "fp32"),
+        (StrategyConfig(), "fp32"),
+        (StrategyConfig(), "fp16"),
+        (StrategyConfig(replicate=2), "fp16"),
+        (StrategyConfig(shard=2), "fp32"),
+        (StrategyConfig(tensor=2), "fp16"),
+        (PIPELINE, "fp32"),
         (StrategyConfig(shard=2, pipeline=2), "fp16"),
     ],
     ids=[
-        "single, fp32", "single, fp16", "ddp 2, fp16", "fsdp 2, fp32", "tensor 2, fp16",
-        "pipeline 2, fp32", "fsdp 2 x pipeline 2, fp16",
+        "single, fp32",
+        "single, fp16",
+        "ddp 2, fp16",
+        "fsdp 2, fp32",
+        "tensor 2, fp16",
+        "pipeline 2, fp32",
+        "fsdp 2 x pipeline 2, fp16",
     ],
-)  # fmt: skip
+)
 def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, strategy, precision):
     changes = {"strategy": strategy, "precision": precision, "micro_batch_size": 2}
     unbroken, weights = train(ranks, config, tmp_path / "unbroken", **changes)
@@ -221,8 +248,16 @@ def test_the_newest_checkpoints_are_kept(single):
 
 def test_lines_have_the_contract_keys(single):
     training = next(line for line in lines(single[0]) if "loss" in line)
-    assert {"step", "loss", "grad_norm", "lr", "tokens", "tokens_per_second", "step_seconds",
-            "memory_gib"} <= set(training)  # fmt: skip
+    assert {
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "memory_gib",
+    } <= set(training)
     assert training["tokens"] == 8 * 16
     evaluation = lines(single[0])[-1]
     assert {"step", "eval_loss", "split", "bits_per_character", "perplexity"} <= set(evaluation)
@@ -249,9 +284,11 @@ def poisoned(runtime, config: TrainConfig, bad_step: int) -> tuple[str, bool]:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_loss_that_is_not_finite_stops_the_run(ranks, config, tmp_path, world):
     config = replace(
-        config, run_dir=str(tmp_path), strategy=StrategyConfig(replicate=world),
+        config,
+        run_dir=str(tmp_path),
+        strategy=StrategyConfig(replicate=world),
         metrics=MetricsConfig(every=100, sample_tokens=0),
-    )  # fmt: skip
+    )
     open_run_dir(config)
     for message, finite in ranks.run(world, poisoned, config, 5):
         # Nothing is read back before step 6's checkpoint, and yet the step is known.

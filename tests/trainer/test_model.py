@@ -66,15 +66,25 @@ LLAMA_NAMES = {
 @pytest.mark.parametrize("scaling", [1.0, 8.0])
 def test_llama_equals_transformers(scaling):
     config = ModelConfig(
-        layers=2, width=64, heads=4, kv_heads=2, ffn_width=96, vocab_size=50, tied=False,
-        rope_theta=500_000.0, rope_scaling=scaling,
-    )  # fmt: skip
+        layers=2,
+        width=64,
+        heads=4,
+        kv_heads=2,
+        ffn_width=96,
+        vocab_size=50,
+        tied=False,
+        rope_theta=500_000.0,
+        rope_scaling=scaling,
+    )
     rope = {"rope_type": "default", "rope_theta": 500_000.0}
     if scaling != 1.0:
         rope |= {
-            "rope_type": "llama3", "factor": scaling, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
-        }  # fmt: skip
+            "rope_type": "llama3",
+            "factor": scaling,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=50,
@@ -107,9 +117,17 @@ def test_llama_equals_transformers(scaling):
 
 def test_gpt2_equals_transformers():
     config = ModelConfig(
-        layers=2, width=64, heads=4, ffn_width=256, vocab_size=50, max_positions=40,
-        norm="layernorm", activation="gelu_tanh", positions="learned", bias=True,
-    )  # fmt: skip
+        layers=2,
+        width=64,
+        heads=4,
+        ffn_width=256,
+        vocab_size=50,
+        max_positions=40,
+        norm="layernorm",
+        activation="gelu_tanh",
+        positions="learned",
+        bias=True,
+    )
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(
             vocab_size=50,
@@ -152,10 +170,23 @@ def test_gpt2_equals_transformers():
 
 def test_vit_equals_transformers():
     config = ModelConfig(
-        family="encoder", layers=2, width=64, heads=4, ffn_width=128, norm="layernorm",
-        norm_eps=1e-12, activation="gelu", positions="learned", bias=True, init="vit",
-        image_size=8, patch_size=4, channels=3, classes=5, pool="class_token",
-    )  # fmt: skip
+        family="encoder",
+        layers=2,
+        width=64,
+        heads=4,
+        ffn_width=128,
+        norm="layernorm",
+        norm_eps=1e-12,
+        activation="gelu",
+        positions="learned",
+        bias=True,
+        init="vit",
+        image_size=8,
+        patch_size=4,
+        channels=3,
+        classes=5,
+        pool="class_token",
+    )
     theirs = transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=64,
@@ -203,9 +234,18 @@ def test_vit_equals_transformers():
 def test_decoder_layer_with_memory_equals_torch():
     """Cross-attention and padding against torch's own pre-norm decoder layer."""
     config = ModelConfig(
-        family="encoder_decoder", layers=1, width=32, heads=4, ffn_width=64, vocab_size=20,
-        norm="layernorm", activation="relu", positions="learned", max_positions=9, bias=True,
-    )  # fmt: skip
+        family="encoder_decoder",
+        layers=1,
+        width=32,
+        heads=4,
+        ffn_width=64,
+        vocab_size=20,
+        norm="layernorm",
+        activation="relu",
+        positions="learned",
+        max_positions=9,
+        bias=True,
+    )
     ours = build(config)
     encoder = nn.TransformerEncoderLayer(32, 4, 64, 0.0, "relu", norm_first=True, batch_first=True)
     decoder = nn.TransformerDecoderLayer(32, 4, 64, 0.0, "relu", norm_first=True, batch_first=True)
@@ -299,8 +339,10 @@ def test_initial_weights_depend_on_seed_and_name_alone():
     config = replace(FAMILIES["decoder (Llama)"], vocab_size=5000, width=512)
     shape = torch.Size((5000, 512))  # three blocks of rows
     whole = draw_rows(config, 0, "embed.tokens.weight", shape, 0, 5000)
-    parts = [draw_rows(config, 0, "embed.tokens.weight", shape, a, b)
-             for a, b in ((0, 1), (1, 2047), (2047, 4200), (4200, 5000))]  # fmt: skip
+    parts = [
+        draw_rows(config, 0, "embed.tokens.weight", shape, a, b)
+        for a, b in ((0, 1), (1, 2047), (2047, 4200), (4200, 5000))
+    ]
     assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(draw_rows(config, 1, "embed.tokens.weight", shape, 0, 5000), whole)
     assert not torch.equal(draw_rows(config, 0, "head.output.weight", shape, 0, 5000), whole)
@@ -345,9 +387,14 @@ def test_dropout_keeps_the_expectation_and_is_off_in_evaluation():
     layer = Dropout(0.25)
     x = torch.ones(8, 50, 64)
     stream = Stream(
-        50, 50, SequenceLayout(), Context(), causal=True, places_S=torch.arange(50),
+        50,
+        50,
+        SequenceLayout(),
+        Context(),
+        causal=True,
+        places_S=torch.arange(50),
         seeds_B=torch.arange(8),
-    )  # fmt: skip
+    )
     assert layer(x, stream).mean().item() == pytest.approx(1.0, abs=0.02)
     assert layer(x, stream).unique().tolist() == pytest.approx([0.0, 4 / 3])
     assert torch.equal(layer.eval()(x, stream), x)

@@ -35,10 +35,14 @@ def config(tmp_path_factory) -> TrainConfig:
     return TrainConfig(
         model=replace(LLAMA, vocab_size=0, max_positions=0),
         data=text_data(tmp_path_factory.mktemp("signals")),
-        precision="fp64", device="cpu", batch_size=4, steps=6,
-        checkpoint=CheckpointConfig(every=4, keep=0), eval=EvalConfig(every=2),
+        precision="fp64",
+        device="cpu",
+        batch_size=4,
+        steps=6,
+        checkpoint=CheckpointConfig(every=4, keep=0),
+        eval=EvalConfig(every=2),
         metrics=MetricsConfig(every=1, sample_tokens=0),
-    )  # fmt: skip
+    )
 
 
 def run(runtime, config: TrainConfig, signals: str = "", at: int = 0, rank: int = 0):

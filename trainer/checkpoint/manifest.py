@@ -153,11 +153,18 @@ def _manifest(body: dict[str, Any]) -> Manifest:
             raise ValueError(f"{name} is in a file that is not listed")
     loss = body["eval_loss"]
     return Manifest(
-        str(body["run"]), int(body["step"]), dict(body["layout"]), dict(body["config"]),
-        str(body["data"]), None if loss is None else float(loss), tensors, files,
-        _known(int, body.get("samples")), _known(int, body.get("order_batch_size")),
+        str(body["run"]),
+        int(body["step"]),
+        dict(body["layout"]),
+        dict(body["config"]),
+        str(body["data"]),
+        None if loss is None else float(loss),
+        tensors,
+        files,
+        _known(int, body.get("samples")),
+        _known(int, body.get("order_batch_size")),
         _known(float, body.get("lr")),
-    )  # fmt: skip
+    )
 
 
 def _known(kind: Callable[[Any], Number], value: Any) -> Number | None:

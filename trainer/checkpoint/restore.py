@@ -224,9 +224,12 @@ def load_weights(run_dir: Path, worker: Worker, rows: list[int] | None = None) -
 
 
 def load_parameters(
-    run_dir: Path, parameters: Mapping[str, Tensor], shapes: Mapping[str, torch.Size],
-    key: str = "run_dir", by_row: Collection[str] = (),
-) -> Path:  # fmt: skip
+    run_dir: Path,
+    parameters: Mapping[str, Tensor],
+    shapes: Mapping[str, torch.Size],
+    key: str = "run_dir",
+    by_row: Collection[str] = (),
+) -> Path:
     """As `load_weights`, of what this rank has of a model whose parameters have such shapes.
 
     All ranks call it, also those that have nothing. `key` is the one that names the folder. Those

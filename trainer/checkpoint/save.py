@@ -67,9 +67,12 @@ class Saver:
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._shard = Shard(state.tensors())
         self._record: dict[str, Any] = {
-            "run": state.run, "config": identity(config), "data": data,
-            "layout": layout_of(config.strategy), "order_batch_size": state.order_batch_size,
-        }  # fmt: skip
+            "run": state.run,
+            "config": identity(config),
+            "data": data,
+            "layout": layout_of(config.strategy),
+            "order_batch_size": state.order_batch_size,
+        }
         there = checkpoint_path(config.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
         self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
@@ -115,9 +118,12 @@ class Saver:
         # What is not finite is no measure of a model; JSON has no word for it either.
         measured = eval_loss is not None and math.isfinite(eval_loss)
         save = Save(
-            self._number, state.step, state.samples, eval_loss if measured else None,
+            self._number,
+            state.step,
+            state.samples,
+            eval_loss if measured else None,
             time.monotonic(),
-        )  # fmt: skip
+        )
         self._shard.copy(state.tensors())
         self._step_in_flight = state.step
         self._thread = Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
@@ -187,7 +193,7 @@ class Saver:
             *(f"{save.number}/{rank}" for rank in range(self._ranks)),
             f"{save.number - 1}/all",
         ):  # all have read it: they are at this save
-            self._store.delete_key(key)  # fmt: skip
+            self._store.delete_key(key)
         partial = self._partial(save)
         try:
             if not any({"problem", "bug"} & report.keys() for report in reports):
@@ -207,11 +213,15 @@ class Saver:
         write_manifest(
             partial,
             Manifest(
-                step=save.step, samples=save.samples, eval_loss=save.eval_loss,
+                step=save.step,
+                samples=save.samples,
+                eval_loss=save.eval_loss,
                 lr=lr_at(save.step, self._config.steps, self._config.optim),
-                tensors=self._shard.tensors, files=files, **self._record,
+                tensors=self._shard.tensors,
+                files=files,
+                **self._record,
             ),
-        )  # fmt: skip
+        )
         final = checkpoint_path(self._config.run_dir, save.step)
         replaced = final.with_name(f"unused-{final.name}")
         if final.exists():
@@ -247,8 +257,9 @@ class Saver:
     def _warn(self, save: Save) -> None:
         told = self._config.checkpoint.on_error == "stop" or save.step >= self._config.steps
         if "problem" in self._outcome and not told:  # as the run's error
-            log.warning("%s; training goes on, and the next save tries again",
-                        self._outcome["problem"])  # fmt: skip
+            log.warning(
+                "%s; training goes on, and the next save tries again", self._outcome["problem"]
+            )
         seconds, grace = time.monotonic() - save.began, self._config.checkpoint.grace_seconds
         if grace and seconds > grace and not self._warned:
             self._warned = True

@@ -34,10 +34,17 @@ from parallel.parallelize import place
 from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 PIECE_BYTES = 1 << 24  # written and hashed at a time
 
@@ -129,8 +136,10 @@ class Shard:
         begin, header = 0, {}
         for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
             header[name] = {
-                "dtype": DTYPES[dtype], "shape": list(sizes), "data_offsets": [begin, end],
-            }  # fmt: skip
+                "dtype": DTYPES[dtype],
+                "shape": list(sizes),
+                "data_offsets": [begin, end],
+            }
             begin = end
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)

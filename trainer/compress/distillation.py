@@ -54,9 +54,12 @@ def kept_answer(inputs: Inputs, classes: int, context: Context) -> Tensor:
 
 
 def divergence_sum(
-    logits: Tensor, teacher_logits: Tensor, targets: Tensor, temperature: float,
+    logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    temperature: float,
     cross_entropy: Callable[..., Tensor] = F.cross_entropy,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sum over valid targets of KL(teacher || student) in nats, both at a temperature.
 
     Logits (…, classes), targets (…); half-precision logits are raised to float32 first. With a

@@ -41,9 +41,14 @@ def _similar(x_BSD: Tensor) -> Tensor:
 
 
 def learn(
-    model: Transformer, name: str, flow: Flow, streams: dict[str, Stream], inputs: Inputs,
-    said_BSE: Tensor, weight: float,
-) -> Flow:  # fmt: skip
+    model: Transformer,
+    name: str,
+    flow: Flow,
+    streams: dict[str, Stream],
+    inputs: Inputs,
+    said_BSE: Tensor,
+    weight: float,
+) -> Flow:
     """The flow behind a block, whose gradient will be that of `apart_sum` too, `weight` times.
 
     `said_BSE` is what the teacher's block has made of all positions. The loss is taken here, since

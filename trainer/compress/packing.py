@@ -40,8 +40,9 @@ def unpack(parts: dict[str, Tensor], lens: Lens, inputs: int) -> Tensor:
     if lens.n:
         places = loosened(parts["places"], (lens.m - 1).bit_length(), count)
         empty = numbers.new_zeros(len(numbers), inputs // lens.m, lens.m)
-        numbers = empty.scatter(-1, places.unflatten(-1, (-1, lens.n)),
-                                numbers.unflatten(-1, (-1, lens.n))).flatten(1)  # fmt: skip
+        numbers = empty.scatter(
+            -1, places.unflatten(-1, (-1, lens.n)), numbers.unflatten(-1, (-1, lens.n))
+        ).flatten(1)
     if not lens.bits:
         return numbers
     scale = parts["scale"].to(numbers.dtype)

@@ -71,8 +71,9 @@ def largest(x: Tensor) -> Tensor:
     return x.abs().amax(-1, keepdim=True)
 
 
-def whole(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest
-          ) -> tuple[Tensor, Tensor]:  # fmt: skip
+def whole(
+    x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest
+) -> tuple[Tensor, Tensor]:
     """Whole numbers from -(2^(bits-1) - 1) to that, and the scale (…,1) that makes them x again.
 
     Symmetric about zero; the gradient goes straight through the rounding, and to no scale.

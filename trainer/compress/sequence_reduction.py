@@ -135,10 +135,13 @@ class Shorten(Resize):
         documents_BS, rope = stream.documents_BS, stream.rope
         total = len(range(stream.total)[last])
         shorter = replace(
-            stream.resized(total), mask=None, start=self.length(stream.start, training),
+            stream.resized(total),
+            mask=None,
+            start=self.length(stream.start, training),
             documents_BS=None if documents_BS is None else documents_BS[:, last],
-            rope=None if rope is None else (rope[0][:, last], rope[1][:, last]), longer=stream,
-        )  # fmt: skip
+            rope=None if rope is None else (rope[0][:, last], rope[1][:, last]),
+            longer=stream,
+        )
         if documents_BS is not None:
             rows_S = torch.arange(total, device=documents_BS.device)
             shorter.mask = shorter.visible(rows_S, rows_S)

@@ -133,9 +133,12 @@ def removed(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, dict[st
                     weights[f"{prefix}.{name}"] = parts
             left, channels = (stay, channels) if isinstance(module, Attention) else (left, stay)
     smaller = replace(
-        shape, heads=shape.heads // groups * left, kv_heads=left, ffn_width=channels,
+        shape,
+        heads=shape.heads // groups * left,
+        kv_heads=left,
+        ffn_width=channels,
         head_width=shape.head_width or shape.width // shape.heads,
-    )  # fmt: skip
+    )
     unpruned = replace(compress, prune_heads=0.0, prune_ffn=0.0)
     return replace(config, model=smaller, compress=unpruned), weights
 

@@ -146,12 +146,15 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     changed = asked_for(load_config(name).compress)  # also what a smaller model is without
     zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
     return Facts(
-        name, " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
+        name,
+        " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
         f"{metric.removeprefix('test_')} {values[metric]:.4g}" if metric else "not measured",
-        parameters, size + 4 * (parameters - inside),
-        flops_per_sample(config.model, length, length, lengths), lengths,
+        parameters,
+        size + 4 * (parameters - inside),
+        flops_per_sample(config.model, length, length, lengths),
+        lengths,
         sum(int((weight == 0).sum()) for weight in zeros) / max(1, inside),
-    )  # fmt: skip
+    )
 
 
 def table(found: list[Facts]) -> Table:

@@ -40,8 +40,13 @@ def forward(worker: Worker, batch: MicroBatch) -> None:
         worker.forward(batch)
 
 
-def in_turn(work: Callable[[Worker, MicroBatch], None], workers: Sequence[Worker],
-            batch: MicroBatch, rounds: int, clock: Callable[[], float]) -> Rates:  # fmt: skip
+def in_turn(
+    work: Callable[[Worker, MicroBatch], None],
+    workers: Sequence[Worker],
+    batch: MicroBatch,
+    rounds: int,
+    clock: Callable[[], float],
+) -> Rates:
     """Rates of each worker; the first round warms up and is not told. A GPU is waited for."""
     jobs = [partial(work, worker, batch) for worker in workers]
     found: Rates = [[] for _ in workers]
@@ -71,8 +76,9 @@ def layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfi
     return ways
 
 
-def on_cores(folders: Sequence[str], models: Sequence[ModelConfig], rounds: int
-             ) -> dict[str, list[float]]:  # fmt: skip
+def on_cores(
+    folders: Sequence[str], models: Sequence[ModelConfig], rounds: int
+) -> dict[str, list[float]]:
     """Medians of samples per second of wall time, of each model on each layout of this host."""
     pool, found = RankPool(2), {}
     try:
@@ -88,8 +94,9 @@ def on_cores(folders: Sequence[str], models: Sequence[ModelConfig], rounds: int
     return found
 
 
-def spread_rates(runtime: Runtime, folders: Sequence[str], strategy: StrategyConfig, threads: int,
-                 rounds: int) -> Rates:  # fmt: skip
+def spread_rates(
+    runtime: Runtime, folders: Sequence[str], strategy: StrategyConfig, threads: int, rounds: int
+) -> Rates:
     """On one rank of a layout: forwards of the models in these folders."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -34,10 +34,38 @@ BUNDLED = {
 SUFFIXES = {"text": (".txt", ".text", ".md", ".rst"), "pairs": (".tsv", ".txt")}
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
-    *PICTURES, ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".arrow", ".feather", ".pkl",
-    ".gz", ".zst", ".zip", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pdf", ".docx", ".html", ".xml",
-    ".safetensors", ".bin", ".h5", ".hdf5", ".sqlite", ".db", ".wav", ".mp3", ".flac", ".ogg",
-}  # fmt: skip
+    *PICTURES,
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".pkl",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".xz",
+    ".bz2",
+    ".7z",
+    ".tar",
+    ".tgz",
+    ".pdf",
+    ".docx",
+    ".html",
+    ".xml",
+    ".safetensors",
+    ".bin",
+    ".h5",
+    ".hdf5",
+    ".sqlite",
+    ".db",
+    ".wav",
+    ".mp3",
+    ".flac",
+    ".ogg",
+}
 BLOCK = 1 << 20  # bytes read at once
 GUESSED_ON = 1 << 14  # bytes that an encoding is guessed on
 ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # iconv's names of encodings
@@ -198,9 +226,10 @@ def _whole(config: DataConfig, path: Path) -> Part:
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
         instead = (
-            "data.kind=images or another data.path" if suffix in PICTURES
+            "data.kind=images or another data.path"
+            if suffix in PICTURES
             else f"data.path to {_readable(config)} files"
-        )  # fmt: skip
+        )
         raise ConfigError(
             f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"
         )
@@ -303,9 +332,11 @@ def _not_text(path: Path, position: int, block: bytes) -> str:
     """What a file with NULs is: text in an encoding of two or four bytes, or no text at all."""
     zeros = [block[place::4].count(0) * 4 / max(1, len(block)) > 0.2 for place in range(4)]
     order = {
-        (False, True, True, True): "utf-32le", (True, True, True, False): "utf-32be",
-        (False, True, False, True): "utf-16le", (True, False, True, False): "utf-16be",
-    }.get((zeros[0], zeros[1], zeros[2], zeros[3]), "")  # fmt: skip
+        (False, True, True, True): "utf-32le",
+        (True, True, True, False): "utf-32be",
+        (False, True, False, True): "utf-16le",
+        (True, False, True, False): "utf-16be",
+    }.get((zeros[0], zeros[1], zeros[2], zeros[3]), "")
     if block.startswith(UTF_16):  # its byte order mark is read, and left out, by iconv
         order = "utf-32" if order.startswith("utf-32") else "utf-16"
     if order:

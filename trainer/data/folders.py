@@ -13,22 +13,44 @@ SPLITS = ("train", "valid", "test")
 SPELLINGS = {
     "train": {"train", "training", "trn"},
     "valid": {
-        "valid", "validation", "validate", "val", "dev", "devel", "development", "eval",
-        "evaluation", "newsdev",
+        "valid",
+        "validation",
+        "validate",
+        "val",
+        "dev",
+        "devel",
+        "development",
+        "eval",
+        "evaluation",
+        "newsdev",
     },
     "test": {"test", "testing", "tst", "devtest", "newstest"},
-}  # fmt: skip
+}
 FILLERS = {"of", "set", "data", "split", "part", "shard", "fold", "v"}
 JOINED = re.compile(r"(set|data|split)$")  # trainset, testdata
 FOREIGN = {
-    "__macosx", "@eadir", "__pycache__", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini",
+    "__macosx",
+    "@eadir",
+    "__pycache__",
+    "lost+found",
+    "$recycle.bin",
+    "thumbs.db",
+    "desktop.ini",
     "system volume information",
-}  # fmt: skip
+}
 LEFTOVERS = ("~", ".bak", ".orig", ".tmp", ".temp", ".swp", ".part", ".crdownload", ".download")
 DOCUMENTS = {
-    "readme", "license", "licence", "notice", "changelog", "citation", "copying", "authors",
-    "contributing", "metadata",
-}  # fmt: skip
+    "readme",
+    "license",
+    "licence",
+    "notice",
+    "changelog",
+    "citation",
+    "copying",
+    "authors",
+    "contributing",
+    "metadata",
+}
 DOCUMENT, BESIDE = "tells of the data", "beside the splits"  # why an entry is left out
 
 

@@ -120,9 +120,13 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
     for entry in others:
         left_out[entry.relative] = BESIDE
     if "train" not in named:
-        found = f"has {', '.join(named)} but no train split; add" if named else (
-            f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
-        )  # fmt: skip
+        found = (
+            f"has {', '.join(named)} but no train split; add"
+            if named
+            else (
+                f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
+            )
+        )
         raise ConfigError(f"{where} {found} a folder train/ with a folder per class, or an .npz")
     return named
 
@@ -296,8 +300,10 @@ def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[s
         tables[split] = Table(
             labels=np.array([numbers[label] for _, label in kept], np.int64),
             order=np.array(sorted(range(len(kept)), key=hashes.__getitem__), np.int64),
-            class_names=names, shape=shape, paths=tuple(entry.path for entry, _ in kept),
-        )  # fmt: skip
+            class_names=names,
+            shape=shape,
+            paths=tuple(entry.path for entry, _ in kept),
+        )
         if not kept:
             raise ConfigError(f"data.path: every image of the {split} split is damaged")
     return tables

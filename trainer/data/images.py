@@ -128,9 +128,10 @@ def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
 
 def _folder(config: DataConfig, root: Path) -> Path:
     fingerprints = (
-        [Part(root, 0, 0).fingerprint()] if root.is_file()
+        [Part(root, 0, 0).fingerprint()]
+        if root.is_file()
         else [file.fingerprint() for file in scan(root)[0].files()]
-    )  # fmt: skip
+    )
     ingredients = [*fingerprints, config.held_out, config.on_bad_file]
     return prepared_folder(config, name_of(config), ingredients)
 
@@ -156,17 +157,20 @@ def _read(
     else:
         gallery = list_gallery(config, root)
         checked = (
-            check_gallery(config, gallery, progress) if record is None
+            check_gallery(config, gallery, progress)
+            if record is None
             else Checked(tuple(record["shape"]), record["damaged"])
-        )  # fmt: skip
+        )
         sources = {
             split: tuple(f"{folder.relative_to(root)}/" for folder in folders)
             for split, folders in gallery.listing.splits.items()
         }
         found = _Found(
-            tables_of(gallery, checked.shape, checked.damaged), sources,
-            gallery.listing.left_out | checked.damaged, gallery.listing.notes + checked.notes,
-        )  # fmt: skip
+            tables_of(gallery, checked.shape, checked.damaged),
+            sources,
+            gallery.listing.left_out | checked.damaged,
+            gallery.listing.notes + checked.notes,
+        )
     _hold_out(config, found)
     return replace(found, tables={split: found.tables[split] for split in SPLITS})
 

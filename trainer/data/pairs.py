@@ -52,10 +52,12 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
             notes.append(f"{too_long} pairs of the {split} split are {longer} and cut")
         splits[split] = SplitFacts(
             sources=tuple(source_name(part, root) for part in found.parts[split]),
-            samples=len(_kept(spans, split, config.seq_len)), tokens=int(spans[-1, :2].sum()),
-            characters=entry["characters"], lost=entry["lost"],
+            samples=len(_kept(spans, split, config.seq_len)),
+            tokens=int(spans[-1, :2].sum()),
+            characters=entry["characters"],
+            lost=entry["lost"],
             left_out={longer: too_long} if too_long and split == "train" else {},
-        )  # fmt: skip
+        )
     if splits["train"].samples == 0:
         longest = _lengths(_spans(found.folder, "train"))
         raise ConfigError(
@@ -67,10 +69,28 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 # Words that a line which names the columns is made of; language codes have two letters.
 HEADER = {
-    "source", "target", "src", "tgt", "trg", "input", "output", "text", "sentence", "translation",
-    "original", "english", "german", "french", "spanish", "italian", "dutch", "portuguese",
-    "russian", "chinese", "japanese",
-}  # fmt: skip
+    "source",
+    "target",
+    "src",
+    "tgt",
+    "trg",
+    "input",
+    "output",
+    "text",
+    "sentence",
+    "translation",
+    "original",
+    "english",
+    "german",
+    "french",
+    "spanish",
+    "italian",
+    "dutch",
+    "portuguese",
+    "russian",
+    "chinese",
+    "japanese",
+}
 
 
 def _header_notes(parts: Parts) -> list[str]:

@@ -78,10 +78,13 @@ def table(facts: DataFacts) -> str:
     """Return what was read as lines of text: a row for each split, then what was left out."""
     head = ["split", "read from", "samples", "tokens", "characters"]
     rows = [
-        [name, _listed(s.sources), *(f"{n:,}" if n else "" for n in (s.samples, s.tokens,
-                                                                    s.characters))]
+        [
+            name,
+            _listed(s.sources),
+            *(f"{n:,}" if n else "" for n in (s.samples, s.tokens, s.characters)),
+        ]
         for name, s in facts.splits.items()
-    ]  # fmt: skip
+    ]
     shown = [i for i in range(len(head)) if i < 2 or any(row[i] for row in rows)]
     cells = [[row[i] for i in shown] for row in [head, *rows]]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

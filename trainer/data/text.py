@@ -53,9 +53,12 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
         split: SplitFacts(
             sources=tuple(source_name(part, root) for part in found.parts[split]),
             samples=_windows(entry["tokens"], config.seq_len),
-            tokens=entry["tokens"], characters=entry["characters"], lost=entry["lost"],
-        ) for split, entry in found.record["splits"].items()
-    }  # fmt: skip
+            tokens=entry["tokens"],
+            characters=entry["characters"],
+            lost=entry["lost"],
+        )
+        for split, entry in found.record["splits"].items()
+    }
     return found.facts(splits)
 
 

@@ -39,9 +39,11 @@ class Tokens:
     def facts(self, splits: dict[str, SplitFacts], notes: Sequence[str] = ()) -> DataFacts:
         """Return what a model must know of them, and what was read."""
         return DataFacts(
-            vocab_size=self.record["vocab_size"], splits=splits, left_out=self.listing.left_out,
+            vocab_size=self.record["vocab_size"],
+            splits=splits,
+            left_out=self.listing.left_out,
             notes=(*self.listing.notes, *_rare_notes(self.record), *notes),
-        )  # fmt: skip
+        )
 
 
 def prepare_tokens(
@@ -215,5 +217,8 @@ def warn_of_losses(config: DataConfig, record: Record) -> None:
         log.warning(
             "%s loses %.2g %% of the characters (%s of %s), so that bits per character would "
             "flatter the model; bits per token are reported instead",
-            f"data.tokenizer={name}", 100 * lost / characters, f"{lost:,}", f"{characters:,}",
-        )  # fmt: skip
+            f"data.tokenizer={name}",
+            100 * lost / characters,
+            f"{lost:,}",
+            f"{characters:,}",
+        )

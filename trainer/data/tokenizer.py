@@ -162,18 +162,21 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
         and backend.normalizer is None
         and not before.add_prefix_space
         and set(alphabet) <= backend.get_vocab(with_added_tokens=False).keys()
-        and not any(token.lstrip or token.rstrip or token.normalized
-                    for token in backend.get_added_tokens_decoder().values())
+        and not any(
+            token.lstrip or token.rstrip or token.normalized
+            for token in backend.get_added_tokens_decoder().values()
+        )
         and not _special_in_text(backend)
-    )  # fmt: skip
+    )
 
 
 def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
     """Whether plain text can become a special token, which decoding leaves out."""
     special = {
-        row: token.content for row, token in backend.get_added_tokens_decoder().items()
+        row: token.content
+        for row, token in backend.get_added_tokens_decoder().items()
         if token.special
-    }  # fmt: skip
+    }
     texts = [text for content in special.values() for text in (content, f" {content}")]
     encodings = backend.encode_batch(texts, add_special_tokens=False)
     return any(row in special for encoding in encodings for row in encoding.ids)

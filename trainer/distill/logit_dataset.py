@@ -94,8 +94,9 @@ class Answers:
         about = header[name]
         dtype, row = np.dtype(DTYPES[about["dtype"]]), tuple(about["shape"][1:])
         size = dtype.itemsize * int(np.prod(row))
-        data = self._bytes(number, start + about["data_offsets"][0] + begin * size,
-                           (end - begin) * size)  # fmt: skip
+        data = self._bytes(
+            number, start + about["data_offsets"][0] + begin * size, (end - begin) * size
+        )
         return np.frombuffer(data, dtype).reshape(end - begin, *row)
 
     def _read_header(self, number: int) -> tuple[int, dict[str, Any]]:

@@ -94,14 +94,22 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
     share = trained.batch_size // data_degree(trained.strategy)
     size = config.micro_batch_size or trained.micro_batch_size or share
     batches = evaluation_batches(
-        dataset, size, worker.data_rank, worker.data_degree,
+        dataset,
+        size,
+        worker.data_rank,
+        worker.data_degree,
         pin_memory=worker.device.type == "cuda",
-    )  # fmt: skip
+    )
     facts = partial(
-        Facts, kind=trained.data.kind, seq_len=trained.data.seq_len, path=trained.data.path,
-        data=fingerprint(reads, ["train"]), classes=classes_of(trained.model), k=config.k,
+        Facts,
+        kind=trained.data.kind,
+        seq_len=trained.data.seq_len,
+        path=trained.data.path,
+        data=fingerprint(reads, ["train"]),
+        classes=classes_of(trained.model),
+        k=config.k,
         samples=len(dataset),
-    )  # fmt: skip
+    )
     with writing(config, runtime.rank == 0, facts) as add, worker.evaluating():
         for batch in batches:
             inputs = worker.to_device(batch)

@@ -70,8 +70,9 @@ def load(folder: Path, worker: Worker, config: TrainConfig, rows: list[int] | No
                 if name in packed:
                     parts = {
                         key.removeprefix(f"{name}."): file.get_tensor(key)
-                        for key in names if key.startswith(f"{name}.")
-                    }  # fmt: skip
+                        for key in names
+                        if key.startswith(f"{name}.")
+                    }
                     weight = unpack(parts, lens, parameter.shape[1])
                 else:
                     weight = file.get_tensor(name)

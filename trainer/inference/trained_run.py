@@ -49,9 +49,11 @@ class TrainedRun:
 
 
 def open_run(
-    config: GenerateConfig | EvaluateConfig | TeachConfig, runtime: Runtime,
-    compress: CompressConfig | None = None, integers: bool = True,
-) -> TrainedRun:  # fmt: skip
+    config: GenerateConfig | EvaluateConfig | TeachConfig,
+    runtime: Runtime,
+    compress: CompressConfig | None = None,
+    integers: bool = True,
+) -> TrainedRun:
     """The newest good checkpoint of config.run_dir, or the export that it holds instead.
 
     Under config.strategy, and under `compress` in place of the run's; ConfigError if there is
@@ -60,10 +62,15 @@ def open_run(
     """
     run = load_config(config.run_dir)
     here = replace(
-        run, run_dir=config.run_dir, compress=compress or run.compress, strategy=config.strategy,
-        precision=config.precision, device=config.device, activation_checkpointing="none",
+        run,
+        run_dir=config.run_dir,
+        compress=compress or run.compress,
+        strategy=config.strategy,
+        precision=config.precision,
+        device=config.device,
+        activation_checkpointing="none",
         compile=False,
-    )  # fmt: skip
+    )
     worker = build_worker(here, runtime)
     load(Path(config.run_dir), worker)
     whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank

@@ -136,10 +136,13 @@ class Display:
         self._record, self._seconds_left, self._step = record, seconds_left, record["step"]
         self._losses.append(record["loss"])
         parts = [
-            f"step {record['step']}/{self._steps}", f"loss {record['loss']:.4g}",
-            f"grad {record['grad_norm']:.2g}", f"lr {record['lr']:.1e}", *self._speed("wait"),
+            f"step {record['step']}/{self._steps}",
+            f"loss {record['loss']:.4g}",
+            f"grad {record['grad_norm']:.2g}",
+            f"lr {record['lr']:.1e}",
+            *self._speed("wait"),
             f"eta {duration(seconds_left)}",
-        ]  # fmt: skip
+        ]
         if self._live is None:
             self.say("  ".join(parts))
         else:
@@ -165,9 +168,11 @@ class Display:
 
     def _panel_of(self, console: Console) -> Live:
         return Live(
-            get_renderable=self.panel, console=console, refresh_per_second=REDRAWS_PER_SECOND,
+            get_renderable=self.panel,
+            console=console,
+            refresh_per_second=REDRAWS_PER_SECOND,
             redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),
-        )  # fmt: skip
+        )
 
     def panel(self) -> Panel:
         """The run as it is now."""
@@ -176,8 +181,13 @@ class Display:
         rows.add_column(ratio=1)
         for title, value in self._rows().items():
             rows.add_row(title, value)
-        return Panel(rows, title=Text(self._name, overflow="ellipsis"), title_align="left",
-                     border_style="dim", box=box.ROUNDED)  # fmt: skip
+        return Panel(
+            rows,
+            title=Text(self._name, overflow="ellipsis"),
+            title_align="left",
+            border_style="dim",
+            box=box.ROUNDED,
+        )
 
     def _rows(self) -> dict[str, RenderableType]:
         record = self._record
@@ -206,9 +216,10 @@ class Display:
         line.add_column(no_wrap=True, justify="right")
         left = "" if math.isnan(self._seconds_left) else f"  eta {duration(self._seconds_left)}"
         line.add_row(
-            f"{self._step}/{self._steps}", ProgressBar(self._steps, self._step),
+            f"{self._step}/{self._steps}",
+            ProgressBar(self._steps, self._step),
             f"{100 * self._step / self._steps:.0f} %{left}",
-        )  # fmt: skip
+        )
         return line
 
 

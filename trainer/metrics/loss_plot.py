@@ -32,6 +32,16 @@ def last_values(run_dir: Path) -> dict[str, float]:
     return {key: value for key, value in found.items() if is_number(value)}
 
 
+def _style(number: int) -> dict[str, Any]:
+    """Return how the curve of a run looks: ten colours, then other kinds of lines."""
+    return {
+        "markersize": 3,
+        "linewidth": 1.2,
+        "color": f"C{number % 10}",
+        "linestyle": ("-", "--", ":", "-.")[number // 10 % 4],
+    }
+
+
 def draw(runs: dict[str, Path], path: Path) -> bool:
     """A picture of the losses over steps, of training and on the valid split; False if none is.
 
@@ -52,19 +62,18 @@ def draw(runs: dict[str, Path], path: Path) -> bool:
     ):
         for number, name in enumerate(training):
             found = [r for r in curves[name] if r.get(key) is not None]
-            axis.plot(
-                [r["step"] for r in found], [r[key] for r in found], label=name, marker=marker,
-                markersize=3, linewidth=1.2, color=f"C{number % 10}",
-                linestyle=("-", "--", ":", "-.")[number // 10 % 4],
-            )  # fmt: skip
+            steps, values = [r["step"] for r in found], [r[key] for r in found]
+            axis.plot(steps, values, label=name, marker=marker, **_style(number))
         axis.set(title=title, xlabel="step", ylabel="nats per target")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
     if len(training) <= 40:
         figure.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize="small",
+            *axes[0].get_legend_handles_labels(),
+            loc="outside lower center",
+            fontsize="small",
             ncols=2 if len(training) > 3 else 1,
-        )  # fmt: skip
+        )
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return True

@@ -74,11 +74,22 @@ class Recorder:
     """
 
     def __init__(
-        self, config: MetricsConfig, run_dir: Path, *, first: bool, steps: int, start_step: int,
-        resolved: dict[str, Any], flops_per_token: float, devices: int, device: torch.device,
-        precision_name: str, unit: str = "tok", console: Console | None = None,
+        self,
+        config: MetricsConfig,
+        run_dir: Path,
+        *,
+        first: bool,
+        steps: int,
+        start_step: int,
+        resolved: dict[str, Any],
+        flops_per_token: float,
+        devices: int,
+        device: torch.device,
+        precision_name: str,
+        unit: str = "tok",
+        console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
-    ):  # fmt: skip
+    ):
         self._config, self._run_dir = config, Path(run_dir)
         self._first, self._steps, self._start_step = first, steps, start_step
         self._device, self._devices = device, devices
@@ -94,13 +105,19 @@ class Recorder:
             name = self._run_dir.resolve().name
             self._display = Display(console or open_console(), steps, unit, name)
             self._file = MetricsFile(self._run_dir / NAME, start_step, self.say)
-            self._trackers = [
-                Tracker(
-                    config, self._run_dir, resolved, self.say, tool=tool, start_step=start_step,
-                    dropped=self._file.dropped,
-                ) for tool in TOOLS
-            ]  # fmt: skip
+            self._trackers = [self._open_tracker(tool, resolved) for tool in TOOLS]
             self._goodput = Goodput(self._run_dir, clock)
+
+    def _open_tracker(self, tool: str, resolved: dict[str, Any]) -> Tracker:
+        return Tracker(
+            self._config,
+            self._run_dir,
+            resolved,
+            self.say,
+            tool=tool,
+            start_step=self._start_step,
+            dropped=self._file.dropped,
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -163,12 +180,16 @@ class Recorder:
         seconds = max(self._stopwatch.lap(), 1e-9)
         tokens_per_second = (tokens - self._line_tokens) / seconds
         record = {
-            "step": step, "loss": loss, "grad_norm": grad_norm, "lr": lr, "tokens": tokens,
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds / max(1, step - self._line_step),
             "memory_gib": memory_gib(self._device),
             "data_wait_share": min(1.0, (wait_seconds - self._line_wait_seconds) / seconds),
-        }  # fmt: skip
+        }
         if self._all_peaks is not None:
             record["mfu"] = self._flops_per_token * tokens_per_second / self._all_peaks
         self._line_step, self._line_tokens, self._line_wait_seconds = step, tokens, wait_seconds
@@ -280,9 +301,11 @@ class Recorder:
         # The profiler traces in its own warm-up too, at a cost: one step of that is enough.
         plan = schedule(wait=max(0, warmup - 1), warmup=min(1, warmup), active=active, repeat=1)
         self.profiler = profile(
-            activities=[ProfilerActivity.CPU, *on_cuda], schedule=plan,
-            on_trace_ready=self._write_trace, acc_events=True,
-        )  # fmt: skip
+            activities=[ProfilerActivity.CPU, *on_cuda],
+            schedule=plan,
+            on_trace_ready=self._write_trace,
+            acc_events=True,
+        )
         self.profiler.start()
 
     def _write_trace(self, profiler: profile) -> None:

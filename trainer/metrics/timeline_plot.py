@@ -79,8 +79,9 @@ def _font(points: float, digits: int) -> float:
     return points / (DIGIT * digits)
 
 
-def _box(axes: Axes, span: Span, row: int, begin: float, paler: float, points: float,
-         font: float) -> None:  # fmt: skip
+def _box(
+    axes: Axes, span: Span, row: int, begin: float, paler: float, points: float, font: float
+) -> None:
     """An action's box, with its micro-batch inside where it fits; `points` of one millisecond."""
     start, duration = 1e3 * (span.start - begin), 1e3 * (span.end - span.start)
     colour = tuple(part + paler * (1 - part) for part in to_rgb(COLOURS[span.kind]))
@@ -94,9 +95,14 @@ def _box(axes: Axes, span: Span, row: int, begin: float, paler: float, points: f
     if size >= SMALLEST_FONT:
         luminance = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour, strict=True))
         axes.text(
-            start + duration / 2, row, number, fontsize=size,
-            color=DARK if luminance > BRIGHT else LIGHT, ha="center", va="center_baseline",
-        )  # fmt: skip
+            start + duration / 2,
+            row,
+            number,
+            fontsize=size,
+            color=DARK if luminance > BRIGHT else LIGHT,
+            ha="center",
+            va="center_baseline",
+        )
 
 
 def _frame(axes: Axes, stages: dict[int, list[int]], milliseconds: float, title: str) -> None:
@@ -120,7 +126,13 @@ def _legend(figure: Figure, kinds: set[str], stages: dict[int, list[int]]) -> No
     entries.append(Patch(color=WAITING, label="waiting"))
     several = any(len(own) > 1 for own in stages.values())
     figure.legend(
-        handles=entries, loc="outside lower center", ncols=len(entries), fontsize=8.5,
-        frameon=False, handlelength=1.2, columnspacing=1.8,
-        title="paler: later stages of a rank" if several else None, title_fontsize=7.5,
-    )  # fmt: skip
+        handles=entries,
+        loc="outside lower center",
+        ncols=len(entries),
+        fontsize=8.5,
+        frameon=False,
+        handlelength=1.2,
+        columnspacing=1.8,
+        title="paler: later stages of a rank" if several else None,
+        title_fontsize=7.5,
+    )

@@ -51,10 +51,17 @@ class Tracker:
     """The trainer's end: starts the process, passes on what it says, and waits little for it."""
 
     def __init__(
-        self, config: MetricsConfig, run_dir: Path, resolved: dict[str, Any],
-        say: Callable[[str], None], patience_seconds: float = 5.0, grace_seconds: float = 120.0,
-        dropped: Sequence[str] = (), tool: str = "wandb", start_step: int = 0,
-    ):  # fmt: skip
+        self,
+        config: MetricsConfig,
+        run_dir: Path,
+        resolved: dict[str, Any],
+        say: Callable[[str], None],
+        patience_seconds: float = 5.0,
+        grace_seconds: float = 120.0,
+        dropped: Sequence[str] = (),
+        tool: str = "wandb",
+        start_step: int = 0,
+    ):
         """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if the tool is off.
 
         `dropped` are lines of an earlier start that are written a second time: wandb has them.
@@ -68,11 +75,10 @@ class Tracker:
         offset = (run_dir / NAME).stat().st_size
         if tool == "tensorboard" and not curves(run_dir).exists():
             offset = 0  # what was written before it was asked for belongs to the curves
-        mirror = Mirror(
-            tool, config.wandb, config.wandb_project, config.wandb_group, config.wandb_tags,
-            str(run_dir), start_step, offset,
-            furthest(dropped) if run_id_path(run_dir).exists() else [], resolved, grace_seconds,
-        )  # fmt: skip
+        sent = furthest(dropped) if run_id_path(run_dir).exists() else []
+        names = (config.wandb, config.wandb_project, config.wandb_group, config.wandb_tags)
+        place = (str(run_dir), start_step, offset)
+        mirror = Mirror(tool, *names, *place, sent, resolved, grace_seconds)
         try:
             self._process = _start(mirror)
         except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
@@ -116,10 +122,13 @@ def _start(mirror: Mirror) -> subprocess.Popen:
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-P", "-m", "trainer.metrics.trackers", json.dumps(asdict(mirror))],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,  # Ctrl-C is the trainer's: this one finishes after it
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     return process
@@ -210,12 +219,17 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
     import wandb  # noqa: PLC0415 (seconds, and optional)
 
     options: dict[str, Any] = {
-        "mode": mirror.mode, "project": mirror.project,
-        "dir": mirror.run_dir, "config": mirror.resolved,
-        "id": _run_id(Path(mirror.run_dir)), "name": Path(mirror.run_dir).resolve().name,
-        "resume": "allow", "group": mirror.group or None, "tags": mirror.tags or None,
+        "mode": mirror.mode,
+        "project": mirror.project,
+        "dir": mirror.run_dir,
+        "config": mirror.resolved,
+        "id": _run_id(Path(mirror.run_dir)),
+        "name": Path(mirror.run_dir).resolve().name,
+        "resume": "allow",
+        "group": mirror.group or None,
+        "tags": mirror.tags or None,
         "settings": wandb.Settings(silent=True, console="off", init_timeout=10),
-    }  # fmt: skip
+    }
     if mirror.mode == "online" and not wandb.login(prompt=False, verify=False):
         options["mode"] = "offline"
         say("wandb: nobody is logged in here (wandb login), so the run is tracked offline")

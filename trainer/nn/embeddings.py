@@ -21,8 +21,9 @@ class TokenEmbedding(nn.Module):
         self.positions = Embedding(config.max_positions, config.width) if learned else None
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream,
-                dtype: torch.dtype) -> Tensor:  # fmt: skip
+    def forward(
+        self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream, dtype: torch.dtype
+    ) -> Tensor:
         x_BSD = self.tokens(stream.context.take(tokens_BS), dtype)
         if self.positions is not None:
             own_BS = stream.context.take(positions_BS)

@@ -101,7 +101,8 @@ def _recipe() -> Recipe:
 
     # The gradient of a weight sums over tokens, whose number need not be a multiple of 16.
     kernels = float8.LinearMMConfig(
-        kernel(casts.gemm_config_output), kernel(casts.gemm_config_grad_input),
+        kernel(casts.gemm_config_output),
+        kernel(casts.gemm_config_grad_input),
         kernel(casts.gemm_config_grad_weight, pads=True),
-    )  # fmt: skip
+    )
     return Recipe(linear.matmul_with_hp_or_float8_args, kernels, casts)

@@ -11,17 +11,37 @@ from trainer.config.train import ModelConfig
 # tensor cores where there are any; fp8, bf16 and fp16 add up in fp32. The first pattern that is
 # found in the device's name counts.
 _HOPPER_SXM = {
-    "fp8": 1979.0, "bf16": 989.5, "fp16": 989.5, "tf32": 494.7, "fp32": 67.0, "fp64": 67.0,
-}  # fmt: skip
+    "fp8": 1979.0,
+    "bf16": 989.5,
+    "fp16": 989.5,
+    "tf32": 494.7,
+    "fp32": 67.0,
+    "fp64": 67.0,
+}
 _HOPPER_NVL = {
-    "fp8": 1670.5, "bf16": 835.5, "fp16": 835.5, "tf32": 417.5, "fp32": 60.0, "fp64": 60.0,
-}  # fmt: skip
+    "fp8": 1670.5,
+    "bf16": 835.5,
+    "fp16": 835.5,
+    "tf32": 417.5,
+    "fp32": 60.0,
+    "fp64": 60.0,
+}
 _HOPPER_PCIE = {
-    "fp8": 1513.0, "bf16": 756.5, "fp16": 756.5, "tf32": 378.0, "fp32": 51.0, "fp64": 51.0,
-}  # fmt: skip
+    "fp8": 1513.0,
+    "bf16": 756.5,
+    "fp16": 756.5,
+    "tf32": 378.0,
+    "fp32": 51.0,
+    "fp64": 51.0,
+}
 _BLACKWELL = {
-    "fp8": 4500.0, "bf16": 2250.0, "fp16": 2250.0, "tf32": 1125.0, "fp32": 75.0, "fp64": 37.0,
-}  # fmt: skip
+    "fp8": 4500.0,
+    "bf16": 2250.0,
+    "fp16": 2250.0,
+    "tf32": 1125.0,
+    "fp32": 75.0,
+    "fp64": 37.0,
+}
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
     (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # less than the whole device: unknown
     (r"\bB200\b", _BLACKWELL),

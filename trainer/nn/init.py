@@ -35,8 +35,9 @@ def _spread(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
     return config.init_std
 
 
-def draw_rows(config: ModelConfig, seed: int, name: str, shape: torch.Size,
-              start: int, stop: int) -> Tensor:  # fmt: skip
+def draw_rows(
+    config: ModelConfig, seed: int, name: str, shape: torch.Size, start: int, stop: int
+) -> Tensor:
     """Rows start:stop (dim 0) of a parameter's initial value, in float32 on the CPU.
 
     Each block of whole rows has a generator seeded by (seed, name, block), so that any rank draws

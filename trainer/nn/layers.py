@@ -116,8 +116,9 @@ def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tenso
     return _fold(bits, 31)
 
 
-def keep_mask(seeds_B: Tensor, site: int | Tensor, width: int, share: float,
-              places_S: Tensor) -> Tensor:  # fmt: skip
+def keep_mask(
+    seeds_B: Tensor, site: int | Tensor, width: int, share: float, places_S: Tensor
+) -> Tensor:
     """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
 
     Four 16-bit draws per counter value: no generator state, so neither ranks, micro-batches,
@@ -241,9 +242,13 @@ class Attention(nn.Module):
             key_BGSK = key_BGSK.repeat_interleave(group, dim=1)
             value_BGSK = value_BGSK.repeat_interleave(group, dim=1)
         mixed_BHSK = F.scaled_dot_product_attention(
-            query_BHSK, key_BGSK, value_BGSK, attn_mask=mask, is_causal=causal,
+            query_BHSK,
+            key_BGSK,
+            value_BGSK,
+            attn_mask=mask,
+            is_causal=causal,
             enable_gqa=group > 1 and mask is None,
-        )  # fmt: skip
+        )
         return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
 
 

@@ -68,9 +68,14 @@ class Context:
         return x
 
     def attend(
-        self, query_BHSK: Tensor, key_BGTK: Tensor, value_BGTK: Tensor, key_length: int,
-        visible: Callable, causal: bool,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query_BHSK: Tensor,
+        key_BGTK: Tensor,
+        value_BGTK: Tensor,
+        key_length: int,
+        visible: Callable,
+        causal: bool,
+    ) -> Tensor:
         """Attention from the queries that are here to all keys, where they are shared."""
         raise NotImplementedError
 

@@ -66,9 +66,12 @@ class AdamW8bit(torch.optim.Optimizer):
     """`torch.optim.AdamW` with moments of 8 bits where `blocks` gives a parameter's block size."""
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], blocks: dict[Tensor, int],
-        betas: tuple[float, float], eps: float,
-    ):  # fmt: skip
+        self,
+        groups: Iterable[dict[str, Any]],
+        blocks: dict[Tensor, int],
+        betas: tuple[float, float],
+        eps: float,
+    ):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self.found_inf: Tensor | None = None  # 1 = leave the update out; a float32 scalar
         self._blocks, self._betas, self._eps = blocks, betas, eps

@@ -146,9 +146,13 @@ class Optimizer:
             scales = shape[-1] * tensor.shape[-1] // part.shape[-1]
             shape = torch.Size([*shape[:-1], scales])
         return DTensor.from_local(
-            tensor, parameter.device_mesh, parameter.placements, run_check=False,
-            shape=shape, stride=torch.empty(shape, device="meta").stride(),
-        )  # fmt: skip
+            tensor,
+            parameter.device_mesh,
+            parameter.placements,
+            run_check=False,
+            shape=shape,
+            stride=torch.empty(shape, device="meta").stride(),
+        )
 
     def updates(self) -> Tensor:
         """Updates made so far, as a float32 scalar; skipped ones do not count."""

@@ -64,10 +64,14 @@ def page(histories: Sequence[History], now: float) -> str:
     title = ", ".join(names[:TITLED]) + more
     body = [
         f"<header><h1>{escape(title)}</h1><p>as of {moment(now)}</p></header>",
-        _notes(names, histories), _summary(names, histories), _differences(names, histories),
-        _curves(names, histories), _goodput(names, histories), _events(names, histories),
+        _notes(names, histories),
+        _summary(names, histories),
+        _differences(names, histories),
+        _curves(names, histories),
+        _goodput(names, histories),
+        _events(names, histories),
         _configs(names, histories),
-    ]  # fmt: skip
+    ]
     text = TEMPLATE.read_text(encoding="utf-8").replace("<!-- title -->", escape(title))
     return text.replace("<!-- body -->", "\n".join(filter(None, body)))
 
@@ -202,8 +206,9 @@ def _curves(names: list[str], histories: Sequence[History]) -> str:
     return f'<h2>Curves</h2><div class="charts">{shown}</div>' if shown else ""
 
 
-def _losses(names: list[str], histories: Sequence[History], marks: list[Mark],
-            steps: tuple[int, int]) -> str:  # fmt: skip
+def _losses(
+    names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
+) -> str:
     curves = []
     for run, (name, history) in enumerate(zip(names, histories, strict=True)):
         curves.append(Curve(name, run, history.curve("loss"), "smooth"))
@@ -211,21 +216,30 @@ def _losses(names: list[str], histories: Sequence[History], marks: list[Mark],
     return chart("Loss, nats; dots: valid split", curves, marks, steps, scale="log")
 
 
-def _measured(names: list[str], histories: Sequence[History], marks: list[Mark],
-              steps: tuple[int, int]) -> list[str]:  # fmt: skip
+def _measured(
+    names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
+) -> list[str]:
     """A figure for each of the task's metrics on the valid split."""
     keys = dict.fromkeys(
-        key for history in histories for line in history.evaluations
-        if line["split"] == "valid" for key in line if key not in ("step", "split", "eval_loss")
-    )  # fmt: skip
+        key
+        for history in histories
+        for line in history.evaluations
+        if line["split"] == "valid"
+        for key in line
+        if key not in ("step", "split", "eval_loss")
+    )
     return [
         chart(
             f"{key.replace('_', ' ').capitalize()}, valid split",
-            [Curve(n, run, h.curve(key, "valid"), "dots")
-             for run, (n, h) in enumerate(zip(names, histories, strict=True))],
-            marks, steps,
-        ) for key in keys
-    ]  # fmt: skip
+            [
+                Curve(n, run, h.curve(key, "valid"), "dots")
+                for run, (n, h) in enumerate(zip(names, histories, strict=True))
+            ],
+            marks,
+            steps,
+        )
+        for key in keys
+    ]
 
 
 def _goodput(names: list[str], histories: Sequence[History]) -> str:
@@ -239,12 +253,14 @@ def _goodput(names: list[str], histories: Sequence[History]) -> str:
         bars = "".join(
             f'<span class="k-{kind}" style="flex-grow:{spent / total:.5f}" title="{KINDS[kind]}: '
             f'{duration(spent)}, {100 * spent / total:.1f} %"></span>'
-            for kind, spent in seconds.items() if spent
-        )  # fmt: skip
+            for kind, spent in seconds.items()
+            if spent
+        )
         told = ", ".join(
             f"{KINDS[kind]} {100 * spent / total:.1f} %"
-            for kind, spent in seconds.items() if spent / total >= 0.0005
-        )  # fmt: skip
+            for kind, spent in seconds.items()
+            if spent / total >= 0.0005
+        )
         rows += (
             f"<div>{_key(names, run)} <small>{duration(total)}: {told}</small>"
             f'<div class="bar">{bars}</div></div>'
@@ -259,8 +275,9 @@ def _events(names: list[str], histories: Sequence[History]) -> str:
     rows = "".join(
         f"<tr><td>{_key(names, run)}</td><td>{event.step:,}</td><td>{escape(event.kind)}</td>"
         f"<td>{escape(event.text)}</td></tr>"
-        for run, history in enumerate(histories) for event in history.events
-    )  # fmt: skip
+        for run, history in enumerate(histories)
+        for event in history.events
+    )
     head = "<tr><th>run</th><th>step</th><th>what</th><th></th></tr>"
     table = f'<div class="wide"><table>{head}{rows}</table></div>'
     return f"<details><summary>All events</summary>{table}</details>" if rows else ""

@@ -23,9 +23,13 @@ SMOOTHED_FROM, SMOOTHED_SHARE = 60, 0.04  # points; share of them that a mean is
 COLOURS = 8  # of runs, in the page's style; then they come again, dashed
 # A path around the middle of an event's mark, by kind.
 GLYPHS = {
-    "start": "M-4,-5L5,0L-4,5Z", "restart": "M-4,-5L5,0L-4,5Z", "save": "M-3,-3H3V3H-3Z",
-    "evaluation": "M0,-5V5", "bad step": "M-4,-4L4,4M-4,4L4,-4", "rollback": "M4,-5L-5,0L4,5Z",
-}  # fmt: skip
+    "start": "M-4,-5L5,0L-4,5Z",
+    "restart": "M-4,-5L5,0L-4,5Z",
+    "save": "M-3,-3H3V3H-3Z",
+    "evaluation": "M0,-5V5",
+    "bad step": "M-4,-4L4,4M-4,4L4,-4",
+    "rollback": "M4,-5L-5,0L4,5Z",
+}
 OTHER = "M0,-5L5,0L0,5L-5,0Z"
 LINES_FOR = ("restart", "bad step", "rollback")  # drawn through the curves too
 
@@ -78,8 +82,12 @@ class Axis:
         decades = [10.0**power for power in range(first, last + 1, every)]
         if len(decades) > 1:
             return decades
-        return [n * 10.0**p for p in range(first - 1, last + 1) for n in (1, 2, 5)
-                if self.low <= math.log10(n * 10.0**p) <= self.high]  # fmt: skip
+        return [
+            n * 10.0**p
+            for p in range(first - 1, last + 1)
+            for n in (1, 2, 5)
+            if self.low <= math.log10(n * 10.0**p) <= self.high
+        ]
 
 
 def round_values(low: float, high: float) -> list[float]:
@@ -93,8 +101,13 @@ def round_values(low: float, high: float) -> list[float]:
     return [n * size for n in range(first, math.floor(high / size + 1e-9) + 1)]
 
 
-def chart(title: str, curves: Sequence[Curve], marks: Sequence[Mark], steps: tuple[int, int],
-          scale: str = "") -> str:  # fmt: skip
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    marks: Sequence[Mark],
+    steps: tuple[int, int],
+    scale: str = "",
+) -> str:
     """A figure of curves over steps; empty where there is nothing to draw.
 
     `scale` of the values: `log` if they differ by much, `zero` to begin there, empty to fill it.
@@ -109,8 +122,14 @@ def chart(title: str, curves: Sequence[Curve], marks: Sequence[Mark], steps: tup
     parts = [_grid(across, up), *(_line(mark, across) for mark in marks if mark.kind in LINES_FOR)]
     parts += [_curve(curve, across, up) for curve in drawn]
     told = [{"name": c.name, "run": c.run, "points": rounded(thinned(c.points))} for c in drawn]
-    frame = {"x": [across.low, across.high], "left": LEFT, "right": WIDTH - RIGHT, "top": TOP,
-             "bottom": HEIGHT - BOTTOM, "curves": told}  # fmt: skip
+    frame = {
+        "x": [across.low, across.high],
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "top": TOP,
+        "bottom": HEIGHT - BOTTOM,
+        "curves": told,
+    }
     kind = ", logarithmic" if up.log else ""
     return (
         f"<figure><figcaption>{escape(title)}<small>{kind}</small></figcaption>"
@@ -130,15 +149,18 @@ def lanes(title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[
     for run in range(len(names)):
         y = TOP + LANE * (run + 0.5)
         parts.append(f'<path class="axis" d="M{LEFT},{y}H{WIDE - RIGHT}"/>')
-        parts.append(f'<text class="c{run % COLOURS}" x="{LEFT - 12}" y="{y + 4}" '
-                     f'text-anchor="end">●<title>{escape(names[run])}</title></text>')  # fmt: skip
+        parts.append(
+            f'<text class="c{run % COLOURS}" x="{LEFT - 12}" y="{y + 4}" '
+            f'text-anchor="end">●<title>{escape(names[run])}</title></text>'
+        )
         parts += [_glyph(mark, across(mark.step), y) for mark in spread(marks, run, across)]
     parts.append(_steps_below(across, height))
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     shown = "".join(
         f'<span><svg viewBox="-7 -7 14 14" width="14" height="14">{_shape(kind)}</svg>'
-        f"{escape(kind)}</span>" for kind in kinds
-    )  # fmt: skip
+        f"{escape(kind)}</span>"
+        for kind in kinds
+    )
     return (
         f'<figure class="lanes"><figcaption>{escape(title)}</figcaption><div class="key">{shown}'
         f'</div><svg viewBox="0 0 {WIDE} {height + BOTTOM - 4}" role="img" '
@@ -197,7 +219,7 @@ def _curve(curve: Curve, across: Axis, up: Axis) -> str:
         spots = "".join(
             f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="3"/>'
             for step, value in thinned(curve.points, 60)
-        )  # fmt: skip
+        )
         return f"<g {look}>{_path(curve.points, across, up, 'dotted')}{spots}</g>"
     if curve.style == "smooth" and len(curve.points) >= SMOOTHED_FROM:
         mean = _path(smoothed(curve.points), across, up, "")

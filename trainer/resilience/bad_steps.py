@@ -87,8 +87,9 @@ class Guard:
         """
         self.rollbacks = _read_rollbacks(run_dir, batch_size)
 
-    def judge(self, worker: Worker, loss: Tensor, grad_norm: Tensor,
-              scale: LossScale) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def judge(
+        self, worker: Worker, loss: Tensor, grad_norm: Tensor, scale: LossScale
+    ) -> tuple[Tensor, Tensor]:
         """Whether to drop the step's update, and whether its gradient overflowed: 1.0 or 0.0.
 
         fp16 overflows now and then and its scale adapts: such an update is dropped, but the step is
@@ -141,9 +142,23 @@ class Guard:
         self._bad_in_row = int(state["bad_in_row"].item())
         self._flags.clear()
 
-    def look(self, step: int, worker: Worker, loader: TrainLoader, recorder: Recorder,
-             settle: Callable[[], None], not_finite: Callable[[], str],
-             saving: bool = False) -> None:  # fmt: skip
+    def _leave_out(self, good: int, found: list[BadStep], loader: TrainLoader) -> None:
+        """Leave out the samples of bad steps from step `good` on, and write that down."""
+        places = [place for bad in found for place in loader.positions(bad.step - 1)]
+        self.rollbacks.append(Rollback(good, ranges(places)))
+        if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
+            _write_rollbacks(self._config.run_dir, self.rollbacks)
+
+    def look(
+        self,
+        step: int,
+        worker: Worker,
+        loader: TrainLoader,
+        recorder: Recorder,
+        settle: Callable[[], None],
+        not_finite: Callable[[], str],
+        saving: bool = False,
+    ) -> None:
         """Report the bad steps since the last look, up to `step`; here the host waits.
 
         All ranks call it. `settle` waits for a save in flight, so that all know what is newest
@@ -155,7 +170,7 @@ class Guard:
         self._flags.clear()
         numbers = self._bad(flags)
         tensor = not_finite() if saving or numbers else ""
-        if not numbers and not tensor:
+        if not (numbers or tensor):
             return
         settle()
         saved = checkpoints(self._config.run_dir)
@@ -167,14 +182,8 @@ class Guard:
             found = self._with_update(found, update)
         policy, why = self._config.on_bad_step, self._why_stop(good, found[-1])
         if policy == "rollback" and not why:
-            places = [place for bad in found for place in loader.positions(bad.step - 1)]
-            self.rollbacks.append(Rollback(good, ranges(places)))
-            if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
-                _write_rollbacks(self._config.run_dir, self.rollbacks)
-        if dist.get_rank() == 0:
-            for bad in found:
-                stops = why and (policy == "rollback" or bad is found[-1])
-                _record(bad, "stop" if stops else policy, loader, recorder)
+            self._leave_out(good, found, loader)
+        _record_all(found, policy, why, loader, recorder)
         if why:
             made = "nothing was saved since" if found[-1].tensor else "no update was made with it"
             raise ConfigError(f"{_what(found[-1])}; {made}, {why}")
@@ -267,23 +276,38 @@ def _what(bad: BadStep) -> str:
     return f"{what} at step {bad.step}" + ("" if bad.rank is None else f" on rank {bad.rank}")
 
 
+def _record_all(
+    found: list[BadStep], policy: str, why: str, loader: TrainLoader, recorder: Recorder
+) -> None:
+    """Write an event for each bad step, on rank 0; `why`: what ends the run, if anything."""
+    for bad in found if dist.get_rank() == 0 else ():
+        stops = why and (policy == "rollback" or bad is found[-1])
+        _record(bad, "stop" if stops else policy, loader, recorder)
+
+
 def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
     """A line in metrics.jsonl and one on the console."""
     shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
     samples = sorted(chain.from_iterable(shares))
     record = {
-        "event": "bad_step", "step": bad.step, "rank": bad.rank, "kind": bad.kind,
-        "action": action, "samples": samples,
-    } | ({"tensor": bad.tensor} if bad.tensor else {})  # fmt: skip
+        "event": "bad_step",
+        "step": bad.step,
+        "rank": bad.rank,
+        "kind": bad.kind,
+        "action": action,
+        "samples": samples,
+    } | ({"tensor": bad.tensor} if bad.tensor else {})
     done = {
-        "stop": "the run stops", "skip": "its update is left out",
+        "stop": "the run stops",
+        "skip": "its update is left out",
         "rollback": "its samples are left out from now on",
-    }[action]  # fmt: skip
+    }[action]
     recorder.event(record, f"{_what(bad)}: {done} ({len(samples)} samples, in metrics.jsonl)")
 
 
-def check_replicas(step: int, worker: Worker, optimizer: Optimizer, recorder: Recorder,
-                   run_dir: str) -> None:  # fmt: skip
+def check_replicas(
+    step: int, worker: Worker, optimizer: Optimizer, recorder: Recorder, run_dir: str
+) -> None:
     """Raise ConfigError, on every rank, if copies of weights or moments are not the same bits."""
     tensors: dict[str, Tensor] = dict(worker.parameters())
     for name, moments in optimizer.state().items():

@@ -97,9 +97,12 @@ def to_yaml(config: TrainConfig) -> str:
     """Return a configuration as YAML whose texts, `${…}` too, are read back as they are."""
     values = dataclasses.asdict(config)
     return yaml.dump(
-        values, Dumper=get_omega_conf_dumper(), sort_keys=False, allow_unicode=True,
+        values,
+        Dumper=get_omega_conf_dumper(),
+        sort_keys=False,
+        allow_unicode=True,
         default_flow_style=False,
-    )  # fmt: skip
+    )
 
 
 def _read_yaml(path: Path) -> Any:

@@ -64,8 +64,16 @@ class StatusFile:
             self._begun = True
         return before
 
-    def write(self, state: str, step: int, *, reason: str = "", rank: int = 0,
-              code: int | None = None, checkpoint: int | None = None) -> None:  # fmt: skip
+    def write(
+        self,
+        state: str,
+        step: int,
+        *,
+        reason: str = "",
+        rank: int = 0,
+        code: int | None = None,
+        checkpoint: int | None = None,
+    ) -> None:
         """Replace the file, unless a rank has said that it failed: the first one's word stands."""
         before = read_status(self._run_dir)
         if self._begun and before and before.state == "failed":
@@ -74,9 +82,20 @@ class StatusFile:
         if not attempts and before:
             from_step, attempts = before.from_step, before.attempts
         status = Status(
-            state, step, self._steps, checkpoint, reason, rank, code,
-            from_step, attempts, os.getpid(), socket.gethostname(), self._started, time.time(),
-        )  # fmt: skip
+            state,
+            step,
+            self._steps,
+            checkpoint,
+            reason,
+            rank,
+            code,
+            from_step,
+            attempts,
+            os.getpid(),
+            socket.gethostname(),
+            self._started,
+            time.time(),
+        )
         try:
             text = json.dumps(asdict(status), indent=1) + "\n"
             write_atomically(self._run_dir / "status.json", text)

@@ -31,25 +31,29 @@ log = logging.getLogger(__name__)
 LARGEST_EXPONENT = 700.0  # exp of more is no float64
 
 
-def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples: int = 0,
-             tokenizer: Tokenizer | None = None, beams: int = 1,
-             length_penalty: float = 1.0,
-             between: Callable[[], None] | None = None) -> dict[str, float]:  # fmt: skip
+def evaluate(
+    worker: Worker,
+    dataset: Dataset,
+    *,
+    micro_batch_size: int,
+    samples: int = 0,
+    tokenizer: Tokenizer | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    between: Callable[[], None] | None = None,
+) -> dict[str, float]:
     """Values of `samples` samples (0 = all), the same ones each time, on every rank the same.
 
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` (or
     `bits_per_token`, where the tokenizer loses characters) and `perplexity` per token. Images:
     `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100) of translations by `beams` beams
-    where a `tokenizer` is given. `micro_batch_size`: per rank. Where logits are NaN, so is each
-    value: their largest is none. `between` is called after each micro-batch, on all ranks alike;
-    what it raises ends it.
+    where a `tokenizer` is given. Where logits are NaN, so is each value: their largest is none.
+    `micro_batch_size`: per rank. `between` is called after each micro-batch, on all ranks alike.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
     translations: dict[int, str] = {}
-    batches = evaluation_batches(
-        dataset, micro_batch_size, worker.data_rank, worker.data_degree, samples,
-        pin_memory=worker.device.type == "cuda",
-    )  # fmt: skip
+    place, pinned = (worker.data_rank, worker.data_degree), worker.device.type == "cuda"
+    batches = evaluation_batches(dataset, micro_batch_size, *place, samples, pin_memory=pinned)
     with worker.evaluating():
         for batch in batches:
             inputs = worker.to_device(batch)
@@ -60,17 +64,21 @@ def evaluate(worker: Worker, dataset: Dataset, *, micro_batch_size: int, samples
                 between()
     nats, targets, right = worker.sum_over_data(totals).tolist()
     loss = nats / targets
-    values = {"eval_loss": loss}
-    family = transformer(worker).config.family
-    if family == "decoder":
-        values |= bits(loss, dataset)
-    if family == "encoder":
-        return values | {"accuracy": math.nan if math.isnan(loss) else right / targets}
-    values["perplexity"] = math.inf if loss > LARGEST_EXPONENT else math.exp(loss)
+    values = _values(transformer(worker).config.family, loss, right / targets, dataset)
     if tokenizer is not None:
         bleu = _bleu(worker, dataset, translations)
         values["bleu"] = math.nan if math.isnan(loss) else bleu
     return values
+
+
+def _values(family: str, loss: float, accuracy: float, dataset: Dataset) -> dict[str, float]:
+    """Return the loss, in nats, under the names and units of a family's task."""
+    values = {"eval_loss": loss}
+    if family == "encoder":
+        return values | {"accuracy": math.nan if math.isnan(loss) else accuracy}
+    if family == "decoder":
+        values |= bits(loss, dataset)
+    return values | {"perplexity": math.inf if loss > LARGEST_EXPONENT else math.exp(loss)}
 
 
 def bits(loss: float, dataset: Dataset) -> dict[str, float]:
@@ -89,15 +97,20 @@ def _totals(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack((nats.double(), count_valid(targets).double(), right.double()))
 
 
-def _translations(worker: Worker, inputs: Batch, tokenizer: Tokenizer, beams: int,
-                  length_penalty: float) -> dict[int, str]:  # fmt: skip
+def _translations(
+    worker: Worker, inputs: Batch, tokenizer: Tokenizer, beams: int, length_penalty: float
+) -> dict[int, str]:
     """What the model makes of each source of the micro-batch, by the sample's index."""
     sentences = translate(
-        worker, inputs["source"], inputs.get("source_valid"),
+        worker,
+        inputs["source"],
+        inputs.get("source_valid"),
         max_tokens=transformer(worker).config.max_positions,
-        bos_id=tokenizer.eot_id, eos_id=tokenizer.eot_id, beams=beams,
+        bos_id=tokenizer.eot_id,
+        eos_id=tokenizer.eot_id,
+        beams=beams,
         length_penalty=length_penalty,
-    )  # fmt: skip
+    )
     pairs = zip(inputs["index"].tolist(), sentences, strict=True)
     return {index: tokenizer.decode(ids) for index, ids in pairs if index >= 0}
 
@@ -132,11 +145,13 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     translates = reads.kind == "pairs"
     share = trained.batch_size // data_degree(trained.strategy)
     values = evaluate(
-        run.worker, open_split(reads, config.split),
+        run.worker,
+        open_split(reads, config.split),
         micro_batch_size=config.micro_batch_size or trained.micro_batch_size or share,
-        samples=config.samples, tokenizer=run.tokenizer() if translates else None,
+        samples=config.samples,
+        tokenizer=run.tokenizer() if translates else None,
         beams=config.beams,
-    )  # fmt: skip
+    )
     if runtime.rank == 0:
         console = Console()
         console.print(f"{config.run_dir}, {config.split} split:", soft_wrap=True, markup=False)

@@ -28,9 +28,17 @@ from trainer.model import DecodingCache
 TOP_CLASSES = 5  # shown for an image
 
 
-def sample(worker: Worker, prompt_ids: Sequence[int], *, max_tokens: int, eot_id: int,
-           temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-           seed: int = 0) -> list[int]:  # fmt: skip
+def sample(
+    worker: Worker,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    eot_id: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> list[int]:
     """The tokens that a decoder writes after the prompt, up to `eot_id`; the same on every rank.
 
     An empty prompt is the start of a document. Of a text longer than the model's positions the end
@@ -56,8 +64,9 @@ def sample(worker: Worker, prompt_ids: Sequence[int], *, max_tokens: int, eot_id
     return history[start:]
 
 
-def draw(logits_V: Tensor, temperature: float, top_k: int, top_p: float,
-         generator: torch.Generator) -> int:  # fmt: skip
+def draw(
+    logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
+) -> int:
     """One token at random, on the CPU: a generator there gives the same numbers everywhere.
 
     Raises ConfigError where the model has no opinion that is a number.
@@ -103,8 +112,15 @@ class Beams:
     candidates; one beam is greedy search.
     """
 
-    def __init__(self, sentences: int, beams: int, max_tokens: int, length_penalty: float,
-                 eos_id: int, device: torch.device):  # fmt: skip
+    def __init__(
+        self,
+        sentences: int,
+        beams: int,
+        max_tokens: int,
+        length_penalty: float,
+        eos_id: int,
+        device: torch.device,
+    ):
         self._eos_id, self._penalty, self._max_tokens = eos_id, length_penalty, max_tokens
         self._tokens_BKL = torch.zeros(sentences, beams, 0, dtype=torch.int64, device=device)
         # At first all beams are alike: only one of them may go on.
@@ -167,9 +183,17 @@ class Beams:
         ]
 
 
-def translate(worker: Worker, source_BT: Tensor, source_valid_BT: Tensor | None = None, *,
-              max_tokens: int, bos_id: int, eos_id: int, beams: int = 1,
-              length_penalty: float = 1.0) -> list[list[int]]:  # fmt: skip
+def translate(
+    worker: Worker,
+    source_BT: Tensor,
+    source_valid_BT: Tensor | None = None,
+    *,
+    max_tokens: int,
+    bos_id: int,
+    eos_id: int,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+) -> list[list[int]]:
     """Translations of at most `max_tokens` tokens (of which one ends it), by beam search.
 
     Every data rank calls it, each with sentences of its own, and stops with the last one.
@@ -216,9 +240,15 @@ def continue_text(config: GenerateConfig, run: TrainedRun) -> str:
     tokenizer = run.tokenizer()
     prompt_ids = tokenizer.encode(config.prompt)
     written = sample(
-        run.worker, prompt_ids, max_tokens=config.max_tokens, eot_id=tokenizer.eot_id,
-        temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, seed=config.seed,
-    )  # fmt: skip
+        run.worker,
+        prompt_ids,
+        max_tokens=config.max_tokens,
+        eot_id=tokenizer.eot_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        seed=config.seed,
+    )
     return tokenizer.decode([*prompt_ids, *written])
 
 
@@ -236,10 +266,15 @@ def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
         source_BT[row, : len(line_ids)] = torch.tensor(line_ids)
         source_valid_BT[row, : len(line_ids)] = True
     translations = translate(
-        run.worker, source_BT, source_valid_BT, max_tokens=config.max_tokens,
-        bos_id=tokenizer.eot_id, eos_id=tokenizer.eot_id, beams=config.beams,
+        run.worker,
+        source_BT,
+        source_valid_BT,
+        max_tokens=config.max_tokens,
+        bos_id=tokenizer.eot_id,
+        eos_id=tokenizer.eot_id,
+        beams=config.beams,
         length_penalty=config.length_penalty,
-    )  # fmt: skip
+    )
     return "\n".join(map(tokenizer.decode, translations))
 
 

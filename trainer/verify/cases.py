@@ -25,11 +25,16 @@ FAMILIES = {
         norm="layernorm", activation="gelu_tanh", positions="learned", bias=True
     ),
     "encoder (ViT)": ModelConfig(
-        family="encoder", norm="layernorm", activation="gelu", positions="learned", bias=True,
-        init="vit", pool="class_token",
+        family="encoder",
+        norm="layernorm",
+        activation="gelu",
+        positions="learned",
+        bias=True,
+        init="vit",
+        pool="class_token",
     ),
     "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
-}  # fmt: skip
+}
 STRATEGIES = {
     "ddp 2": StrategyConfig(replicate=2),
     "ddp 4": StrategyConfig(replicate=4),
@@ -125,12 +130,22 @@ def scale_down(
     two = model.family == "encoder_decoder"
     layers = max(2, math.ceil((stages + 1) / (2 if two else 1)))
     return replace(
-        model, layers=layers, encoder_layers=layers if two else 0,
-        width=width, heads=heads, kv_heads=heads // group, head_width=0,
+        model,
+        layers=layers,
+        encoder_layers=layers if two else 0,
+        width=width,
+        heads=heads,
+        kv_heads=heads // group,
+        head_width=0,
         ffn_width=_multiple(width * model.ffn_width / model.width, 8 * tensor if groups else 1),
-        vocab_size=61, max_positions=SEQ_LEN, dropout=0.1,
-        image_size=8, patch_size=2, channels=3, classes=7,
-    )  # fmt: skip
+        vocab_size=61,
+        max_positions=SEQ_LEN,
+        dropout=0.1,
+        image_size=8,
+        patch_size=2,
+        channels=3,
+        classes=7,
+    )
 
 
 # What is compressed, under each of these strategies.
@@ -218,10 +233,13 @@ def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressC
     encoder, last = model.encoder_layers, model.encoder_layers + model.layers - 1
     match = {min(pair[0], last): min(pair[1], last) for pair in compress.match}
     return replace(
-        compress, merge=min(compress.merge, 2), pool_after=min(compress.pool_after, 2),
-        group=8 if compress.group else 0, sparse_m=min(compress.sparse_m, 8),
+        compress,
+        merge=min(compress.merge, 2),
+        pool_after=min(compress.pool_after, 2),
+        group=8 if compress.group else 0,
+        sparse_m=min(compress.sparse_m, 8),
         match=[[i, j] for i, j in match.items() if (i < encoder) == (j < encoder)],
-    )  # fmt: skip
+    )
 
 
 def samples(strategy: StrategyConfig) -> int:

@@ -76,18 +76,20 @@ def _due_bytes(
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
     fsdp = isinstance(worker.model, FSDPModule)
     half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
-    return _reduced(worker, strategy, len(micro_batches)) + Counter({
-        ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
-        ("all_reduce", torch.float32): floats,
-        ("all_reduce", torch.bfloat16): moved.all_reduce,
-        ("all_gather", torch.bfloat16): moved.all_gather + half,
-        ("all_gather", torch.float32): full,
-        ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
-        ("reduce_scatter", torch.float32): full,
-        ("all_to_all", torch.bfloat16): moved.all_to_all,
-        ("send", torch.bfloat16): moved.send,
-        ("send", torch.float32): FLOAT_BYTES * tied,
-    })  # fmt: skip
+    return _reduced(worker, strategy, len(micro_batches)) + Counter(
+        {
+            ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
+            ("all_reduce", torch.float32): floats,
+            ("all_reduce", torch.bfloat16): moved.all_reduce,
+            ("all_gather", torch.bfloat16): moved.all_gather + half,
+            ("all_gather", torch.float32): full,
+            ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
+            ("reduce_scatter", torch.float32): full,
+            ("all_to_all", torch.bfloat16): moved.all_to_all,
+            ("send", torch.bfloat16): moved.send,
+            ("send", torch.float32): FLOAT_BYTES * tied,
+        }
+    )
 
 
 def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Counter:
@@ -95,12 +97,14 @@ def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Co
     dtype = reduce_dtype(strategy.reduce, torch.float32)
     due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
     gathered = torch.uint8 if strategy.reduce == "int8" else torch.bfloat16
-    return Counter({
-        ("all_reduce", dtype): due.all_reduce,
-        ("all_gather", gathered): due.all_gather,
-        ("reduce_scatter", dtype): due.reduce_scatter,
-        ("all_to_all", torch.uint8): due.all_to_all,
-    })  # fmt: skip
+    return Counter(
+        {
+            ("all_reduce", dtype): due.all_reduce,
+            ("all_gather", gathered): due.all_gather,
+            ("reduce_scatter", dtype): due.reduce_scatter,
+            ("all_to_all", torch.uint8): due.all_to_all,
+        }
+    )
 
 
 def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:
@@ -174,20 +178,26 @@ def _split_backwards(
     }
 
 
-def _sequences(model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch,
-               splits_backward: bool) -> list[SplitSequence]:  # fmt: skip
+def _sequences(
+    model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch, splits_backward: bool
+) -> list[SplitSequence]:
     """The sequences that flow through the layers of one stage."""
     sizes, family = _sizes(model, micro_batch), model.config.family
     last = int(blocks[-1]) == model.depth - 1
     found = []
     for stream, (count, length) in sizes.items():
         own = [model.blocks[name] for name in blocks if model.blocks[name].stream == stream]
-        found.append(SplitSequence(
-            count, length, branches=sum(2 + (b.cross_attention is not None) for b in own),
-            starts=int(blocks[0] == "0" and family != "encoder"),
-            ends=sum(b.turn_norm is not None for b in own) + (last and stream == list(sizes)[-1]),
-            backwards=2 if splits_backward else 1,
-        ))  # fmt: skip
+        found.append(
+            SplitSequence(
+                count,
+                length,
+                branches=sum(2 + (b.cross_attention is not None) for b in own),
+                starts=int(blocks[0] == "0" and family != "encoder"),
+                ends=sum(b.turn_norm is not None for b in own)
+                + (last and stream == list(sizes)[-1]),
+                backwards=2 if splits_backward else 1,
+            )
+        )
     return found
 
 
@@ -203,9 +213,12 @@ def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: Micro
         seen = [length] + ([sizes["source"][1]] if block.cross_attention is not None else [])
         for keys in seen:
             moved += context_bytes(
-                strategy.context_method, (count, queries, length, width),
-                (count, groups, keys, width), degree, COMPUTE_BYTES,
-            )  # fmt: skip
+                strategy.context_method,
+                (count, queries, length, width),
+                (count, groups, keys, width),
+                degree,
+                COMPUTE_BYTES,
+            )
     if config.family == "encoder" and model.head is not None:  # it pools the whole sequence
         count, length = sizes["source"]
         pooled = count * length * degree * config.width * COMPUTE_BYTES

@@ -89,9 +89,11 @@ def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
 
 
 def reference_loss(
-    model: Transformer, batch: dict[str, Tensor], teacher: Transformer | None,
+    model: Transformer,
+    batch: dict[str, Tensor],
+    teacher: Transformer | None,
     compress: CompressConfig,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The mean loss of a whole batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
     logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
@@ -103,9 +105,10 @@ def reference_loss(
         told, theirs = _looked_into(teacher, batch, [block for _, block in compress.match])
     said = told[valid] / temperature
     apart = functions.kl_div(
-        functions.log_softmax(logits[valid] / temperature, -1), functions.softmax(said, -1),
+        functions.log_softmax(logits[valid] / temperature, -1),
+        functions.softmax(said, -1),
         reduction="batchmean",
-    )  # fmt: skip
+    )
     weight = compress.distill_weight
     loss = (1 - weight) * loss + weight * temperature**2 * apart
     for (block, _), ours, his in zip(compress.match, made, theirs, strict=True):
@@ -162,8 +165,11 @@ def run_reference(
             {"params": [p], "weight_decay": OPTIM.weight_decay if decays(n, p) else 0.0}
             for n, p in names.items()
         ],
-        betas=(OPTIM.betas[0], OPTIM.betas[1]), eps=OPTIM.eps, foreach=False, fused=False,
-    )  # fmt: skip
+        betas=(OPTIM.betas[0], OPTIM.betas[1]),
+        eps=OPTIM.eps,
+        foreach=False,
+        fused=False,
+    )
     record = Record([], [], [], {})
     compression.settle(0, steps)
     for step in range(steps):
@@ -192,11 +198,16 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     if compression.distills:
         compression.teacher = drawn_teacher(config.model, config.seed).to(runtime.device)
     worker = parallel_model(
-        config.model, config.strategy, runtime, PRECISIONS["fp64"],
-        seed=config.seed, loss=LossConfig(LABEL_SMOOTHING),
-        activation_checkpointing=config.activation_checkpointing, compression=compression,
+        config.model,
+        config.strategy,
+        runtime,
+        PRECISIONS["fp64"],
+        seed=config.seed,
+        loss=LossConfig(LABEL_SMOOTHING),
+        activation_checkpointing=config.activation_checkpointing,
+        compression=compression,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
-    )  # fmt: skip
+    )
     optimizer = Optimizer(worker.parameters(), OPTIM)
     record = Record([], [], [], {})
     compression.settle(0, config.steps)

@@ -27,9 +27,13 @@ class _OwnPartOnly(DefaultReduceScatter):
     """A reduce-scatter that forgets the other ranks."""
 
     def __call__(
-        self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any,
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: Any,
+        op: Any,
         async_op: bool = False,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         parts = input_tensor.chunk(dist.get_world_size(group))
         output_tensor.copy_(parts[dist.get_rank(group)])
 
@@ -223,9 +227,12 @@ def _pipeline_of(worker: Worker) -> Pipeline:
 SPLIT_FAULTS = {
     fault.__name__: fault
     for fault in (
-        skip_input_gradient_sum, skip_output_sum, skip_sequence_gather, skip_vocabulary_mask
+        skip_input_gradient_sum,
+        skip_output_sum,
+        skip_sequence_gather,
+        skip_vocabulary_mask,
     )
-}  # fmt: skip
+}
 PIPELINE_FAULTS = {
     fault.__name__: fault for fault in (stale_stage_input, skip_tied_gradient_sum, local_loss_scale)
 }

@@ -34,9 +34,12 @@ def low_rank(runtime, strategy: StrategyConfig, steps: int) -> tuple[list, dict]
 
 def test_powersgd_is_the_power_method_on_the_sum(ranks):
     strategy = StrategyConfig(
-        replicate=2, reduce="powersgd", powersgd_rank=2, powersgd_start_step=1,
+        replicate=2,
+        reduce="powersgd",
+        powersgd_rank=2,
+        powersgd_start_step=1,
         bucket_mib=BUCKET_MIB,
-    )  # fmt: skip
+    )
     results = ranks.run(2, low_rank, strategy, STEPS + 1)
     compressed = 0
     for name in results[0][0][0][0]:

@@ -63,8 +63,10 @@ def test_int8_equals_a_plain_one_with_error_feedback_on_both_ways(ranks):
             own = [sum(shares[name] for shares in rank) for rank in results[0][step][1]]
             size = own[0].numel()
             padded = -(-size // (3 * 128)) * 128 * 3
-            own = [F.pad(g.flatten(), (0, padded - size)) + lost
-                   for g, lost in zip(own, sent_lost, strict=True)]  # fmt: skip
+            own = [
+                F.pad(g.flatten(), (0, padded - size)) + lost
+                for g, lost in zip(own, sent_lost, strict=True)
+            ]
             read = [torch.cat([in_8_bits(part) for part in g.chunk(3)]) for g in own]
             sent_lost = [g - r for g, r in zip(own, read, strict=True)]
             total = []
@@ -188,17 +190,25 @@ def split_of(config, state, step: int) -> list[dict]:
 KEEPING = {
     "int8": StrategyConfig(replicate=2, reduce="int8", bucket_mib=BUCKET_MIB),
     "powersgd": StrategyConfig(
-        replicate=2, reduce="powersgd", powersgd_rank=2, powersgd_start_step=1,
+        replicate=2,
+        reduce="powersgd",
+        powersgd_rank=2,
+        powersgd_start_step=1,
         bucket_mib=BUCKET_MIB,
     ),
-}  # fmt: skip
+}
 
 
 def job(folder, strategy: StrategyConfig) -> TrainConfig:
     return TrainConfig(
-        model=MODEL, strategy=strategy, precision="fp32", device="cpu", steps=4,
-        optim=OptimConfig(lr=1e-2, warmup_steps=0), run_dir=str(folder),
-    )  # fmt: skip
+        model=MODEL,
+        strategy=strategy,
+        precision="fp32",
+        device="cpu",
+        steps=4,
+        optim=OptimConfig(lr=1e-2, warmup_steps=0),
+        run_dir=str(folder),
+    )
 
 
 @pytest.mark.parametrize("name", KEEPING)

@@ -6,9 +6,20 @@ from parallel.health.heartbeat import Beat, Seen, judge, slow
 
 TIMEOUT, INTERVAL = 10.0, 1.0
 BEAT = Beat(
-    0, "a", 1, 0, step=7, progress=7, patience=TIMEOUT, collective="gloo:all_reduce #12",
-    waiting=True, place="trainer/loop.py:1 (take_step)", stack="", own_seconds=0.0, own_steps=0,
-)  # fmt: skip
+    0,
+    "a",
+    1,
+    0,
+    step=7,
+    progress=7,
+    patience=TIMEOUT,
+    collective="gloo:all_reduce #12",
+    waiting=True,
+    place="trainer/loop.py:1 (take_step)",
+    stack="",
+    own_seconds=0.0,
+    own_steps=0,
+)
 
 
 def at(now: float, silent: float = 0.5, stuck: float = 0.5, **changes) -> Seen:

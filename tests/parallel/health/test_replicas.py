@@ -78,11 +78,20 @@ def compared(runtime, strategy, family, name="", rank=0) -> list[tuple]:
 
 GPT, PAIRS = "decoder (GPT-2)", "encoder-decoder"
 AGREE = [
-    ("ddp 4", GPT), ("fsdp 4", GPT), ("hsdp 2×2", PAIRS), ("tensor 4", GPT),
-    ("tensor 2, whole sequences", PAIRS), ("ddp 2 × tensor 2", GPT), ("fsdp 2 × tensor 2", GPT),
-    ("pipeline 4", GPT), ("pipeline 2, zbv", GPT), ("ddp 2 × context 2", GPT),
-    ("context 2 × tensor 2", GPT), ("fsdp 2 × pipeline 2", GPT), ("tensor 2 × pipeline 2", PAIRS),
-]  # fmt: skip
+    ("ddp 4", GPT),
+    ("fsdp 4", GPT),
+    ("hsdp 2×2", PAIRS),
+    ("tensor 4", GPT),
+    ("tensor 2, whole sequences", PAIRS),
+    ("ddp 2 × tensor 2", GPT),
+    ("fsdp 2 × tensor 2", GPT),
+    ("pipeline 4", GPT),
+    ("pipeline 2, zbv", GPT),
+    ("ddp 2 × context 2", GPT),
+    ("context 2 × tensor 2", GPT),
+    ("fsdp 2 × pipeline 2", GPT),
+    ("tensor 2 × pipeline 2", PAIRS),
+]
 
 
 @pytest.mark.parametrize(("strategy", "family"), AGREE)

@@ -59,9 +59,12 @@ def watched(rank: int, world_size: int, port: int, folder: Path, work: Callable)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group(
-        "gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=world_size,
+        "gloo",
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
         timeout=timedelta(seconds=100),
-    )  # fmt: skip
+    )
     runtime = Runtime(rank, world_size, rank, world_size, torch.device("cpu"), store)
 
     def tell(reason: str, blamed: int, code: int) -> None:

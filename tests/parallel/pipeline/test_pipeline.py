@@ -7,8 +7,9 @@ from unittest import mock
 
 import pytest
 
+from parallel.pipeline.partition import cut, runs
 from parallel.pipeline.simulator import in_flight
-from parallel.pipeline.stages import Stage, cut, runs
+from parallel.pipeline.stages import Stage
 from parallel.pipeline.torch_schedules import actions
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model

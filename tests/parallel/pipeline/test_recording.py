@@ -60,11 +60,17 @@ def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, layout):
     world = world_size(strategy)
     config = TrainConfig(
         model=replace(tiny.LLAMA, layers=4, vocab_size=0, max_positions=0),
-        data=tiny.text_data(tmp_path / "data"), strategy=strategy,
-        eval=EvalConfig(every=0, samples=2, test=False), checkpoint=CheckpointConfig(every=0),
-        metrics=MetricsConfig(timeline=True, sample_tokens=0), device="cpu", steps=3,
-        batch_size=4 * strategy.replicate, micro_batch_size=1, run_dir=str(tmp_path / "run"),
-    )  # fmt: skip
+        data=tiny.text_data(tmp_path / "data"),
+        strategy=strategy,
+        eval=EvalConfig(every=0, samples=2, test=False),
+        checkpoint=CheckpointConfig(every=0),
+        metrics=MetricsConfig(timeline=True, sample_tokens=0),
+        device="cpu",
+        steps=3,
+        batch_size=4 * strategy.replicate,
+        micro_batch_size=1,
+        run_dir=str(tmp_path / "run"),
+    )
     results = ranks.run(world, drawn, training(config, world))
     assert [len(seen) for seen, _ in results] == [1] + [0] * (world - 1)
     assert [recorded for _, recorded in results] == [1] * world
@@ -79,8 +85,11 @@ def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, layout):
         assert all(before.end <= after.start for before, after in pairwise(own))
     assert min(span.start for span in spans) == 0
     assert 0 < bubble(spans) < 1
-    ended = {(s.stage, "F" if s.kind == "F" else "B", s.micro_batch): s.end
-             for s in spans if s.kind != "W"}  # fmt: skip
+    ended = {
+        (s.stage, "F" if s.kind == "F" else "B", s.micro_batch): s.end
+        for s in spans
+        if s.kind != "W"
+    }
     last = max(span.stage for span in spans)
     for span in spans:
         if span.kind == "F" and span.stage:
@@ -96,11 +105,13 @@ def test_ranks_of_one_host_share_its_clock():
     first = [Span(0, 0, "F", 0, 2.0, 3.0)]
     second = [Span(1, 1, "F", 0, 4.0, 5.0)]
     assert merged([("a", 100.0, first), ("a", 101.0, second)]) == [
-        Span(0, 0, "F", 0, 0.0, 1.0), Span(1, 1, "F", 0, 3.0, 4.0),
-    ]  # fmt: skip
+        Span(0, 0, "F", 0, 0.0, 1.0),
+        Span(1, 1, "F", 0, 3.0, 4.0),
+    ]
     assert merged([("a", 100.0, first), ("b", 5000.0, second)]) == [
-        Span(0, 0, "F", 0, 0.0, 1.0), Span(1, 1, "F", 0, 2.0, 3.0),
-    ]  # fmt: skip
+        Span(0, 0, "F", 0, 0.0, 1.0),
+        Span(1, 1, "F", 0, 2.0, 3.0),
+    ]
 
 
 def test_a_second_piece_prolongs_a_span():

@@ -133,9 +133,17 @@ def test_a_simulation_by_hand():
     lists[1] += [Action(1, "W", 0), Action(1, "W", 1)]
     spans = {f"{s.stage}{s.kind}{s.micro_batch}": (s.start, s.end) for s in simulate(lists)}
     assert spans == {
-        "0F0": (0, 1), "0F1": (1, 2), "1F0": (1, 2), "1I0": (2, 3), "0B0": (3, 5), "1F1": (3, 4),
-        "1I1": (4, 5), "0B1": (5, 7), "1W0": (5, 6), "1W1": (6, 7),
-    }  # fmt: skip
+        "0F0": (0, 1),
+        "0F1": (1, 2),
+        "1F0": (1, 2),
+        "1I0": (2, 3),
+        "0B0": (3, 5),
+        "1F1": (3, 4),
+        "1I1": (4, 5),
+        "0B1": (5, 7),
+        "1W0": (5, 6),
+        "1W1": (6, 7),
+    }
     assert bubble(simulate(lists)) == 2 / 14
 
     late = [span._replace(start=span.start + 9, end=span.end + 9) for span in simulate(lists)]

@@ -35,10 +35,15 @@ def written(folder, step=7, file=FILE, shape=(4, 6), eval_loss=None):
     digest = hashlib.sha256(CONTENT).hexdigest()
     chunks = tuple(Chunk((begin, 0), (2, 6), file) for begin in (0, 2))
     manifest = Manifest(
-        run="abc", step=step, layout={"ranks": 2}, config={"seed": 0, "lr": 0.1 + 0.2}, data="d",
-        eval_loss=eval_loss, tensors={"model.w": TensorEntry("F32", shape, chunks)},
+        run="abc",
+        step=step,
+        layout={"ranks": 2},
+        config={"seed": 0, "lr": 0.1 + 0.2},
+        data="d",
+        eval_loss=eval_loss,
+        tensors={"model.w": TensorEntry("F32", shape, chunks)},
         files={file: FileEntry(len(CONTENT), digest)},
-    )  # fmt: skip
+    )
     write_manifest(folder, manifest)
     return manifest
 
@@ -103,14 +108,31 @@ def test_links_are_not_followed(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"files": []}, {"step": "many"}, {"tensors": {"w": 3}}, {"config": None},
+        {"files": []},
+        {"step": "many"},
+        {"tensors": {"w": 3}},
+        {"config": None},
         {"tensors": {"w": {"dtype": "F32", "shape": [4], "chunks": []}}},
-        {"tensors": {"w": {"dtype": "F32", "shape": [2], "chunks": [
-            {"offsets": [1], "sizes": [2], "file": FILE}]}}},
-        {"tensors": {"w": {"dtype": "F32", "shape": [2], "chunks": [
-            {"offsets": [0], "sizes": [2], "file": "other"}]}}},
+        {
+            "tensors": {
+                "w": {
+                    "dtype": "F32",
+                    "shape": [2],
+                    "chunks": [{"offsets": [1], "sizes": [2], "file": FILE}],
+                }
+            }
+        },
+        {
+            "tensors": {
+                "w": {
+                    "dtype": "F32",
+                    "shape": [2],
+                    "chunks": [{"offsets": [0], "sizes": [2], "file": "other"}],
+                }
+            }
+        },
     ],
-)  # fmt: skip
+)
 def test_a_manifest_of_another_shape_is_refused(tmp_path, changes):
     written(tmp_path / "a")
     sealed(tmp_path / "a", **changes)

@@ -169,11 +169,12 @@ def other_run(runtime, folder) -> list:
     config = run_in(folder)
     changed = replace(config, seed=3, model=replace(config.model, layers=9))
     return [
-        resumed(runtime, config, "other")[1], resumed(runtime, changed)[1],
+        resumed(runtime, config, "other")[1],
+        resumed(runtime, changed)[1],
         resumed(runtime, config, "data")[0],
         resumed(runtime, replace(config, seed=3, resume_changed=["seed"]), "data"),
         resumed(runtime, replace(config, resume_changed=["data"]), "other"),
-    ]  # fmt: skip
+    ]
 
 
 def test_other_data_and_another_config_are_refused(ranks, tmp_path):
@@ -195,10 +196,13 @@ def changed_run(runtime, folder) -> list[list[str]]:
     batch = {"batch_size": 64, "resume_changed": ["batch_size"]}
     state.tokens.fill_(900)
     changes = [
-        {}, {"steps": 4000}, {"optim": OptimConfig(lr=2e-3)},
-        {"optim": OptimConfig(schedule="constant")}, batch,
+        {},
+        {"steps": 4000},
+        {"optim": OptimConfig(lr=2e-3)},
+        {"optim": OptimConfig(schedule="constant")},
+        batch,
         batch | {"optim": OptimConfig(lr=2e-3)},
-    ]  # fmt: skip
+    ]
     return [heard_from(runtime, replace(config, **change)) for change in changes]
 
 

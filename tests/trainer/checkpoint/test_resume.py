@@ -49,15 +49,22 @@ def config(tmp_path_factory) -> TrainConfig:
     folder = tmp_path_factory.mktemp("resume")
     play = files("trainer.data") / "bundled" / "shakespeare" / "valid.txt"
     (folder / "play.txt").write_text(play.read_text()[:15_000])
-    data = DataConfig(path=str(folder / "play.txt"), vocab_size=300, seq_len=16,
-                      cache=str(folder / "cache"))  # fmt: skip
+    data = DataConfig(
+        path=str(folder / "play.txt"), vocab_size=300, seq_len=16, cache=str(folder / "cache")
+    )
     draft = TrainConfig(
-        data=data, model=ModelConfig(layers=2, width=16, heads=4, ffn_width=32, dropout=0.1),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=EvalConfig(every=0, samples=8, test=False),
+        data=data,
+        model=ModelConfig(layers=2, width=16, heads=4, ffn_width=32, dropout=0.1),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        eval=EvalConfig(every=0, samples=8, test=False),
         checkpoint=CheckpointConfig(every=0, keep=0),
         metrics=MetricsConfig(every=1, sample_tokens=0),
-        precision="fp64", device="cpu", steps=STEPS, batch_size=12, micro_batch_size=3,
-    )  # fmt: skip
+        precision="fp64",
+        device="cpu",
+        steps=STEPS,
+        batch_size=12,
+        micro_batch_size=3,
+    )
     return complete(draft, prepare(data))
 
 
@@ -193,15 +200,27 @@ def part(runtime, config: TrainConfig, stop_after: int) -> list[tuple[int, list[
 @pytest.mark.parametrize(
     "chain",
     [
-        [StrategyConfig(replicate=4), StrategyConfig(shard=2), StrategyConfig(),
-         StrategyConfig(shard=3)],
-        [StrategyConfig(shard=2, tensor=2), StrategyConfig(pipeline=2), StrategyConfig(),
-         StrategyConfig(replicate=3)],
-        [StrategyConfig(replicate=4), StrategyConfig(tensor=2, pipeline=2), StrategyConfig(),
-         StrategyConfig(tensor=3, sequence_parallel=False)],
+        [
+            StrategyConfig(replicate=4),
+            StrategyConfig(shard=2),
+            StrategyConfig(),
+            StrategyConfig(shard=3),
+        ],
+        [
+            StrategyConfig(shard=2, tensor=2),
+            StrategyConfig(pipeline=2),
+            StrategyConfig(),
+            StrategyConfig(replicate=3),
+        ],
+        [
+            StrategyConfig(replicate=4),
+            StrategyConfig(tensor=2, pipeline=2),
+            StrategyConfig(),
+            StrategyConfig(tensor=3, sequence_parallel=False),
+        ],
     ],
     ids=["4→2→1→3", "fsdp 2 × tensor 2→pipeline 2→single→ddp 3", "ddp 4→tensor 2 × pipeline 2→…"],
-)  # fmt: skip
+)
 def test_a_run_moves_through_the_world(ranks, config, tmp_path, chain):
     """Each part is killed one step behind its checkpoint, which the next goes on from."""
     config = replace(config, steps=8, checkpoint=CheckpointConfig(every=2))
@@ -232,9 +251,13 @@ def test_a_run_moves_through_the_world(ranks, config, tmp_path, chain):
 def test_a_run_moves_through_batch_sizes(ranks, config, tmp_path, sizes):
     """Each part is killed one step behind its checkpoint, which the next goes on from."""
     config = replace(
-        config, steps=8, checkpoint=CheckpointConfig(every=2), run_dir=str(tmp_path),
-        resume_changed=["batch_size"], micro_batch_size=2,
-    )  # fmt: skip
+        config,
+        steps=8,
+        checkpoint=CheckpointConfig(every=2),
+        run_dir=str(tmp_path),
+        resume_changed=["batch_size"],
+        micro_batch_size=2,
+    )
     kept: dict[int, list[int]] = {}
     layouts = [StrategyConfig(), StrategyConfig(shard=2), StrategyConfig(replicate=2)]
     for number, (batch_size, strategy) in enumerate(zip(sizes, layouts, strict=True)):

@@ -252,9 +252,11 @@ def test_newest_best_and_every_nth_are_kept_over_a_restart(ranks, tmp_path):
 def test_saves_that_are_seldom_measured_are_told():
     def warning(saved, measured, best=True):
         return module.seldom_best(
-            TrainConfig(checkpoint=CheckpointConfig(every=saved, keep_best=best),
-                        eval=EvalConfig(every=measured))
-        )  # fmt: skip
+            TrainConfig(
+                checkpoint=CheckpointConfig(every=saved, keep_best=best),
+                eval=EvalConfig(every=measured),
+            )
+        )
 
     told = warning(100, 30)
     assert "every 300th step; set eval.every=10 or checkpoint.every=90" in told
@@ -303,8 +305,12 @@ def order(runtime, folder) -> list[str]:
 
 def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(ranks, tmp_path):
     assert ranks.run(1, order, tmp_path)[0] == [
-        "sync .safetensors", "sync .json", "sync .partial", ".partial -> step-00000000", "sync ",
-    ]  # fmt: skip
+        "sync .safetensors",
+        "sync .json",
+        "sync .partial",
+        ".partial -> step-00000000",
+        "sync ",
+    ]
 
 
 def grace(runtime, folder) -> list[str]:
@@ -354,8 +360,11 @@ def any_tensor(runtime, folder) -> None:
     whole = {f"{dtype}": torch.randint(0, 2, (3, 5)).to(dtype) for dtype in DTYPES}
     whole |= {f"none {dtype}": torch.tensor(1).to(dtype) for dtype in DTYPES}
     layouts = [
-        (Shard(0), Shard(0)), (Shard(0), Shard(1)), (Shard(1), Replicate()), (Replicate(),) * 2,
-    ]  # fmt: skip
+        (Shard(0), Shard(0)),
+        (Shard(0), Shard(1)),
+        (Shard(1), Replicate()),
+        (Replicate(),) * 2,
+    ]
 
     def spread(values: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
         found = {}

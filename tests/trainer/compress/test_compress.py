@@ -260,29 +260,40 @@ BAD = {
     "set compress.pool_after=3 or less": (CompressConfig(pool_after=4), IMAGES, {}),
     "leaves none of model.layers=4 to work on pooled tokens, as many blocks in front of them as "
     "behind; set compress.pool_after=1": (
-        CompressConfig(pool_after=2), replace(DECODER, layers=4), {},
+        CompressConfig(pool_after=2),
+        replace(DECODER, layers=4),
+        {},
     ),
     "set compress.pool_stride=16 or less": (
-        CompressConfig(pool_after=1, pool_stride=17), replace(DECODER, layers=4, max_positions=16),
+        CompressConfig(pool_after=1, pool_stride=17),
+        replace(DECODER, layers=4, max_positions=16),
         {},
     ),
     "set compress.pool_stride=4 or less": (
-        CompressConfig(pool_after=1, pool_stride=5), IMAGES, {},
+        CompressConfig(pool_after=1, pool_stride=5),
+        IMAGES,
+        {},
     ),
     "set one of them to 0": (CompressConfig(pool_after=1, drop=0.5), IMAGES, {}),
     "set compress.drop=0": (CompressConfig(drop=0.5), TRANSLATOR, {}),
     "set strategy.context=1, or compress.merge=0": (
-        CompressConfig(merge=1), IMAGES, {"context": 2},
+        CompressConfig(merge=1),
+        IMAGES,
+        {"context": 2},
     ),
     "compress.group=48 does not divide the inputs of model.width=128 and 4 heads of 32 and "
     "model.ffn_width=512; try compress.group=32": (
-        CompressConfig(bits=4, group=48), IMAGES, {},
+        CompressConfig(bits=4, group=48),
+        IMAGES,
+        {},
     ),
     "on each of strategy.tensor=4 ranks; try compress.group=32": (
-        CompressConfig(bits=4, group=64), IMAGES, {"tensor": 4},
+        CompressConfig(bits=4, group=64),
+        IMAGES,
+        {"tensor": 4},
     ),
     "set compress.sparse_n=2, or 0": (CompressConfig(sparse_n=4), IMAGES, {}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -31,9 +31,14 @@ def runs(runtime, tmp_path_factory):
     model = replace(tiny.CLASSIFIER, patch_size=2, layers=3)
     for name, asked in (("plain", CompressConfig()), ("small", compress)):
         config = TrainConfig(
-            model=model, data=tiny.image_data(folder), precision="fp32", device="cpu",
-            batch_size=4, run_dir=str(folder / name), compress=asked,
-        )  # fmt: skip
+            model=model,
+            data=tiny.image_data(folder),
+            precision="fp32",
+            device="cpu",
+            batch_size=4,
+            run_dir=str(folder / name),
+            compress=asked,
+        )
         config = training(config, 1)
         tiny.save(config, start(config, runtime))
         line = {"step": 1, "split": "test", "eval_loss": 1.5, "accuracy": 0.25}
@@ -93,9 +98,13 @@ def test_what_cannot_be_compared(runtime, runs, tmp_path):
         comparing(CompressReportConfig(small, plain), 2)
     model = replace(tiny.CLASSIFIER, patch_size=2)
     config = TrainConfig(
-        model=model, data=tiny.image_data(tmp_path / "data"), precision="fp32", device="cpu",
-        batch_size=4, run_dir=str(tmp_path / "other"),
-    )  # fmt: skip
+        model=model,
+        data=tiny.image_data(tmp_path / "data"),
+        precision="fp32",
+        device="cpu",
+        batch_size=4,
+        run_dir=str(tmp_path / "other"),
+    )
     config = training(config, 1)
     tiny.save(config, start(config, runtime))
     with pytest.raises(ConfigError, match="has learned from other data"):

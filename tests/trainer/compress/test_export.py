@@ -94,9 +94,14 @@ def test_integer_kernels_compute_what_was_trained():
 def trained_run(folder: Path, runtime, compress: CompressConfig) -> TrainConfig:
     """A run of an image classifier with a checkpoint of its initial weights."""
     config = TrainConfig(
-        model=tiny.CLASSIFIER, data=tiny.image_data(folder), precision="fp32", device="cpu",
-        batch_size=4, run_dir=str(folder / "run"), compress=compress,
-    )  # fmt: skip
+        model=tiny.CLASSIFIER,
+        data=tiny.image_data(folder),
+        precision="fp32",
+        device="cpu",
+        batch_size=4,
+        run_dir=str(folder / "run"),
+        compress=compress,
+    )
     config = tiny.training(config, runtime.world_size)
     tiny.save(config, start(config, runtime))
     return config
@@ -171,9 +176,14 @@ def test_a_run_begins_with_the_weights_of_another(ranks, runs, tmp_path, layout)
     compress, run_dir, small, _ = runs
     strategy, config = LAYOUTS[layout], load_config(run_dir)
     other = replace(
-        config, seed=5, compress=CompressConfig(), strategy=strategy, init_from=run_dir,
-        micro_batch_size=0, run_dir=str(tmp_path / "new"),
-    )  # fmt: skip
+        config,
+        seed=5,
+        compress=CompressConfig(),
+        strategy=strategy,
+        init_from=run_dir,
+        micro_batch_size=0,
+        run_dir=str(tmp_path / "new"),
+    )
     other = tiny.training(other, world_size(strategy))
     theirs = ranks.run(1, begun, config)[0]
     ours = ranks.run(world_size(strategy), begun, other)[0]
@@ -206,9 +216,11 @@ def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
     _, run_dir, _, _ = runs
     config = load_config(run_dir)
     wider = replace(
-        config, model=replace(config.model, ffn_width=48, layers=3), init_from=run_dir,
+        config,
+        model=replace(config.model, ffn_width=48, layers=3),
+        init_from=run_dir,
         run_dir=str(tmp_path / "new"),
-    )  # fmt: skip
+    )
     with pytest.raises(ConfigError) as raised:
         tiny.training(wider, 1)
     assert raised.value.problems == [

@@ -29,9 +29,16 @@ from trainer.nn.layers import Linear
 from trainer.verify.cases import make_batch, samples, split
 
 MODEL = ModelConfig(
-    layers=2, width=64, heads=4, kv_heads=2, ffn_width=96, vocab_size=61, max_positions=12,
-    norm="layernorm", bias=True,
-)  # fmt: skip
+    layers=2,
+    width=64,
+    heads=4,
+    kv_heads=2,
+    ffn_width=96,
+    vocab_size=61,
+    max_positions=12,
+    norm="layernorm",
+    bias=True,
+)
 LAYERS = MODEL.layers * 7  # of attention, and of a gated feed-forward layer
 TOKENS = 13  # no multiple of 16, as the kernels want it
 
@@ -99,9 +106,15 @@ def test_a_tokens_numbers_do_not_follow_from_its_neighbours():
 
 def job(strategy: StrategyConfig, precision: str = "fp8", **changes) -> TrainConfig:
     return TrainConfig(
-        model=MODEL, strategy=strategy, precision=precision, device="cpu", steps=20,
-        optim=OptimConfig(lr=3e-3, warmup_steps=0), run_dir="none", **changes,
-    )  # fmt: skip
+        model=MODEL,
+        strategy=strategy,
+        precision=precision,
+        device="cpu",
+        steps=20,
+        optim=OptimConfig(lr=3e-3, warmup_steps=0),
+        run_dir="none",
+        **changes,
+    )
 
 
 def trained(runtime, config: TrainConfig, steps: int) -> tuple[list[float], int]:

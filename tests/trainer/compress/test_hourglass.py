@@ -65,9 +65,10 @@ def test_groups_are_shifted_means_and_every_position_gets_the_newest(stride):
         for j, group in enumerate(flow[0][b]):
             last = j * stride
             members = [
-                i for i in range(max(0, last - stride + 1), last + 1)
+                i
+                for i in range(max(0, last - stride + 1), last + 1)
                 if documents[b, i] == documents[b, last]
-            ]  # fmt: skip
+            ]
             torch.testing.assert_close(group, x[b, members].mean(0))
     long, nothing, _ = Lengthen(stride)((flow[0], x, None), behind, True, {})
     assert nothing is None

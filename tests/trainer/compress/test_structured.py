@@ -120,9 +120,14 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     with process_group("cpu", Ranks.alone()) as runtime:
         config = TrainConfig(
-            model=tiny.CLASSIFIER, data=tiny.image_data(folder), precision="fp64", device="cpu",
-            batch_size=4, run_dir=str(folder / "run"), compress=HALF,
-        )  # fmt: skip
+            model=tiny.CLASSIFIER,
+            data=tiny.image_data(folder),
+            precision="fp64",
+            device="cpu",
+            batch_size=4,
+            run_dir=str(folder / "run"),
+            compress=HALF,
+        )
         config = tiny.training(config, 1)
         state = start(config, runtime)
         state.compression.settle(1, 1)
@@ -168,25 +173,31 @@ def test_what_is_exported_is_smaller_and_says_the_same(ranks, runs, layout):
 VIT = ModelConfig(family="encoder", width=128, heads=4, ffn_width=512, image_size=28, patch_size=7)
 BAD = {
     "compress.prune_heads=0.1 of 4 heads is 0: set compress.prune_heads=0.25, or 0": (
-        CompressConfig(prune_heads=0.1), VIT,
+        CompressConfig(prune_heads=0.1),
+        VIT,
     ),
     "compress.prune_heads=0.5 of 1 key/value heads is 0: set compress.prune_heads=0": (
-        CompressConfig(prune_heads=0.5), replace(VIT, kv_heads=1),
+        CompressConfig(prune_heads=0.5),
+        replace(VIT, kv_heads=1),
     ),
     "set compress.prune_end=0.4 or more": (
-        CompressConfig(prune_ffn=0.5, prune_start=0.4, prune_end=0.2), VIT,
+        CompressConfig(prune_ffn=0.5, prune_start=0.4, prune_end=0.2),
+        VIT,
     ),
     "would have new neighbours in compress.group=32; set compress.group=0": (
-        CompressConfig(prune_ffn=0.5, bits=4, group=32), VIT,
+        CompressConfig(prune_ffn=0.5, bits=4, group=32),
+        VIT,
     ),
     "would have new neighbours in compress.sparse_m=4; set compress.sparse_n=0": (
-        CompressConfig(prune_ffn=0.5, sparse_n=2), VIT,
+        CompressConfig(prune_ffn=0.5, sparse_n=2),
+        VIT,
     ),
     "compress.group=64 does not divide the 32 inputs of a head that compress.prune_heads removes; "
     "set compress.group=32": (
-        CompressConfig(prune_heads=0.5, bits=4, group=64), VIT,
+        CompressConfig(prune_heads=0.5, bits=4, group=64),
+        VIT,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("message", BAD)

@@ -68,13 +68,20 @@ def test_the_same_labels_in_another_form(tmp_path, name):
 
 def test_names_of_arrays(tmp_path):
     np.savez(
-        tmp_path / "own.npz", Train_Images=PIXELS, train_labels=LABELS, X_val=PIXELS, Y_val=LABELS,
-        x_train_mean=np.zeros(3), ids=LABELS, classes=np.array(["ä", "b", "c"]).astype("U"),
-    )  # fmt: skip
+        tmp_path / "own.npz",
+        Train_Images=PIXELS,
+        train_labels=LABELS,
+        X_val=PIXELS,
+        Y_val=LABELS,
+        x_train_mean=np.zeros(3),
+        ids=LABELS,
+        classes=np.array(["ä", "b", "c"]).astype("U"),
+    )
     found = read_archive(DataConfig(path="own.npz"), tmp_path / "own.npz")
     assert list(found.tables) == ["train", "valid"] and set(found.left_out) == {
-        "x_train_mean", "ids",
-    }  # fmt: skip
+        "x_train_mean",
+        "ids",
+    }
     assert found.tables["train"].class_names == ("ä", "b", "c")
     named = read(tmp_path, classes=np.array(["ä", "b", "c"], "U").astype(object).astype("U"))
     encoded = read(tmp_path, classes=np.char.encode(["ä", "b", "c"], "utf-8"))
@@ -104,11 +111,13 @@ REFUSED = [
     ({"y_train": HOLED}, r"labels up to 10000 for 12 images; .*number them anew"),
     ({"classes": np.array(["a", "b"])}, r"y_train holds 0 to 2; labels must be .*from 0 to 1"),
     ({"classes": np.array(["a", "b", "a"])}, r"names a class twice"),
-    ({"y_train": LABELLED["words"], "x_test": PIXELS, "y_test": LABELS},
-     r"labels of train are words, those of test numbers"),
+    (
+        {"y_train": LABELLED["words"], "x_test": PIXELS, "y_test": LABELS},
+        r"labels of train are words, those of test numbers",
+    ),
     ({"X_train": PIXELS}, r"x_train and X_train, which are both of the train split"),
     ({"x_test": PIXELS / 255, "y_test": LABELS}, r"x_test is float64 from 0 to 1; .*alike in all"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arrays, message", REFUSED)

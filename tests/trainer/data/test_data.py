@@ -232,9 +232,12 @@ def hugging_face(tmp_path, monkeypatch):
             file.parent.mkdir(exist_ok=True)
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return DataConfig(
-            kind=kind, path=f"hf:{tmp_path / 'set'}", seq_len=40, vocab_size=270,
+            kind=kind,
+            path=f"hf:{tmp_path / 'set'}",
+            seq_len=40,
+            vocab_size=270,
             cache=str(tmp_path / "cache"),
-        )  # fmt: skip
+        )
 
     return write
 

@@ -78,31 +78,44 @@ SPELLED = {
 }
 
 
-@pytest.mark.parametrize("split, name", [(s, n) for s, names in SPELLED.items()
-                                         for n in names.split()])  # fmt: skip
+@pytest.mark.parametrize(
+    "split, name", [(s, n) for s, names in SPELLED.items() for n in names.split()]
+)
 def test_names_of_splits(split, name):
     assert split_of(name) == split
 
 
-@pytest.mark.parametrize("names", [
-    "train-00000-of-00002.txt validation-00000-of-00001.txt test-00000-of-00001.txt",
-    "Training.txt DEV.txt Testing.TXT", "x.train.txt x.eval.txt x.test.txt",
-    "train_1__a.txt val__deep__b.txt Test-Set__c.txt", "my/train.txt my/valid.txt my/test.txt",
-    "train.dat valid.en test.raw",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names",
+    [
+        "train-00000-of-00002.txt validation-00000-of-00001.txt test-00000-of-00001.txt",
+        "Training.txt DEV.txt Testing.TXT",
+        "x.train.txt x.eval.txt x.test.txt",
+        "train_1__a.txt val__deep__b.txt Test-Set__c.txt",
+        "my/train.txt my/valid.txt my/test.txt",
+        "train.dat valid.en test.raw",
+    ],
+)
 def test_text_is_split_by_the_usual_spellings(tmp_path, names):
     first, second, third = (name.replace("/", "__") for name in names.split())
-    config = write(tmp_path / "d", **{first: text_of("AA"), second: text_of("BB"),
-                                      third: text_of("CC")})  # fmt: skip
+    config = write(
+        tmp_path / "d", **{first: text_of("AA"), second: text_of("BB"), third: text_of("CC")}
+    )
     facts = data.prepare(config)
     assert marks_in(config) == {"train": {"AA"}, "valid": {"BB"}, "test": {"CC"}}
     shown = table(facts)
     assert all(name.rpartition("/")[2] in shown for name in names.replace("__", "/").split())
 
 
-@pytest.mark.parametrize("train, test", [
-    ("Training", "Testing"), ("train_set", "TEST"), ("x-train", "x-test"), ("train", "tst"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, test",
+    [
+        ("Training", "Testing"),
+        ("train_set", "TEST"),
+        ("x-train", "x-test"),
+        ("train", "tst"),
+    ],
+)
 def test_images_are_split_by_the_usual_spellings(tmp_path, train, test):
     paint(tmp_path / "d" / train, *CLASSES, mark=1)
     paint(tmp_path / "d" / test, *CLASSES, mark=2)
@@ -124,11 +137,15 @@ def test_shards_of_images_are_one_split(tmp_path):
 # ---- two readings
 
 TWO_READINGS = [
-    ("bus.md", "car.md", "train.md"), ("a.txt", "b.txt", "test.txt"), ("notes.txt", "x__dev.txt"),
-    ("book.txt", "train__part.txt"), ("a__x.txt", "training_set__x.txt"),
-    ("mytrain.txt", "mydev.txt", "mytest.txt"), ("trains.txt", "tests.txt"),
+    ("bus.md", "car.md", "train.md"),
+    ("a.txt", "b.txt", "test.txt"),
+    ("notes.txt", "x__dev.txt"),
+    ("book.txt", "train__part.txt"),
+    ("a__x.txt", "training_set__x.txt"),
+    ("mytrain.txt", "mydev.txt", "mytest.txt"),
+    ("trains.txt", "tests.txt"),
     ("books_train_en.txt", "books_test_en.txt", "other.txt"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("names", TWO_READINGS)
@@ -170,18 +187,44 @@ def test_a_class_that_holds_class_folders_is_refused(tmp_path, outer):
 
 
 def test_hidden_and_foreign_files_are_no_text(tmp_path):
-    config = write(tmp_path / "d", **{
-        "train.txt": text_of("AA"), "valid.txt": text_of("BB"), "test.txt": text_of("CC"),
-        **dict.fromkeys((".ipynb_checkpoints__train.txt", "_-MACOSX__train.txt",
-                         "train.txt.bak", "train.txt~", ".train.txt.swp", "#train.txt#",
-                         "README.md", "notes.txt", "train.jsonl"), text_of("DD")),
-    })  # fmt: skip
+    config = write(
+        tmp_path / "d",
+        **{
+            "train.txt": text_of("AA"),
+            "valid.txt": text_of("BB"),
+            "test.txt": text_of("CC"),
+            **dict.fromkeys(
+                (
+                    ".ipynb_checkpoints__train.txt",
+                    "_-MACOSX__train.txt",
+                    "train.txt.bak",
+                    "train.txt~",
+                    ".train.txt.swp",
+                    "#train.txt#",
+                    "README.md",
+                    "notes.txt",
+                    "train.jsonl",
+                ),
+                text_of("DD"),
+            ),
+        },
+    )
     (tmp_path / "d/_-MACOSX").rename(tmp_path / "d/__MACOSX")
     (tmp_path / "d/gone.txt").symlink_to(tmp_path / "nowhere")
     facts = data.prepare(config)
     assert marks_in(config) == {"train": {"AA"}, "valid": {"BB"}, "test": {"CC"}}
-    left = {".ipynb_checkpoints", "__MACOSX", "train.txt.bak", "train.txt~", ".train.txt.swp",
-            "#train.txt#", "README.md", "notes.txt", "train.jsonl", "gone.txt"}  # fmt: skip
+    left = {
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "train.txt.bak",
+        "train.txt~",
+        ".train.txt.swp",
+        "#train.txt#",
+        "README.md",
+        "notes.txt",
+        "train.jsonl",
+        "gone.txt",
+    }
     assert facts.left_out.keys() == left
     assert "not read: " in table(facts) and "hidden" in table(facts)
 
@@ -200,9 +243,14 @@ def test_hidden_and_foreign_files_are_no_images(tmp_path):
     assert facts.class_names == CLASSES and sum(facts.samples.values()) == 24
     assert all(first_pixels(config, split) == {1} for split in facts.splits)
     assert facts.left_out.keys() == {
-        ".ipynb_checkpoints", "__MACOSX", "empty", "bus/.ipynb_checkpoints", "bus/._0.png",
-        "car/Thumbs.db", "car/notes.txt",
-    }  # fmt: skip
+        ".ipynb_checkpoints",
+        "__MACOSX",
+        "empty",
+        "bus/.ipynb_checkpoints",
+        "bus/._0.png",
+        "car/Thumbs.db",
+        "car/notes.txt",
+    }
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "train.txt.gz", "train.csv", "train.parquet"])
@@ -229,10 +277,18 @@ def test_a_folder_is_data_whatever_its_name(tmp_path, kind):
 
 
 def test_what_lies_around_a_wrapper_is_said(tmp_path):
-    config = write(tmp_path / "d", **{
-        "LICENSE": "x", "notes.pdf": "x", "empty.txt": "", "in__train.txt": text_of("AA"),
-        "README.md": text_of("DD"), "in__test.txt": text_of("BB"), "in__.DS_Store": "x",
-    })  # fmt: skip
+    config = write(
+        tmp_path / "d",
+        **{
+            "LICENSE": "x",
+            "notes.pdf": "x",
+            "empty.txt": "",
+            "in__train.txt": text_of("AA"),
+            "README.md": text_of("DD"),
+            "in__test.txt": text_of("BB"),
+            "in__.DS_Store": "x",
+        },
+    )
     facts = data.prepare(config)
     left = {"LICENSE", "notes.pdf", "README.md", "in/.DS_Store"}
     assert facts.left_out.keys() == left | {"empty.txt"} and "in/" in table(facts)
@@ -345,16 +401,23 @@ def test_loops_of_links_in_class_folders(tmp_path):
 
 ENCODED = [
     ("utf-16", "UTF-16; convert it, `iconv -f utf-16 -t utf-8`"),
-    ("utf-16-le", "`iconv -f utf-16le -t utf-8`"), ("utf-16-be", "`iconv -f utf-16be"),
-    ("utf-32", "`iconv -f utf-32 -t"), ("utf-32-le", "`iconv -f utf-32le"),
-    ("latin1", "is not UTF-8 at byte .*`iconv -f latin1"), ("cp1252", "`iconv -f cp1252"),
-]  # fmt: skip
+    ("utf-16-le", "`iconv -f utf-16le -t utf-8`"),
+    ("utf-16-be", "`iconv -f utf-16be"),
+    ("utf-32", "`iconv -f utf-32 -t"),
+    ("utf-32-le", "`iconv -f utf-32le"),
+    ("latin1", "is not UTF-8 at byte .*`iconv -f latin1"),
+    ("cp1252", "`iconv -f cp1252"),
+]
 RUSSIAN = "Мороз и солнце; день чудесный! Ещё ты дремлешь, друг прелестный; пора, проснись.\n"
 JAPANESE = "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n"
 CHINESE = "话说天下大势,分久必合,合久必分。周末七国分争,并入于秦。\n"
-SCRIPTS = [("cp1251", "cp1251", RUSSIAN), ("koi8-r", "koi8-r", RUSSIAN),
-           ("shift_jis", "cp932", JAPANESE), ("euc-jp", "euc-jp", JAPANESE),
-           ("gb18030", "gb18030", CHINESE)]  # fmt: skip
+SCRIPTS = [
+    ("cp1251", "cp1251", RUSSIAN),
+    ("koi8-r", "koi8-r", RUSSIAN),
+    ("shift_jis", "cp932", JAPANESE),
+    ("euc-jp", "euc-jp", JAPANESE),
+    ("gb18030", "gb18030", CHINESE),
+]
 
 
 @pytest.mark.parametrize("encoding, named, text", SCRIPTS)

@@ -23,9 +23,13 @@ def config(tmp_path, monkeypatch):
 
     def of(kind, **settings):
         return DataConfig(
-            kind=kind, path=f"hf:{tmp_path / 'set'}", seq_len=40, vocab_size=270,
-            cache=str(tmp_path / "cache"), **settings,
-        )  # fmt: skip
+            kind=kind,
+            path=f"hf:{tmp_path / 'set'}",
+            seq_len=40,
+            vocab_size=270,
+            cache=str(tmp_path / "cache"),
+            **settings,
+        )
 
     return of
 

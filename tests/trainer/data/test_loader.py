@@ -130,9 +130,17 @@ def learned(dataset: Dataset, parts: list[tuple[int, int]], **options) -> list[i
     step = first = 0
     for count, batch_size in parts:
         loader = TrainLoader(
-            dataset, 3, batch_size, 0, 1, 2, first_step=step, first_sample=first,
-            order_batch_size=parts[0][1], **options,
-        )  # fmt: skip
+            dataset,
+            3,
+            batch_size,
+            0,
+            1,
+            2,
+            first_step=step,
+            first_sample=first,
+            order_batch_size=parts[0][1],
+            **options,
+        )
         for number in range(count):
             found += [i for rank in (0, 1) for i in loader.sample_ids(step + number, rank)]
         read = joined(next(loader))[:, 0].tolist()
@@ -143,9 +151,11 @@ def learned(dataset: Dataset, parts: list[tuple[int, int]], **options) -> list[i
 
 
 CHANGES = {
-    "16 to 64": [(10, 16), (26, 64)], "64 to 16": [(10, 64), (60, 16)],
-    "16 to 24": [(7, 16), (70, 24)], "up and down": [(5, 16), (9, 64), (3, 6), (20, 16), (30, 40)],
-}  # fmt: skip
+    "16 to 64": [(10, 16), (26, 64)],
+    "64 to 16": [(10, 64), (60, 16)],
+    "16 to 24": [(7, 16), (70, 24)],
+    "up and down": [(5, 16), (9, 64), (3, 6), (20, 16), (30, 40)],
+}
 
 
 @pytest.mark.parametrize("left_out", [set(), {(200, 216), (64, 128), (1500, 1516)}])
@@ -322,6 +332,8 @@ def test_samples_of_like_length_share_a_batch():
     assert abs(np.corrcoef(np.arange(100), batches.mean(axis=1))[0, 1]) < 0.3
     again = Order(4, 1000, lengths, batch_size=10)
     assert [again(i) for i in range(990, 2000)] == [order(i) for i in range(990, 2000)]
-    first, second = ({frozenset(e[i : i + 10]) for i in range(0, 1000, 10)} for e in (
-        [i for _, i in epoch], [order(1000 + i)[1] for i in range(1000)]))  # fmt: skip
+    first, second = (
+        {frozenset(e[i : i + 10]) for i in range(0, 1000, 10)}
+        for e in ([i for _, i in epoch], [order(1000 + i)[1] for i in range(1000)])
+    )
     assert len(first & second) < 5

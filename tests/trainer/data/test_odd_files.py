@@ -81,9 +81,12 @@ def test_labels_that_are_no_class_are_refused(tmp_path, label):
 
 HEADER = b"\x93NUMPY\x01\x00\x76\x00"
 HEADERS = (
-    "{'descr': ", "(", "{'descr': '|u1', 'fortran_order': False, 'shape': (2**70,), }", "[]",
+    "{'descr': ",
+    "(",
+    "{'descr': '|u1', 'fortran_order': False, 'shape': (2**70,), }",
+    "[]",
     "{'descr': '|u1', 'fortran_order': False, 'shape': (9999999999999,), }",
-)  # fmt: skip
+)
 MEMBERS = [b"", b"text", *(HEADER + text.encode().ljust(118) for text in HEADERS)]
 
 
@@ -98,10 +101,17 @@ def test_members_that_are_no_arrays(tmp_path, content):
         read_archive(DataConfig(kind="images", path=str(path)), path)
 
 
-@pytest.mark.parametrize("bits, code, photometric", [
-    (16, "<u2", 1), (16, "<u2", 0), (16, ">u2", 1),
-    (12, "packed", 1), (8, "<u1", 0), (4, "packed", 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, code, photometric",
+    [
+        (16, "<u2", 1),
+        (16, "<u2", 0),
+        (16, ">u2", 1),
+        (12, "packed", 1),
+        (8, "<u1", 0),
+        (4, "packed", 0),
+    ],
+)
 def test_the_numbers_of_a_tiff_have_its_range(bits, code, photometric):
     top = (1 << bits) - 1
     numbers = np.rint(GREY[3] * (top / 255)).astype(int)
@@ -130,18 +140,35 @@ def test_a_pgm_has_the_range_that_it_says(magic, top):
         assert abs(pixels_of(image, 1)[..., 0].astype(int) - GREY[2]).max() <= 1
 
 
-@pytest.mark.parametrize("name, split", [
-    ("data.val", "valid"), ("x.test", "test"), ("book.train", "train"), ("train.test", "train"),
-    ("train and test.txt", None), ("notes.txt", None), ("test.en", "test"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("data.val", "valid"),
+        ("x.test", "test"),
+        ("book.train", "train"),
+        ("train.test", "train"),
+        ("train and test.txt", None),
+        ("notes.txt", None),
+        ("test.en", "test"),
+    ],
+)
 def test_what_is_behind_a_dot_counts_if_nothing_else_does(name, split):
     assert split_of(name) == split
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a\udc80b", "\ud800"])
 def test_names_that_are_no_utf8_are_written_down(tmp_path, name):
-    facts = DataFacts("images", name, 0, 2, 8, 1, (name, "x"), left_out={name: "hidden"},
-                      splits={"train": SplitFacts(sources=(name,), samples=1)})  # fmt: skip
+    facts = DataFacts(
+        "images",
+        name,
+        0,
+        2,
+        8,
+        1,
+        (name, "x"),
+        left_out={name: "hidden"},
+        splits={"train": SplitFacts(sources=(name,), samples=1)},
+    )
     write_record(tmp_path, facts)
     assert read_record(tmp_path) == facts
     assert ascii(name).strip("'") in (tmp_path / "data.txt").read_text()
@@ -155,11 +182,16 @@ def prepared(folder, name, content, **settings):
     return config, data.prepare(config)
 
 
-@pytest.mark.parametrize("text, note", [
-    (WORDS.replace("\n", "\r\n"), "40 carriage returns"),
-    (WORDS.replace("\n", "\r"), "40 carriage returns"),
-    (WORDS + "\x1b$B", "1 control characters"), (WORDS, ""), (WORDS + "\t\x0c\u2028é", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, note",
+    [
+        (WORDS.replace("\n", "\r\n"), "40 carriage returns"),
+        (WORDS.replace("\n", "\r"), "40 carriage returns"),
+        (WORDS + "\x1b$B", "1 control characters"),
+        (WORDS, ""),
+        (WORDS + "\t\x0c\u2028é", ""),
+    ],
+)
 def test_rare_characters_are_said(tmp_path, text, note):
     _, facts = prepared(tmp_path, "book.txt", text)
     assert any(note in said for said in facts.notes) if note else not facts.notes
@@ -185,10 +217,17 @@ def test_what_tells_of_texts_is_none(tmp_path, name):
     assert data.prepare(config).left_out == {}  # there is nothing else
 
 
-@pytest.mark.parametrize("first, said", [
-    ("source\ttarget", True), ("en\tde", True), ("sentence_en\tsentence_de", True),
-    ("English\tGerman", True), ("the lamp\tdie Lampe", False), ("input\tEingabe", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "first, said",
+    [
+        ("source\ttarget", True),
+        ("en\tde", True),
+        ("sentence_en\tsentence_de", True),
+        ("English\tGerman", True),
+        ("the lamp\tdie Lampe", False),
+        ("input\tEingabe", False),
+    ],
+)
 def test_a_header_is_said(tmp_path, first, said):
     lines = f"{first}\n" + "turn on the lamp\tmach die Lampe an\n" * 30
     _, facts = prepared(tmp_path, "train.tsv", lines, kind="pairs", seq_len=60)

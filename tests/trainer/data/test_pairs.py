@@ -150,6 +150,9 @@ def test_the_vocabulary_holds_both_languages(corpus):
     config = corpus(train=["cat\tKatze"] * 9 + LINES, valid=LINES, test=LINES)
     data.prepare(config)
     tokenizer = data.open_tokenizer(config)
-    longest = [max(len(tokenizer.decode([i])) for i in tokenizer.encode(side))
-               for line in LINES[:50] for side in line.split("\t")]  # fmt: skip
+    longest = [
+        max(len(tokenizer.decode([i])) for i in tokenizer.encode(side))
+        for line in LINES[:50]
+        for side in line.split("\t")
+    ]
     assert np.mean(longest) > 2  # merges serve sources and targets alike

@@ -15,13 +15,22 @@ from trainer.tasks.generate import read_image
 
 SIDE = 4
 ONE_ROW = {  # a mode, a colour of it, what the decoded pixel is
-    "1": (1, 255), "L": (7, 7), "LA": ((7, 0), 255), "P": (0, (0, 0, 0)),
-    "RGB": ((1, 2, 3), (1, 2, 3)), "RGBA": ((1, 2, 3, 0), (255, 255, 255)),
-    "RGBa": ((0, 0, 0, 0), (255, 255, 255)), "RGBX": ((1, 2, 3, 4), (1, 2, 3)),
-    "CMYK": ((0, 0, 0, 255), (0, 0, 0)), "YCbCr": ((99, 128, 128), (99, 99, 99)),
-    "HSV": ((0, 0, 200), (200, 200, 200)), "I;16": (32896, 128), "I;16B": (32896, 128),
-    "I;16L": (32896, 128), "I;16N": (32896, 128),
-}  # fmt: skip
+    "1": (1, 255),
+    "L": (7, 7),
+    "LA": ((7, 0), 255),
+    "P": (0, (0, 0, 0)),
+    "RGB": ((1, 2, 3), (1, 2, 3)),
+    "RGBA": ((1, 2, 3, 0), (255, 255, 255)),
+    "RGBa": ((0, 0, 0, 0), (255, 255, 255)),
+    "RGBX": ((1, 2, 3, 4), (1, 2, 3)),
+    "CMYK": ((0, 0, 0, 255), (0, 0, 0)),
+    "YCbCr": ((99, 128, 128), (99, 99, 99)),
+    "HSV": ((0, 0, 200), (200, 200, 200)),
+    "I;16": (32896, 128),
+    "I;16B": (32896, 128),
+    "I;16L": (32896, 128),
+    "I;16N": (32896, 128),
+}
 
 
 def png(depth: int, colour: int, row: bytes, clear: bytes = b"") -> bytes:
@@ -84,9 +93,11 @@ CLEAR = {
     "grey of 4 bits": (png(4, 0, bytes([0x5A]), struct.pack(">H", 5)), [255], [170]),
     "grey of 2 bits": (png(2, 0, bytes([0b01100000]), struct.pack(">H", 1)), [255], [170]),
     "colour": (
-        png(8, 2, bytes([7, 8, 9, 1, 2, 3]), struct.pack(">HHH", 7, 8, 9)), [255] * 3, [1, 2, 3]
+        png(8, 2, bytes([7, 8, 9, 1, 2, 3]), struct.pack(">HHH", 7, 8, 9)),
+        [255] * 3,
+        [1, 2, 3],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CLEAR)
@@ -103,8 +114,10 @@ def test_a_transparent_colour_that_pillow_cannot_tell_is_refused():
 
 def test_half_transparent_is_between_itself_and_white():
     assert pixels_of(Image.new("RGBA", (1, 1), (0, 100, 255, 51)), 3).ravel().tolist() == [
-        204, 224, 255,
-    ]  # fmt: skip
+        204,
+        224,
+        255,
+    ]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([10, 20, 30])
     assert pixels_of(palette, 3).ravel().tolist() == [10, 20, 30]

@@ -250,8 +250,9 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
     assert "has classes for 2 of 3 here" in caplog.text
 
 
-@pytest.mark.parametrize("key, value", [("norm_eps", 1.0), ("rope_theta", 100.0),
-                                        ("rope_scaling", 8.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value", [("norm_eps", 1.0), ("rope_theta", 100.0), ("rope_scaling", 8.0)]
+)
 def test_keys_that_change_the_function_are_named(text_run, tmp_path, caplog, key, value):
     training(begun_from(text_run, tmp_path, model=replace(text_run.model, **{key: value})), 1)
     assert f"model.{key}=" in caplog.text and "another function" in caplog.text

@@ -68,9 +68,7 @@ def test_a_split_shorter_than_a_window_is_padded(corpus):
     assert len(dataset) == 1
     sample = dataset.sample(0, None)
     padding = 50 - len(ids)
-    assert sample["tokens"].tolist() == [
-        tokenizer.eot_id, *ids[:-1], *[tokenizer.pad_id] * padding
-    ]  # fmt: skip
+    assert sample["tokens"].tolist() == [tokenizer.eot_id, *ids[:-1], *[tokenizer.pad_id] * padding]
     assert sample["targets"].tolist() == [*ids, *[-100] * padding]
 
 

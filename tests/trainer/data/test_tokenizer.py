@@ -146,9 +146,12 @@ def word_level(unk="[UNK]", known=WORDS, **parts) -> tokenizers.Tokenizer:
 
 
 def metaspace() -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(tokenizers.models.Unigram([("<unk>", 0.0), ("▁", -1.0)] + [
-        (c, -2.0) for c in sorted(set("".join(WORDS)))
-    ], unk_id=0))  # fmt: skip
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.Unigram(
+            [("<unk>", 0.0), ("▁", -1.0)] + [(c, -2.0) for c in sorted(set("".join(WORDS)))],
+            unk_id=0,
+        )
+    )
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     backend.decoder = tokenizers.decoders.Metaspace()
     return backend
@@ -163,15 +166,20 @@ LOSSY = {
     "line ends": (word_level(), "when shall\nwe meet"),
     "lower case": (word_level(normalizer=tokenizers.normalizers.Lowercase()), "When shall we"),
     "accents": (
-        word_level(known=["cafe"], normalizer=tokenizers.normalizers.Sequence([
-            tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()])),
+        word_level(
+            known=["cafe"],
+            normalizer=tokenizers.normalizers.Sequence(
+                [tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()]
+            ),
+        ),
         "café",
     ),
     "no byte alphabet": (metaspace(), "when shall 日本"),
     "order": (
-        word_level(known=["ab", "ba"], normalizer=tokenizers.normalizers.Replace("ab", "ba")), "ab"
+        word_level(known=["ab", "ba"], normalizer=tokenizers.normalizers.Replace("ab", "ba")),
+        "ab",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", LOSSY)
@@ -203,9 +211,11 @@ def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, 
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 50))
     word_level(known=WORDS[:8]).save(str(tmp_path / "own.json"))
     config = DataConfig(
-        path=str(tmp_path / "text.txt"), tokenizer=str(tmp_path / "own.json"), seq_len=16,
+        path=str(tmp_path / "text.txt"),
+        tokenizer=str(tmp_path / "own.json"),
+        seq_len=16,
         cache=str(tmp_path / "cache"),
-    )  # fmt: skip
+    )
     facts = data.prepare(config)
     assert facts.splits["train"].lost > 500
     assert "bits per token are reported instead" in caplog.text
@@ -215,10 +225,14 @@ def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, 
     assert list(bits(2.0, dataset)) == ["bits_per_character"]
 
 
-@pytest.mark.parametrize("backend", [
-    word_level(unk=None), tokenizers.Tokenizer(tokenizers.models.WordPiece({"when": 0})),
-    tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0)])),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "backend",
+    [
+        word_level(unk=None),
+        tokenizers.Tokenizer(tokenizers.models.WordPiece({"when": 0})),
+        tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0)])),
+    ],
+)
 def test_a_tokenizer_without_an_unknown_token_is_one_message(tmp_path, backend):
     backend.save(str(tmp_path / "own.json"))
     with pytest.raises(ConfigError, match=r"data\.tokenizer.*unknown token"):

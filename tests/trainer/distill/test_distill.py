@@ -55,7 +55,7 @@ def test_the_divergence_is_torchs(shape, temperature):
             (row / temperature).log_softmax(0), (answer / temperature).softmax(0), reduction="sum"
         )
         for row, answer in zip(theirs[valid], said[valid], strict=True)
-    )  # fmt: skip
+    )
     found = divergence_sum(ours.requires_grad_(), said, targets, temperature)
     found.backward()
     due.backward()
@@ -77,11 +77,18 @@ def taught(ranks, tmp_path_factory) -> TrainConfig:
     data = tiny.text_data(folder / "data")
     teacher = ranks.run(1, made, folder, TEACHER, data)[0]
     return TrainConfig(
-        data=data, model=STUDENT, precision="fp64", device="cpu", batch_size=4, steps=3,
-        compress=CompressConfig(teacher=teacher.run_dir), optim=OptimConfig(lr=1e-2),
+        data=data,
+        model=STUDENT,
+        precision="fp64",
+        device="cpu",
+        batch_size=4,
+        steps=3,
+        compress=CompressConfig(teacher=teacher.run_dir),
+        optim=OptimConfig(lr=1e-2),
         eval=EvalConfig(every=0, samples=4, test=False),
-        metrics=MetricsConfig(every=1, sample_tokens=0), run_dir=str(folder / "student"),
-    )  # fmt: skip
+        metrics=MetricsConfig(every=1, sample_tokens=0),
+        run_dir=str(folder / "student"),
+    )
 
 
 def made(runtime: Runtime, folder: Path, model: ModelConfig, data) -> TrainConfig:
@@ -179,8 +186,9 @@ def test_states_apart_are_a_mean_over_pairs_of_valid_positions():
     due = 0.0
     for row, places in enumerate((range(5), range(3))):
         pairs = [(i, j) for i in places for j in places]
-        sides = [[F.cosine_similarity(x[row, i], x[row, j], 0) for i, j in pairs] for x in
-                 (ours, theirs)]  # fmt: skip
+        sides = [
+            [F.cosine_similarity(x[row, i], x[row, j], 0) for i, j in pairs] for x in (ours, theirs)
+        ]
         gaps = [(one - other) ** 2 for one, other in zip(*sides, strict=True)]
         due = due + targets[row] * sum(gaps) / len(gaps)
     leaf = ours.requires_grad_()
@@ -204,8 +212,13 @@ def matched(ranks, taught) -> TrainConfig:
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_states_are_matched_alike_under_every_layout(ranks, matched, axis):
     one = losses(ranks, matched, f"one-{axis}")
-    two = losses(ranks, matched, f"two-{axis}", strategy=StrategyConfig(**{axis: 2}),
-                 activation_checkpointing="block")  # fmt: skip
+    two = losses(
+        ranks,
+        matched,
+        f"two-{axis}",
+        strategy=StrategyConfig(**{axis: 2}),
+        activation_checkpointing="block",
+    )
     assert two == pytest.approx(one, rel=1e-10)
     alone = replace(matched.compress, match=[])
     apart = losses(ranks, matched, f"alone-{axis}", compress=alone)
@@ -279,8 +292,9 @@ def test_states_are_matched_with_those_of_the_same_positions():
     other = replace(images, model=replace(tiny.CLASSIFIER, patch_size=2, pool="class_token"))
     found = teacher_problems(images, other)
     assert [problem.split("set ")[-1].split(",")[0] for problem in found[:2]] == [
-        "model.patch_size=2", "model.pool=class_token",
-    ]  # fmt: skip
+        "model.patch_size=2",
+        "model.pool=class_token",
+    ]
     assert found[2].endswith("has 2 blocks; try compress.match=[[0, 1]]")
 
 

@@ -76,9 +76,14 @@ def keep(ranks, teacher: TrainConfig, name: str, k: int = K, **degrees) -> Path:
     to = Path(teacher.run_dir).with_name(name)
     if not to.exists():
         config = TeachConfig(
-            teacher.run_dir, str(to), k, StrategyConfig(**degrees), precision="fp64", device="cpu",
+            teacher.run_dir,
+            str(to),
+            k,
+            StrategyConfig(**degrees),
+            precision="fp64",
+            device="cpu",
             micro_batch_size=3,
-        )  # fmt: skip
+        )
         ranks.run(world_size(config.strategy), asked, config)
     return to
 
@@ -87,12 +92,19 @@ def student(teacher: TrainConfig, folder: Path, name: str, **changes) -> TrainCo
     """A run of four steps, which learns from what is kept in a folder, or from a run."""
     kind = teacher.data.kind
     config = TrainConfig(
-        data=teacher.data, model=replace(teacher.model, **KINDS[kind][2]), precision="fp64",
-        device="cpu", batch_size=4, steps=4, compress=CompressConfig(teacher=str(folder)),
-        optim=OptimConfig(lr=1e-2), eval=EvalConfig(every=0, samples=4, test=False),
+        data=teacher.data,
+        model=replace(teacher.model, **KINDS[kind][2]),
+        precision="fp64",
+        device="cpu",
+        batch_size=4,
+        steps=4,
+        compress=CompressConfig(teacher=str(folder)),
+        optim=OptimConfig(lr=1e-2),
+        eval=EvalConfig(every=0, samples=4, test=False),
         metrics=MetricsConfig(every=1, sample_tokens=0),
-        run_dir=str(Path(teacher.run_dir).with_name(name)), micro_batch_size=1,
-    )  # fmt: skip
+        run_dir=str(Path(teacher.run_dir).with_name(name)),
+        micro_batch_size=1,
+    )
     return replace(config, **changes)
 
 
@@ -229,16 +241,20 @@ def test_what_the_answers_are_not_about_is_one_message(folder, tmp_path):
     own = str(folder / "tokenizer.json")
     other = replace(here, data=replace(here.data, path=str(tmp_path / "data"), tokenizer=own))
     assert f"about other samples than those of data.path={tmp_path}/data" in tiny.no_teacher(other)
-    pairs = replace(here, data=tiny.pairs_data(tmp_path / "pairs"),
-                    model=replace(tiny.TRANSLATOR, vocab_size=280))  # fmt: skip
+    pairs = replace(
+        here,
+        data=tiny.pairs_data(tmp_path / "pairs"),
+        model=replace(tiny.TRANSLATOR, vocab_size=280),
+    )
     assert "about data.kind=text, but data.kind=pairs here" in tiny.no_teacher(pairs)
 
 
 def test_images_that_move_are_not_the_ones_that_were_answered(folder):
     facts = replace(Answers(folder).facts, kind="images", classes=7)
     compress = CompressConfig(teacher="answers")
-    config = TrainConfig(data=DataConfig("images"), compress=compress, model=replace(
-        tiny.CLASSIFIER, classes=7))  # fmt: skip
+    config = TrainConfig(
+        data=DataConfig("images"), compress=compress, model=replace(tiny.CLASSIFIER, classes=7)
+    )
     (message,) = answers_problems(config, facts)
     assert "data.augment=true moves them; set data.augment=false" in message
     config.data.augment = False
@@ -311,9 +327,13 @@ def test_the_door(folder, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "teach.py"), "device=cpu"]
     command += [f"run_dir={folder.with_name('run')}", f"to={tmp_path / 'kept'}", f"k={K}"]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, cwd=tmp_path,
+        command,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     count = Answers(folder).facts.samples
     assert f"answers: {tmp_path / 'kept'}, {count} samples, " in done.stdout

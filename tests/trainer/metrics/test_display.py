@@ -76,9 +76,15 @@ def panel(display: Display, console: Console) -> str:
 
 
 RECORD = {
-    "step": 20, "loss": 3.2144, "grad_norm": 0.812, "lr": 1e-3, "tokens_per_second": 12_345.6,
-    "memory_gib": 1.204, "data_wait_share": 0.002, "mfu": 0.412,
-}  # fmt: skip
+    "step": 20,
+    "loss": 3.2144,
+    "grad_norm": 0.812,
+    "lr": 1e-3,
+    "tokens_per_second": 12_345.6,
+    "memory_gib": 1.204,
+    "data_wait_share": 0.002,
+    "mfu": 0.412,
+}
 
 
 def test_what_the_panel_tells() -> None:
@@ -95,9 +101,17 @@ def test_what_the_panel_tells() -> None:
     display.evaluation(20, "valid", {"eval_loss": 3.4, "perplexity": 29.96})
     text = panel(display, console)
     for told in (
-        "23/120", "19 %  eta 2:30", "3.214  █ ▁▅▃", "norm 0.81  lr 1.0e-03", "12.3k tok/s",
-        "mfu 41 %", "data wait 0.2 %", "1.20 GiB", "step 10", "valid: loss 3.4  perplexity 29.96",
-    ):  # fmt: skip
+        "23/120",
+        "19 %  eta 2:30",
+        "3.214  █ ▁▅▃",
+        "norm 0.81  lr 1.0e-03",
+        "12.3k tok/s",
+        "mfu 41 %",
+        "data wait 0.2 %",
+        "1.20 GiB",
+        "step 10",
+        "valid: loss 3.4  perplexity 29.96",
+    ):
         assert told in text, told
     assert max(map(len, panel(display, Console(width=34)).splitlines())) == 34
     resumed = Display(console, 120, "tok")

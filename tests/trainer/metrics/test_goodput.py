@@ -50,9 +50,13 @@ def test_every_second_has_one_name(tmp_path: Path) -> None:
     clock.seconds += 7  # what has no name
     values = meter.close()
     assert kinds(meter) == {
-        "restart": 13.0, "useful": 9.0, "data_wait": 3.0, "evaluation": 5.0, "save": 5.0,
+        "restart": 13.0,
+        "useful": 9.0,
+        "data_wait": 3.0,
+        "evaluation": 5.0,
+        "save": 5.0,
         "other": 7.0,
-    }  # fmt: skip
+    }
     assert values["total_seconds"] == clock.seconds - 50.0
     assert sum(values[f"{kind}_share"] for kind in KINDS) == pytest.approx(1, abs=1e-4)
     assert values["useful_share"] == pytest.approx(9 / 42, abs=1e-4)

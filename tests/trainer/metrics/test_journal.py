@@ -55,8 +55,13 @@ def test_starts_and_saves_are_lines(tmp_path: Path) -> None:
     found = lines(tmp_path)
     kept = [(line["event"], line["step"], line.get("start")) for line in found]
     # Every start is told, however far the run went back; a save only if the run still has it.
-    assert kept == [("start", 0, 1), ("save", 4, None), ("start", 6, 2), ("start", 4, 3),
-                    ("save", 8, None)]  # fmt: skip
+    assert kept == [
+        ("start", 0, 1),
+        ("save", 4, None),
+        ("start", 6, 2),
+        ("start", 4, 3),
+        ("save", 8, None),
+    ]
     assert found[0]["ranks"] == 2 and found[0]["time"] > 1.7e9
 
 

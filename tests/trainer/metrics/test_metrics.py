@@ -33,8 +33,12 @@ def test_rates_are_those_since_the_last_line_without_pauses(tmp_path: Path) -> N
     assert (second["step_seconds"], second["tokens_per_second"]) == (0.5, 200.0)
     assert second["data_wait_share"] == 0.25
     assert {k: second[k] for k in ("step", "loss", "grad_norm", "lr", "tokens")} == {
-        "step": 6, "loss": 2.5, "grad_norm": 0.5, "lr": 1e-4, "tokens": 600
-    }  # fmt: skip
+        "step": 6,
+        "loss": 2.5,
+        "grad_norm": 0.5,
+        "lr": 1e-4,
+        "tokens": 600,
+    }
     assert 0.01 < second["memory_gib"] < 100
     assert "mfu" not in second  # the CPU's peak is not known
 
@@ -163,9 +167,13 @@ def test_goodput_is_the_last_line_of_a_run(tmp_path: Path) -> None:
     assert (line["step"], line["event"], line["total_seconds"]) == (3, "goodput", 50.0)
     seconds = {k.removesuffix("_seconds"): s for k, s in line.items() if k.endswith("_seconds")}
     assert {k: s for k, s in seconds.items() if s} == {
-        "useful": 8.0, "restart": 15.0, "data_wait": 2.0, "evaluation": 20.0, "save": 5.0,
+        "useful": 8.0,
+        "restart": 15.0,
+        "data_wait": 2.0,
+        "evaluation": 20.0,
+        "save": 5.0,
         "total": 50.0,
-    }  # fmt: skip
+    }
     assert shown(recorder).splitlines()[-1].startswith("goodput 16.0 % of 50 s in 1 start; lost: ")
 
 

@@ -110,10 +110,18 @@ def track(
     run_dir.mkdir(exist_ok=True, parents=True)
     said = io.StringIO()
     with Recorder(
-        MetricsConfig(wandb=mode, **changes), run_dir, first=True, steps=3, start_step=start_step,
-        resolved={"seed": 1}, flops_per_token=0.0, devices=1, device=torch.device("cpu"),
-        precision_name="fp32", console=Console(file=said),
-    ) as recorder:  # fmt: skip
+        MetricsConfig(wandb=mode, **changes),
+        run_dir,
+        first=True,
+        steps=3,
+        start_step=start_step,
+        resolved={"seed": 1},
+        flops_per_token=0.0,
+        devices=1,
+        device=torch.device("cpu"),
+        precision_name="fp32",
+        console=Console(file=said),
+    ) as recorder:
         # These tests may wait long on a busy machine; a run waits for seconds.
         for tracker in recorder._trackers:
             tracker._patience_seconds = 30.0
@@ -130,9 +138,15 @@ def test_wandb_mirrors_the_records(tmp_path: Path, fake_wandb: FakeWandb) -> Non
     run_dir = str(tmp_path / "a run")
     assert re.fullmatch("a run-[0-9a-f]{6}", init["init"].pop("id"))
     assert init["init"] == {
-        "mode": "offline", "project": "samestep", "dir": run_dir, "config": {"seed": 1},
-        "name": "a run", "resume": "allow", "group": None, "tags": None,
-    }  # fmt: skip
+        "mode": "offline",
+        "project": "samestep",
+        "dir": run_dir,
+        "config": {"seed": 1},
+        "name": "a run",
+        "resume": "allow",
+        "group": None,
+        "tags": None,
+    }
     assert records[0] == {"step": 1, "values": {"valid/eval_loss": 1.0}}
     assert fake_wandb.steps() == [1, 2, 3]
     assert end == {"finished": True}

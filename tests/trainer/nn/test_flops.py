@@ -13,9 +13,17 @@ from trainer.nn.flops import flops_per_sample, peak_flops
 
 BATCH, SEQ_LEN, SOURCE_LEN = 3, 12, 7
 SMALL = ModelConfig(
-    layers=2, width=48, heads=6, ffn_width=80, vocab_size=61, max_positions=16,
-    image_size=8, patch_size=4, channels=3, classes=7,
-)  # fmt: skip
+    layers=2,
+    width=48,
+    heads=6,
+    ffn_width=80,
+    vocab_size=61,
+    max_positions=16,
+    image_size=8,
+    patch_size=4,
+    channels=3,
+    classes=7,
+)
 GPT2 = replace(SMALL, norm="layernorm", activation="gelu", positions="learned", bias=True)
 MODELS = {
     "llama": replace(SMALL, kv_heads=2, tied=False),

@@ -57,8 +57,11 @@ def test_optimizer_equals_torch_and_decays_matrices_only():
             {"params": [theirs.layer.weight], "weight_decay": 0.3},
             {"params": [theirs.layer.bias, *theirs.norm.parameters()], "weight_decay": 0.0},
         ],
-        lr=0.01, betas=(0.9, 0.95), eps=1e-8, foreach=False,
-    )  # fmt: skip
+        lr=0.01,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
     optimizer = Optimizer(dict(ours.named_parameters()), config)
     for step in range(4):
         gradients(ours, step)
@@ -132,14 +135,22 @@ def run_of(steps: int, **optim) -> TrainConfig:
     [
         (60, {"warmup_steps": 60}, ("optim.warmup_steps=60", "steps=60", "0.01 of optim.lr=0.01")),
         (4, {"warmup_steps": 100}, ("optim.warmup_steps=100", "0.0004 of", "optim.warmup_steps=0")),
-        (100, {"warmup_steps": 60, "schedule": "wsd", "decay_share": 0.5},
-         ("optim.warmup_steps=60", "step 50", "from 0.01 to 0.0082", "set optim.warmup_steps=50")),
+        (
+            100,
+            {"warmup_steps": 60, "schedule": "wsd", "decay_share": 0.5},
+            (
+                "optim.warmup_steps=60",
+                "step 50",
+                "from 0.01 to 0.0082",
+                "set optim.warmup_steps=50",
+            ),
+        ),
         (100, {"warmup_steps": 99}, ()),
         (100, {"warmup_steps": 50, "schedule": "wsd", "decay_share": 0.5}, ()),
         (100, {"warmup_steps": 0, "schedule": "wsd", "decay_share": 1.0}, ()),
         (1, {"warmup_steps": 0}, ()),
     ],
-)  # fmt: skip
+)
 def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
     warnings = schedule_warnings(run_of(steps, **optim))
     assert len(warnings) == (len(parts) > 0)
@@ -149,10 +160,14 @@ def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
 @pytest.mark.parametrize(
     ("steps", "optim"),
     [
-        (120, {}), (40, {}), (60, {"schedule": "constant"}), (60, {"min_lr_ratio": 0.5}),
-        (60, {"warmup_steps": 100}), (60, {"schedule": "wsd"}),
+        (120, {}),
+        (40, {}),
+        (60, {"schedule": "constant"}),
+        (60, {"min_lr_ratio": 0.5}),
+        (60, {"warmup_steps": 100}),
+        (60, {"schedule": "wsd"}),
     ],
-)  # fmt: skip
+)
 def test_a_leap_of_the_learning_rate_is_told_with_both_numbers(steps, optim):
     before = lr_at(50, 60, OptimConfig(lr=1e-2, warmup_steps=5))
     config = run_of(steps, **{"warmup_steps": 5} | optim)

@@ -20,9 +20,17 @@ from trainer.verify.cases import make_batch, samples, split
 CONFIG = OptimConfig(name="adamw8bit", lr=1e-2, warmup_steps=0, weight_decay=0.3)
 # Rows of 512 numbers: whole blocks of 256 also on each of two tensor ranks.
 MODEL = ModelConfig(
-    layers=2, width=512, heads=4, ffn_width=512, vocab_size=61, max_positions=12, norm="layernorm",
-    bias=True, activation="gelu", tied=False,
-)  # fmt: skip
+    layers=2,
+    width=512,
+    heads=4,
+    ffn_width=512,
+    vocab_size=61,
+    max_positions=12,
+    norm="layernorm",
+    bias=True,
+    activation="gelu",
+    tied=False,
+)
 LAYOUTS = {
     **tiny.TWO_RANKS,
     "fsdp 2 × tensor 2": StrategyConfig(shard=2, tensor=2),
@@ -66,8 +74,10 @@ def test_updates_equal_torchaos():
     others = [p for p in theirs.parameters() if p is not theirs.matrix.weight]
     reference = TorchaoAdamW(
         [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-2, betas=(0.9, 0.95), eps=1e-8,
-    )  # fmt: skip
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+    )
     optimizer = Optimizer(dict(ours.named_parameters()), CONFIG)
     for step in range(6):
         for model in (ours, theirs):
@@ -118,9 +128,14 @@ def test_a_skipped_update_changes_nothing():
 
 def job(folder: Path, strategy: StrategyConfig, optim: OptimConfig = CONFIG) -> TrainConfig:
     return TrainConfig(
-        model=MODEL, strategy=strategy, optim=optim, precision="fp64", device="cpu", steps=4,
+        model=MODEL,
+        strategy=strategy,
+        optim=optim,
+        precision="fp64",
+        device="cpu",
+        steps=4,
         run_dir=str(folder),
-    )  # fmt: skip
+    )
 
 
 def trained(runtime, config: TrainConfig, stops: list[int]) -> list[dict[str, Tensor]]:

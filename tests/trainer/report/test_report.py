@@ -27,13 +27,30 @@ from trainer.report.svg_chart import (
 )
 
 CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
-SECONDS = {"useful": 80, "restart": 12, "save": 1, "data_wait": 0, "evaluation": 5, "repeated": 2,
-           "other": 0}  # fmt: skip
+SECONDS = {
+    "useful": 80,
+    "restart": 12,
+    "save": 1,
+    "data_wait": 0,
+    "evaluation": 5,
+    "repeated": 2,
+    "other": 0,
+}
 STATUS = {
-    "state": "stopped", "step": 40, "steps": 60, "checkpoint": 40, "reason": "SIGTERM", "rank": 0,
-    "code": 75, "from_step": 20, "attempts": 1, "pid": 1, "host": "here", "started": 1.7e9,
+    "state": "stopped",
+    "step": 40,
+    "steps": 60,
+    "checkpoint": 40,
+    "reason": "SIGTERM",
+    "rank": 0,
+    "code": 75,
+    "from_step": 20,
+    "attempts": 1,
+    "pid": 1,
+    "host": "here",
+    "started": 1.7e9,
     "updated": 1.7e9,
-}  # fmt: skip
+}
 
 
 def training(step: int, **values: Any) -> dict[str, Any]:
@@ -115,8 +132,13 @@ def test_a_page_shows_all_that_a_run_tells(tmp_path: Path) -> None:
         assert any(name.startswith(title) for name in charts), title
     assert "Model FLOPs utilisation, share of the peak" not in charts  # nothing to draw
     assert {mark for tag, a in shown.tags if tag == "path" for mark in [a.get("class")]} >= {
-        "start", "restart", "save", "evaluation", "bad-step", "other"
-    }  # fmt: skip
+        "start",
+        "restart",
+        "save",
+        "evaluation",
+        "bad-step",
+        "other",
+    }
     assert "start 2, from step 20 on 2 ranks" in shown.text
     assert "the loss is bad on rank 1; what was done: skip" in shown.text
     assert "what <script>alert(1)</script>" in shown.text  # as text
@@ -136,11 +158,18 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
 def test_the_row_of_a_run(tmp_path: Path) -> None:
     row = summary(read_history(run_in(tmp_path / "run")))
     assert row == {
-        "status": "stopped: SIGTERM", "steps": "40 of 60", "last loss": "3",
-        "valid loss, least": "4.5", "test loss": "3.25", "test bleu": "20.5",
-        "tok/s, median": "1.02k", "memory": "0.50 GiB", "time": "2:00", "starts": "2",
+        "status": "stopped: SIGTERM",
+        "steps": "40 of 60",
+        "last loss": "3",
+        "valid loss, least": "4.5",
+        "test loss": "3.25",
+        "test bleu": "20.5",
+        "tok/s, median": "1.02k",
+        "memory": "0.50 GiB",
+        "time": "2:00",
+        "starts": "2",
         "goodput": "80.0 %",
-    }  # fmt: skip
+    }
 
 
 def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:

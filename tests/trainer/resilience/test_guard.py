@@ -53,11 +53,18 @@ from trainer.state import not_finite
 def config(tmp_path_factory) -> TrainConfig:
     data = tiny.text_data(tmp_path_factory.mktemp("guard"))
     draft = TrainConfig(
-        data=data, model=ModelConfig(layers=2, width=16, heads=4, ffn_width=32, dropout=0.1),
-        optim=OptimConfig(lr=1e-2, warmup_steps=2), eval=EvalConfig(every=0, samples=8, test=False),
-        checkpoint=CheckpointConfig(every=3), metrics=MetricsConfig(every=2, sample_tokens=0),
-        precision="fp64", device="cpu", steps=7, batch_size=BATCH, micro_batch_size=2,
-    )  # fmt: skip
+        data=data,
+        model=ModelConfig(layers=2, width=16, heads=4, ffn_width=32, dropout=0.1),
+        optim=OptimConfig(lr=1e-2, warmup_steps=2),
+        eval=EvalConfig(every=0, samples=8, test=False),
+        checkpoint=CheckpointConfig(every=3),
+        metrics=MetricsConfig(every=2, sample_tokens=0),
+        precision="fp64",
+        device="cpu",
+        steps=7,
+        batch_size=BATCH,
+        micro_batch_size=2,
+    )
     return complete(draft, prepare(data))
 
 
@@ -65,27 +72,40 @@ CASES = [
     *((layout, "nan") for layout in LAYOUTS),
     *(("ddp 2", poison) for poison in ("inf", "gradient")),
     *(("fsdp 2", poison) for poison in ("inf", "gradient")),
-    ("single", "gradient"), ("tensor 2", "inf"), ("pipeline 2", "inf"),
-]  # fmt: skip
+    ("single", "gradient"),
+    ("tensor 2", "inf"),
+    ("pipeline 2", "inf"),
+]
 
 
 @pytest.mark.parametrize(("layout", "poison"), CASES)
 def test_a_skipped_step_is_one_that_was_left_out(ranks, config, tmp_path, layout, poison):
     last = world_size(LAYOUTS[layout]) - 1
     config, results = run(
-        ranks, config, layout, compared, poison, {4}, last, [0, 1, 2, 3, None, 5, 6],
-        run_dir=str(tmp_path), on_bad_step="skip",
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        compared,
+        poison,
+        {4},
+        last,
+        [0, 1, 2, 3, None, 5, 6],
+        run_dir=str(tmp_path),
+        on_bad_step="skip",
+    )
     assert results == [([], "")] * (last + 1)
     (event,) = events(config)
     known = poison != "gradient"  # whose it is
     shared = layout not in ("ddp 2", "fsdp 2")  # of one share that all ranks read
     rank = (0 if layout in ("single", "pipeline 2") else last) if known else None
     assert event == {
-        "event": "bad_step", "step": 5, "rank": rank, "kind": "loss" if known else "gradient",
+        "event": "bad_step",
+        "step": 5,
+        "rank": rank,
+        "kind": "loss" if known else "gradient",
         "action": "skip",
         "samples": samples(config, 4, slice(None) if shared or not known else slice(4, 8)),
-    }  # fmt: skip
+    }
     losses = {line["step"]: line["loss"] for line in lines(config) if "loss" in line}
     assert sorted(losses) == [2, 4, 6, 7] and all(losses.values())
 
@@ -101,9 +121,18 @@ def test_a_rollback_is_a_run_whose_data_never_had_the_step(
     # Step 5 is bad, which step 6's line finds; the seventh step made is number 4 again.
     last = world_size(LAYOUTS[layout]) - 1
     config, results = run(
-        ranks, config, layout, compared, poison, {4}, last, [0, 1, 2, 3, 5, 6, 7], kill_after,
-        run_dir=str(tmp_path), on_bad_step="rollback",
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        compared,
+        poison,
+        {4},
+        last,
+        [0, 1, 2, 3, 5, 6, 7],
+        kill_after,
+        run_dir=str(tmp_path),
+        on_bad_step="rollback",
+    )
     assert results == [([], "")] * (last + 1)
     (event,) = events(config)
     assert (event["step"], event["action"]) == (5, "rollback")
@@ -115,9 +144,7 @@ def test_a_rollback_is_a_run_whose_data_never_had_the_step(
 @pytest.mark.parametrize("poison", ["nan", "gradient"])
 def test_by_default_a_bad_step_ends_the_run(ranks, config, tmp_path, layout, poison):
     last = world_size(LAYOUTS[layout]) - 1
-    config, results = run(
-        ranks, config, layout, ended, poison, {4}, last, run_dir=str(tmp_path)
-    )  # fmt: skip
+    config, results = run(ranks, config, layout, ended, poison, {4}, last, run_dir=str(tmp_path))
     for message in results:
         what = "loss is not finite at step 5 on rank" if poison == "nan" else "gradient is not"
         for word in (what, "step-00000003", "on_bad_step=skip or rollback", "optim.lr"):
@@ -150,9 +177,21 @@ def test_a_spike_is_a_bad_step(ranks, config, tmp_path, layout, policy, data_ste
     last = world_size(LAYOUTS[layout]) - 1
     # It is killed behind the checkpoint at 9, with two steps more of the window than are known.
     config, results = run(
-        ranks, config, layout, compared, "spike", {10}, last, data_steps, 10,
-        run_dir=str(tmp_path), on_bad_step=policy, spike_sigma=6.0, spike_window=8, steps=14,
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        compared,
+        "spike",
+        {10},
+        last,
+        data_steps,
+        10,
+        run_dir=str(tmp_path),
+        on_bad_step=policy,
+        spike_sigma=6.0,
+        spike_window=8,
+        steps=14,
+    )
     assert results == [([], "")] * (last + 1)
     (event,) = events(config)
     assert (event["step"], event["kind"], event["rank"]) == (11, "spike", None)
@@ -170,14 +209,27 @@ def test_no_spike_is_found_where_none_is_looked_for(ranks, config, tmp_path, cha
 def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path, kill_after):
     options = {"on_bad_step": "skip", "max_bad_steps": 2}
     apart, (message,) = run(
-        ranks, config, "single", ended, "nan", {1, 3, 5}, 0, run_dir=str(tmp_path / "apart"),
+        ranks,
+        config,
+        "single",
+        ended,
+        "nan",
+        {1, 3, 5},
+        0,
+        run_dir=str(tmp_path / "apart"),
         **options,
-    )  # fmt: skip
+    )
     assert message == "" and len(events(apart)) == 3
     in_row, (message,) = run(
-        ranks, config, "single", again_and_again, {2, 3, 4}, kill_after,
-        run_dir=str(tmp_path / "in row"), **options,
-    )  # fmt: skip
+        ranks,
+        config,
+        "single",
+        again_and_again,
+        {2, 3, 4},
+        kill_after,
+        run_dir=str(tmp_path / "in row"),
+        **options,
+    )
     # Step 3 is the last before a checkpoint: what is in a row is counted across it.
     assert "not finite at step 4" in message and "max_bad_steps=2 in a row" in message
     assert [event["action"] for event in events(in_row)] == ["skip", "stop"]
@@ -186,9 +238,17 @@ def test_so_many_in_a_row_end_the_run(ranks, config, tmp_path, kill_after):
 @pytest.mark.parametrize("kill_after", [0, 5])
 def test_returning_in_vain_ends_the_run(ranks, config, tmp_path, kill_after):
     config, results = run(
-        ranks, config, "ddp 2", again_and_again, {3, 4, 5}, kill_after, run_dir=str(tmp_path),
-        on_bad_step="rollback", max_bad_steps=3, metrics=replace(config.metrics, every=1),
-    )  # fmt: skip
+        ranks,
+        config,
+        "ddp 2",
+        again_and_again,
+        {3, 4, 5},
+        kill_after,
+        run_dir=str(tmp_path),
+        on_bad_step="rollback",
+        max_bad_steps=3,
+        metrics=replace(config.metrics, every=1),
+    )
     for message in results:
         assert "not finite at step 4" in message and "step-00000003" in message
         assert "max_bad_steps=3 times" in message
@@ -199,9 +259,17 @@ def test_returning_in_vain_ends_the_run(ranks, config, tmp_path, kill_after):
 
 def test_a_rollback_before_the_first_checkpoint_starts_over(ranks, config, tmp_path):
     config, results = run(
-        ranks, config, "fsdp 2", compared, "nan", {0}, 1, [1, 2, 3, 4, 5, 6, 7],
-        run_dir=str(tmp_path), on_bad_step="rollback",
-    )  # fmt: skip
+        ranks,
+        config,
+        "fsdp 2",
+        compared,
+        "nan",
+        {0},
+        1,
+        [1, 2, 3, 4, 5, 6, 7],
+        run_dir=str(tmp_path),
+        on_bad_step="rollback",
+    )
     assert results == [([], ""), ([], "")]
 
 
@@ -238,9 +306,14 @@ def overflowing(runtime, config: TrainConfig) -> tuple[int, float, str]:
 
 def test_an_overflow_of_fp16_is_healthy_until_its_scale_is_below_one(ranks, config, tmp_path):
     _, ((count, scale, message),) = run(
-        ranks, config, "single", overflowing, run_dir=str(tmp_path), precision="fp16",
+        ranks,
+        config,
+        "single",
+        overflowing,
+        run_dir=str(tmp_path),
+        precision="fp16",
         checkpoint=CheckpointConfig(every=0),
-    )  # fmt: skip
+    )
     assert count == 0 and scale == 2.0**36
     assert "the loss is not finite at step 1 on rank 0" in message
 
@@ -255,8 +328,14 @@ def lost(runtime, config: TrainConfig) -> tuple[float, str]:
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_a_loss_of_fp16_that_is_not_finite_is_no_overflow(ranks, config, tmp_path, policy):
     config, results = run(
-        ranks, config, "ddp 2", lost, run_dir=str(tmp_path), precision="fp16", on_bad_step=policy,
-    )  # fmt: skip
+        ranks,
+        config,
+        "ddp 2",
+        lost,
+        run_dir=str(tmp_path),
+        precision="fp16",
+        on_bad_step=policy,
+    )
     for scale, message in results:
         assert scale == 2.0**14
         assert ("the loss is not finite at step 4 on rank 1" in message) == (policy == "stop")
@@ -269,16 +348,31 @@ TOO_FAST = OptimConfig(lr=1e39, warmup_steps=0)  # infinite in float32
 
 @pytest.mark.parametrize(
     ("layout", "policy", "every"),
-    [("single", "stop", 1), ("fsdp 2", "stop", 3), ("ddp 2", "skip", 7), ("single", "rollback", 1),
-     ("tensor 2", "rollback", 3)],
-)  # fmt: skip
+    [
+        ("single", "stop", 1),
+        ("fsdp 2", "stop", 3),
+        ("ddp 2", "skip", 7),
+        ("single", "rollback", 1),
+        ("tensor 2", "rollback", 3),
+    ],
+)
 def test_weights_that_are_not_finite_are_never_saved(
     ranks, config, tmp_path, layout, policy, every
 ):
     config, results = run(
-        ranks, config, layout, ended, "nan", set(), 0, run_dir=str(tmp_path), precision="fp32",
-        optim=TOO_FAST, checkpoint=CheckpointConfig(every=every), on_bad_step=policy,
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        ended,
+        "nan",
+        set(),
+        0,
+        run_dir=str(tmp_path),
+        precision="fp32",
+        optim=TOO_FAST,
+        checkpoint=CheckpointConfig(every=every),
+        on_bad_step=policy,
+    )
     for message in results:
         assert "is not finite after step 1; nothing was saved since" in message
         assert message.startswith("model.") and "try a lower optim.lr" in message
@@ -312,9 +406,17 @@ def test_a_rollback_leaves_out_the_step_that_spoiled_the_weights(ranks, config, 
     last = world_size(LAYOUTS[layout]) - 1
     # Step 5 spoils them, which the loss of step 6 shows.
     config, results = run(
-        ranks, config, layout, compared, "weight", {4}, last, [0, 1, 2, 3, 5, 6, 7],
-        run_dir=str(tmp_path), on_bad_step="rollback",
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        compared,
+        "weight",
+        {4},
+        last,
+        [0, 1, 2, 3, 5, 6, 7],
+        run_dir=str(tmp_path),
+        on_bad_step="rollback",
+    )
     assert results == [([], "")] * (last + 1)
     assert [event["step"] for event in events(config)] == [5]
     rollbacks = json.loads((tmp_path / "rollbacks.json").read_text())
@@ -336,10 +438,15 @@ def unmeasured(runtime, config: TrainConfig, losses: list[float]) -> str:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_an_evaluation_that_is_not_finite_ends_no_run(ranks, config, tmp_path, bad):
     config, results = run(
-        ranks, config, "single", unmeasured, [bad, 2.0, bad], run_dir=str(tmp_path),
+        ranks,
+        config,
+        "single",
+        unmeasured,
+        [bad, 2.0, bad],
+        run_dir=str(tmp_path),
         eval=EvalConfig(every=3, test=False),
         checkpoint=CheckpointConfig(every=3, keep=1, keep_best=True),
-    )  # fmt: skip
+    )
     assert results == [""]
     assert [step for step, _ in checkpoints(tmp_path)] == [6, 7]  # the best, the newest
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -368,9 +475,13 @@ def silent(runtime, config: TrainConfig) -> str:
 
 def test_a_model_whose_logits_are_nan_writes_no_sample_and_ends_well(ranks, config, tmp_path):
     _, (said,) = run(
-        ranks, config, "single", silent, run_dir=str(tmp_path),
+        ranks,
+        config,
+        "single",
+        silent,
+        run_dir=str(tmp_path),
         metrics=MetricsConfig(every=9, sample_tokens=5),
-    )  # fmt: skip
+    )
     assert "no sample: the model's logits are not finite" in said
     assert [step for step, _ in checkpoints(tmp_path)][-1] == 7
 
@@ -396,11 +507,13 @@ def spoiled(runtime, config: TrainConfig) -> str:
     [
         ('[{"step": 3, "data_steps": [4, 9]}]', {(64, 80), (144, 160)}),  # of older versions
         ('[{"step": 3, "samples": [[24, 32]]}]', {(24, 32)}),
-        ('[{"step": 3, "data_steps": [4]}, {"step": 5, "samples": [[1, 2], [5, 9]]}]',
-         {(64, 80), (1, 2), (5, 9)}),
+        (
+            '[{"step": 3, "data_steps": [4]}, {"step": 5, "samples": [[1, 2], [5, 9]]}]',
+            {(64, 80), (1, 2), (5, 9)},
+        ),
         ("[]", set()),
     ],
-)  # fmt: skip
+)
 def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out):
     (tmp_path / "rollbacks.json").write_text(text)
     guard = Guard(TrainConfig(), runtime.device)
@@ -442,14 +555,24 @@ def healthy(runtime, config: TrainConfig) -> list[str]:
 # Not in a pipeline, whose schedule reads the numbers of micro-batches, on the host.
 @pytest.mark.parametrize(
     ("layout", "precision", "spike_sigma"),
-    [("single", "fp64", 6.0), ("ddp 2", "fp16", 0.0), ("fsdp 2", "fp64", 6.0),
-     ("tensor 2", "fp16", 6.0)],
-)  # fmt: skip
+    [
+        ("single", "fp64", 6.0),
+        ("ddp 2", "fp16", 0.0),
+        ("fsdp 2", "fp64", 6.0),
+        ("tensor 2", "fp16", 6.0),
+    ],
+)
 def test_a_healthy_step_reads_nothing_back(ranks, config, tmp_path, layout, precision, spike_sigma):
     _, results = run(
-        ranks, config, layout, healthy, run_dir=str(tmp_path), on_bad_step="skip",
-        spike_sigma=spike_sigma, precision=precision,
-    )  # fmt: skip
+        ranks,
+        config,
+        layout,
+        healthy,
+        run_dir=str(tmp_path),
+        on_bad_step="skip",
+        spike_sigma=spike_sigma,
+        precision=precision,
+    )
     assert not any(results)
 
 
@@ -471,9 +594,13 @@ def drifting(runtime, config: TrainConfig) -> str:
 @pytest.mark.parametrize("layout", ["ddp 2", "tensor 2"])
 def test_replicas_that_differ_end_the_run(ranks, config, tmp_path, layout):
     config, results = run(
-        ranks, config, layout, drifting, run_dir=str(tmp_path),
+        ranks,
+        config,
+        layout,
+        drifting,
+        run_dir=str(tmp_path),
         checkpoint=CheckpointConfig(every=4, check_replicas_every=2),
-    )  # fmt: skip
+    )
     for message in results:
         assert message.startswith("replicas differ at step 4: ")
         assert "on ranks 0 and 1 of 2 with a copy" in message
@@ -484,7 +611,14 @@ def test_replicas_that_differ_end_the_run(ranks, config, tmp_path, layout):
 
 def test_replicas_that_agree_go_unmentioned(ranks, config, tmp_path):
     config, _ = run(
-        ranks, config, "fsdp 2", ended, "nan", set(), 0, run_dir=str(tmp_path),
+        ranks,
+        config,
+        "fsdp 2",
+        ended,
+        "nan",
+        set(),
+        0,
+        run_dir=str(tmp_path),
         checkpoint=CheckpointConfig(every=0, check_replicas_every=1),
-    )  # fmt: skip
+    )
     assert events(config) == [] and len(checkpoints(tmp_path)) == 1

@@ -93,9 +93,10 @@ def test_resume_always(tmp_path):
     started(tmp_path / "llama-tiny")
     typo = TrainConfig(run_dir=str(tmp_path / "lama-tiny"), resume="always")
     assert "did you mean" in refused(typo)[0] and "llama-tiny" in refused(typo)[0]
-    assert "holds no checkpoint and resume=always" in refused(
-        TrainConfig(run_dir=str(tmp_path / "llama-tiny"), resume="always")
-    )[0]  # fmt: skip
+    assert (
+        "holds no checkpoint and resume=always"
+        in refused(TrainConfig(run_dir=str(tmp_path / "llama-tiny"), resume="always"))[0]
+    )
     started(tmp_path / "vit-tiny", 10)
     open_run_dir(TrainConfig(run_dir=str(tmp_path / "vit-tiny"), resume="always"))
 

@@ -145,9 +145,13 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
     for index in range(len(dataset)):
         source_BT = torch.from_numpy(dataset.sample(index, None)["source"])[None]
         ids = translate(
-            worker, source_BT, max_tokens=16, bos_id=tokenizer.eot_id, eos_id=tokenizer.eot_id,
+            worker,
+            source_BT,
+            max_tokens=16,
+            bos_id=tokenizer.eot_id,
+            eos_id=tokenizer.eot_id,
             beams=beams,
-        )  # fmt: skip
+        )
         hypotheses.append(tokenizer.decode(ids[0]))
     lines = Path(runs["pairs"].data.path, "test.tsv").read_text().splitlines()
     references = [line.split("\t")[1] for line in lines]
@@ -222,11 +226,12 @@ def train_around_an_evaluation(runtime, config, strategy, evaluates):
 @pytest.mark.parametrize(
     "strategy",
     [
-        StrategyConfig(shard=2), StrategyConfig(shard=2, reshard_after_forward=False),
+        StrategyConfig(shard=2),
+        StrategyConfig(shard=2, reshard_after_forward=False),
         StrategyConfig(shard=2, pipeline=2),
     ],
     ids=["freed", "kept", "pipeline"],
-)  # fmt: skip
+)
 def test_evaluation_leaves_a_sharded_model_as_it_was(ranks, runs, strategy):
     with_it, without = (
         ranks.run(
