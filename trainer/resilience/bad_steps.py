@@ -161,10 +161,9 @@ class Guard:
     ) -> None:
         """Report the bad steps since the last look, up to `step`; here the host waits.
 
-        All ranks call it. `settle` waits for a save in flight, so that all know what is newest
-        before the run goes back there. `not_finite` names a weight or moment that is not; it is
-        asked where steps are bad, and before a save. Raises RolledBackError where the run must go
-        back, and ConfigError where on_bad_step=stop or max_bad_steps ends it.
+        All ranks call it. `settle` waits for a save in flight; `not_finite` names a weight or
+        moment that is not, and is asked where steps are bad, and before a save. Raises
+        RolledBackError where the run must go back, ConfigError where it ends.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
