@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from launch.cli.errors import answer
@@ -29,8 +28,9 @@ def main(arguments: list[str]) -> int:
         found = [verify(path) for path in given.path]
         good = all(found)
     else:  # loads torch
-        compare = import_module("trainer.checkpoint.diff").show_difference
-        good = compare(given.first, given.second)
+        from trainer.checkpoint.diff import show_difference
+
+        good = show_difference(given.first, given.second)
     return 0 if good else 1
 
 

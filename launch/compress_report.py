@@ -1,10 +1,24 @@
 """Tell what a compression is worth: `python launch/compress_report.py --help`."""
 
-from launch.cli.entrypoint import open_door
+from contextlib import ExitStack
+from typing import Any
+
+from launch.cli.entrypoint import Command, run_command
+
+
+def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+    """Complete the configuration, or raise ConfigError before any rank works."""
+    from launch.cli.preflight import comparing
+
+    return comparing(config, world_size, held)
+
+
+def work(config: Any, runtime: Any) -> None:
+    """Do the work of one rank."""
+    from trainer.compress_report.report import report
+
+    report(config, runtime)
+
 
 if __name__ == "__main__":
-    open_door(
-        "compress_report",
-        work="trainer.compress_report.report:report",
-        prepare="launch.cli.preflight:comparing",
-    )
+    run_command(Command("compress_report", prepare, work))

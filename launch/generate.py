@@ -1,8 +1,24 @@
 """Use a trained model: `python launch/generate.py --help`."""
 
-from launch.cli.entrypoint import open_door
+from contextlib import ExitStack
+from typing import Any
+
+from launch.cli.entrypoint import Command, run_command
+
+
+def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+    """Complete the configuration, or raise ConfigError before any rank works."""
+    from launch.cli.preflight import reading
+
+    return reading(config, world_size, held)
+
+
+def work(config: Any, runtime: Any) -> None:
+    """Do the work of one rank."""
+    from trainer.tasks.generate import generate
+
+    generate(config, runtime)
+
 
 if __name__ == "__main__":
-    open_door(
-        "generate", work="trainer.tasks.generate:generate", prepare="launch.cli.preflight:reading"
-    )
+    run_command(Command("generate", prepare, work))

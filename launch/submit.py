@@ -4,8 +4,9 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
-from launch.cli.entrypoint import open_door
+from launch.cli.entrypoint import Command, run_command
 from launch.cli.errors import answer, log_to_stderr
 from launch.slurm import commands as slurm
 from parallel.strategy import ConfigError
@@ -33,14 +34,21 @@ def look(arguments: list[str]) -> int:
     return 0
 
 
+def prepare(config: Any) -> Any:
+    """Check a job, or raise ConfigError before any is submitted."""
+    from launch.cli.preflight import submission
+
+    return submission(config)
+
+
+def submit(points: list[Any]) -> None:
+    """Submit all jobs of the command line."""
+    slurm.submit(points)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ASKED:
         sys.exit(answer(look, sys.argv[1:]))
     logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
-    open_door(
-        "submit",
-        work="",
-        prepare="launch.cli.preflight:submission",
-        together="launch.slurm.commands:submit",
-    )
+    run_command(Command("submit", prepare, together=submit))

@@ -1,10 +1,24 @@
 """Keep what a trained run holds likely: `python launch/teach.py --help`."""
 
-from launch.cli.entrypoint import open_door
+from contextlib import ExitStack
+from typing import Any
+
+from launch.cli.entrypoint import Command, run_command
+
+
+def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+    """Complete the configuration, or raise ConfigError before any rank works."""
+    from launch.cli.preflight import teaching
+
+    return teaching(config, world_size, held)
+
+
+def work(config: Any, runtime: Any) -> None:
+    """Do the work of one rank."""
+    from trainer.distill.precompute import teach_run
+
+    teach_run(config, runtime)
+
 
 if __name__ == "__main__":
-    open_door(
-        "teach",
-        work="trainer.distill.precompute:teach_run",
-        prepare="launch.cli.preflight:teaching",
-    )
+    run_command(Command("teach", prepare, work))

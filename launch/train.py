@@ -1,6 +1,24 @@
-"""Train: `python launch/train.py --help`."""
+"""Train a Transformer: `python launch/train.py --help`."""
 
-from launch.cli.entrypoint import open_door
+from contextlib import ExitStack
+from typing import Any
+
+from launch.cli.entrypoint import Command, run_command
+
+
+def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+    """Complete the configuration, or raise ConfigError before any rank works."""
+    from launch.cli.preflight import training
+
+    return training(config, world_size, held)
+
+
+def work(config: Any, runtime: Any) -> None:
+    """Do the work of one rank."""
+    from trainer.loop import train
+
+    train(config, runtime)
+
 
 if __name__ == "__main__":
-    open_door("train", work="trainer.loop:train", prepare="launch.cli.preflight:training")
+    run_command(Command("train", prepare, work))

@@ -94,41 +94,41 @@ conf.validation: parallel.strategy trainer.config conf.submit parallel.pipeline 
     trainer.distill
 launch.slurm: parallel.strategy trainer.config conf.submit trainer.run
 launch.cli: conf.help parallel.strategy trainer.config conf.submit trainer.atomic_files
-    parallel.runtime parallel.health parallel.pipeline trainer.data trainer.metrics
+    parallel.runtime parallel.health parallel.pipeline trainer.data trainer.nn trainer.metrics
     trainer.checkpoint trainer.run conf.schema trainer.distill conf.validation launch.slurm
 launch.checkpoint: trainer.checkpoint launch.cli
-launch.compress_report: launch.cli
-launch.evaluate: launch.cli
-launch.export: launch.cli
-launch.generate: launch.cli
-launch.prepare: launch.cli
-trainer.report: trainer.config trainer.atomic_files trainer.metrics trainer.checkpoint trainer.run
-launch.report: parallel.strategy launch.cli trainer.report
-launch.submit: parallel.strategy launch.slurm launch.cli
-launch.teach: launch.cli
-launch.train: launch.cli
-launch.verify: launch.cli
-parallel.comm_volume: parallel.strategy parallel.data
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
     trainer.data trainer.nn trainer.metrics trainer.run trainer.compress trainer.inference
     parallel.rank_pool
+launch.compress_report: launch.cli trainer.compress_report
+trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
+    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.model
+    trainer.inference
+launch.evaluate: launch.cli trainer.tasks
+launch.export: trainer.inference launch.cli
+launch.generate: launch.cli trainer.tasks
+launch.prepare: launch.cli
+trainer.report: trainer.config trainer.atomic_files trainer.metrics trainer.checkpoint trainer.run
+launch.report: parallel.strategy launch.cli trainer.report
+launch.submit: parallel.strategy launch.slurm launch.cli
+launch.teach: trainer.distill launch.cli
 trainer.resilience: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.health parallel.parallel_model trainer.data trainer.metrics trainer.optim
     trainer.checkpoint trainer.run trainer.precision
 trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.parallel_model
     trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
-trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
-    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.model
-    trainer.inference
 trainer.loop: trainer.config parallel.runtime parallel.health parallel.parallel_model trainer.data
     trainer.nn trainer.metrics trainer.optim trainer.checkpoint trainer.compress trainer.precision
-    trainer.build trainer.inference trainer.distill trainer.resilience trainer.state trainer.tasks
+    trainer.build trainer.inference trainer.distill trainer.tasks trainer.resilience trainer.state
+launch.train: launch.cli trainer.loop
+parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.context parallel.data parallel.mesh parallel.pipeline
     parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn trainer.metrics
     trainer.optim trainer.loss trainer.model trainer.compress trainer.precision trainer.build
-    trainer.inference parallel.comm_volume parallel.rank_pool
+    trainer.inference parallel.rank_pool parallel.comm_volume
+launch.verify: launch.cli trainer.verify
 """
 
 
@@ -158,7 +158,8 @@ def reached(module: str) -> set[str]:
         if name not in seen:
             seen.add(name)
             parent = name.rpartition(".")[0]
-            todo += imports(TREES.get(name, ast.Module([], [])))
+            for node in TREES.get(name, ast.Module([], [])).body:
+                todo += imports(node) if isinstance(node, ast.Import | ast.ImportFrom) else []
             todo += [parent] if parent in FILES else []
     return seen
 
@@ -227,9 +228,19 @@ def test_what_answers_at_once_loads_no_torch(module):
 
 @pytest.mark.parametrize("module", FILES)
 def test_imports_stand_on_top(module):
+    if module.startswith("launch"):
+        return  # `--help` answers before torch is loaded
     functions = [node for node in ast.walk(TREES[module]) if isinstance(node, ast.FunctionDef)]
     inside = {name for function in functions for name in imports(function)}
     assert all(name in OPTIONAL or name.split(".")[0] in OPTIONAL for name in inside)
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_module_of_ours_is_imported_by_a_string(module):
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "import_module":
+            (name,) = node.args
+            assert isinstance(name, ast.Constant) and name.value.split(".")[0] not in PACKAGES
 
 
 @pytest.mark.parametrize("module", FILES)

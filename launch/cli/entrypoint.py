@@ -13,7 +13,6 @@ import traceback
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any, NoReturn
@@ -49,23 +48,24 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Door:
-    """One command: the YAML file it composes and the functions it runs, as "module:function"."""
+class Command:
+    """One command of launch/: its name, which is that of its YAML file, and what it runs."""
 
     name: str
-    work: str  # runs on every rank: (config, runtime)
-    # Runs once, before any rank works: (config, world_size, held) → completed config. What it
-    # enters in `held` is left when the job has ended.
-    prepare: str
-    alone: str = ""  # runs once in this process in place of ranks, where they were not asked for
+    # Runs once, before any rank works: (config, world_size, held) → completed config, where `held`
+    # is an ExitStack that is closed when the job has ended. With `together`: (config) → anything.
+    prepare: Callable[..., Any]
+    work: Callable[..., None] | None = None  # runs on every rank: (config, runtime)
+    # Runs once in this process in place of ranks, where they were not asked for: (config).
+    alone: Callable[..., None] | None = None
     # Runs once in this process in place of all work: (everything that `prepare` returned), when
     # all jobs of the command line are found to be good.
-    together: str = ""
+    together: Callable[..., None] | None = None
     prepared: list[Any] = field(default_factory=list)
 
 
-def open_door(name: str, work: str, prepare: str, alone: str = "", together: str = "") -> None:
-    """Runs a command on all of its ranks and exits.
+def run_command(command: Command) -> None:
+    """Run a command on all of its ranks and exit.
 
     0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
     77 = a rank hung, 128 + n = left at once by signal n.
@@ -77,14 +77,16 @@ def open_door(name: str, work: str, prepare: str, alone: str = "", together: str
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     occupy_standard_streams()
-    ranks = _ranks(name)
+    ranks = _ranks(command.name)
     if ranks and ranks.rank:
-        leave(import_module("launch.cli.rank").follow(ranks))
+        from launch.cli.rank import follow
+
+        leave(follow(ranks, command.work))
     now = time.time()
     started = time.localtime(ranks.started(now) if ranks else now)
     with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
         schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
-        code = _compose(Door(name, work, prepare, alone, together), ranks, scratch)
+        code = _compose(command, ranks, scratch)
     if ranks:
         ranks.stop()  # which do not fail with it: a launcher shows the cause alone
     leave(code)
@@ -97,7 +99,9 @@ def _ranks(name: str) -> Any:
         sys.exit(2)  # rank 0 says it
     try:
         if not problem and check_torchrun(os.environ):
-            return import_module("parallel.runtime").Ranks.of_torchrun()
+            from parallel.runtime import Ranks
+
+            return Ranks.of_torchrun()
     except ConfigError as error:
         problem = explain(name, error)
     if problem:
@@ -150,26 +154,28 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _compose(door: Door, ranks: Any, scratch: str) -> int:
+def _compose(command: Command, ranks: Any, scratch: str) -> int:
     """Lets Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
-    keys = schema.free_text(door.name)
+    keys = schema.free_text(command.name)
     if scratch:  # Hydra reads the flag in front of overrides only; a comma parts values
         words = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
         sys.argv[1:] = [quoted_values(word, keys) for word in words]
     else:
         sys.argv[1:] = [quoted(word, keys) for word in sys.argv[1:]]
     opened: Any = nullcontext()
-    if scratch and door.name == "train":
-        opened = import_module("launch.cli.sweep").Sweep(Path(scratch), names_itself(sys.argv[1:]))
+    if scratch and command.name == "train":
+        from launch.cli.sweep import Sweep
+
+        opened = Sweep(Path(scratch), names_itself(sys.argv[1:]))
 
     try:
         with opened as sweep:
-            job = _job_of(door, ranks, bool(scratch), sweep)
-            hydra.main(version_base="1.3", config_path=CONF, config_name=door.name)(job)()
-        if door.prepared:
-            function(door.together)(door.prepared)
+            job = _job_of(command, ranks, bool(scratch), sweep)
+            hydra.main(version_base="1.3", config_path=CONF, config_name=command.name)(job)()
+        if command.together and command.prepared:
+            command.together(command.prepared)
         return sweep.code if sweep else 0
     except JobFailedError as failed:
         return failed.code
@@ -178,17 +184,17 @@ def _compose(door: Door, ranks: Any, scratch: str) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return _tell(door, error)
+        return _tell(command, error)
 
 
-def _job_of(door: Door, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictConfig], Any]:
+def _job_of(command: Command, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictConfig], Any]:
     """What Hydra calls with each composed configuration."""
 
     def task(cfg: DictConfig) -> float | None:
         if sweep is not None:
-            return sweep.run(cfg, lambda point, console: _run_job(door, point, ranks, console))
+            return sweep.run(cfg, lambda point, console: _run_job(command, point, ranks, console))
         try:
-            _run_job(door, cfg, ranks)
+            _run_job(command, cfg, ranks)
         except JobFailedError as failed:
             if not sweeps:
                 raise SystemExit(failed.code) from None
@@ -206,56 +212,66 @@ def _sweeps() -> bool:
     return any(word in MULTIRUN for word in sys.argv[1:])
 
 
-def _run_job(door: Door, cfg: DictConfig, ranks: Any, console: Path | None = None) -> None:
+def _run_job(command: Command, cfg: DictConfig, ranks: Any, console: Path | None = None) -> None:
     """Checks and prepares one composed job, then runs it on every rank.
 
     `console`: the file that new processes write to, of which there is then at least one; None =
     the terminal. JobFailedError if the job cannot begin, SystemExit if it fails.
     """
     with ExitStack() as held:
-        _run_held(door, cfg, ranks, held, console)
+        _run_held(command, cfg, ranks, held, console)
 
 
 def _run_held(
-    door: Door, cfg: DictConfig, ranks: Any, held: ExitStack, console: Path | None
+    command: Command, cfg: DictConfig, ranks: Any, held: ExitStack, console: Path | None
 ) -> None:
     try:
-        config = schema.load(door.name, cfg)
+        config = schema.load(command.name, cfg)
         world_size = _world_size(config, ranks)
-        if door.together:
+        if command.together:
             if _sweeps():
-                config.run_dir = str(
-                    Path(config.run_dir) / import_module("launch.cli.sweep").composed().name
-                )
-            door.prepared.append(function(door.prepare)(config))
+                from launch.cli.sweep import composed
+
+                config.run_dir = str(Path(config.run_dir) / composed().name)
+            command.prepared.append(command.prepare(config))
             return
         if getattr(config, "device", "cpu") == "cuda":  # before anything is written
-            runtime = import_module("parallel.runtime")
-            runtime.choose_device("cuda", ranks.local_world_size if ranks else world_size)
-        if door.prepare:
-            config = function(door.prepare)(config, world_size, held)
-        if door.alone and not ranks and world_size == 1 and not _strategy_given():
-            function(door.alone)(config)
+            from parallel.runtime import choose_device
+
+            choose_device("cuda", ranks.local_world_size if ranks else world_size)
+        config = command.prepare(config, world_size, held)
+        if command.alone and not ranks and world_size == 1 and not _strategy_given():
+            command.alone(config)
             return
     except AlreadyFinishedError as finished:
         log.info("%s", finished)
         return
     except Exception as error:
-        raise JobFailedError(_tell(door, error), str(error).splitlines()[0]) from None
-    job = {"door": door.name, "work": door.work, "config": asdict(config)}
+        raise JobFailedError(_tell(command, error), str(error).splitlines()[0]) from None
+    _start(command, {"command": command.name, "config": asdict(config)}, ranks, world_size, console)
+
+
+def _start(
+    command: Command, job: dict[str, Any], ranks: Any, world_size: int, console: Path | None
+) -> None:
+    """Run a job on torchrun's ranks, on new processes, or in this one."""
+    from launch.cli.rank import run, run_alone
+
     if ranks:
         ranks.post(job)
-        import_module("launch.cli.rank").run(job, ranks)
+        run(job, ranks, command.work)
     elif world_size > 1 or console:
-        import_module("launch.cli.spawn").spawn(job | {"console": str(console or "")}, world_size)
+        from launch.cli.spawn import spawn
+
+        spawn(job | {"console": str(console or "")}, world_size, command.work)
     else:
-        import_module("launch.cli.rank").run_alone(job)
+        run_alone(job, command.work)
 
 
-def _tell(door: Door, error: Exception) -> int:
+def _tell(command: Command, error: Exception) -> int:
     """Writes a user's mistake as one message and a bug with its trace; the exit status."""
     if is_mistake(error):
-        write_error(explain(door.name, error))
+        write_error(explain(command.name, error))
         return 2
     if isinstance(error, OSError) and error.filename:
         write_error(f"{error.filename} cannot be used: {error.strerror}")
@@ -293,12 +309,6 @@ def _in_quotes(text: str) -> str:
     # Hydra reads \" and, only in front of quotes, \\ inside a quoted value.
     escaped = re.sub(r'(\\*)(?="|\Z)', r"\1\1", protected(text)).replace('"', '\\"')
     return f'"{escaped}"'
-
-
-def function(path: str) -> Any:
-    """The function that "module:function" names."""
-    module, _, name = path.partition(":")
-    return getattr(import_module(module), name)
 
 
 def _world_size(config: Any, ranks: Any) -> int:

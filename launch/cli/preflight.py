@@ -6,7 +6,6 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import replace
-from importlib import import_module
 from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
@@ -231,7 +230,9 @@ def _check_compiler(config: TrainConfig) -> None:
 def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
     """Raises ConfigError where precision=fp8 is asked for and is not to be had here."""
     if config.precision == "fp8":
-        import_module("trainer.nn.float8").check(config.device, world_size)
+        from trainer.nn import float8
+
+        float8.check(config.device, world_size)
 
 
 def _opened() -> float:

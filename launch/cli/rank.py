@@ -2,8 +2,8 @@
 
 import signal
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,16 @@ from parallel.health.watchdog import LONG, SIGNALS, STOPPED, PeerLostError, Stop
 from parallel.runtime import Ranks, process_group
 from parallel.strategy import ConfigError
 
+Work = Callable[..., None] | None  # (config, runtime), or nothing to do
 
-def follow(ranks: Ranks) -> int:
+
+def follow(ranks: Ranks, work: Work) -> int:
     """Runs each job that rank 0 posts; the exit status that it leaves with."""
     try:
         for job in ranks.follow():
             if "stop" in job:
                 return job["stop"]
-            run(job, ranks)
+            run(job, ranks, work)
     except dist.DistError:  # rank 0, or the launcher that has the store, is gone
         return 1
     finally:
@@ -40,27 +42,26 @@ def follow(ranks: Ranks) -> int:
     raise AssertionError("rank 0 always posts a stop")
 
 
-def run_alone(job: dict[str, Any]) -> None:
+def run_alone(job: dict[str, Any], work: Work) -> None:
     """Runs a job in this process, a group of one."""
-    run(job, Ranks.alone())
+    run(job, Ranks.alone(), work)
 
 
-def run_spawned(job: dict[str, Any]) -> None:
+def run_spawned(job: dict[str, Any], work: Work) -> None:
     """Runs a job in a process that launch/cli/spawn.py started."""
     occupy_standard_streams()
     if job.get("console"):
         lead_streams_to(job["console"])
     try:
-        run(job, Ranks.of_torchrun())
+        run(job, Ranks.of_torchrun(), work)
     finally:
         let_go_of_streams()  # multiprocessing flushes them before anything that is done at exit
 
 
-def run(job: dict[str, Any], ranks: Ranks) -> None:
+def run(job: dict[str, Any], ranks: Ranks, work: Work) -> None:
     """Does the work of this rank; SystemExit if it fails, after the first rank has said why."""
     log_to_stderr(ranks.rank)
-    config = typed(job["door"], job["config"])
-    module, _, name = job["work"].partition(":")
+    config = typed(job["command"], job["config"])
     with ExitStack() as stack:
         log = _log(job)
         if log and ranks.rank == 0:
@@ -68,7 +69,8 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
         try:
             patience = LONG * getattr(config, "timeout_seconds", 0.0)
             runtime = stack.enter_context(process_group(config.device, ranks, patience))
-            getattr(import_module(module), name)(config, runtime)
+            if work:
+                work(config, runtime)
         except KeyboardInterrupt:
             raise SystemExit(130) from None
         except StoppedError:
@@ -82,7 +84,7 @@ def run(job: dict[str, Any], ranks: Ranks) -> None:
 
 def _log(job: dict[str, Any]) -> Path | None:
     """The file that keeps what a run says, unless all of its console goes there."""
-    kept = job["door"] == "train" and not job.get("console")
+    kept = job["command"] == "train" and not job.get("console")
     return Path(job["config"]["run_dir"]) / LOG if kept else None
 
 
@@ -91,7 +93,7 @@ def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
     if not ranks.first("error"):  # its end is a consequence of the first one's
         return code
     if isinstance(error, ConfigError | PeerLostError):
-        text = explain(job["door"], error)
+        text = explain(job["command"], error)
     elif not (text := unprinted(error)):
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
         text = "\n".join(prefix + line for line in traceback.format_exc().splitlines())

@@ -12,7 +12,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from launch.cli.errors import let_go_of_streams
-from launch.cli.rank import run_spawned
+from launch.cli.rank import Work, run_spawned
 from trainer.run.status import read_status
 
 # A signal makes the ranks save; they are given what that takes. A second one ends them at once.
@@ -20,7 +20,7 @@ SAVING_SECONDS = 24 * 3600
 HANDLED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 
 
-def spawn(job: dict[str, Any], count: int) -> None:
+def spawn(job: dict[str, Any], count: int, work: Work) -> None:
     """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
     began = time.time()
     for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
@@ -43,7 +43,7 @@ def spawn(job: dict[str, Any], count: int) -> None:
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // count))
     try:
-        elastic_launch(config, run_spawned)(job)
+        elastic_launch(config, run_spawned)(job, work)
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         raise SystemExit(_left_with(job, began) or (2 if 2 in codes else 1)) from None

@@ -10,7 +10,7 @@ import pytest
 
 from conf.schema import known_keys
 from conf.validation.validate import CHOICES, problems
-from launch.cli.entrypoint import open_door
+from launch.cli.entrypoint import Command, run_command
 from launch.cli.errors import TYPES, explain
 from parallel.strategy import ConfigError, world_size
 from trainer import data
@@ -162,7 +162,7 @@ def test_any_text_on_the_command_line_is_answered_in_a_line(number, monkeypatch,
     argument = NASTY[number] if number < len(NASTY) else noise
     monkeypatch.setattr(sys, "argv", ["train.py", argument])
     with pytest.raises(SystemExit) as stop:
-        open_door("train", work="none:none", prepare="test_refusals:refuse")
+        run_command(Command("train", refuse))
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2, said
     assert said and "Traceback" not in said and len(said.splitlines()) == 1

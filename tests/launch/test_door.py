@@ -21,17 +21,18 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from conf import schema
 from conf.schema import SCHEMAS
 from conf.validation.validate import problems
-from launch.cli.entrypoint import names_itself, open_door, quoted
+from launch.cli.entrypoint import Command, names_itself, quoted, run_command
 from parallel.runtime import Ranks, process_group
 from parallel.strategy import ConfigError, resolve
 from trainer.run.free_text import revealed
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-from launch.cli.entrypoint import open_door
+from launch.cli.entrypoint import Command, run_command
+from test_door import check, work
 
 if __name__ == "__main__":
-    open_door("train", work="test_door:work", prepare="test_door:check")
+    run_command(Command("train", check, work))
 """
 
 
@@ -64,7 +65,7 @@ def work(config, runtime):
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "door.py").write_text(SCRIPT)
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests/launch", ROOT / "tests/helpers")))
     here = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": paths}}
 
     def start(*arguments, ranks=0, **options):
@@ -217,7 +218,7 @@ MISTAKES = {
 def test_a_mistake_is_one_sentence(override, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["door.py", "batch_size=16", override])
     with pytest.raises(SystemExit) as stop:
-        open_door("train", work="none:none", prepare="test_door:check")
+        run_command(Command("train", check))
     assert stop.value.code == 2
     assert capsys.readouterr().err.strip() == MISTAKES[override]
 
@@ -225,7 +226,7 @@ def test_a_mistake_is_one_sentence(override, monkeypatch, capsys):
 def test_several_problems_are_a_list(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["door.py", "steps=0", "precision=fp31"])
     with pytest.raises(SystemExit):
-        open_door("train", work="none:none", prepare="test_door:check")
+        run_command(Command("train", check))
     lines = capsys.readouterr().err.splitlines()
     assert [line[:2] for line in lines] == ["2 ", "- ", "- "]
 
@@ -233,12 +234,16 @@ def test_several_problems_are_a_list(monkeypatch, capsys):
 def test_a_bug_keeps_its_trace(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["door.py"])
     with pytest.raises(SystemExit) as stop:
-        open_door("train", work="none:none", prepare="json:dumps")
+        run_command(Command("train", broken))
     assert stop.value.code == 1
     assert "Traceback" in capsys.readouterr().err
 
 
 ALONE = []
+
+
+def broken(*args):
+    return 1 / 0
 
 
 def walk(config):
@@ -250,9 +255,9 @@ def test_verify_walks_where_no_layout_is_asked_for(monkeypatch, capsys, override
     monkeypatch.setattr(sys, "argv", ["door.py", *overrides])
     ALONE.clear()
     with pytest.raises(SystemExit):
-        open_door("verify", work="none:none", prepare="test_door:check", alone="test_door:walk")
+        run_command(Command("verify", check, broken, alone=walk))
     assert bool(ALONE) == walks
-    assert ("none" in capsys.readouterr().err) != walks
+    assert ("ZeroDivisionError" in capsys.readouterr().err) != walks
 
 
 def test_ranks_follow_what_rank_0_posts():
@@ -315,7 +320,7 @@ def test_cuda_is_refused_before_anything_is_prepared(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["door.py", "device=cuda"])
     with pytest.raises(SystemExit) as stop:
-        open_door("train", work="none:none", prepare="none:none")
+        run_command(Command("train", broken))
     assert stop.value.code == 2
     assert "there is no CUDA device here; set device=cpu" in capsys.readouterr().err
 
@@ -382,7 +387,7 @@ def test_a_port_in_use_is_one_line(monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["door.py"])
         with pytest.raises(SystemExit) as stop:
-            open_door("train", work="none:none", prepare="none:none")
+            run_command(Command("train", broken))
     assert stop.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "MASTER_PORT" in line]
     assert len(lines) == 1
@@ -392,7 +397,7 @@ def test_a_port_in_use_is_one_line(monkeypatch, capsys):
 
 def test_a_thread_that_does_not_end_holds_no_process():
     code = (
-        "import threading, time; from launch import door\n"
+        "import threading, time; from launch.cli import entrypoint as door\n"
         "door.EXIT_SECONDS = 0.5\n"
         "threading.Thread(target=time.sleep, args=[600]).start()\n"
         "door.leave(75)"

@@ -275,13 +275,13 @@ def test_the_version_of_torch(monkeypatch, capsys, found, said):
         assert versions.torch_problem() == ""
         return
     with pytest.raises(SystemExit) as stop:
-        door.open_door("train", work="none:none", prepare="none:none")
+        door.run_command(door.Command("train", print))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == versions.torch_problem()
     monkeypatch.setenv("RANK", "1")  # one rank says it
     with pytest.raises(SystemExit):
-        door.open_door("train", work="none:none", prepare="none:none")
+        door.run_command(door.Command("train", print))
     assert capsys.readouterr().err == ""
 
 
