@@ -61,5 +61,5 @@ def _is_ignored(name: str) -> bool:
 
 def _left_with(job: dict[str, Any], began: float) -> int | None:
     """The exit code that the ranks of a training run have left word of."""
-    status = read_status(job["config"]["run_dir"]) if job["door"] == "train" else None
+    status = read_status(job["config"]["run_dir"]) if job["command"] == "train" else None
     return status.code if status and status.updated >= began else None
