@@ -75,7 +75,7 @@ Read and tokenise a data set once, ahead of training.
 
 
 def help_text(name: str, schema: type, values: DictConfig) -> str:
-    """What `--help` shows for door `name`: examples, groups and every key of `schema`."""
+    """Return what `--help` shows for door `name`: examples, groups and every key of `schema`."""
     plain = OmegaConf.to_container(values)  # unresolved: run_dir is decided when the run starts
     options = [f"    {group:<12}{' '.join(names)}" for group, names in groups(name).items()]
     choices = "\n".join(["Groups, as GROUP=OPTION:\n", *options])
@@ -85,7 +85,7 @@ def help_text(name: str, schema: type, values: DictConfig) -> str:
 
 
 def groups(name: str) -> dict[str, list[str]]:
-    """The groups that door `name` composes, each with its options."""
+    """Return the groups that door `name` composes, each with its options."""
     defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     return {
         group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -94,7 +94,9 @@ def groups(name: str) -> dict[str, list[str]]:
 
 
 def comments(schema: type) -> dict[str, str]:
-    """The comment of each field of a dataclass: beside it, else in the lines just above it."""
+    """Return the comment of each field of a dataclass: beside it, else in the lines just above
+    it.
+    """
     found: dict[str, str] = {}
     for owner in reversed(schema.__mro__):
         if is_dataclass(owner):

@@ -39,7 +39,7 @@ SCHEMAS: dict[str, type] = {
 
 
 def register(started: str, scratch: str = "") -> None:
-    """Tells Hydra the schemas and resolvers.
+    """Tell Hydra the schemas and resolvers.
 
     `started` is the time stamp of this launch, `scratch` the folder that Hydra's sweepers write
     to before a sweep's own is open (empty = no sweep).
@@ -58,7 +58,9 @@ def register(started: str, scratch: str = "") -> None:
 
 
 def load(name: str, values: DictConfig) -> Any:
-    """The typed configuration of door `name`; raises ConfigError for keys that it does not have."""
+    """Return the typed configuration of door `name`; raises ConfigError for keys that it does not
+    have.
+    """
     known = known_keys(SCHEMAS[name])
     unknown = sorted(_leaves(OmegaConf.to_container(values)) - set(known))
     if unknown:
@@ -70,7 +72,9 @@ def load(name: str, values: DictConfig) -> Any:
 
 
 def typed(name: str, values: Any) -> Any:
-    """The dataclass of door `name`, filled from a plain container, whose texts are just that."""
+    """Return the dataclass of door `name`, filled from a plain container, whose texts are just
+    that.
+    """
     return _typed(name, protected(values))
 
 
@@ -80,12 +84,12 @@ def _typed(name: str, values: Any) -> Any:
 
 
 def free_text(name: str) -> set[str]:
-    """The keys of door `name` whose values are text: paths, sentences and words."""
+    """Return the keys of door `name` whose values are text: paths, sentences and words."""
     return {key for key, field in known_keys(SCHEMAS[name]).items() if field.type is str}
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
-    """Every key below a dataclass, dotted, with its field."""
+    """Return every key below a dataclass, dotted, with its field."""
     found: dict[str, Field] = {}
     for field in fields(schema):
         if isinstance(field.type, type) and is_dataclass(field.type):
@@ -96,7 +100,7 @@ def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
 
 
 def run_name(started: str) -> str:
-    """A new folder's name: what is trained and when."""
+    """Return a new folder's name: what is trained and when."""
     if not HydraConfig.initialized():
         return started
     hydra = HydraConfig.get()

@@ -62,12 +62,12 @@ class SubmitConfig(TrainConfig):
 
 
 def training_part(config: SubmitConfig) -> TrainConfig:
-    """The configuration of the run without that of its job."""
+    """Return the configuration of the run without that of its job."""
     return TrainConfig(**{part.name: getattr(config, part.name) for part in fields(TrainConfig)})
 
 
 def cluster_problems(config: SubmitConfig) -> list[str]:
-    """What is wrong with a job's keys, as far as they tell; empty = nothing."""
+    """Return what is wrong with a job's keys, as far as they tell; empty = nothing."""
     cluster, found = config.cluster, []
     if config.launch.ranks:
         found.append(

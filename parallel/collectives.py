@@ -16,28 +16,30 @@ _ops = torch.ops._c10d_functional
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
-    """The sum (or max) over the ranks, not to be read before `wait`."""
+    """Return the sum (or max) over the ranks, not to be read before `wait`."""
     return _ops.all_reduce(x.contiguous(), how, group.group_name)
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The ranks' tensors, all of one shape, behind each other; not to be read before `wait`."""
+    """Return the ranks' tensors, all of one shape, behind each other; not to be read before
+    `wait`.
+    """
     return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
 
 def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """As `all_to_all`, not to be read before `wait`."""
+    """Like `all_to_all`, not to be read before `wait`."""
     sizes = [x.shape[0] // group.size()] * group.size()
     return _ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
-    """The sum (or max) over the ranks."""
+    """Return the sum (or max) over the ranks."""
     return wait(start_all_reduce(x, group, how))
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """The ranks' tensors, all of one shape, side by side along `dim`."""
+    """Return the ranks' tensors, all of one shape, side by side along `dim`."""
     gathered = wait(start_all_gather(x, group))
     # In these very operators inductor finds what it can overlap with a matrix product.
     return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
@@ -51,12 +53,16 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Of every rank the part along dim 0 that is meant for this one; the degree divides it."""
+    """Exchange parts along dim 0, so that each rank gets those meant for it; the degree divides
+    it.
+    """
     return wait(start_all_to_all(x, group))
 
 
 def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The previous rank's tensor, not to be read before `wait`; this rank's goes to the next."""
+    """Return the previous rank's tensor, not to be read before `wait`; this rank's goes to the
+    next.
+    """
     rank, parts = group.rank(), group.size()
     # An all-to-all with one part: NCCL sends no empty ones, and unlike pairs of send and receive
     # it is a functional operator, and in no order that could lock.
@@ -66,12 +72,12 @@ def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def wait(x: Tensor) -> Tensor:
-    """What has been started, arrived."""
+    """Return what has been started, arrived."""
     return _ops.wait_tensor(x)
 
 
 def padded(x: Tensor, dim: int, parts: int) -> Tensor:
-    """The tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
+    """Return the tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
     lacking = -x.shape[dim] % parts
     return x if not lacking else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking))
 

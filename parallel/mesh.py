@@ -14,7 +14,7 @@ COPY_AXES = ("replicate", "context")
 
 
 def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
-    """The mesh of a resolved strategy.
+    """Return the mesh of a resolved strategy.
 
     Ranks count up along AXES, the last fastest. The mesh lists context before shard, since
     hybrid sharding takes the axes of copies in front of the sharded one.
@@ -42,7 +42,7 @@ def copies_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
 
 
 def shards_mesh(mesh: DeviceMesh, copies: DeviceMesh | None) -> DeviceMesh:
-    """What FSDP shards over: the shard axis, behind that of the copies if there are any."""
+    """Return what FSDP shards over: the shard axis, behind that of the copies if there are any."""
     if copies is None:
         return mesh["shard"]
     (name,) = copies.mesh_dim_names or ()

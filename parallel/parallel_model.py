@@ -37,7 +37,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Axes:
-    """What the axes with more than one rank have made of a model; None where there is one."""
+    """Results of the mesh axes with more than one rank; None where an axis has one."""
 
     split: TensorSplit | None  # of the layers, tensor
     context: ContextSplit | None  # of the sequences, context
@@ -54,7 +54,9 @@ class _Mean:
     total: Tensor
 
     def share(self, loss_sum: Tensor) -> Tensor:
-        """What to go back from for a sum over valid targets, whose part of the mean is counted."""
+        """Return what to go back from for a sum over valid targets, whose part of the mean is
+        counted.
+        """
         loss = loss_sum / self.count.clamp(min=1).to(loss_sum.dtype)
         self.total = self.total + loss.detach()
         # Zero times a loss that is not finite is NaN: its gradient may be finite, and only what is
@@ -97,7 +99,9 @@ class Worker:
             pipeline.tied = next(self._tied(), None)
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        """The micro-batch on this rank's device, copied without waiting where memory is pinned."""
+        """Return the micro-batch on this rank's device, copied without waiting where memory is
+        pinned.
+        """
         return {k: v.to(self.device, non_blocking=True) for k, v in micro_batch.items()}
 
     def forward_backward(
@@ -156,7 +160,7 @@ class Worker:
             pipeline.recording = None
 
     def forward(self, inputs: MicroBatch, cache: Any = None) -> Tensor:
-        """The model's logits, all classes on every rank; inside `evaluating` only."""
+        """Return the model's logits, all classes on every rank; inside `evaluating` only."""
         whole = self.split.vocabulary.gather if self.split is not None else lambda logits: logits
         if self.pipeline is not None:
             logits = self.pipeline.forward(inputs, cache, whole)
@@ -205,11 +209,13 @@ class Worker:
         return [] if self.split is None else self.split.partial
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What this rank has of the parameters, by canonical name."""
+        """Return what this rank has of the parameters, by canonical name."""
         return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
 
     def kept(self) -> dict[str, Tensor]:
-        """What this rank alone keeps of the gradients' sums so far, by name; to be loaded into."""
+        """Return what this rank alone keeps of the gradients' sums so far, by name; to be loaded
+        into.
+        """
         return {} if self._exchange is None else self._exchange.state()
 
     def _tied(self) -> Iterator[nn.Parameter]:
@@ -219,11 +225,13 @@ class Worker:
                 yield parameter
 
     def gradients(self) -> list[Tensor]:
-        """The gradients, in the order of the parameters."""
+        """Return the gradients, in the order of the parameters."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _counted_gradients(self) -> list[Tensor]:
-        """The gradients that make up the norm: a tied parameter counts where its first name is."""
+        """Return the gradients that make up the norm: a tied parameter counts where its first name
+        is.
+        """
         named = self.model.named_parameters()
         return [p.grad for n, p in named if p.grad is not None and n not in self.whole.ties]
 
@@ -241,17 +249,19 @@ class Worker:
         self.model.zero_grad(set_to_none=True)
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """The sum over all ranks that see different samples, in place."""
+        """Return the sum over all ranks that see different samples, in place."""
         if self.data_degree > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def any_over_data(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank that sees different samples; waits for all of them."""
+        """Return whether the flag is up on any rank that sees different samples; waits for all of
+        them.
+        """
         if self.data_degree == 1:
             return flag
         return bool(self.sum_over_data(torch.tensor(int(flag), device=self.device)).item())
 
     def gather_over_data(self, value: object) -> list:
-        """Every such rank's (picklable) value, in rank order."""
+        """Return every such rank's (picklable) value, in rank order."""
         return everyones(value, self.data_group)

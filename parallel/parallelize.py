@@ -26,7 +26,7 @@ DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 
 @dataclass(frozen=True)
 class Facts:
-    """What parallelism must know of a model, whose blocks stand in a module named `blocks`."""
+    """Facts that parallelism needs of a model, whose blocks stand in a module named `blocks`."""
 
     draw_rows: DrawRows
     loss_sum: LossSum
@@ -137,7 +137,7 @@ def allocate(model: nn.Module, device: torch.device) -> None:
 
 
 def place(tensor: Tensor) -> tuple[slice, ...]:
-    """Where this rank's part of a parameter, or of its gradient, lies in the whole."""
+    """Return where this rank's part of a parameter, or of its gradient, lies in the whole."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
         shape, offset = compute_local_shape_and_global_offset(

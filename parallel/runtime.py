@@ -49,7 +49,7 @@ class Ranks:
 
     @classmethod
     def of_torchrun(cls) -> "Ranks":
-        """The ranks that torchrun (or anything that sets its variables) started."""
+        """Return the ranks that torchrun (or anything that sets its variables) started."""
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
         except dist.DistNetworkError as error:
@@ -69,16 +69,16 @@ class Ranks:
         return cls(dist.HashStore(), 0, 1)
 
     def started(self, now: float) -> float:
-        """When this launch began: the same for every rank and after every restart."""
+        """Return when this launch began: the same for every rank and after every restart."""
         return float(self.launch.compare_set("started", "", repr(now)))
 
     def post(self, job: Any) -> None:
-        """Hands a JSON-able job to the ranks that follow."""
+        """Hand a JSON-able job to the ranks that follow."""
         self.jobs += 1
         self.store.set(f"job{self.jobs}", json.dumps(job))
 
     def follow(self) -> Iterator[Any]:
-        """The jobs that rank 0 posts, as they come."""
+        """Yield the jobs that rank 0 posts, as they come."""
         while True:
             self.jobs += 1
             self.store.wait([f"job{self.jobs}"], PATIENCE)
@@ -90,7 +90,7 @@ class Ranks:
             self.store.add("left", 1)
 
     def stop(self, seconds: float = 10.0) -> None:
-        """Tells the ranks that follow to end, and waits until they have heard it.
+        """Tell the ranks that follow to end, and wait until they have heard it.
 
         The store is rank 0's own where there is no torchrun, and would end with it.
         """
@@ -102,7 +102,7 @@ class Ranks:
             time.sleep(0.02)
 
     def first(self, event: str) -> bool:
-        """Whether this rank is the first to name `event` in the current job."""
+        """Return whether this rank is the first to name `event` in the current job."""
         return self.store.add(f"{event}{self.jobs}", 1) == 1
 
 
@@ -164,7 +164,7 @@ def end_process_group() -> None:
 
 
 def largest(runtime: Runtime, values: list[int]) -> list[int]:
-    """The largest of each of a few numbers over all ranks, which must call it together.
+    """Return the largest of each of a few numbers over all ranks, which must call it together.
 
     On the host, so that no device is waited for.
     """
@@ -183,14 +183,16 @@ def agreed(value: Any) -> Any:
 
 
 def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list:
-    """Every rank's (picklable) value, in rank order; `group`: of these ranks (None = all)."""
+    """Return every rank's (picklable) value, in rank order; `group`: of these ranks (None =
+    all).
+    """
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:
-    """Raises ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
+    """Raise ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
 
     Files differ where a folder is not mounted, or another one; all must be the same before ranks
     train as one.

@@ -93,7 +93,7 @@ def restarts(environment: Mapping[str, str]) -> int:
 
 
 def degrees(strategy: StrategyConfig) -> dict[str, int]:
-    """The degree of each mesh axis, in the mesh's order."""
+    """Return the degree of each mesh axis, in the mesh's order."""
     return {axis: getattr(strategy, axis) for axis in AXES}
 
 
@@ -108,7 +108,9 @@ def data_degree(strategy: StrategyConfig) -> int:
 
 
 def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """The strategy with -1 filled in for `world_size` ranks; ConfigError if they do not fit."""
+    """Return the strategy with -1 filled in for `world_size` ranks; ConfigError if they do not
+    fit.
+    """
     problems = []
     for axis, degree in degrees(strategy).items():
         if degree == 0 or degree < -1:
@@ -133,7 +135,7 @@ def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
 
 
 def _refit(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """The strategy with as many copies and shards as these ranks make.
+    """Return the strategy with as many copies and shards as these ranks make.
 
     What one copy of the model is split over stays, so that it still fits; its shards stay if they
     do, else all ranks share one copy.

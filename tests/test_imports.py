@@ -257,3 +257,17 @@ def test_files_and_functions_are_short(module):
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
+
+
+VAGUE = {"What", "Whether", "Why", "Of", "As", "Where"}
+
+
+def test_docstrings_open_with_a_verb_or_a_noun():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [
+        text.split()[0]
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+    ]
+    assert sum(word in VAGUE for word in found) < 0.02 * len(found)

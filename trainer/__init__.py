@@ -1,1 +1,1 @@
-"""What is trained, and the training of it: model, data, optimizer, loop, checkpoints."""
+"""The model, its data, its optimizer and its training: loop, checkpoints, metrics."""

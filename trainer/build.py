@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 def build_worker(
     config: TrainConfig, runtime: Runtime, compression: Compression | None = None
 ) -> Worker:
-    """The config's model under its strategy on the ranks there are, with its initial weights.
+    """Return the config's model under its strategy on the ranks there are, with its initial
+    weights.
 
     `compression` is that of the config, where somebody goes on to ask it.
     """
@@ -86,7 +87,7 @@ def parallel_model(
     compression: Compression | None = None,
     parallelize: Callable[..., Worker] = apply.parallelize,
 ) -> Worker:
-    """A model under a resolved strategy; `parallelize` is another one to plant a fault."""
+    """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config, precision.compute)

@@ -83,7 +83,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
 
 
 def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
-    """The run at its first step, or where its newest good checkpoint left it.
+    """Return the run at its first step, or where its newest good checkpoint left it.
 
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises ConfigError where a weight or moment is not finite.
@@ -135,7 +135,7 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
 
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
-    """What writes metrics.jsonl and the console, on the first rank."""
+    """Return what writes metrics.jsonl and the console, on the first rank."""
     classifies = config.model.family == "encoder"
     # Text fills every sample; of sentences the length is that of an average one.
     train_set = open_split(data_of(config), "train")
@@ -171,7 +171,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step leaves on the device: this rank's part of the mean loss, and the norm."""
+    """Results of a step, on the device: this rank's part of the mean loss, and the gradient
+    norm.
+    """
 
     loss: Tensor
     grad_norm: Tensor
@@ -227,7 +229,9 @@ def take_steps(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> float | None:
-    """The loss on the valid split, where it falls due; left to the next start if this run stops."""
+    """Return the loss on the valid split, where it falls due; left to the next start if this run
+    stops.
+    """
     config, state, supervisor = run.config, run.state, run.supervisor
     if supervisor.stopping or not due(state.step, config.eval.every, config.steps):
         return None
@@ -297,7 +301,7 @@ def report(run: Run, step: Step) -> None:
 
 
 def finish(run: Run) -> dict[str, float]:
-    """The test split's values and, of a language model, a sample of what it writes."""
+    """Return the test split's values and, of a language model, a sample of what it writes."""
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
     if config.eval.test and run.supervisor.on_any(recorder.lacks("test", state.step)):
@@ -330,7 +334,7 @@ def finish(run: Run) -> dict[str, float]:
 def measure(
     run: Run, split: str, samples: int, tokenizer: Tokenizer | None = None
 ) -> dict[str, float]:
-    """The values of a split (evaluate.py); BLEU too where a tokenizer is given.
+    """Return the values of a split (evaluate.py); BLEU too where a tokenizer is given.
 
     Raises StoppedError where a signal asks for an end meanwhile.
     """
@@ -348,5 +352,7 @@ def measure(
 
 
 def due(step: int, every: int, steps: int) -> bool:
-    """Whether something that happens every so many steps (0 = only at the end) happens now."""
+    """Return whether something that happens every so many steps (0 = only at the end) happens
+    now.
+    """
     return step == steps or (every > 0 and step % every == 0)

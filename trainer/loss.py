@@ -40,7 +40,7 @@ def chunked_cross_entropy_sum(
     chunks: int,
     **options: Any,
 ) -> Tensor:
-    """As `cross_entropy_sum` of project(hidden), in pieces whose logits never exist together.
+    """Like `cross_entropy_sum` of project(hidden), in pieces whose logits never exist together.
 
     The backward computes a piece's logits again; hidden (…, width), targets (…).
     """

@@ -50,7 +50,7 @@ TENSOR_LAYOUT = {
 
 
 class DecodingCache:
-    """What a model remembers while generating: a cache per decoder block, and the memory."""
+    """Keys and values of the tokens generated so far: a cache per decoder block, and the memory."""
 
     def __init__(self, model: "Transformer", capacity: int):
         self.length = 0  # tokens cached so far
@@ -171,7 +171,8 @@ class Transformer(nn.Module):
     def flow_like(
         self, inputs: Inputs, block: int, cache: DecodingCache | None = None
     ) -> tuple[Tensor | None, ...]:
-        """What flows into a block, as meta tensors: x, memory and marks, where there are any.
+        """Return what flows into a block, as meta tensors: x, memory and marks, where there are
+        any.
 
         Behind the last block: the logits. With a cache, the memory flows once.
         """
@@ -222,7 +223,7 @@ class Transformer(nn.Module):
         return [resize for resize in found if resize.stream == stream]
 
     def _keeps_before(self, block: int) -> bool:
-        """Whether a longer sequence flows into a decoder's block beside its own."""
+        """Return whether a longer sequence flows into a decoder's block beside its own."""
         found = self._resizes_before(block, "target")
         return bool(found) and found[-1].keeps
 
@@ -237,7 +238,7 @@ class Transformer(nn.Module):
     def _streams_before(
         self, block: int, streams: dict[str, Stream], flow: Flow
     ) -> dict[str, Stream]:
-        """The streams as they are in front of a block that the flow flows into."""
+        """Return the streams as they are in front of a block that the flow flows into."""
         for place in sorted(place for place in self.resizes if place < block):
             streams = self._behind(place, streams, None)
         if flow[2] is None:
@@ -266,7 +267,7 @@ class Transformer(nn.Module):
     def _embed(
         self, inputs: Inputs, streams: dict[str, Stream], cache: DecodingCache | None
     ) -> Flow:
-        """What flows first: of an encoder-decoder the source, and the target that waits."""
+        """Return what flows first: of an encoder-decoder the source, and the target that waits."""
         assert self.embed is not None
         if self.config.family == "encoder":
             return self.embed(inputs["images"], streams["source"], self.dtype), None, None
@@ -347,7 +348,7 @@ class Transformer(nn.Module):
         return stream
 
     def own_targets(self, targets: Tensor) -> Tensor:
-        """Of a micro-batch's targets those that are learned from here."""
+        """Return the targets of a micro-batch that this rank trains on."""
         context = self.context
         if not context.shares or (targets.dim() == 1 and context.first):
             return targets

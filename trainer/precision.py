@@ -29,7 +29,7 @@ PRECISIONS = {
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The named precision; `auto` is bf16 on CUDA and fp32 on a CPU."""
+    """Return the named precision; `auto` is bf16 on CUDA and fp32 on a CPU."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return PRECISIONS[name]
@@ -62,7 +62,7 @@ class LossScale:
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds; the tensors themselves, to be loaded into."""
+        """Return what a checkpoint holds; the tensors themselves, to be loaded into."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def loaded(self) -> None:

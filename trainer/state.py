@@ -70,7 +70,7 @@ class TrainState:
 
 
 def not_finite(state: TrainState) -> str:
-    """The first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+    """Return the first tensor of a state, by name, that holds NaN or infinity; empty = none does.
 
     All ranks call it and get the same. One reduction of each tensor, whose results are read back
     together: for the moments at which the host waits anyway.

@@ -1,4 +1,4 @@
-"""Whether a compression fits the model and the layout: pure functions, every problem at once."""
+"""Validation of a compression with model and layout: pure functions, every problem at once."""
 
 import math
 
@@ -13,7 +13,7 @@ SHORTENS = ("merge", "pool_after", "drop")
 def compress_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Why a model cannot be compressed so under a resolved strategy; empty = it can."""
+    """Return why a model cannot be compressed so under a resolved strategy; empty = it can."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
     found = _shared(asked, compress, strategy) + _pooling(compress, model)
     if model.family == "encoder":
@@ -67,7 +67,7 @@ def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
 
 
 def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """As many whole blocks in front as behind, and something to shorten between them."""
+    """Require as many whole blocks in front as behind, and something to shorten between them."""
     found, most = [], (model.layers - 1) // 2
     if compress.pool_after > most:
         found.append(
@@ -84,7 +84,7 @@ def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
 
 
 def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """What an image's patches cannot give; nothing where its size is not known yet."""
+    """Return what an image's patches cannot give; nothing where its size is not known yet."""
     side = model.image_size // model.patch_size
     if not side:
         return []
@@ -112,13 +112,13 @@ def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
 
 
 def _most(vectors: int, times: int) -> int:
-    """The most that can be merged so many times: half of what is left, the last time."""
+    """Return the most that can be merged so many times: half of what is left, the last time."""
     # vectors - (times - 1) r >= 2 r
     return vectors // (times + 1) if times > 0 else 0
 
 
 def _neighbours(compress: CompressConfig) -> dict[str, int]:
-    """How many weights along the inputs belong together, by the key that says so."""
+    """Return how many weights along the inputs belong together, by the key that says so."""
     sizes = {
         "group": compress.group if compress.bits else 0,
         "sparse_m": compress.sparse_m if compress.sparse_n else 0,
@@ -158,7 +158,7 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
 
 
 def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """What of whole heads and channels cannot be pruned."""
+    """Return what of whole heads and channels cannot be pruned."""
     found, groups = [], model.kv_heads or model.heads
     counts = {"prune_heads": (groups, "heads"), "prune_ffn": (model.ffn_width, "channels")}
     if model.kv_heads:
@@ -199,14 +199,14 @@ def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> li
 
 
 def _part(width: int, degree: int) -> int:
-    """What each rank has of a width; 0 where they have unequal parts."""
+    """Return what each rank has of a width; 0 where they have unequal parts."""
     return width // degree if width % degree == 0 else 0
 
 
 def match_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Why a model cannot learn from a teacher's hidden states so; empty = it can."""
+    """Return why a model cannot learn from a teacher's hidden states so; empty = it can."""
     match, named = compress.match, f"compress.match={compress.match}"
     if not match or not compress.match_weight:
         return []
@@ -242,7 +242,7 @@ def _depth(model: ModelConfig) -> int:
 
 
 def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Why the hidden states of a teacher cannot be compared with ours; empty = they can."""
+    """Return why the hidden states of a teacher cannot be compared with ours; empty = they can."""
     compress, ours, theirs = config.compress, config.model, teacher.model
     if not compress.match or not compress.match_weight:
         return []
@@ -274,7 +274,9 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
 
 
 def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
-    """Why a completed run cannot learn from the answers in compress.teacher; empty = it can."""
+    """Return why a completed run cannot learn from the answers in compress.teacher; empty = it
+    can.
+    """
     compress, data = config.compress, config.data
     named = f"compress.teacher={compress.teacher}"
     if data.kind != facts.kind:
@@ -307,7 +309,7 @@ def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
 
 
 def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Why a completed run cannot learn from the run of compress.teacher; empty = it can."""
+    """Return why a completed run cannot learn from the run of compress.teacher; empty = it can."""
     named = f"compress.teacher={config.compress.teacher}"
     ours, theirs = config.model, teacher.model
     if ours.family != theirs.family:

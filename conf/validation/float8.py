@@ -1,4 +1,4 @@
-"""Whether a model's layers can multiply in float8: pure functions, every problem at once."""
+"""Validation of a model for float8: pure functions, every problem at once."""
 
 from math import lcm
 
@@ -12,7 +12,9 @@ STEP = 16  # of the sizes that float8 kernels take
 def precision_problems(
     precision: str, model: ModelConfig, compress: CompressConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Why a model cannot compute so under a resolved strategy that fits it; empty = it can."""
+    """Return why a model cannot compute so under a resolved strategy that fits it; empty = it
+    can.
+    """
     if precision != "fp8":
         return []
     found = [

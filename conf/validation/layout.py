@@ -1,4 +1,4 @@
-"""Whether a strategy fits the model and the batch: pure functions, every problem at once."""
+"""Validation of a strategy with model and batch: pure functions, every problem at once."""
 
 from math import inf, isqrt
 from typing import Any
@@ -21,7 +21,9 @@ VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
-    """What is wrong with a resolved strategy for a door's configuration, but for its model."""
+    """Return what is wrong with a resolved strategy for a door's configuration, but for its
+    model.
+    """
     found = _fault(getattr(config, "fault", ""), strategy)
     data = getattr(config, "data", None)
     seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
@@ -50,7 +52,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Why gradients cannot be summed as strategy.reduce says."""
+    """Return why gradients cannot be summed as strategy.reduce says."""
     given = f"strategy.reduce={strategy.reduce}"
     if isinstance(config, VerifyConfig) and strategy.reduce != "auto":
         return [
@@ -84,7 +86,7 @@ def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Why a schedule does not go with what else is asked for."""
+    """Return why a schedule does not go with what else is asked for."""
     found: list[str] = []
     # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
     if isinstance(config, VerifyConfig) or not (
@@ -98,7 +100,7 @@ def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
-    """What does not go with a backward in two passes.
+    """Return what does not go with a backward in two passes.
 
     A compiled graph has but one, what is recomputed would be for each layer's weights anew, and
     float8 layers would multiply for both gradients in either pass.
@@ -125,12 +127,12 @@ def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Why a model's layers cannot be spread so; empty = they can."""
+    """Return why a model's layers cannot be spread so; empty = they can."""
     return splits(model, strategy.tensor) + _shares(model, strategy) + _stages(model, strategy)
 
 
 def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
-    """Why a step's samples cannot be dealt to ranks and micro-batches."""
+    """Return why a step's samples cannot be dealt to ranks and micro-batches."""
     size, micro, degree = config.batch_size, config.micro_batch_size, data_degree(strategy)
     if size % degree:
         return [
@@ -167,7 +169,7 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
 
 
 def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Why attention cannot trade positions for heads over the context axis."""
+    """Return why attention cannot trade positions for heads over the context axis."""
     heads = model.heads // strategy.tensor
     if strategy.context_method != "ulysses" or heads % strategy.context == 0:
         return []
@@ -181,7 +183,7 @@ def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
 
 
 def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Why a model cannot be cut into the pipeline's stages."""
+    """Return why a model cannot be cut into the pipeline's stages."""
     if strategy.pipeline == 1:
         return []
     blocks, sizes = model.layers, f"model.layers={model.layers}"
@@ -213,7 +215,7 @@ def _short(numbers: list[int]) -> str:
 
 
 def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
-    """Why a fault cannot be planted in this layout."""
+    """Return why a fault cannot be planted in this layout."""
     if fault in SPLIT_FAULTS and strategy.tensor == 1:
         return [f"fault={fault} is one of split layers; set strategy=tensor"]
     if fault in CONTEXT_FAULTS and (strategy.context == 1 or strategy.context_method != "ring"):
@@ -230,7 +232,7 @@ def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
 
 
 def splits(model: ModelConfig, degree: int) -> list[str]:
-    """Why the model's layers cannot be split over `degree` ranks; empty = they can."""
+    """Return why the model's layers cannot be split over `degree` ranks; empty = they can."""
     fit = [d for d in divisors(model.heads) if _splits_heads(model, d)]
     found = []
     if degree not in fit:
@@ -251,7 +253,7 @@ def splits(model: ModelConfig, degree: int) -> list[str]:
 
 
 def _splits_heads(model: ModelConfig, degree: int) -> bool:
-    """A rank has whole query heads; key/value heads are whole, or equal parts of one."""
+    """Return a rank has whole query heads; key/value heads are whole, or equal parts of one."""
     groups = model.kv_heads or model.heads
     head_width = model.head_width or model.width // model.heads
     shared = degree % groups == 0 and groups * head_width % degree == 0
@@ -259,7 +261,7 @@ def _splits_heads(model: ModelConfig, degree: int) -> bool:
 
 
 def divisors(number: int) -> list[int]:
-    """The divisors of `number`, rising; of one that no size can have, 1 and itself."""
+    """Return the divisors of `number`, rising; of one that no size can have, 1 and itself."""
     if number > 1e12:
         return [1, number]
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]
@@ -267,13 +269,13 @@ def divisors(number: int) -> list[int]:
 
 
 def near_divisors(number: int, wanted: int) -> str:
-    """The divisors of `number` just below and above `wanted`."""
+    """Return the divisors of `number` just below and above `wanted`."""
     found = divisors(number)
     near = [*[d for d in found if d < wanted][-1:], *[d for d in found if d > wanted][:1]]
     return " or ".join(map(str, near))
 
 
 def near_multiples(number: int, factor: int) -> str:
-    """The multiples of `factor` just below and above `number`."""
+    """Return the multiples of `factor` just below and above `number`."""
     below = number // factor * factor
     return " or ".join(str(multiple) for multiple in (below, below + factor) if multiple)

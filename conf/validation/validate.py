@@ -1,4 +1,4 @@
-"""What must hold beyond types: pure functions that find every problem of a config at once."""
+"""Validation beyond types: pure functions that find every problem of a config at once."""
 
 import difflib
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -183,7 +183,7 @@ RANGES = {
 
 
 def problems(config: Any, world_size: int) -> list[str]:
-    """Every problem of a door's configuration on `world_size` ranks; empty = none."""
+    """Return every problem of a door's configuration on `world_size` ranks; empty = none."""
     found = _choices(config) + _ranges(config)
     wrong = {problem.split("=", 1)[0] for problem in found}
     broken: list[str] = []
@@ -221,7 +221,7 @@ def problems(config: Any, world_size: int) -> list[str]:
 
 
 def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
-    """The configuration with model sizes of 0 taken from the data; ConfigError if they clash."""
+    """Return the configuration with model sizes of 0 taken from the data, or raise ConfigError."""
     model, data = config.model, config.data
     filled = replace(
         model,

@@ -93,7 +93,9 @@ def run_command(command: Command) -> None:
 
 
 def _ranks(name: str) -> Any:
-    """The ranks that torchrun has started, None without it; exits where nothing can begin."""
+    """Return the ranks that torchrun has started, None without it; exits where nothing can
+    begin.
+    """
     problem = _unreadable(sys.argv[1:])
     if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
         sys.exit(2)  # rank 0 says it
@@ -111,13 +113,15 @@ def _ranks(name: str) -> Any:
 
 
 def names_itself(words: Sequence[str]) -> bool:
-    """Whether a new folder is named after the time; a restart by torchrun goes on in the old."""
+    """Return whether a new folder is named after the time; a restart by torchrun goes on in the
+    old.
+    """
     given = any(word.lstrip("+").startswith("run_dir=") for word in words)
     return not given and not restarts(os.environ)
 
 
 def _unreadable(words: Sequence[str]) -> str:
-    """What keeps a command from being read at all; empty = nothing.
+    """Return what keeps a command from being read at all; empty = nothing.
 
     Python keeps bytes that are not in the locale's encoding as lone surrogates.
     """
@@ -155,7 +159,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _compose(command: Command, ranks: Any, scratch: str) -> int:
-    """Lets Hydra run every job of the command line; the exit status."""
+    """Let Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
     keys = schema.free_text(command.name)
@@ -188,7 +192,7 @@ def _compose(command: Command, ranks: Any, scratch: str) -> int:
 
 
 def _job_of(command: Command, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictConfig], Any]:
-    """What Hydra calls with each composed configuration."""
+    """Return what Hydra calls with each composed configuration."""
 
     def task(cfg: DictConfig) -> float | None:
         if sweep is not None:
@@ -213,7 +217,7 @@ def _sweeps() -> bool:
 
 
 def _run_job(command: Command, cfg: DictConfig, ranks: Any, console: Path | None = None) -> None:
-    """Checks and prepares one composed job, then runs it on every rank.
+    """Check and prepare one composed job, then run it on every rank.
 
     `console`: the file that new processes write to, of which there is then at least one; None =
     the terminal. JobFailedError if the job cannot begin, SystemExit if it fails.
@@ -269,7 +273,7 @@ def _start(
 
 
 def _tell(command: Command, error: Exception) -> int:
-    """Writes a user's mistake as one message and a bug with its trace; the exit status."""
+    """Write a user's mistake as one message and a bug with its trace; the exit status."""
     if is_mistake(error):
         write_error(explain(command.name, error))
         return 2
@@ -297,7 +301,7 @@ def quoted(argument: str, keys: Collection[str]) -> str:
 
 
 def quoted_values(argument: str, keys: Collection[str]) -> str:
-    """As `quoted`, in a sweep: commas part values, and Hydra's own words (choice, glob) stay."""
+    """Like `quoted`, in a sweep: commas part values, and Hydra's own words (choice, glob) stay."""
     key, equals, text = argument.partition("=")
     if key.lstrip("+") not in keys or not equals or not text or SWEPT.match(text):
         return argument

@@ -1,4 +1,4 @@
-"""What is installed, and whether it will do; asked before anything imports torch."""
+"""Installed packages, and whether they will do; checked before anything imports torch."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ PACKAGES = ("samestep", "torch", "numpy", "hydra-core", "omegaconf", "tokenizers
 
 
 def torch_problem() -> str:
-    """What is wrong with the torch that is installed, in one line; empty = nothing."""
+    """Return what is wrong with the torch that is installed, in one line; empty = nothing."""
     wanted = "torch>=" + ".".join(map(str, OLDEST_TORCH))
     try:
         found = version("torch")
@@ -35,7 +35,7 @@ def torch_problem() -> str:
 
 
 def note_start(run_dir: Path, overrides: list[str]) -> None:
-    """Adds this start to the run's starts.json: command, commit, versions."""
+    """Add this start to the run's starts.json: command, commit, versions."""
     path = run_dir / "starts.json"
     try:
         starts = list(json.loads(path.read_text(encoding="utf-8")))
@@ -66,7 +66,7 @@ def _version(name: str) -> str:
 
 
 def _git(*words: str) -> str:
-    """What git says of this project's folder; empty where it is no repository."""
+    """Return what git says of this project's folder; empty where it is no repository."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), *words]
     try:

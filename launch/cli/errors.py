@@ -48,12 +48,12 @@ class JobFailedError(Exception):
 
 
 def exit_code(stop: SystemExit) -> int:
-    """The status that a process left with."""
+    """Return the status that a process left with."""
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def write_error(text: str) -> None:
-    """Writes one message to stderr, in one piece so that ranks do not mix theirs.
+    """Write one message to stderr, in one piece so that ranks do not mix theirs.
 
     torchrun writes 30 lines of its own when a rank fails; their last is what the rank has left in
     its error file (torch.distributed.elastic's protocol): the message once more.
@@ -74,7 +74,7 @@ def write_error(text: str) -> None:
 
 
 def occupy_standard_streams() -> None:
-    """Leads closed stdin, stdout and stderr nowhere, and lets the others take any text.
+    """Lead closed stdin, stdout and stderr nowhere, and let the others take any text.
 
     Else the next files get their numbers, and what a library says to stderr lands in a checkpoint;
     and a console that knows no é would end the run.
@@ -88,7 +88,9 @@ def occupy_standard_streams() -> None:
 
 
 def unprinted(error: BaseException) -> str:
-    """What to say where a result found no room, or no reader, on stdout; empty for other errors."""
+    """Return what to say where a result found no room, or no reader, on stdout; empty for other
+    errors.
+    """
     if not isinstance(error, OSError) or error.filename or error.errno not in NO_ROOM:
         return ""
     return f"what was to be printed cannot be written: {error.strerror}"
@@ -131,7 +133,7 @@ class _Forgiving(logging.FileHandler):
 
 @contextmanager
 def logged_to(path: Path) -> Iterator[None]:
-    """What is logged, and what the run's console shows as lines, is in this file as well."""
+    """Write what is logged, and what the run's console shows as lines, to this file as well."""
     try:
         handler = _Forgiving(path, encoding="utf-8")
     except OSError:
@@ -153,7 +155,7 @@ def logged_to(path: Path) -> Iterator[None]:
 
 
 def let_go_of_streams() -> None:
-    """Leads a stdout or stderr that cannot take what it was given nowhere.
+    """Lead a stdout or stderr that cannot take what it was given nowhere.
 
     Python flushes them when it ends, and if that fails the exit status is 120: a launcher would
     take a run that is done for one that failed.
@@ -168,7 +170,7 @@ def let_go_of_streams() -> None:
 
 
 def lead_streams_to(path: str) -> None:
-    """Appends stdout and stderr to a file from here on."""
+    """Append stdout and stderr to a file from here on."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -178,7 +180,7 @@ def lead_streams_to(path: str) -> None:
 
 
 def explain(name: str, error: BaseException) -> str:
-    """The message of a user's mistake at door `name`."""
+    """Return the message of a user's mistake at door `name`."""
     if isinstance(error, ConfigError):
         lines = error.problems
         head = f"{len(lines)} problems with this configuration:\n" if len(lines) > 1 else ""
@@ -199,13 +201,13 @@ def explain(name: str, error: BaseException) -> str:
 
 
 def is_mistake(error: BaseException) -> bool:
-    """Whether an error is a user's; Hydra refuses `strategy=5` with a bare ValueError."""
+    """Return whether an error is a user's; Hydra refuses `strategy=5` with a bare ValueError."""
     bare = isinstance(error, ValueError) and str(error).startswith("Config group override must")
     return bare or isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
 
 
 def _unknown_key(name: str, key: str) -> str:
-    """Says that `key` does not exist, with the key that was likely meant."""
+    """Say that `key` does not exist, with the key that was likely meant."""
     known = [*known_keys(SCHEMAS[name]), *groups(name)]
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}

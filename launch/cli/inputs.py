@@ -1,4 +1,4 @@
-"""What a run's inputs are made with, and its first weights: chosen before any rank works."""
+"""Inputs and first weights of a run: chosen before any rank works."""
 
 import logging
 from dataclasses import replace
@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 
 
 def placed(config: TrainConfig) -> TrainConfig:
-    """The configuration with paths that mean the same in whatever folder it is read again."""
+    """Return the configuration with paths that mean the same in whatever folder it is read
+    again.
+    """
     reads = config.data
     processor = reads.processor if reads.processor == NEW else absolute(reads.processor)
     reads = replace(
@@ -42,7 +44,8 @@ def placed(config: TrainConfig) -> TrainConfig:
 
 
 def processed(config: TrainConfig) -> DataConfig:
-    """The data section with the tokenizer or classes that a run goes on with, or begins with.
+    """Return the data section with the tokenizer or classes that a run goes on with, or begins
+    with.
 
     Those in its own folder, once it has learned with them; else the ones that are named; else those
     of init_from.
@@ -68,7 +71,7 @@ def processed(config: TrainConfig) -> DataConfig:
 
 
 def sized(config: TrainConfig) -> TrainConfig:
-    """The configuration with those sizes of init_from's model that would follow the data."""
+    """Return the configuration with those sizes of init_from's model that would follow the data."""
     if not config.init_from or config.data.processor or config.data.tokenizer:
         return config
     theirs = load_config(config.init_from, "init_from").model
@@ -79,7 +82,7 @@ def sized(config: TrainConfig) -> TrainConfig:
 
 
 def keep_processor(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
-    """Keeps in the run's folder what using it needs: its tokenizer, classes, and what was read."""
+    """Keep in the run's folder what using it needs: its tokenizer, classes, and what was read."""
     tokenizer, folder = data.open_tokenizer(reads), Path(config.run_dir)
     try:
         if tokenizer is not None and reads.processor != config.run_dir:
@@ -92,7 +95,7 @@ def keep_processor(config: TrainConfig, reads: DataConfig, facts: data.DataFacts
 
 
 def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
-    """Raises ConfigError if config.init_from holds no weights, or those of another model.
+    """Raise ConfigError if config.init_from holds no weights, or those of another model.
 
     Says what the weights compute another function with.
     """
@@ -150,12 +153,12 @@ def _warn_of_other_functions(
 
 
 def check_trained(run_dir: str, key: str = "run_dir") -> None:
-    """Raises ConfigError unless a folder holds a checkpoint, or an exported model."""
+    """Raise ConfigError unless a folder holds a checkpoint, or an exported model."""
     if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
         raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 
 def prepare_data(config: PrepareConfig) -> None:
-    """Prepares the data set and shows what was read."""
+    """Prepare the data set and show what was read."""
     config.data.processor = config.data.processor.removeprefix(NEW)
     log.info("%s", table(data.prepare(config.data, progress=True)))

@@ -1,4 +1,4 @@
-"""What happens once, before any rank works: the checks, the data and the run's folder."""
+"""The work before any rank starts: the checks, the data and the run's folder."""
 
 import logging
 import os
@@ -60,7 +60,7 @@ log = logging.getLogger(__name__)
 
 
 def training(config: TrainConfig, world_size: int, held: ExitStack | None = None) -> TrainConfig:
-    """The checked and completed configuration; its data is prepared and its folder open.
+    """Return the checked and completed configuration; its data is prepared and its folder open.
 
     No other run is let into the folder until `held` ends (None = that is not looked after).
     """
@@ -98,7 +98,7 @@ def _claimed(run_dir: str) -> Path:
 
 
 def submission(config: SubmitConfig) -> Point:
-    """The checked and completed run of a job, and how the job starts it; nothing is written.
+    """Return the checked and completed run of a job, and how the job starts it; nothing is written.
 
     Its data are prepared here, once, where no GPU waits for them.
     """
@@ -116,7 +116,7 @@ def submission(config: SubmitConfig) -> Point:
 def _completed(
     config: TrainConfig, world_size: int
 ) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
-    """The checked configuration with all that ranks and data decide; the data are prepared.
+    """Return the checked configuration with all that ranks and data decide; the data are prepared.
 
     With it, the data section as the run reads it, and what it has read.
     """
@@ -141,7 +141,7 @@ def _completed(
 
 
 def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
-    """Raises ConfigError where a completed run cannot learn from that of compress.teacher.
+    """Raise ConfigError where a completed run cannot learn from that of compress.teacher.
 
     `config.data` is as the run reads it. What needs no teacher any more, since it is finished,
     raises AlreadyFinishedError.
@@ -167,7 +167,7 @@ def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
 
 
 def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]:
-    """Why a teacher would not read the inputs, or name the classes, as the student does."""
+    """Return why a teacher would not read the inputs, or name the classes, as the student does."""
     folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
     own = Path(folder) / TOKENIZER
     if tokenizer and not (own.is_file() and tokenizer.same(own)):
@@ -188,7 +188,7 @@ def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]
 
 
 def _run_problems(config: TrainConfig) -> list[str]:
-    """Why the run of compress.teacher cannot teach; what may be done about it."""
+    """Return why the run of compress.teacher cannot teach; what may be done about it."""
     folder = config.compress.teacher
     teacher = load_config(folder, TEACHER)
     steps = [step for step, _ in checkpoints(folder)]
@@ -207,7 +207,7 @@ def _run_problems(config: TrainConfig) -> list[str]:
 
 
 def _sample_problems(config: TrainConfig, facts: Facts) -> list[str]:
-    """Whether what is learned from here is what answers were given to."""
+    """Return whether what is learned from here is what answers were given to."""
     if facts.data == data.fingerprint(config.data, ["train"]):
         return []
     return [
@@ -218,7 +218,7 @@ def _sample_problems(config: TrainConfig, facts: Facts) -> list[str]:
 
 
 def _check_compiler(config: TrainConfig) -> None:
-    """Raises ConfigError where torch.compile would end in a trace for want of a compiler."""
+    """Raise ConfigError where torch.compile would end in a trace for want of a compiler."""
     names = (os.environ.get("CXX", "g++"), "g++", "clang++")
     if config.compile and not any(map(shutil.which, names)):
         raise ConfigError(
@@ -228,7 +228,7 @@ def _check_compiler(config: TrainConfig) -> None:
 
 
 def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
-    """Raises ConfigError where precision=fp8 is asked for and is not to be had here."""
+    """Raise ConfigError where precision=fp8 is asked for and is not to be had here."""
     if config.precision == "fp8":
         from trainer.nn import float8
 
@@ -236,7 +236,9 @@ def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
 
 
 def _opened() -> float:
-    """When this start began, by the monotonic clock: with the process, or later in a sweep."""
+    """Return when this start began, by the monotonic clock: with the process, or later in a
+    sweep.
+    """
     now = time.monotonic()
     job = HydraConfig.get().job if HydraConfig.initialized() else None
     if job is not None and not OmegaConf.is_missing(job, "num") and job.num > 0:
@@ -247,13 +249,13 @@ def _opened() -> float:
 def verification(
     config: VerifyConfig, world_size: int, held: ExitStack | None = None
 ) -> VerifyConfig:
-    """The checked configuration."""
+    """Return the checked configuration."""
     _check(config, world_size)
     return replace(config, strategy=resolve(config.strategy, world_size))
 
 
 def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
-    """The checked configuration of a door that reads a run with at least one checkpoint."""
+    """Return the checked configuration of a door that reads a run with at least one checkpoint."""
     _check(config, world_size)
     _check_kernels(config, world_size)
     trained = load_config(config.run_dir)
@@ -268,7 +270,7 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
 
 
 def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
-    """The checked configuration: there is a run, and nothing where it is to go."""
+    """Return the checked configuration: there is a run, and nothing where it is to go."""
     _read_alone(config, world_size, [config.run_dir], "exports")
     _check_new(config.to, f"{config.run_dir}-exported")
     if config.precision == "fp8":
@@ -281,7 +283,7 @@ def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = No
 
 
 def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None) -> TeachConfig:
-    """The checked configuration: there is a run, and nothing where its answers are to go."""
+    """Return the checked configuration: there is a run, and nothing where its answers are to go."""
     config = reading(config, world_size)
     _check_new(config.to, f"{config.run_dir}-answers")
     trained = load_config(config.run_dir)
@@ -305,14 +307,14 @@ def _check_new(to: str, near: str) -> None:
 def comparing(
     config: CompressReportConfig, world_size: int, held: ExitStack | None = None
 ) -> CompressReportConfig:
-    """The checked configuration: both runs are there."""
+    """Return the checked configuration: both runs are there."""
     both = [config.run_dir, *filter(None, [config.baseline])]
     _read_alone(config, world_size, both, "measures")
     return config
 
 
 def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str) -> None:
-    """Raises ConfigError unless there are such runs and one rank, which `does` something."""
+    """Raise ConfigError unless there are such runs and one rank, which `does` something."""
     _check(config, world_size)
     for run_dir in run_dirs:
         load_config(run_dir)
@@ -324,7 +326,7 @@ def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str)
 def preparation(
     config: PrepareConfig, world_size: int, held: ExitStack | None = None
 ) -> PrepareConfig:
-    """The checked configuration."""
+    """Return the checked configuration."""
     _check(config, world_size)
     return config
 

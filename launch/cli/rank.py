@@ -1,4 +1,4 @@
-"""What one rank does with a job: its process group, the work, and word of what went wrong."""
+"""A job on one rank: its process group, the work, and the report of what went wrong."""
 
 import signal
 import traceback
@@ -29,7 +29,7 @@ Work = Callable[..., None] | None  # (config, runtime), or nothing to do
 
 
 def follow(ranks: Ranks, work: Work) -> int:
-    """Runs each job that rank 0 posts; the exit status that it leaves with."""
+    """Run each job that rank 0 posts; the exit status that it leaves with."""
     try:
         for job in ranks.follow():
             if "stop" in job:
@@ -43,12 +43,12 @@ def follow(ranks: Ranks, work: Work) -> int:
 
 
 def run_alone(job: dict[str, Any], work: Work) -> None:
-    """Runs a job in this process, a group of one."""
+    """Run a job in this process, a group of one."""
     run(job, Ranks.alone(), work)
 
 
 def run_spawned(job: dict[str, Any], work: Work) -> None:
-    """Runs a job in a process that launch/cli/spawn.py started."""
+    """Run a job in a process that launch/cli/spawn.py started."""
     occupy_standard_streams()
     if job.get("console"):
         lead_streams_to(job["console"])
@@ -59,7 +59,7 @@ def run_spawned(job: dict[str, Any], work: Work) -> None:
 
 
 def run(job: dict[str, Any], ranks: Ranks, work: Work) -> None:
-    """Does the work of this rank; SystemExit if it fails, after the first rank has said why."""
+    """Do the work of this rank; SystemExit if it fails, after the first rank has said why."""
     log_to_stderr(ranks.rank)
     config = typed(job["command"], job["config"])
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def run(job: dict[str, Any], ranks: Ranks, work: Work) -> None:
 
 
 def _log(job: dict[str, Any]) -> Path | None:
-    """The file that keeps what a run says, unless all of its console goes there."""
+    """Return the file that keeps what a run says, unless all of its console goes there."""
     kept = job["command"] == "train" and not job.get("console")
     return Path(job["config"]["run_dir"]) / LOG if kept else None
 

@@ -21,7 +21,7 @@ HANDLED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 
 
 def spawn(job: dict[str, Any], count: int, work: Work) -> None:
-    """Runs a job on `count` new processes; SystemExit if one fails, which has then said why."""
+    """Run a job on `count` new processes; SystemExit if one fails, which has then said why."""
     began = time.time()
     for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
         if logger.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
@@ -55,11 +55,11 @@ def spawn(job: dict[str, Any], count: int, work: Work) -> None:
 
 
 def _is_ignored(name: str) -> bool:
-    """Whether a signal was ignored before this process began, as nohup does with SIGHUP."""
+    """Return whether a signal was ignored before this process began, as nohup does with SIGHUP."""
     return signal.getsignal(signal.Signals[name]) is signal.SIG_IGN
 
 
 def _left_with(job: dict[str, Any], began: float) -> int | None:
-    """The exit code that the ranks of a training run have left word of."""
+    """Return the exit code that the ranks of a training run have left word of."""
     status = read_status(job["config"]["run_dir"]) if job["command"] == "train" else None
     return status.code if status and status.updated >= began else None

@@ -89,7 +89,7 @@ class Sweep:
                 self._conclude(self._folder)
 
     def run(self, cfg: DictConfig, work: Callable[[DictConfig, Path], None]) -> float | None:
-        """Runs the composed point, unless that is done; what an optimising sweeper is to see.
+        """Run the composed point, unless that is done; what an optimising sweeper is to see.
 
         `work` takes the configuration and the file that the job's console goes to. A sweeper that
         optimises gets JobFailedError if the point fails, or has failed before.
@@ -224,7 +224,7 @@ def _objective(values: dict[str, float], name: str) -> float:
 
 
 def _reason(folder: Path, began: float) -> str:
-    """Why a job has failed: its last word."""
+    """Return why a job has failed: its last word."""
     status = read_status(folder)
     if status and status.reason and status.updated >= began:
         return status.reason.splitlines()[0]
@@ -240,7 +240,7 @@ def _shown(values: dict[str, float]) -> list[str]:
 
 
 def composed() -> Point:
-    """The point that Hydra has composed; ConfigError if its folder is swept."""
+    """Return the point that Hydra has composed; ConfigError if its folder is swept."""
     point = Point(_pairs(HydraConfig.get().overrides.task, _fixed()))
     if "run_dir" in point.overrides:
         raise ConfigError(
@@ -251,14 +251,14 @@ def composed() -> Point:
 
 
 def _fixed() -> set[str]:
-    """The keys that have no list of values on the command line: all others are swept."""
+    """Return the keys that have no list of values on the command line: all others are swept."""
     given = _given()
     swept = {word.key_or_group for word in given if word.is_sweep_override()}
     return {word.key_or_group for word in given} - swept
 
 
 def _given() -> list[Override]:
-    """The command line's overrides; none if it cannot be read, which Hydra tells about."""
+    """Return the command line's overrides; none if it cannot be read, which Hydra tells about."""
     words = [w for w in sys.argv[1:] if "=" in w and not w.startswith(("-", "hydra"))]
     try:
         return OverridesParser.create().parse_overrides(words)
@@ -267,7 +267,9 @@ def _given() -> list[Override]:
 
 
 def _grid(fixed: set[str]) -> list[dict[str, str]]:
-    """What is swept in each point, where Hydra's own sweeper is at work; else nothing is known."""
+    """Return what is swept in each point, where Hydra's own sweeper is at work; else nothing is
+    known.
+    """
     sweeper = HydraConfig.get().sweeper
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
@@ -283,7 +285,7 @@ def _pairs(words: Iterable[str], fixed: set[str]) -> dict[str, str]:
 
 
 def _read(path: Path) -> dict[str, Point]:
-    """The points of a sweep.csv by name."""
+    """Return the points of a sweep.csv by name."""
     if not path.exists():
         return {}
     found = {}

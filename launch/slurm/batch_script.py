@@ -25,7 +25,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Job:
-    """What is submitted: one run, or the points of a sweep as an array."""
+    """The job to submit: one run, or the points of a sweep as an array."""
 
     folder: Path  # of the script and the logs
     points: list[Point]
@@ -35,7 +35,7 @@ class Job:
 
     @property
     def cluster(self) -> ClusterConfig:
-        """The same for all points."""
+        """Return the same for all points."""
         return self.points[0].cluster
 
 
@@ -45,19 +45,21 @@ def ranks_per_node(cluster: ClusterConfig) -> int:
 
 
 def job_name(folder: Path) -> str:
-    """The name of the jobs of a folder: no other folder's jobs have it."""
+    """Return the name of the jobs of a folder: no other folder's jobs have it."""
     where = str(folder.resolve())
     plain = re.sub(r"[^\w.=-]", "_", folder.resolve().name)[:40]
     return f"{plain}-{hashlib.sha256(where.encode()).hexdigest()[:6]}"
 
 
 def log_pattern(swept: bool) -> str:
-    """The name of a job's log, in sbatch's terms: its number, in an array that of the point."""
+    """Return the name of a job's log, in sbatch's terms: its number, in an array that of the
+    point.
+    """
     return "slurm-%A_%a.out" if swept else "slurm-%j.out"
 
 
 def script(job: Job) -> str:
-    """The whole batch script; every line of it may be read, changed and run by hand."""
+    """Return the whole batch script; every line of it may be read, changed and run by hand."""
     parts = [_head(job), _run(job), SETUP, "\n".join([*job.cluster.setup, ""]), _ranks(job)]
     return "\n".join([*parts, AFTER, _again(job.cluster)])
 
@@ -101,12 +103,12 @@ def time_limit(hours: float) -> str:
 
 
 def _plain(path: Path) -> str:
-    """A path in which sbatch finds no pattern of its own."""
+    """Return a path in which sbatch finds no pattern of its own."""
     return str(path).replace("%", "%%")
 
 
 def _run(job: Job) -> str:
-    """What the job trains: its folder, and the arguments of launch/train.py as $1, $2, …."""
+    """Return what the job trains: its folder, and the arguments of launch/train.py as $1, $2, …."""
     if not job.swept:
         return "\n".join([*_point(job.points[0]), ""])
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
@@ -139,7 +141,7 @@ def _ranks(job: Job) -> str:
 
 
 def _again(cluster: ClusterConfig) -> str:
-    """What the script does with a run that may be gone on with."""
+    """Return what the script does with a run that may be gone on with."""
     if not cluster.requeue:
         return 'say "$again: the same command goes on"\nexit "$code"\n'
     chain = CHAIN if cluster.chain > 1 else ""

@@ -57,7 +57,7 @@ def submit(points: list[Point]) -> None:
 
 
 def _job(points: list[Point]) -> Job:
-    """The job of these points; ConfigError if they cannot be one."""
+    """Return the job of these points; ConfigError if they cannot be one."""
     folders = [Path(point.training.run_dir).absolute() for point in points]
     swept = len(points) > 1
     if any(point.cluster != points[0].cluster for point in points):
@@ -80,7 +80,7 @@ def _job(points: list[Point]) -> Job:
 
 
 def problems(cluster: ClusterConfig, there: list[Hosts]) -> list[str]:
-    """What a cluster with these hosts cannot give; empty = nothing."""
+    """Return what a cluster with these hosts cannot give; empty = nothing."""
     names = sorted({kind.partition for kind in there})
     name = cluster.partition or next((kind.partition for kind in there if kind.default), "")
     if not name:
@@ -121,7 +121,7 @@ def _cores(cluster: ClusterConfig) -> int:
 
 
 def hosts() -> list[Hosts]:
-    """The kinds of hosts of every partition."""
+    """Return the kinds of hosts of every partition."""
     lines = _command("sinfo", "-h", "-e", "-o", "%P|%l|%D|%G|%c").splitlines()
     found = []
     for line in lines:
@@ -133,7 +133,9 @@ def hosts() -> list[Hosts]:
 
 
 def _minutes(limit: str) -> float:
-    """A time limit as Slurm shows it: [days-]hours:minutes:seconds, shortened from the left."""
+    """Return a time limit as Slurm shows it: [days-]hours:minutes:seconds, shortened from the
+    left.
+    """
     if not re.fullmatch(r"[\d:-]+", limit):
         return float("inf")
     days, _, rest = limit.rpartition("-")
@@ -142,7 +144,7 @@ def _minutes(limit: str) -> float:
 
 
 def queued(folder: Path) -> list[list[str]]:
-    """The jobs of a folder that wait or run: number, state, reason or hosts, time left."""
+    """Return the jobs of a folder that wait or run: number, state, reason or hosts, time left."""
     form = "%i|%T|%R|%L"
     lines = _command("squeue", "-h", "--me", "-n", job_name(folder), "-o", form).splitlines()
     return [line.split("|") for line in lines]
@@ -198,7 +200,9 @@ def logs(folder: Path, lines: int, follow: bool) -> int:
 
 
 def _command(*command: str) -> str:
-    """What one of Slurm's commands says; ConfigError if there is none here, or it refuses."""
+    """Return what one of Slurm's commands says; ConfigError if there is none here, or it
+    refuses.
+    """
     # What a job around this process has set would change the one that is submitted.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:

@@ -44,7 +44,7 @@ def step_bytes(
     compute_bytes: int,
     reduce_bytes: int,
 ) -> StepBytes:
-    """What a step must move for a rank's gradients and, with shards, its weights.
+    """Return what a step must move for a rank's gradients and, with shards, its weights.
 
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
     DDP: one sum of the gradients (`sum_bytes`). FSDP, per micro-batch: two all-gathers of the
@@ -71,7 +71,7 @@ def step_bytes(
 
 
 def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: int) -> StepBytes:
-    """What one sum of whole gradients of these shapes over their copies moves.
+    """Return what one sum of whole gradients of these shapes over their copies moves.
 
     An all-reduce. With reduce=int8 an all-to-all and an all-gather of one byte per number and of a
     scale per block, each rank's part padded to whole blocks. With reduce=powersgd all-reduces of
@@ -90,7 +90,8 @@ def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: i
 
 
 def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank: int) -> StepBytes:
-    """What a rank of a pipeline sends for one micro-batch to the ranks of neighbouring stages.
+    """Return what a rank of a pipeline sends for one micro-batch to the ranks of neighbouring
+    stages.
 
     `flows` are the bytes that flow into each stage and those of the gradients that come back
     (GPipe, arXiv 1811.06965, section 2.2), `placement` is the rank of each. Stages on one rank
@@ -118,7 +119,7 @@ class SplitSequence:
 def tensor_bytes(
     sequences: Iterable[SplitSequence], width: int, strategy: StrategyConfig, compute_bytes: int
 ) -> StepBytes:
-    """What split layers move for activations and their gradients, forward and backward.
+    """Return what split layers move for activations and their gradients, forward and backward.
 
     Whole sequences on every rank: Megatron-LM's f and g, an all-reduce per branch in each direction
     (arXiv 1909.08053, figure 4). Sequence parallelism: an all-gather and a reduce-scatter in its
@@ -145,7 +146,8 @@ def tensor_bytes(
 def context_bytes(
     method: str, query_BHSK: Shape, key_BGTK: Shape, degree: int, compute_bytes: int
 ) -> StepBytes:
-    """What one attention over a split sequence moves, forward and backward, of a rank's shapes.
+    """Return what one attention over a split sequence moves, forward and backward, of a rank's
+    shapes.
 
     Gathering: keys and values all-gathered, their gradients reduce-scattered (arXiv 2407.21783,
     section 3.3.2). Ring: both sent n-1 times in each direction, and their gradients n times, the

@@ -36,11 +36,11 @@ class ContextSplit:
         self.first = group.rank() == 0
 
     def share(self, length: int) -> int:
-        """How many positions of a sequence are here, with padding."""
+        """Return how many positions of a sequence are here, with padding."""
         return 2 * chunk_length(length, self.group.size())
 
     def take(self, x: Tensor) -> Tensor:
-        """Of (B, length, …) the rows of this rank; behind the end the last one, again."""
+        """Return this rank's rows of (B, length, …); after the end the last one is repeated."""
         rows = self.positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
         return x.index_select(1, rows)
 
@@ -151,7 +151,9 @@ def _gathered(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) ->
 
 
 def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int) -> Tensor:
-    """Each of the two chunks of queries looks at what is not after it; nothing else is computed."""
+    """Return each of the two chunks of queries looks at what is not after it; nothing else is
+    computed.
+    """
     chunk, mixed = query_BHSK.shape[SEQUENCE_DIM] // 2, []
     chunks = zip((part, 2 * parts - 1 - part), query_BHSK.chunk(2, SEQUENCE_DIM), strict=True)
     for index, query in chunks:
@@ -173,7 +175,9 @@ def _for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor:
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Of (…,H,S,K) all positions, in order, of this rank's heads (Ulysses, arXiv 2309.14509)."""
+    """Return all positions, in order, of this rank's heads, from (…,H,S,K) (Ulysses, arXiv
+    2309.14509).
+    """
     parts = group.size()
     assert x.shape[-3] % parts == 0
     meant_for = x.unflatten(-3, (parts, -1)).movedim(-4, 0)

@@ -29,7 +29,9 @@ class Kernel(NamedTuple):
 def tile_forward(
     query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """A tile's output (B,H,R,K) and log-sum-exp (B,H,R), which is -inf where it sees nothing."""
+    """Return a tile's output (B,H,R,K) and log-sum-exp (B,H,R), which is -inf where it sees
+    nothing.
+    """
     heads = query_BHRK.shape[1]
     out_BHRK, lse_BHR = kernel_for(query_BHRK, mask).forward(
         query_BHRK, _repeat(key_BGCK, heads), _repeat(value_BGCK, heads), mask, causal
@@ -49,7 +51,9 @@ def tile_backward(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A tile's gradients of query, key and value, from the result and log-sum-exp of all tiles."""
+    """Return a tile's gradients of query, key and value, from the result and log-sum-exp of all
+    tiles.
+    """
     heads, groups = query_BHRK.shape[1], key_BGCK.shape[1]
     # Of a row that sees nothing at all every exp(-inf - lse) must be 0.
     lse_BHR = lse_BHR.masked_fill(lse_BHR == -torch.inf, 0.0).contiguous()
@@ -78,7 +82,7 @@ def merge(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Te
 
 
 def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
-    """The fused kernel that has what this needs, or matrix products."""
+    """Return the fused kernel that has what this needs, or matrix products."""
     device, width = query_BHRK.device.type, query_BHRK.shape[-1]
     half = query_BHRK.dtype in (torch.float16, torch.bfloat16)
     if device == "cuda" and (not half or mask is not None or width % 8 or width > 256):
@@ -87,7 +91,7 @@ def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """What is summed up over tiles is at least float32."""
+    """Return what is summed up over tiles is at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -133,7 +137,7 @@ def _products_backward(
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as numbers that are added to scores."""
+    """Return a mask as numbers that are added to scores."""
     if mask is None:
         return None
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)

@@ -51,7 +51,7 @@ class Ring:
                 held = wait(arriving)
 
     def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
-        """What the owner of `keys` positions has to show; None = nothing but padding."""
+        """Return what the owner of `keys` positions has to show; None = nothing but padding."""
         parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
         if self.causal:
             if owner == part:

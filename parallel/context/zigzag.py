@@ -30,7 +30,9 @@ def zigzag(length: int, parts: int, part: int, device: torch.device | None = Non
 
 
 def in_order(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """All positions in their natural order along `dim`, padding last, from the ranks' parts."""
+    """Return all positions in their natural order along `dim`, padding last, from the ranks'
+    parts.
+    """
     first, second = zip(*(part.chunk(2, dim) for part in parts), strict=True)
     return torch.cat((*first, *reversed(second)), dim)
 

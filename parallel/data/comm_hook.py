@@ -31,7 +31,9 @@ class Exchange:
         """All buckets of a step are summed."""
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank keeps, by name; the tensors themselves, to be saved and to be loaded."""
+        """Return what this rank keeps, by name; the tensors themselves, to be saved and to be
+        loaded.
+        """
         raise NotImplementedError
 
     def begin(self, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -69,5 +71,7 @@ def exchange_bucket(exchange: Exchange, bucket: dist.GradBucket) -> Future[Tenso
 
 
 def finite(lost: Tensor) -> Tensor:
-    """What a sum has lost, and nothing where a gradient was not finite: such a step is dropped."""
+    """Return what a sum has lost, and nothing where a gradient was not finite: such a step is
+    dropped.
+    """
     return torch.nan_to_num(lost, nan=0.0, posinf=0.0, neginf=0.0)

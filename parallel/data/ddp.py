@@ -15,7 +15,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def reduce_dtype(reduce: str, weights: torch.dtype) -> torch.dtype:
-    """What gradients are rounded to before they are summed; `weights` is the dtype of these."""
+    """Return what gradients are rounded to before they are summed; `weights` is the dtype of
+    these.
+    """
     return DTYPES.get(reduce, weights)
 
 
@@ -38,7 +40,7 @@ def sum_rounded(
 
 
 def exchange_of(model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig) -> Exchange | None:
-    """What compresses the sums of a materialised model's gradients; None if they are not."""
+    """Return what compresses the sums of a materialised model's gradients; None if they are not."""
     if strategy.reduce == "int8":
         return Int8(model, mesh.get_group())
     if strategy.reduce == "powersgd":

@@ -63,14 +63,14 @@ class Int8(Exchange):
             gradient.copy_(part.reshape(-1)[: gradient.numel()].view(gradient.shape))
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank has lost of what it sent, and of what it summed."""
+        """Return what this rank has lost of what it sent, and of what it summed."""
         return {f"{name}.sent": lost for name, lost in self._lost.items()} | {
             f"{name}.summed": lost for name, lost in self._lost_of_sum.items()
         }
 
 
 def pack(x_RP: Tensor) -> Tensor:
-    """Each row's codes and behind them their blocks' float32 scales, as bytes.
+    """Return each row's codes and behind them their blocks' float32 scales, as bytes.
 
     A block with a number that is not finite is not finite when it is unpacked.
     """
@@ -84,7 +84,7 @@ def pack(x_RP: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """What `pack` has packed, rounded: (R, P)."""
+    """Return what `pack` has packed, rounded: (R, P)."""
     rows, size = len(packed), packed.shape[1] // (BLOCK + SCALE_BYTES) * BLOCK
     codes_RKB = packed[:, :size].view(torch.int8).reshape(rows, -1, BLOCK)
     scale_RK = packed[:, size:].contiguous().view(torch.float32)
@@ -92,7 +92,7 @@ def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _dealt(gradient: Tensor, like_RP: Tensor) -> Tensor:
-    """A gradient with zeros behind its end, of which each rank's part is a row."""
+    """Return a gradient with zeros behind its end, of which each rank's part is a row."""
     padding = like_RP.numel() - gradient.numel()
     return F.pad(gradient.reshape(-1), (0, padding)).view(like_RP.shape)
 

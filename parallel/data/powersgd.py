@@ -78,7 +78,7 @@ class PowerSGD(Exchange):
         self._steps += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What this rank has lost, the factors to go on from, and the steps done."""
+        """Return what this rank has lost, the factors to go on from, and the steps done."""
         return (
             {f"{name}.lost": lost for name, lost in self._lost.items()}
             | {f"{name}.right": q for name, q in self._right.items()}
@@ -87,7 +87,7 @@ class PowerSGD(Exchange):
 
 
 def _orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span; any, where they are zero."""
+    """Return an orthonormal basis of the columns' span; any, where they are zero."""
     return torch.linalg.qr(x).Q
 
 

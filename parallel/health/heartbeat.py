@@ -1,4 +1,4 @@
-"""What heartbeats say about ranks: who is silent, stuck or slow; pure functions on plain data."""
+"""Judging heartbeats: which rank is silent, stuck or slow; pure functions on plain data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ SLOW_RATIO = 2.0  # a rank that computes so many times as long as the median is 
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank says of itself, about every second, as long as its process runs."""
+    """A report of a rank on itself, about every second, as long as its process runs."""
 
     number: int  # so that no two are the same
     host: str
@@ -39,7 +39,9 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Why a run ends: the ranks to blame, those of them without a heartbeat, and the words."""
+    """The reason that a run ends: ranks to blame, those of them without a heartbeat, and the
+    words.
+    """
 
     ranks: list[int]
     silent: list[int]
@@ -47,7 +49,8 @@ class Verdict:
 
 
 def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float) -> Verdict | None:
-    """The verdict on ranks that have been silent, or without progress, for too long; None = fine.
+    """Return the verdict on ranks that have been silent, or without progress, for too long; None =
+    fine.
 
     `timeout`: seconds of silence allowed; of progress each beat says so itself. `interval`: between
     two beats.
@@ -69,7 +72,7 @@ def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float)
 
 
 def _behind(beats: Mapping[int, Beat]) -> list[int]:
-    """The ranks that the others wait for; all, if each waits in a collective."""
+    """Return the ranks that the others wait for; all, if each waits in a collective."""
     computing = [rank for rank, beat in beats.items() if not beat.waiting]
     if computing:
         return computing
@@ -85,7 +88,7 @@ def _behind(beats: Mapping[int, Beat]) -> list[int]:
 
 
 def _details(seen: Mapping[int, Seen], blamed: list[int]) -> list[str]:
-    """Where the ranks to blame are, and what the others wait in."""
+    """Return where the ranks to blame are, and what the others wait in."""
     lines = []
     for rank in blamed:
         beat = seen[rank].beat

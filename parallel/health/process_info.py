@@ -1,4 +1,4 @@
-"""Where a process is: its main thread, its collectives, its relatives and its memory limit."""
+"""Diagnostics of a process: its main thread, its collectives, its relatives, its memory limit."""
 
 import json
 import os
@@ -17,12 +17,14 @@ STACK_LINES = 12
 
 
 def main_frame() -> FrameType | None:
-    """The innermost Python frame of the main thread."""
+    """Return the innermost Python frame of the main thread."""
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
 def place(frame: FrameType | None) -> str:
-    """The innermost line of this project that a thread is at: trainer/loop.py:97 (take_step)."""
+    """Return the innermost line of this project that a thread is at: trainer/loop.py:97
+    (take_step).
+    """
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(OURS):
@@ -33,12 +35,14 @@ def place(frame: FrameType | None) -> str:
 
 
 def stack(frame: FrameType | None) -> str:
-    """The innermost lines of a thread's stack, as a trace shows them."""
+    """Return the innermost lines of a thread's stack, as a trace shows them."""
     return "".join(traceback.format_stack(frame)[-STACK_LINES:]).rstrip() if frame else ""
 
 
 def last_collective(cuda: bool) -> tuple[str, bool]:
-    """The collective that goes on, or the last one: name, number, group and size; and which."""
+    """Return the collective that goes on, or the last one: name, number, group and size; and
+    which.
+    """
     name = "_dump_nccl_trace_json" if cuda else "_dump_fr_trace_json"
     dump = getattr(_distributed_c10d, name, None)
     entries = json.loads(dump(True, False)).get("entries", []) if dump else []
@@ -54,12 +58,14 @@ def last_collective(cuda: bool) -> tuple[str, bool]:
 
 
 def waits(frame: FrameType | None) -> bool:
-    """Whether a thread is inside torch.distributed."""
+    """Return whether a thread is inside torch.distributed."""
     return frame is not None and WAITS in frame.f_code.co_filename
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this host still runs; a dead one that nobody has asked for does not."""
+    """Return whether a process of this host still runs; a dead one that nobody has asked for does
+    not.
+    """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -67,7 +73,7 @@ def is_alive(pid: int) -> bool:
 
 
 def parent_of(pid: int) -> int:
-    """The parent of a process of this host; 0 if there is no such process."""
+    """Return the parent of a process of this host; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
@@ -75,7 +81,7 @@ def parent_of(pid: int) -> int:
 
 
 def oom_kills() -> int:
-    """How many processes of this control group the kernel has killed for want of memory."""
+    """Return how many processes of this control group the kernel has killed for want of memory."""
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -99,7 +105,7 @@ class OwnTime:
     """
 
     def __init__(self) -> None:
-        """Of the thread that calls."""
+        """Watch the thread that calls."""
         path = f"/proc/self/task/{threading.get_native_id()}/schedstat"
         self._file = os.open(path, os.O_RDONLY) if Path(path).exists() else -1
 

@@ -28,7 +28,7 @@ class Odd:
 
 
 def digest(tensor: Tensor, weights: Tensor) -> Tensor:
-    """An int64 scalar made of a tensor's bits and their order; `weights` are `odd_weights`.
+    """Return an int64 scalar made of a tensor's bits and their order; `weights` are `odd_weights`.
 
     A sum of products modulo 2**64 with odd factors: any change of a single number changes it.
     """
@@ -49,7 +49,7 @@ def odd_weights(device: torch.device) -> Tensor:
 
 
 def odd_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> list[Odd]:
-    """Of this rank's tensors and those of all others the ones whose copies differ, by name.
+    """Return the tensors, of this rank and all others, whose copies differ, by name.
 
     Every rank calls it with what it has, and gets the same. Copies are tensors, or parts of them,
     of one name that lie at the same place of all axes that split them, whatever strategy made them.

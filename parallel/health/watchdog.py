@@ -140,7 +140,7 @@ class Watch:
 
     @contextmanager
     def long(self) -> Iterator[None]:
-        """What may take ten times as long as a step."""
+        """Allow ten times as long as for a step, in this context."""
         self._long, before = True, self._long
         try:
             yield
@@ -149,7 +149,9 @@ class Watch:
             self._long = before
 
     def stop_asked(self) -> bool:
-        """Whether any rank was asked to stop; every rank calls it, and gets the same answer."""
+        """Return whether any rank was asked to stop; every rank calls it, and gets the same
+        answer.
+        """
         (found,) = largest(self.runtime, [self.signal])
         self.signal = self.signal or found
         return bool(found)
@@ -224,7 +226,7 @@ class Watch:
             self._end("its launcher is gone", self.runtime.rank, FAILED)
 
     def _leave_if_cut_off(self) -> None:
-        """Ends a rank that neither gets on nor reaches the store: no verdict would reach it.
+        """End a rank that neither gets on nor reaches the store: no verdict would reach it.
 
         A thread of its own: where a cable is cut, a word to the store waits for minutes.
         """

@@ -1,4 +1,4 @@
-"""Where a model's blocks are cut into the stages of a pipeline."""
+"""Partition of a model's blocks into the stages of a pipeline."""
 
 import math
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 
 
 def cut(costs: Sequence[float], stages: int) -> list[int]:
-    """The first block of each stage but the first, so that the costliest stage is cheapest.
+    """Return the first block of each stage but the first, so that the costliest stage is cheapest.
 
     Among those the cut with the least sum of squares. `costs` are of the blocks, in any unit.
     """

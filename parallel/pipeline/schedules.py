@@ -26,7 +26,7 @@ SHOWN = 3  # problems of one file that are told; the rest is counted
 
 @dataclass(frozen=True)
 class Schedule:
-    """What torch's class of a schedule takes, and how it places stages."""
+    """The arguments of torch's class of a schedule, and how it places stages."""
 
     torch_class: str  # in torch.distributed.pipelining.schedules
     least_stages: int  # per rank
@@ -55,7 +55,7 @@ SCHEDULES = {
 
 
 def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tuple[int, ...]:
-    """The stages of a rank of the pipeline, in the order of the layers.
+    """Return the stages of a rank of the pipeline, in the order of the layers.
 
     A loop gives rank r the stages r, r + ranks, …; a V the stages r and 2·ranks - 1 - r.
     """
@@ -69,7 +69,7 @@ def stages_per_rank(strategy: StrategyConfig) -> int:
 
 
 def placed(strategy: StrategyConfig, ranks: int) -> list[int]:
-    """The rank of each stage of a pipeline; an own schedule says it itself."""
+    """Return the rank of each stage of a pipeline; an own schedule says it itself."""
     count = ranks * stages_per_rank(strategy)
     if not strategy.schedule_csv:
         return [rank_of(strategy.schedule, stage, ranks) for stage in range(count)]
@@ -79,14 +79,14 @@ def placed(strategy: StrategyConfig, ranks: int) -> list[int]:
 
 
 def rank_of(schedule: str, stage: int, ranks: int) -> int:
-    """The rank of the pipeline that has a stage."""
+    """Return the rank of the pipeline that has a stage."""
     if SCHEDULES[schedule].v_shaped:
         return min(stage, 2 * ranks - 1 - stage)
     return stage % ranks
 
 
 def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
-    """Whether torch runs the schedule with this number of micro-batches per step."""
+    """Return whether torch runs the schedule with this number of micro-batches per step."""
     rules = SCHEDULES[schedule]
     if micro_batches < max(1, rules.least_micro_batches * ranks):
         return False
@@ -96,7 +96,9 @@ def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
 
 
 def splits_backward(strategy: StrategyConfig) -> bool:
-    """Whether gradients of inputs and of weights are computed apart; ConfigError as `read_csv`."""
+    """Return whether gradients of inputs and of weights are computed apart; ConfigError as
+    `read_csv`.
+    """
     if not strategy.schedule_csv:
         return SCHEDULES[strategy.schedule].splits_backward
     lists = _lists(strategy.schedule_csv, strategy.pipeline)
@@ -134,7 +136,7 @@ def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_ran
 
 
 def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
-    """Why this pipeline cannot run; an own schedule stands for the named one."""
+    """Return why this pipeline cannot run; an own schedule stands for the named one."""
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if path:
         try:
@@ -158,7 +160,9 @@ def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
 
 
 def warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
-    """What runs, but badly: fewer micro-batches than ranks. For what `problems` lets pass."""
+    """Return what runs, but badly: fewer micro-batches than ranks. For what `problems` lets
+    pass.
+    """
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if micro_batches >= ranks:
         return []
@@ -178,7 +182,8 @@ def warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
 def read_csv(
     path: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
-    """An own schedule from a file in torch's compute-only format; ConfigError if it is not whole.
+    """Return an own schedule from a file in torch's compute-only format; ConfigError if it is not
+    whole.
 
     A row per rank of the pipeline, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch),
     empty ones idle. Which rank has which stages is the file's choice.
@@ -207,7 +212,7 @@ def _lists(path: str, ranks: int) -> dict[int, list[Action]]:
 
 
 def _other(schedule: str, stages_per_rank: int) -> str:
-    """A hint at the schedules that take so many stages."""
+    """Return a hint at the schedules that take so many stages."""
     fit = [
         name
         for name, rules in SCHEDULES.items()

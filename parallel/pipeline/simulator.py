@@ -1,4 +1,4 @@
-"""What lists of pipeline actions cost: when each one runs, who waits, how much is in flight."""
+"""Simulation of pipeline actions: when each one runs, who waits, how much is in flight."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,7 +99,7 @@ def in_flight(actions: Lists) -> dict[int, int]:
 
 
 def _together(listed: Iterable[Action]) -> list[list[Action]]:
-    """The list as groups of what is joined; most are of one action."""
+    """Return the list as groups of what is joined; most are of one action."""
     groups: list[list[Action]] = [[]]
     for action in listed:
         groups[-1].append(action)
@@ -123,7 +123,7 @@ def _needs(action: Action, last: int) -> list[Result]:
 
 
 def _missing(group: Sequence[Action], arrived: Mapping[Result, float], last: int) -> list[Result]:
-    """What a group needs of others and nobody has run yet."""
+    """Return what a group needs of others and nobody has run yet."""
     own = {_result(action) for action in group}
     needed = (need for action in group for need in _needs(action, last))
     return [need for need in needed if need not in arrived and need not in own]

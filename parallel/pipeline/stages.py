@@ -198,12 +198,12 @@ class Pipeline:
 
     @property
     def holds_embedding(self) -> bool:
-        """Whether the first stage is here."""
+        """Return whether the first stage is here."""
         return any(stage.is_first for stage in self.stages)
 
     @property
     def holds_head(self) -> bool:
-        """Whether the last stage is here."""
+        """Return whether the last stage is here."""
         return any(stage.is_last for stage in self.stages)
 
     def run(self, micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
@@ -256,7 +256,7 @@ class Pipeline:
         return self.model(micro_batch, flow=flow, blocks=blocks)
 
     def weights(self, blocks: Sequence[str]) -> Iterator[Tensor]:
-        """What autograd works on of a stage's parameters: for split layers, their leaves."""
+        """Yield what autograd works on of a stage's parameters: for split layers, their leaves."""
         modules = [self.model.get_submodule("blocks").get_submodule(name) for name in blocks]
         modules += [self.model.embed] if blocks == self.runs[0] else []  # type: ignore[list-item]
         modules += [self.model.head] if blocks == self.runs[-1] else []  # type: ignore[list-item]
@@ -274,7 +274,7 @@ class Pipeline:
     def _flow(
         self, tensors: list[Tensor], inputs: dict[str, Tensor], block: int, cache: Any = None
     ) -> Flow:
-        """What has been received, each in its place."""
+        """Return what has been received, each in its place."""
         received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
         return tuple(None if like is None else next(received) for like in likes)
 
@@ -371,7 +371,7 @@ def _wait(operations: list[dist.P2POp]) -> None:
 
 
 def _reduce_gradients(fsdp: FSDPModule) -> None:
-    """What FSDP does behind a backward, once for all micro-batches, as torch's own stage does."""
+    """Do what FSDP does after a backward, once for all micro-batches, as torch's own stage does."""
     fsdp.set_is_last_backward(True)
     fsdp.set_reshard_after_backward(True)
     fsdp.set_requires_gradient_sync(True)

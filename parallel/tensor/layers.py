@@ -44,12 +44,14 @@ SEQUENCE_DIM = 1
 
 
 def fits(name: str, pattern: str) -> bool:
-    """Whether a pattern means this parameter, or the module that it is of."""
+    """Return whether a pattern means this parameter, or the module that it is of."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def style_of(name: str, table: Mapping[str, str]) -> str:
-    """What the table says of a parameter by its canonical name; exactly one pattern must match."""
+    """Return what the table says of a parameter by its canonical name; exactly one pattern must
+    match.
+    """
     found = [style for pattern, style in table.items() if fits(name, pattern)]
     assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"
     return found[0]
@@ -72,15 +74,15 @@ class TensorSplit:
 
     @property
     def part(self) -> int:
-        """Which part of the sequence is this rank's."""
+        """Return which part of the sequence is this rank's."""
         return self.group.rank() if self.splits_sequence else 0
 
     def part_length(self, length: int) -> int:
-        """How many of `length` positions are this rank's, with padding."""
+        """Return how many of `length` positions are this rank's, with padding."""
         return -(-length // self.group.size()) if self.splits_sequence else length
 
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
-        """All `length` positions: where the split part of a layer begins."""
+        """Return all `length` positions: where the split part of a layer begins."""
         if not self.splits_sequence:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
@@ -96,17 +98,21 @@ class TensorSplit:
         )[self.group.rank()]
 
     def collected(self, x_BSD: Tensor, length: int) -> Tensor:
-        """All `length` positions, for what every rank does alike and then takes its `own` of."""
+        """Return all `length` positions, for what every rank does alike and then takes its `own`
+        of.
+        """
         if not self.splits_sequence:
             return x_BSD
         return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
 
     def share(self, gradient_BSD: Tensor) -> Tensor:
-        """What this rank adds to the gradient of a `whole`, where every rank knows all of it."""
+        """Return what this rank adds to the gradient of a `whole`, where every rank knows all of
+        it.
+        """
         return gradient_BSD if self.group.rank() == 0 else torch.zeros_like(gradient_BSD)
 
     def sum(self, x_BSD: Tensor) -> Tensor:
-        """The sum over the ranks, for this rank's positions: where the split part ends."""
+        """Return the sum over the ranks, for this rank's positions: where the split part ends."""
         if not self.splits_sequence:
             return Sum.apply(x_BSD, self.group)
         return Scatter.apply(x_BSD, self.group, SEQUENCE_DIM)
@@ -188,7 +194,7 @@ class _Part(nn.Module):
             self._parameters = whole
 
     def part_of(self, parameter: Any) -> Any:
-        """What to compute on, with gradients to the parameter."""
+        """Return what to compute on, with gradients to the parameter."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
@@ -219,7 +225,7 @@ class _Row(_Part):
         return x if bias is None else x + bias.to(x.dtype)
 
     def largest(self, x: Tensor) -> Tensor:
-        """The largest over all input features, of which each rank has a part."""
+        """Return the largest over all input features, of which each rank has a part."""
         return all_reduce(super().largest(x), self.split.group, "max")  # type: ignore[misc]
 
 
@@ -291,7 +297,7 @@ def split_layers(
 
 
 def split_dim(style: str, name: str) -> int | None:
-    """The dim that a parameter is split along; None = every rank has the whole."""
+    """Return the dim that a parameter is split along; None = every rank has the whole."""
     if style == SEQUENCE or (style == ROW and name.endswith("bias")):
         return None
     return 1 if style == ROW else 0

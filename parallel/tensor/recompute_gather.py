@@ -31,7 +31,7 @@ class Regather:
             self._latest = whole, _Gathered(part.detach(), length, self._group, self._dim)
 
     def inside(self, function: Callable) -> Callable:
-        """The function, keeping parts."""
+        """Return the function, keeping parts."""
 
         def keeping_parts(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -63,7 +63,7 @@ class _Gathered:
         self._left = 0  # times that it will still be asked for in this backward
 
     def again(self) -> Tensor:
-        """The whole, gathered once for all that ask for it in a backward."""
+        """Return the whole, gathered once for all that ask for it in a backward."""
         if not self._left:
             self._whole = gather_padded(self._part, self._length, self._group, self._dim)
             self._left = self.uses

@@ -31,7 +31,7 @@ class Vocabulary:
         reduction: str = "sum",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """As torch's function of that name, of this rank's classes: input (N, own classes).
+        """Like torch's function of that name, of this rank's classes: input (N, own classes).
 
         `target` is (N,) of classes, or (N, size) of the probabilities of all classes.
         """
@@ -43,7 +43,9 @@ class Vocabulary:
         return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
 
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each entry its row here and whether it is here at all; row 0 of those that are not."""
+        """Return each entry's local row, and whether it is local at all; row 0 for those that are
+        not.
+        """
         row = tokens - self.first
         mine = (row >= 0) & (row < self.own)
         return row * mine, mine

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of the training state that it saves or restores."""
+"""The interface of a training state that a checkpoint saves or restores."""
 
 from collections.abc import Mapping
 from typing import Protocol

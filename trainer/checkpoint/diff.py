@@ -13,7 +13,8 @@ from trainer.metrics.console import print_whole
 
 
 def show_difference(first: Path, second: Path) -> bool:
-    """A table of the tensors that differ, with the largest difference of each; True if none does.
+    """Return a table of the tensors that differ, with the largest difference of each; True if none
+    does.
 
     Either may be a checkpoint or a run (its newest one), of any layout. Raises ConfigError if one
     is damaged.
@@ -57,5 +58,5 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes: a NaN is equal to the same NaN, and 0.0 is not -0.0."""
+    """Return the bytes: a NaN is equal to the same NaN, and 0.0 is not -0.0."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -1,4 +1,4 @@
-"""Where a run's checkpoints lie, and which of them are retained."""
+"""The folder of a run's checkpoints, and the rule which of them are retained."""
 
 import math
 import re
@@ -6,12 +6,12 @@ from pathlib import Path
 
 
 def checkpoint_path(run_dir: str | Path, step: int) -> Path:
-    """The folder of the checkpoint at `step`."""
+    """Return the folder of the checkpoint at `step`."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
-    """The published checkpoints of a run as (step, folder), oldest first by step.
+    """Return the published checkpoints of a run as (step, folder), oldest first by step.
 
     Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
     """
@@ -26,7 +26,7 @@ def leftovers(run_dir: str | Path) -> list[Path]:
 
 
 def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
-    """The steps, of those with their evaluation loss, whose good checkpoints are kept.
+    """Return the steps, of those with their evaluation loss, whose good checkpoints are kept.
 
     The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
     `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.

@@ -1,4 +1,4 @@
-"""What makes two configurations the same training run."""
+"""Comparing configurations: the keys that make two of them the same training run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be writt
 
 
 def identity(config: TrainConfig) -> dict[str, Any]:
-    """The values that make a run what it is, by dotted key."""
+    """Return the values that make a run what it is, by dotted key."""
     flat = _flat(dataclasses.asdict(config))
     return {
         key: value
@@ -27,7 +27,8 @@ def identity(config: TrainConfig) -> dict[str, Any]:
 
 
 def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
-    """Every key in which the run that `before` is the identity of was another one, as a problem.
+    """Return every key in which the run that `before` is the identity of was another one, as a
+    problem.
 
     Those that config.resume_changed names are none.
     """
@@ -65,7 +66,7 @@ def _alike(key: str, old: Any, new: Any) -> bool:
 
 
 def may_change(config: TrainConfig, key: str) -> bool:
-    """Whether config.resume_changed names a key of the identity, or its section."""
+    """Return whether config.resume_changed names a key of the identity, or its section."""
     return key in config.resume_changed or key.split(".")[0] in config.resume_changed
 
 

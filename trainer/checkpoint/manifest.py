@@ -1,4 +1,4 @@
-"""What a checkpoint's folder says about itself, and whether that is so; free of torch.
+"""The manifest of a checkpoint, and its verification; free of torch.
 
 The manifest begins with a checksum of all its other bytes, in every version of the format. What is
 read here was perhaps damaged, or made by somebody else: nothing in it is run, and no path of it
@@ -95,7 +95,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """A folder's manifest; raises DamagedError if it is not one, and OtherFormatError."""
+    """Return a folder's manifest; raises DamagedError if it is not one, and OtherFormatError."""
     path = folder / NAME
     if (folder / ".metadata").exists() and not path.exists():
         raise OtherFormatError(
@@ -190,7 +190,7 @@ def _fits(chunk: Chunk, tensor: TensorEntry) -> bool:
 
 
 def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
-    """The manifest of a folder whose files are all there with the right size.
+    """Return the manifest of a folder whose files are all there with the right size.
 
     Of the files in `hashed` (None = all) the content is compared too. Raises DamagedError for the
     first problem, as `read_manifest` does.
@@ -203,7 +203,9 @@ def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
 
 
 def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> list[str]:
-    """All that differs between a folder and its manifest; hashes the files in `hashed` only."""
+    """Return all that differs between a folder and its manifest; hashes the files in `hashed`
+    only.
+    """
     named = re.fullmatch(r"step-(\d+)", folder.name)
     problems = []
     if named and int(named[1]) != manifest.step:

@@ -36,7 +36,7 @@ DIFFERENCES_SHOWN = 5
 
 
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
-    """The degrees and the number of ranks, as a manifest has them."""
+    """Return the degrees and the number of ranks, as a manifest has them."""
     return degrees(strategy) | {"ranks": dist.get_world_size()}
 
 
@@ -50,7 +50,8 @@ class Choice:
 
 
 def choose(run_dir: Path, step: int = 0) -> Choice:
-    """The newest checkpoint that is what was saved (or that of `step`); the same on every rank.
+    """Return the newest checkpoint that is what was saved (or that of `step`); the same on every
+    rank.
 
     Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
     version: older ones are no replacement for it.
@@ -76,7 +77,9 @@ def choose(run_dir: Path, step: int = 0) -> Choice:
 
 
 def _checked(folder: Path) -> Manifest:
-    """The manifest of a checkpoint, raising on every rank what is wrong in the eyes of any rank."""
+    """Return the manifest of a checkpoint, raising on every rank what is wrong in the eyes of any
+    rank.
+    """
     rank, ranks = dist.get_rank(), dist.get_world_size()
     problem: DamagedError | None = None
     try:
@@ -187,7 +190,7 @@ def _load(path: Path, manifest: Manifest, state: Checkpointed, config: TrainConf
 
 
 def _keeps(manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig) -> bool:
-    """Whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
+    """Return whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
     own = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(KEPT)}
     there = {name: entry.shape for name, entry in manifest.tensors.items() if name in own}
     return not own or (own == there and manifest.layout == layout_of(strategy))
@@ -230,7 +233,7 @@ def load_parameters(
     key: str = "run_dir",
     by_row: Collection[str] = (),
 ) -> Path:
-    """As `load_weights`, of what this rank has of a model whose parameters have such shapes.
+    """Like `load_weights`, of what this rank has of a model whose parameters have such shapes.
 
     All ranks call it, also those that have nothing. `key` is the one that names the folder. Those
     named in `by_row` may have other numbers of rows there.

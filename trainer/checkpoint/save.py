@@ -96,7 +96,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """Ends the save in flight, and raises ConfigError if it failed."""
+        """End the save in flight, and raise ConfigError if it failed."""
         if kind is None:
             self.wait(last=True)
         elif self._thread is not None:
@@ -172,7 +172,7 @@ class Saver:
         self._note(save)
 
     def _written(self, save: Save) -> dict[str, Any]:
-        """What this rank has written, or why it could not."""
+        """Return what this rank has written, or why it could not."""
         partial = self._partial(save)
         try:
             partial.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ class Saver:
         )
 
     def _too_small(self) -> str:
-        """Why not even one checkpoint fits beside those that are there; empty if it does."""
+        """Return why not even one checkpoint fits beside those that are there; empty if it does."""
         needed = self._shard.total_bytes
         try:
             if not self._folder.exists():
@@ -309,7 +309,7 @@ class Saver:
 
 
 def seldom_best(config: TrainConfig) -> str:
-    """A warning where most checkpoints have no loss for checkpoint.keep_best; else empty."""
+    """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty."""
     saved, measured = config.checkpoint.every, config.eval.every
     if not (config.checkpoint.keep_best and saved and measured and saved % measured):
         return ""

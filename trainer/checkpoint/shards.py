@@ -50,12 +50,12 @@ PIECE_BYTES = 1 << 24  # written and hashed at a time
 
 
 def file_name(rank: int) -> str:
-    """The file that a rank writes."""
+    """Return the file that a rank writes."""
     return f"rank-{rank:05d}.safetensors"
 
 
 class Shard:
-    """What this rank writes of a checkpoint: planned once, then held in host memory as a file is.
+    """This rank's part of a checkpoint: planned once, then held in host memory as a file is.
 
     Memory is taken at the first copy and used again by every later one.
     """
@@ -124,14 +124,16 @@ class Shard:
         return sum(map(len, self._pieces())) if self._buffer is not None else 0
 
     def _ends(self) -> list[int]:
-        """Where each part ends in the buffer; 0 alone if there is none."""
+        """Return where each part ends in the buffer; 0 alone if there is none."""
         ends = [0]
         for dtype, sizes in self._parts.values():
             ends.append(ends[-1] + math.prod(sizes) * dtype.itemsize)
         return ends[1:] or ends
 
     def _pieces(self) -> Iterator[bytes | memoryview]:
-        """The file: length of the header, header, data (https://github.com/huggingface/safetensors)."""
+        """Yield the file: length of the header, header, data
+        (https://github.com/huggingface/safetensors).
+        """
         assert self._buffer is not None
         begin, header = 0, {}
         for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
@@ -207,7 +209,7 @@ def _dtype(item: WriteItem) -> torch.dtype:
 
 
 def _index(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
-    """What all ranks write together, by name."""
+    """Return what all ranks write together, by name."""
     chunks: dict[str, list[Chunk]] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
@@ -224,7 +226,7 @@ def _index(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
 
 
 def _metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
-    """A manifest's tensors in the words of torch.distributed.checkpoint."""
+    """Return a manifest's tensors in the words of torch.distributed.checkpoint."""
     return Metadata(
         {
             name: TensorStorageMetadata(

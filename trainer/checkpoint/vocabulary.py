@@ -20,7 +20,7 @@ class Rows:
 
     @property
     def known(self) -> int:
-        """How many rows are brought along."""
+        """Return how many rows are brought along."""
         return sum(row >= 0 for row in self.theirs)
 
 

@@ -68,20 +68,20 @@ class Compression:
 
     @property
     def distills(self) -> bool:
-        """Whether a teacher is to have a say in the loss."""
+        """Return whether a teacher is to have a say in the loss."""
         return bool(self.config.teacher and (self.config.distill_weight or self._matched))
 
     def asks(self, model: Transformer) -> bool:
-        """Whether what a rank has of a model learns from the teacher's logits or vectors."""
+        """Return whether what a rank has of a model learns from the teacher's logits or vectors."""
         return self._ends_on(model) or bool(self._here(model))
 
     def _ends_on(self, model: Transformer) -> bool:
-        """Whether a rank has the logits, and they learn from the teacher's."""
+        """Return whether a rank has the logits, and they learn from the teacher's."""
         return model.head is not None and bool(self.config.distill_weight)
 
     @property
     def _matched(self) -> dict[int, int]:
-        """The blocks whose vectors learn, and those of the teacher that they learn from."""
+        """Return the blocks whose vectors learn, and those of the teacher that they learn from."""
         match = self.config.match if self.config.match_weight else []
         return {pair[0]: pair[1] for pair in match}
 
@@ -90,7 +90,9 @@ class Compression:
         return {ours: theirs for ours, theirs in self._matched.items() if str(ours) in model.blocks}
 
     def _hear(self, model: Transformer, inputs: Inputs) -> Said:
-        """What the teacher says of a micro-batch; it is asked once, whoever wants to know first."""
+        """Return what the teacher says of a micro-batch; it is asked once, whoever wants to know
+        first.
+        """
         if self._said is None or self._said.targets is not inputs["targets"]:
             assert self.teacher is not None
             here = self._here(model).values()
@@ -98,7 +100,9 @@ class Compression:
         return self._said
 
     def _answer(self, model: Transformer, inputs: Inputs) -> Tensor | None:
-        """The teacher's logits at the positions that are here; None where there is no teacher."""
+        """Return the teacher's logits at the positions that are here; None where there is no
+        teacher.
+        """
         if "answer_classes" in inputs:
             return kept_answer(inputs, classes_of(model.config), model.context)
         if self.teacher is None:
@@ -134,7 +138,9 @@ class Compression:
 
 
 def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """What shortens the sequence of an image classifier, by the block that it comes behind."""
+    """Return what shortens the sequence of an image classifier, by the block that it comes
+    behind.
+    """
     kept = int(model.config.pool == "class_token")
     side = model.config.image_size // model.config.patch_size
     found: dict[int, Resize] = {}
@@ -148,7 +154,7 @@ def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
 
 
 def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """The same of a translation's source: between the blocks of its encoder."""
+    """Return the same of a translation's source: between the blocks of its encoder."""
     last = model.encoder_depth - 1
     found: dict[int, Resize] = {}
     if config.merge:
@@ -159,7 +165,7 @@ def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]
 
 
 def _of_texts(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """Of a language model the blocks in the middle: as many are left out in front as behind."""
+    """Return the middle blocks of a language model: as many are left out in front as behind."""
     if not config.pool_after:
         return {}
     stride, behind = config.pool_stride, model.depth - config.pool_after - 1

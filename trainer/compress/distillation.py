@@ -16,7 +16,7 @@ from trainer.nn.sequence import Context, Flow, Inputs, Stream
 
 @dataclass(frozen=True)
 class Said:
-    """What a teacher says of a micro-batch, which `targets` are of."""
+    """A teacher's logits for the `targets` of a micro-batch."""
 
     targets: Tensor
     logits: Tensor | None  # of all classes at all positions, if they were asked for
@@ -25,7 +25,9 @@ class Said:
 
 @torch.no_grad()
 def ask(teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: bool) -> Said:
-    """What the teacher says of a micro-batch: what these blocks make of it, and its logits."""
+    """Return what the teacher says of a micro-batch: what these blocks make of it, and its
+    logits.
+    """
     made: dict[int, Tensor] = {}
 
     def look(number: int, flow: Flow, _streams: dict[str, Stream], _inputs: Inputs) -> Flow:
@@ -39,7 +41,7 @@ def ask(teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: boo
 
 
 def part_of(logits: Tensor, context: Context) -> Tensor:
-    """The logits of those positions of whole sequences that are here."""
+    """Return the logits of those positions of whole sequences that are here."""
     return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
 
 

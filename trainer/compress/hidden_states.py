@@ -13,7 +13,9 @@ from trainer.nn.sequence import Flow, Inputs, Stream
 
 
 def states(block: nn.Module, flow: Flow) -> Tensor:
-    """What a block has made, of what flows behind it; of the encoder's last one the memory."""
+    """Return what a block has made, of what flows behind it; of the encoder's last one the
+    memory.
+    """
     assert isinstance(block, Block)
     made = flow[0] if block.turn_norm is None else flow[1]
     assert made is not None
@@ -21,7 +23,7 @@ def states(block: nn.Module, flow: Flow) -> Tensor:
 
 
 def apart_sum(ours_BSD: Tensor, theirs_BSE: Tensor, valid_BS: Tensor, targets_B: Tensor) -> Tensor:
-    """How differently two models relate the positions of a sample to each other, summed.
+    """Return how differently two models relate the positions of a sample to each other, summed.
 
     Of each sample the mean, over pairs of valid positions, of the squared difference between the
     cosine similarities of our vectors and of theirs, times the sample's number of valid targets.
@@ -49,7 +51,8 @@ def learn(
     said_BSE: Tensor,
     weight: float,
 ) -> Flow:
-    """The flow behind a block, whose gradient will be that of `apart_sum` too, `weight` times.
+    """Return the flow behind a block, whose gradient will be that of `apart_sum` too, `weight`
+    times.
 
     `said_BSE` is what the teacher's block has made of all positions. The loss is taken here, since
     the rank may have no logits: its share is counted in, and its gradient waits for the backward.

@@ -9,7 +9,7 @@ from trainer.compress.quantized_linear import Lens, kept, pruned, whole
 
 
 def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
-    """The tensors that a weight (O,I) is kept as: `values` or `codes` and `scale`, `places`.
+    """Return the tensors that a weight (O,I) is kept as: `values` or `codes` and `scale`, `places`.
 
     Values that are pruned are left out; `places` says which of each m stay.
     """
@@ -34,7 +34,7 @@ def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
 
 
 def unpack(parts: dict[str, Tensor], lens: Lens, inputs: int) -> Tensor:
-    """The weight (O,inputs) that `pack` was given, as the compressed layer saw it."""
+    """Return the weight (O,inputs) that `pack` was given, as the compressed layer saw it."""
     count = inputs * lens.n // lens.m if lens.n else inputs
     numbers = codes_of(parts, lens, count).to(torch.float32) if lens.bits else parts["values"]
     if lens.n:

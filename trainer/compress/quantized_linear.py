@@ -85,7 +85,7 @@ def whole(
 
 
 def rounded(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest) -> Tensor:
-    """The nearest that `whole` can tell."""
+    """Return the nearest that `whole` can tell."""
     number, scale = whole(x, bits, largest)
     return number * scale
 

@@ -113,7 +113,7 @@ class PoolText(Resize):
 
 
 class Shorten(Resize):
-    """Of every `stride` tokens of a text one vector goes on, as in Hourglass (arXiv 2110.13711).
+    """Shorten a text to one vector of every `stride` tokens, as Hourglass does (arXiv 2110.13711).
 
     Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that none
     of it is behind the first position that it goes back to (see Lengthen); of another document's
@@ -130,7 +130,7 @@ class Shorten(Resize):
         return -(-length // self.stride)
 
     def stream_behind(self, stream: Stream, training: bool) -> Stream:
-        """Each group stands at its last position, in that one's document."""
+        """Return each group stands at its last position, in that one's document."""
         last = slice(-stream.start % self.stride, None, self.stride)
         documents_BS, rope = stream.documents_BS, stream.rope
         total = len(range(stream.total)[last])

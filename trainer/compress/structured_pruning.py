@@ -34,7 +34,9 @@ class Units:
     writers: list[Linear]  # and some of these ones' outputs, without which it is nothing
 
     def pruned(self, ramp: float) -> int:
-        """How many are pruned when a share `ramp` of all that is to be pruned is; one stays."""
+        """Return how many are pruned when a share `ramp` of all that is to be pruned is; one
+        stays.
+        """
         return min(self.count - 1, round(self.share * ramp * self.count))
 
     def importance(self) -> Tensor:
@@ -77,7 +79,7 @@ class Pruning:
                 units.reader.__class__ = CompressedLinear
 
     def ramp(self, progress: float) -> float:
-        """The share of what is to be pruned that is, after a share of all steps.
+        """Return the share of what is to be pruned that is, after a share of all steps.
 
         It rises quickly at first (arXiv 1710.01878, equation 1), in a few events.
         """
@@ -103,7 +105,7 @@ class Pruning:
 
 
 def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
-    """What is pruned of the blocks, or layers, that are here."""
+    """Yield what is pruned of the blocks, or layers, that are here."""
     for module in blocks.modules():
         if isinstance(module, Attention) and config.prune_heads:
             groups = module.value.weight.shape[0] // module.head_width
@@ -114,7 +116,9 @@ def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
 
 
 def removed(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """The configuration and weights of the smaller model that a pruned one, whole on a rank, is."""
+    """Return the configuration and weights of the smaller model that a pruned one, whole on a rank,
+    is.
+    """
     compress, shape = config.compress, config.model
     groups = shape.kv_heads or shape.heads
     left, channels = groups, shape.ffn_width
@@ -144,7 +148,7 @@ def removed(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, dict[st
 
 
 def _sum_of_squares(weight: Tensor, dim: int) -> Tensor:
-    """Of a matrix over one dim; each rank adds what it has, and all get the whole."""
+    """Return a matrix's sums of squares over one dim; ranks add up their parts."""
     rest = place(weight)[1 - dim]
     sums = torch.zeros(weight.shape[1 - dim], device=local(weight).device, dtype=weight.dtype)
     sums[rest] = local(weight).detach().square().sum(dim)

@@ -1,4 +1,4 @@
-"""What a compression is worth: one table and one picture, beside the run without it."""
+"""A report on a compression: one table and one picture, beside the run without it."""
 
 import time
 from collections.abc import Callable
@@ -45,7 +45,7 @@ METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss",
 
 @dataclass
 class Facts:
-    """What is known of a run; `training` and `inference` are samples per second, by round."""
+    """Figures of a run; `training` and `inference` are samples per second, by round."""
 
     name: str
     compress: str
@@ -61,17 +61,17 @@ class Facts:
 
     @property
     def training_rate(self) -> float:
-        """The median of the rounds."""
+        """Return the median of the rounds."""
         return median(self.training)
 
     @property
     def inference_rate(self) -> float:
-        """The median of the rounds."""
+        """Return the median of the rounds."""
         return median(self.inference)
 
 
 def report(config: CompressReportConfig, runtime: Runtime) -> None:
-    """Prints the table and writes run_dir/compression.png, from the runs' newest checkpoints.
+    """Print the table and write run_dir/compression.png, from the runs' newest checkpoints.
 
     Rates alternate between the runs and are per second of CPU time, of a forward and backward of
     one batch of the run's size, and of a forward of the exported model, with integer kernels where
@@ -124,7 +124,7 @@ def _measure(
 
 
 def _exported(name: str, to: Path, runtime: Runtime) -> str:
-    """A folder with what is exported of a run, which may be that already."""
+    """Return a folder with what is exported of a run, which may be that already."""
     if is_export(name):
         return name
     export_run(ExportConfig(name, str(to), load_config(name).compress), runtime, say=False)
@@ -158,7 +158,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
 
 
 def table(found: list[Facts]) -> Table:
-    """A column for each run; with two, the ratio of the second to the first."""
+    """Return a column for each run; with two, the ratio of the second to the first."""
     shown = Table(*["", *(facts.name for facts in found)])
     if len(found) > 1:
         shown.add_column("ratio", justify="right")

@@ -35,7 +35,7 @@ def step(worker: Worker, batch: MicroBatch) -> None:
 
 
 def forward(worker: Worker, batch: MicroBatch) -> None:
-    """As a model is used."""
+    """Use a model."""
     with worker.evaluating():
         worker.forward(batch)
 
@@ -62,7 +62,7 @@ def in_turn(
 
 
 def layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfig]]:
-    """What this host's cores can do for inference: threads of one rank, and ranks."""
+    """Return what this host's cores can do for inference: threads of one rank, and ranks."""
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
         return {}

@@ -44,13 +44,13 @@ class ModelConfig:
 
 
 def classes_of(model: ModelConfig) -> int:
-    """How many classes the logits of a completed model are of."""
+    """Return how many classes the logits of a completed model are of."""
     return model.classes if model.family == "encoder" else model.vocab_size
 
 
 @dataclass
 class DataConfig:
-    """What is learned from; read by trainer/data/."""
+    """The data set; read by trainer/data/."""
 
     kind: str = "text"  # text | images | pairs: the reader
     # A folder with train.*, valid.* and test.* (files or folders), or one file whose end is held
@@ -128,7 +128,7 @@ class CheckpointConfig:
 
 @dataclass
 class MetricsConfig:
-    """What is measured and where it goes; read by trainer/metrics/recorder.py."""
+    """Metrics and where they go; read by trainer/metrics/recorder.py."""
 
     every: int = 10  # steps between lines on the console and in metrics.jsonl
     sample_tokens: int = 120  # length of the text shown at the end of a language-model run; 0 = off
@@ -148,7 +148,7 @@ class MetricsConfig:
 
 @dataclass
 class CompressConfig:
-    """What makes a model shorter, rounder, sparser or smaller; read by trainer/compress/."""
+    """Compression: shorter sequences, fewer bits, fewer weights; read by trainer/compress/."""
 
     # Encoders: vectors that join the most alike one, behind each block but the last (at most half
     # of those that are there); 0 = off.
@@ -186,7 +186,7 @@ class CompressConfig:
 
 
 def asked_for(compress: CompressConfig) -> dict[str, Any]:
-    """The keys with their values that are not as where nothing is compressed."""
+    """Return the keys with their values that are not as where nothing is compressed."""
     plain = CompressConfig()
     return {k: v for k, v in vars(compress).items() if v != getattr(plain, k)}
 
@@ -348,7 +348,7 @@ class TeachConfig:
 
 @dataclass
 class CompressReportConfig:
-    """What a compression is worth; read by trainer/compress_report/report.py."""
+    """The report on a compression; read by trainer/compress_report/report.py."""
 
     run_dir: str = ""  # the compressed run
     baseline: str = ""  # the run that it is compared with; empty = none

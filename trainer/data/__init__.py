@@ -1,4 +1,4 @@
-"""What is learned from: text, images or pairs, prepared once and read the same by any layout."""
+"""Data sets: text, images or pairs, prepared once and read the same by any layout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,14 +51,18 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
-    """The train, valid or test split, after `prepare`; cheap: tokens are read when asked for."""
+    """Return the train, valid or test split, after `prepare`; cheap: tokens are read when asked
+    for.
+    """
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
     return READERS[config.kind].open_split(config, _root(config), split)
 
 
 def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
-    """A digest of what this rank reads: the sizes of the splits, and samples spread over each."""
+    """Return a digest of what this rank reads: the sizes of the splits, and samples spread over
+    each.
+    """
     digest = blake2b(digest_size=16)
     for split in splits:
         dataset = open_split(config, split)
@@ -70,7 +74,7 @@ def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """The tokenizer that the data were prepared with; None for images."""
+    """Return the tokenizer that the data were prepared with; None for images."""
     if config.kind == "images":
         return None
     return text.open_tokenizer(config, _root(config))
@@ -81,7 +85,7 @@ def _root(config: DataConfig) -> Path:
 
 
 def _problems(config: DataConfig) -> list[str]:
-    """All that can be said without a look at the data."""
+    """Return all that can be said without a look at the data."""
     problems = []
     if config.kind not in READERS:
         near = get_close_matches(config.kind, READERS, 1, 0)[0]

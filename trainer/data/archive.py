@@ -70,7 +70,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
 def _tables(
     where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
 ) -> dict[str, Table]:
-    """The table of each split; `names`: its arrays of images and of labels, train first."""
+    """Return the table of each split; `names`: its arrays of images and of labels, train first."""
     labels, class_names = _labels(where, arrays, names)
     scale, tables = None, dict[str, Table]()
     for split, (x, y) in names.items():
@@ -95,7 +95,9 @@ def _tables(
 def _roles(
     where: str, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Which array is the images, and which the labels, of which split; and those of neither."""
+    """Return which array is the images, and which the labels, of which split; and those of
+    neither.
+    """
     keys: dict[tuple[str, str], str] = {}
     left_out = {}
     for key in arrays:
@@ -165,7 +167,9 @@ TOPS = {
 
 
 def _scale(images: np.ndarray) -> str:
-    """What range an array of pixels has: by its dtype or, of other numbers, by their values."""
+    """Return what range an array of pixels has: by its dtype or, of other numbers, by their
+    values.
+    """
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() == 1:
         return "bool"
     if images.dtype == np.uint16:

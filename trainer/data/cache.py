@@ -24,14 +24,17 @@ log = logging.getLogger(__name__)
 
 
 def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Path:
-    """The folder that is made of these ingredients: another one as soon as any of them changes."""
+    """Return the folder that is made of these ingredients: another one as soon as any of them
+    changes.
+    """
     text = json.dumps([FORMAT, config.kind, ingredients], default=str)
     fingerprint = blake2b(text.encode(), digest_size=6).hexdigest()
     return Path(config.cache) / f"{name}-{fingerprint}"
 
 
 def build(folder: Path, write: Callable[[Path], Record]) -> Record:
-    """The record that `write` returned when it filled the folder; it is called only if need be.
+    """Return the record that `write` returned when it filled the folder; it is called only if need
+    be.
 
     Several processes may build at once: each fills a folder of its own, and the first to finish
     gives it its name.
@@ -75,12 +78,14 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 
 def read(folder: Path) -> Record | None:
-    """The record of a complete prepared folder, or None."""
+    """Return the record of a complete prepared folder, or None."""
     return None if damage(folder) else _record(folder)
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a prepared folder, with the bytes found and expected; empty = nothing."""
+    """Return what is wrong with a prepared folder, with the bytes found and expected; empty =
+    nothing.
+    """
     try:
         sizes = dict(_record(folder)["files"])
     except OSError:
@@ -97,7 +102,9 @@ def damage(folder: Path) -> str:
 
 
 def opened(folder: Path) -> Record:
-    """The record of a folder that `prepare` has made; ConfigError if it is no longer whole."""
+    """Return the record of a folder that `prepare` has made; ConfigError if it is no longer
+    whole.
+    """
     if found := damage(folder):
         raise ConfigError(
             f"{found}; data.path or data.cache has changed since it was prepared. Start again: "

@@ -1,4 +1,4 @@
-"""What every kind of data offers: the interface of a split, and the facts a model needs."""
+"""The interface of a data split, and the facts that a model needs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ IGNORED = -100  # target that no loss is taken of
 
 @dataclass(frozen=True)
 class SplitFacts:
-    """What one split was read from, and what it holds."""
+    """Sources and sizes of one split."""
 
     sources: tuple[str, ...] = ()  # files or folders, relative to data.path
     samples: int = 0
@@ -25,7 +25,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """What a model must know of its data, and what was read.
+    """Facts that a model needs of its data, and a record of what was read.
 
     A run keeps it in its folder (trainer/data/record.py): with the tokenizer it is all that using
     the trained model needs.

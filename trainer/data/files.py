@@ -1,4 +1,4 @@
-"""Where data come from: files, folders and what is bundled, found, split and read as UTF-8."""
+"""Sources of data: files, folders and what is bundled, found, split and read as UTF-8."""
 
 import codecs
 import re
@@ -80,19 +80,21 @@ class Part:
     end: int
 
     def fingerprint(self) -> list[Any]:
-        """What changes when the file does."""
+        """Return what changes when the file does."""
         stat = self.path.stat()
         return [str(self.path.resolve()), self.start, self.end, stat.st_size, stat.st_mtime_ns]
 
 
 def name_of(config: DataConfig) -> str:
-    """A file name for the data."""
+    """Return a file name for the data."""
     stem = Path(config.path.partition(":")[2] or config.path).stem
     return re.sub(r"[^\w.-]+", "-", stem) or "data"
 
 
 def locate(config: DataConfig) -> Path:
-    """The file or folder of `data.path`, which is there and readable; ConfigError otherwise."""
+    """Return the file or folder of `data.path`, which is there and readable; ConfigError
+    otherwise.
+    """
     if config.path.startswith("bundled:"):
         return _bundled(config)
     path = Path(config.path).expanduser()
@@ -159,7 +161,9 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
 
 
 def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
-    """The folder inside that holds all text; says of what lies around it why it is not read."""
+    """Return the folder inside that holds all text; says of what lies around it why it is not
+    read.
+    """
 
     def with_text(folder: Entry) -> list[Entry]:
         inside = [entry for entry in folder.inside or () if not entry.is_document]
@@ -176,7 +180,7 @@ def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entr
 
 
 def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
-    """The files that an entry of data.path is read from: itself, or those in the folder."""
+    """Return the files that an entry of data.path is read from: itself, or those in the folder."""
     found = []
     for file in entry.files():
         if file.suffix not in SUFFIXES[config.kind]:
@@ -194,7 +198,9 @@ def _chosen(
     files: dict[Entry, list[Entry]],
     left_out: dict[str, str],
 ) -> list[Entry]:
-    """The files of one split; one of an unknown suffix that is named after it counts if alone."""
+    """Return the files of one split; one of an unknown suffix that is named after it counts if
+    alone.
+    """
     chosen = [file for entry in named for file in files[entry]]
     if chosen:
         return chosen
@@ -213,7 +219,9 @@ def _readable(config: DataConfig) -> str:
 
 
 def split_parts(config: DataConfig, root: Path) -> dict[str, list[Part]]:
-    """The parts of files that make each split; a split that is missing is cut from train's end."""
+    """Return the parts of files that make each split; a split that is missing is cut from train's
+    end.
+    """
     found = read_listing(config, root).splits
     splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
     missing = [split for split in ("valid", "test") if split not in splits]
@@ -257,7 +265,7 @@ def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict
 
 
 def _between(parts: list[Part], start: int, end: int) -> Iterator[Part]:
-    """What of the parts lies between two bytes of their concatenation, in whole lines."""
+    """Yield what of the parts lies between two bytes of their concatenation, in whole lines."""
     offset = 0
     for part in parts:
         low, high = (min(max(0, cut - offset), part.end) for cut in (start, end))
@@ -268,7 +276,7 @@ def _between(parts: list[Part], start: int, end: int) -> Iterator[Part]:
 
 
 def _line_start(path: Path, cut: int) -> int:
-    """The start of the first line (or, in a long line, character) at or after a byte."""
+    """Return the start of the first line (or, in a long line, character) at or after a byte."""
     if cut == 0:
         return 0
     with path.open("rb") as file:
@@ -282,7 +290,7 @@ def _line_start(path: Path, cut: int) -> int:
 
 
 def read_text(part: Part) -> Iterator[str]:
-    """The text of a part, block by block, unchanged but for a byte order mark at its start.
+    """Yield the text of a part, block by block, unchanged but for a byte order mark at its start.
 
     Raises ConfigError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
     """
@@ -313,7 +321,7 @@ def read_text(part: Part) -> Iterator[str]:
 
 
 def _likely(block: bytes, first: int) -> str:
-    """How to convert a text from the encoding that it is likely in."""
+    """Return how to convert a text from the encoding that it is likely in."""
     letters = [byte for byte in block[:GUESSED_ON] if byte >= 0x80 or chr(byte).isalpha()]
     guess = None
     if 3 * sum(byte >= 0x80 for byte in letters) > len(letters):  # not the Latin script
@@ -329,7 +337,9 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _not_text(path: Path, position: int, block: bytes) -> str:
-    """What a file with NULs is: text in an encoding of two or four bytes, or no text at all."""
+    """Return what a file with NULs is: text in an encoding of two or four bytes, or no text at
+    all.
+    """
     zeros = [block[place::4].count(0) * 4 / max(1, len(block)) > 0.2 for place in range(4)]
     order = {
         (False, True, True, True): "utf-32le",

@@ -1,4 +1,4 @@
-"""What a folder holds: which entries make which split, and which are left out, and why."""
+"""Listing a data folder: which entries make which split, and which are left out, and why."""
 
 import os
 import re
@@ -68,23 +68,25 @@ class Entry:
 
     @property
     def name(self) -> str:
-        """The last part of the location."""
+        """Return the last part of the location."""
         return self.location.rpartition("/")[2]
 
     @property
     def path(self) -> Path:
-        """The location as a path."""
+        """Return the location as a path."""
         return Path(self.location)
 
     @property
     def suffix(self) -> str:
-        """The suffix in lower case: .txt."""
+        """Return the suffix in lower case: .txt."""
         stem, dot, last = self.name.rpartition(".")
         return (dot + last).lower() if stem else ""
 
     @property
     def is_document(self) -> bool:
-        """Whether this is a file that tells of the data rather than being some: README.md."""
+        """Return whether this is a file that tells of the data rather than being some:
+        README.md.
+        """
         return self.inside is None and self.name.partition(".")[0].lower() in DOCUMENTS
 
     def files(self) -> Iterator["Entry"]:
@@ -101,7 +103,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Listing:
-    """What was found at data.path: files of each split, and what is not read, relative to it."""
+    """The files of each split at data.path, and what is not read, relative to it."""
 
     splits: dict[str, list[Path]]
     left_out: dict[str, str] = field(default_factory=dict)  # why, by file or folder
@@ -177,14 +179,14 @@ def _at_the_ends(stem: str) -> set[str]:
 
 
 def _words(stem: str) -> list[str]:
-    """The words of a name in lower case, without numbers and what only counts them."""
+    """Return the words of a name in lower case, without numbers and what only counts them."""
     letters = re.findall(r"[^\W\d_]+", stem)
     cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
     return [word for found in cased for word in found if word not in FILLERS]
 
 
 def _spelled(word: str) -> set[str]:
-    """The splits that a word stands for."""
+    """Return the splits that a word stands for."""
     bare = JOINED.sub("", word.lower())
     return {split for split, known in SPELLINGS.items() if word.lower() in known or bare in known}
 

@@ -25,14 +25,16 @@ USUAL = {
 
 
 def export(config: DataConfig) -> Path:
-    """The file or folder of `hf:NAME` or `hf:NAME:SUBSET`, downloaded and converted if need be."""
+    """Return the file or folder of `hf:NAME` or `hf:NAME:SUBSET`, downloaded and converted if need
+    be.
+    """
     folder = located(config)
     build(folder, lambda temporary: _write(config, temporary))
     return _inside(config, folder)
 
 
 def located(config: DataConfig) -> Path:
-    """The folder of the converted data set."""
+    """Return the folder of the converted data set."""
     local = Path(config.path.removeprefix("hf:"))
     files = scan(local)[0].files() if local.is_dir() else ()
     fingerprints = [file.fingerprint() for file in files]
@@ -52,7 +54,7 @@ def _inside(config: DataConfig, folder: Path) -> Path:
 
 
 def exported(config: DataConfig) -> Path:
-    """What `export` has made."""
+    """Return what `export` has made."""
     return _inside(config, located(config))
 
 
@@ -80,7 +82,7 @@ def _write(config: DataConfig, folder: Path) -> Record:
 
 
 def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The data set's splits under our names, and those that are not read."""
+    """Return the data set's splits under our names, and those that are not read."""
     if find_spec("datasets") is None:
         raise ConfigError(
             f'data.path={config.path} needs `datasets`: pip install "samestep[huggingface]"'
@@ -105,7 +107,9 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
-    """The columns to read; of `translation`, a dict of languages, `translation.LANGUAGE` each."""
+    """Return the columns to read; of `translation`, a dict of languages, `translation.LANGUAGE`
+    each.
+    """
     names = _flat_names(rows)
     usual = [columns for columns in USUAL[config.kind] if set(columns) <= set(names)]
     languages = tuple(name for name in names if name.startswith("translation."))
@@ -129,7 +133,7 @@ def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
 
 
 def _flat_names(rows: Any) -> list[str]:
-    """The columns, and those inside a column that is a dict of languages."""
+    """Return the columns, and those inside a column that is a dict of languages."""
     inner = rows.features.get("translation")
     languages = list(getattr(inner, "languages", inner if isinstance(inner, dict) else ()))
     if not languages:
@@ -141,7 +145,7 @@ def _flat_names(rows: Any) -> list[str]:
 def _complete(
     config: DataConfig, split: str, rows: Any, columns: tuple[str, ...]
 ) -> list[tuple[Any, ...]]:
-    """The cells of the columns, of the rows in which none of them is empty."""
+    """Return the cells of the columns, of the rows in which none of them is empty."""
     found = []
     try:
         for name, feature in rows.features.items():

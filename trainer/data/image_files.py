@@ -74,7 +74,7 @@ class Gallery:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes of the train split, by name."""
+        """Return the classes of the train split, by name."""
         return tuple(sorted({name for _, name in self.files["train"]}))
 
 
@@ -105,7 +105,7 @@ def list_gallery(config: DataConfig, root: Path) -> Gallery:
 
 
 def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[str, list[Entry]]:
-    """The folders of each split; without any it is all of train."""
+    """Return the folders of each split; without any it is all of train."""
     tops = _with_pictures(inner)
     nested = {entry for entry in tops if _with_pictures(entry)}
     named, others = splits_of(where, tops, nested.__contains__)
@@ -148,7 +148,7 @@ def _holds_pictures(entry: Entry) -> bool:
 
 
 def _with_pictures(folder: Entry) -> list[Entry]:
-    """The folders directly in a folder that hold pictures, at any depth."""
+    """Return the folders directly in a folder that hold pictures, at any depth."""
     inside = folder.inside or ()
     return [entry for entry in inside if entry.inside is not None and _holds_pictures(entry)]
 
@@ -163,7 +163,7 @@ def _leave_out(folder: Entry, left_out: dict[str, str]) -> None:
 
 
 def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
-    """The pictures of each class folder in a folder, with the class's name."""
+    """Return the pictures of each class folder in a folder, with the class's name."""
     found = []
     _leave_out(folder, left_out)
     for entry in _with_pictures(folder):
@@ -200,7 +200,7 @@ def _same_classes(where: str, gallery: Gallery) -> None:
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of all picture files once each has been decoded."""
+    """Facts of all picture files once each has been decoded."""
 
     shape: Shape
     damaged: dict[str, str]  # why, by name; they are left out
@@ -243,7 +243,7 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
 
 
 def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
-    """The one shape of all pictures; ConfigError names one that is another."""
+    """Return the one shape of all pictures; ConfigError names one that is another."""
     sizes = Counter(look.size for _, look in good)
     (width, height), _ = sizes.most_common(1)[0]
     odd = next(((path, look) for path, look in good if look.size != (width, height)), None)

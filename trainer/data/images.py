@@ -44,7 +44,7 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
-    """A split: images of an archive in memory, those of a folder decoded when asked for."""
+    """Return a split: images of an archive in memory, those of a folder decoded when asked for."""
     record = opened(_folder(config, root))
     table = _read(config, root, record).tables[split]
     known = _known(config, record)
@@ -53,7 +53,9 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Images":
 
 
 def _known(config: DataConfig, record: Record) -> Record:
-    """What is read, under the classes and pixel statistics of data.processor, if it is set."""
+    """Return what is read, under the classes and pixel statistics of data.processor, if it is
+    set.
+    """
     if not config.processor:
         return record
     theirs = read_record(config.processor)
@@ -117,7 +119,9 @@ def standardized(
 
 
 def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
-    """The image mirrored or not, shifted by up to `reach` pixels each way, black at the border."""
+    """Return the image mirrored or not, shifted by up to `reach` pixels each way, black at the
+    border.
+    """
     height, width, _ = image_HWC.shape
     if bits & 1:
         image_HWC = image_HWC[:, ::-1]
@@ -147,7 +151,7 @@ class _Found:
 def _read(
     config: DataConfig, root: Path, record: Record | None = None, progress: bool = False
 ) -> _Found:
-    """The tables of all splits; one that is missing is cut from train's.
+    """Return the tables of all splits; one that is missing is cut from train's.
 
     `record`: what is known of files that have been checked; None = they are checked now.
     """

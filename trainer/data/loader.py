@@ -80,13 +80,15 @@ class TrainLoader:
         self._thread.join(timeout=5)
 
     def sample_ids(self, step: int, data_rank: int) -> list[int]:
-        """Which samples of the data set, by index, that rank learns from at `step` (from 0)."""
+        """Return which samples of the data set, by index, that rank learns from at `step` (from
+        0).
+        """
         order = self._new_order()  # the other one is the thread's
         share = slice(data_rank * self._share, (data_rank + 1) * self._share)
         return [order(position)[1] for position in self.positions(step)[share]]
 
     def positions(self, step: int) -> list[int]:
-        """Where in the order of samples all ranks together find those of `step` (from 0)."""
+        """Return where in the order of samples all ranks together find those of `step` (from 0)."""
         first = self._first_sample + (step - self.first_step) * self._batch_size
         return positions(first, self._batch_size, self._left_out, self._repeated)
 

@@ -163,11 +163,11 @@ class Pairs(Dataset):
         return np.diff(self._spans[:, :2].astype(np.int64), axis=0).sum(axis=1)[self._kept]
 
     def reference(self, index: int) -> str:
-        """The target text."""
+        """Return the target text."""
         return self._line(index)[1]
 
     def source_text(self, index: int) -> str:
-        """The text to translate."""
+        """Return the text to translate."""
         return self._line(index)[0]
 
     def _line(self, index: int) -> list[str]:
@@ -258,7 +258,9 @@ def _write_split(
 
 
 def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
-    """The (source, target) of each line; ConfigError names the line that is not such a pair."""
+    """Yield the (source, target) of each line; ConfigError names the line that is not such a
+    pair.
+    """
     for number, line in enumerate(_lines(part)):
         sides = [side.strip() for side in line.split("\t")]
         if len(sides) == 2 and all(sides):

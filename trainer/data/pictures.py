@@ -53,12 +53,12 @@ def opened(
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Whether a picture has one channel, not counting transparency."""
+    """Return whether a picture has one channel, not counting transparency."""
     return image.mode in GREY
 
 
 def is_animated(image: Image.Image) -> bool:
-    """Whether a file holds several pictures, of which the first is read."""
+    """Return whether a file holds several pictures, of which the first is read."""
     return getattr(image, "n_frames", 1) > 1
 
 
@@ -91,7 +91,9 @@ def _stored_as(image: Image.Image) -> str:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """The picture in a mode of 8 bits a channel, with its EXIF and its transparent colour."""
+    """Return the picture in a mode of 8 bits a channel, with its EXIF and its transparent
+    colour.
+    """
     stored, clear = _stored_as(image), image.info.get("transparency")
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _scaled(image, 4095 if stored == "I;12" else 65535, clear)

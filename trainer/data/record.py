@@ -1,4 +1,4 @@
-"""What a run's folder says of its data: all that using the model needs, and a table for people."""
+"""The record of a run's data: all that using the model needs, and a table for people."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ SHOWN = 3  # sources or reasons of a split that are named; the others are counte
 
 
 def has_record(folder: str | Path) -> bool:
-    """Whether a folder says what its model's inputs are made with."""
+    """Return whether a folder says what its model's inputs are made with."""
     return any((Path(folder) / name).is_file() for name in (FACTS, TOKENIZER))
 
 

@@ -15,7 +15,8 @@ def mixed(*numbers: int) -> int:
 def positions(
     first: int, count: int, left_out: Collection[tuple[int, int]] = (), repeated: int = 0
 ) -> list[int]:
-    """Where in the order a run finds its samples first, first + 1, …: `count` positions from 0.
+    """Return where in the order a run finds its samples first, first + 1, …: `count` positions from
+    0.
 
     Ranges [begin, end) of positions that are `left_out` never come: what is behind them moves up.
     The first `repeated` samples come again and again (0 = they do not).
@@ -29,7 +30,7 @@ def positions(
 
 
 def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
-    """The fewest ranges [begin, end) that hold these positions and no others, in order."""
+    """Return the fewest ranges [begin, end) that hold these positions and no others, in order."""
     found: list[tuple[int, int]] = []
     for position in sorted(set(positions)):
         if found and found[-1][1] == position:
@@ -59,7 +60,7 @@ class Order:
         self._epochs: dict[int, np.ndarray] = {}
 
     def __call__(self, position: int) -> tuple[int, int]:
-        """The (epoch, index) of the sample."""
+        """Return the (epoch, index) of the sample."""
         epoch, place = divmod(position, self._size)
         if epoch not in self._epochs:
             # Two are kept: a batch can hold the end of one epoch and the beginning of the next.

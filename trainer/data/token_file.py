@@ -38,7 +38,9 @@ class TokenFile:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """The ids [start, stop) as int64, cut at the end; raises ConfigError if one is damaged."""
+        """Return the ids [start, stop) as int64, cut at the end; raises ConfigError if one is
+        damaged.
+        """
         size = self._dtype.itemsize
         stop = min(stop, self._tokens)
         wanted = max(0, stop - start) * size

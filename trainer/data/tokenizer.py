@@ -43,7 +43,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE of exactly `vocab_size` entries; ConfigError where that cannot be."""
+        """Return a byte-level BPE of exactly `vocab_size` entries; ConfigError where that cannot
+        be.
+        """
         if vocab_size < SMALLEST:
             raise ConfigError(too_small(vocab_size))
         backend = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -66,7 +68,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """The tokenizer in a tokenizer.json, with its own end and padding tokens if it has any."""
+        """Return the tokenizer in a tokenizer.json, with its own end and padding tokens if it has
+        any.
+        """
         if not Path(path).is_file():
             raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
         try:
@@ -90,7 +94,7 @@ class Tokenizer:
         write_atomically(Path(path), self._backend.to_str(pretty=True))
 
     def same(self, path: str | Path) -> bool:
-        """Whether a file holds this very tokenizer."""
+        """Return whether a file holds this very tokenizer."""
         return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
 
     def rows(self) -> dict[str, int]:
@@ -153,7 +157,7 @@ def characters_lost(text: str, decoded: str) -> int:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Whether every byte has a token, and nothing else is done to the text."""
+    """Return whether every byte has a token, and nothing else is done to the text."""
     before, alphabet = backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet()
     return (
         isinstance(backend.model, tokenizers.models.BPE)
@@ -171,7 +175,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
-    """Whether plain text can become a special token, which decoding leaves out."""
+    """Return whether plain text can become a special token, which decoding leaves out."""
     special = {
         row: token.content
         for row, token in backend.get_added_tokens_decoder().items()
@@ -183,7 +187,7 @@ def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
 
 
 def too_small(vocab_size: int) -> str:
-    """What is wrong with a vocabulary that does not hold every byte."""
+    """Return what is wrong with a vocabulary that does not hold every byte."""
     return (
         f"data.vocab_size={vocab_size} must be at least {SMALLEST} (256 bytes and 2 special "
         f"tokens); set data.vocab_size={SMALLEST} or more"
@@ -191,7 +195,9 @@ def too_small(vocab_size: int) -> str:
 
 
 def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
-    """The id of the first of these names in the vocabulary; the first is added if there is none."""
+    """Return the id of the first of these names in the vocabulary; the first is added if there is
+    none.
+    """
     name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
     backend.add_special_tokens([name])  # a known one is only marked as special
     token_id = backend.token_to_id(name)

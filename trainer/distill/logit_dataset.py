@@ -1,4 +1,4 @@
-"""What a teacher has said of every sample of a train split, kept in a folder to learn from.
+"""Precomputed teacher logits of every sample of a train split, kept in a folder to learn from.
 
 N positions of a file · K classes of a position · B samples of a micro-batch · S tokens of a sample
 """
@@ -25,7 +25,7 @@ DTYPES = {"F16": np.float16, "U16": np.uint16, "I32": np.int32, "I64": np.int64}
 
 @dataclass(frozen=True)
 class Facts:
-    """What the answers are of, and what they are."""
+    """Identity and shape of precomputed teacher logits."""
 
     kind: str  # as data.kind
     seq_len: int  # as data.seq_len
@@ -38,12 +38,12 @@ class Facts:
 
 
 def is_answers(folder: str | Path) -> bool:
-    """Whether a folder holds answers instead of a run."""
+    """Return whether a folder holds answers instead of a run."""
     return (Path(folder) / NAME).is_file()
 
 
 def write_facts(folder: Path, facts: Facts) -> None:
-    """What `Answers` reads first; OSError if it cannot be written."""
+    """Write what `Answers` reads first; raises OSError."""
     (folder / NAME).write_text(json.dumps({"format": FORMAT, **asdict(facts)}), encoding="utf-8")
 
 
@@ -67,11 +67,11 @@ class Answers:
         self._header = lru_cache(maxsize=None)(self._read_header)
 
     def fingerprint(self) -> str:
-        """What is another for other answers."""
+        """Return what is another for other answers."""
         return blake2b((self.folder / NAME).read_bytes(), digest_size=16).hexdigest()
 
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of a sample's positions (N,K) float16, logits less the largest, and (N,K) their classes.
+        """Return a sample's logits less the largest (N,K) float16, and their classes (N,K).
 
         ConfigError if they are damaged.
         """
@@ -100,7 +100,7 @@ class Answers:
         return np.frombuffer(data, dtype).reshape(end - begin, *row)
 
     def _read_header(self, number: int) -> tuple[int, dict[str, Any]]:
-        """Where the tensors begin, and what safetensors says of each."""
+        """Return where the tensors begin, and what safetensors says of each."""
         length = int.from_bytes(self._bytes(number, 0, 8), "little")
         return 8 + length, json.loads(self._bytes(number, 8, length))
 
@@ -135,11 +135,11 @@ class Answered(Dataset):
         return self._dataset.lengths()
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """As in evaluation, and its number."""
+        """Return the sample as in evaluation, and its number."""
         return self._dataset.sample(index, None) | {"index": np.array(index)}
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
-        """As of the split, with the answers."""
+        """Return a batch of the split, with the teacher's logits."""
         plain = [{k: v for k, v in sample.items() if k != "index"} for sample in samples]
         batch = self._dataset.collate(plain)
         targets, k = batch["targets"], self._answers.facts.k

@@ -67,7 +67,8 @@ class Writer:
 
 
 def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
-    """Of each sample, at its valid targets, the k largest logits less the first, and their classes.
+    """Return the k largest logits at each sample's valid targets, less the first, and their
+    classes.
 
     logits (B,S,V) or (B,V). A softmax is the same for both, and float16 is finest near zero.
     """
@@ -82,7 +83,7 @@ def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
 
 
 def teach_run(config: TeachConfig, runtime: Runtime) -> None:
-    """Writes config.to, from the newest checkpoint of config.run_dir; all ranks compute it.
+    """Write config.to, from the newest checkpoint of config.run_dir; all ranks compute it.
 
     Raises ConfigError if the folder cannot be written; nothing is left there then.
     """

@@ -22,7 +22,9 @@ KEY = "compress.teacher"
 
 
 def open_answers(config: TrainConfig) -> Answers | None:
-    """What config.compress.teacher has said, where that is kept and learned from; ConfigError."""
+    """Return what config.compress.teacher has said, where that is kept and learned from;
+    ConfigError.
+    """
     folder = config.compress.teacher
     learned = Compression(config.compress).distills and is_answers(folder)
     return Answers(folder) if learned else None
@@ -31,7 +33,7 @@ def open_answers(config: TrainConfig) -> Answers | None:
 def load_teacher(
     config: TrainConfig, worker: Worker, compression: Compression
 ) -> Transformer | None:
-    """The model of config.compress.teacher with the weights of its newest good checkpoint.
+    """Return the model of config.compress.teacher with the weights of its newest good checkpoint.
 
     All ranks call it; None on those where `compression` asks it nothing, and where its answers are
     kept. It computes in the dtype that `worker` does, keeps its weights in it, and is compressed as

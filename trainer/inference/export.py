@@ -25,7 +25,7 @@ VERSION = "1"
 
 
 def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path) -> None:
-    """Writes the folder `to`, from a model on one rank; ConfigError if it cannot be written.
+    """Write the folder `to`, from a model on one rank; ConfigError if it cannot be written.
 
     It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and what
     `run_dir` says of its data. Nothing is left where writing fails.
@@ -53,7 +53,7 @@ def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path
 
 
 def load(folder: Path, worker: Worker, config: TrainConfig, rows: list[int] | None = None) -> None:
-    """Reads an exported model into this rank's part of a worker's parameters.
+    """Read an exported model into this rank's part of a worker's parameters.
 
     `config` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
     the file is damaged or of another model.
@@ -91,7 +91,7 @@ def load(folder: Path, worker: Worker, config: TrainConfig, rows: list[int] | No
 
 
 def compute_with_integers(model: nn.Module) -> None:
-    """Lets every layer that integer kernels fit keep its weight as whole numbers alone."""
+    """Let every layer that integer kernels fit keep its weight as whole numbers alone."""
     for module in model.modules():
         if isinstance(module, CompressedLinear) and IntegerLinear.fits(module.lens):
             numbers, scale = whole(module.weight.detach(), module.lens.bits)
@@ -109,7 +109,9 @@ class IntegerLinear(CompressedLinear):
 
     @staticmethod
     def fits(lens: Lens) -> bool:
-        """Whether all inputs of an output share a scale, and both sides are whole numbers."""
+        """Return whether all inputs of an output share a scale, and both sides are whole
+        numbers.
+        """
         return bool(lens.bits and lens.input_bits and not lens.group)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class TrainedRun:
     worker: Worker
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that the model learned with."""
+        """Return the tokenizer that the model learned with."""
         return Tokenizer.load(Path(self.config.run_dir) / TOKENIZER)
 
     @property
@@ -54,7 +54,7 @@ def open_run(
     compress: CompressConfig | None = None,
     integers: bool = True,
 ) -> TrainedRun:
-    """The newest good checkpoint of config.run_dir, or the export that it holds instead.
+    """Return the newest good checkpoint of config.run_dir, or the export that it holds instead.
 
     Under config.strategy, and under `compress` in place of the run's; ConfigError if there is
     neither. With `integers` an export is for reading alone: its layers keep whole numbers where
@@ -80,7 +80,7 @@ def open_run(
 
 
 def is_export(run_dir: str | Path) -> bool:
-    """Whether a folder holds an exported model instead of checkpoints."""
+    """Return whether a folder holds an exported model instead of checkpoints."""
     return (Path(run_dir) / EXPORTED).exists()
 
 
@@ -105,7 +105,7 @@ def load_first(config: TrainConfig, worker: Worker) -> None:
 
 
 def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
-    """The run as it is used, on one rank: without the heads and channels that it prunes."""
+    """Return the run as it is used, on one rank: without the heads and channels that it prunes."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
     config, weights = removed(run.config, run.worker.model)
@@ -117,13 +117,13 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
 
 
 def transformer(worker: Worker) -> Transformer:
-    """The worker's model, which parallel/ knows as any module."""
+    """Return the worker's model, which parallel/ knows as any module."""
     assert isinstance(worker.model, Transformer)
     return worker.model
 
 
 def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None:
-    """Writes config.to, from the newest good checkpoint of config.run_dir.
+    """Write config.to, from the newest good checkpoint of config.run_dir.
 
     config.compress is complete: what the run was trained with, and what is compressed just here.
     """

@@ -68,7 +68,7 @@ class Lasting:
 
 
 def open_console() -> Console:
-    """The console on stdout; whoever reads it may leave."""
+    """Return the console on stdout; whoever reads it may leave."""
     return Console(file=cast(IO[str], Lasting(sys.stdout)) if sys.stdout else None)
 
 
@@ -97,7 +97,7 @@ def drawn(live: Live) -> Iterator[None]:
 
 
 class Display:
-    """What is shown of a run: a panel that is drawn again on a terminal, lines elsewhere."""
+    """The display of a run: a panel that is drawn again on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, steps: int, unit: str, name: str = ""):
         self._console, self._steps, self._unit, self._name = console, steps, unit, name
@@ -175,7 +175,7 @@ class Display:
         )
 
     def panel(self) -> Panel:
-        """The run as it is now."""
+        """Return the run as it is now."""
         rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)

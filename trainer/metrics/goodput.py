@@ -42,7 +42,7 @@ class Ledger:
 
 
 def read(run_dir: Path) -> Ledger:
-    """The ledger of a run; an empty one where there is none or it cannot be understood."""
+    """Return the ledger of a run; an empty one where there is none or it cannot be understood."""
     try:
         values = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
         ledger = Ledger(**values)
@@ -144,7 +144,7 @@ class Goodput:
 
 
 def record(ledger: Ledger) -> dict[str, Any]:
-    """The figures of a ledger: seconds and, but for `down`, shares of their sum."""
+    """Return the figures of a ledger: seconds and, but for `down`, shares of their sum."""
     total_seconds = sum(ledger.seconds.values())
     shares = {f"{k}_share": s / (total_seconds or 1.0) for k, s in ledger.seconds.items()}
     seconds = {f"{kind}_seconds": round(s, 3) for kind, s in ledger.seconds.items()}
@@ -159,7 +159,7 @@ def record(ledger: Ledger) -> dict[str, Any]:
 
 
 def sentence(values: dict[str, Any]) -> str:
-    """A record in one line for the console."""
+    """Return a record in one line for the console."""
     starts = f"{values['starts']} start{'s' * (values['starts'] > 1)}"
     lost = [f"{name} {100 * values[f'{kind}_share']:.1f} %" for kind, name in LOST.items()]
     useful = 100 * values["useful_share"]

@@ -109,7 +109,7 @@ def _stays(line: str, start_step: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value of a line can be drawn."""
+    """Return whether a value of a line can be drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -118,7 +118,8 @@ def _is_bad(value: object) -> bool:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The lines of a file that may be growing, and the numbers, from 1, of those not understood.
+    """Return the lines of a file that may be growing, and the numbers, from 1, of those not
+    understood.
 
     What stands behind the last line's end is being written. Raises OSError.
     """

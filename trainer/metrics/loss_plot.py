@@ -10,7 +10,7 @@ TRAINING = ("step", "loss", "tokens_per_second")
 
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl; none if there is no such file."""
+    """Return the whole lines of a run's metrics.jsonl; none if there is no such file."""
     try:
         return read_lines(run_dir / NAME)[0]
     except OSError:
@@ -18,7 +18,7 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_values(run_dir: Path) -> dict[str, float]:
-    """The last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations.
+    """Return the last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations.
 
     What was not finite the last time is not there: an earlier value would pass for it.
     """
@@ -43,7 +43,8 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, Path], path: Path) -> bool:
-    """A picture of the losses over steps, of training and on the valid split; False if none is.
+    """Return a picture of the losses over steps, of training and on the valid split; False if none
+    is.
 
     `runs` are folders by the name shown. Raises OSError where the picture cannot be written.
     """

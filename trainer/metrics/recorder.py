@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb and others.
+"""Recording a run: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb and others.
 
 One rank writes. Everything here is plain Python on numbers that the loop already has; the one thing
 it asks of the device is to be idle where a pause begins and ends, so that times are right.
@@ -156,18 +156,19 @@ class Recorder:
         self._stopwatch.start()
 
     def due(self, step: int) -> bool:
-        """Whether a training line is written after this step: every metrics.every-th and the last.
+        """Return whether a training line is written after this step: every metrics.every-th and the
+        last.
 
         The same on every rank: the loop may gather the line's numbers with a collective.
         """
         return step % self._config.every == 0 or step == self._steps
 
     def lacks(self, split: str, step: int) -> bool:
-        """Whether a step's evaluation is not in the file from before this run went on."""
+        """Return whether a step's evaluation is not in the file from before this run went on."""
         return self._first and not (step == self._start_step and split in self._file.evaluated)
 
     def draws(self, step: int) -> bool:
-        """Whether this step is the one whose timeline is drawn; the same on every rank."""
+        """Return whether this step is the one whose timeline is drawn; the same on every rank."""
         drawn = min(self._start_step + DRAWN_STEP, self._steps)
         return self._config.timeline and step == drawn
 
@@ -252,7 +253,7 @@ class Recorder:
 
     @contextmanager
     def pause(self, kind: str = "other") -> Iterator[None]:
-        """What happens in here is not counted as training but as `kind` (goodput.py)."""
+        """Count what happens in this context not as training but as `kind` (goodput.py)."""
         self._synchronize()  # steps that the device still works on are training
         with (
             self._stopwatch.pause(),

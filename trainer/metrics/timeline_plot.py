@@ -26,7 +26,9 @@ BRIGHT = 0.5  # from this luminance on a number is dark
 
 
 def heading(spans: Sequence[Span], schedule: str) -> str:
-    """What a picture shows: the bubble as it was, beside the formula of a schedule by name."""
+    """Return what a picture shows: the bubble as it was, beside the formula of a schedule by
+    name.
+    """
     ranks, stages, micro_batches = (
         len({getattr(span, name) for span in spans}) for name in ("rank", "stage", "micro_batch")
     )
@@ -46,7 +48,7 @@ def draw(spans: Sequence[Span], path: Path, title: str) -> None:
 
 
 def picture(spans: Sequence[Span], title: str) -> Figure:
-    """The figure that `draw` saves; no window system and no state of pyplot is needed."""
+    """Return the figure that `draw` saves; no window system and no state of pyplot is needed."""
     stages: dict[int, list[int]] = {}
     for rank, stage in sorted({(span.rank, span.stage) for span in spans}):
         stages.setdefault(rank, []).append(stage)
@@ -75,7 +77,7 @@ def picture(spans: Sequence[Span], title: str) -> Figure:
 
 
 def _font(points: float, digits: int) -> float:
-    """The font size at which a number fits into a box."""
+    """Return the font size at which a number fits into a box."""
     return points / (DIGIT * digits)
 
 

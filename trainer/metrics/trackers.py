@@ -32,7 +32,7 @@ KEPT = "metrics.jsonl has everything"
 
 @dataclass(frozen=True)
 class Mirror:
-    """What the process is told."""
+    """The arguments of a tracker's process."""
 
     tool: str
     mode: str  # of wandb: offline | online
@@ -135,7 +135,7 @@ def _start(mirror: Mirror) -> subprocess.Popen:
 
 
 def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str, Any]]:
-    """The records of a growing metrics.jsonl from byte `offset` on, until `ended` is set."""
+    """Yield the records of a growing metrics.jsonl from byte `offset` on, until `ended` is set."""
     with path.open("rb") as file:
         file.seek(offset)
         while True:
@@ -151,12 +151,12 @@ def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """What a line is of: a split that was evaluated, an event, or (empty) training."""
+    """Return what a line is of: a split that was evaluated, an event, or (empty) training."""
     return str(record.get("split") or record.get("event") or "")
 
 
 def furthest(lines: Sequence[str]) -> list[list[Any]]:
-    """The (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
+    """Return the (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
     found: list[list[Any]] = []
     for line in lines:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -167,13 +167,16 @@ def furthest(lines: Sequence[str]) -> list[list[Any]]:
 
 
 def is_mirrored(record: dict[str, Any], mirrored: list[list[Any]]) -> bool:
-    """Whether an earlier start has passed on this line, going by the furthest ones that it has."""
+    """Return whether an earlier start has passed on this line, going by the furthest ones that it
+    has.
+    """
     step = record["step"]
     return bool(mirrored) and (step < mirrored[0][0] or [step, kind_of(record)] in mirrored)
 
 
 def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
-    """A line's numbers under wandb's names: an evaluation's under its split, an event's under it.
+    """Return a line's numbers under wandb's names: an evaluation's under its split, an event's
+    under it.
 
     An event may have none but its step.
     """
@@ -185,7 +188,7 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers under TensorBoard's names, whose parts make its sections."""
+    """Return a line's numbers under TensorBoard's names, whose parts make its sections."""
     kind = kind_of(record) or "train"
     hidden = ("step", "time")  # an axis of its own; more digits than it keeps
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
@@ -193,17 +196,21 @@ def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
 
 
 def curves(run_dir: Path) -> Path:
-    """Where TensorBoard's event files are."""
+    """Return where TensorBoard's event files are."""
     return run_dir / "tensorboard"
 
 
 def run_id_path(run_dir: Path) -> Path:
-    """Where the id of the run on wandb is kept, so that every start goes on with the same one."""
+    """Return where the id of the run on wandb is kept, so that every start goes on with the same
+    one.
+    """
     return run_dir / "wandb" / "run-id"
 
 
 def _run_id(run_dir: Path) -> str:
-    """The run's id: its folder's name, and what tells it from a run of the same name elsewhere."""
+    """Return the run's id: its folder's name, and what tells it from a run of the same name
+    elsewhere.
+    """
     path = run_id_path(run_dir)
     known = path.read_text(encoding="utf-8") if path.exists() else ""
     if known:  # empty: there was no room for it

@@ -1,4 +1,4 @@
-"""Where a model begins and ends: tokens or patches become vectors, and vectors logits."""
+"""Embeddings and heads: tokens or patches become vectors, and vectors logits."""
 
 # B batch, S sequence, D width, P patches, C channels.
 

@@ -22,7 +22,7 @@ CAPABILITY = (8, 9)  # of the first GPUs with float8 kernels
 
 @dataclass(frozen=True)
 class Recipe:
-    """What torchao is told of each product; one object for all of a model."""
+    """The options of torchao for each product; one object for all of a model."""
 
     product: Any  # its autograd function: (input, transposed weight, kernels, casts)
     kernels: Any  # of output, gradient of the input, gradient of the weight
@@ -61,7 +61,7 @@ def multiply_in_float8(blocks: nn.Module) -> None:
 
 
 def check(device: str, ranks: int) -> None:
-    """Raises ConfigError where up to `ranks` ranks of this host cannot multiply in float8.
+    """Raise ConfigError where up to `ranks` ranks of this host cannot multiply in float8.
 
     `device` is auto, cpu or cuda.
     """

@@ -87,7 +87,7 @@ def flops_per_sample(
 def flops_per_block(
     config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
 ) -> list[float]:
-    """As `flops_per_sample`, of each block: the first with the embedding, the last with the head.
+    """Like `flops_per_sample`, of each block: the first with the embedding, the last with the head.
 
     By these a pipeline is cut.
     """

@@ -12,7 +12,7 @@ ROWS_ELEMENTS = 1 << 20  # weights are drawn in blocks of whole rows of about th
 
 
 def stable_hash(*parts: object) -> int:
-    """A stable 62-bit integer of the parts; Python's own hash changes from run to run."""
+    """Return a stable 62-bit integer of the parts; Python's own hash changes from run to run."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 2
 

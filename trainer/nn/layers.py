@@ -33,7 +33,7 @@ class AttentionCache:
         self.value: Tensor | None = None
 
     def append(self, key_BGSK: Tensor, value_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, the given ones last."""
+        """Return all keys and values so far, the given ones last."""
         B, G, S, K = key_BGSK.shape
         if self.key is None or self.value is None:
             self.key = key_BGSK.new_empty(B, G, self.capacity, K)
@@ -52,7 +52,7 @@ class AttentionCache:
 
 @dataclass
 class BlockCache:
-    """What one decoder block remembers while generating."""
+    """Keys and values of one decoder block while generating."""
 
     attention: AttentionCache
     cross: AttentionCache  # keys and values of the memory, filled by the first token
@@ -93,7 +93,7 @@ class Norm(nn.Module):
 
 
 def _signed(value: int) -> int:
-    """The 64-bit pattern as the signed integer that torch stores."""
+    """Return the 64-bit pattern as the signed integer that torch stores."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -119,7 +119,8 @@ def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tenso
 def keep_mask(
     seeds_B: Tensor, site: int | Tensor, width: int, share: float, places_S: Tensor
 ) -> Tensor:
-    """Which entries (B,S,D) dropout keeps: a pure function of sample seed, site and position.
+    """Return which entries (B,S,D) dropout keeps: a pure function of sample seed, site and
+    position.
 
     Four 16-bit draws per counter value: no generator state, so neither ranks, micro-batches,
     resuming nor recomputation change a mask. `places_S` are the positions of the rows, of which

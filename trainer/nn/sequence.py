@@ -1,4 +1,4 @@
-"""What flows between blocks, and what a block must know of each sequence; knows no ranks."""
+"""Activations between blocks, and the facts of each sequence that a block needs; knows no ranks."""
 
 # B batch, S sequence, D width, R rows (queries), C columns (keys).
 
@@ -25,11 +25,11 @@ class SequenceLayout:
     """
 
     def part_length(self, length: int) -> int:
-        """How many of `length` positions flow between blocks."""
+        """Return how many of `length` positions flow between blocks."""
         return length
 
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
-        """All `length` positions, for layers that mix them or are split by columns."""
+        """Return all `length` positions, for layers that mix them or are split by columns."""
         return x_BSD
 
     def own(self, x_BSD: Tensor) -> Tensor:
@@ -37,11 +37,15 @@ class SequenceLayout:
         return x_BSD
 
     def collected(self, x_BSD: Tensor, length: int) -> Tensor:
-        """All `length` positions, for what every rank does alike and then takes its `own` of."""
+        """Return all `length` positions, for what every rank does alike and then takes its `own`
+        of.
+        """
         return x_BSD
 
     def share(self, gradient_BSD: Tensor) -> Tensor:
-        """What this rank adds to the gradient of a `whole`, where every rank knows all of it."""
+        """Return what this rank adds to the gradient of a `whole`, where every rank knows all of
+        it.
+        """
         return gradient_BSD
 
 
@@ -52,7 +56,7 @@ class Context:
     first = True  # of the ranks that share a sequence
 
     def share(self, length: int) -> int:
-        """How many of `length` positions are here."""
+        """Return how many of `length` positions are here."""
         return length
 
     def positions(self, length: int, device: torch.device | None = None) -> Tensor:
@@ -60,7 +64,7 @@ class Context:
         return torch.arange(length, device=device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Of (B, length, …) the rows that are here."""
+        """Return the local rows of (B, length, …)."""
         return x
 
     def whole(self, x: Tensor, length: int) -> Tensor:
@@ -82,7 +86,7 @@ class Context:
 
 @dataclass
 class Stream:
-    """What a block must know of one sequence; computed once per forward, shared by all blocks."""
+    """Facts of one sequence that a block needs; computed once per forward, shared by all blocks."""
 
     length: int  # positions that are here, of `total`
     total: int
@@ -101,11 +105,11 @@ class Stream:
     longer: "Stream | None" = None  # what it was before it was shortened, to become that again
 
     def whole(self, x_BSD: Tensor) -> Tensor:
-        """What flows between blocks, at all positions that are here."""
+        """Return what flows between blocks, at all positions that are here."""
         return self.layout.whole(x_BSD, self.length)
 
     def marks_of(self, batch: int) -> Tensor:
-        """The marks of a sequence, also before it is shortened."""
+        """Return the marks of a sequence, also before it is shortened."""
         if self.marks_BS2 is not None:
             return self.marks_BS2
         positions_S = torch.arange(self.total, dtype=torch.int32, device=self.places_S.device)
@@ -115,13 +119,15 @@ class Stream:
         return torch.stack((sizes_BS, sizes_BS * positions_S), dim=-1)
 
     def resized(self, length: int) -> "Stream":
-        """The stream of a sequence that has `length` vectors now, and no marks."""
+        """Return the stream of a sequence that has `length` vectors now, and no marks."""
         rows_S = torch.arange(length, device=self.places_S.device)
         places_S = self.layout.own(rows_S[None, :, None])[0, :, 0]
         return replace(self, length=length, total=length, places_S=places_S)
 
     def marked(self, marks_BS2: Tensor, dtype: torch.dtype) -> "Stream":
-        """The same with these marks: attention weighs vectors by their size (arXiv 2210.09461)."""
+        """Return the same with these marks: attention weighs vectors by their size (arXiv
+        2210.09461).
+        """
         sizes_BS, sums_BS = marks_BS2.unbind(-1)
         precise = torch.promote_types(dtype, torch.float32)
         mask = sizes_BS.to(precise).log().to(dtype)[:, None, None, :]  # of padding -inf
@@ -145,7 +151,9 @@ class Stream:
 
 
 class Resize:
-    """What makes a sequence shorter (or long again) between two blocks; the same on every rank."""
+    """A module that shortens a sequence (or restores it) between two blocks; the same on every
+    rank.
+    """
 
     stream = "source"
     marks = False  # whether marks flow behind it
@@ -153,21 +161,21 @@ class Resize:
     restores = False  # whether it makes the sequence as long again as it was
 
     def length(self, length: int, training: bool) -> int:
-        """How many of `length` vectors are left."""
+        """Return how many of `length` vectors are left."""
         raise NotImplementedError
 
     def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor | None]:
-        """The vectors that are left of all, and their marks."""
+        """Return the vectors that are left of all, and their marks."""
         raise NotImplementedError
 
     def stream_behind(self, stream: Stream, training: bool) -> Stream:
-        """What is known of the sequence behind it, but for its marks."""
+        """Return what is known of the sequence behind it, but for its marks."""
         return stream.resized(self.length(stream.total, training))
 
     def __call__(
         self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
-        """The flow behind it; `cache` is its own, while a sequence is written."""
+        """Return the flow behind it; `cache` is its own, while a sequence is written."""
         x_BSD, memory, _ = flow
         whole_BSD = stream.layout.collected(x_BSD, stream.length)
         whole_BSD, marks = self.resize(whole_BSD, stream, training)

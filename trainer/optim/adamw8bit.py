@@ -33,7 +33,8 @@ def block_size(parameter: Tensor) -> int:
 
 
 def dynamic_map(signed: bool) -> Tensor:
-    """The 256 values of the codes, rising: twice as many of each power of ten as of the next less.
+    """Return the 256 values of the codes, rising: twice as many of each power of ten as of the next
+    less.
 
     From nearly -1, or 0 where they are not signed, to 1.
     """
@@ -57,7 +58,7 @@ def quantise(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantise(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """The numbers that codes and scales stand for, float32."""
+    """Return the numbers that codes and scales stand for, float32."""
     blocks = values[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     return (blocks * scale[..., None]).flatten(-2)
 

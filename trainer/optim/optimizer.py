@@ -34,7 +34,8 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def lr_leap(step: int, before: float | None, config: TrainConfig) -> str:
-    """A warning, if the learning rate of `step` (from 0) is not what it was `before`; else empty.
+    """Return a warning, if the learning rate of `step` (from 0) is not what it was `before`; else
+    empty.
 
     A run that goes on with other steps or another schedule leaps there. None = not known.
     """
@@ -49,7 +50,7 @@ def lr_leap(step: int, before: float | None, config: TrainConfig) -> str:
 
 
 def schedule_warnings(config: TrainConfig) -> list[str]:
-    """What a schedule does that its keys do not say at once; empty = nothing."""
+    """Return what a schedule does that its keys do not say at once; empty = nothing."""
     optim, steps = config.optim, config.steps
     last, warmup = lr_at(steps - 1, steps, optim), optim.warmup_steps
     if warmup >= steps:
@@ -70,7 +71,7 @@ def schedule_warnings(config: TrainConfig) -> list[str]:
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to matrices, never to norms, biases or positions."""
+    """Return whether weight decay applies: to matrices, never to norms, biases or positions."""
     return parameter.dim() >= 2 and not name.endswith(("positions.weight", "class_token"))
 
 

@@ -58,7 +58,7 @@ def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[
 
 
 def page(histories: Sequence[History], now: float) -> str:
-    """The page as text; `now` in seconds since 1970."""
+    """Return the page as text; `now` in seconds since 1970."""
     names = names_of(histories)
     more = f" and {len(names) - TITLED} more" if len(names) > TITLED else ""
     title = ", ".join(names[:TITLED]) + more
@@ -77,7 +77,7 @@ def page(histories: Sequence[History], now: float) -> str:
 
 
 def names_of(histories: Sequence[History]) -> list[str]:
-    """A short name of each run: its folder's where that tells them apart, else its path."""
+    """Return a short name of each run: its folder's where that tells them apart, else its path."""
     names = [history.run_dir.resolve().name for history in histories]
     if len(set(names)) == len(names):
         return names
@@ -85,7 +85,7 @@ def names_of(histories: Sequence[History]) -> list[str]:
 
 
 def differing(histories: Sequence[History]) -> list[str]:
-    """The keys whose values are not the same in all configs, in the order of the configs."""
+    """Return the keys whose values are not the same in all configs, in the order of the configs."""
     keys = dict.fromkeys(key for history in histories for key in history.values)
     values = {key: [history.values.get(key, ABSENT) for history in histories] for key in keys}
     return [key for key in keys if key not in OWN and any(v != values[key][0] for v in values[key])]
@@ -101,7 +101,7 @@ def _notes(names: list[str], histories: Sequence[History]) -> str:
 
 
 def _summary(names: list[str], histories: Sequence[History]) -> str:
-    """A row for each run, and a column for whatever at least one of them has."""
+    """Return a row for each run, and a column for whatever at least one of them has."""
     rows = [summary(history) for history in histories]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     head = "".join(f"<th>{escape(column)}</th>" for column in ["run", *columns])
@@ -113,7 +113,7 @@ def _summary(names: list[str], histories: Sequence[History]) -> str:
 
 
 def summary(history: History) -> dict[str, str]:
-    """What is said of a run in one row, by title."""
+    """Return what is said of a run in one row, by title."""
     status, steps = history.status, [line["step"] for line in history.training]
     row = {"status": _state(history)}
     last = status.step if status else max(steps, default=0)
@@ -219,7 +219,7 @@ def _losses(
 def _measured(
     names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
 ) -> list[str]:
-    """A figure for each of the task's metrics on the valid split."""
+    """Return a figure for each of the task's metrics on the valid split."""
     keys = dict.fromkeys(
         key
         for history in histories
@@ -243,7 +243,7 @@ def _measured(
 
 
 def _goodput(names: list[str], histories: Sequence[History]) -> str:
-    """A bar for each run: what its wall time went into."""
+    """Return a bar for each run: what its wall time went into."""
     rows = ""
     for run, history in enumerate(histories):
         seconds = history.goodput.seconds | {"down": history.goodput.down_seconds}
@@ -284,6 +284,6 @@ def _events(names: list[str], histories: Sequence[History]) -> str:
 
 
 def _key(names: list[str], run: int) -> str:
-    """A run's name beside its colour."""
+    """Return a run's name beside its colour."""
     dot = f'<b class="c{run % COLOURS}">●</b>'
     return f'<span class="run" data-toggle="{run}">{dot} {escape(names[run])}</span>'

@@ -48,7 +48,7 @@ class History:
     notes: list[str] = field(default_factory=list)  # what could not be read
 
     def curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
-        """The finite values of one key by step: of training, or of a split's evaluations."""
+        """Return the finite values of one key by step: of training, or of a split's evaluations."""
         lines = [line for line in self.evaluations if line["split"] == split]
         return [
             (line["step"], float(line[key]))
@@ -58,7 +58,9 @@ class History:
 
 
 def read_history(run_dir: Path) -> History:
-    """What a run's folder tells; raises ConfigError, with the nearest run, if it holds none."""
+    """Return what a run's folder tells; raises ConfigError, with the nearest run, if it holds
+    none.
+    """
     history = History(run_dir, status=read_status(run_dir), goodput=read_goodput(run_dir))
     try:
         history.values = saved_values(run_dir)

@@ -68,7 +68,7 @@ class Axis:
         self.begin, self.end = begin, end
 
     def __call__(self, value: float) -> float:
-        """The coordinate of a value."""
+        """Return the coordinate of a value."""
         at = math.log10(value) if self.log else value
         share = (at - self.low) / ((self.high - self.low) or 1.0)
         return self.begin + share * (self.end - self.begin)
@@ -108,7 +108,7 @@ def chart(
     steps: tuple[int, int],
     scale: str = "",
 ) -> str:
-    """A figure of curves over steps; empty where there is nothing to draw.
+    """Return a figure of curves over steps; empty where there is nothing to draw.
 
     `scale` of the values: `log` if they differ by much, `zero` to begin there, empty to fill it.
     """
@@ -140,7 +140,7 @@ def chart(
 
 
 def lanes(title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]) -> str:
-    """A figure of what happened, by step: a lane for each run; empty if nothing has."""
+    """Return a figure of what happened, by step: a lane for each run; empty if nothing has."""
     if not marks:
         return ""
     across = Axis(steps, LEFT, WIDE - RIGHT)
@@ -169,7 +169,7 @@ def lanes(title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[
 
 
 def spread(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
-    """The marks of a run, less those that would lie on the one before of their kind."""
+    """Return the marks of a run, less those that would lie on the one before of their kind."""
     found: list[Mark] = []
     last: dict[str, float] = {}
     for mark in sorted((m for m in marks if m.run == run), key=lambda m: m.step):
@@ -195,7 +195,7 @@ def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """The mean around each point, over a small share of all of them."""
+    """Return the mean around each point, over a small share of all of them."""
     reach = max(1, round(len(points) * SMOOTHED_SHARE / 2))
     sums = [0.0]
     for _, value in points:
@@ -281,5 +281,5 @@ def _told(mark: Mark) -> str:
 
 
 def tick(value: float) -> str:
-    """A round value, as short as can be."""
+    """Return a round value, as short as can be."""
     return short(value) if abs(value) >= 1000 else f"{value:.4g}"

@@ -90,7 +90,8 @@ class Guard:
     def judge(
         self, worker: Worker, loss: Tensor, grad_norm: Tensor, scale: LossScale
     ) -> tuple[Tensor, Tensor]:
-        """Whether to drop the step's update, and whether its gradient overflowed: 1.0 or 0.0.
+        """Return whether to drop the step's update, and whether its gradient overflowed: 1.0 or
+        0.0.
 
         fp16 overflows now and then and its scale adapts: such an update is dropped, but the step is
         bad only if the loss itself is not finite, or once the scale has fallen below 1 and the
@@ -115,7 +116,7 @@ class Guard:
         return drop.float(), overflow.float()
 
     def _is_spike(self, loss: Tensor) -> Tensor:
-        """Whether the loss is above the median of a full window by so many deviations."""
+        """Return whether the loss is above the median of a full window by so many deviations."""
         size = self._config.spike_window
         window = self._losses[-size:]
         median = window.sort().values[size // 2]
@@ -130,7 +131,7 @@ class Guard:
         self._known = self._known + good
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: a resumed run judges as the unbroken one."""
+        """Return what a checkpoint holds: a resumed run judges as the unbroken one."""
         in_row = torch.tensor(self._bad_in_row)
         return {"losses": self._losses, "known": self._known, "bad_in_row": in_row}
 
@@ -195,7 +196,7 @@ class Guard:
         return 1 if self._config.on_bad_step == "stop" else self._config.max_bad_steps
 
     def _bad(self, flags: list[int]) -> list[int]:
-        """Which steps were bad, up to the one that ends the run; counts those in a row."""
+        """Return which steps were bad, up to the one that ends the run; counts those in a row."""
         numbers = []
         for number, flag in enumerate(flags):
             bad = flag & (GRADIENT | SPIKE)
@@ -207,7 +208,7 @@ class Guard:
         return numbers
 
     def _with_update(self, found: list[BadStep], update: BadStep) -> list[BadStep]:
-        """The bad steps up to, and with, the one whose update made those behind it bad."""
+        """Return the bad steps up to, and with, the one whose update made those behind it bad."""
         before = [bad for bad in found if bad.step < update.step]
         if before and self._config.on_bad_step == "stop":
             return before  # which has ended the run already
@@ -215,7 +216,9 @@ class Guard:
         return [*before, update]
 
     def _why_stop(self, good: int | None, last: BadStep) -> str:
-        """What ends the run, the last good checkpoint, and what to try; empty = it goes on."""
+        """Return what ends the run, the last good checkpoint, and what to try; empty = it goes
+        on.
+        """
         policy, most = self._config.on_bad_step, f"max_bad_steps={self._config.max_bad_steps}"
         tries = 1  # to go on from this checkpoint, the one that has just failed included
         while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
@@ -239,7 +242,7 @@ class Guard:
 def _bad_step(
     first: int, number: int, everyone: list[tuple[int, list[int], int | None]]
 ) -> BadStep:
-    """What is known of a step from the (data rank, flags, …) of all ranks."""
+    """Return what is known of a step from the (data rank, flags, …) of all ranks."""
     flag = everyone[0][1][number]
     ranks = [rank for rank, (_, flags, _) in enumerate(everyone) if flags[number] & LOSS]
     kind = "spike" if flag & SPIKE else "loss" if ranks else "gradient"
@@ -251,12 +254,12 @@ def _bad_step(
 
 
 def _shares(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
-    """The data ranks of all."""
+    """Return the data ranks of all."""
     return sorted({data_rank for data_rank, *_ in everyone})
 
 
 def _culprit(step: int, flags: list[int]) -> int:
-    """The step, up to `step`, whose update has left weights that are not finite.
+    """Return the step, up to `step`, whose update has left weights that are not finite.
 
     With them every step is bad: it is the one before the last row of such.
     """
@@ -331,7 +334,9 @@ def check_replicas(
 
 
 def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
-    """What rank 0 reads, on every rank; older versions named steps, of `batch_size` samples."""
+    """Return what rank 0 reads, on every rank; older versions named steps, of `batch_size`
+    samples.
+    """
     path = _rollbacks_path(run_dir)
     reads = dist.get_rank() == 0 and path.exists()
     text = agreed(path.read_text(encoding="utf-8") if reads else "[]")

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """What the loop tells of its progress, and asks: whether to go on."""
+    """Progress of the loop, as seen from outside, and the decision whether to go on."""
 
     def __init__(self, config: TrainConfig, runtime: Runtime):
         self._config, self._runtime = config, runtime
@@ -63,12 +63,12 @@ class Supervisor:
         return self.ask()
 
     def ask(self) -> bool:
-        """Whether to stop, the same on every rank; all of them call it."""
+        """Return whether to stop, the same on every rank; all of them call it."""
         self.stopping = self.stopping or self.watch.stop_asked()
         return self.stopping
 
     def on_any(self, flag: bool) -> bool:
-        """Whether the flag is up on any rank; all of them call it."""
+        """Return whether the flag is up on any rank; all of them call it."""
         return bool(largest(self._runtime, [int(flag)])[0])
 
     def go_on(self) -> None:
@@ -131,7 +131,7 @@ def supervised(config: TrainConfig, runtime: Runtime) -> Iterator[Supervisor]:
 
 
 def own_code() -> str:
-    """A digest of this project's own source files: ranks of one run must have the same."""
+    """Return a digest of this project's own source files: ranks of one run must have the same."""
     root = Path(__file__).parents[2]
     digest = blake2b()
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):

@@ -119,7 +119,7 @@ def _beating(file: int, path: Path, me: dict) -> Iterator[None]:
 
 
 def _try(file: int, how: int) -> bool:
-    """Whether the lock is ours; a file system without locks leaves it to the heartbeat."""
+    """Return whether the lock is ours; a file system without locks leaves it to the heartbeat."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:

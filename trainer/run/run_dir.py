@@ -45,7 +45,7 @@ def claimed(run_dir: str | Path) -> Path:
 
 
 def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
-    """Makes or re-opens config.run_dir and writes config.yaml; raises ConfigError if it cannot.
+    """Make or re-open config.run_dir and write config.yaml; raises ConfigError if it cannot.
 
     The folder is locked before anything is written there, until `held` ends (None = it is not).
     Raises AlreadyFinishedError if the run has done its steps.
@@ -65,7 +65,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
 
 
 def check_run_dir(config: TrainConfig) -> None:
-    """Raises what `open_run_dir` would, but for a folder in use, and writes nothing."""
+    """Raise what `open_run_dir` would, but for a folder in use, and write nothing."""
     folder = Path(config.run_dir)
     try:
         if folder.exists():
@@ -77,7 +77,8 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
-    """The configuration a run was trained with; raises ConfigError if the folder holds no run.
+    """Return the configuration a run was trained with; raises ConfigError if the folder holds no
+    run.
 
     `key` is the one that names the folder.
     """
@@ -106,12 +107,14 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    """What a YAML file says, with numbers as OmegaConf reads them, and nothing interpolated."""
+    """Return what a YAML file says, with numbers as OmegaConf reads them, and nothing
+    interpolated.
+    """
     return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
 
 
 def saved_values(run_dir: str | Path) -> dict[str, Any]:
-    """What config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
+    """Return what config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
     path = _config_path(run_dir)
     try:
         values = _read_yaml(path)

@@ -36,7 +36,7 @@ class Status:
 
 
 def read_status(run_dir: str | Path) -> Status | None:
-    """The status of a run; None if it has none, or one of another version."""
+    """Return the status of a run; None if it has none, or one of another version."""
     try:
         return Status(**json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -54,7 +54,9 @@ class StatusFile:
         self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
 
     def begin(self, from_step: int, restarted: bool, first: bool) -> Status | None:
-        """The run starts at this step; the status that it finds. Only the first rank writes."""
+        """Return the run starts at this step; the status that it finds. Only the first rank
+        writes.
+        """
         before = read_status(self._run_dir)
         if first:
             again = restarted and before is not None and before.from_step == from_step

@@ -1,4 +1,4 @@
-"""What a model is worth: its loss per target on a split, and the figure its task is known by."""
+"""Evaluation: the loss per target on a split, and the metric of the task."""
 
 import logging
 import math
@@ -100,7 +100,7 @@ def _totals(logits: Tensor, targets: Tensor) -> Tensor:
 def _translations(
     worker: Worker, inputs: Batch, tokenizer: Tokenizer, beams: int, length_penalty: float
 ) -> dict[int, str]:
-    """What the model makes of each source of the micro-batch, by the sample's index."""
+    """Return what the model makes of each source of the micro-batch, by the sample's index."""
     sentences = translate(
         worker,
         inputs["source"],
@@ -125,7 +125,9 @@ def _bleu(worker: Worker, dataset: Dataset, translations: dict[int, str]) -> flo
 
 
 def bleu_signature() -> str:
-    """What makes BLEU comparable: the tokenisation and so on that sacreBLEU measures it with."""
+    """Return what makes BLEU comparable: the tokenisation and so on that sacreBLEU measures it
+    with.
+    """
     return str(sacrebleu.BLEU(references=[["."]]).get_signature())
 
 

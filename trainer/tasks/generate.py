@@ -39,7 +39,8 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """The tokens that a decoder writes after the prompt, up to `eot_id`; the same on every rank.
+    """Return the tokens that a decoder writes after the prompt, up to `eot_id`; the same on every
+    rank.
 
     An empty prompt is the start of a document. Of a text longer than the model's positions the end
     is seen. temperature 0.0 takes the likeliest token; top_k 0 and top_p 1.0 are off.
@@ -99,7 +100,7 @@ def keep_likeliest(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _first_ranks(worker: Worker, token: int) -> int:
-    """The first data rank's token: rounding on another must not lead that rank elsewhere."""
+    """Return the first data rank's token: rounding on another must not lead that rank elsewhere."""
     own = torch.tensor(token if worker.data_rank == 0 else 0, device=worker.device)
     return int(worker.sum_over_data(own))
 
@@ -133,7 +134,7 @@ class Beams:
 
     @property
     def done(self) -> bool:
-        """Whether no sentence can get a better translation."""
+        """Return whether no sentence can get a better translation."""
         return bool(self._done_B.all())
 
     def last_tokens(self) -> Tensor:
@@ -174,7 +175,9 @@ class Beams:
         self._finished_B += total_BK.isfinite().sum(dim=1)
 
     def sentences(self) -> list[list[int]]:
-        """The best translation of each sentence, without its end; unfinished where none ends."""
+        """Return the best translation of each sentence, without its end; unfinished where none
+        ends.
+        """
         ended = self._best_score_B.isfinite().tolist()
         pairs = zip(self._best_BL.tolist(), self._tokens_BKL[:, 0].tolist(), strict=True)
         return [
@@ -225,7 +228,7 @@ def translate(
 
 
 def generate(config: GenerateConfig, runtime: Runtime) -> None:
-    """What a run's newest checkpoint makes of config.prompt, on the console of rank 0."""
+    """Print what a run's newest checkpoint makes of config.prompt, on the console of rank 0."""
     run = open_run(config, runtime)
     answer = ANSWERS[run.config.model.family](config, run)
     if runtime.rank == 0:
@@ -236,7 +239,7 @@ def generate(config: GenerateConfig, runtime: Runtime) -> None:
 
 
 def continue_text(config: GenerateConfig, run: TrainedRun) -> str:
-    """The prompt and what the model writes after it."""
+    """Return the prompt and what the model writes after it."""
     tokenizer = run.tokenizer()
     prompt_ids = tokenizer.encode(config.prompt)
     written = sample(
@@ -253,7 +256,7 @@ def continue_text(config: GenerateConfig, run: TrainedRun) -> str:
 
 
 def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
-    """A translation of each line of the prompt."""
+    """Return a translation of each line of the prompt."""
     tokenizer = run.tokenizer()
     lines = [line.strip() for line in config.prompt.splitlines() if line.strip()]
     if not lines:
@@ -279,7 +282,7 @@ def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
 
 
 def classify(config: GenerateConfig, run: TrainedRun) -> Table:
-    """The likeliest classes of the image that the prompt names, with their probabilities.
+    """Return the likeliest classes of the image that the prompt names, with their probabilities.
 
     An image file needs nothing but the run's folder; `test:0` reads the data.
     """

@@ -1,4 +1,4 @@
-"""What is verified: small models of each family, strategies, and batches that play tricks."""
+"""Cases to verify: small models of each family, strategies, and batches that play tricks."""
 
 import math
 from collections.abc import Iterator
@@ -117,7 +117,7 @@ def _multiple(value: float, of: int) -> int:
 def scale_down(
     model: ModelConfig, tensor: int = 1, stages: int = 1, groups: bool = False
 ) -> ModelConfig:
-    """A model small enough for float64 on CPU ranks, with the ratios of the given one.
+    """Return a model small enough for float64 on CPU ranks, with the ratios of the given one.
 
     Kept: family, norm, activation, positions, ties, biases, query heads per key/value head, the
     feed-forward ratio. Dropout is always on: its masks must not depend on the layout either.
@@ -229,7 +229,7 @@ def _strategies(compress: CompressConfig) -> tuple[str, ...]:
 
 
 def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressConfig:
-    """The same techniques at sizes that a model has which was scaled down."""
+    """Return the same techniques at sizes that a model has which was scaled down."""
     encoder, last = model.encoder_layers, model.encoder_layers + model.layers - 1
     match = {min(pair[0], last): min(pair[1], last) for pair in compress.match}
     return replace(
@@ -252,7 +252,9 @@ def samples(strategy: StrategyConfig) -> int:
 def make_batch(
     model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
 ) -> dict[str, Tensor]:
-    """A global batch with unequal numbers of valid targets per sample, padding and documents."""
+    """Return a global batch with unequal numbers of valid targets per sample, padding and
+    documents.
+    """
     generator = torch.Generator().manual_seed(1000 * seed + step)
     draw = partial(torch.randint, generator=generator)
     seeds = draw(0, 1 << 62, (samples,))

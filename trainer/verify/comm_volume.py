@@ -56,7 +56,7 @@ def step_traffic(
 def _due_bytes(
     worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> Payload:
-    """The closed form: gradients and weights, activations, and the listed small ones."""
+    """Return the closed form: gradients and weights, activations, and the listed small ones."""
     model = transformer(worker)
     moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
     if worker.split is not None:
@@ -151,7 +151,7 @@ def _shared_heads(worker: Worker) -> int:
 def _activations(
     worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> StepBytes:
-    """What the split layers move that this rank holds."""
+    """Return what the split layers move that this rank holds."""
     model, pipeline = transformer(worker), worker.pipeline
     if pipeline is None:
         stages, split_backwards = {0: tuple(model.blocks)}, set()
@@ -181,7 +181,7 @@ def _split_backwards(
 def _sequences(
     model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch, splits_backward: bool
 ) -> list[SplitSequence]:
-    """The sequences that flow through the layers of one stage."""
+    """Return the sequences that flow through the layers of one stage."""
     sizes, family = _sizes(model, micro_batch), model.config.family
     last = int(blocks[-1]) == model.depth - 1
     found = []
@@ -202,7 +202,7 @@ def _sequences(
 
 
 def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch) -> StepBytes:
-    """What attention of this rank's blocks moves where sequences are shared."""
+    """Return what attention of this rank's blocks moves where sequences are shared."""
     config, degree, moved = model.config, strategy.context, StepBytes()
     sizes = _sizes(model, micro_batch)
     width = config.head_width or config.width // config.heads
@@ -240,7 +240,7 @@ def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, 
 
 
 def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:
-    """What this rank's stages send."""
+    """Return what this rank's stages send."""
     moved = StepBytes()
     for micro_batch in micro_batches:
         likes = [model.flow_like(micro_batch, int(blocks[0])) for blocks in pipeline.runs]

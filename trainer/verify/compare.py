@@ -67,7 +67,7 @@ class Difference:
 
 @dataclass
 class Record:
-    """What one side did: per step the loss, norm and gradients; the weights after the last.
+    """Results of one side: per step the loss, norm and gradients; the weights after the last.
 
     Of a layout each rank has its own parts of the tensors, and where they lie in the whole ones.
     """
@@ -80,7 +80,7 @@ class Record:
 
 
 def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
-    """A frozen model of the same shape that has other weights, and opinions."""
+    """Return a frozen model of the same shape that has other weights, and opinions."""
     config = replace(config, init="gpt2", init_std=0.3)
     model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def reference_loss(
     teacher: Transformer | None,
     compress: CompressConfig,
 ) -> Tensor:
-    """The mean loss of a whole batch, by torch's own functions alone."""
+    """Return the mean loss of a whole batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
     logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
     loss = functions.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
@@ -136,7 +136,9 @@ def _looked_into(
 def reference_match(
     ours: Tensor, theirs: Tensor, batch: dict[str, Tensor], of_source: bool
 ) -> Tensor:
-    """The mean over a batch's valid targets of what their samples' states differ in, one by one."""
+    """Return the mean over a batch's valid targets of what their samples' states differ in, one by
+    one.
+    """
     targets = batch["targets"]
     everywhere = torch.ones(ours.shape[:2], dtype=torch.bool)
     valid = batch.get("source_valid", everywhere) if of_source else targets != IGNORED
@@ -151,7 +153,7 @@ def reference_match(
 def run_reference(
     model_config: ModelConfig, steps: int, seed: int, size: int, compress: CompressConfig
 ) -> Record:
-    """The same steps in one process with plain torch: no mesh, no wrapper, no own optimizer."""
+    """Return the same steps in one process with plain torch: no mesh, wrapper or own optimizer."""
     model = Transformer(model_config, torch.float64).double()
     compression = Compression(compress)
     compression.reshape(model)
@@ -190,7 +192,7 @@ def run_reference(
 
 
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
-    """The steps under the strategy, with the worker and optimizer that training uses.
+    """Return the steps under the strategy, with the worker and optimizer that training uses.
 
     Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
     """
@@ -243,7 +245,7 @@ def spans(worker: Worker) -> dict[str, str]:
 
 
 def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
-    """Every number that a rank can compare, in the order in which training makes them.
+    """Return every number that a rank can compare, in the order in which training makes them.
 
     Gradients and weights are those of `axes`, the parameters that the rank has a part of.
     Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
@@ -268,7 +270,7 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
 
 
 def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
-    """What all ranks have found as one list in training's order: of each number the worst."""
+    """Return what all ranks have found as one list in training's order, the worst of each."""
     worst: dict[tuple, Difference] = {}
     for difference in chain.from_iterable(found):
         key = (difference.quantity, difference.step, difference.parameter)
@@ -315,12 +317,12 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
 
 
 def largest(found: list[Difference], quantity: str) -> float:
-    """The largest difference of one quantity."""
+    """Return the largest difference of one quantity."""
     return max(difference.value for difference in found if difference.quantity == quantity)
 
 
 def first_fault(found: list[Difference], tolerance: float) -> Difference | None:
-    """The first difference that is too large, in training's order: nearest to the cause."""
+    """Return the first difference that is too large, in training's order: nearest to the cause."""
     return next((d for d in found if not d.value <= tolerance), None)
 
 
