@@ -11,7 +11,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
 from conf.submit import SubmitConfig
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 from trainer.config.train import (
     CompressReportConfig,
     EvaluateConfig,

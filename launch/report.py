@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from launch.cli.errors import answer
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 from trainer.report.page import NAME, write_report
 
 KEYS = ("run_dir", "output")

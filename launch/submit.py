@@ -9,7 +9,7 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 from launch.cli.errors import answer, log_to_stderr
 from launch.slurm import commands as slurm
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 
 ASKED = ("status", "logs", "cancel")
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
-from parallel.strategy import ConfigError, restarts
+from parallel.errors import ConfigError
+from parallel.strategy import restarts
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)

@@ -5,17 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from parallel.errors import ConfigError
+
 # The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
-
-
-class ConfigError(ValueError):
-    """A user's mistake: `problems` is a list of messages that name the key and a valid value."""
-
-    def __init__(self, *problems: str):
-        self.problems = [p for p in problems if p]
-        super().__init__("\n".join(self.problems))
 
 
 @dataclass

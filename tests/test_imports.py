@@ -48,19 +48,20 @@ LIGHT = (
 # Rooms, each with the rooms it may import, from the bottom up: a line names none below it.
 ROOMS = """
 conf.help:
-parallel.strategy:
-trainer.config: parallel.strategy
+parallel.errors:
+parallel.strategy: parallel.errors
+trainer.config: parallel.errors parallel.strategy
 conf.submit: trainer.config
-trainer.atomic_files: parallel.strategy
+trainer.atomic_files: parallel.errors
 parallel.grad_norm:
-parallel.runtime: parallel.strategy
+parallel.runtime: parallel.errors parallel.strategy
 parallel.health: parallel.grad_norm parallel.runtime
 parallel.collectives:
 parallel.context: parallel.collectives
 parallel.data: parallel.strategy parallel.collectives
 parallel.mesh: parallel.strategy
-parallel.pipeline: parallel.strategy parallel.grad_norm parallel.collectives
-parallel.tensor: parallel.strategy parallel.grad_norm parallel.collectives
+parallel.pipeline: parallel.errors parallel.strategy parallel.grad_norm parallel.collectives
+parallel.tensor: parallel.errors parallel.strategy parallel.grad_norm parallel.collectives
 parallel.parallel_model: parallel.grad_norm parallel.runtime parallel.context parallel.data
     parallel.mesh parallel.pipeline parallel.tensor
 parallel.activation_checkpointing:
@@ -68,14 +69,14 @@ parallel.parallelize: parallel.strategy parallel.grad_norm parallel.context para
     parallel.mesh parallel.pipeline parallel.tensor parallel.parallel_model
     parallel.activation_checkpointing
 trainer.data: trainer.config trainer.atomic_files
-trainer.nn: parallel.strategy trainer.config parallel.runtime
-trainer.metrics: trainer.config trainer.atomic_files parallel.pipeline trainer.nn
+trainer.nn: parallel.errors trainer.config parallel.runtime
+trainer.metrics: parallel.errors trainer.config trainer.atomic_files parallel.pipeline trainer.nn
 trainer.optim: trainer.config
-trainer.checkpoint: parallel.strategy trainer.config trainer.atomic_files parallel.grad_norm
-    parallel.runtime parallel.health parallel.parallel_model parallel.parallelize trainer.data
-    trainer.metrics trainer.optim
-trainer.run: parallel.strategy trainer.config trainer.atomic_files trainer.checkpoint
-conf.schema: conf.help parallel.strategy trainer.config conf.submit trainer.run
+trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.atomic_files
+    parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model
+    parallel.parallelize trainer.data trainer.metrics trainer.optim
+trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
+conf.schema: conf.help parallel.errors trainer.config conf.submit trainer.run
 trainer.loss:
 trainer.model: trainer.config trainer.nn trainer.loss
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
@@ -90,37 +91,40 @@ trainer.inference: parallel.strategy trainer.config trainer.atomic_files paralle
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
     trainer.loss trainer.model trainer.compress trainer.precision trainer.inference
-conf.validation: parallel.strategy trainer.config conf.submit parallel.pipeline trainer.data
-    trainer.distill
-launch.slurm: parallel.strategy trainer.config conf.submit trainer.run
-launch.cli: conf.help parallel.strategy trainer.config conf.submit trainer.atomic_files
-    parallel.runtime parallel.health parallel.pipeline trainer.data trainer.nn trainer.metrics
-    trainer.checkpoint trainer.run conf.schema trainer.distill conf.validation launch.slurm
+conf.validation: parallel.errors parallel.strategy trainer.config conf.submit parallel.pipeline
+    trainer.data trainer.distill
+launch.slurm: parallel.errors trainer.config conf.submit trainer.run
+launch.cli: conf.help parallel.errors parallel.strategy trainer.config conf.submit
+    trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
+    trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
+    conf.validation launch.slurm
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
     trainer.data trainer.nn trainer.metrics trainer.run trainer.compress trainer.inference
     parallel.rank_pool
 launch.compress_report: launch.cli trainer.compress_report
-trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
-    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.model
-    trainer.inference
+trainer.tasks: parallel.errors parallel.strategy trainer.config parallel.runtime
+    parallel.parallel_model trainer.data trainer.metrics trainer.checkpoint trainer.run
+    trainer.loss trainer.model trainer.inference
 launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks
 launch.prepare: launch.cli
-trainer.report: trainer.config trainer.atomic_files trainer.metrics trainer.checkpoint trainer.run
-launch.report: parallel.strategy launch.cli trainer.report
-launch.submit: parallel.strategy launch.slurm launch.cli
+trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
+    trainer.checkpoint trainer.run
+launch.report: parallel.errors launch.cli trainer.report
+launch.submit: parallel.errors launch.slurm launch.cli
 launch.teach: trainer.distill launch.cli
-trainer.resilience: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
-    parallel.health parallel.parallel_model trainer.data trainer.metrics trainer.optim
-    trainer.checkpoint trainer.run trainer.precision
+trainer.resilience: parallel.errors parallel.strategy trainer.config trainer.atomic_files
+    parallel.runtime parallel.health parallel.parallel_model trainer.data trainer.metrics
+    trainer.optim trainer.checkpoint trainer.run trainer.precision
 trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.parallel_model
     trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
-trainer.loop: trainer.config parallel.runtime parallel.health parallel.parallel_model trainer.data
-    trainer.nn trainer.metrics trainer.optim trainer.checkpoint trainer.compress trainer.precision
-    trainer.build trainer.inference trainer.distill trainer.tasks trainer.resilience trainer.state
+trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
+    parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim
+    trainer.checkpoint trainer.compress trainer.precision trainer.build trainer.inference
+    trainer.distill trainer.tasks trainer.resilience trainer.state
 launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from parallel.strategy import ConfigError
+from parallel.errors import StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -43,7 +43,7 @@ def new_folder(to: Path) -> Iterator[Path]:
         yield partial
         partial.rename(to)
     except OSError as error:
-        raise ConfigError(
+        raise StorageError(
             f"to={to} cannot be written ({error.strerror}); choose another folder"
         ) from error
     finally:

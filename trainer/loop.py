@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from parallel.errors import NumericalError, UserError
 from parallel.health.watchdog import StoppedError
 from parallel.parallel_model import MicroBatch
 from parallel.runtime import Runtime, same_everywhere
@@ -19,7 +20,7 @@ from trainer.build import build_worker
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.save import Saver
 from trainer.compress.compression import Compression
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
@@ -109,7 +110,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
         load_first(config, worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"
-        raise ConfigError(f"{name} is not finite before step {state.step + 1}; {remedy}")
+        raise NumericalError(f"{name} is not finite before step {state.step + 1}; {remedy}")
     return state
 
 
@@ -323,7 +324,7 @@ def finish(run: Run) -> dict[str, float]:
                     seed=config.seed,
                 )
             recorder.say(f"a sample:\n{writer.decode(text)}")
-        except ConfigError as error:  # of a model that has diverged
+        except UserError as error:  # of a model that has diverged
             recorder.say(f"no sample: {error}")
     with recorder.pause("save"), run.supervisor.watch.long():
         run.saver.wait(last=True)

@@ -3,9 +3,10 @@
 from math import inf, isqrt
 from typing import Any
 
+from parallel.errors import UserError
 from parallel.pipeline.schedules import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
 from parallel.pipeline.schedules import problems as schedule_problems
-from parallel.strategy import HOW, ConfigError, StrategyConfig, data_degree, degrees
+from parallel.strategy import HOW, StrategyConfig, data_degree, degrees
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
 
 # Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
@@ -95,7 +96,7 @@ def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
         found = schedule_problems(strategy, VERIFIED * strategy.pipeline)
     try:
         return found + _one_pass(config, strategy)
-    except ConfigError:
+    except UserError:
         return found  # told where the schedule's lists are checked
 
 

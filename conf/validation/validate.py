@@ -1,13 +1,20 @@
 """Validation beyond types: pure functions that find every problem of a config at once."""
 
 import difflib
-from dataclasses import dataclass, fields, is_dataclass, replace
-from math import inf
+from dataclasses import fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.float8 import precision_problems
+from conf.validation.intervals import (
+    COUNT,
+    COUNT_OR_OFF,
+    POSITIVE,
+    SHARE,
+    SHARE_BELOW_ONE,
+    Interval,
+)
 from conf.validation.layout import (
     CONTEXT_FAULTS,
     PIPELINE_FAULTS,
@@ -17,8 +24,9 @@ from conf.validation.layout import (
     model_problems,
     near_divisors,
 )
+from parallel.errors import ConfigError, UserError
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.strategy import ConfigError, resolve
+from parallel.strategy import resolve
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -60,33 +68,7 @@ CHOICES = {
 READS = {"decoder": "text", "encoder": "images", "encoder_decoder": "pairs"}
 
 
-@dataclass(frozen=True)
-class Interval:
-    """The numbers from `low` to `high`; an end is left out where it is open."""
-
-    low: float
-    high: float = inf
-    low_open: bool = False
-    high_open: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        return above and below and value != inf
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.low_open else f"at least {self.low:g}"
-        if self.high == inf:
-            return low
-        return f"{low} and " + ("below" if self.high_open else "at most") + f" {self.high:g}"
-
-
 LARGEST = 2**63 - 1  # of torch's integers
-COUNT = Interval(1)  # a number of things of which there must be one
-COUNT_OR_OFF = Interval(0)
-POSITIVE = Interval(0, low_open=True)
-SHARE = Interval(0, 1)
-SHARE_BELOW_ONE = Interval(0, 1, high_open=True)
 
 RANGES = {
     "steps": COUNT,
@@ -203,7 +185,7 @@ def problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
             strategy = resolve(config.strategy, world_size)
-        except ConfigError as error:
+        except UserError as error:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
             found += model_problems(config.model, strategy)

@@ -34,7 +34,8 @@ from launch.cli.errors import (
     unprinted,
     write_error,
 )
-from parallel.strategy import ConfigError, check_torchrun, restarts
+from parallel.errors import ConfigError, UserError
+from parallel.strategy import check_torchrun, restarts
 from trainer.run.free_text import MARK, protected
 from trainer.run.run_dir import AlreadyFinishedError
 
@@ -67,8 +68,8 @@ class Command:
 def run_command(command: Command) -> None:
     """Run a command on all of its ranks and exit.
 
-    0 = done, 1 = failed, 2 = a user's mistake, 75 = stopped by a signal: the same command goes on,
-    77 = a rank hung, 128 + n = left at once by signal n.
+    0 = done, 1 = failed, 2 = a mistake in configuration or data, 75 = stopped by a signal: the
+    same command goes on, 77 = a rank hung, 128 + n = left at once by signal n.
     """
     # When a launcher ends before its ranks torch writes a C++ trace of each lost connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -104,7 +105,7 @@ def _ranks(name: str) -> Any:
             from parallel.runtime import Ranks
 
             return Ranks.of_torchrun()
-    except ConfigError as error:
+    except UserError as error:
         problem = explain(name, error)
     if problem:
         write_error(problem)
@@ -276,7 +277,7 @@ def _tell(command: Command, error: Exception) -> int:
     """Write a user's mistake as one message and a bug with its trace; the exit status."""
     if is_mistake(error):
         write_error(explain(command.name, error))
-        return 2
+        return getattr(error, "status", 2)
     if isinstance(error, OSError) and error.filename:
         write_error(f"{error.filename} cannot be used: {error.strerror}")
     else:

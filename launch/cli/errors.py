@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.help import groups
 from conf.schema import SCHEMAS, known_keys
-from parallel.strategy import ConfigError
+from parallel.errors import UserError
 from trainer.metrics.console import CONSOLE
 
 TYPES = {
@@ -104,9 +104,9 @@ def answer(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         code = command(arguments)
         if sys.stdout:
             sys.stdout.flush()
-    except ConfigError as error:
+    except UserError as error:
         write_error("\n".join(error.problems))
-        return 2
+        return error.status
     except OSError as error:
         if not (said := unprinted(error)):
             raise
@@ -181,7 +181,7 @@ def lead_streams_to(path: str) -> None:
 
 def explain(name: str, error: BaseException) -> str:
     """Return the message of a user's mistake at door `name`."""
-    if isinstance(error, ConfigError):
+    if isinstance(error, UserError):
         lines = error.problems
         head = f"{len(lines)} problems with this configuration:\n" if len(lines) > 1 else ""
         return head + "\n".join(f"- {line}" if head else line for line in lines)
@@ -203,7 +203,7 @@ def explain(name: str, error: BaseException) -> str:
 def is_mistake(error: BaseException) -> bool:
     """Return whether an error is a user's; Hydra refuses `strategy=5` with a bare ValueError."""
     bare = isinstance(error, ValueError) and str(error).startswith("Config group override must")
-    return bare or isinstance(error, (ConfigError, HydraException, OmegaConfBaseException))
+    return bare or isinstance(error, (UserError, HydraException, OmegaConfBaseException))
 
 
 def _unknown_key(name: str, key: str) -> str:

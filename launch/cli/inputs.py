@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 from trainer import data
 from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.identity import absolute

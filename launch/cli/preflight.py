@@ -31,8 +31,9 @@ from launch.cli.inputs import (
     sized,
 )
 from launch.slurm.batch_script import Point, ranks_per_node
+from parallel.errors import ConfigError, UserError
 from parallel.pipeline.schedules import warnings
-from parallel.strategy import ConfigError, StrategyConfig, data_degree, resolve
+from parallel.strategy import StrategyConfig, data_degree, resolve
 from trainer import data
 from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
@@ -156,7 +157,7 @@ def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
         found = found or _processor_problems(config, facts)
         if not found and said is not None:
             found = _sample_problems(config, said)
-    except ConfigError as error:
+    except UserError as error:
         found = error.problems
     if found and checkpoints(config.run_dir):
         both = f"{TEACHER}= compress.match=[] resume_changed=[{TEACHER},compress.match]"

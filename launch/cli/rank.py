@@ -21,9 +21,9 @@ from launch.cli.errors import (
     unprinted,
     write_error,
 )
+from parallel.errors import UserError
 from parallel.health.watchdog import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
 from parallel.runtime import Ranks, process_group
-from parallel.strategy import ConfigError
 
 Work = Callable[..., None] | None  # (config, runtime), or nothing to do
 
@@ -89,10 +89,10 @@ def _log(job: dict[str, Any]) -> Path | None:
 
 
 def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
-    code = 2 if isinstance(error, ConfigError) else 1
+    code = getattr(error, "status", 1)
     if not ranks.first("error"):  # its end is a consequence of the first one's
         return code
-    if isinstance(error, ConfigError | PeerLostError):
+    if isinstance(error, UserError | PeerLostError):
         text = explain(job["command"], error)
     elif not (text := unprinted(error)):
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""

@@ -29,7 +29,7 @@ from rich.live import Live
 from rich.table import Table
 
 from launch.cli.errors import LOG, STOPPED, JobFailedError, exit_code, write_error
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError, UserError
 from trainer.atomic_files import write_atomically
 from trainer.metrics.console import drawn
 from trainer.metrics.loss_plot import draw, last_values
@@ -98,7 +98,7 @@ class Sweep:
             point = composed()
             if self._folder is None:
                 self._open(Path(cfg.run_dir))
-        except (ConfigError, OSError) as error:  # of the sweep, not of a point
+        except (UserError, OSError) as error:  # of the sweep, not of a point
             write_error(str(error))
             raise SystemExit(2) from None
         assert self._folder is not None

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from conf.submit import ClusterConfig
 from launch.slurm.batch_script import NAME, Job, Point, job_name, ranks_per_node, script
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 from trainer.run.run_dir import open_run_dir
 from trainer.run.status import read_status
 

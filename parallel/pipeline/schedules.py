@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.errors import ConfigError, UserError
 from parallel.pipeline.simulator import KINDS, Action, bubble, simulate
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.strategy import StrategyConfig
 
 CSV_KEY = "strategy.schedule_csv"
 BATCH = "batch_size / (micro_batch_size × ranks that see different samples)"
@@ -141,7 +142,7 @@ def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
     if path:
         try:
             simulate(read_csv(path, ranks, per_rank, micro_batches))
-        except ConfigError as error:
+        except UserError as error:
             start = f"{CSV_KEY}={path}"
             return [p if p.startswith(start) else f"{start}: {p}" for p in error.problems]
         return []

@@ -4,7 +4,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 
 KINDS = {
     "F": "forward",

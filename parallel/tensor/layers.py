@@ -27,8 +27,9 @@ from parallel.collectives import (
     all_reduce,
     padded,
 )
+from parallel.errors import ConfigError
 from parallel.grad_norm import local
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.strategy import StrategyConfig
 from parallel.tensor.recompute_gather import Regather
 from parallel.tensor.vocab_parallel import Vocabulary
 

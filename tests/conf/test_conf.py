@@ -14,7 +14,8 @@ from conf import schema
 from conf.help import comments
 from conf.submit import SubmitConfig
 from conf.validation.validate import CHOICES, RANGES, complete, problems
-from parallel.strategy import AXES, ConfigError, StrategyConfig
+from parallel.errors import ConfigError
+from parallel.strategy import AXES, StrategyConfig
 from trainer.config.train import EvaluateConfig, GenerateConfig, TrainConfig, VerifyConfig
 from trainer.data import DataFacts
 from trainer.model import Transformer

@@ -12,7 +12,8 @@ from conf.schema import known_keys
 from conf.validation.validate import CHOICES, problems
 from launch.cli.entrypoint import Command, run_command
 from launch.cli.errors import TYPES, explain
-from parallel.strategy import ConfigError, world_size
+from parallel.errors import ConfigError
+from parallel.strategy import world_size
 from trainer import data
 from trainer.config.train import DataConfig, TrainConfig
 

@@ -18,7 +18,7 @@ import numpy as np
 from drafts import Case, emptied
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data import files as source
 from trainer.data import folders, text
 from trainer.data.dataset import IGNORED, DataFacts
@@ -192,7 +192,7 @@ def judge(case: Case, folder: Path) -> Verdict:
             result, detail = _read(case, config, folder, words)
     except _Hang:
         result, detail = HANG, traceback.format_exc(limit=-4)
-    except ConfigError as error:
+    except UserError as error:
         result, detail = REFUSED, str(error)
         if flaw := _flaw(detail, folder):
             result, detail = TRACEBACK, f"{flaw}: {detail}"

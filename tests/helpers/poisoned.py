@@ -9,8 +9,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from parallel.errors import UserError
 from parallel.grad_norm import local
-from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
+from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
 from trainer.config.train import TrainConfig
 from trainer.data.sampler import Order, positions
@@ -91,7 +92,7 @@ def train(
             loop.train(config, runtime)
         except KeyboardInterrupt:
             return None, ""
-        except ConfigError as error:
+        except UserError as error:
             return states[0], str(error)
     return states[0], ""
 

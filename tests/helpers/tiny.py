@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from launch.cli.preflight import training
+from parallel.errors import UserError
 from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.save import Saver
@@ -172,7 +173,7 @@ def _word(draw: random.Random) -> str:
 
 def no_teacher(config: TrainConfig) -> str:
     """The one message that a run is refused with for what it would learn from."""
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         training(config, 1)
     (message,) = raised.value.problems
     assert message.startswith(f"compress.teacher={config.compress.teacher} ")

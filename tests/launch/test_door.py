@@ -22,8 +22,9 @@ from conf import schema
 from conf.schema import SCHEMAS
 from conf.validation.validate import problems
 from launch.cli.entrypoint import Command, names_itself, quoted, run_command
+from parallel.errors import ConfigError
 from parallel.runtime import Ranks, process_group
-from parallel.strategy import ConfigError, resolve
+from parallel.strategy import resolve
 from trainer.run.free_text import revealed
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,8 @@ from launched import Launched
 from conf.schema import free_text, load, register
 from launch.cli.entrypoint import quoted, quoted_values
 from launch.cli.preflight import training
-from parallel.strategy import ConfigError, check_torchrun
+from parallel.errors import ConfigError
+from parallel.strategy import check_torchrun
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig
 from trainer.run.free_text import revealed
 from trainer.run.run_dir import claimed, load_config

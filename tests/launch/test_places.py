@@ -22,7 +22,7 @@ from launch.cli import environment as versions
 from launch.cli import preflight as before
 from launch.cli.errors import logged_to, write_error
 from launch.cli.preflight import training
-from trainer.config.train import ConfigError, DataConfig, ModelConfig, TrainConfig
+from trainer.config.train import DataConfig, ModelConfig, TrainConfig, UserError
 from trainer.metrics.console import Display
 from trainer.metrics.jsonl import MetricsFile
 
@@ -60,7 +60,7 @@ def disk(tmp_path):
 
 
 def refused(config) -> str:
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         training(config, 1)
     (problem,) = raised.value.problems
     assert "\n" not in problem

@@ -15,9 +15,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from parallel.comm_volume.counter import Traffic
+from parallel.errors import ConfigError
 from parallel.grad_norm import local
 from parallel.runtime import Runtime, same_everywhere
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import SEQUENCE, STYLES, fits, style_of
 from parallel.tensor.vocab_parallel import Vocabulary
 from trainer import build

@@ -17,7 +17,6 @@ from trainer import loop
 from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
     CheckpointConfig,
-    ConfigError,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -26,6 +25,7 @@ from trainer.config.train import (
     OptimConfig,
     StrategyConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.data import prepare
 from trainer.data.loader import TrainLoader
@@ -274,7 +274,7 @@ def poisoned(runtime, config: TrainConfig, bad_step: int) -> tuple[str, bool]:
     with mock.patch("trainer.build.cross_entropy_sum", loss):
         try:
             loop.train(config, runtime)
-        except ConfigError as error:
+        except UserError as error:
             worker = loop.start(config, runtime).worker
             finite = all(bool(p.isfinite().all()) for p in worker.model.parameters())
             return str(error), finite

@@ -19,10 +19,10 @@ from trainer import loop
 from trainer.checkpoint.folder import checkpoints
 from trainer.config.train import (
     CheckpointConfig,
-    ConfigError,
     EvalConfig,
     MetricsConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.metrics.recorder import Recorder
 from trainer.resilience import supervisor
@@ -168,7 +168,7 @@ def restarted(runtime, config: TrainConfig, count: int) -> str:
     with (
         mock.patch.dict(os.environ, TORCHELASTIC_RESTART_COUNT=str(count)),
         mock.patch.object(loop, "take_step", side_effect=RuntimeError("planted")),
-        pytest.raises((RuntimeError, ConfigError)) as raised,
+        pytest.raises((RuntimeError, UserError)) as raised,
     ):
         loop.train(config, runtime)
     return str(raised.value)
@@ -197,7 +197,7 @@ def other_code(runtime, config: TrainConfig) -> str:
     code = str(runtime.rank) if runtime.rank < 2 else "1"
     with (
         mock.patch.object(loop, "own_code", lambda: code),
-        pytest.raises(ConfigError) as raised,
+        pytest.raises(UserError) as raised,
     ):
         loop.train(config, runtime)
     return str(raised.value)

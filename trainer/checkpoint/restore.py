@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.errors import StorageError
 from parallel.parallel_model import Worker
 from parallel.runtime import agreed, everyones
 from parallel.strategy import StrategyConfig, degrees
@@ -126,7 +127,7 @@ def restore(config: TrainConfig, state: Checkpointed, data: str = "") -> None:
         for step, reason in choice.damaged.items()
     ]
     if choice.path is None and choice.damaged and config.resume != "scratch":
-        raise ConfigError(
+        raise StorageError(
             "\n".join(lines) + f"\nno checkpoint in run_dir={run_dir} is good; put one back, set "
             "resume_step to another, choose another run_dir, or begin again with resume=scratch"
         )

@@ -22,6 +22,7 @@ from uuid import uuid4
 
 from torch import distributed as dist
 
+from parallel.errors import StorageError, UserError
 from parallel.health.watchdog import StoppedError
 from parallel.runtime import agreed
 from trainer.atomic_files import sync_folder
@@ -31,7 +32,7 @@ from trainer.checkpoint.identity import identity
 from trainer.checkpoint.manifest import DamagedError, FileEntry, Manifest, check, write_manifest
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.shards import Shard, file_name
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.optim.optimizer import lr_at
 
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Saver:
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
         self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
         if problem:
-            raise ConfigError(problem)
+            raise StorageError(problem)
         if self._rank == 0 and (warning := seldom_best(config)):
             log.warning(warning)
         store = dist.distributed_c10d._get_default_store()
@@ -102,7 +103,7 @@ class Saver:
         elif self._thread is not None:
             # After a user's mistake or a signal all ranks are alive; after anything else one may be
             # dead.
-            together = issubclass(kind, ConfigError | StoppedError)
+            together = issubclass(kind, UserError | StoppedError)
             self._thread.join(None if together else LEAVING_SECONDS)
 
     def save(self, state: Checkpointed, eval_loss: float | None = None) -> None:
@@ -142,7 +143,7 @@ class Saver:
                 self._saved_step = self._step_in_flight
         problem = self._outcome.get("problem")
         if problem and (last or self._config.checkpoint.on_error == "stop"):
-            raise ConfigError(problem)
+            raise StorageError(problem)
 
     def news(self) -> Iterator[dict[str, Any]]:
         """On rank 0, a line of metrics for each save that has ended since the last call."""

@@ -6,9 +6,10 @@ Each section is named after the room that reads it: `optim.lr` is read in traine
 from dataclasses import dataclass, field
 from typing import Any
 
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.errors import ConfigError, DataError, StorageError, UserError
+from parallel.strategy import StrategyConfig
 
-__all__ = ["ConfigError", "StrategyConfig"]
+__all__ = ["ConfigError", "DataError", "StorageError", "StrategyConfig", "UserError"]
 
 
 @dataclass

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from hashlib import blake2b
 from pathlib import Path
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, UserError
 from trainer.data import huggingface as hub
 from trainer.data import images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
@@ -110,7 +110,7 @@ def _problems(config: DataConfig) -> list[str]:
     if not config.path.startswith("hf:"):
         try:
             locate(config)
-        except ConfigError as error:
+        except UserError as error:
             problems += error.problems
         except OSError as error:  # a name that is too long, a folder that may not be entered
             problems.append(f"data.path={config.path} cannot be read: {error.strerror}")

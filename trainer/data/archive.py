@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, DataError
 from trainer.data.folders import FILLERS, SPLITS, split_of
 from trainer.data.image_files import Shape, Table
 from trainer.data.pictures import pixels_of
@@ -44,7 +44,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
     except Exception as error:  # zip, zlib and numpy raise what they like on damaged files
         why = " ".join(str(error).split())[:200]  # some of them quote the file
         why = re.sub(r"malformed node or string.*", "a damaged header", why)
-        raise ConfigError(
+        raise DataError(
             f"{where}: {path} is not an .npz archive of numbers ({why}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
         ) from error
@@ -52,14 +52,14 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
     arrays = {key: array for key, array in arrays.items() if key not in no_array}
     keys, left_out = _roles(where, arrays)
     if ("x", "train") not in keys or ("y", "train") not in keys:
-        raise ConfigError(
+        raise DataError(
             f"{where} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold x_train and "
             "y_train, and may hold x_valid, y_valid, x_test, y_test and classes"
         )
     found = [split for split in SPLITS if ("x", split) in keys]
     for role, split in keys:
         if split not in found:
-            raise ConfigError(
+            raise DataError(
                 f"{where} holds {keys[role, split]}, but no images of the {split} split; add "
                 f"x_{split}, or take it out"
             )
@@ -76,14 +76,14 @@ def _tables(
     for split, (x, y) in names.items():
         pixels, scale = _pixels(f"{where}: {x}", arrays[x], scale)
         if len(pixels) != len(labels[split]) or len(pixels) == 0:
-            raise ConfigError(
+            raise DataError(
                 f"{where}: {x} has shape {arrays[x].shape} but {y} has shape {arrays[y].shape}; "
                 "there must be one label for each image"
             )
         shape: Shape = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
         first = tables["train"].shape if tables else shape
         if shape != first or shape[0] != shape[1]:
-            raise ConfigError(
+            raise DataError(
                 f"{where}: images of {x} have the shape {shape}, those of {names['train'][0]} "
                 f"{first}; all must be square and alike"
             )
@@ -112,7 +112,7 @@ def _roles(
             continue
         role = roles.pop()
         if (role, split) in keys:
-            raise ConfigError(
+            raise DataError(
                 f"{where} holds {keys[role, split]} and {key}, which are both of the {split} "
                 "split; leave one"
             )
@@ -128,7 +128,7 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     images = images.astype(images.dtype.newbyteorder("="), copy=False)
     wrong = images.dtype.kind not in "buif" or images.ndim != 4 or images.shape[-1] not in (1, 3, 4)
     if wrong or 0 in images.shape[1:]:
-        raise ConfigError(
+        raise DataError(
             f"{where} is {images.dtype} of shape {images.shape}; it must be numbers of shape "
             "(images, rows, columns), or with 1, 3 or 4 channels as well"
         )
@@ -140,7 +140,7 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     bytes_alike = alike <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
     bytes_alike |= scale == "bool" and images.dtype.kind in "biu"
     if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or bytes_alike):
-        raise ConfigError(
+        raise DataError(
             f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16 "
             "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, alike in "
             "all splits"
@@ -191,34 +191,34 @@ def _labels(
     found = {}
     for split, (x, y) in names.items():
         if y not in arrays:
-            raise ConfigError(f"{where}: {x} has shape {arrays[x].shape} but {y} is missing")
+            raise DataError(f"{where}: {x} has shape {arrays[x].shape} but {y} is missing")
         found[split] = _column(f"{where}: {y}", arrays[y])
     if found["train"].dtype.kind == "U":
         class_names = tuple(map(str, np.unique(found["train"])))
         if number := next((s for s, column in found.items() if column.dtype.kind != "U"), None):
-            raise ConfigError(
+            raise DataError(
                 f"{where}: labels of train are words, those of {number} numbers; give words alike"
             )
         if "classes" in arrays:
-            raise ConfigError(f"{where}: labels are words, and `classes` names them again")
+            raise DataError(f"{where}: labels are words, and `classes` names them again")
     else:
         count = int(found["train"].max(initial=-1)) + 1
         if count > len(found["train"]) and "classes" not in arrays:
-            raise ConfigError(
+            raise DataError(
                 f"{where}: {names['train'][1]} holds labels up to {count - 1} for "
                 f"{len(found['train'])} images; labels must be whole numbers from 0 to less than "
                 "the number of classes: number them anew, or name all of them in `classes`"
             )
         class_names = tuple(map(str, _text(np.ravel(arrays.get("classes", range(count))))))
     if len(set(class_names)) < len(class_names):
-        raise ConfigError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
+        raise DataError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
     rows = {name: row for row, name in enumerate(class_names)}
     labels = {}
     for split, column in found.items():
         if column.dtype.kind == "U":
             column = np.array([rows.get(name, -1) for name in column], np.int64)
         if len(column) and (column.min() < 0 or column.max() >= len(class_names)):
-            raise ConfigError(
+            raise DataError(
                 f"{where}: {names[split][1]} holds {column.min()} to {column.max()}; labels must "
                 f"be whole numbers from 0 to {len(class_names) - 1} for {len(class_names)} classes"
             )
@@ -236,7 +236,7 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
         and bool((labels == np.rint(labels)).all() and (abs(labels) < 1 << 31).all())
     )
     if labels.ndim != 1 or not whole:
-        raise ConfigError(
+        raise DataError(
             f"{where} is {labels.dtype} of shape {labels.shape}; it must be one whole number, or "
             "one word, for each image"
         )

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, StorageError
 
 RECORD = "prepared.json"
 FORMAT = 2  # raise it when the files of a prepared folder change their meaning
@@ -47,7 +47,7 @@ def build(folder: Path, write: Callable[[Path], Record]) -> Record:
     try:
         return _build(folder, write)
     except OSError as error:
-        raise ConfigError(
+        raise StorageError(
             f"data.cache={folder.parent} cannot be written: {error}; set data.cache to a "
             "folder with room"
         ) from error

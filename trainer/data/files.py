@@ -11,7 +11,7 @@ from typing import Any
 
 from charset_normalizer import from_bytes
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.folders import (
     BESIDE,
     DOCUMENT,
@@ -100,7 +100,7 @@ def locate(config: DataConfig) -> Path:
     path = Path(config.path).expanduser()
     if not config.path:
         names = ", ".join(f"bundled:{name}" for name in BUNDLED)
-        raise ConfigError(f"data.path is empty; it must be a file, a folder or one of {names}")
+        raise DataError(f"data.path is empty; it must be a file, a folder or one of {names}")
     if not path.exists():
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = get_close_matches(path.name, siblings, 1)
@@ -148,12 +148,12 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     splits = {split: _chosen(config, named[split], files, left_out) for split in named}
     if "train" not in splits:
         first = SUFFIXES[config.kind][0]
-        raise ConfigError(
+        raise DataError(
             f"{where} has {', '.join(splits)} but no train split; add train{first} or a folder "
             "train/"
         )
     if not splits["train"]:
-        raise ConfigError(f"{where} holds no {_readable(config)} file with text")
+        raise DataError(f"{where} holds no {_readable(config)} file with text")
     roles = [(file, f"the {s} split") for s in SPLITS for file in splits.get(s, ())]
     kept = once(where, roles, left_out)
     paths = {s: [file.path for file in splits[s] if file.relative in kept] for s in splits}
@@ -206,7 +206,7 @@ def _chosen(
         return chosen
     for entry in named:
         if entry.inside is not None:
-            raise ConfigError(
+            raise DataError(
                 f"data.path={config.path}: {entry.location} holds no {_readable(config)} file, "
                 f"which data.kind={config.kind} reads"
             )
@@ -238,12 +238,12 @@ def _whole(config: DataConfig, path: Path) -> Part:
             if suffix in PICTURES
             else f"data.path to {_readable(config)} files"
         )
-        raise ConfigError(
+        raise DataError(
             f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"
         )
     size = path.stat().st_size
     if size == 0:
-        raise ConfigError(f"data.path={config.path}: {path} is empty; it must hold text")
+        raise DataError(f"data.path={config.path}: {path} is empty; it must hold text")
     return Part(path, 0, size)
 
 
@@ -303,7 +303,7 @@ def read_text(part: Part) -> Iterator[str]:
                 pending = len(decoder.getstate()[0])
                 block = file.read(min(BLOCK, part.end - position))
                 if (nul := block.find(0)) >= 0 or block.startswith(UTF_16):
-                    raise ConfigError(_not_text(part.path, position + max(0, nul), block))
+                    raise DataError(_not_text(part.path, position + max(0, nul), block))
                 final = position + len(block) >= part.end or not block
                 text = decoder.decode(block, final)
                 if text and first:
@@ -312,12 +312,12 @@ def read_text(part: Part) -> Iterator[str]:
                 position = part.end if final else position + len(block)
     except UnicodeDecodeError as error:
         at, byte = position - pending + error.start, error.object[error.start]
-        raise ConfigError(
+        raise DataError(
             f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it from what it is in, "
             f"e.g. {_likely(error.object, byte)}, or choose another data.path"
         ) from error
     except OSError as error:
-        raise ConfigError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
+        raise DataError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
 
 
 def _likely(block: bytes, first: int) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.config.train import ConfigError
+from trainer.config.train import DataError
 
 SPLITS = ("train", "valid", "test")
 SPELLINGS = {
@@ -211,7 +211,7 @@ def refuse_inner_splits(where: str, files: Collection[Entry], above: Entry) -> N
     for file in files:
         parts = Path(file.location).relative_to(above.location).parts
         if len(parts) > 1 and any(split_of(part) in ("valid", "test") for part in parts):
-            raise ConfigError(
+            raise DataError(
                 f"{where} can be read in two ways: all of it alike, or {'/'.join(parts)} and "
                 "others as splits; for the first, move all of it into a folder train/; for the "
                 "second, put the splits of all folders into folders train/, valid/ and test/"
@@ -242,7 +242,7 @@ def splits_of(
     ours = ", ".join(entry.name for split in named.values() for entry in split)
     theirs = ", ".join(entry.name for entry in data[:3]) + (", …" if len(data) > 3 else "")
     one = next(entry for split in named.values() for entry in split)
-    raise ConfigError(
+    raise DataError(
         f"{where} can be read in two ways: {ours} as {' and '.join(named)} split, without "
         f"{theirs}; or all of them alike. For the first, set data.path to a folder with the splits "
         f"alone, or add the others; for the second, move all of them into a folder train/, or "
@@ -267,7 +267,7 @@ def _refuse_twins(where: str, names: Sequence[str]) -> None:
         if len(of_split) > 1:
             ours = ", ".join(of_split.values())
             theirs = ", ".join(sorted(of_split, key=SPLITS.index))
-            raise ConfigError(
+            raise DataError(
                 f"{where} can be read in two ways: {ours} as splits ({theirs}), or all of it "
                 "alike; for the first, give them the names train, valid and test; for the second, "
                 "move all of it into a folder train/"
@@ -288,7 +288,7 @@ def once(
         if entry is kept:
             continue
         if role != its_role and not skip:
-            raise ConfigError(
+            raise DataError(
                 f"{where}: {kept.relative} ({its_role}) and {entry.relative} ({role}) are one "
                 "file; take one of the links away"
             )

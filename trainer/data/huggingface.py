@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, DataError, UserError
 from trainer.data import pictures
 from trainer.data.cache import Record, build, opened, prepared_folder
 from trainer.data.files import name_of
@@ -92,7 +92,7 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
         # Imported by name because it is optional, and slow to import.
         found = import_module("datasets").load_dataset(name, subset or None)
     except Exception as error:  # the library raises what its many back ends do
-        raise ConfigError(f"data.path={config.path} cannot be loaded: {error}") from error
+        raise DataError(f"data.path={config.path} cannot be loaded: {error}") from error
     splits: dict[str, Any] = {}
     left_out = {}
     for theirs in found:
@@ -102,7 +102,7 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
         else:
             left_out[theirs] = f"another {ours} split" if ours else "named after no split"
     if "train" not in splits:
-        raise ConfigError(f"data.path={config.path} has no train split but {', '.join(found)}")
+        raise DataError(f"data.path={config.path} has no train split but {', '.join(found)}")
     return splits, left_out
 
 
@@ -158,14 +158,14 @@ def _complete(
             if not empty and not blank:
                 found.append(cells)
     except Exception as error:  # the library raises what its many back ends do
-        raise ConfigError(
+        raise DataError(
             f"data.path={config.path}: the {split} split cannot be read: {error}"
         ) from error
     allowed: tuple[type, ...] = (str,) if config.kind == "text" else (str, int, float)
     for cells in found if config.kind != "images" else []:
         for column, cell in zip(columns, cells, strict=True):
             if not isinstance(cell, allowed):
-                raise ConfigError(
+                raise DataError(
                     f"data.path={config.path}: the column {column} of the {split} split holds a "
                     f"{type(cell).__name__}; data.kind={config.kind} reads text, set data.fields"
                 )
@@ -189,11 +189,11 @@ def _arrays(
         for number, (image, label) in enumerate(rows):
             try:
                 read[split].append((_pixels(config, f"image {number} of {split}", image), label))
-            except ConfigError as error:
+            except UserError as error:
                 damaged.append(str(error))
         if damaged and config.on_bad_file == "stop":
             more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            raise ConfigError(
+            raise DataError(
                 f"{damaged[0]}{more}; put them right, or leave them out with data.on_bad_file=skip"
             )
         if damaged:
@@ -209,7 +209,7 @@ def _arrays(
         shapes = {picture.shape for picture in images}
         if len(shapes) != 1:
             sizes = ", ".join(map(str, sorted(shapes))) or "none"
-            raise ConfigError(
+            raise DataError(
                 f"data.path={config.path}: the {split} split has images of the shapes {sizes}; all "
                 "must have one shape"
             )
@@ -228,5 +228,5 @@ def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
     try:
         numbers = np.asarray(image)
     except ValueError as error:  # rows of different lengths
-        raise ConfigError(f"data.path={config.path}: {name} is no array: {error}") from error
+        raise DataError(f"data.path={config.path}: {name} is no array: {error}") from error
     return numbers if numbers.ndim == 3 else numbers[..., None]

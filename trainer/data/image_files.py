@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, DataError, UserError
 from trainer.data import pictures
 from trainer.data.cache import progress_bar
 from trainer.data.folders import BESIDE, Entry, Listing, once, scan, split_of, splits_of, unwrapped
@@ -38,7 +38,7 @@ class Table:
             return np.asarray(self.pixels[row])
         pixels = decoded(self.paths[row], self.shape[2])
         if pixels.shape != self.shape:
-            raise ConfigError(
+            raise DataError(
                 f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
                 f"and is {_size(pixels.shape)}; put the old image back"
             )
@@ -116,7 +116,7 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
         named, others = {"train": [inner]} if tops else {}, []
     for name in list(left_out) if nested else []:
         if left_out[name] == EMPTY and split_of(name):
-            raise ConfigError(f"{where}: {name}/ holds no images in class folders")
+            raise DataError(f"{where}: {name}/ holds no images in class folders")
     for entry in others:
         left_out[entry.relative] = BESIDE
     if "train" not in named:
@@ -127,7 +127,7 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
                 f"holds no images; data.kind=images reads {', '.join(SUFFIXES[:3])}, ... files in"
             )
         )
-        raise ConfigError(f"{where} {found} a folder train/ with a folder per class, or an .npz")
+        raise DataError(f"{where} {found} a folder train/ with a folder per class, or an .npz")
     return named
 
 
@@ -136,7 +136,7 @@ def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
     splits = [split_of(entry.name) for entry in classes]
     if None not in splits and len(set(splits)) > 1:
         names = ", ".join(entry.name for entry in classes)
-        raise ConfigError(
+        raise DataError(
             f"{where}: {names} are splits by their names, but hold pictures without class folders; "
             f"move the pictures into a folder per class, {classes[0].name}/<class>/, or, if these "
             "are the classes, move them into a folder train/"
@@ -175,7 +175,7 @@ def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tup
             else:
                 left_out[file.relative] = "no picture file"
     if not found:
-        raise ConfigError(f"{where}: {folder.location} holds no images in class folders")
+        raise DataError(f"{where}: {folder.location} holds no images in class folders")
     return found
 
 
@@ -192,7 +192,7 @@ def _same_classes(where: str, gallery: Gallery) -> None:
     known = gallery.class_names
     for split, files in gallery.files.items():
         if other := sorted({name for _, name in files} - set(known)):
-            raise ConfigError(
+            raise DataError(
                 f"{where}: {', '.join(other)} of the {split} split is no class of the train split, "
                 f"which has {', '.join(known)}"
             )
@@ -229,7 +229,7 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
     if damaged and config.on_bad_file == "stop":
         raise _damaged(damaged)
     if not good:
-        raise ConfigError(f"data.path={config.path}: no picture of {len(paths)} can be read")
+        raise DataError(f"data.path={config.path}: no picture of {len(paths)} can be read")
     notes = []
     if animated := sum(look.animated for _, look in good):
         notes.append(f"of {animated} animated files the first picture is read")
@@ -249,13 +249,13 @@ def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
     odd = next(((path, look) for path, look in good if look.size != (width, height)), None)
     if odd:
         found = " × ".join(map(str, odd[1].size))
-        raise ConfigError(
+        raise DataError(
             f"data.path: {odd[0]} is {found} pixels but {sizes[width, height]} others are "
             f"{width} × {height}; all images must have one shape"
         )
     if width != height:
         name = good[0][0]
-        raise ConfigError(f"data.path: {name} is {width} × {height} pixels; it must be square")
+        raise DataError(f"data.path: {name} is {width} × {height} pixels; it must be square")
     return height, width, 1 if all(look.grey for _, look in good) else 3
 
 
@@ -272,7 +272,7 @@ def _look(path: Path) -> _Look:
         with pictures.opened(path) as image:
             grey, animated = pictures.is_grey(image), pictures.is_animated(image)
             pixels = pictures.pixels_of(image, 1 if grey else 3)
-    except ConfigError as error:
+    except UserError as error:
         return _Look(problem=str(error).partition("read as an image: ")[2] or str(error))
     return _Look((pixels.shape[1], pixels.shape[0]), grey, animated)
 
@@ -305,5 +305,5 @@ def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[s
             paths=tuple(entry.path for entry, _ in kept),
         )
         if not kept:
-            raise ConfigError(f"data.path: every image of the {split} split is damaged")
+            raise DataError(f"data.path: every image of the {split} split is damaged")
     return tables

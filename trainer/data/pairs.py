@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, read_text, split_parts
@@ -177,7 +177,7 @@ class Pairs(Dataset):
             file.seek(start)
             sides = file.read(end - start).decode().rstrip("\n").split("\t")
         if len(sides) != 2:
-            raise ConfigError(f"{self._text} is damaged: bytes {start} to {end} are no pair")
+            raise DataError(f"{self._text} is damaged: bytes {start} to {end} are no pair")
         return sides
 
 
@@ -215,7 +215,7 @@ def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Re
             found = (pair for part in of_split for pair in read_pairs(part))
             splits[split] = _write_split(tokenizer, found, folder, split, advance)
             if splits[split]["pairs"] == 0:
-                raise ConfigError(f"data.path={config.path}: the {split} split holds no pairs")
+                raise DataError(f"data.path={config.path}: the {split} split holds no pairs")
     return describe(tokenizer) | {"splits": splits}
 
 
@@ -267,7 +267,7 @@ def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
             yield sides[0], sides[1]
             continue
         found = f"{len(sides) - 1} tabs" if len(sides) != 2 else "an empty side"
-        raise ConfigError(
+        raise DataError(
             f"data.path: line {_lines_before(part) + number + 1} of {part.path} has {found}; every "
             "line must be `source<TAB>target`"
         )

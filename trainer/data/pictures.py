@@ -11,7 +11,7 @@ from typing import IO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from trainer.config.train import ConfigError
+from trainer.config.train import DataError, UserError
 
 GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of modes
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
@@ -43,13 +43,13 @@ def opened(
             if 0 < most < image.size[0] * image.size[1]:
                 raise ValueError(f"{_by(image.size)} pixels are more than {most:,}")
             yield image
-    except ConfigError:
+    except UserError:
         raise
     except Exception as error:  # Pillow's readers raise what they like on damaged files
         why = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             why = "cannot identify its format"
-        raise ConfigError(f"{key}: {path} cannot be read as an image: {why}") from error
+        raise DataError(f"{key}: {path} cannot be read as an image: {why}") from error
 
 
 def is_grey(image: Image.Image) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, read_text, split_parts
@@ -175,7 +175,7 @@ def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Re
             )
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
             if splits[split]["blank"] or splits[split]["tokens"] < 2:
-                raise ConfigError(f"data.path={config.path}: the {split} split holds no text")
+                raise DataError(f"data.path={config.path}: the {split} split holds no text")
     return describe(tokenizer) | {"splits": splits}
 
 

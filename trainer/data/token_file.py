@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.train import ConfigError
+from trainer.config.train import DataError
 
 DTYPES = ("uint16", "uint32")
 
@@ -20,16 +20,16 @@ class TokenFile:
     def __init__(self, path: Path, dtype: str, tokens: int, vocab_size: int):
         """Open a file of so many tokens; raises ConfigError if it is another."""
         if dtype not in DTYPES:
-            raise ConfigError(f"{path} holds {dtype}, but token ids are {' or '.join(DTYPES)}")
+            raise DataError(f"{path} holds {dtype}, but token ids are {' or '.join(DTYPES)}")
         self._path, self._dtype = path, np.dtype(dtype)
         self._tokens, self._vocab_size = tokens, vocab_size
         try:
             self._file = path.open("rb", buffering=0)
             found = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise ConfigError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
+            raise DataError(f"{path} cannot be read ({error.strerror}); {_AGAIN}") from error
         if found != tokens * self._dtype.itemsize:
-            raise ConfigError(
+            raise DataError(
                 f"{path} has {found} bytes, but {tokens} tokens of {dtype} are "
                 f"{tokens * self._dtype.itemsize}; {_AGAIN}"
             )
@@ -47,9 +47,9 @@ class TokenFile:
         try:
             read = os.pread(self._file.fileno(), wanted, start * size)
         except OSError as error:
-            raise ConfigError(f"{self._path} cannot be read ({error.strerror})") from error
+            raise DataError(f"{self._path} cannot be read ({error.strerror})") from error
         if len(read) < wanted:
-            raise ConfigError(
+            raise DataError(
                 f"{self._path} has shrunk while it was read: bytes {start * size} to "
                 f"{start * size + wanted} were asked for, and it ends at "
                 f"{os.fstat(self._file.fileno()).st_size}; {_AGAIN}"
@@ -57,7 +57,7 @@ class TokenFile:
         ids = np.frombuffer(read, self._dtype)
         if wanted and ids.max() >= self._vocab_size:
             place = int((ids >= self._vocab_size).argmax())
-            raise ConfigError(
+            raise DataError(
                 f"{self._path} is damaged: token {ids[place]} at offset {start + place} is not "
                 f"below the tokenizer's vocab_size={self._vocab_size}; delete {self._path.parent}, "
                 f"and {_AGAIN}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import tokenizers
 
 from trainer.atomic_files import write_atomically
-from trainer.config.train import ConfigError
+from trainer.config.train import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def _explained(what: str) -> Iterator[None]:
 
 def _reraise_interrupts(error: BaseException) -> None:
     """Raise what is no panic of the library: an interrupt, or the end of the process."""
-    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | ConfigError):
+    if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | UserError):
         raise error
 
 

@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from parallel.errors import StorageError
 from trainer.atomic_files import write_atomically
-from trainer.config.train import ConfigError
 
 NAME = "metrics.jsonl"
 
@@ -33,7 +33,7 @@ class MetricsFile:
             kept, self.dropped = _parted(path, start_step) if path.exists() else ([], [])
             self._file = path.open("ab", buffering=0)
         except OSError as error:
-            raise ConfigError(
+            raise StorageError(
                 f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
             ) from error
         lines = map(json.loads, kept)

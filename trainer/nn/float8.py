@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from parallel.errors import ConfigError
 from parallel.runtime import choose_device
-from parallel.strategy import ConfigError
 from trainer.nn.layers import Linear
 
 CAPABILITY = (8, 9)  # of the first GPUs with float8 kernels

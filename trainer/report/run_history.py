@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from parallel.errors import UserError
 from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.manifest import DamagedError, check
-from trainer.config.train import ConfigError
 from trainer.metrics.goodput import Ledger
 from trainer.metrics.goodput import read as read_goodput
 from trainer.metrics.jsonl import NAME, is_number, read_lines
@@ -64,7 +64,7 @@ def read_history(run_dir: Path) -> History:
     history = History(run_dir, status=read_status(run_dir), goodput=read_goodput(run_dir))
     try:
         history.values = saved_values(run_dir)
-    except ConfigError as error:
+    except UserError as error:
         if not (run_dir / "config.yaml").is_file():
             raise
         history.notes += error.problems

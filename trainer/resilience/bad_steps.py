@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from parallel.errors import NumericalError
 from parallel.health.replica_check import odd_replicas
 from parallel.parallel_model import Worker
 from parallel.runtime import agreed, everyones
@@ -186,7 +187,7 @@ class Guard:
         _record_all(found, policy, why, loader, recorder)
         if why:
             made = "nothing was saved since" if found[-1].tensor else "no update was made with it"
-            raise ConfigError(f"{_what(found[-1])}; {made}, {why}")
+            raise NumericalError(f"{_what(found[-1])}; {made}, {why}")
         if policy == "rollback":
             recorder.goes_back(f"going back to the checkpoint of step {good}")
             raise RolledBackError
@@ -327,7 +328,7 @@ def check_replicas(
     recorder.event(record, what)
     saved = checkpoints(run_dir)
     good = f"from {saved[-1][1]}" if saved else "from the beginning"
-    raise ConfigError(
+    raise NumericalError(
         f"{what}; these ranks no longer train one model. Start again {good}, which is as good as "
         "the last comparison before it; if it comes back on the same rank, its device is faulty"
     )

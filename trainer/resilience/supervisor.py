@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
+from parallel.errors import UserError
 from parallel.health.watchdog import STOPPED, PeerLostError, StoppedError, Watch
 from parallel.runtime import Runtime, largest
 from parallel.strategy import restarts
@@ -80,9 +81,9 @@ class Supervisor:
     def failed(self, error: Exception) -> None:
         """Leave word of what this rank dies of."""
         reason = str(error).splitlines()[0] if str(error) else ""
-        named = isinstance(error, ConfigError | PeerLostError)
+        named = isinstance(error, UserError | PeerLostError)
         text = reason if named else f"{type(error).__name__}: {reason}"
-        self._write("failed", text, self._runtime.rank, 2 if isinstance(error, ConfigError) else 1)
+        self._write("failed", text, self._runtime.rank, getattr(error, "status", 1))
         self.watch.fail()
 
     def stopped(self) -> None:
@@ -122,7 +123,7 @@ def supervised(config: TrainConfig, runtime: Runtime) -> Iterator[Supervisor]:
             raise
         except Exception as error:
             lost = None
-            if not isinstance(error, ConfigError) and BROKEN.search(str(error)):
+            if not isinstance(error, UserError) and BROKEN.search(str(error)):
                 lost = supervisor.watch.lost()
             supervisor.failed(lost or error)
             if lost:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError
 
 BEAT_SECONDS = 2.0
 STALE_SECONDS = 15.0  # without a beat: the host that held the lock is gone

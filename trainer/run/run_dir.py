@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from omegaconf._utils import get_omega_conf_dumper, get_yaml_loader  # what OmegaConf itself uses
 from omegaconf.errors import OmegaConfBaseException
 
-from parallel.strategy import ConfigError
+from parallel.errors import ConfigError, StorageError
 from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.identity import IDENTITY, _flat, differences, identity
@@ -59,7 +59,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
             _refuse(config, folder)  # what it was a moment ago is another's
         write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
-        raise ConfigError(
+        raise StorageError(
             f"run_dir={folder} cannot be written ({error.strerror}); choose another run_dir"
         ) from error
 
@@ -71,7 +71,7 @@ def check_run_dir(config: TrainConfig) -> None:
         if folder.exists():
             _refuse(config, folder)
     except OSError as error:
-        raise ConfigError(
+        raise StorageError(
             f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
         ) from error
 

@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from torch import Tensor
 
+from parallel.errors import NumericalError
 from parallel.parallel_model import Worker
 from parallel.runtime import Runtime
 from trainer.config.train import ConfigError, GenerateConfig
@@ -73,7 +74,7 @@ def draw(
     Raises ConfigError where the model has no opinion that is a number.
     """
     if not logits_V.max().isfinite():
-        raise ConfigError(
+        raise NumericalError(
             "the model's logits are not finite, so nothing can be written with it; use a "
             "checkpoint from before it diverged, or precision=fp32"
         )

@@ -19,13 +19,7 @@ from parallel.parallelize import parallelize, place
 from parallel.pipeline.schedules import placed
 from parallel.rank_pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
-from parallel.strategy import (
-    AXES,
-    StrategyConfig,
-    degrees,
-    resolve,
-    world_size,
-)
+from parallel.strategy import AXES, StrategyConfig, degrees, resolve, world_size
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig

@@ -7,6 +7,7 @@ import pytest
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 
+from parallel.errors import ConfigError
 from parallel.pipeline.schedules import (
     SCHEDULES,
     bubble_formula,
@@ -19,7 +20,7 @@ from parallel.pipeline.schedules import (
 )
 from parallel.pipeline.simulator import KINDS, Action, bubble, in_flight, simulate
 from parallel.pipeline.torch_schedules import actions
-from parallel.strategy import ConfigError, StrategyConfig
+from parallel.strategy import StrategyConfig
 
 
 def pipeline(schedule, ranks, per_rank, path=""):

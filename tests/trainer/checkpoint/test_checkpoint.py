@@ -11,7 +11,7 @@ import torch
 from parallel.strategy import StrategyConfig, world_size
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.restore import load_weights, restore
-from trainer.config.train import ConfigError, OptimConfig, TrainConfig
+from trainer.config.train import OptimConfig, TrainConfig, UserError
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import PRECISIONS, LossScale
 from trainer.resilience.bad_steps import Guard
@@ -117,7 +117,7 @@ def other_shape(runtime, folder) -> list[str]:
     for changes in ({"ffn_width": 48}, {"layers": 3}, {"layers": 1}):
         try:
             restore(run_in(folder), state_of(runtime, replace(tiny.LLAMA, **changes)))
-        except ConfigError as error:
+        except UserError as error:
             messages.append(str(error))
     return messages
 

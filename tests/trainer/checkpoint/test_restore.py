@@ -23,7 +23,7 @@ from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.restore import load_weights, restore
 from trainer.checkpoint.save import Saver
-from trainer.config.train import ConfigError, OptimConfig
+from trainer.config.train import OptimConfig, UserError
 from trainer.optim.optimizer import lr_at
 
 FSDP = StrategyConfig(shard=2)
@@ -48,7 +48,7 @@ def resumed(runtime, config, data="") -> tuple[int, list[str]]:
     with heard(module.log) as lines:
         try:
             restore(config, state, data)
-        except ConfigError as error:
+        except UserError as error:
             return -1, error.problems
     assert state.tokens.item() == state.step
     return state.step, lines
@@ -286,7 +286,7 @@ def test_a_run_without_a_good_checkpoint_is_not_used(ranks, tmp_path):
 
 
 def unread(runtime, folder) -> str:
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         load_weights(Path(folder), tiny.make_worker(runtime, tiny.LLAMA))
     return str(raised.value)
 

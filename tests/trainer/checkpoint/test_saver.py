@@ -27,7 +27,7 @@ from trainer.checkpoint.manifest import check
 from trainer.checkpoint.restore import restore
 from trainer.checkpoint.save import Saver
 from trainer.checkpoint.shards import DTYPES, read, read_whole
-from trainer.config.train import CheckpointConfig, ConfigError, EvalConfig, TrainConfig
+from trainer.config.train import CheckpointConfig, EvalConfig, TrainConfig, UserError
 from trainer.state import TrainState
 
 FSDP = StrategyConfig(shard=2)
@@ -110,7 +110,7 @@ def failing(runtime, folder, on_error: str) -> tuple:
             try:
                 saver.save(state)
                 saver.wait()
-            except ConfigError as error:
+            except UserError as error:
                 messages.append(str(error))
                 saver._outcome = {}
             torch.distributed.barrier()
@@ -146,7 +146,7 @@ def test_a_full_disk_stops_the_run_where_asked(ranks, tmp_path):
 def last_fails(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA)
     full = mock.patch.object(storage.Shard, "write", side_effect=OSError(errno.ENOSPC, "full"))
-    with full, pytest.raises(ConfigError) as raised, Saver(run_in(folder), state) as saver:
+    with full, pytest.raises(UserError) as raised, Saver(run_in(folder), state) as saver:
         saver.save(state)
     return str(raised.value)
 
@@ -158,7 +158,7 @@ def test_a_run_whose_last_save_fails_does_not_end_well(ranks, tmp_path):
 def too_small(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
     usage = mock.patch.object(module.shutil, "disk_usage", return_value=mock.Mock(free=1000))
-    with usage, pytest.raises(ConfigError) as raised:
+    with usage, pytest.raises(UserError) as raised:
         Saver(run_in(folder, FSDP), state)
     return str(raised.value)
 

@@ -14,9 +14,9 @@ from trainer.compress_report.report import Facts, report, table
 from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
-    ConfigError,
     ExportConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.inference.trained_run import export_run
 from trainer.loop import start
@@ -92,9 +92,9 @@ def test_what_is_exported_is_measured_and_exported_like_a_run(runtime, runs, tmp
 
 def test_what_cannot_be_compared(runtime, runs, tmp_path):
     plain, small = runs
-    with pytest.raises(ConfigError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         comparing(CompressReportConfig(small, str(tmp_path)), 1)
-    with pytest.raises(ConfigError, match="2 ranks were started, but one measures"):
+    with pytest.raises(UserError, match="2 ranks were started, but one measures"):
         comparing(CompressReportConfig(small, plain), 2)
     model = replace(tiny.CLASSIFIER, patch_size=2)
     config = TrainConfig(
@@ -107,5 +107,5 @@ def test_what_cannot_be_compared(runtime, runs, tmp_path):
     )
     config = training(config, 1)
     tiny.save(config, start(config, runtime))
-    with pytest.raises(ConfigError, match="has learned from other data"):
+    with pytest.raises(UserError, match="has learned from other data"):
         report(CompressReportConfig(small, config.run_dir), runtime)

@@ -14,10 +14,10 @@ from trainer.compress.packing import loosened, pack, squeezed, unpack
 from trainer.compress.quantized_linear import CompressedLinear, Lens
 from trainer.config.train import (
     CompressConfig,
-    ConfigError,
     EvaluateConfig,
     ExportConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.data import open_split
 from trainer.inference.export import IntegerLinear, compute_with_integers
@@ -149,10 +149,10 @@ def test_what_cannot_be_exported_or_read(runs, tmp_path):
         (ExportConfig(run_dir, str(tmp_path / "to")), 2, "2 ranks were started, but one exports"),
         (ExportConfig(str(tmp_path), str(tmp_path / "to")), 1, "holds no run"),
     ):
-        with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        with pytest.raises(UserError, match=message.replace("(", r"\(")):
             exporting(config, ranks)
     trained = replace(load_config(run_dir), run_dir=small)
-    with pytest.raises((ConfigError, AlreadyFinishedError), match="holds an exported model"):
+    with pytest.raises((UserError, AlreadyFinishedError), match="holds an exported model"):
         open_run_dir(trained)
     assert reading(EvaluateConfig(small), 1).run_dir == small
     with process_group("cpu", Ranks.alone()) as runtime:
@@ -161,7 +161,7 @@ def test_what_cannot_be_exported_or_read(runs, tmp_path):
         for name in ("config.yaml", EXPORTED):
             (copy / name).write_bytes(Path(small, name).read_bytes())
         (copy / EXPORTED).write_bytes((copy / EXPORTED).read_bytes()[:-9])
-        with pytest.raises(ConfigError, match="is damaged"):
+        with pytest.raises(UserError, match="is damaged"):
             values(runtime, str(copy), LAYOUTS["single"])
 
 
@@ -221,7 +221,7 @@ def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
         init_from=run_dir,
         run_dir=str(tmp_path / "new"),
     )
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         tiny.training(wider, 1)
     assert raised.value.problems == [
         f"init_from={run_dir} holds a model with model.{key}={theirs}, not {ours}; set "
@@ -229,5 +229,5 @@ def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
         for key, theirs, ours in (("layers", 2, 3), ("ffn_width", 32, 48))
     ]
     assert not (tmp_path / "new").exists()
-    with pytest.raises(ConfigError, match=f"init_from={tmp_path} holds no run"):
+    with pytest.raises(UserError, match=f"init_from={tmp_path} holds no run"):
         tiny.training(replace(config, init_from=str(tmp_path), run_dir=wider.run_dir), 1)

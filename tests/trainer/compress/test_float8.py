@@ -13,7 +13,8 @@ from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
 from launch.cli import preflight as before
 from launch.cli.preflight import reading, training
-from parallel.strategy import ConfigError, StrategyConfig, world_size
+from parallel.errors import UserError
+from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import (
     CompressConfig,
     EvaluateConfig,
@@ -176,14 +177,14 @@ NEEDS = "precision=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada,
 def test_hardware_without_float8_is_refused(gpus):
     gpus()
     for device in ("cpu", "auto"):
-        with pytest.raises(ConfigError) as raised:
+        with pytest.raises(UserError) as raised:
             check(device, 1)
         assert str(raised.value) == (
             f"{NEEDS}the ranks compute on a CPU; set precision=fp32, or bf16"
         )
     gpus((9, 0), (8, 6))
     check("auto", 1)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         check("cuda", 2)
     assert str(raised.value) == f"{NEEDS}GPU 1 has 8.6; set precision=bf16"
     for capability in ((8, 9), (9, 0), (10, 0)):
@@ -194,7 +195,7 @@ def test_hardware_without_float8_is_refused(gpus):
 def test_without_torchao_the_extra_is_named(gpus, monkeypatch):
     gpus((9, 0))
     monkeypatch.setattr(float8, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         check("cuda", 1)
     assert str(raised.value) == (
         'precision=fp8 needs `torchao`: pip install "samestep[torchao]"; or set precision=bf16'
@@ -205,7 +206,7 @@ def test_a_run_is_refused_before_it_begins_and_read_anywhere(runtime, monkeypatc
     open_sizes = replace(MODEL, vocab_size=0, max_positions=0)
     config = job(StrategyConfig(), batch_size=4, data=tiny.text_data(tmp_path / "data"))
     config = replace(config, model=open_sizes, run_dir=str(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="the ranks compute on a CPU"):
+    with pytest.raises(UserError, match="the ranks compute on a CPU"):
         training(config, 1)
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
@@ -218,10 +219,10 @@ def test_a_run_is_refused_before_it_begins_and_read_anywhere(runtime, monkeypatc
     assert not any(isinstance(m, Float8Linear) for m in model.modules())
     weights = state.worker.parameters()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
-    with pytest.raises(ConfigError, match="the ranks compute on a CPU"):
+    with pytest.raises(UserError, match="the ranks compute on a CPU"):
         reading(replace(reader, precision="fp8"), 1)
     small = replace(config, compress=CompressConfig(bits=8))
     monkeypatch.setattr(float8, "check", lambda device, ranks: None)
     monkeypatch.setattr(before, "load_config", lambda run_dir: small)
-    with pytest.raises(ConfigError, match=r"precision=fp8 and compress\.bits=8"):
+    with pytest.raises(UserError, match=r"precision=fp8 and compress\.bits=8"):
         reading(replace(reader, precision="fp8"), 1)

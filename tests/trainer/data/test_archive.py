@@ -5,7 +5,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data.archive import read_archive
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 6, 6, 3), dtype=np.uint8)
@@ -122,7 +122,7 @@ REFUSED = [
 
 @pytest.mark.parametrize("arrays, message", REFUSED)
 def test_what_has_no_meaning_is_refused(tmp_path, arrays, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         read(tmp_path, **arrays)
 
 
@@ -135,12 +135,12 @@ def test_damaged_archives_are_named(tmp_path, place):
     path.write_bytes(
         content[:at] + bytes(b ^ 0x5A for b in content[at : at + 40]) + content[at + 40 :]
     )
-    with pytest.raises(ConfigError, match=r"own\.npz"):
+    with pytest.raises(UserError, match=r"own\.npz"):
         read_archive(DataConfig(path="own.npz"), path)
     path.write_bytes(content[:at])
-    with pytest.raises(ConfigError, match=r"own\.npz is not an \.npz archive"):
+    with pytest.raises(UserError, match=r"own\.npz is not an \.npz archive"):
         read_archive(DataConfig(path="own.npz"), path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("x_train.npy", b"no array")
-    with pytest.raises(ConfigError, match=r"own\.npz"):
+    with pytest.raises(UserError, match=r"own\.npz"):
         read_archive(DataConfig(path="own.npz"), path)

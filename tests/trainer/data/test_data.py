@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data import cache as prepared
 from trainer.data import huggingface as hub
 from trainer.data.files import BUNDLED, locate, split_parts
@@ -76,7 +76,7 @@ def test_a_damaged_folder_is_made_again(config, caplog):
     content = file.read_bytes()
     for damage in (lambda: file.write_bytes(content[:100]), file.unlink):
         damage()
-        with pytest.raises(ConfigError, match=r"is (missing|damaged)"):
+        with pytest.raises(UserError, match=r"is (missing|damaged)"):
             data.open_split(config, "train")
         assert data.prepare(config) == facts
         assert file.read_bytes() == content
@@ -131,7 +131,7 @@ def test_several_processes_at_once(config):
 
 def test_an_unwritable_cache_is_named(config, tmp_path):
     config.cache = str(tmp_path / "play.txt" / "cache")
-    with pytest.raises(ConfigError, match=r"data\.cache=.* cannot be written"):
+    with pytest.raises(UserError, match=r"data\.cache=.* cannot be written"):
         data.prepare(config)
 
 
@@ -141,7 +141,7 @@ def test_token_ids_beyond_the_tokenizer_are_refused(config):
     content = json.loads(record.read_text())
     content["splits"]["valid"]["largest_id"] = 280
     record.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=r"valid split .* token id 280 .* has 280 entries"):
+    with pytest.raises(UserError, match=r"valid split .* token id 280 .* has 280 entries"):
         data.prepare(config)
 
 
@@ -180,7 +180,7 @@ SETTINGS = [
 def test_settings_that_cannot_be(config, settings, message):
     for key, value in settings.items():
         setattr(config, key, value)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config)
 
 
@@ -195,14 +195,14 @@ def test_what_may_not_be_read_is_named(config, monkeypatch, method):
         return kept(path, *args, **options)
 
     monkeypatch.setattr(Path, method, refused)
-    with pytest.raises(ConfigError, match=r"data\.path.*play\.txt cannot be read: .*Permission"):
+    with pytest.raises(UserError, match=r"data\.path.*play\.txt cannot be read: .*Permission"):
         data.prepare(config)
 
 
 def test_all_mistakes_are_told_at_once_and_with_the_nearest_name(config):
     config.path = config.path.replace("play", "plya")
     config.seq_len = config.vocab_size = 0
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         data.prepare(config)
     assert len(error.value.problems) == 3
     assert "play.txt?" in error.value.problems[-1]
@@ -211,13 +211,13 @@ def test_all_mistakes_are_told_at_once_and_with_the_nearest_name(config):
 def test_data_of_another_kind_are_named(config, tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros(3))
     config.path = str(tmp_path / "x.npz")
-    with pytest.raises(ConfigError, match=r"data\.kind=text reads .*; set data\.kind=images"):
+    with pytest.raises(UserError, match=r"data\.kind=text reads .*; set data\.kind=images"):
         data.prepare(config)
     config.path = str(tmp_path / "folder")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ConfigError, match=r"folder holds no \.txt"):
+    with pytest.raises(UserError, match=r"folder holds no \.txt"):
         data.prepare(config)
-    with pytest.raises(ConfigError, match=r"split=dev must be one of train, valid, test"):
+    with pytest.raises(UserError, match=r"split=dev must be one of train, valid, test"):
         data.open_split(config, "dev")
 
 
@@ -251,7 +251,7 @@ def test_hugging_face_text(hugging_face, monkeypatch):
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
     assert data.prepare(config) == facts  # what is converted needs `datasets` no more
     config.path += "x"
-    with pytest.raises(ConfigError, match=r'pip install "samestep\[huggingface\]"'):
+    with pytest.raises(UserError, match=r'pip install "samestep\[huggingface\]"'):
         data.prepare(config)
 
 
@@ -266,7 +266,7 @@ def test_hugging_face_pairs(hugging_face):
     assert data.open_split(config, "test").reference(1) == "day 1"
     for fields in (["en"], ["en", "fr"], ["en", "de", "en"]):
         config.fields = fields
-        with pytest.raises(ConfigError, match=r"columns translation\.en, .* set data\.fields to 2"):
+        with pytest.raises(UserError, match=r"columns translation\.en, .* set data\.fields to 2"):
             data.prepare(config)
 
 

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data.folders import split_of
 from trainer.data.record import table
 
@@ -151,7 +151,7 @@ TWO_READINGS = [
 @pytest.mark.parametrize("names", TWO_READINGS)
 def test_text_with_two_readings_is_refused_with_both(tmp_path, names):
     config = write(tmp_path / "d", **dict.fromkeys(names, text_of("AA")))
-    with pytest.raises(ConfigError, match=r"two ways: .*(train|test|training_set|x/dev)") as error:
+    with pytest.raises(UserError, match=r"two ways: .*(train|test|training_set|x/dev)") as error:
         data.prepare(config)
     assert "x/dev" in str(error.value) or names[0].partition("__")[0] in str(error.value)
 
@@ -159,14 +159,14 @@ def test_text_with_two_readings_is_refused_with_both(tmp_path, names):
 def test_images_with_two_readings_are_refused_with_both(tmp_path):
     paint(tmp_path / "d", *CLASSES)
     paint(tmp_path / "d/train", "steam", "diesel")
-    with pytest.raises(ConfigError, match=r"two ways: train as train split, without bus, car"):
+    with pytest.raises(UserError, match=r"two ways: train as train split, without bus, car"):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("trainA", "trainB", "testA", "testB")])
 def test_splits_without_class_folders_are_no_classes(tmp_path, names):
     paint(tmp_path / "d", *names)
-    with pytest.raises(ConfigError, match=r"splits by their names, but hold pictures without cl"):
+    with pytest.raises(UserError, match=r"splits by their names, but hold pictures without cl"):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
@@ -179,7 +179,7 @@ def test_a_class_may_be_called_train(tmp_path):
 def test_a_class_that_holds_class_folders_is_refused(tmp_path, outer):
     paint(tmp_path / "d" / outer, *CLASSES)
     paint(tmp_path / "d", "bus")
-    with pytest.raises(ConfigError, match=rf"{outer} is read as a class, .*bus, car.*name it"):
+    with pytest.raises(UserError, match=rf"{outer} is read as a class, .*bus, car.*name it"):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
@@ -256,7 +256,7 @@ def test_hidden_and_foreign_files_are_no_images(tmp_path):
 @pytest.mark.parametrize("name", ["train.jsonl", "train.txt.gz", "train.csv", "train.parquet"])
 def test_other_formats_are_not_read_as_text(tmp_path, name):
     config = write(tmp_path / "d", **{name: text_of("AA")})
-    with pytest.raises(ConfigError, match=r"reads UTF-8 text but|holds no .* file"):
+    with pytest.raises(UserError, match=r"reads UTF-8 text but|holds no .* file"):
         data.prepare(config)
 
 
@@ -360,7 +360,7 @@ def test_a_file_that_links_put_into_two_splits_is_refused(tmp_path, link, target
         (tmp_path / "d/train.txt").rename(tmp_path / "d/train/a.txt")
         target = "train"
     (tmp_path / "d" / link).symlink_to(target)
-    with pytest.raises(ConfigError, match=r"train.*\(the train split\) and test.* are one file"):
+    with pytest.raises(UserError, match=r"train.*\(the train split\) and test.* are one file"):
         data.prepare(config_of(tmp_path / "d"))
 
 
@@ -371,7 +371,7 @@ def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_pat
     (tmp_path / "d/car/y.png").symlink_to("3.png")
     config = config_of(tmp_path / "d", "images")
     message = r"car/3.png \(class car of the train split\) and bus/x.png \(class bus of .* are one"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config)
     config.on_bad_file = "skip"
     found = data.prepare(config)
@@ -379,9 +379,7 @@ def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_pat
     assert found.left_out.keys() == {"bus/x.png", "car/y.png"}
     (tmp_path / "d/bus/x.png").unlink()
     (tmp_path / "d/tram").symlink_to("car")
-    with pytest.raises(
-        ConfigError, match=r"class car of .*class tram of the train split\) are one"
-    ):
+    with pytest.raises(UserError, match=r"class car of .*class tram of the train split\) are one"):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
@@ -423,7 +421,7 @@ SCRIPTS = [
 @pytest.mark.parametrize("encoding, named, text", SCRIPTS)
 def test_encodings_of_other_scripts_are_guessed(tmp_path, encoding, named, text):
     (tmp_path / "d.txt").write_bytes((text * 40).encode(encoding))
-    with pytest.raises(ConfigError, match=rf"not UTF-8 .*`iconv -f {named} -t utf-8` by its looks"):
+    with pytest.raises(UserError, match=rf"not UTF-8 .*`iconv -f {named} -t utf-8` by its looks"):
         data.prepare(config_of(tmp_path / "d.txt"))
 
 
@@ -431,11 +429,11 @@ def test_encodings_of_other_scripts_are_guessed(tmp_path, encoding, named, text)
 def test_other_encodings_are_named(tmp_path, encoding, message):
     text = text_of("AA").replace("a", "€" if encoding == "cp1252" else "é")
     (tmp_path / "d.txt").write_bytes(text.encode(encoding))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config_of(tmp_path / "d.txt"))
 
 
 def test_nuls_are_no_text(tmp_path):
     (tmp_path / "d.txt").write_bytes(text_of("AA").encode() + b"\0 rest")
-    with pytest.raises(ConfigError, match=r"holds a NUL at byte \d+, so it is no text"):
+    with pytest.raises(UserError, match=r"holds a NUL at byte \d+, so it is no text"):
         data.prepare(config_of(tmp_path / "d.txt"))

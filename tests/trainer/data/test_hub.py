@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data import huggingface as hub
 
 SIDE = 4
@@ -64,7 +64,7 @@ def test_languages_and_their_order_are_chosen(config, tmp_path):
     assert pairs_of(chosen) == [(f"Tag {i}", f"day {i}") for i in (1, 2, 3)]
     assert pairs_of(config("pairs", fields=["fr", "translation.en"])) == [("jour", "day 3")]
     for fields in ([], ["translation"], ["de"], ["de", "it"]):
-        with pytest.raises(ConfigError, match=r"translation\.fr.* set data\.fields to 2"):
+        with pytest.raises(UserError, match=r"translation\.fr.* set data\.fields to 2"):
             hub.export(config("pairs", fields=fields))
 
 
@@ -72,13 +72,9 @@ def test_any_two_columns_are_pairs(config, tmp_path):
     write(tmp_path, [{"id": i, "answer": f"a{i}", "question": f"q{i}", "n": [i]} for i in range(3)])
     chosen = config("pairs", fields=["question", "answer"])
     assert pairs_of(chosen) == [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
-    with pytest.raises(
-        ConfigError, match=r"column n of the train split holds a list; .*reads text"
-    ):
+    with pytest.raises(UserError, match=r"column n of the train split holds a list; .*reads text"):
         hub.export(config("pairs", fields=["question", "n"]))
-    with pytest.raises(
-        ConfigError, match=r"column id of the train split holds a int; .*reads text"
-    ):
+    with pytest.raises(UserError, match=r"column id of the train split holds a int; .*reads text"):
         hub.export(config("text", fields=["id"]))
 
 
@@ -130,19 +126,19 @@ def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
     cells[5]["bytes"], cells[7]["bytes"] = cells[5]["bytes"][:60], b"no picture"
     write_pictures(tmp_path, cells, [i % 2 for i in range(24)])
     message = r"image 5 of train cannot be read .* and 1 more; .*data\.on_bad_file=skip"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         hub.export(config("images"))
     facts = data.prepare(config("images", on_bad_file="skip", held_out=0.2))
     assert sum(facts.samples.values()) == 22
     assert facts.left_out == {"2 images of train": "damaged"}
-    with pytest.raises(ConfigError, match=message):  # what was left out is not taken over
+    with pytest.raises(UserError, match=message):  # what was left out is not taken over
         data.prepare(config("images"))
 
 
 def test_pictures_of_two_sizes_are_refused(config, tmp_path):
     cells = [encoded(Image.new("L", (side, side))) for side in (4, 5)]
     write_pictures(tmp_path, cells, [0, 1])
-    with pytest.raises(ConfigError, match=r"of the shapes \(4, 4, 1\), \(5, 5, 1\)"):
+    with pytest.raises(UserError, match=r"of the shapes \(4, 4, 1\), \(5, 5, 1\)"):
         hub.export(config("images"))
 
 
@@ -151,5 +147,5 @@ def test_rows_of_numbers_are_pictures_too(config, tmp_path):
     with np.load(hub.export(config("images"))) as stored:
         assert stored["x_train"][:, 0, 0, 0].tolist() == [0, 1, 2]
     write(tmp_path, [{"image": [[1, 255], [0]], "label": 0}])
-    with pytest.raises(ConfigError, match=r"image 0 of train is no array"):
+    with pytest.raises(UserError, match=r"image 0 of train is no array"):
         hub.export(config("images"))

@@ -12,7 +12,7 @@ from PIL import Image
 from raw_pictures import tiff
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data.archive import read_archive
 from trainer.data.dataset import DataFacts, SplitFacts
 from trainer.data.files import Part, read_text
@@ -38,7 +38,7 @@ def archive(folder, **changes):
 @pytest.mark.parametrize("factor", [4, 16])
 def test_sixteen_bits_that_hold_fewer_are_refused(tmp_path, factor):
     thin = GREY.astype(np.uint16) * factor
-    with pytest.raises(ConfigError, match=f"x_train is uint16 from .* to {thin.max()}"):
+    with pytest.raises(UserError, match=f"x_train is uint16 from .* to {thin.max()}"):
         archive(tmp_path, x_train=thin)
     for whole in (GREY.astype(np.uint16) * 257, GREY.astype(np.uint16)):
         assert (archive(tmp_path, x_train=whole)["train"].pixels[..., 0] == GREY).all()
@@ -49,7 +49,7 @@ def test_zeros_and_ones_are_black_and_white(tmp_path, dtype):
     bits = GREY > 120
     found = archive(tmp_path, x_train=bits.astype(dtype), x_test=bits[:1].astype(dtype), y_test=[0])
     assert (found["train"].pixels[..., 0] == np.where(bits, 255, 0)).all()
-    with pytest.raises(ConfigError, match="alike in all splits"):
+    with pytest.raises(UserError, match="alike in all splits"):
         archive(tmp_path, x_train=bits.astype(dtype), x_test=GREY[:1], y_test=[0])
 
 
@@ -69,13 +69,13 @@ def test_class_names_in_bytes_are_words(tmp_path, names):
 
 
 def test_labels_without_images_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="y_val, but no images of the valid split; add x_valid"):
+    with pytest.raises(UserError, match="y_val, but no images of the valid split; add x_valid"):
         archive(tmp_path, y_val=np.zeros(3, int))
 
 
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), 1e300, 0.5, 2**62, 2**40, -1])
 def test_labels_that_are_no_class_are_refused(tmp_path, label):
-    with pytest.raises(ConfigError, match="y_train"):
+    with pytest.raises(UserError, match="y_train"):
         archive(tmp_path, y_train=np.array([0, 1, 2, 0, 1, label]))
 
 
@@ -97,7 +97,7 @@ def test_members_that_are_no_arrays(tmp_path, content):
     with zipfile.ZipFile(file, "a") as members:
         members.writestr("y_train.npy", content)
     (path := tmp_path / "x.npz").write_bytes(file.getvalue())
-    with pytest.raises(ConfigError, match=r"is not an \.npz archive of numbers|it must hold"):
+    with pytest.raises(UserError, match=r"is not an \.npz archive of numbers|it must hold"):
         read_archive(DataConfig(kind="images", path=str(path)), path)
 
 
@@ -241,7 +241,7 @@ def test_ids_without_end_are_refused(tmp_path):
     words = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="a")
     text = tokenizers.Tokenizer(words).to_str()
     path.write_text(text.replace('"b":1', f'"b":{1 << 24}'))
-    with pytest.raises(ConfigError, match=r"has the token id 16777216; a model has a row for each"):
+    with pytest.raises(UserError, match=r"has the token id 16777216; a model has a row for each"):
         Tokenizer.load(path)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data import files as source
 from trainer.data import pairs as reader
 
@@ -125,20 +125,20 @@ def test_carriage_returns_and_a_missing_last_line_break(corpus):
 )
 def test_lines_that_are_no_pairs(corpus, lines, message):
     config = corpus(train=LINES, valid=lines, test=LINES)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config)
 
 
 def test_the_line_number_counts_from_the_start_of_a_split_file(corpus, tmp_path):
     config = corpus(all=[*LINES, "no tab"])
     config.path = str(tmp_path / "all.tsv")
-    with pytest.raises(ConfigError, match=r"line 301 of .*all\.tsv has 0 tabs"):
+    with pytest.raises(UserError, match=r"line 301 of .*all\.tsv has 0 tabs"):
         data.prepare(config)
 
 
 def test_pairs_that_are_all_too_long(corpus):
     config = corpus(2, train=LINES, valid=LINES, test=LINES)
-    with pytest.raises(ConfigError, match=r"data\.seq_len=2: every pair") as error:
+    with pytest.raises(UserError, match=r"data\.seq_len=2: every pair") as error:
         data.prepare(config)
     config.seq_len = int(str(error.value).split("set data.seq_len=")[1].split()[0])
     assert data.prepare(config).samples["train"] == 300

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data.pictures import is_grey, opened, pixels_of
 from trainer.tasks.generate import read_image
 
@@ -62,9 +62,7 @@ def test_every_mode_with_a_range_has_one_meaning(mode):
 @pytest.mark.parametrize("mode", ["I", "F", "LAB"])
 def test_modes_without_a_range_are_refused(mode, tmp_path):
     Image.new(mode, (SIDE, SIDE)).save(tmp_path / "x.tif")
-    with pytest.raises(
-        ConfigError, match=rf"x\.tif cannot be read .*mode {mode} .*no stated range"
-    ):
+    with pytest.raises(UserError, match=rf"x\.tif cannot be read .*mode {mode} .*no stated range"):
         read_image(str(tmp_path / "x.tif"), SIDE, 1)
 
 
@@ -108,7 +106,7 @@ def test_a_transparent_colour_is_white(name):
 
 def test_a_transparent_colour_that_pillow_cannot_tell_is_refused():
     content = png(16, 2, struct.pack(">6H", 5, 0, 0, 9, 0, 0), struct.pack(">HHH", 5, 0, 0))
-    with pytest.raises(ConfigError, match="16 bits a channel with a transparent colour"):
+    with pytest.raises(UserError, match="16 bits a channel with a transparent colour"):
         decoded(content)
 
 
@@ -146,20 +144,20 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path, monkeypatch):
     Image.fromarray(noise).save(whole, "PNG")
     for content in (b"", b"no", whole.getvalue()[:60], b"P5 0 0 255 ", b"GIF89a" + bytes(7)):
         (tmp_path / "x.png").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"^prompt: .*x\.png cannot be read as an image"):
+        with pytest.raises(UserError, match=r"^prompt: .*x\.png cannot be read as an image"):
             read_image(str(tmp_path / "x.png"), SIDE, 3)
     for content in (b"", b"no", b"\x93NUMPY\x01\x00\x08\x00{{{{{{{{"):
         (tmp_path / "x.npy").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"x\.npy cannot be read as an image"):
+        with pytest.raises(UserError, match=r"x\.npy cannot be read as an image"):
             read_image(str(tmp_path / "x.npy"), SIDE, 3)
     with (tmp_path / "x.npy").open("wb") as file:
         np.savez(file, x=noise)  # an archive under another name
-    with pytest.raises(ConfigError, match=r"x\.npy is <U1"):
+    with pytest.raises(UserError, match=r"x\.npy is <U1"):
         read_image(str(tmp_path / "x.npy"), SIDE, 3)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # Pillow warns, and goes on
     with (
         pytest.warns(Image.DecompressionBombWarning),
-        pytest.raises(ConfigError, match="4 × 4 pixels are more than 15"),
+        pytest.raises(UserError, match="4 × 4 pixels are more than 15"),
     ):
         decoded(whole.getvalue())
 
@@ -180,7 +178,7 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
         path = tmp_path / "own" / f"class{number % 2}" / f"{number:02d}.png"
         path.write_bytes(path.read_bytes()[:60])
     message = r"5 images cannot be read: class0/10\.png .* and 2 more; .*data\.on_bad_file=skip"
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config)
     config.on_bad_file = "skip"
     facts = data.prepare(config)
@@ -189,7 +187,7 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
     assert str(tmp_path) not in "".join(facts.left_out.values())  # alike reasons are counted
     assert data.prepare(config) == facts
     config.on_bad_file = "stop"
-    with pytest.raises(ConfigError, match=message):  # what was left out is not taken over
+    with pytest.raises(UserError, match=message):  # what was left out is not taken over
         data.prepare(config)
     config.on_bad_file = "skip"
     for split in facts.samples:
@@ -226,5 +224,5 @@ def test_a_png_whose_check_sums_are_wrong_is_damaged(tmp_path):
     content[-22:-16] = bytes(6)  # the end of the pixels, and their check sum
     with Image.open(BytesIO(content)) as image:
         assert image.size == (32, 32)
-    with pytest.raises(ConfigError, match=r"x\.png cannot be read as an image: broken PNG"):
+    with pytest.raises(UserError, match=r"x\.png cannot be read as an image: broken PNG"):
         decoded(bytes(content))

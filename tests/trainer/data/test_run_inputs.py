@@ -17,7 +17,6 @@ from launch.cli.preflight import training
 from parallel.runtime import Ranks, process_group
 from trainer import data
 from trainer.config.train import (
-    ConfigError,
     DataConfig,
     EvaluateConfig,
     ExportConfig,
@@ -25,6 +24,7 @@ from trainer.config.train import (
     ModelConfig,
     OtherDataConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.data.record import TOKENIZER, data_of, read_record
 from trainer.data.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def test_an_image_run_needs_no_data_to_name_a_class(image_run, tmp_path, runtime
 def test_classes_that_a_run_does_not_know_are_refused(image_run, tmp_path, runtime, capsys):
     for split in ("train", "valid", "test"):
         (tmp_path / "zoo" / split / "ape").rename(tmp_path / "zoo" / split / "yak")
-    with pytest.raises(ConfigError, match=r"yak.*ape, bee, cat"):
+    with pytest.raises(UserError, match=r"yak.*ape, bee, cat"):
         loss_of(image_run, runtime, capsys)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_record_is_named(image_run):
     path = Path(image_run.run_dir) / "data.json"
     for text in ("", "[]", '{"class_names": 5}', "{"):
         path.write_text(text)
-        with pytest.raises(ConfigError, match=r"data\.json is damaged"):
+        with pytest.raises(UserError, match=r"data\.json is damaged"):
             read_record(image_run.run_dir)
 
 
@@ -239,7 +239,7 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
     for split in ("train", "valid", "test"):
         (tmp_path / "zoo" / split / "ape").rename(tmp_path / "zoo" / split / "yak")
     config = begun_from(image_run, tmp_path, model=replace(image_run.model, classes=0))
-    with pytest.raises(ConfigError, match=r"yak.*data\.processor=new"):
+    with pytest.raises(UserError, match=r"yak.*data\.processor=new"):
         training(config, 1)
     config = replace(config, data=replace(config.data, processor="new"))
     here = weights(config, runtime)
@@ -266,7 +266,7 @@ def test_the_tokenizer_of_a_run_stays_when_its_text_changes(text_run, tmp_path, 
     (tmp_path / "other.txt").write_text(PLAY.read_text()[40_000:60_000])
     path = replace(text_run.data, path=str(tmp_path / "other.txt"))
     longer = replace(text_run, steps=5, data=path)
-    with pytest.raises(ConfigError, match=r"resume_changed=\[data\.path\]"):
+    with pytest.raises(UserError, match=r"resume_changed=\[data\.path\]"):
         training(longer, 1)
     for changed in (["data"], ["data.path"]):
         training(replace(longer, resume_changed=changed), 1)
@@ -279,7 +279,7 @@ def test_a_run_never_changes_its_tokenizer(text_run, tmp_path, key, value):
     Tokenizer.train([PLAY.read_text()], 320).save(tmp_path / "own.json")
     value = str(tmp_path / value) if key == "tokenizer" else value
     reads = replace(text_run.data, **{key: value})
-    with pytest.raises(ConfigError, match=rf"data\.{key}=.*init_from={text_run.run_dir}"):
+    with pytest.raises(UserError, match=rf"data\.{key}=.*init_from={text_run.run_dir}"):
         training(replace(text_run, data=reads, resume_changed=["data"], steps=5), 1)
 
 
@@ -289,5 +289,5 @@ def test_a_teacher_must_read_and_name_as_the_student_does(image_run, tmp_path):
     (Path(image_run.run_dir) / "data.json").write_text(json.dumps(teacher))
     compress = replace(image_run.compress, teacher=image_run.run_dir)
     student = replace(image_run, compress=compress, run_dir=str(tmp_path / "student"))
-    with pytest.raises(ConfigError, match=r"other classes.*set data\.processor="):
+    with pytest.raises(UserError, match=r"other classes.*set data\.processor="):
         training(student, 1)

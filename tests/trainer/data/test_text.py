@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data import files as source
 from trainer.data import text as reader
 from trainer.data.tokenizer import Tokenizer
@@ -241,13 +241,13 @@ MISTAKES = [
 @pytest.mark.parametrize("given, message", MISTAKES)
 def test_mistakes(corpus, given, message):
     config = corpus(**given)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         data.prepare(config)
 
 
 def test_the_window_that_the_message_names_works(corpus):
     config = corpus(5000, 258, train=PLAY[:900], valid="x", test="x")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         data.prepare(config)
     config.seq_len = int(str(error.value).split("set data.seq_len=")[1].split()[0])
     data.prepare(config)
@@ -255,12 +255,12 @@ def test_the_window_that_the_message_names_works(corpus):
     assert len(dataset) == 1
     assert (dataset.sample(0, 3)["targets"] != -100).all()
     config.seq_len += 1
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         data.prepare(config)
 
 
 def test_the_byte_that_is_no_utf8_is_named_in_any_block(corpus, monkeypatch):
     monkeypatch.setattr(source, "BLOCK", 5)
     config = corpus(train=b"a" + "äöü".encode() * 7 + b"\xff", valid="x", test="x")
-    with pytest.raises(ConfigError, match=r"byte 43 \(0xff\)"):
+    with pytest.raises(UserError, match=r"byte 43 \(0xff\)"):
         data.prepare(config)

@@ -7,7 +7,7 @@ import tokenizers
 
 import trainer.data.tokenizer as tokenizer_module
 from trainer import data
-from trainer.config.train import ConfigError, DataConfig
+from trainer.config.train import DataConfig, UserError
 from trainer.data.tokenized import encoded
 from trainer.data.tokenizer import Tokenizer
 from trainer.tasks.evaluate import bits
@@ -105,16 +105,16 @@ def test_holes_between_ids_count(tmp_path):
 
 
 def test_mistakes_name_the_key_and_a_way_out(tmp_path):
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=257 must be at least 258"):
+    with pytest.raises(UserError, match=r"data\.vocab_size=257 must be at least 258"):
         Tokenizer.train([TEXT], 257)
-    with pytest.raises(ConfigError, match=r"data\.vocab_size=9999: .* for (\d+) entries") as error:
+    with pytest.raises(UserError, match=r"data\.vocab_size=9999: .* for (\d+) entries") as error:
         Tokenizer.train([TEXT], 9999)
     reached = int(str(error.value).split("set data.vocab_size=")[1].split()[0])
     assert Tokenizer.train([TEXT], reached).vocab_size == reached  # the value it names works
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*none\.json: no such file"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*none\.json: no such file"):
         Tokenizer.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"data\.tokenizer=.*bad\.json must be a tokenizer\.json"):
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*bad\.json must be a tokenizer\.json"):
         Tokenizer.load(tmp_path / "bad.json")
 
 
@@ -235,7 +235,7 @@ def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, 
 )
 def test_a_tokenizer_without_an_unknown_token_is_one_message(tmp_path, backend):
     backend.save(str(tmp_path / "own.json"))
-    with pytest.raises(ConfigError, match=r"data\.tokenizer.*unknown token"):
+    with pytest.raises(UserError, match=r"data\.tokenizer.*unknown token"):
         Tokenizer.load(tmp_path / "own.json").encode("when hell freezes")
 
 

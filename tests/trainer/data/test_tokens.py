@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from trainer import data
-from trainer.config.train import ConfigError
+from trainer.config.train import UserError
 from trainer.data.token_file import TokenFile
 
 IDS = np.arange(5000, dtype=np.uint16) % 300
@@ -33,14 +33,14 @@ def test_windows_are_those_of_the_file(path: Path, dtype: str) -> None:
 
 
 def test_a_file_of_another_size_or_kind_is_refused(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.bin has 10000 bytes, but 5001 .* are 10002;"):
+    with pytest.raises(UserError, match=r"train\.bin has 10000 bytes, but 5001 .* are 10002;"):
         TokenFile(path, "uint16", 5001, 300)
-    with pytest.raises(ConfigError, match=r"train\.bin has 10000 bytes, but 5000 .* are 20000;"):
+    with pytest.raises(UserError, match=r"train\.bin has 10000 bytes, but 5000 .* are 20000;"):
         TokenFile(path, "uint32", 5000, 300)
-    with pytest.raises(ConfigError, match="holds int16, but token ids are uint16 or uint32"):
+    with pytest.raises(UserError, match="holds int16, but token ids are uint16 or uint32"):
         TokenFile(path, "int16", 5000, 300)
     path.unlink()
-    with pytest.raises(ConfigError, match=r"train\.bin cannot be read \(No such file"):
+    with pytest.raises(UserError, match=r"train\.bin cannot be read \(No such file"):
         TokenFile(path, "uint16", 5000, 300)
 
 
@@ -51,7 +51,7 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path, bad: 
         file.write(np.uint16(bad).tobytes())
     tokens = TokenFile(path, "uint16", len(IDS), 300)
     assert (tokens.read(0, 812) == IDS[:812]).all()
-    with pytest.raises(ConfigError, match=rf"token {bad} at offset 812 is not below .*=300; del"):
+    with pytest.raises(UserError, match=rf"token {bad} at offset 812 is not below .*=300; del"):
         tokens.read(800, 817)
 
 
@@ -59,7 +59,7 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path, bad: 
 SHRINKS = """
 import os, sys
 from pathlib import Path
-from trainer.config.train import ConfigError
+from trainer.config.train import UserError
 from trainer.data.token_file import TokenFile
 path = Path(sys.argv[1])
 tokens = TokenFile(path, "uint16", 5000, 300)
@@ -67,7 +67,7 @@ tokens.read(4000, 4100)
 os.truncate(path, 100)
 try:
     tokens.read(4000, 4100)
-except ConfigError as error:
+except UserError as error:
     sys.exit(str(error))
 """
 
@@ -96,7 +96,7 @@ def test_a_split_that_shrinks_is_an_error_in_any_kind_of_data(tmp_path: Path, ma
     for file in Path(config.cache).glob("*/train*.bin"):
         with file.open("r+b") as opened:
             opened.truncate(2)
-    with pytest.raises(ConfigError, match="has shrunk while it was read"):
+    with pytest.raises(UserError, match="has shrunk while it was read"):
         split.sample(last, None)
-    with pytest.raises(ConfigError, match=r"\.bin is damaged: it has 2 bytes, not \d+; .* anew"):
+    with pytest.raises(UserError, match=r"\.bin is damaged: it has 2 bytes, not \d+; .* anew"):
         data.open_split(config, "train")

@@ -24,7 +24,6 @@ from trainer.compress_report.report import report
 from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
-    ConfigError,
     EvalConfig,
     EvaluateConfig,
     LossConfig,
@@ -32,6 +31,7 @@ from trainer.config.train import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    UserError,
 )
 from trainer.inference.trained_run import open_run
 from trainer.loss import IGNORED
@@ -315,7 +315,7 @@ def test_a_run_whose_teacher_is_gone(ranks, runtime, alone):
     with pytest.raises(AlreadyFinishedError):
         training(alone, 1)
     longer = replace(alone, steps=2)
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         training(longer, 1)
     (message,) = raised.value.problems
     assert message.startswith(f"compress.teacher={alone.compress.teacher} holds no run")

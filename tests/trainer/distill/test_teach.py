@@ -24,13 +24,13 @@ from trainer.atomic_files import new_folder
 from trainer.compress.distillation import divergence_sum, kept_answer
 from trainer.config.train import (
     CompressConfig,
-    ConfigError,
     DataConfig,
     EvalConfig,
     MetricsConfig,
     OptimConfig,
     TeachConfig,
     TrainConfig,
+    UserError,
     classes_of,
 )
 from trainer.data import open_split
@@ -283,22 +283,22 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
     tensors = load_file(file)
     tensors["classes"][3, 0] = 280
     save_file(tensors, file)
-    with pytest.raises(ConfigError, match=r"is damaged .what it says of sample 0 is no logit"):
+    with pytest.raises(UserError, match=r"is damaged .what it says of sample 0 is no logit"):
         Answers(damaged).rows(0)
     answers = Answers(damaged)
     file.write_bytes(file.read_bytes()[:2000])
-    with pytest.raises(ConfigError, match=r"is damaged .answers-00000.safetensors ends before"):
+    with pytest.raises(UserError, match=r"is damaged .answers-00000.safetensors ends before"):
         answers.rows(1)
 
 
 def test_what_cannot_be_asked_is_one_message(folder):
     run = str(folder.with_name("run"))
-    with pytest.raises(ConfigError, match=r"k=281 is more than the 280 classes .*; set k=280"):
+    with pytest.raises(UserError, match=r"k=281 is more than the 280 classes .*; set k=280"):
         teaching(TeachConfig(run, "new", k=281), 1)
-    with pytest.raises(ConfigError, match=rf"is there already; .* to={run}-answers$"):
+    with pytest.raises(UserError, match=rf"is there already; .* to={run}-answers$"):
         teaching(TeachConfig(run, str(folder)), 1)
     shutil.copytree(folder, f"{run}-answers")
-    with pytest.raises(ConfigError, match=rf"to is empty; .* to={run}-answers-2$"):
+    with pytest.raises(UserError, match=rf"to is empty; .* to={run}-answers-2$"):
         teaching(TeachConfig(run), 1)
 
 

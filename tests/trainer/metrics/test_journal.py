@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from recorders import lines, make, shown
 
-from trainer.config.train import ConfigError
+from trainer.config.train import UserError
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
 
 def test_a_metrics_file_that_cannot_be_opened_is_a_mistake(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written \(Is a directory\)"):
         make(tmp_path)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchao.optim import AdamW8bit as TorchaoAdamW
 from torchao.optim.quant_utils import create_dynamic_map
 
-from parallel.strategy import ConfigError, StrategyConfig, world_size
+from parallel.errors import UserError
+from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig, OptimConfig, TrainConfig
 from trainer.loop import start, take_step
 from trainer.optim.adamw8bit import block_size, dequantise, dynamic_map, quantise
@@ -196,7 +197,7 @@ def test_a_checkpoint_loads_under_another_layout_to_the_bit(ranks, tmp_path, nam
 
 
 def refused(runtime, config: TrainConfig) -> str:
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         start(config, runtime)
     return str(raised.value)
 

@@ -12,7 +12,7 @@ from launch.cli.errors import answer
 from launch.report import main
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import Manifest, write_manifest
-from trainer.config.train import ConfigError
+from trainer.config.train import UserError
 from trainer.report.page import differing, page, summary
 from trainer.report.run_history import read_history
 from trainer.report.svg_chart import (
@@ -255,7 +255,7 @@ def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"holds no run \(no config\.yaml\)"):
+    with pytest.raises(UserError, match=r"holds no run \(no config\.yaml\)"):
         read_history(tmp_path)
 
 

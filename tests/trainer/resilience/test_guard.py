@@ -25,9 +25,10 @@ from poisoned import (
 from torch import Tensor
 
 from conf.validation.validate import complete
+from parallel.errors import UserError
 from parallel.grad_norm import local
 from parallel.parallel_model import Worker
-from parallel.strategy import ConfigError, StrategyConfig, resolve, world_size
+from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
 from trainer.checkpoint.folder import checkpoints
 from trainer.checkpoint.restore import restore
@@ -282,7 +283,7 @@ def test_a_damaged_list_of_rollbacks_is_no_empty_one(ranks, config, tmp_path):
 
 
 def refused(runtime, config) -> str:
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         loop.train(config, runtime)
     return str(raised.value)
 
@@ -524,7 +525,7 @@ def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out)
 @pytest.mark.parametrize("text", ['[{"step": 3, "samples": [[9, 5]]}]', '[{"step": 3}]', "{}3"])
 def test_what_was_left_out_and_cannot_be_read_is_refused(runtime, tmp_path, text):
     (tmp_path / "rollbacks.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"rollbacks\.json is damaged"):
+    with pytest.raises(UserError, match=r"rollbacks\.json is damaged"):
         Guard(TrainConfig(), runtime.device).read_rollbacks(str(tmp_path), batch_size=16)
 
 

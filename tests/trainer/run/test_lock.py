@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from launched import until
 
-from parallel.strategy import ConfigError
+from parallel.errors import UserError
 from trainer.config.train import TrainConfig
 from trainer.run import lock
 from trainer.run.lock import hold, share
@@ -39,7 +39,7 @@ def test_a_second_run_is_refused_before_anything_is_touched(tmp_path):
     open_run_dir(TrainConfig(run_dir=str(tmp_path)))
     first = other("hold", tmp_path)
     before = (tmp_path / "config.yaml").read_bytes()
-    with ExitStack() as held, pytest.raises(ConfigError) as refused:
+    with ExitStack() as held, pytest.raises(UserError) as refused:
         open_run_dir(TrainConfig(run_dir=str(tmp_path), steps=7), held)
     (message,) = refused.value.problems
     assert f"is in use by another run (pid {first.pid} on {os.uname().nodename}, since" in message
@@ -53,7 +53,7 @@ def test_a_second_run_is_refused_before_anything_is_touched(tmp_path):
 
 def test_a_folder_is_free_again_after_a_run(tmp_path):
     for _ in range(2):
-        with hold(tmp_path), pytest.raises(ConfigError, match="in use"), hold(tmp_path):
+        with hold(tmp_path), pytest.raises(UserError, match="in use"), hold(tmp_path):
             pass
 
 
@@ -61,7 +61,7 @@ def test_ranks_of_a_dead_run_are_waited_for(tmp_path, monkeypatch):
     rank = other("share", tmp_path)
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
     with (
-        pytest.raises(ConfigError, match="ranks of an earlier run still work there"),
+        pytest.raises(UserError, match="ranks of an earlier run still work there"),
         hold(tmp_path),
     ):
         pass
@@ -74,7 +74,7 @@ def test_ranks_of_a_dead_run_are_waited_for(tmp_path, monkeypatch):
 def test_another_host_is_believed_as_long_as_its_heart_beats(tmp_path):
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
-    refused = pytest.raises(ConfigError, match="pid 1 on elsewhere")
+    refused = pytest.raises(UserError, match="pid 1 on elsewhere")
     with beating(path), refused, hold(tmp_path, stale_seconds=30.0):
         pass
     with hold(tmp_path, stale_seconds=0.5):  # its clock is of no importance, only that it stands

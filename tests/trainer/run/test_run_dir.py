@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from parallel.strategy import ConfigError
+from parallel.errors import UserError
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import NAME, Manifest, write_manifest
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
@@ -23,7 +23,7 @@ def started(run_dir, *steps, **values):
 
 
 def refused(config):
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         open_run_dir(config)
     return raised.value.problems
 
@@ -145,16 +145,16 @@ def test_other_folders_are_left_alone(tmp_path):
 def test_a_folder_without_a_run_names_the_nearest(tmp_path):
     started(tmp_path / "llama-tiny")
     started(tmp_path / "vit-tiny")
-    with pytest.raises(ConfigError, match=r"did you mean run_dir=.*llama-tiny\?"):
+    with pytest.raises(UserError, match=r"did you mean run_dir=.*llama-tiny\?"):
         load_config(tmp_path / "lama-tiny")
-    with pytest.raises(ConfigError, match="the newest run is run_dir="):
+    with pytest.raises(UserError, match="the newest run is run_dir="):
         load_config(tmp_path / "x")
-    with pytest.raises(ConfigError, match="run_dir is empty"):
+    with pytest.raises(UserError, match="run_dir is empty"):
         load_config("")
 
 
 @pytest.mark.parametrize("text", ["steps: many", "from_the_future: 1", "steps: [1", "- 1"])
 def test_a_config_of_another_version(tmp_path, text):
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"config\.yaml does not fit this version"):
+    with pytest.raises(UserError, match=r"config\.yaml does not fit this version"):
         load_config(tmp_path)

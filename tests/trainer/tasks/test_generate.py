@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from parallel.strategy import StrategyConfig, world_size
-from trainer.config.train import CompressConfig, ConfigError, GenerateConfig
+from trainer.config.train import CompressConfig, GenerateConfig, UserError
 from trainer.data import open_split, open_tokenizer
 from trainer.tasks.generate import draw, generate, keep_likeliest, read_image, sample, translate
 
@@ -285,7 +285,7 @@ def test_door_translates_line_by_line(tmp_path, capsys, runtime):
     ]
     shown = answer(capsys, runtime, run, "\n".join(lines), max_tokens=12, beams=2)
     assert shown == "".join(tokenizer.decode(ids) + "\n" for ids in expected)
-    with pytest.raises(ConfigError, match="prompt is empty"):
+    with pytest.raises(UserError, match="prompt is empty"):
         answer(capsys, runtime, run, " ")
 
 
@@ -308,7 +308,7 @@ def test_door_classifies_files_and_samples_of_the_data(tmp_path, capsys, runtime
         for row, share, index in zip(rows, shares.tolist(), classes.tolist(), strict=True):
             assert f"kind {index} " in row and f"{share:.1%}" in row
     assert "labelled kind 3" in answer(capsys, runtime, run, "test:3")
-    with pytest.raises(ConfigError, match="the last is test:10"):
+    with pytest.raises(UserError, match="the last is test:10"):
         answer(capsys, runtime, run, "test:11")
 
 
@@ -319,7 +319,7 @@ def test_door_classifies_files_and_samples_of_the_data(tmp_path, capsys, runtime
 def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((8, 9), np.uint8))
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         read_image(name, 8, 1)
 
 
@@ -327,6 +327,6 @@ def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_logits_that_are_not_finite_write_nothing(temperature, bad):
     logits_V = torch.tensor([0.1, bad, -torch.inf])
-    with pytest.raises(ConfigError, match="logits are not finite"):
+    with pytest.raises(UserError, match="logits are not finite"):
         draw(logits_V, temperature, 0, 1.0, torch.Generator())
     assert draw(torch.tensor([0.1, -torch.inf]), temperature, 0, 1.0, torch.Generator()) == 0
