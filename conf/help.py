@@ -142,15 +142,16 @@ def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
             sections += ["", f"  {prefix}{field}.*  {title}"]
             sections += _keys(kind, values[field], f"{prefix}{field}.")
         else:
-            shown.append(_line(f"{prefix}{field}={_plain(values[field])}", meaning))
+            shown.append(_line(f"{prefix}{field}={plain(values[field])}", meaning))
     return shown + sections
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """Return a value as it is written on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return "[" + ",".join(map(_plain, value)) + "]"
+        return "[" + ",".join(map(plain, value)) + "]"
     return str(value)
 
 

@@ -77,6 +77,7 @@ trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.ato
     parallel.parallelize trainer.data trainer.metrics trainer.optim
 trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
 conf.schema: conf.help parallel.errors trainer.config conf.submit trainer.run
+conf.reference: conf.help conf.schema
 trainer.loss:
 trainer.model: trainer.config trainer.nn trainer.loss
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
