@@ -16,7 +16,7 @@ All keys of all commands, with the defaults of the dataclasses; presets (`experi
 
 
 def key_reference() -> str:
-    """Return a page in Markdown: a table for each section; of later commands only their own keys."""
+    """Return a page in Markdown: a table for each command, later ones with their own keys alone."""
     pages, told = [HEAD], set[str]()
     for name, schema in SCHEMAS.items():
         rows = [row for row in _rows(schema(), "") if row[0] not in told]
