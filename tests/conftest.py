@@ -18,8 +18,57 @@ FIRST = (
 )
 
 
+# The files that take longer than about 7 s; the others are `pytest -m fast`, a minute in all.
+SLOW = frozenset(
+    "test_" + name
+    for name in [
+        "compress_report",
+        "restore",
+        "submit",
+        "saver",
+        "fuzz_files",
+        "structured",
+        "tracker",
+        "tensor",
+        "checkpoint",
+        "pool",
+        "pipeline",
+        "signals",
+        "watch",
+        "context",
+        "teach",
+        "distill",
+        "replicas",
+        "evaluate",
+        "reduce",
+        "generate",
+        "export",
+        "kills",
+        "conf",
+        "optim8bit",
+        "apply",
+        "environment",
+        "sweep",
+        "resume",
+        "guard",
+        "traffic",
+        "fuzz_environment",
+        "processes",
+        "door",
+        "loop",
+        "hosts",
+        "equivalence",
+        "presets",
+        "slurm",
+    ]
+)
+
+
 def pytest_collection_modifyitems(items):
     place = {name: number for number, name in enumerate(FIRST)}
+    for item in items:
+        if item.path.stem not in SLOW:
+            item.add_marker(pytest.mark.fast)
     items.sort(key=lambda item: place.get(item.path.stem, len(FIRST)))
 
 

@@ -37,7 +37,7 @@ def test_a_run_keeps_its_config_and_tokenizer(config):
 
 
 def test_a_folder_says_what_each_start_was(config, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["launch/train.py", "steps=3", "run_dir=a b"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "launch/train.py", "steps=3", "run_dir=a b"])
     training(config, 1)
     training(config, 1)
     starts = json.loads((Path(config.run_dir) / "starts.json").read_text())

@@ -182,8 +182,9 @@ def test_a_command_that_cannot_be_read_is_one_line(tmp_path, monkeypatch):
 
 def test_signals_that_were_ignored_stay_so(monkeypatch):
     handled = import_module("launch.cli.spawn")
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     assert not handled._is_ignored("SIGHUP")
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert handled._is_ignored("SIGHUP") and not handled._is_ignored("SIGTERM")
     finally:

@@ -5,7 +5,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from parallel.errors import StorageError
 from trainer.checkpoint.folder import checkpoints, leftovers
 from trainer.checkpoint.manifest import (
     NAME,
@@ -79,7 +78,7 @@ def good_checkpoint(path: Path) -> tuple[Path, Manifest]:
     try:
         return folder, check(folder)
     except DamagedError as error:
-        raise StorageError(f"{folder} is damaged: {error}") from error
+        raise ConfigError(f"{folder} is damaged: {error}") from error
 
 
 def _is_checkpoint(path: Path) -> bool:
