@@ -103,6 +103,8 @@ def limit(kind: int, *values: int) -> Oddity:
 
     def apply(setting: Setting) -> None:
         setting.limits[kind] = setting.rng.choice(values)
+        # Python would leave half a .pyc behind, for all that come after.
+        setting.environment["PYTHONDONTWRITEBYTECODE"] = "1"
         setting.may_refuse = True
 
     return apply
