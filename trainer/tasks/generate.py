@@ -66,6 +66,15 @@ def sample(
     return history[start:]
 
 
+def check_finite(logits: Tensor) -> None:
+    """Raise NumericalError where logits (…, V) have no largest one that is a number."""
+    if not logits.amax(-1).isfinite().all():
+        raise NumericalError(
+            "the model's logits are not finite, so nothing can be written with it; use a "
+            "checkpoint from before it diverged, or precision=fp32"
+        )
+
+
 def draw(
     logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
@@ -73,11 +82,7 @@ def draw(
 
     Raises ConfigError where the model has no opinion that is a number.
     """
-    if not logits_V.max().isfinite():
-        raise NumericalError(
-            "the model's logits are not finite, so nothing can be written with it; use a "
-            "checkpoint from before it diverged, or precision=fp32"
-        )
+    check_finite(logits_V)
     if temperature == 0.0:
         return int(logits_V.argmax())
     logits_V = logits_V.double().cpu()
@@ -269,6 +274,10 @@ def translate_lines(config: GenerateConfig, run: TrainedRun) -> str:
     for row, line_ids in enumerate(ids):
         source_BT[row, : len(line_ids)] = torch.tensor(line_ids)
         source_valid_BT[row, : len(line_ids)] = True
+    start_B1 = torch.full((len(ids), 1), tokenizer.eot_id)
+    inputs = {"source": source_BT, "source_valid": source_valid_BT, "tokens": start_B1}
+    with run.worker.evaluating():
+        check_finite(run.worker.forward(run.worker.to_device(inputs)))
     translations = translate(
         run.worker,
         source_BT,
@@ -307,6 +316,7 @@ def classify(config: GenerateConfig, run: TrainedRun) -> Table:
     images_BCHW = torch.from_numpy(standardized(pixels_CHW[None], facts.mean, facts.std))
     with run.worker.evaluating():
         logits_BV = run.worker.forward({"images": images_BCHW.to(run.worker.device)})
+    check_finite(logits_BV)
     probability_V = logits_BV[0, : len(names)].float().softmax(-1)
     top = probability_V.topk(min(TOP_CLASSES, len(names)))
     for probability, index in zip(top.values.tolist(), top.indices.tolist(), strict=True):

@@ -13,6 +13,8 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import CompressConfig, GenerateConfig, UserError
 from trainer.data import open_split, open_tokenizer
+from trainer.inference.trained_run import open_run
+from trainer.tasks import generate as module
 from trainer.tasks.generate import draw, generate, keep_likeliest, read_image, sample, translate
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -330,3 +332,21 @@ def test_logits_that_are_not_finite_write_nothing(temperature, bad):
     with pytest.raises(UserError, match="logits are not finite"):
         draw(logits_V, temperature, 0, 1.0, torch.Generator())
     assert draw(torch.tensor([0.1, -torch.inf]), temperature, 0, 1.0, torch.Generator()) == 0
+
+
+@pytest.mark.parametrize("task", ["translation", "classification"])
+def test_a_model_that_has_diverged_answers_nothing(tmp_path, capsys, runtime, monkeypatch, task):
+    if task == "translation":
+        model, data = replace(tiny.TRANSLATOR, vocab_size=0), tiny.pairs_data(tmp_path)
+    else:
+        model, data = tiny.CLASSIFIER, tiny.image_data(tmp_path)
+    run = tiny.make_run(tmp_path, runtime, model, data)
+
+    def diverged(config, runtime):
+        opened = open_run(config, runtime)
+        next(iter(opened.worker.parameters().values())).data.fill_(torch.nan)
+        return opened
+
+    monkeypatch.setattr(module, "open_run", diverged)
+    with pytest.raises(UserError, match="logits are not finite"):
+        answer(capsys, runtime, run, "abc" if task == "translation" else "test:3")
