@@ -92,8 +92,9 @@ def name_of(config: DataConfig) -> str:
 
 
 def locate(config: DataConfig) -> Path:
-    """Return the file or folder of `data.path`, which is there and readable; ConfigError
-    otherwise.
+    """Return the file or folder of `data.path`, which is there and readable.
+
+    ConfigError otherwise.
     """
     if config.path.startswith("bundled:"):
         return _bundled(config)
@@ -126,7 +127,7 @@ def _bundled(config: DataConfig) -> Path:
 def read_listing(config: DataConfig, root: Path) -> Listing:
     """Return the files of text or of pairs at data.path, by split, and what is not read.
 
-    Without valid or test they are part of train (`split_parts`). Raises ConfigError where there is
+    Without valid or test they are part of train (`split_parts`). Raises DataError where there is
     nothing to read, or where entries could be read in two ways.
     """
     if root.is_file():
@@ -161,8 +162,9 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
 
 
 def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
-    """Return the folder inside that holds all text; says of what lies around it why it is not
-    read.
+    """Return the folder inside that holds all text.
+
+    Says of what lies around it why it is not read.
     """
 
     def with_text(folder: Entry) -> list[Entry]:
@@ -198,8 +200,9 @@ def _chosen(
     files: dict[Entry, list[Entry]],
     left_out: dict[str, str],
 ) -> list[Entry]:
-    """Return the files of one split; one of an unknown suffix that is named after it counts if
-    alone.
+    """Return the files of one split.
+
+    One of an unknown suffix that is named after it counts if alone.
     """
     chosen = [file for entry in named for file in files[entry]]
     if chosen:
@@ -218,11 +221,14 @@ def _readable(config: DataConfig) -> str:
     return " or ".join(SUFFIXES[config.kind])
 
 
-def split_parts(config: DataConfig, root: Path) -> dict[str, list[Part]]:
-    """Return the parts of files that make each split; a split that is missing is cut from train's
-    end.
+def split_parts(
+    config: DataConfig, root: Path, listing: Listing | None = None
+) -> dict[str, list[Part]]:
+    """Return the parts of files that make each split.
+
+    A split that is missing is cut from train's end.
     """
-    found = read_listing(config, root).splits
+    found = (listing or read_listing(config, root)).splits
     splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
     missing = [split for split in ("valid", "test") if split not in splits]
     if missing:
@@ -292,7 +298,7 @@ def _line_start(path: Path, cut: int) -> int:
 def read_text(part: Part) -> Iterator[str]:
     """Yield the text of a part, block by block, unchanged but for a byte order mark at its start.
 
-    Raises ConfigError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
+    Raises DataError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, first = part.start, part.start == 0

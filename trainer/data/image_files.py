@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from trainer.config.train import ConfigError, DataConfig, DataError, UserError
+from trainer.config.train import DataConfig, DataError, UserError
 from trainer.data import pictures
 from trainer.data.cache import progress_bar
-from trainer.data.folders import BESIDE, Entry, Listing, once, scan, split_of, splits_of, unwrapped
+from trainer.data.folders import BESIDE, Entry, Listing, once, split_of, splits_of, unwrapped
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Shape = tuple[int, int, int]  # H, W, C
@@ -60,7 +60,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
-    """Return the pixels of a file (H, W, channels) uint8; ConfigError names one that is damaged."""
+    """Return the pixels of a file (H, W, channels) uint8; DataError names one that is damaged."""
     with pictures.opened(path, key) as image:
         return pictures.pixels_of(image, channels)
 
@@ -78,13 +78,13 @@ class Gallery:
         return tuple(sorted({name for _, name in self.files["train"]}))
 
 
-def list_gallery(config: DataConfig, root: Path) -> Gallery:
+def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> Gallery:
     """List the pictures of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
 
-    Raises ConfigError where there are none, or where folders could be read in two ways.
+    Raises DataError where there are none, or where folders could be read in two ways.
     """
     where, notes = f"data.path={config.path}", list[str]()
-    top, left_out = scan(root)
+    top, left_out = scanned[0], dict(scanned[1])
     # A folder that holds pictures itself is a class, be it the only one.
     *around, inner = unwrapped(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
     if around:
@@ -132,7 +132,7 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
 
 
 def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
-    """Raise ConfigError if what would be classes are splits, by all their names."""
+    """Raise DataError if what would be classes are splits, by all their names."""
     splits = [split_of(entry.name) for entry in classes]
     if None not in splits and len(set(splits)) > 1:
         names = ", ".join(entry.name for entry in classes)
@@ -179,9 +179,9 @@ def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tup
     return found
 
 
-def _nested(where: str, entry: Entry) -> ConfigError:
+def _nested(where: str, entry: Entry) -> DataError:
     inside = ", ".join(folder.name for folder in _with_pictures(entry)[:SHOWN])
-    return ConfigError(
+    return DataError(
         f"{where}: {entry.relative} is read as a class, but it holds folders with pictures "
         f"({inside}); if it is a split, name it train, valid or test; if it is a class, move its "
         "pictures up into it"
@@ -210,7 +210,7 @@ class Checked:
 def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Checked:
     """Decode every picture once, on all cores.
 
-    Raises ConfigError if they are not of one square size, or if one is damaged and
+    Raises DataError if they are not of one square size, or if one is damaged and
     data.on_bad_file=stop.
     """
     found = [entry for files in gallery.files.values() for entry, _ in files]
@@ -243,7 +243,7 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
 
 
 def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
-    """Return the one shape of all pictures; ConfigError names one that is another."""
+    """Return the one shape of all pictures; DataError names one that is another."""
     sizes = Counter(look.size for _, look in good)
     (width, height), _ = sizes.most_common(1)[0]
     odd = next(((path, look) for path, look in good if look.size != (width, height)), None)
@@ -277,10 +277,10 @@ def _look(path: Path) -> _Look:
     return _Look((pixels.shape[1], pixels.shape[0]), grey, animated)
 
 
-def _damaged(damaged: dict[str, str]) -> ConfigError:
+def _damaged(damaged: dict[str, str]) -> DataError:
     shown = "; ".join(f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN])
     more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
-    return ConfigError(
+    return DataError(
         f"data.path: {len(damaged)} images cannot be read: {shown}{more}; put them right, or leave "
         "them out with data.on_bad_file=skip"
     )

@@ -14,7 +14,7 @@ from trainer.data.archive import read_archive
 from trainer.data.cache import Record, build, opened, prepared_folder
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, name_of
-from trainer.data.folders import SPLITS, scan
+from trainer.data.folders import SPLITS, Entry, scan
 from trainer.data.image_files import Checked, Table, check_gallery, list_gallery, tables_of
 from trainer.data.record import read_record
 from trainer.data.sampler import mixed
@@ -24,7 +24,9 @@ STATISTICS = 10_000  # training images that mean and standard deviation are take
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Check every image and measure the train split, unless that is done; raises ConfigError."""
-    record = build(_folder(config, root), lambda temporary: _measure(config, root, progress))
+    scanned = _scanned(root)
+    folder = _folder(config, root, scanned)
+    record = build(folder, lambda temporary: _measure(config, root, scanned, progress))
     known = _known(config, record)
     splits = {
         split: SplitFacts(sources=tuple(entry["sources"]), samples=entry["samples"])
@@ -45,8 +47,9 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     """Return a split: images of an archive in memory, those of a folder decoded when asked for."""
-    record = opened(_folder(config, root))
-    table = _read(config, root, record).tables[split]
+    scanned = _scanned(root)
+    record = opened(_folder(config, root, scanned))
+    table = _read(config, root, scanned, record).tables[split]
     known = _known(config, record)
     rows = np.array([known["class_names"].index(name) for name in table.class_names])
     return Images(replace(table, labels=rows[table.labels]), known, config.augment)
@@ -130,11 +133,18 @@ def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
     return padded[down : down + height, right : right + width]
 
 
-def _folder(config: DataConfig, root: Path) -> Path:
+Scanned = tuple[Entry, dict[str, str]] | None  # what `scan` finds in a folder; None = an archive
+
+
+def _scanned(root: Path) -> Scanned:
+    return None if root.is_file() else scan(root)
+
+
+def _folder(config: DataConfig, root: Path, scanned: Scanned) -> Path:
     fingerprints = (
         [Part(root, 0, 0).fingerprint()]
-        if root.is_file()
-        else [file.fingerprint() for file in scan(root)[0].files()]
+        if scanned is None
+        else [file.fingerprint() for file in scanned[0].files()]
     )
     ingredients = [*fingerprints, config.held_out, config.on_bad_file]
     return prepared_folder(config, name_of(config), ingredients)
@@ -149,17 +159,21 @@ class _Found:
 
 
 def _read(
-    config: DataConfig, root: Path, record: Record | None = None, progress: bool = False
+    config: DataConfig,
+    root: Path,
+    scanned: Scanned,
+    record: Record | None = None,
+    progress: bool = False,
 ) -> _Found:
     """Return the tables of all splits; one that is missing is cut from train's.
 
     `record`: what is known of files that have been checked; None = they are checked now.
     """
-    if root.is_file():
+    if scanned is None:
         archive = read_archive(config, root)
         found = _Found(archive.tables, dict(archive.sources), archive.left_out, [])
     else:
-        gallery = list_gallery(config, root)
+        gallery = list_gallery(config, scanned)
         checked = (
             check_gallery(config, gallery, progress)
             if record is None
@@ -196,8 +210,8 @@ def _hold_out(config: DataConfig, found: _Found) -> None:
         found.sources[split] = (f"{share:,} images of train",)
 
 
-def _measure(config: DataConfig, root: Path, progress: bool) -> Record:
-    found = _read(config, root, None, progress)
+def _measure(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -> Record:
+    found = _read(config, root, scanned, None, progress)
     train = found.tables["train"]
     count = len(train.labels)
     rows = np.linspace(0, count - 1, min(count, STATISTICS)).astype(int)

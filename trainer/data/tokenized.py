@@ -57,7 +57,8 @@ def prepare_tokens(
 
     `texts` reads what a tokenizer is trained on, `write` fills the folder of the tokens.
     """
-    listing, parts = read_listing(config, root), split_parts(config, root)
+    listing = read_listing(config, root)
+    parts = split_parts(config, root, listing)
 
     def of_train() -> Iterator[str]:
         size = size_of(parts["train"])
