@@ -199,7 +199,7 @@ def test_what_is_queued_again(end, tmp_path):
 
 
 def write_status(folder: Path, values: dict) -> None:
-    """As trainer/run/status.py writes it: a line for each key."""
+    """Return a status file as trainer/run/status.py writes it: a line for each key."""
     shown = {None: "null"}
     lines = [
         f' "{key}": ' + (f'"{value}"' if isinstance(value, str) else str(shown.get(value, value)))
