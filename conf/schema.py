@@ -58,8 +58,9 @@ def register(started: str, scratch: str = "") -> None:
 
 
 def load(name: str, values: DictConfig) -> Any:
-    """Return the typed configuration of door `name`; raises ConfigError for keys that it does not
-    have.
+    """Return the typed configuration of door `name`.
+
+    Raises ConfigError for keys that it does not have.
     """
     known = known_keys(SCHEMAS[name])
     unknown = sorted(_leaves(OmegaConf.to_container(values)) - set(known))

@@ -33,8 +33,9 @@ def main(arguments: list[str]) -> int:
 
 
 def understood(given: list[str]) -> tuple[list[Path], Path | None]:
-    """Return the runs' folders and the page's file; a folder's name may hold an equals sign
-    itself.
+    """Return the runs' folders and the page's file.
+
+    A folder's name may hold an equals sign itself.
     """
     run_dirs: list[Path] = []
     output: Path | None = None

@@ -21,8 +21,9 @@ def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> T
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the ranks' tensors, all of one shape, behind each other; not to be read before
-    `wait`.
+    """Return the ranks' tensors, all of one shape, behind each other.
+
+    Not to be read before `wait`.
     """
     return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
@@ -53,15 +54,17 @@ def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange parts along dim 0, so that each rank gets those meant for it; the degree divides
-    it.
+    """Exchange parts along dim 0, so that each rank gets those meant for it.
+
+    The degree divides it.
     """
     return wait(start_all_to_all(x, group))
 
 
 def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the previous rank's tensor, not to be read before `wait`; this rank's goes to the
-    next.
+    """Return the previous rank's tensor, not to be read before `wait`.
+
+    This rank's goes to the next.
     """
     rank, parts = group.rank(), group.size()
     # An all-to-all with one part: NCCL sends no empty ones, and unlike pairs of send and receive

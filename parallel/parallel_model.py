@@ -213,8 +213,9 @@ class Worker:
         return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
 
     def kept(self) -> dict[str, Tensor]:
-        """Return what this rank alone keeps of the gradients' sums so far, by name; to be loaded
-        into.
+        """Return what this rank alone keeps of the gradients' sums so far, by name.
+
+        To be loaded into.
         """
         return {} if self._exchange is None else self._exchange.state()
 
@@ -255,8 +256,9 @@ class Worker:
         return tensor
 
     def any_over_data(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank that sees different samples; waits for all of
-        them.
+        """Return whether the flag is up on any rank that sees different samples.
+
+        Waits for all of them.
         """
         if self.data_degree == 1:
             return flag

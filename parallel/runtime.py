@@ -184,8 +184,9 @@ def agreed(value: Any) -> Any:
 
 
 def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list:
-    """Return every rank's (picklable) value, in rank order; `group`: of these ranks (None =
-    all).
+    """Return every rank's (picklable) value, in rank order.
+
+    `group`: of these ranks (None = all).
     """
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)

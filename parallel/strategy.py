@@ -102,8 +102,9 @@ def data_degree(strategy: StrategyConfig) -> int:
 
 
 def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """Return the strategy with -1 filled in for `world_size` ranks; ConfigError if they do not
-    fit.
+    """Return the strategy with -1 filled in for `world_size` ranks.
+
+    ConfigError if they do not fit.
     """
     problems = []
     for axis, degree in degrees(strategy).items():

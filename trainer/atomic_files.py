@@ -32,7 +32,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `to` at the end; ConfigError if it cannot be written.
+    """A folder to fill that gets the name `to` at the end; StorageError if it cannot be written.
 
     Nothing is left where that fails.
     """

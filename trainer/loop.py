@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Train one job on this rank, to its end; returns the last evaluation's values.
 
-    Raises ConfigError where a bad step stops it (guard.py) or a save fails (saver.py), StoppedError
+    Raises UserError where a bad step stops it, or a save that fails (save.py), StoppedError
     when a signal has asked for an end and all is saved, PeerLostError when another rank is gone.
     """
     if config.deterministic:
@@ -87,7 +87,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     """Return the run at its first step, or where its newest good checkpoint left it.
 
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
-    Raises ConfigError where a weight or moment is not finite.
+    Raises NumericalError where a weight or moment is not finite.
     """
     for warning in schedule_warnings(config) if runtime.rank == 0 else ():
         log.warning(warning)
@@ -230,8 +230,9 @@ def take_steps(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> float | None:
-    """Return the loss on the valid split, where it falls due; left to the next start if this run
-    stops.
+    """Return the loss on the valid split, where it falls due.
+
+    Left to the next start if this run stops.
     """
     config, state, supervisor = run.config, run.state, run.supervisor
     if supervisor.stopping or not due(state.step, config.eval.every, config.steps):

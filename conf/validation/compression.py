@@ -274,8 +274,9 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
 
 
 def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
-    """Return why a completed run cannot learn from the answers in compress.teacher; empty = it
-    can.
+    """Return why a completed run cannot learn from the answers in compress.teacher.
+
+    Empty = it can.
     """
     compress, data = config.compress, config.data
     named = f"compress.teacher={compress.teacher}"

@@ -12,8 +12,9 @@ STEP = 16  # of the sizes that float8 kernels take
 def precision_problems(
     precision: str, model: ModelConfig, compress: CompressConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Return why a model cannot compute so under a resolved strategy that fits it; empty = it
-    can.
+    """Return why a model cannot compute so under a resolved strategy that fits it.
+
+    Empty = it can.
     """
     if precision != "fp8":
         return []

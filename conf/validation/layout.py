@@ -254,7 +254,7 @@ def splits(model: ModelConfig, degree: int) -> list[str]:
 
 
 def _splits_heads(model: ModelConfig, degree: int) -> bool:
-    """Return a rank has whole query heads; key/value heads are whole, or equal parts of one."""
+    """Return whether a rank has whole query heads, and whole or equal parts of key/value heads."""
     groups = model.kv_heads or model.heads
     head_width = model.head_width or model.width // model.heads
     shared = degree % groups == 0 and groups * head_width % degree == 0

@@ -94,8 +94,9 @@ def run_command(command: Command) -> None:
 
 
 def _ranks(name: str) -> Any:
-    """Return the ranks that torchrun has started, None without it; exits where nothing can
-    begin.
+    """Return the ranks that torchrun has started, None without it.
+
+    Exits where nothing can begin.
     """
     problem = _unreadable(sys.argv[1:])
     if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
@@ -114,8 +115,9 @@ def _ranks(name: str) -> Any:
 
 
 def names_itself(words: Sequence[str]) -> bool:
-    """Return whether a new folder is named after the time; a restart by torchrun goes on in the
-    old.
+    """Return whether a new folder is named after the time.
+
+    A restart by torchrun goes on in the old.
     """
     given = any(word.lstrip("+").startswith("run_dir=") for word in words)
     return not given and not restarts(os.environ)

@@ -88,8 +88,9 @@ def occupy_standard_streams() -> None:
 
 
 def unprinted(error: BaseException) -> str:
-    """Return what to say where a result found no room, or no reader, on stdout; empty for other
-    errors.
+    """Return what to say where a result found no room, or no reader, on stdout.
+
+    Empty for other errors.
     """
     if not isinstance(error, OSError) or error.filename or error.errno not in NO_ROOM:
         return ""

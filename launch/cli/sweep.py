@@ -267,8 +267,9 @@ def _given() -> list[Override]:
 
 
 def _grid(fixed: set[str]) -> list[dict[str, str]]:
-    """Return what is swept in each point, where Hydra's own sweeper is at work; else nothing is
-    known.
+    """Return what is swept in each point, where Hydra's own sweeper is at work.
+
+    Else nothing is known.
     """
     sweeper = HydraConfig.get().sweeper
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):

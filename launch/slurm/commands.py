@@ -200,8 +200,9 @@ def logs(folder: Path, lines: int, follow: bool) -> int:
 
 
 def _command(*command: str) -> str:
-    """Return what one of Slurm's commands says; ConfigError if there is none here, or it
-    refuses.
+    """Return what one of Slurm's commands says.
+
+    ConfigError if there is none here, or it refuses.
     """
     # What a job around this process has set would change the one that is submitted.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}

@@ -151,8 +151,9 @@ def _gathered(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) ->
 
 
 def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int) -> Tensor:
-    """Return each of the two chunks of queries looks at what is not after it; nothing else is
-    computed.
+    """Return attention of two chunks of queries, each over what is not after it.
+
+    Nothing else is computed.
     """
     chunk, mixed = query_BHSK.shape[SEQUENCE_DIM] // 2, []
     chunks = zip((part, 2 * parts - 1 - part), query_BHSK.chunk(2, SEQUENCE_DIM), strict=True)

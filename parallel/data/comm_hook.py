@@ -31,8 +31,9 @@ class Exchange:
         """All buckets of a step are summed."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return what this rank keeps, by name; the tensors themselves, to be saved and to be
-        loaded.
+        """Return what this rank keeps, by name.
+
+        The tensors themselves, to be saved and to be loaded.
         """
         raise NotImplementedError
 

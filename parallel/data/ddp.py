@@ -15,8 +15,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def reduce_dtype(reduce: str, weights: torch.dtype) -> torch.dtype:
-    """Return what gradients are rounded to before they are summed; `weights` is the dtype of
-    these.
+    """Return what gradients are rounded to before they are summed.
+
+    `weights` is the dtype of these.
     """
     return DTYPES.get(reduce, weights)
 

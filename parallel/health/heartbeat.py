@@ -49,8 +49,9 @@ class Verdict:
 
 
 def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float) -> Verdict | None:
-    """Return the verdict on ranks that have been silent, or without progress, for too long; None =
-    fine.
+    """Return the verdict on ranks that have been silent, or without progress, for too long.
+
+    None = fine.
 
     `timeout`: seconds of silence allowed; of progress each beat says so itself. `interval`: between
     two beats.

@@ -40,8 +40,9 @@ def stack(frame: FrameType | None) -> str:
 
 
 def last_collective(cuda: bool) -> tuple[str, bool]:
-    """Return the collective that goes on, or the last one: name, number, group and size; and
-    which.
+    """Return the collective that goes on, or the last one: name, number, group and size.
+
+    And which.
     """
     name = "_dump_nccl_trace_json" if cuda else "_dump_fr_trace_json"
     dump = getattr(_distributed_c10d, name, None)
@@ -63,8 +64,9 @@ def waits(frame: FrameType | None) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this host still runs; a dead one that nobody has asked for does
-    not.
+    """Return whether a process of this host still runs.
+
+    A dead one that nobody has asked for does not.
     """
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"

@@ -149,8 +149,9 @@ class Watch:
             self._long = before
 
     def stop_asked(self) -> bool:
-        """Return whether any rank was asked to stop; every rank calls it, and gets the same
-        answer.
+        """Return whether any rank was asked to stop.
+
+        Every rank calls it, and gets the same answer.
         """
         (found,) = largest(self.runtime, [self.signal])
         self.signal = self.signal or found

@@ -97,8 +97,9 @@ def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
 
 
 def splits_backward(strategy: StrategyConfig) -> bool:
-    """Return whether gradients of inputs and of weights are computed apart; ConfigError as
-    `read_csv`.
+    """Return whether gradients of inputs and of weights are computed apart.
+
+    ConfigError as `read_csv`.
     """
     if not strategy.schedule_csv:
         return SCHEDULES[strategy.schedule].splits_backward
@@ -183,8 +184,9 @@ def warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
 def read_csv(
     path: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
-    """Return an own schedule from a file in torch's compute-only format; ConfigError if it is not
-    whole.
+    """Return an own schedule from a file in torch's compute-only format.
+
+    ConfigError if it is not whole.
 
     A row per rank of the pipeline, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch),
     empty ones idle. Which rank has which stages is the file's choice.

@@ -50,8 +50,9 @@ class _Stage:
 def actions(
     schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
-    """Return the compute actions of each rank of the pipeline in order; torch's ValueError if it
-    refuses.
+    """Return the compute actions of each rank of the pipeline in order.
+
+    Torch's ValueError if it refuses.
 
     An overlapped forward and backward of DualPipeV are two actions, of which the first is joined.
     """

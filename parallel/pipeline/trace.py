@@ -43,8 +43,9 @@ class Recording:
         self._marks[action] = start, self._mark()
 
     def gather(self) -> list[Span]:
-        """Return the spans of all ranks, from the first start on, in seconds; empty but on the
-        first rank.
+        """Return the spans of all ranks, from the first start on, in seconds.
+
+        Empty but on the first rank.
 
         All ranks of the pipeline must call it.
         """
@@ -82,8 +83,9 @@ class Recording:
 
 
 def merged(ranks: list[tuple[str, float, list[Span]]]) -> list[Span]:
-    """Return all ranks' spans on one clock; of each rank its host, its zero there, and spans from
-    it.
+    """Return all ranks' spans on one clock.
+
+    Of each rank its host, its zero there, and spans from it.
 
     Processes of one host share its clock, which is better than a zero: they leave the meeting that
     makes it one after the other, where cores are few by milliseconds.

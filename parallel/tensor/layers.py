@@ -50,8 +50,9 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def style_of(name: str, table: Mapping[str, str]) -> str:
-    """Return what the table says of a parameter by its canonical name; exactly one pattern must
-    match.
+    """Return what the table says of a parameter by its canonical name.
+
+    Exactly one pattern must match.
     """
     found = [style for pattern, style in table.items() if fits(name, pattern)]
     assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"

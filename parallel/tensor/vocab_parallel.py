@@ -43,8 +43,9 @@ class Vocabulary:
         return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
 
     def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each entry's local row, and whether it is local at all; row 0 for those that are
-        not.
+        """Return each entry's local row, and whether it is local at all.
+
+        Row 0 for those that are not.
         """
         row = tokens - self.first
         mine = (row >= 0) & (row < self.own)

@@ -13,8 +13,9 @@ from trainer.metrics.console import print_whole
 
 
 def show_difference(first: Path, second: Path) -> bool:
-    """Return a table of the tensors that differ, with the largest difference of each; True if none
-    does.
+    """Show a table of the tensors that differ, with the largest difference of each.
+
+    True if none does.
 
     Either may be a checkpoint or a run (its newest one), of any layout. Raises ConfigError if one
     is damaged.

@@ -19,8 +19,9 @@ from trainer.metrics.console import print_whole
 
 
 def show(run_dir: Path) -> bool:
-    """Return a table of all checkpoints of a run, by name and size of their files; True if all are
-    whole.
+    """Show a table of all checkpoints of a run, by name and size of their files.
+
+    True if all are whole.
 
     Raises ConfigError if the folder holds none.
     """
@@ -46,8 +47,9 @@ def show(run_dir: Path) -> bool:
 
 
 def verify(path: Path) -> bool:
-    """Return every byte of a checkpoint, or of all of a run, against its manifest; True if all are
-    good.
+    """Compare every byte of a checkpoint, or of all of a run, with its manifest.
+
+    True if all are good.
 
     A line for each, with all that is damaged. Raises ConfigError if there is none.
     """
@@ -66,8 +68,9 @@ def verify(path: Path) -> bool:
 
 
 def good_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint's folder, or a run's newest one, with its manifest; ConfigError if not
-    good.
+    """Return a checkpoint's folder, or a run's newest one, with its manifest.
+
+    ConfigError if not good.
     """
     folder = path
     if not _is_checkpoint(path):

@@ -203,8 +203,9 @@ def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
 
 
 def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> list[str]:
-    """Return all that differs between a folder and its manifest; hashes the files in `hashed`
-    only.
+    """Return all that differs between a folder and its manifest.
+
+    Hashes the files in `hashed` only.
     """
     named = re.fullmatch(r"step-(\d+)", folder.name)
     problems = []

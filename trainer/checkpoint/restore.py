@@ -51,8 +51,9 @@ class Choice:
 
 
 def choose(run_dir: Path, step: int = 0) -> Choice:
-    """Return the newest checkpoint that is what was saved (or that of `step`); the same on every
-    rank.
+    """Return the newest checkpoint that is what was saved (or that of `step`).
+
+    The same on every rank.
 
     Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
     version: older ones are no replacement for it.

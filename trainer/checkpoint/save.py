@@ -62,7 +62,7 @@ class Saver:
     def __init__(self, config: TrainConfig, state: Checkpointed, data: str = ""):
         """Plan the saves of this state, whose `data` (trainer.data.fingerprint) go on record.
 
-        Raises ConfigError, on all ranks, if the disk cannot hold one checkpoint more.
+        Raises StorageError, on all ranks, if the disk cannot hold one checkpoint more.
         """
         self._config, self._folder = config, checkpoint_path(config.run_dir, 0).parent
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
@@ -97,7 +97,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """End the save in flight, and raise ConfigError if it failed."""
+        """End the save in flight, and raise StorageError if it failed."""
         if kind is None:
             self.wait(last=True)
         elif self._thread is not None:
@@ -110,7 +110,7 @@ class Saver:
         """Save the run as it is now, with its loss on the valid split where that was measured.
 
         Returns when the copy is taken, or, with checkpoint.async_save=false, when the checkpoint is
-        there. Raises ConfigError, on all ranks, if a save has failed and checkpoint.on_error=stop.
+        there. Raises StorageError, on all ranks, if a save has failed and checkpoint.on_error=stop.
         """
         self.wait()
         if state.step == self._saved_step:

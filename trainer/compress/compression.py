@@ -90,8 +90,9 @@ class Compression:
         return {ours: theirs for ours, theirs in self._matched.items() if str(ours) in model.blocks}
 
     def _hear(self, model: Transformer, inputs: Inputs) -> Said:
-        """Return what the teacher says of a micro-batch; it is asked once, whoever wants to know
-        first.
+        """Return what the teacher says of a micro-batch.
+
+        It is asked once, whoever wants to know first.
         """
         if self._said is None or self._said.targets is not inputs["targets"]:
             assert self.teacher is not None
@@ -100,8 +101,9 @@ class Compression:
         return self._said
 
     def _answer(self, model: Transformer, inputs: Inputs) -> Tensor | None:
-        """Return the teacher's logits at the positions that are here; None where there is no
-        teacher.
+        """Return the teacher's logits at the positions that are here.
+
+        None where there is no teacher.
         """
         if "answer_classes" in inputs:
             return kept_answer(inputs, classes_of(model.config), model.context)

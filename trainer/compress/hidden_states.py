@@ -13,8 +13,9 @@ from trainer.nn.sequence import Flow, Inputs, Stream
 
 
 def states(block: nn.Module, flow: Flow) -> Tensor:
-    """Return what a block has made, of what flows behind it; of the encoder's last one the
-    memory.
+    """Return what a block has made, of what flows behind it.
+
+    Of the encoder's last one the memory.
     """
     assert isinstance(block, Block)
     made = flow[0] if block.turn_norm is None else flow[1]

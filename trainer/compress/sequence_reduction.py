@@ -130,7 +130,7 @@ class Shorten(Resize):
         return -(-length // self.stride)
 
     def stream_behind(self, stream: Stream, training: bool) -> Stream:
-        """Return each group stands at its last position, in that one's document."""
+        """Return the stream with each group at its last position, in that one's document."""
         last = slice(-stream.start % self.stride, None, self.stride)
         documents_BS, rope = stream.documents_BS, stream.rope
         total = len(range(stream.total)[last])

@@ -34,8 +34,9 @@ class Units:
     writers: list[Linear]  # and some of these ones' outputs, without which it is nothing
 
     def pruned(self, ramp: float) -> int:
-        """Return how many are pruned when a share `ramp` of all that is to be pruned is; one
-        stays.
+        """Return how many are pruned when a share `ramp` of all that is to be pruned is.
+
+        One stays.
         """
         return min(self.count - 1, round(self.share * ramp * self.count))
 

@@ -51,8 +51,9 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
-    """Return the train, valid or test split, after `prepare`; cheap: tokens are read when asked
-    for.
+    """Return the train, valid or test split, after `prepare`.
+
+    Cheap: tokens are read when asked for.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")

@@ -32,7 +32,7 @@ class Archive:
 
 
 def read_archive(config: DataConfig, path: Path) -> Archive:
-    """Read an .npz with x_train, y_train, ... and perhaps `classes`; raises ConfigError.
+    """Read an .npz with x_train, y_train, ... and perhaps `classes`; raises DataError.
 
     Pixels are uint8, or become it: bool and other zeros and ones, uint16 by its range, floats from
     0 to 1, and other whole numbers from 0 to 255.
@@ -95,8 +95,9 @@ def _tables(
 def _roles(
     where: str, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Return which array is the images, and which the labels, of which split; and those of
-    neither.
+    """Return which array is the images, and which the labels, of which split.
+
+    And those of neither.
     """
     keys: dict[tuple[str, str], str] = {}
     left_out = {}

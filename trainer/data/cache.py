@@ -33,8 +33,9 @@ def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Pa
 
 
 def build(folder: Path, write: Callable[[Path], Record]) -> Record:
-    """Return the record that `write` returned when it filled the folder; it is called only if need
-    be.
+    """Return the record that `write` returned when it filled the folder.
+
+    It is called only if need be.
 
     Several processes may build at once: each fills a folder of its own, and the first to finish
     gives it its name.
@@ -83,8 +84,9 @@ def read(folder: Path) -> Record | None:
 
 
 def damage(folder: Path) -> str:
-    """Return what is wrong with a prepared folder, with the bytes found and expected; empty =
-    nothing.
+    """Return what is wrong with a prepared folder, with the bytes found and expected.
+
+    Empty = nothing.
     """
     try:
         sizes = dict(_record(folder)["files"])
@@ -102,8 +104,9 @@ def damage(folder: Path) -> str:
 
 
 def opened(folder: Path) -> Record:
-    """Return the record of a folder that `prepare` has made; ConfigError if it is no longer
-    whole.
+    """Return the record of a folder that `prepare` has made.
+
+    ConfigError if it is no longer whole.
     """
     if found := damage(folder):
         raise ConfigError(

@@ -207,7 +207,7 @@ def unwrapped(
 
 
 def refuse_inner_splits(where: str, files: Collection[Entry], above: Entry) -> None:
-    """Raise ConfigError if what is about to be read as one has splits further down."""
+    """Raise DataError if what is about to be read as one has splits further down."""
     for file in files:
         parts = Path(file.location).relative_to(above.location).parts
         if len(parts) > 1 and any(split_of(part) in ("valid", "test") for part in parts):
@@ -223,7 +223,7 @@ def splits_of(
 ) -> tuple[dict[str, list[Entry]], list[Entry]]:
     """Return the entries of each split, and those that are of none.
 
-    `holds_splits` says of an entry whether it can be a split. Raises ConfigError, which begins with
+    `holds_splits` says of an entry whether it can be a split. Raises DataError, which begins with
     `where`, where entries could be read in two ways.
     """
     named: dict[str, list[Entry]] = {}
@@ -251,7 +251,7 @@ def splits_of(
 
 
 def _refuse_twins(where: str, names: Sequence[str]) -> None:
-    """Raise ConfigError if names that are no splits differ in a split's spelling alone.
+    """Raise DataError if names that are no splits differ in a split's spelling alone.
 
     mytrain.txt and mytest.txt; books_train_en.txt and books_dev_en.txt.
     """
@@ -280,7 +280,7 @@ def once(
     """Return which of the files, by `relative`, are to be read, those that links repeat once.
 
     `files`: each with what it is read as, its split or class. A file that is reached under two of
-    these raises ConfigError, which begins with `where`; with `skip` the first counts.
+    these raises DataError, which begins with `where`; with `skip` the first counts.
     """
     first: dict[str, tuple[Entry, str]] = {}
     for entry, role in sorted(files, key=lambda found: found[0].linked):

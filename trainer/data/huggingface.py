@@ -107,8 +107,9 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
-    """Return the columns to read; of `translation`, a dict of languages, `translation.LANGUAGE`
-    each.
+    """Return the columns to read.
+
+    Of `translation`, a dict of languages, `translation.LANGUAGE` each.
     """
     names = _flat_names(rows)
     usual = [columns for columns in USUAL[config.kind] if set(columns) <= set(names)]

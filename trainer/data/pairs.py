@@ -258,8 +258,9 @@ def _write_split(
 
 
 def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
-    """Yield the (source, target) of each line; ConfigError names the line that is not such a
-    pair.
+    """Yield the (source, target) of each line.
+
+    DataError names the line that is not such a pair.
     """
     for number, line in enumerate(_lines(part)):
         sides = [side.strip() for side in line.split("\t")]

@@ -26,7 +26,7 @@ BACKGROUND = (255, 255, 255)  # behind what is transparent
 def opened(
     path: str | Path, key: str = "data.path", content: IO[bytes] | None = None
 ) -> Iterator[Image.Image]:
-    """A picture, whose pixels are not read yet; ConfigError names it where that fails.
+    """A picture, whose pixels are not read yet; DataError names it where that fails.
 
     `content`: its bytes, where it is no file; `path` is then the name in the message.
     """

@@ -147,8 +147,9 @@ def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
 
 
 def _cut(text: str, margin: int) -> list[str]:
-    """Return the text in pieces of at most PIECE characters; the last one is at least `margin`
-    long.
+    """Return the text in pieces of at most PIECE characters.
+
+    The last one is at least `margin` long.
 
     Cut between a word and white space, where no pre-tokenizer joins: the tokens are those of the
     whole.

@@ -18,7 +18,7 @@ class TokenFile:
     """
 
     def __init__(self, path: Path, dtype: str, tokens: int, vocab_size: int):
-        """Open a file of so many tokens; raises ConfigError if it is another."""
+        """Open a file of so many tokens; raises DataError if it is another."""
         if dtype not in DTYPES:
             raise DataError(f"{path} holds {dtype}, but token ids are {' or '.join(DTYPES)}")
         self._path, self._dtype = path, np.dtype(dtype)
@@ -38,8 +38,9 @@ class TokenFile:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the ids [start, stop) as int64, cut at the end; raises ConfigError if one is
-        damaged.
+        """Return the ids [start, stop) as int64, cut at the end.
+
+        Raises DataError if one is damaged.
         """
         size = self._dtype.itemsize
         stop = min(stop, self._tokens)

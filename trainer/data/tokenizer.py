@@ -43,8 +43,9 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Return a byte-level BPE of exactly `vocab_size` entries; ConfigError where that cannot
-        be.
+        """Return a byte-level BPE of exactly `vocab_size` entries.
+
+        ConfigError where that cannot be.
         """
         if vocab_size < SMALLEST:
             raise ConfigError(too_small(vocab_size))
@@ -195,8 +196,9 @@ def too_small(vocab_size: int) -> str:
 
 
 def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
-    """Return the id of the first of these names in the vocabulary; the first is added if there is
-    none.
+    """Return the id of the first of these names in the vocabulary.
+
+    The first is added if there is none.
     """
     name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
     backend.add_special_tokens([name])  # a known one is only marked as special

@@ -24,7 +24,7 @@ class MetricsFile:
     def __init__(self, path: Path, start_step: int, say: Callable[[str], None]):
         """Open to append; lines that a resumed run would write a second time are dropped.
 
-        Raises ConfigError if the file cannot be written.
+        Raises StorageError if the file cannot be written.
         """
         self._path, self._say = path, say
         self._waiting = b""  # lines that found no room yet

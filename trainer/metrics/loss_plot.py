@@ -43,8 +43,9 @@ def _style(number: int) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, Path], path: Path) -> bool:
-    """Return a picture of the losses over steps, of training and on the valid split; False if none
-    is.
+    """Draw a picture of the losses over steps, of training and on the valid split.
+
+    False if none is.
 
     `runs` are folders by the name shown. Raises OSError where the picture cannot be written.
     """

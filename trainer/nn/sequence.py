@@ -151,8 +151,9 @@ class Stream:
 
 
 class Resize:
-    """A module that shortens a sequence (or restores it) between two blocks; the same on every
-    rank.
+    """A module that shortens a sequence (or restores it) between two blocks.
+
+    The same on every rank.
     """
 
     stream = "source"

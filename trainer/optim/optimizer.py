@@ -34,8 +34,9 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def lr_leap(step: int, before: float | None, config: TrainConfig) -> str:
-    """Return a warning, if the learning rate of `step` (from 0) is not what it was `before`; else
-    empty.
+    """Return a warning, if the learning rate of `step` (from 0) is not what it was `before`.
+
+    Else empty.
 
     A run that goes on with other steps or another schedule leaps there. None = not known.
     """

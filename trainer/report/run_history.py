@@ -58,8 +58,9 @@ class History:
 
 
 def read_history(run_dir: Path) -> History:
-    """Return what a run's folder tells; raises ConfigError, with the nearest run, if it holds
-    none.
+    """Return what a run's folder tells.
+
+    Raises ConfigError, with the nearest run, if it holds none.
     """
     history = History(run_dir, status=read_status(run_dir), goodput=read_goodput(run_dir))
     try:

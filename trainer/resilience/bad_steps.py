@@ -165,7 +165,7 @@ class Guard:
 
         All ranks call it. `settle` waits for a save in flight; `not_finite` names a weight or
         moment that is not, and is asked where steps are bad, and before a save. Raises
-        RolledBackError where the run must go back, ConfigError where it ends.
+        RolledBackError where the run must go back, NumericalError where it ends.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
@@ -217,8 +217,9 @@ class Guard:
         return [*before, update]
 
     def _why_stop(self, good: int | None, last: BadStep) -> str:
-        """Return what ends the run, the last good checkpoint, and what to try; empty = it goes
-        on.
+        """Return what ends the run, the last good checkpoint, and what to try.
+
+        Empty = it goes on.
         """
         policy, most = self._config.on_bad_step, f"max_bad_steps={self._config.max_bad_steps}"
         tries = 1  # to go on from this checkpoint, the one that has just failed included
@@ -311,7 +312,7 @@ def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) 
 def check_replicas(
     step: int, worker: Worker, optimizer: Optimizer, recorder: Recorder, run_dir: str
 ) -> None:
-    """Raise ConfigError, on every rank, if copies of weights or moments are not the same bits."""
+    """Raise NumericalError, on every rank, if copies of weights or moments differ in a bit."""
     tensors: dict[str, Tensor] = dict(worker.parameters())
     for name, moments in optimizer.state().items():
         tensors |= {f"{name} ({moment})": tensor for moment, tensor in moments.items()}
@@ -335,8 +336,9 @@ def check_replicas(
 
 
 def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
-    """Return what rank 0 reads, on every rank; older versions named steps, of `batch_size`
-    samples.
+    """Return what rank 0 reads, on every rank.
+
+    Older versions named steps, of `batch_size` samples.
     """
     path = _rollbacks_path(run_dir)
     reads = dist.get_rank() == 0 and path.exists()

@@ -77,8 +77,9 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
-    """Return the configuration a run was trained with; raises ConfigError if the folder holds no
-    run.
+    """Return the configuration a run was trained with.
+
+    Raises ConfigError if the folder holds no run.
 
     `key` is the one that names the folder.
     """

@@ -54,8 +54,9 @@ class StatusFile:
         self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
 
     def begin(self, from_step: int, restarted: bool, first: bool) -> Status | None:
-        """Return the run starts at this step; the status that it finds. Only the first rank
-        writes.
+        """Note that the run starts at this step.
+
+        Returns the status that was there before. Only the first rank writes.
         """
         before = read_status(self._run_dir)
         if first:

@@ -40,8 +40,9 @@ def sample(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """Return the tokens that a decoder writes after the prompt, up to `eot_id`; the same on every
-    rank.
+    """Return the tokens that a decoder writes after the prompt, up to `eot_id`.
+
+    The same on every rank.
 
     An empty prompt is the start of a document. Of a text longer than the model's positions the end
     is seen. temperature 0.0 takes the likeliest token; top_k 0 and top_p 1.0 are off.
@@ -80,7 +81,7 @@ def draw(
 ) -> int:
     """One token at random, on the CPU: a generator there gives the same numbers everywhere.
 
-    Raises ConfigError where the model has no opinion that is a number.
+    Raises NumericalError where the model has no opinion that is a number.
     """
     check_finite(logits_V)
     if temperature == 0.0:
@@ -181,8 +182,9 @@ class Beams:
         self._finished_B += total_BK.isfinite().sum(dim=1)
 
     def sentences(self) -> list[list[int]]:
-        """Return the best translation of each sentence, without its end; unfinished where none
-        ends.
+        """Return the best translation of each sentence, without its end.
+
+        Unfinished where none ends.
         """
         ended = self._best_score_B.isfinite().tolist()
         pairs = zip(self._best_BL.tolist(), self._tokens_BKL[:, 0].tolist(), strict=True)

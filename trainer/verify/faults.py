@@ -52,7 +52,7 @@ def _one_left_out(
 
 
 def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """Return a parameter is left out of the all-reduce (DDP), or a block of the reduce-scatter
+    """Leave a parameter out of the all-reduce (DDP), or a block of the reduce-scatter
     (FSDP).
     """
     with mock.patch.object(ddp, "sum_gradients", _one_left_out):
@@ -64,7 +64,7 @@ def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
 
 
 def local_target_count(*args: Any, **kwargs: Any) -> Worker:
-    """Return each rank divides by its own number of targets: a mean of means."""
+    """Divide on each rank by its own number of targets: a mean of means."""
     worker = parallelize(*args, **kwargs)
     sum_over_data = worker.sum_over_data
 
@@ -79,7 +79,7 @@ def local_target_count(*args: Any, **kwargs: Any) -> Worker:
 
 
 def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
-    """Return each rank clips by the norm of what it holds."""
+    """Clip on each rank by the norm of what it holds."""
     worker = parallelize(*args, **kwargs)
 
     def clip_by_own_part(max_norm: float, scale: Tensor | None = None) -> Tensor:
@@ -108,7 +108,7 @@ class _OwnGradient(Gather):
 
 
 def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """Return a split layer's input gets this rank's gradient: f, or the all-gather's backward."""
+    """Give a split layer's input this rank's gradient alone: f, or the all-gather's backward."""
     worker = parallelize(*args, **kwargs)
     split = _split_of(worker)
 
@@ -122,7 +122,7 @@ def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
 
 
 def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
-    """Return a rank takes its own positions for everybody's where the sequence should be
+    """Let a rank take its own positions for everybody's where the sequence should be
     gathered.
     """
     worker = parallelize(*args, **kwargs)
@@ -136,7 +136,7 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
 
 
 def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
-    """Return a rank goes on with its own part of a split layer's output: g, or the reduce-
+    """Let a rank go on with its own part of a split layer's output: g, or the reduce-
     scatter.
     """
     worker = parallelize(*args, **kwargs)
@@ -146,7 +146,7 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
 
 
 def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
-    """Return a rank adds a row of its own for the tokens that other ranks have."""
+    """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
     vocabulary = _split_of(worker).vocabulary
     find = vocabulary.find
@@ -176,7 +176,7 @@ def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
 
 
 def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
-    """Return a stage works on what it had received before: the first micro-batch's, for all of
+    """Let a stage work on what it had received before: the first micro-batch's, for all of
     them.
     """
     worker = parallelize(*args, **kwargs)
@@ -201,14 +201,14 @@ def _stale(stage: Stage) -> None:
 
 
 def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
-    """Return the first and the last stage's copies of a tied weight keep their own gradients."""
+    """Let the first and the last stage's copies of a tied weight keep their own gradients."""
     worker = parallelize(*args, **kwargs)
     _pipeline_of(worker).tied = None
     return worker
 
 
 def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
-    """Return each micro-batch's loss is divided by its own number of targets, and by their
+    """Divide each micro-batch's loss by its own number of targets, and by their
     number.
     """
     worker = parallelize(*args, **kwargs)
