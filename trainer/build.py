@@ -17,9 +17,9 @@ from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer
-from trainer.nn.embeddings import Head
 from trainer.nn.float8 import multiply_in_float8
 from trainer.nn.flops import flops_per_block
+from trainer.nn.heads import Head
 from trainer.nn.init import draw_rows
 from trainer.precision import Precision, resolve_precision
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig
-from trainer.loss import IGNORED
-from trainer.nn.embeddings import Head, PatchEmbedding, TokenEmbedding, image_length
+from trainer.config.train import ModelConfig, outputs_of
+from trainer.nn.embeddings import TokenEmbedding, embedding_type
+from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import (
     AttentionCache,
@@ -90,8 +90,8 @@ class Transformer(nn.Module):
         self.dtype = dtype
         self.layout = SequenceLayout()
         self.context = Context()
-        embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
-        self.embed: nn.Module | None = embed(config)
+        self.embedding_type, self.head_type = embedding_type(config), head_type(config)
+        self.embed: nn.Module | None = self.embedding_type(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
         # What makes a sequence shorter, by the block that it comes behind (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
@@ -101,9 +101,13 @@ class Transformer(nn.Module):
         self.share_of_mean: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the whole model, also where blocks are taken out
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
-        head = Head(config)
+        head = self.head_type(config)
         self.head: nn.Module | None = head
-        if config.tied and isinstance(self.embed, TokenEmbedding):
+        if (
+            config.tied
+            and isinstance(self.embed, TokenEmbedding)
+            and outputs_of(config) == "tokens"
+        ):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
@@ -116,7 +120,7 @@ class Transformer(nn.Module):
         flow: Flow | None = None,
         blocks: Sequence[str] | None = None,
     ) -> Tensor | Flow:
-        """Logits of one micro-batch: (B,S,V), or (B,classes) of an encoder.
+        """Logits of one micro-batch: (B,S,V), or (B,classes) of a classifier.
 
         `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
         (B,C,height,width); optionally `documents` and `positions` (B,S) of packed samples,
@@ -177,8 +181,8 @@ class Transformer(nn.Module):
         Behind the last block: the logits. With a cache, the memory flows once.
         """
         config, context = self.config, self.context if cache is None else Context()
-        first = inputs["images" if config.family == "encoder" else "tokens"]
-        B, D = len(first), config.width
+        B, D = len(inputs["tokens" if self.decodes else self.embedding_type.source]), config.width
+        lengths = self.sequence_lengths(inputs)
 
         def like(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(B, *sizes, dtype=dtype, device="meta")
@@ -186,37 +190,52 @@ class Transformer(nn.Module):
         def flows(length: int) -> Tensor:
             return like(self.layout.part_length(context.share(length)), D)
 
-        if config.family == "encoder":
-            if block == self.depth:
-                return (like(config.classes),)
-            length, marked = self._length_before(block, "source", image_length(config))
-            return flows(length), None, like(length, 2, dtype=torch.int32) if marked else None
-        S = first.shape[1]
         if block == self.depth:
-            return (like(context.share(S), config.vocab_size),)
+            last = context.share(lengths["target" if self.decodes else "source"])
+            return (like(*self.head_type.logits_shape(config, last)),)
         start = 0 if cache is None else cache.length
-        if config.family == "decoder":
+        if not self.encoder_depth:
+            S = lengths["target"]
             ends, _ = self._length_before(block, "target", start + S)
             length = ends - self._length_before(block, "target", start)[0]
             return flows(length), flows(S) if self._keeps_before(block) else None, None
-        if start > 0:
-            return flows(S), None, None
-        T, marked = self._length_before(block, "source", inputs["source"].shape[1])
+        if self.decodes and start > 0:
+            return flows(lengths["target"]), None, None
+        T, marked = self._length_before(block, "source", lengths["source"])
         marks = like(T, 2, dtype=torch.int32) if marked else None
+        waits = flows(lengths["target"]) if self.decodes else None
         if block < self.encoder_depth:
-            return flows(T), flows(S), marks
-        return flows(S), like(context.share(T), D), marks
+            return flows(T), waits, marks
+        return waits, like(context.share(T), D), marks
+
+    @property
+    def decodes(self) -> bool:
+        """Return whether the model has blocks of a decoder."""
+        return self.depth > self.encoder_depth
+
+    def sequence_lengths(self, inputs: Inputs) -> dict[str, int]:
+        """Return the positions of each sequence of a micro-batch, in the order of the blocks."""
+        lengths = {}
+        if self.encoder_depth:
+            length = self._source(inputs).shape[1]
+            lengths["source"] = self.embedding_type.sequence_length(self.config, length)
+        if self.decodes:
+            lengths["target"] = inputs["tokens"].shape[1]
+        return lengths
+
+    def _source(self, inputs: Inputs) -> Tensor:
+        """Return what the encoder reads."""
+        return inputs["source" if self.decodes else self.embedding_type.source]
 
     def lengths(self, length: int) -> list[int]:
         """Vectors in front of each block of the encoder, or of a decoder alone.
 
         Of an image, or of so many tokens.
         """
-        stream, depth = "source", self.encoder_depth
-        if self.config.family == "decoder":
-            stream, depth = "target", self.depth
-        total = image_length(self.config) if self.config.family == "encoder" else length
-        return [self._length_before(block, stream, total)[0] for block in range(depth)]
+        if not self.encoder_depth:
+            return [self._length_before(i, "target", length)[0] for i in range(self.depth)]
+        total = self.embedding_type.sequence_length(self.config, length)
+        return [self._length_before(i, "source", total)[0] for i in range(self.encoder_depth)]
 
     def _resizes_before(self, block: int, stream: str) -> list[Resize]:
         found = [self.resizes[place] for place in sorted(self.resizes) if place < block]
@@ -269,44 +288,41 @@ class Transformer(nn.Module):
     ) -> Flow:
         """Return what flows first: of an encoder-decoder the source, and the target that waits."""
         assert self.embed is not None
-        if self.config.family == "encoder":
-            return self.embed(inputs["images"], streams["source"], self.dtype), None, None
-        positions_BS = _positions(inputs, cache)
-        target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
-        if self.config.family == "decoder":
-            return target, None, None
-        if cache is not None and cache.length > 0:
-            return target, cache.memory, cache.marks
-        positions_BT = torch.arange(inputs["source"].shape[1], device=target.device)[None]
-        source = self.embed(inputs["source"], positions_BT, streams["source"], self.dtype)
-        return source, target, None
+        target = source = None
+        if self.decodes:
+            positions_BS = _positions(inputs, cache)
+            target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
+            if cache is not None and cache.length > 0:
+                return target, cache.memory, cache.marks
+        if self.encoder_depth:
+            read = self._source(inputs)
+            positions_BT = self.embedding_type.source_positions(read)
+            source = self.embed(read, positions_BT, streams["source"], self.dtype)
+        return (target, None, None) if source is None else (source, target, None)
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
         # A token that is written has no sequence to share.
         context = self.context if cache is None else Context()
-        if self.config.family == "encoder":
-            device = inputs["images"].device
-            length = image_length(self.config)
-            return {"source": self._stream(length, context, device, seeds_B)}
-        streams = {}
-        if self.config.family == "encoder_decoder":
-            T, device = inputs["source"].shape[1], inputs["source"].device
+        lengths, streams = self.sequence_lengths(inputs), {}
+        if self.encoder_depth:
+            read = self._source(inputs)
             streams["source"] = self._stream(
-                T,
+                lengths["source"],
                 context,
-                device,
+                read.device,
                 seeds_B,
-                torch.arange(T, device=device)[None],
+                self.embedding_type.source_positions(read),
                 valid_BS=inputs.get("source_valid"),
             )
+        if not self.decodes:
+            return streams
         # The target's dropout must not repeat the source's, which shares the embedding.
         seeds_B = None if seeds_B is None else ~seeds_B
-        S, device = inputs["tokens"].shape[1], inputs["tokens"].device
         streams["target"] = self._stream(
-            S,
+            lengths["target"],
             context,
-            device,
+            inputs["tokens"].device,
             seeds_B,
             _positions(inputs, cache),
             causal=True,
@@ -349,13 +365,7 @@ class Transformer(nn.Module):
 
     def own_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
-        context = self.context
-        if not context.shares or (targets.dim() == 1 and context.first):
-            return targets
-        if targets.dim() == 1:  # every rank classifies the whole sequence: one counts
-            return torch.full_like(targets, IGNORED)
-        real_S = context.positions(targets.shape[1], targets.device) < targets.shape[1]
-        return torch.where(real_S, context.take(targets), IGNORED)
+        return self.head_type.local_targets(targets, self.context)
 
     def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rope":

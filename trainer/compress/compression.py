@@ -14,6 +14,7 @@ from trainer.compress.sequence_reduction import Drop, Lengthen, Merge, PoolImage
 from trainer.compress.structured_pruning import Pruning
 from trainer.config.train import CompressConfig, classes_of
 from trainer.model import Transformer
+from trainer.nn.embeddings import PatchEmbedding
 from trainer.nn.layers import Linear
 from trainer.nn.sequence import Flow, Inputs, Resize, Stream
 
@@ -36,9 +37,9 @@ class Compression:
 
     def reshape(self, model: Transformer) -> None:
         """Change a model that is built and not yet spread over ranks."""
-        if model.config.family == "encoder":
+        if isinstance(model.embed, PatchEmbedding):
             model.resizes |= _of_images(self.config, model)
-        elif model.config.family == "encoder_decoder":
+        elif model.encoder_depth:
             model.resizes |= _of_sources(self.config, model)
         else:
             model.resizes |= _of_texts(self.config, model)

@@ -17,6 +17,11 @@ class ModelConfig:
     """One Transformer in three shapes; read by trainer/model.py and trainer/nn/layers.py."""
 
     family: str = "decoder"  # decoder | encoder | encoder_decoder
+    # tokens | patches: what the first layer embeds; auto = patches for family=encoder, else tokens
+    inputs: str = "auto"
+    # tokens | classes: what the logits are of, at each position or of the whole sequence; auto =
+    # classes for family=encoder, else tokens
+    outputs: str = "auto"
     layers: int = 4  # blocks of the decoder (of the encoder for family=encoder)
     encoder_layers: int = 0  # blocks of the encoder for family=encoder_decoder; 0 = as layers
     width: int = 128  # residual stream
@@ -44,9 +49,23 @@ class ModelConfig:
     pool: str = "mean"  # class_token | mean: what the classifier reads
 
 
+def inputs_of(model: ModelConfig) -> str:
+    """Return what the first layer embeds: tokens or patches."""
+    if model.inputs != "auto":
+        return model.inputs
+    return "patches" if model.family == "encoder" else "tokens"
+
+
+def outputs_of(model: ModelConfig) -> str:
+    """Return what the logits are of: tokens, at each position, or classes of the sequence."""
+    if model.outputs != "auto":
+        return model.outputs
+    return "classes" if model.family == "encoder" else "tokens"
+
+
 def classes_of(model: ModelConfig) -> int:
     """Return how many classes the logits of a completed model are of."""
-    return model.classes if model.family == "encoder" else model.vocab_size
+    return model.classes if outputs_of(model) == "classes" else model.vocab_size
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Embeddings and heads: tokens or patches become vectors, and vectors logits."""
+"""Embeddings: tokens or patches become vectors; a class for each value of model.inputs."""
 
 # B batch, S sequence, D width, P patches, C channels.
 
@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.train import ModelConfig
-from trainer.nn.layers import Dropout, Embedding, Linear, Norm
+from trainer.config.train import ModelConfig, inputs_of
+from trainer.nn.layers import Dropout, Embedding, Linear
 from trainer.nn.sequence import Stream
 
 
 class TokenEmbedding(nn.Module):
     """Token vectors, plus learned positions (GPT-2) unless attention rotates (RoPE)."""
+
+    source = "tokens"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -20,6 +22,16 @@ class TokenEmbedding(nn.Module):
         learned = config.positions == "learned"
         self.positions = Embedding(config.max_positions, config.width) if learned else None
         self.dropout = Dropout(config.dropout)
+
+    @staticmethod
+    def sequence_length(config: ModelConfig, length: int) -> int:
+        """Return the vectors that so many tokens become."""
+        return length
+
+    @staticmethod
+    def source_positions(tokens_BS: Tensor) -> Tensor | None:
+        """Return the positions of a source, (1,S)."""
+        return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
 
     def forward(
         self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream, dtype: torch.dtype
@@ -34,6 +46,8 @@ class TokenEmbedding(nn.Module):
 class PatchEmbedding(nn.Module):
     """Image patches as tokens, with learned positions (ViT, arXiv 2010.11929)."""
 
+    source = "images"
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.patch_size = config.patch_size
@@ -43,7 +57,19 @@ class PatchEmbedding(nn.Module):
         self.positions = nn.Embedding(image_length(config), config.width)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, images_BCHW: Tensor, stream: Stream, dtype: torch.dtype) -> Tensor:
+    @staticmethod
+    def sequence_length(config: ModelConfig, length: int) -> int:
+        """Return the vectors of an image, whatever the `length`."""
+        return image_length(config)
+
+    @staticmethod
+    def source_positions(images_BCHW: Tensor) -> Tensor | None:
+        """Return None: patches have two coordinates, and attention does not rotate by them."""
+        return None
+
+    def forward(
+        self, images_BCHW: Tensor, positions_BS: None, stream: Stream, dtype: torch.dtype
+    ) -> Tensor:
         patches = F.unfold(images_BCHW.to(dtype), self.patch_size, stride=self.patch_size)
         x_BPD = self.patches(patches.transpose(1, 2))
         if self.class_token is not None:
@@ -53,34 +79,19 @@ class PatchEmbedding(nn.Module):
         return self.dropout(stream.layout.own(x_BPD), stream)
 
 
-class Head(nn.Module):
-    """Final norm and projection to logits; a classifier pools its sequence first.
+INPUTS: dict[str, type[TokenEmbedding] | type[PatchEmbedding]] = {
+    "tokens": TokenEmbedding,
+    "patches": PatchEmbedding,
+}
 
-    With `defers_output` a model in training ends before the projection, which the loss does.
+
+def embedding_type(config: ModelConfig) -> type[TokenEmbedding] | type[PatchEmbedding]:
+    """Return the class of a model's embedding.
+
+    Each has `source`, the tensor of a batch that an encoder alone reads, and what a pipeline stage
+    without the embedding must know of the sequences: `sequence_length` and `source_positions`.
     """
-
-    defers_output = False
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.norm = Norm(config)
-        classifies = config.family == "encoder"
-        self.pool = config.pool if classifies else ""
-        outputs = config.classes if classifies else config.vocab_size
-        self.output = Linear(config.width, outputs, bias=classifies)
-
-    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
-        x_BSD = stream.whole(self.norm(x_BSD))
-        if self.pool:
-            x_BSD = stream.context.whole(x_BSD, stream.total)
-        if self.pool == "class_token":
-            x_BSD = x_BSD[:, 0]
-        if self.pool == "mean" and stream.marks_BS2 is not None:
-            sizes_BS = stream.marks_BS2[..., 0].to(x_BSD.dtype)
-            x_BSD = (x_BSD * (sizes_BS / sizes_BS.sum(1, keepdim=True))[..., None]).sum(dim=1)
-        elif self.pool == "mean":
-            x_BSD = x_BSD.mean(dim=1)
-        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+    return INPUTS[inputs_of(config)]
 
 
 def image_length(config: ModelConfig) -> int:

@@ -5,7 +5,7 @@
 import re
 from collections.abc import Sequence
 
-from trainer.config.train import ModelConfig
+from trainer.config.train import ModelConfig, classes_of, inputs_of, outputs_of
 
 # Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
 # tensor cores where there are any; fp8, bf16 and fp16 add up in fp32. The first pattern that is
@@ -91,27 +91,26 @@ def flops_per_block(
 
     By these a pipeline is cut.
     """
-    if config.family == "encoder":
-        patches = (config.image_size // config.patch_size) ** 2
-        lengths = lengths or config.layers * [patches + (config.pool == "class_token")]
-        blocks = [_block(config, length) for length in lengths]
-        costs = [2.0 * 3 * block for block in blocks]
+    embedding = 0.0
+    if inputs_of(config) == "patches":
+        source_len = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
         # Pixels need no gradient: the backward of the first layer is one product, not two.
-        costs[0] += 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
-        costs[-1] += 2.0 * 3 * config.width * config.classes
-        return costs
-    if config.family == "decoder" and lengths:
-        blocks = [_block(config, length) for length in lengths]
+        patches = (config.image_size // config.patch_size) ** 2
+        embedding = 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
+    if config.family == "decoder":
+        costs = [_block(config, length) for length in lengths or config.layers * [seq_len]]
+    elif config.family == "encoder":
+        costs = [_block(config, length) for length in lengths or config.layers * [source_len]]
     else:
-        blocks = config.layers * [_block(config, seq_len)]
-    if config.family == "encoder_decoder":
         depth = config.encoder_layers or config.layers
         lengths = lengths or depth * [source_len]
         cross = _attention(config, seq_len, lengths[-1])
         encoder = [_block(config, length) for length in lengths]
-        blocks = encoder + [block + cross for block in blocks]
-    blocks[-1] += seq_len * config.width * config.vocab_size
-    return [2.0 * 3 * block for block in blocks]
+        costs = encoder + config.layers * [_block(config, seq_len) + cross]
+    classified = 1 if outputs_of(config) == "classes" else seq_len
+    costs[-1] += classified * config.width * classes_of(config)
+    # A multiply-add is two FLOPs; forward and backward are three products.
+    return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 
 
 def _block(config: ModelConfig, length: int) -> int:

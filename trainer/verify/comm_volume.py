@@ -30,6 +30,8 @@ from trainer.build import parallel_model
 from trainer.config.train import ModelConfig
 from trainer.inference.trained_run import transformer
 from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.nn.embeddings import TokenEmbedding
+from trainer.nn.heads import ClassifierHead
 from trainer.precision import PRECISIONS
 from trainer.verify.cases import make_batch, samples, split
 
@@ -182,7 +184,8 @@ def _sequences(
     model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch, splits_backward: bool
 ) -> list[SplitSequence]:
     """Return the sequences that flow through the layers of one stage."""
-    sizes, family = _sizes(model, micro_batch), model.config.family
+    sizes = _sizes(model, micro_batch)
+    has_tokens = isinstance(model.embed, TokenEmbedding)
     last = int(blocks[-1]) == model.depth - 1
     found = []
     for stream, (count, length) in sizes.items():
@@ -192,7 +195,7 @@ def _sequences(
                 count,
                 length,
                 branches=sum(2 + (b.cross_attention is not None) for b in own),
-                starts=int(blocks[0] == "0" and family != "encoder"),
+                starts=int(blocks[0] == "0" and has_tokens),
                 ends=sum(b.turn_norm is not None for b in own)
                 + (last and stream == list(sizes)[-1]),
                 backwards=2 if splits_backward else 1,
@@ -219,7 +222,7 @@ def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: Micro
                 degree,
                 COMPUTE_BYTES,
             )
-    if config.family == "encoder" and model.head is not None:  # it pools the whole sequence
+    if isinstance(model.head, ClassifierHead):  # it pools the whole sequence
         count, length = sizes["source"]
         pooled = count * length * degree * config.width * COMPUTE_BYTES
         moved += StepBytes(all_gather=pooled, reduce_scatter=pooled)
@@ -228,15 +231,9 @@ def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: Micro
 
 def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
     """Samples and positions here of each sequence, in the order in which blocks work on them."""
-    config, share = model.config, model.context.share
-    if config.family == "encoder":
-        length = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
-        return {"source": (len(micro_batch["images"]), share(length))}
-    count, length = micro_batch["tokens"].shape
-    target = {"target": (count, share(length))}
-    if config.family == "decoder":
-        return target
-    return {"source": (count, share(micro_batch["source"].shape[1])), **target}
+    count = len(micro_batch["targets"])
+    lengths = model.sequence_lengths(micro_batch)
+    return {name: (count, model.context.share(length)) for name, length in lengths.items()}
 
 
 def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:

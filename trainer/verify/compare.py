@@ -123,7 +123,7 @@ def _looked_into(
     logits = model(batch).flatten(0, -2)
     for hook in hooks:
         hook.remove()
-    turns = model.encoder_depth - 1 if model.config.family == "encoder_decoder" else -1
+    turns = model.encoder_depth - 1 if model.decodes else -1
     return logits, [outputs[i][int(i == turns)] for i in blocks]
 
 

@@ -1,0 +1,87 @@
+"""Heads: vectors become logits; a class for each value of model.outputs."""
+
+# B batch, S sequence, D width, V vocabulary.
+
+import torch
+from torch import Tensor, nn
+
+from trainer.config.train import ModelConfig, classes_of, outputs_of
+from trainer.loss import IGNORED
+from trainer.nn.layers import Linear, Norm
+from trainer.nn.sequence import Context, Stream
+
+
+class Head(nn.Module):
+    """Final norm and projection to logits of the next token, at each position.
+
+    With `defers_output` a model in training ends before the projection, which the loss does.
+    """
+
+    defers_output = False
+    bias = False  # of the projection
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = Norm(config)
+        self.output = Linear(config.width, classes_of(config), bias=self.bias)
+
+    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        x_BSD = self.pooled(stream.whole(self.norm(x_BSD)), stream)
+        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+
+    def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        """Return the vectors that logits are made of: those of this rank's positions."""
+        return x_BSD
+
+    @staticmethod
+    def logits_shape(config: ModelConfig, length: int) -> tuple[int, ...]:
+        """Return the shape of one sample's logits on a rank that has `length` positions."""
+        return length, classes_of(config)
+
+    @staticmethod
+    def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
+        """Return the targets that this rank trains on: those of its positions."""
+        if not context.shares:
+            return targets_BS
+        real_S = context.positions(targets_BS.shape[1], targets_BS.device) < targets_BS.shape[1]
+        return torch.where(real_S, context.take(targets_BS), IGNORED)
+
+
+class ClassifierHead(Head):
+    """Pools the whole sequence, then projects to logits of classes."""
+
+    bias = True
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.pool = config.pool
+
+    def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+        """Return a vector per sample, (B,D): the class token's, or the mean."""
+        x_BSD = stream.context.whole(x_BSD, stream.total)
+        if self.pool == "class_token":
+            return x_BSD[:, 0]
+        if stream.marks_BS2 is not None or stream.valid_BS is not None:
+            sizes_BS = stream.marks_of(len(x_BSD))[..., 0].to(x_BSD.dtype)
+            return (x_BSD * (sizes_BS / sizes_BS.sum(1, keepdim=True))[..., None]).sum(dim=1)
+        return x_BSD.mean(dim=1)
+
+    @staticmethod
+    def logits_shape(config: ModelConfig, length: int) -> tuple[int, ...]:
+        """Return the shape of one sample's logits."""
+        return (classes_of(config),)
+
+    @staticmethod
+    def local_targets(targets_B: Tensor, context: Context) -> Tensor:
+        """Return the targets on one of the ranks that share a sequence: each classifies all."""
+        if not context.shares or context.first:
+            return targets_B
+        return torch.full_like(targets_B, IGNORED)
+
+
+OUTPUTS: dict[str, type[Head]] = {"tokens": Head, "classes": ClassifierHead}
+
+
+def head_type(config: ModelConfig) -> type[Head]:
+    """Return the class of a model's head."""
+    return OUTPUTS[outputs_of(config)]
