@@ -288,7 +288,7 @@ class Transformer(nn.Module):
     ) -> Flow:
         """Return what flows first: of an encoder-decoder the source, and the target that waits."""
         assert self.embed is not None
-        target = source = None
+        target: Tensor | None = None
         if self.decodes:
             positions_BS = _positions(inputs, cache)
             target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
@@ -298,7 +298,9 @@ class Transformer(nn.Module):
             read = self._source(inputs)
             positions_BT = self.embedding_type.source_positions(read)
             source = self.embed(read, positions_BT, streams["source"], self.dtype)
-        return (target, None, None) if source is None else (source, target, None)
+            return source, target, None
+        assert target is not None
+        return target, None, None
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")

@@ -27,10 +27,17 @@ from conf.validation.layout import (
 from parallel.errors import ConfigError, UserError
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import resolve
-from trainer.config.train import DataConfig, ModelConfig, TrainConfig
+from trainer.config.train import (
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    inputs_of,
+    outputs_of,
+)
+from trainer.data import READERS
 
 if TYPE_CHECKING:
-    from trainer.data import DataFacts
+    from trainer.data.dataset import DataFacts
 
 CHOICES = {
     "precision": ("fp64", "fp32", "bf16", "fp16", "fp8", "auto"),
@@ -53,6 +60,8 @@ CHOICES = {
     "strategy.context_method": ("all_gather", "ring", "ulysses"),
     "strategy.reduce": ("auto", "fp32", "bf16", "fp16", "int8", "powersgd"),
     "model.family": ("decoder", "encoder", "encoder_decoder"),
+    "model.inputs": ("auto", "tokens", "patches"),
+    "model.outputs": ("auto", "tokens", "classes"),
     "model.norm": ("rmsnorm", "layernorm"),
     "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
     "model.positions": ("rope", "learned"),
@@ -64,10 +73,6 @@ CHOICES = {
     "optim.schedule": ("cosine", "wsd", "constant"),
     "metrics.wandb": ("off", "offline", "online"),
 }
-# The kind of data that a family of models learns from.
-READS = {"decoder": "text", "encoder": "images", "encoder_decoder": "pairs"}
-
-
 LARGEST = 2**63 - 1  # of torch's integers
 
 RANGES = {
@@ -213,12 +218,14 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         image_size=model.image_size or facts.image_size,
         channels=model.channels or facts.channels,
     )
-    if data.kind == "images":
+    if inputs_of(model) == "patches":
         found = _images(filled, facts)
         side = filled.image_size // filled.patch_size
         filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
         found = _tokens(filled, facts)
+    if outputs_of(model) == "classes":
+        found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
     if config.data.kind == "images":  # all else was told without the data
         found += compress_problems(config.compress, filled, config.strategy)
@@ -311,12 +318,28 @@ def _model(model: ModelConfig, wrong: set[str]) -> list[str]:
             f"model.positions=rope turns pairs of numbers, but a head is {head_width} wide; "
             f"set model.head_width={head_width + 1}, or model.positions=learned"
         )
-    return found + _patches(model)
+    return found + _ends(model) + _patches(model)
+
+
+def _ends(model: ModelConfig) -> list[str]:
+    """Return what a family's first and last layer cannot be."""
+    found = []
+    if inputs_of(model) == "patches" and model.family != "encoder":
+        found.append(
+            f"model.inputs=patches is for model.family=encoder, but model.family={model.family} "
+            "reads tokens; set model.inputs=auto"
+        )
+    if (outputs_of(model) == "classes") != (model.family == "encoder"):
+        found.append(
+            f"model.outputs={model.outputs} does not go with model.family={model.family}: an "
+            "encoder gives classes, the others tokens; set model.outputs=auto"
+        )
+    return found
 
 
 def _patches(model: ModelConfig) -> list[str]:
     if (
-        model.family != "encoder"
+        inputs_of(model) != "patches"
         or model.patch_size < 1
         or model.image_size % model.patch_size == 0
     ):
@@ -337,12 +360,12 @@ def _data(data: DataConfig) -> list[str]:
 
 
 def _fit(model: ModelConfig, data: DataConfig) -> list[str]:
-    reads = READS.get(model.family)
-    if reads and data.kind in READS.values() and data.kind != reads:
-        family = next(family for family, kind in READS.items() if kind == data.kind)
+    reads = " or ".join(kind for kind, r in READERS.items() if model.family in r.families)
+    reader = READERS.get(data.kind)
+    if reads and reader and model.family not in reader.families:
         return [
             f"model.family={model.family} learns from {reads}, but data.kind={data.kind}; "
-            f"choose a model of family {family}, or data of kind {reads}"
+            f"choose a model of family {' or '.join(reader.families)}, or data of kind {reads}"
         ]
     if data.kind != "images" and 0 < model.max_positions < data.seq_len:
         return [
@@ -368,12 +391,16 @@ def _images(model: ModelConfig, facts: "DataFacts") -> list[str]:
         ours, theirs = getattr(model, key), getattr(facts, key)
         if ours != theirs:
             found.append(f"model.{key}={ours}, but the data's is {theirs}; set model.{key}=0")
-    if model.classes < facts.classes:
-        found.append(
-            f"model.classes={model.classes} is less than the data's {facts.classes}; "
-            f"set model.classes={facts.classes}, or 0 to follow the data"
-        )
     return found
+
+
+def _classes(model: ModelConfig, facts: "DataFacts") -> list[str]:
+    if model.classes >= facts.classes:
+        return []
+    return [
+        f"model.classes={model.classes} is less than the data's {facts.classes}; "
+        f"set model.classes={facts.classes}, or 0 to follow the data"
+    ]
 
 
 def _value(config: Any, key: str) -> Any:

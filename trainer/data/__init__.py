@@ -12,7 +12,8 @@ from trainer.data import images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.files import locate
 from trainer.data.folders import SPLITS
-from trainer.data.tokenizer import SMALLEST, Tokenizer, too_small
+from trainer.data.reader import DataReader
+from trainer.data.tokenizer import Tokenizer
 
 __all__ = [
     "DataFacts",
@@ -24,7 +25,9 @@ __all__ = [
     "prepare",
 ]
 
-READERS = {"text": text, "images": images, "pairs": pairs}
+READERS: dict[str, DataReader] = {
+    reader.kind: reader for reader in (text.READER, images.READER, pairs.READER)
+}
 FINGERPRINT_SAMPLES = 64  # of each split, at least
 
 
@@ -38,15 +41,16 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
     if problems:
         raise ConfigError(*problems)
     try:
-        root = hub.export(config) if config.path.startswith("hf:") else locate(config)
-        facts = READERS[config.kind].prepare(config, root, progress)
+        reader, is_hub = READERS[config.kind], config.path.startswith("hf:")
+        root = hub.export(config, reader.hub) if is_hub else locate(config)
+        facts = reader.prepare(config, root, progress)
         splits = {
             name: replace(split, digest=fingerprint(config, [name]))
             for name, split in facts.splits.items()
         }
     except OSError as error:
         raise ConfigError(f"data.path={config.path} cannot be read: {error}") from error
-    left_out = facts.left_out | (hub.unread(config) if config.path.startswith("hf:") else {})
+    left_out = facts.left_out | (hub.unread(config) if is_hub else {})
     return replace(facts, kind=config.kind, path=config.path, splits=splits, left_out=left_out)
 
 
@@ -75,14 +79,15 @@ def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer that the data were prepared with; None for images."""
-    if config.kind == "images":
-        return None
-    return text.open_tokenizer(config, _root(config))
+    """Return the tokenizer that the data were prepared with; None where there is no text."""
+    opens = READERS[config.kind].open_tokenizer
+    return None if opens is None else opens(config, _root(config))
 
 
 def _root(config: DataConfig) -> Path:
-    return hub.exported(config) if config.path.startswith("hf:") else locate(config)
+    if config.path.startswith("hf:"):
+        return hub.exported(config, READERS[config.kind].hub)
+    return locate(config)
 
 
 def _problems(config: DataConfig) -> list[str]:
@@ -92,21 +97,13 @@ def _problems(config: DataConfig) -> list[str]:
         near = get_close_matches(config.kind, READERS, 1, 0)[0]
         kinds = ", ".join(READERS)
         problems.append(f"data.kind={config.kind} must be one of {kinds}; set data.kind={near}")
-    smallest = 2 if config.kind == "pairs" else 1  # a pair's target has one token more: EOS
-    if config.seq_len < smallest and config.kind != "images":
-        problems.append(f"data.seq_len={config.seq_len} must be at least {smallest}")
-    if config.vocab_size < SMALLEST and not config.tokenizer and config.kind != "images":
-        problems.append(too_small(config.vocab_size))
+    else:
+        problems += READERS[config.kind].find_problems(config)
     if not 0.001 <= config.held_out <= 0.9:
         near_share = 0.001 if config.held_out < 0.001 else 0.9
         problems.append(
             f"data.held_out={config.held_out} must be a share from 0.001 to 0.9; "
             f"set data.held_out={near_share}, or 0.1 for the last tenth"
-        )
-    if config.on_bad_file != "stop" and config.kind != "images":
-        problems.append(
-            f"data.on_bad_file={config.on_bad_file} is for data.kind=images; a {config.kind} file "
-            "that is damaged always stops the run, set data.on_bad_file=stop"
         )
     if not config.path.startswith("hf:"):
         try:

@@ -3,34 +3,25 @@
 import logging
 from importlib import import_module
 from importlib.util import find_spec
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from trainer.config.train import ConfigError, DataConfig, DataError, UserError
-from trainer.data import pictures
+from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, build, opened, prepared_folder
 from trainer.data.files import name_of
 from trainer.data.folders import scan, split_of
+from trainer.data.reader import HubFormat
 
 log = logging.getLogger(__name__)
 
-USUAL = {
-    "text": (("text",), ("content",)),
-    "images": (("image", "label"), ("img", "label"), ("image", "labels")),
-    "pairs": (("source", "target"),),
-}
 
-
-def export(config: DataConfig) -> Path:
+def export(config: DataConfig, format: HubFormat) -> Path:
     """Return the file or folder of `hf:NAME` or `hf:NAME:SUBSET`, downloaded and converted if need
     be.
     """
     folder = located(config)
-    build(folder, lambda temporary: _write(config, temporary))
-    return _inside(config, folder)
+    build(folder, lambda temporary: _write(config, format, temporary))
+    return folder / format.file
 
 
 def located(config: DataConfig) -> Path:
@@ -49,35 +40,23 @@ def unread(config: DataConfig) -> dict[str, str]:
     return found
 
 
-def _inside(config: DataConfig, folder: Path) -> Path:
-    return folder / "images.npz" if config.kind == "images" else folder
-
-
-def exported(config: DataConfig) -> Path:
+def exported(config: DataConfig, format: HubFormat) -> Path:
     """Return what `export` has made."""
-    return _inside(config, located(config))
+    return located(config) / format.file
 
 
-def _write(config: DataConfig, folder: Path) -> Record:
+def _write(config: DataConfig, format: HubFormat, folder: Path) -> Record:
     splits, left_out = _load(config)
-    columns = _columns(config, splits["train"])
-    rows = {split: _complete(config, split, found, columns) for split, found in splits.items()}
+    columns = _columns(config, format, splits["train"])
+    rows = {
+        split: _complete(config, format, split, found, columns) for split, found in splits.items()
+    }
     for split, found in rows.items():
         if missing := len(splits[split]) - len(found):
             log.warning("%d rows of %s have an empty cell and are left out", missing, split)
             left_out[f"{missing} rows of {split}"] = "a cell is empty"
-    if config.kind == "images":
-        arrays = _arrays(config, rows, left_out)
-        if names := getattr(splits["train"].features[columns[1]], "names", None):
-            arrays["classes"] = np.array(names)
-        np.savez(folder / "images.npz", **arrays)
-    for split, found in rows.items():
-        if config.kind == "text":
-            text = (config.document_separator or "\n").join(texts[0] for texts in found)
-            (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="")
-        elif config.kind == "pairs":
-            lines = ("\t".join(" ".join(str(side).split()) for side in pair) for pair in found)
-            (folder / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
+    names = getattr(splits["train"].features.get(columns[-1]), "names", None)
+    format.write(config, folder, rows, names, left_out)
     return {"left_out": left_out}
 
 
@@ -106,15 +85,15 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
     return splits, left_out
 
 
-def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
+def _columns(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str, ...]:
     """Return the columns to read.
 
     Of `translation`, a dict of languages, `translation.LANGUAGE` each.
     """
     names = _flat_names(rows)
-    usual = [columns for columns in USUAL[config.kind] if set(columns) <= set(names)]
+    usual = [columns for columns in format.columns if set(columns) <= set(names)]
     languages = tuple(name for name in names if name.startswith("translation."))
-    if config.kind == "pairs" and len(languages) == 2:
+    if format.languages and len(languages) == 2:
         usual.insert(0, languages)
     chosen = tuple(config.fields)
     if chosen == ("translation",) and len(languages) == 2:
@@ -123,13 +102,13 @@ def _columns(config: DataConfig, rows: Any) -> tuple[str, ...]:
         chosen = tuple(f if f in names else f"translation.{f}" for f in chosen)
     else:
         chosen = usual[0] if usual else ()
-    if len(chosen) == len(USUAL[config.kind][0]) and set(chosen) <= set(names):
+    if len(chosen) == len(format.columns[0]) and set(chosen) <= set(names):
         return chosen
-    examples = " or ".join(", ".join(columns) for columns in USUAL[config.kind])
+    examples = " or ".join(", ".join(columns) for columns in format.columns)
     raise ConfigError(
         f"data.path={config.path} has the columns {', '.join(names)}, of which data.fields="
         f"{config.fields} and data.kind={config.kind} read none; set data.fields to "
-        f"{len(USUAL[config.kind][0])} of them, e.g. [{examples}]"
+        f"{len(format.columns[0])} of them, e.g. [{examples}]"
     )
 
 
@@ -144,7 +123,7 @@ def _flat_names(rows: Any) -> list[str]:
 
 
 def _complete(
-    config: DataConfig, split: str, rows: Any, columns: tuple[str, ...]
+    config: DataConfig, format: HubFormat, split: str, rows: Any, columns: tuple[str, ...]
 ) -> list[tuple[Any, ...]]:
     """Return the cells of the columns, of the rows in which none of them is empty."""
     found = []
@@ -155,17 +134,16 @@ def _complete(
         for row in rows:
             cells = tuple(_cell(row, column) for column in columns)
             empty = any(cell is None for cell in cells)
-            blank = config.kind == "pairs" and any(not str(cell).strip() for cell in cells)
+            blank = format.skips_blank and any(not str(cell).strip() for cell in cells)
             if not empty and not blank:
                 found.append(cells)
     except Exception as error:  # the library raises what its many back ends do
         raise DataError(
             f"data.path={config.path}: the {split} split cannot be read: {error}"
         ) from error
-    allowed: tuple[type, ...] = (str,) if config.kind == "text" else (str, int, float)
-    for cells in found if config.kind != "images" else []:
+    for cells in found if format.cell_types else []:
         for column, cell in zip(columns, cells, strict=True):
-            if not isinstance(cell, allowed):
+            if not isinstance(cell, format.cell_types):
                 raise DataError(
                     f"data.path={config.path}: the column {column} of the {split} split holds a "
                     f"{type(cell).__name__}; data.kind={config.kind} reads text, set data.fields"
@@ -178,56 +156,3 @@ def _cell(row: dict[str, Any], column: str) -> Any:
     if column in row or not inner:
         return row[column]
     return (row[outer] or {}).get(inner)
-
-
-def _arrays(
-    config: DataConfig, splits: dict[str, list[tuple[Any, ...]]], left_out: dict[str, str]
-) -> dict[str, Any]:
-    """Images x and labels y of each split; those that are damaged go to `left_out`, if allowed."""
-    read: dict[str, list[tuple[np.ndarray, Any]]] = {}
-    for split, rows in splits.items():
-        read[split], damaged = [], []
-        for number, (image, label) in enumerate(rows):
-            try:
-                read[split].append((_pixels(config, f"image {number} of {split}", image), label))
-            except UserError as error:
-                damaged.append(str(error))
-        if damaged and config.on_bad_file == "stop":
-            more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
-            raise DataError(
-                f"{damaged[0]}{more}; put them right, or leave them out with data.on_bad_file=skip"
-            )
-        if damaged:
-            log.warning("%d images of %s are damaged and are left out", len(damaged), split)
-            left_out[f"{len(damaged)} images of {split}"] = "damaged"
-    channels = max((image.shape[-1] for rows in read.values() for image, _ in rows), default=1)
-    arrays: dict[str, Any] = {}
-    for split, found in read.items():
-        images = [
-            image.repeat(3, -1) if (image.shape[-1], channels) == (1, 3) else image
-            for image, _ in found
-        ]
-        shapes = {picture.shape for picture in images}
-        if len(shapes) != 1:
-            sizes = ", ".join(map(str, sorted(shapes))) or "none"
-            raise DataError(
-                f"data.path={config.path}: the {split} split has images of the shapes {sizes}; all "
-                "must have one shape"
-            )
-        labels = np.array([label for _, label in found])
-        arrays |= {f"x_{split}": np.stack(images), f"y_{split}": labels}
-    return arrays
-
-
-def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
-    """(H, W, C) of one cell: uint8 of a picture, or numbers that archive.py judges."""
-    if isinstance(image, dict):
-        content = BytesIO(image["bytes"]) if image.get("bytes") else None
-        name = name if content else str(image.get("path"))
-        with pictures.opened(name, f"data.path={config.path}", content) as picture:
-            return pictures.pixels_of(picture, 1 if pictures.is_grey(picture) else 3)
-    try:
-        numbers = np.asarray(image)
-    except ValueError as error:  # rows of different lengths
-        raise DataError(f"data.path={config.path}: {name} is no array: {error}") from error
-    return numbers if numbers.ndim == 3 else numbers[..., None]

@@ -14,12 +14,14 @@ from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, read_text, split_parts
+from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
     describe,
     encoded,
     find_tokenizer,
+    open_tokenizer,
     prepare_tokens,
     rare_characters,
     size_of,
@@ -286,3 +288,34 @@ def _lines(part: Part) -> Iterator[str]:
 def _lines_before(part: Part) -> int:
     with part.path.open("rb") as file:
         return file.read(part.start).count(b"\n")
+
+
+def find_problems(config: DataConfig) -> list[str]:
+    """Return what is wrong with the section, without a look at the data."""
+    return text_problems(config, least_tokens=2)  # a target has one token more: EOS
+
+
+def write_rows(
+    config: DataConfig,
+    folder: Path,
+    rows: Rows,
+    names: Sequence[str] | None,
+    left_out: dict[str, str],
+) -> None:
+    """Write a file of each split, a pair on each line."""
+    for split, pairs in rows.items():
+        lines = ("\t".join(" ".join(str(side).split()) for side in pair) for pair in pairs)
+        (folder / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
+
+
+READER = DataReader(
+    "pairs",
+    ("encoder_decoder",),
+    prepare,
+    open_split,
+    find_problems,
+    HubFormat(
+        (COLUMNS,), write_rows, cell_types=(str, int, float), skips_blank=True, languages=True
+    ),
+    open_tokenizer,
+)

@@ -13,6 +13,7 @@ from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, opened, progress_bar
 from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, read_text, split_parts
+from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
 from trainer.data.sampler import mixed
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
@@ -20,6 +21,7 @@ from trainer.data.tokenized import (
     describe,
     encoded,
     find_tokenizer,
+    open_tokenizer,
     prepare_tokens,
     rare_characters,
     size_of,
@@ -119,11 +121,6 @@ def _windows(tokens: int, seq_len: int) -> int:
     return -(-(tokens - 1) // seq_len)
 
 
-def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
-    """Return the tokenizer of a prepared text or of prepared pairs."""
-    return Tokenizer.load(find_tokenizer(config, split_parts(config, root)))
-
-
 def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
     """(begins a document, text): the documents of a part, in pieces that fit in memory."""
     begins, rest = True, ""
@@ -206,3 +203,32 @@ def _write_split(
                 advance(len(text.encode()))
     found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
     return found_here | {"lost": lost, "rare": rare, "blank": blank}
+
+
+def find_problems(config: DataConfig) -> list[str]:
+    """Return what is wrong with the section, without a look at the data."""
+    return text_problems(config, least_tokens=1)
+
+
+def write_rows(
+    config: DataConfig,
+    folder: Path,
+    rows: Rows,
+    names: Sequence[str] | None,
+    left_out: dict[str, str],
+) -> None:
+    """Write a text file of each split, its documents one after another."""
+    for split, documents in rows.items():
+        text = (config.document_separator or "\n").join(document for (document,) in documents)
+        (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="")
+
+
+READER = DataReader(
+    "text",
+    ("decoder",),
+    prepare,
+    open_split,
+    find_problems,
+    HubFormat((("text",), ("content",)), write_rows, cell_types=(str,)),
+    open_tokenizer,
+)

@@ -97,6 +97,11 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
     return folder / TOKENIZER
 
 
+def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
+    """Return the tokenizer of prepared text or pairs."""
+    return Tokenizer.load(find_tokenizer(config, split_parts(config, root)))
+
+
 def find_tokenizer(config: DataConfig, parts: Parts) -> Path:
     """Return the tokenizer.json that `make_tokenizer` has made; ConfigError if it is gone."""
     if config.processor:

@@ -34,13 +34,17 @@ def config(tmp_path, monkeypatch):
     return of
 
 
+def export(config):
+    return hub.export(config, data.READERS[config.kind].hub)
+
+
 def write(tmp_path, rows, split="train"):
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "set" / f"{split}.jsonl").write_text(lines)
 
 
 def pairs_of(config):
-    lines = (hub.export(config) / "train.tsv").read_text().splitlines()
+    lines = (export(config) / "train.tsv").read_text().splitlines()
     return [tuple(line.split("\t")) for line in lines]
 
 
@@ -65,7 +69,7 @@ def test_languages_and_their_order_are_chosen(config, tmp_path):
     assert pairs_of(config("pairs", fields=["fr", "translation.en"])) == [("jour", "day 3")]
     for fields in ([], ["translation"], ["de"], ["de", "it"]):
         with pytest.raises(UserError, match=r"translation\.fr.* set data\.fields to 2"):
-            hub.export(config("pairs", fields=fields))
+            export(config("pairs", fields=fields))
 
 
 def test_any_two_columns_are_pairs(config, tmp_path):
@@ -73,14 +77,14 @@ def test_any_two_columns_are_pairs(config, tmp_path):
     chosen = config("pairs", fields=["question", "answer"])
     assert pairs_of(chosen) == [("q0", "a0"), ("q1", "a1"), ("q2", "a2")]
     with pytest.raises(UserError, match=r"column n of the train split holds a list; .*reads text"):
-        hub.export(config("pairs", fields=["question", "n"]))
+        export(config("pairs", fields=["question", "n"]))
     with pytest.raises(UserError, match=r"column id of the train split holds a int; .*reads text"):
-        hub.export(config("text", fields=["id"]))
+        export(config("text", fields=["id"]))
 
 
 def test_texts_that_are_null_are_left_out(config, tmp_path):
     write(tmp_path, [{"text": "one"}, {"text": None}, {"text": "two"}])
-    folder = hub.export(config("text"))
+    folder = export(config("text"))
     assert (folder / "train.txt").read_text() == "one<|endoftext|>two"
     assert hub.unread(config("text")) == {"1 rows of train": "a cell is empty"}
 
@@ -112,7 +116,7 @@ def test_pictures_are_decoded_by_the_same_rule(config, tmp_path):
         encoded(Image.new("L", (SIDE, SIDE), 9)),
     ]
     write_pictures(tmp_path, cells, [0, 1, 0, 1, None])
-    with np.load(hub.export(config("images"))) as stored:
+    with np.load(export(config("images"))) as stored:
         found, labels = stored["x_train"], stored["y_train"]
     assert found.shape == (3, SIDE, SIDE, 3) and labels.tolist() == [0, 1, 0]
     assert (found[0] == 255).all() and (found[1] == 128).all()
@@ -127,7 +131,7 @@ def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
     write_pictures(tmp_path, cells, [i % 2 for i in range(24)])
     message = r"image 5 of train cannot be read .* and 1 more; .*data\.on_bad_file=skip"
     with pytest.raises(UserError, match=message):
-        hub.export(config("images"))
+        export(config("images"))
     facts = data.prepare(config("images", on_bad_file="skip", held_out=0.2))
     assert sum(facts.samples.values()) == 22
     assert facts.left_out == {"2 images of train": "damaged"}
@@ -139,13 +143,13 @@ def test_pictures_of_two_sizes_are_refused(config, tmp_path):
     cells = [encoded(Image.new("L", (side, side))) for side in (4, 5)]
     write_pictures(tmp_path, cells, [0, 1])
     with pytest.raises(UserError, match=r"of the shapes \(4, 4, 1\), \(5, 5, 1\)"):
-        hub.export(config("images"))
+        export(config("images"))
 
 
 def test_rows_of_numbers_are_pictures_too(config, tmp_path):
     write(tmp_path, [{"image": [[i, 255], [0, 7]], "label": i} for i in range(3)])
-    with np.load(hub.export(config("images"))) as stored:
+    with np.load(export(config("images"))) as stored:
         assert stored["x_train"][:, 0, 0, 0].tolist() == [0, 1, 2]
     write(tmp_path, [{"image": [[1, 255], [0]], "label": 0}])
     with pytest.raises(UserError, match=r"image 0 of train is no array"):
-        hub.export(config("images"))
+        export(config("images"))

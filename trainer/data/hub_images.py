@@ -1,0 +1,89 @@
+"""Pictures in the rows of a Hugging Face data set, written as one archive for images.py."""
+
+import logging
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.config.train import DataConfig, DataError, UserError
+from trainer.data import pictures
+from trainer.data.reader import HubFormat, Rows
+
+log = logging.getLogger(__name__)
+
+ARCHIVE = "images.npz"
+
+
+def write_archive(
+    config: DataConfig,
+    folder: Path,
+    rows: Rows,
+    names: Sequence[str] | None,
+    left_out: dict[str, str],
+) -> None:
+    """Write all splits as one .npz; pictures that are damaged go to `left_out`, if allowed."""
+    arrays = _arrays(config, rows, left_out)
+    if names:
+        arrays["classes"] = np.array(names)
+    np.savez(folder / ARCHIVE, allow_pickle=False, **arrays)
+
+
+FORMAT = HubFormat(
+    columns=(("image", "label"), ("img", "label"), ("image", "labels")),
+    write=write_archive,
+    file=ARCHIVE,
+)
+
+
+def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[str, np.ndarray]:
+    """Images x and labels y of each split; those that are damaged go to `left_out`, if allowed."""
+    read: dict[str, list[tuple[np.ndarray, Any]]] = {}
+    for split, rows in splits.items():
+        read[split], damaged = [], []
+        for number, (image, label) in enumerate(rows):
+            try:
+                read[split].append((_pixels(config, f"image {number} of {split}", image), label))
+            except UserError as error:
+                damaged.append(str(error))
+        if damaged and config.on_bad_file == "stop":
+            more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
+            raise DataError(
+                f"{damaged[0]}{more}; put them right, or leave them out with data.on_bad_file=skip"
+            )
+        if damaged:
+            log.warning("%d images of %s are damaged and are left out", len(damaged), split)
+            left_out[f"{len(damaged)} images of {split}"] = "damaged"
+    channels = max((image.shape[-1] for rows in read.values() for image, _ in rows), default=1)
+    arrays: dict[str, np.ndarray] = {}
+    for split, found in read.items():
+        images = [
+            image.repeat(3, -1) if (image.shape[-1], channels) == (1, 3) else image
+            for image, _ in found
+        ]
+        shapes = {picture.shape for picture in images}
+        if len(shapes) != 1:
+            sizes = ", ".join(map(str, sorted(shapes))) or "none"
+            raise DataError(
+                f"data.path={config.path}: the {split} split has images of the shapes {sizes}; all "
+                "must have one shape"
+            )
+        labels = np.array([label for _, label in found])
+        arrays |= {f"x_{split}": np.stack(images), f"y_{split}": labels}
+    return arrays
+
+
+def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
+    """(H, W, C) of one cell: uint8 of a picture, or numbers that archive.py judges."""
+    if isinstance(image, dict):
+        content = BytesIO(image["bytes"]) if image.get("bytes") else None
+        name = name if content else str(image.get("path"))
+        with pictures.opened(name, f"data.path={config.path}", content) as picture:
+            return pictures.pixels_of(picture, 1 if pictures.is_grey(picture) else 3)
+    try:
+        numbers = np.asarray(image)
+    except ValueError as error:  # rows of different lengths
+        raise DataError(f"data.path={config.path}: {name} is no array: {error}") from error
+    return numbers if numbers.ndim == 3 else numbers[..., None]
