@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from parallel import parallelize as apply
 from parallel.mesh import build_mesh
@@ -15,11 +14,10 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, resolve
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
-from trainer.loss import chunked_cross_entropy_sum, count_valid, cross_entropy_sum
+from trainer.loss import CrossEntropy, Objective
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.nn.float8 import multiply_in_float8
 from trainer.nn.flops import flops_per_block
-from trainer.nn.heads import Head
 from trainer.nn.init import draw_rows
 from trainer.precision import Precision, resolve_precision
 
@@ -27,12 +25,16 @@ log = logging.getLogger(__name__)
 
 
 def build_worker(
-    config: TrainConfig, runtime: Runtime, compression: Compression | None = None
+    config: TrainConfig,
+    runtime: Runtime,
+    compression: Compression | None = None,
+    objective: Objective | None = None,
 ) -> Worker:
     """Return the config's model under its strategy on the ranks there are, with its initial
     weights.
 
-    `compression` is that of the config, where somebody goes on to ask it.
+    `compression` is that of the config, where somebody goes on to ask it; `objective` what the
+    model is trained with, cross-entropy unless a task gives another.
     """
     compression = compression or Compression(config.compress)
     strategy = resolve(config.strategy, runtime.world_size)
@@ -53,24 +55,10 @@ def build_worker(
         resolve_precision(config.precision, runtime.device),
         seed=config.seed,
         loss=config.loss,
+        objective=objective,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         compression=compression,
-    )
-
-
-def _loss_sum(model: Transformer, loss: LossConfig) -> Callable[..., Tensor]:
-    """Return the sum of a batch's losses; with chunks the head leaves its last product to it."""
-    if loss.chunks == 1:
-        return partial(cross_entropy_sum, label_smoothing=loss.label_smoothing)
-    head = model.head
-    assert isinstance(head, Head)
-    head.defers_output = True
-    return partial(
-        chunked_cross_entropy_sum,
-        project=head.output,
-        chunks=loss.chunks,
-        label_smoothing=loss.label_smoothing,
     )
 
 
@@ -82,6 +70,7 @@ def parallel_model(
     *,
     seed: int = 0,
     loss: LossConfig | None = None,
+    objective: Objective | None = None,
     activation_checkpointing: str = "none",
     compile: bool = False,
     compression: Compression | None = None,
@@ -95,11 +84,13 @@ def parallel_model(
     compression.reshape(model)
     if precision.float8:
         multiply_in_float8(model.blocks)
-    length = config.max_positions
+    length, objective = config.max_positions, objective or CrossEntropy()
+    assert model.head is not None
+    loss_sum = objective.build_loss(model.head, loss or LossConfig())
     facts = apply.Facts(
         draw_rows=partial(draw_rows, config, seed),
-        loss_sum=compression.loss(_loss_sum(model, loss or LossConfig()), model),
-        count_valid=count_valid,
+        loss_sum=compression.loss(loss_sum, model),
+        count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
         costs=flops_per_block(config, length, length, model.lengths(length)),
     )

@@ -24,7 +24,6 @@ from trainer.config.train import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
-from trainer.data.tokenizer import Tokenizer
 from trainer.distill.logit_dataset import Answered
 from trainer.distill.teacher import load_teacher, open_answers
 from trainer.inference.trained_run import load_first
@@ -36,7 +35,8 @@ from trainer.resilience.bad_steps import Guard, RolledBackError, check_replicas
 from trainer.resilience.supervisor import Supervisor, own_code, supervised
 from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate
-from trainer.tasks.generate import sample
+from trainer.tasks.registry import TASKS
+from trainer.tasks.task import Decoding
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     for warning in schedule_warnings(config) if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
-    worker = build_worker(config, runtime, compression)
+    worker = build_worker(config, runtime, compression, TASKS[config.data.kind])
     if compression.distills:
         compression.teacher = load_teacher(config, worker, compression)
     precision = resolve_precision(config.precision, runtime.device)
@@ -137,7 +137,6 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
     """Return what writes metrics.jsonl and the console, on the first rank."""
-    classifies = config.model.family == "encoder"
     # Text fills every sample; of sentences the length is that of an average one.
     train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
@@ -153,7 +152,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
         flops_per_token=flops,
         devices=runtime.world_size,
         device=runtime.device,
-        unit="img" if classifies else "tok",
+        unit=TASKS[config.data.kind].unit,
         precision_name=resolve_precision(config.precision, runtime.device).name,
     )
 
@@ -303,52 +302,56 @@ def report(run: Run, step: Step) -> None:
 
 
 def finish(run: Run) -> dict[str, float]:
-    """Return the test split's values and, of a language model, a sample of what it writes."""
+    """Return the test split's values, after a sample of what the model gives has been shown."""
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
     if config.eval.test and run.supervisor.on_any(recorder.lacks("test", state.step)):
-        tokenizer = open_tokenizer(data_of(config)) if config.data.kind == "pairs" else None
         with recorder.pause("evaluation"):
-            values = measure(run, "test", samples=0, tokenizer=tokenizer)
+            values = measure(run, "test", samples=0)
         recorder.evaluation(state.step, "test", values)
-    if config.data.kind == "text" and config.metrics.sample_tokens:
-        writer = open_tokenizer(data_of(config))
-        assert writer is not None
-        try:
-            with run.supervisor.watch.long():
-                text = sample(
-                    state.worker,
-                    [],
-                    max_tokens=config.metrics.sample_tokens,
-                    eot_id=writer.eot_id,
-                    temperature=0.8,
-                    seed=config.seed,
-                )
-            recorder.say(f"a sample:\n{writer.decode(text)}")
-        except UserError as error:  # of a model that has diverged
-            recorder.say(f"no sample: {error}")
+    show_sample(run)
     with recorder.pause("save"), run.supervisor.watch.long():
         run.saver.wait(last=True)
     tell_saves(run)
     return values
 
 
-def measure(
-    run: Run, split: str, samples: int, tokenizer: Tokenizer | None = None
-) -> dict[str, float]:
-    """Return the values of a split (evaluate.py); BLEU too where a tokenizer is given.
+def show_sample(run: Run) -> None:
+    """Show what the trained model gives, where its task has something to show."""
+    config, task = run.config, TASKS[run.config.data.kind]
+    try:
+        with run.supervisor.watch.long():
+            text = task.sample_output(
+                run.state.worker,
+                open_tokenizer(data_of(config)),
+                config.metrics.sample_tokens,
+                config.seed,
+            )
+        if text:
+            run.recorder.say(f"a sample:\n{text}")
+    except UserError as error:  # of a model that has diverged
+        run.recorder.say(f"no sample: {error}")
+
+
+def measure(run: Run, split: str, samples: int) -> dict[str, float]:
+    """Return the values of a split (evaluate.py); of the test split also of what is decoded.
 
     Raises StoppedError where a signal asks for an end meanwhile.
     """
-    config, worker = run.config, run.state.worker
+    config, worker, task = run.config, run.state.worker, TASKS[run.config.data.kind]
     share = config.batch_size // worker.data_degree
+    decoding = None
+    if task.decodes_in_test and split == "test":
+        tokenizer = open_tokenizer(data_of(config))
+        assert tokenizer is not None
+        decoding = Decoding(tokenizer, config.eval.beams)
     return evaluate(
         worker,
         open_split(data_of(config), split),
+        task=task,
         samples=samples,
-        tokenizer=tokenizer,
+        decoding=decoding,
         micro_batch_size=config.micro_batch_size or share,
-        beams=config.eval.beams,
         between=run.supervisor.go_on,
     )
 

@@ -1,14 +1,17 @@
 """The loss, always as a sum: it is divided once, by the global number of valid targets."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a target that counts for nothing: padding
+from trainer.config.train import LossConfig
+from trainer.data.dataset import IGNORED
+from trainer.nn.heads import Head
 
 
 def cross_entropy_sum(
@@ -55,6 +58,48 @@ def chunked_cross_entropy_sum(
             piece, hidden_ND, targets_N, use_reentrant=False, preserve_rng_state=False
         )
     return total
+
+
+def cross_entropy_loss(head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
+    """Return the loss sum of a model's logits; with chunks its head leaves its last product to it.
+
+    The returned function takes (logits or, with chunks, hidden vectors; targets; options of
+    `cross_entropy_sum`).
+    """
+    if config.chunks == 1:
+        return partial(cross_entropy_sum, label_smoothing=config.label_smoothing)
+    assert isinstance(head, Head)
+    head.defers_output = True
+    return partial(
+        chunked_cross_entropy_sum,
+        project=head.output,
+        chunks=config.chunks,
+        label_smoothing=config.label_smoothing,
+    )
+
+
+class Objective(Protocol):
+    """What training asks of a task: a sum over valid targets, and their number."""
+
+    def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
+        """Return (logits, targets, **options) -> sum over valid targets."""
+        ...
+
+    def count_valid(self, targets: Tensor) -> Tensor:
+        """Return the number of valid targets, an int64 scalar."""
+        ...
+
+
+class CrossEntropy:
+    """The objective of targets that are class numbers."""
+
+    def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
+        """Return the sum of cross-entropies."""
+        return cross_entropy_loss(head, config)
+
+    def count_valid(self, targets: Tensor) -> Tensor:
+        """Return the number of targets that are not IGNORED."""
+        return count_valid(targets)
 
 
 def count_valid(targets: Tensor) -> Tensor:

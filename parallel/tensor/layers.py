@@ -69,7 +69,8 @@ class TensorSplit:
     def __init__(self, group: dist.ProcessGroup, splits_sequence: bool, vocabulary: Vocabulary):
         self.group = group
         self.splits_sequence = splits_sequence
-        self.vocabulary = vocabulary
+        self.vocabulary = vocabulary  # of the head's classes
+        self.entries = vocabulary  # of the token embedding, which may be of other ones
         self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
         self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
         self.regather = Regather(group, SEQUENCE_DIM)
@@ -235,7 +236,7 @@ class _VocabularyEmbedding(_Part):
     """Looks up the entries that this rank has, and zero for the others."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
-        row, mine = self.split.vocabulary.find(input)
+        row, mine = self.split.entries.find(input)
         x = super().forward(row, *args)
         return self.split.sum(x * mine.unsqueeze(-1))
 
@@ -325,6 +326,7 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
     part: type = _Row if style == ROW else _Part
     if isinstance(module, nn.Embedding):
         part = _VocabularyEmbedding
+        split.entries = Vocabulary(module.num_embeddings, split.group)
     elif style == HEADS and module.get_parameter("weight").shape[0] < (
         split.group.size() * parent.head_width
     ):

@@ -271,7 +271,7 @@ def poisoned(runtime, config: TrainConfig, bad_step: int) -> tuple[str, bool]:
         total = logits.float().square().sum()
         return total * float("nan") if next(calls) == bad_step else total
 
-    with mock.patch("trainer.build.cross_entropy_sum", loss):
+    with mock.patch("trainer.loss.cross_entropy_sum", loss):
         try:
             loop.train(config, runtime)
         except UserError as error:

@@ -16,11 +16,11 @@ from trainer.atomic_files import new_folder
 from trainer.config.train import TeachConfig, classes_of
 from trainer.data import fingerprint, open_split, prepare
 from trainer.data.cache import progress_bar
+from trainer.data.dataset import IGNORED
 from trainer.data.loader import evaluation_batches
 from trainer.data.record import copy_record, data_of
 from trainer.distill.logit_dataset import Facts, write_facts
 from trainer.inference.trained_run import open_run
-from trainer.loss import IGNORED
 from trainer.run.run_dir import load_config
 
 FILE_BYTES = 1 << 27  # of one file, about

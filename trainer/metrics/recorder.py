@@ -92,7 +92,7 @@ class Recorder:
     ):
         self._config, self._run_dir = config, Path(run_dir)
         self._first, self._steps, self._start_step = first, steps, start_step
-        self._device, self._devices = device, devices
+        self._device, self._devices, self._unit = device, devices, unit
         self._flops_per_token = flops_per_token
         peak = config.peak_tflops * 1e12 or _known_peak(device, precision_name)
         self._all_peaks = devices * peak if peak else None
@@ -144,7 +144,8 @@ class Recorder:
         if self._first:
             number, now = self._goodput.ledger.starts, round(time.time(), 3)
             record = {"event": "start", "step": self._start_step, "start": number}
-            self._file.append(record | {"ranks": self._devices, "time": now})
+            record |= {"ranks": self._devices, "time": now, "unit": self._unit}
+            self._file.append(record)
 
     def start(self, tokens: int) -> None:
         """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""

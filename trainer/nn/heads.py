@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.train import ModelConfig, classes_of, outputs_of
-from trainer.loss import IGNORED
+from trainer.data.dataset import IGNORED
 from trainer.nn.layers import Linear, Norm
 from trainer.nn.sequence import Context, Stream
 

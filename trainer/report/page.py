@@ -126,7 +126,7 @@ def summary(history: History) -> dict[str, str]:
         shown = {key: value for key, value in line.items() if is_number(value) and key != "step"}
         row |= {f"test {key.removeprefix('eval_')}": f"{v:.4g}" for key, v in shown.items()}
     if rates := [rate for _, rate in history.curve("tokens_per_second")]:
-        row[f"{_unit(history)}/s, median"] = short(median(rates))
+        row[f"{history.unit}/s, median"] = short(median(rates))
     if mfu := [value for _, value in history.curve("mfu")]:
         row["MFU, median"] = f"{100 * median(mfu):.1f} %"
     if memory := [value for _, value in history.curve("memory_gib")]:
@@ -146,10 +146,6 @@ def _state(history: History) -> str:
     if status.state == "running":
         return f"running, heard of {moment(status.updated)}"
     return f"{status.state}: {status.reason}" if status.reason else status.state
-
-
-def _unit(history: History) -> str:
-    return "img" if history.values.get("model.family") == "encoder" else "tok"
 
 
 def _differences(names: list[str], histories: Sequence[History]) -> str:
@@ -193,7 +189,7 @@ def _curves(names: list[str], histories: Sequence[History]) -> str:
     drawn = [line["step"] for history in histories for line in history.training]
     steps = (0, max([*drawn, *(mark.step for mark in marks)], default=0) or 1)
     figures = [_losses(names, histories, marks, steps)]
-    unit = {"tok": "tokens", "img": "images"}[_unit(histories[0])]
+    unit = {"tok": "tokens", "img": "images"}.get(histories[0].unit, histories[0].unit)
     for key, (title, style, scale) in CURVES.items():
         curves = [
             Curve(name, run, history.curve(key), style)

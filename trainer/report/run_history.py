@@ -46,6 +46,7 @@ class History:
     status: Status | None = None
     goodput: Ledger = field(default_factory=Ledger)
     notes: list[str] = field(default_factory=list)  # what could not be read
+    unit: str = "tok"  # of throughput, as the run's task calls it: tok or img
 
     def curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
         """Return the finite values of one key by step: of training, or of a split's evaluations."""
@@ -71,6 +72,7 @@ def read_history(run_dir: Path) -> History:
         history.notes += error.problems
     for line in _lines(history):
         if "event" in line:
+            history.unit = str(line.get("unit", history.unit))
             history.events += _event(line)
         elif "split" in line:
             history.evaluations.append(line | {"split": str(line["split"])})

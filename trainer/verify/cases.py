@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from parallel.parallel_model import Worker
 from parallel.strategy import StrategyConfig, data_degree
 from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig
-from trainer.loss import IGNORED
+from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
 MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
@@ -256,28 +255,7 @@ def make_batch(
     documents.
     """
     generator = torch.Generator().manual_seed(1000 * seed + step)
-    draw = partial(torch.randint, generator=generator)
-    seeds = draw(0, 1 << 62, (samples,))
-    if model.family == "encoder":
-        size = (samples, model.channels, model.image_size, model.image_size)
-        targets = draw(0, model.classes, (samples,))
-        targets[1] = IGNORED
-        images = torch.randn(size, generator=generator, dtype=torch.float64)
-        return {"images": images, "targets": targets, "seeds": seeds}
-    tokens, targets = draw(0, model.vocab_size, (2, samples, SEQ_LEN))
-    lengths = draw(1, SEQ_LEN + 1, (samples,))
-    targets[torch.arange(SEQ_LEN) >= lengths[:, None]] = IGNORED
-    batch = {"tokens": tokens, "targets": targets, "seeds": seeds}
-    if model.family == "decoder":
-        cut = draw(1, SEQ_LEN, (samples, 1))
-        position = torch.arange(SEQ_LEN)[None]
-        batch["documents"] = (position >= cut).long()
-        batch["positions"] = torch.where(position >= cut, position - cut, position)
-    else:
-        batch["source"] = draw(0, model.vocab_size, (samples, SEQ_LEN - 1))
-        valid = draw(1, SEQ_LEN, (samples, 1))
-        batch["source_valid"] = torch.arange(SEQ_LEN - 1)[None] < valid
-    return batch
+    return task_of_model(model).random_batch(model, samples, SEQ_LEN, generator)
 
 
 def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:

@@ -23,12 +23,13 @@ from parallel.strategy import AXES, StrategyConfig, degrees, resolve, world_size
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
-from trainer.loss import IGNORED
+from trainer.data.dataset import IGNORED
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
 from trainer.optim.optimizer import Optimizer, decays, lr_at
 from trainer.precision import PRECISIONS
+from trainer.tasks.registry import task_of_model
 from trainer.verify.cases import (
     STRATEGIES,
     cases,
@@ -91,12 +92,13 @@ def reference_loss(
     """Return the mean loss of a whole batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
     logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
-    loss = functions.cross_entropy(logits, targets, label_smoothing=LABEL_SMOOTHING)
+    loss = task_of_model(model.config).reference_loss(logits, batch, LABEL_SMOOTHING)
     if teacher is None:
         return loss
     valid, temperature = targets != IGNORED, compress.temperature
     with torch.no_grad():
         told, theirs = _looked_into(teacher, batch, [block for _, block in compress.match])
+    logits, told = logits.flatten(0, -2), told.flatten(0, -2)
     said = told[valid] / temperature
     apart = functions.kl_div(
         functions.log_softmax(logits[valid] / temperature, -1),
@@ -114,13 +116,13 @@ def reference_loss(
 def _looked_into(
     model: Transformer, batch: dict[str, Tensor], blocks: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits (N,V), and what these blocks make: an encoder's last one puts it second."""
+    """Logits, and what these blocks make: an encoder's last one puts it second."""
     outputs: dict[int, tuple] = {}
     hooks = [
         model.blocks[str(i)].register_forward_hook(lambda _m, _x, y, i=i: outputs.update({i: y}))
         for i in blocks
     ]
-    logits = model(batch).flatten(0, -2)
+    logits = model(batch)
     for hook in hooks:
         hook.remove()
     turns = model.encoder_depth - 1 if model.decodes else -1
@@ -200,6 +202,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         PRECISIONS["fp64"],
         seed=config.seed,
         loss=LossConfig(LABEL_SMOOTHING),
+        objective=task_of_model(config.model),
         activation_checkpointing=config.activation_checkpointing,
         compression=compression,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,

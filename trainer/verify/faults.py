@@ -148,14 +148,14 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
 def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
     """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
-    vocabulary = _split_of(worker).vocabulary
-    find = vocabulary.find
+    entries = _split_of(worker).entries
+    find = entries.find
 
     def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
         row, mine = find(tokens)
-        return row, torch.ones_like(mine) if tokens.dim() > 1 else mine  # the loss has one dim
+        return row, torch.ones_like(mine)
 
-    vocabulary.find = all_mine  # type: ignore[method-assign]
+    entries.find = all_mine  # type: ignore[method-assign]
     return worker
 
 

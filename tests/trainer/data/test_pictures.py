@@ -11,7 +11,7 @@ from PIL import Image
 from trainer import data
 from trainer.config.train import DataConfig, UserError
 from trainer.data.pictures import is_grey, opened, pixels_of
-from trainer.tasks.generate import read_image
+from trainer.tasks.image_classification import read_image
 
 SIDE = 4
 ONE_ROW = {  # a mode, a colour of it, what the decoded pixel is

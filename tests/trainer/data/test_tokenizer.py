@@ -10,7 +10,7 @@ from trainer import data
 from trainer.config.train import DataConfig, UserError
 from trainer.data.tokenized import encoded
 from trainer.data.tokenizer import Tokenizer
-from trainer.tasks.evaluate import bits
+from trainer.tasks.language import bits
 
 TEXT = "When shall we three meet again? In thunder, lightning, or in rain? " * 3
 ODD = "Häuser\t\r\n\n  naïve 🙂 日本語 \x00 <|endoftext|> <|pad|> 's 12345"

@@ -33,8 +33,8 @@ from trainer.config.train import (
     TrainConfig,
     UserError,
 )
+from trainer.data.dataset import IGNORED
 from trainer.inference.trained_run import open_run
-from trainer.loss import IGNORED
 from trainer.run.run_dir import AlreadyFinishedError
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)

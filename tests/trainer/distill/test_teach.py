@@ -34,11 +34,11 @@ from trainer.config.train import (
     classes_of,
 )
 from trainer.data import open_split
+from trainer.data.dataset import IGNORED
 from trainer.data.loader import TrainLoader
 from trainer.distill import precompute as teach
 from trainer.distill.logit_dataset import Answered, Answers
 from trainer.distill.precompute import largest, teach_run
-from trainer.loss import IGNORED
 from trainer.nn.sequence import Context
 from trainer.run.run_dir import load_config
 

@@ -16,8 +16,11 @@ from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
 from trainer.data.loader import evaluated
-from trainer.tasks.evaluate import bleu_signature, evaluate, evaluate_run
-from trainer.tasks.generate import translate
+from trainer.inference.beam_search import translate_tokens
+from trainer.tasks.evaluate import evaluate, evaluate_run
+from trainer.tasks.metrics import CrossEntropyMetrics
+from trainer.tasks.task import Decoding
+from trainer.tasks.translation import bleu_signature
 
 LAYOUTS = {
     "ddp 2": StrategyConfig(replicate=2),
@@ -112,7 +115,7 @@ def test_a_part_of_pairs_is_measured_by_its_own_references(runtime, runs):
     tokenizer = open_tokenizer(runs["pairs"].data)
     asked = []
     dataset.reference = lambda index: asked.append(index) or "a"
-    values = evaluate(worker, dataset, micro_batch_size=3, samples=4, tokenizer=tokenizer)
+    values = evaluate(worker, dataset, micro_batch_size=3, samples=4, decoding=Decoding(tokenizer))
     nats, valid, _ = one_by_one(worker, dataset, samples=4)
     assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
     assert asked == evaluated(len(dataset), 4).tolist() != [0, 1, 2, 3]
@@ -121,8 +124,11 @@ def test_a_part_of_pairs_is_measured_by_its_own_references(runtime, runs):
 @pytest.mark.parametrize("planted", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_has_no_finite_perplexity(runtime, runs, planted):
     worker, dataset = of_one_rank(runs["text"], runtime)
-    totals = torch.tensor([planted, 1.0, 0.0], dtype=torch.float64)
-    with mock.patch("trainer.tasks.evaluate._totals", lambda *_: totals):
+
+    def update(metrics, *_):
+        metrics._totals = torch.tensor([planted, 1.0, 0.0], dtype=torch.float64)
+
+    with mock.patch.object(CrossEntropyMetrics, "update", update):
         values = evaluate(worker, dataset, micro_batch_size=4)
     assert [repr(value) for value in values.values()] == [repr(planted)] * 3
 
@@ -132,7 +138,7 @@ def test_logits_that_are_nan_are_right_about_nothing(runtime, runs, kind):
     worker, dataset = of_one_rank(runs[kind], runtime)
     forward, tokenizer = worker.forward, open_tokenizer(runs[kind].data)
     with mock.patch.object(worker, "forward", lambda *a: forward(*a) * math.nan):
-        values = evaluate(worker, dataset, micro_batch_size=4, tokenizer=tokenizer, beams=2)
+        values = evaluate(worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, 2))
     assert all(map(math.isnan, values.values())) and len(values) == (2 if kind == "images" else 3)
 
 
@@ -144,7 +150,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
     hypotheses = []
     for index in range(len(dataset)):
         source_BT = torch.from_numpy(dataset.sample(index, None)["source"])[None]
-        ids = translate(
+        ids = translate_tokens(
             worker,
             source_BT,
             max_tokens=16,
@@ -160,7 +166,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
     dataset.reference = references.__getitem__
     bleu = sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert 5 < bleu < 95
-    values = evaluate(worker, dataset, micro_batch_size=4, tokenizer=tokenizer, beams=beams)
+    values = evaluate(worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, beams))
     expected = {"eval_loss": nats / valid, "perplexity": math.exp(nats / valid), "bleu": bleu}
     assert values == pytest.approx(expected, rel=1e-12)
     assert "bleu" not in evaluate(worker, dataset, micro_batch_size=4)
@@ -185,7 +191,7 @@ def evaluate_layout(runtime, configs, strategy, micro_batch_size):
         if tokenizer:
             dataset.reference = lambda index: "0 1 1 0 " * (1 + index)
         found[kind] = evaluate(
-            worker, dataset, micro_batch_size=micro_batch_size, tokenizer=tokenizer
+            worker, dataset, micro_batch_size=micro_batch_size, decoding=Decoding(tokenizer)
         )
     return found
 
@@ -247,7 +253,7 @@ def test_door_shows_the_values_of_the_split(runtime, runs, capsys):
     run = runs["pairs"]
     tokenizer, worker = open_tokenizer(run.data), tiny.make_worker(runtime, run.model)
     split = open_split(run.data, "valid")
-    values = evaluate(worker, split, micro_batch_size=2, tokenizer=tokenizer, beams=2, samples=5)
+    values = evaluate(worker, split, micro_batch_size=2, decoding=Decoding(tokenizer, 2), samples=5)
     config = EvaluateConfig(
         run_dir=run.run_dir, split="valid", precision="fp64", device="cpu", beams=2, samples=5
     )

@@ -13,9 +13,12 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import CompressConfig, GenerateConfig, UserError
 from trainer.data import open_split, open_tokenizer
+from trainer.inference.beam_search import translate_tokens
+from trainer.inference.sampling import filter_logits, sample_token, sample_tokens
 from trainer.inference.trained_run import open_run
 from trainer.tasks import generate as module
-from trainer.tasks.generate import draw, generate, keep_likeliest, read_image, sample, translate
+from trainer.tasks.generate import generate
+from trainer.tasks.image_classification import read_image
 
 PROMPT = [3, 1, 4, 1, 5]
 IMAGES = replace(tiny.CLASSIFIER, image_size=8, channels=1, classes=7, max_positions=5)
@@ -53,7 +56,7 @@ def test_cached_text_equals_forwards_without_a_cache(runtime, model, prompt):
     length = len(expected)
     for _ in range(10):
         expected = [*expected, greedy(worker, expected)]
-    written = sample(worker, prompt, max_tokens=10, eot_id=7, temperature=0.0)
+    written = sample_tokens(worker, prompt, max_tokens=10, eot_id=7, temperature=0.0)
     end = expected.index(7, length) if 7 in expected[length:] else None
     assert written == expected[length:end]
     assert len(set(written)) > 3
@@ -68,7 +71,7 @@ def test_text_beyond_the_positions_goes_on_from_the_newer_half(runtime, model):
         token = greedy(worker, window)
         history.append(token)
         window = [*window, token] if len(window) < 16 else history[-8:]
-    written = sample(worker, prompt, max_tokens=20, eot_id=NO_END, temperature=0.0)
+    written = sample_tokens(worker, prompt, max_tokens=20, eot_id=NO_END, temperature=0.0)
     assert written == history[20:]
 
 
@@ -77,22 +80,22 @@ def test_text_without_a_limit_of_positions(runtime):
     expected = list(PROMPT)
     for _ in range(20):
         expected.append(greedy(worker, expected))
-    written = sample(worker, PROMPT, max_tokens=20, eot_id=NO_END, temperature=0.0)
+    written = sample_tokens(worker, PROMPT, max_tokens=20, eot_id=NO_END, temperature=0.0)
     assert written == expected[len(PROMPT) :]
 
 
 def test_text_ends_before_the_end_token(runtime):
     worker = tiny.make_worker(runtime, tiny.LLAMA)
-    written = sample(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=0.0)
+    written = sample_tokens(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=0.0)
     end = next(i for i in range(2, 10) if written[i] not in written[:i])
-    ended = sample(worker, PROMPT, max_tokens=10, eot_id=written[end], temperature=0.0)
+    ended = sample_tokens(worker, PROMPT, max_tokens=10, eot_id=written[end], temperature=0.0)
     assert ended == written[:end]
 
 
 def test_the_seed_decides_the_text(runtime):
     worker = tiny.make_worker(runtime, tiny.LLAMA)
     texts = [
-        sample(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=2.0, seed=seed)
+        sample_tokens(worker, PROMPT, max_tokens=10, eot_id=NO_END, temperature=2.0, seed=seed)
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
@@ -105,14 +108,14 @@ def test_top_k_and_top_p_keep_what_transformers_keep(top_k, top_p):
     expected_RV = TopKLogitsWarper(top_k)(None, logits_RV) if top_k else logits_RV
     expected_RV = TopPLogitsWarper(top_p)(None, expected_RV) if top_p < 1.0 else expected_RV
     for logits_V, expected_V in zip(logits_RV, expected_RV, strict=True):
-        assert torch.equal(keep_likeliest(logits_V, top_k, top_p), expected_V)
+        assert torch.equal(filter_logits(logits_V, top_k, top_p), expected_V)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_draws_follow_the_probabilities_at_the_temperature(temperature):
     logits_V = torch.tensor([2.0, 1.0, 0.0, -1.0])
     generator = torch.Generator().manual_seed(0)
-    tokens = [draw(logits_V, temperature, 0, 1.0, generator) for _ in range(4000)]
+    tokens = [sample_token(logits_V, temperature, 0, 1.0, generator) for _ in range(4000)]
     share_V = torch.bincount(torch.tensor(tokens), minlength=4) / 4000
     assert (share_V - (logits_V / temperature).softmax(-1)).abs().max() < 0.03
 
@@ -126,7 +129,7 @@ def padded(sources):
 
 def ours(worker, sources, **options):
     options = {"max_tokens": 10, "bos_id": BOS, "eos_id": EOS, **options}
-    return translate(worker, *padded(sources), **options)
+    return translate_tokens(worker, *padded(sources), **options)
 
 
 def log_probabilities(worker, source, *translations):
@@ -214,7 +217,7 @@ def use_everywhere(runtime, strategy, layers=2):
     pooling = CompressConfig(pool_after=1, pool_stride=3)
     pooled = tiny.make_worker(runtime, replace(tiny.LLAMA, layers=4), strategy, compress=pooling)
     text = [
-        sample(each, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
+        sample_tokens(each, PROMPT, max_tokens=20, eot_id=NO_END, top_p=0.9, seed=5)
         for each in (writer, pooled)
     ]
     share = len(SOURCES) // translator.data_degree
@@ -267,7 +270,9 @@ def test_door_goes_on_from_a_text(tmp_path, capsys, runtime):
     tokenizer = open_tokenizer(run.data)
     worker = tiny.make_worker(runtime, run.model)
     prompt_ids = tokenizer.encode("abc [bold]")
-    written = sample(worker, prompt_ids, max_tokens=9, eot_id=tokenizer.eot_id, temperature=0.0)
+    written = sample_tokens(
+        worker, prompt_ids, max_tokens=9, eot_id=tokenizer.eot_id, temperature=0.0
+    )
     shown = answer(capsys, runtime, run, "abc [bold]", max_tokens=9, temperature=0.0)
     assert shown == tokenizer.decode([*prompt_ids, *written]) + "\n"
     assert shown.startswith("abc [bold]") and len(shown) > len("abc [bold]\n")
@@ -282,7 +287,9 @@ def test_door_translates_line_by_line(tmp_path, capsys, runtime):
     lines = ["abc", "defg gab fed"]
     options = {"bos_id": tokenizer.eot_id, "eos_id": tokenizer.eot_id, "beams": 2}
     expected = [
-        translate(worker, torch.tensor([tokenizer.encode(line)]), max_tokens=12, **options)[0]
+        translate_tokens(worker, torch.tensor([tokenizer.encode(line)]), max_tokens=12, **options)[
+            0
+        ]
         for line in lines
     ]
     shown = answer(capsys, runtime, run, "\n".join(lines), max_tokens=12, beams=2)
@@ -330,8 +337,10 @@ def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
 def test_logits_that_are_not_finite_write_nothing(temperature, bad):
     logits_V = torch.tensor([0.1, bad, -torch.inf])
     with pytest.raises(UserError, match="logits are not finite"):
-        draw(logits_V, temperature, 0, 1.0, torch.Generator())
-    assert draw(torch.tensor([0.1, -torch.inf]), temperature, 0, 1.0, torch.Generator()) == 0
+        sample_token(logits_V, temperature, 0, 1.0, torch.Generator())
+    assert (
+        sample_token(torch.tensor([0.1, -torch.inf]), temperature, 0, 1.0, torch.Generator()) == 0
+    )
 
 
 @pytest.mark.parametrize("task", ["translation", "classification"])

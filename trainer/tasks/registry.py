@@ -1,0 +1,16 @@
+"""The table of tasks."""
+
+from trainer.config.train import ModelConfig
+from trainer.tasks.image_classification import ImageClassification
+from trainer.tasks.language import LanguageModeling
+from trainer.tasks.task import Task
+from trainer.tasks.translation import Translation
+
+TASKS: dict[str, Task] = {
+    task.data_kind: task for task in (LanguageModeling(), Translation(), ImageClassification())
+}
+
+
+def task_of_model(model: ModelConfig) -> Task:
+    """Return the task that a model is for, where no data say which."""
+    return next(task for task in TASKS.values() if task.fits(model))
