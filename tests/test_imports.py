@@ -69,45 +69,44 @@ parallel.parallelize: parallel.strategy parallel.grad_norm parallel.context para
     parallel.mesh parallel.pipeline parallel.tensor parallel.parallel_model
     parallel.activation_checkpointing
 trainer.data: trainer.config trainer.atomic_files
-trainer.nn: parallel.errors trainer.config parallel.runtime
+trainer.nn: parallel.errors trainer.config parallel.runtime trainer.data
 trainer.metrics: parallel.errors trainer.config trainer.atomic_files parallel.pipeline trainer.nn
 trainer.optim: trainer.config
 trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.atomic_files
-    parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model
-    parallel.parallelize trainer.data trainer.metrics trainer.optim
+    parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model parallel.parallelize
+    trainer.data trainer.metrics trainer.optim
 trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
 conf.schema: conf.help parallel.errors trainer.config conf.submit trainer.run
 conf.reference: conf.help conf.schema
-trainer.loss:
-trainer.model: trainer.config trainer.nn trainer.loss
+trainer.loss: trainer.config trainer.data trainer.nn
+trainer.model: trainer.config trainer.nn
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
-    trainer.nn trainer.loss trainer.model
+    trainer.data trainer.nn trainer.model
 trainer.precision:
 trainer.build: parallel.strategy trainer.config parallel.runtime parallel.mesh
     parallel.parallel_model parallel.parallelize trainer.nn trainer.loss trainer.model
     trainer.compress trainer.precision
-trainer.inference: parallel.strategy trainer.config trainer.atomic_files parallel.grad_norm
-    parallel.runtime parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint
-    trainer.run trainer.model trainer.compress trainer.precision trainer.build
+trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atomic_files
+    parallel.grad_norm parallel.runtime parallel.parallel_model parallel.parallelize trainer.data
+    trainer.checkpoint trainer.run trainer.model trainer.compress trainer.precision trainer.build
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
-    trainer.loss trainer.model trainer.compress trainer.precision trainer.inference
+    trainer.model trainer.compress trainer.precision trainer.inference
 conf.validation: parallel.errors parallel.strategy trainer.config conf.submit parallel.pipeline
     trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
 launch.cli: conf.help parallel.errors parallel.strategy trainer.config conf.submit
-    trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
-    trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
-    conf.validation launch.slurm
+    trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data trainer.nn
+    trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill conf.validation
+    launch.slurm
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
     trainer.data trainer.nn trainer.metrics trainer.run trainer.compress trainer.inference
     parallel.rank_pool
 launch.compress_report: launch.cli trainer.compress_report
-trainer.tasks: parallel.errors parallel.strategy trainer.config parallel.runtime
-    parallel.parallel_model trainer.data trainer.metrics trainer.checkpoint trainer.run
-    trainer.loss trainer.model trainer.inference
+trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
+    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.inference
 launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks
@@ -123,16 +122,16 @@ trainer.resilience: parallel.errors parallel.strategy trainer.config trainer.ato
 trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.parallel_model
     trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
 trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
-    parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim
-    trainer.checkpoint trainer.compress trainer.precision trainer.build trainer.inference
-    trainer.distill trainer.tasks trainer.resilience trainer.state
+    parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim trainer.checkpoint
+    trainer.compress trainer.precision trainer.build trainer.inference trainer.distill trainer.tasks
+    trainer.resilience trainer.state
 launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.context parallel.data parallel.mesh parallel.pipeline
-    parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn trainer.metrics
-    trainer.optim trainer.loss trainer.model trainer.compress trainer.precision trainer.build
-    trainer.inference parallel.rank_pool parallel.comm_volume
+    parallel.tensor parallel.parallel_model parallel.parallelize trainer.data trainer.nn
+    trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.build
+    trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
 launch.verify: launch.cli trainer.verify
 """
 

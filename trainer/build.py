@@ -62,6 +62,18 @@ def build_worker(
     )
 
 
+def build_meta_model(
+    config: ModelConfig, precision: Precision, compression: Compression
+) -> Transformer:
+    """Return the whole model on the meta device, with the layers that compression and float8 give."""
+    with torch.device("meta"):
+        model = Transformer(config, precision.compute)
+    compression.reshape(model)
+    if precision.float8:
+        multiply_in_float8(model.blocks)
+    return model
+
+
 def parallel_model(
     config: ModelConfig,
     strategy: StrategyConfig,
@@ -78,18 +90,14 @@ def parallel_model(
 ) -> Worker:
     """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
-    with torch.device("meta"):
-        model = Transformer(config, precision.compute)
     compression = compression or Compression(CompressConfig())
-    compression.reshape(model)
-    if precision.float8:
-        multiply_in_float8(model.blocks)
-    length, objective = config.max_positions, objective or CrossEntropy()
-    assert model.head is not None
-    loss_sum = objective.build_loss(model.head, loss or LossConfig())
+    model = build_meta_model(config, precision, compression)
+    objective, head = objective or CrossEntropy(), model.head
+    assert head is not None
+    length = config.max_positions
     facts = apply.Facts(
         draw_rows=partial(draw_rows, config, seed),
-        loss_sum=compression.loss(loss_sum, model),
+        loss_sum=compression.loss(objective.build_loss(head, loss or LossConfig()), model),
         count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
         costs=flops_per_block(config, length, length, model.lengths(length)),

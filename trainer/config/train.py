@@ -63,6 +63,11 @@ def outputs_of(model: ModelConfig) -> str:
     return "classes" if model.family == "encoder" else "tokens"
 
 
+def is_encoder_decoder(model: ModelConfig) -> bool:
+    """Return whether a model has two stacks of blocks, an encoder and a decoder that reads it."""
+    return model.family == "encoder_decoder"
+
+
 def classes_of(model: ModelConfig) -> int:
     """Return how many classes the logits of a completed model are of."""
     return model.classes if outputs_of(model) == "classes" else model.vocab_size

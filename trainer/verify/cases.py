@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.parallel_model import Worker
 from parallel.strategy import StrategyConfig, data_degree
-from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig
+from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_encoder_decoder
 from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
@@ -126,7 +126,7 @@ def scale_down(
     group = max(1, model.heads // (model.kv_heads or model.heads))
     heads = math.lcm(group * max(1, 4 // group), tensor)
     width = heads * 8
-    two = model.family == "encoder_decoder"
+    two = is_encoder_decoder(model)
     layers = max(2, math.ceil((stages + 1) / (2 if two else 1)))
     return replace(
         model,
