@@ -65,7 +65,7 @@ def build_worker(
 def build_meta_model(
     config: ModelConfig, precision: Precision, compression: Compression
 ) -> Transformer:
-    """Return the whole model on the meta device, with the layers that compression and float8 give."""
+    """Return the whole model on the meta device, with compressed and float8 layers."""
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
     compression.reshape(model)
