@@ -85,7 +85,7 @@ def train(
 
     with (
         mock.patch.object(loop, "take_step", poisoned_step),
-        mock.patch("trainer.build.cross_entropy_sum", poisoned_loss),
+        mock.patch("trainer.loss.cross_entropy_sum", poisoned_loss),
         mock.patch.object(Recorder, "step_done", kill),
     ):
         try:

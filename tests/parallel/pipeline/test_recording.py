@@ -46,7 +46,7 @@ def drawn(runtime, config: TrainConfig) -> tuple[list[tuple[list[Span], Path, st
 
     with (
         mock.patch("trainer.metrics.timeline_plot.draw", draw),
-        mock.patch("trainer.build.cross_entropy_sum", slow_loss),
+        mock.patch("trainer.loss.cross_entropy_sum", slow_loss),
         mock.patch("trainer.metrics.recorder.DRAWN_STEP", 2),
         mock.patch.object(Recording, "start", lambda self: (start(self), recorded.append(self))),
     ):
