@@ -4,8 +4,8 @@ import sys
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from conf.help import comments, plain
 from conf.schema import SCHEMAS
+from parallel.config_fields import facts_of, value_text
 
 HEAD = """# Keys
 
@@ -13,6 +13,9 @@ All keys of all commands, with the defaults of the dataclasses; presets (`experi
 `data=`, `strategy=`) set many of them, and `--help` of a command shows its own. Written by
 `python -m conf.reference > docs/keys.md`; a test holds it equal to the code.
 """
+
+
+BAR = "\\|"  # inside a cell
 
 
 def key_reference() -> str:
@@ -26,24 +29,24 @@ def key_reference() -> str:
     return "\n".join(pages)
 
 
-def _rows(section: Any, prefix: str) -> list[tuple[str, str, str]]:
-    """Return the (key, default, meaning) of each field, and of all sections below."""
+def _rows(section: Any, prefix: str) -> list[tuple[str, str, str, str]]:
+    """Return the (key, default, meaning, values) of each field, and of all sections below."""
     found, below = [], []
-    meanings = comments(type(section))
     for field in fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if is_dataclass(value):
             below += _rows(value, f"{key}.")
         else:
-            found.append((key, plain(value), meanings.get(field.name, "")))
+            facts = facts_of(field)
+            found.append((key, value_text(value), facts.meaning, facts.describe_values()))
     return found + below
 
 
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for key, default, meaning in rows:
-        cells = (f"`{key}`", f"`{default}`" if default else "", meaning.replace("|", "\\|"))
-        lines.append(f"| {' | '.join(cells)} |")
+def _table(rows: list[tuple[str, str, str, str]]) -> str:
+    lines = ["| key | default | meaning | values |", "| --- | --- | --- | --- |"]
+    for key, default, *texts in rows:
+        cells = [f"`{key}`", f"`{default}`" if default else "", *texts]
+        lines.append(f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |")
     return "\n".join(lines)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORED = -100  # a target that counts for nothing: padding
+from trainer.config.loss import IGNORED
 
 
 def cross_entropy_sum(
