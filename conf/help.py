@@ -109,6 +109,6 @@ def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
 
 
 def _line(key: str, meaning: str) -> str:
-    wrapped = textwrap.wrap(meaning, 60) or [""]
+    wrapped = textwrap.wrap(meaning, 60, break_on_hyphens=False) or [""]
     head = f"    {key:<34}  {wrapped[0]}".rstrip()
     return "\n".join([head, *(" " * 40 + line for line in wrapped[1:])])
