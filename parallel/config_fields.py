@@ -104,14 +104,15 @@ def facts_of(field: Field) -> KeyFacts:
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
-    """Return every key below a dataclass, dotted, with its field."""
+    """Return every key below a dataclass, dotted, with its field; those of sections come last."""
     found: dict[str, Field] = {}
+    below: dict[str, Field] = {}
     for own in fields(schema):
         if isinstance(own.type, type) and is_dataclass(own.type):
-            found |= known_keys(own.type, f"{prefix}{own.name}.")
+            below |= known_keys(own.type, f"{prefix}{own.name}.")
         else:
             found[prefix + own.name] = own
-    return found
+    return found | below
 
 
 def value_at(config: Any, key: str) -> Any:

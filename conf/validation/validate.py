@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 # The kind of data that a family of models learns from.
 READS = {"decoder": "text", "encoder": "images", "encoder_decoder": "pairs"}
-
-
 LARGEST = 2**63 - 1  # of torch's integers
 
 

@@ -253,6 +253,17 @@ def test_a_fault_must_have_its_place():
     assert problems(replace(fault, strategy=whole), 2) == []
     gather = VerifyConfig(fault="skip_sequence_gather", strategy=whole)
     assert "set strategy.sequence_parallel=true" in problems(gather, 2)[0]
+    ring = StrategyConfig(context=2, context_method="ring")
+    step = VerifyConfig(fault="skip_ring_step", strategy=ring)
+    assert problems(step, 2) == []
+    for strategy in (replace(ring, context_method="all_gather"), StrategyConfig(replicate=2)):
+        assert problems(replace(step, strategy=strategy), 2) == [
+            "fault=skip_ring_step is one of a ring; set strategy=context "
+            "strategy.context_method=ring"
+        ]
+    assert problems(VerifyConfig(fault="local_loss_scale"), 1) == [
+        "fault=local_loss_scale is one of a pipeline; set strategy=pipeline"
+    ]
 
 
 @pytest.mark.parametrize("door", ["verify", "evaluate", "generate"])
