@@ -1,16 +1,14 @@
-"""The text of `--help`: a key's meaning and unit are taken from the comment beside its field."""
+"""The text of `--help`: examples, groups, and what each key's field says of it."""
 
-import ast
-import inspect
-import io
 import re
 import textwrap
-import tokenize
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from parallel.config_fields import facts_of, value_text
 
 CONF = Path(__file__).parent
 EXAMPLES = {
@@ -93,69 +91,24 @@ def groups(name: str) -> dict[str, list[str]]:
     }
 
 
-def comments(schema: type) -> dict[str, str]:
-    """Return the comment of each field of a dataclass: beside it, else in the lines just above
-    it.
-    """
-    found: dict[str, str] = {}
-    for owner in reversed(schema.__mro__):
-        if is_dataclass(owner):
-            found |= _comments(owner)
-    return found
-
-
-def _comments(schema: type) -> dict[str, str]:
-    source = textwrap.dedent(inspect.getsource(schema))
-    lines = source.splitlines()
-    noted = {
-        token.start[0]: token.string.lstrip("# ")
-        for token in tokenize.generate_tokens(io.StringIO(source).readline)
-        if token.type == tokenize.COMMENT
-    }
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            last = node.end_lineno or node.lineno
-            beside = [noted[number] for number in range(node.lineno, last + 1) if number in noted]
-            found[node.target.id] = " ".join(beside) or _above(node.lineno, lines, noted)
-    return found
-
-
-def _above(number: int, lines: list[str], noted: dict[int, str]) -> str:
-    block: list[str] = []
-    while (number := number - 1) in noted and lines[number - 1].lstrip().startswith("#"):
-        block.insert(0, noted[number])
-    return " ".join(block)
-
-
 def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
     sections: list[str] = []
     shown: list[str] = []
-    meanings = comments(schema)
-    kinds = {field.name: field.type for field in fields(schema)}
-    for field, meaning in meanings.items():
-        kind = kinds[field]
+    for field in fields(schema):
+        kind = field.type
         if isinstance(kind, type) and is_dataclass(kind):
             title = (kind.__doc__ or "").split(";")[0].split("\n")[0].rstrip(".")
-            sections += ["", f"  {prefix}{field}.*  {title}"]
-            sections += _keys(kind, values[field], f"{prefix}{field}.")
+            sections += ["", f"  {prefix}{field.name}.*  {title}"]
+            sections += _keys(kind, values[field.name], f"{prefix}{field.name}.")
         else:
-            shown.append(_line(f"{prefix}{field}={plain(values[field])}", meaning))
+            facts = facts_of(field)
+            allowed = facts.describe_values()
+            text = f"{facts.meaning} [{allowed}]" if allowed else facts.meaning
+            shown.append(_line(f"{prefix}{field.name}={value_text(values[field.name])}", text))
     return shown + sections
 
 
-def plain(value: Any) -> str:
-    """Return a value as it is written on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return "[" + ",".join(map(plain, value)) + "]"
-    return str(value)
-
-
 def _line(key: str, meaning: str) -> str:
-    wrapped = textwrap.wrap(meaning, 60) or [""]
+    wrapped = textwrap.wrap(meaning, 60, break_on_hyphens=False) or [""]
     head = f"    {key:<34}  {wrapped[0]}".rstrip()
     return "\n".join([head, *(" " * 40 + line for line in wrapped[1:])])

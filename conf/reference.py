@@ -1,11 +1,11 @@
 """The reference of all keys, from the dataclasses: `python -m conf.reference > docs/keys.md`."""
 
 import sys
-from dataclasses import fields, is_dataclass
+from dataclasses import Field
 from typing import Any
 
-from conf.help import comments, plain
 from conf.schema import SCHEMAS
+from parallel.config_fields import facts_of, known_keys, value_at, value_text
 
 HEAD = """# Keys
 
@@ -13,38 +13,26 @@ All keys of all commands, with the defaults of the dataclasses; presets (`experi
 `data=`, `strategy=`) set many of them, and `--help` of a command shows its own. Written by
 `python -m conf.reference > docs/keys.md`; a test holds it equal to the code.
 """
+TABLE = "| key | default | meaning | values |\n| --- | --- | --- | --- |\n"
+BAR = "\\|"  # inside a cell
 
 
 def key_reference() -> str:
     """Return a page in Markdown: a table for each command, later ones with their own keys alone."""
     pages, told = [HEAD], set[str]()
     for name, schema in SCHEMAS.items():
-        rows = [row for row in _rows(schema(), "") if row[0] not in told]
-        told |= {key for key, *_ in rows}
+        keys, defaults = known_keys(schema), schema()
+        rows = [_row(key, value_at(defaults, key), keys[key]) for key in keys if key not in told]
+        told |= keys.keys()
         if rows:
-            pages.append(f"## launch/{name}.py\n\n{_table(rows)}\n")
+            pages.append(f"## launch/{name}.py\n\n{TABLE}{''.join(rows)}")
     return "\n".join(pages)
 
 
-def _rows(section: Any, prefix: str) -> list[tuple[str, str, str]]:
-    """Return the (key, default, meaning) of each field, and of all sections below."""
-    found, below = [], []
-    meanings = comments(type(section))
-    for field in fields(section):
-        value, key = getattr(section, field.name), f"{prefix}{field.name}"
-        if is_dataclass(value):
-            below += _rows(value, f"{key}.")
-        else:
-            found.append((key, plain(value), meanings.get(field.name, "")))
-    return found + below
-
-
-def _table(rows: list[tuple[str, str, str]]) -> str:
-    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
-    for key, default, meaning in rows:
-        cells = (f"`{key}`", f"`{default}`" if default else "", meaning.replace("|", "\\|"))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+def _row(key: str, default: Any, field: Field) -> str:
+    facts, shown = facts_of(field), value_text(default)
+    cells = [f"`{key}`", shown and f"`{shown}`", facts.meaning, facts.describe_values()]
+    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |\n"
 
 
 if __name__ == "__main__":

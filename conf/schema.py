@@ -1,7 +1,6 @@
 """The schema that YAML values must fit, and the way from Hydra's containers to typed objects."""
 
 from collections.abc import Callable
-from dataclasses import Field, fields, is_dataclass
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -11,6 +10,7 @@ from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
 from conf.submit import SubmitConfig
+from parallel.config_fields import known_keys
 from parallel.errors import ConfigError
 from trainer.config.train import (
     CompressReportConfig,
@@ -87,17 +87,6 @@ def _typed(name: str, values: Any) -> Any:
 def free_text(name: str) -> set[str]:
     """Return the keys of door `name` whose values are text: paths, sentences and words."""
     return {key for key, field in known_keys(SCHEMAS[name]).items() if field.type is str}
-
-
-def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
-    """Return every key below a dataclass, dotted, with its field."""
-    found: dict[str, Field] = {}
-    for field in fields(schema):
-        if isinstance(field.type, type) and is_dataclass(field.type):
-            found |= known_keys(field.type, f"{prefix}{field.name}.")
-        else:
-            found[prefix + field.name] = field
-    return found
 
 
 def run_name(started: str) -> str:

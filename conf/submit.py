@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, field, fields
 
+from parallel.config_fields import key
 from trainer.config.train import TrainConfig
 
 # Options of sbatch that other keys set, or that the script relies on.
@@ -25,33 +26,79 @@ OWN_OPTIONS = {
 class ClusterConfig:
     """A job of Slurm; read by launch/slurm/batch_script.py and launch/slurm/commands.py."""
 
-    nodes: int = 1  # hosts of the job
-    gpus_per_node: int = 0  # GPUs taken of each host; 0 = a job on CPUs
-    ranks_per_node: int = 0  # processes on each host; 0 = one for each GPU, on CPUs one
-    cpus_per_rank: int = 0  # cores of each process; 0 = what the cluster gives unasked
-    hours: float = 24.0  # time limit of one job; 0.0 = the partition's own
-    partition: str = ""  # empty = the cluster's default
-    account: str = ""  # that pays; empty = the user's default
-    # So many seconds before the time limit the ranks are told to save and leave: what a save
-    # takes, and more.
-    signal_seconds: int = 120
-    # After a save on a signal (time limit, preemption), a hang or the loss of a rank, the job is
-    # queued again and goes on; false = it ends.
-    requeue: bool = True
-    # Jobs submitted at once that follow each other in the run's folder, for clusters that queue
-    # none again or for limits shorter than the run; 1 = off.
-    chain: int = 1
-    parallel: int = 0  # points of a sweep that run at the same time; 0 = as many as fit
-    # More options of sbatch, e.g. ["--qos=high","--exclusive"]; empty = none.
-    options: list[str] = field(default_factory=list)
-    # Lines of shell before the ranks start, e.g. ["module load cuda/12.8"]; empty = none.
-    setup: list[str] = field(default_factory=list)
-    # More options of srun, e.g. ["--container-image=nvcr.io/nvidia/pytorch:25.06-py3"].
-    srun_options: list[str] = field(default_factory=list)
-    # What each rank's Python runs inside, e.g. "apptainer exec --nv image.sif"; empty = nothing.
-    wrap: str = ""
-    python: str = ""  # interpreter of the ranks; empty = the one that submits
-    dry_run: bool = False  # show the script, and write and submit nothing (--dry-run is the same)
+    nodes: int = key(1, "Hosts of the job", at_least=1)
+    gpus_per_node: int = key(
+        0, "GPUs taken of each host", off=0, off_means="a job on CPUs", at_least=0
+    )
+    ranks_per_node: int = key(
+        0, "Processes on each host", off=0, off_means="one for each GPU, on CPUs one", at_least=0
+    )
+    cpus_per_rank: int = key(
+        0, "Cores of each process", off=0, off_means="what the cluster gives unasked", at_least=0
+    )
+    hours: float = key(
+        24.0,
+        "Time limit of one job",
+        unit="hours",
+        off=0.0,
+        off_means="the partition's own",
+        at_least=0,
+    )
+    partition: str = key("", "Partition of the cluster", off="", off_means="the cluster's default")
+    account: str = key("", "Account that pays", off="", off_means="the user's default")
+    signal_seconds: int = key(
+        120,
+        "So many seconds before the time limit the ranks are told to save and leave: what a "
+        "save takes, and more",
+        at_least=1,
+        at_most=65535,  # of sbatch --signal
+    )
+    requeue: bool = key(
+        True,
+        "After a save on a signal (time limit, preemption), a hang or the loss of a rank, the "
+        "job is queued again and goes on",
+        off=False,
+        off_means="it ends",
+    )
+    chain: int = key(
+        1,
+        "Jobs submitted at once that follow each other in the run's folder, for clusters that "
+        "queue none again or for limits shorter than the run",
+        off=1,
+        at_least=1,
+    )
+    parallel: int = key(
+        0,
+        "Points of a sweep that run at the same time",
+        off=0,
+        off_means="as many as fit",
+        at_least=0,
+    )
+    options: list[str] = key(
+        [], 'More options of sbatch, e.g. ["--qos=high","--exclusive"]', off=[], off_means="none"
+    )
+    setup: list[str] = key(
+        [],
+        'Lines of shell before the ranks start, e.g. ["module load cuda/12.8"]',
+        off=[],
+        off_means="none",
+    )
+    srun_options: list[str] = key(
+        [],
+        'More options of srun, e.g. ["--container-image=nvcr.io/nvidia/pytorch:25.06-py3"]',
+        off=[],
+        off_means="none",
+    )
+    wrap: str = key(
+        "",
+        'What each rank\'s Python runs inside, e.g. "apptainer exec --nv image.sif"',
+        off="",
+        off_means="nothing",
+    )
+    python: str = key("", "Interpreter of the ranks", off="", off_means="the one that submits")
+    dry_run: bool = key(
+        False, "Show the script, and write and submit nothing (--dry-run is the same)"
+    )
 
 
 @dataclass

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.strategy import AXES, StrategyConfig, degrees, world_size
+from parallel.strategy import AXES, MESH_AXES, StrategyConfig, degrees, world_size
 
 # The axes whose ranks see different samples; the innermost varies fastest.
 DATA_AXES = ("replicate", "shard")
@@ -16,13 +16,11 @@ COPY_AXES = ("replicate", "context")
 def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
     """Return the mesh of a resolved strategy.
 
-    Ranks count up along AXES, the last fastest. The mesh lists context before shard, since
-    hybrid sharding takes the axes of copies in front of the sharded one.
+    Ranks count up along AXES, the last fastest; the mesh lists the axes as MESH_AXES.
     """
     ranks = torch.arange(world_size(strategy)).view(*degrees(strategy).values())
-    order = ("pipeline", "replicate", "context", "shard", "tensor")
-    permuted = ranks.permute(*(AXES.index(axis) for axis in order)).contiguous()
-    return DeviceMesh(device.type, permuted, mesh_dim_names=order)
+    permuted = ranks.permute(*(AXES.index(axis) for axis in MESH_AXES)).contiguous()
+    return DeviceMesh(device.type, permuted, mesh_dim_names=MESH_AXES)
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:

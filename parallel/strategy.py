@@ -2,13 +2,18 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+from parallel.config_fields import key
 from parallel.errors import ConfigError
 
-# The five axes of the mesh, outermost first: ranks that talk most sit next to each other.
+# The five axes, outermost first: ranks count up along them, the last fastest, so that ranks that
+# talk most sit next to each other.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
+# The same in the order of the device mesh: hybrid sharding takes the axes of copies (replicate and
+# context) in front of the sharded one.
+MESH_AXES = ("pipeline", "replicate", "context", "shard", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
 
 
@@ -16,39 +21,81 @@ HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
 class StrategyConfig:
     """Degrees of the one mesh; -1 = all ranks that are left (on one axis at most)."""
 
-    pipeline: int = 1  # ranks that hold successive stages of the layers; 1 = off
-    replicate: int = 1  # copies of the model that share the batch (DDP); 1 = off
-    shard: int = 1  # ranks that share one copy of weights and optimizer (FSDP); 1 = off
-    context: int = 1  # ranks that share the sequence; 1 = off
-    tensor: int = 1  # ranks that split every layer; 1 = off
-    # With torchrun --nnodes=MIN:MAX: replicate and shard follow the ranks that there are, also
-    # when a host is lost or comes back; false = other ranks than the degrees make are refused.
-    elastic: bool = False
-    # FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until its
-    # backward is done (one all-gather less, more memory).
-    reshard_after_forward: bool = True
-    # Tensor: between split layers each rank has its part of the sequence's positions (less memory,
-    # the same bytes on the wire); false = all of them on every rank.
-    sequence_parallel: bool = True
-    # Tensor, CUDA with NVLink and compile=true: collectives overlap with the matrix products that
-    # they feed, through symmetric memory.
-    async_tensor: bool = False
-    context_method: str = "all_gather"  # context: all_gather | ring | ulysses
-    # Pipeline: gpipe | 1f1b | interleaved | looped_bfs | zero_bubble | zbv | dualpipev
-    schedule: str = "gpipe"
-    schedule_csv: str = ""  # pipeline: a file with an own schedule, in torch's format; empty = off
-    stages_per_rank: int = 0  # pipeline: stages that a rank holds; 0 = as few as the schedule takes
-    # Pipeline: the first block of each stage but the first; empty = cut so that all cost alike.
-    split: list[int] = field(default_factory=list)
-    # DDP: MiB of gradients per all-reduce.
-    bucket_mib: float = 25.0
-    # How gradients are summed over replicate, shard and context. auto: in the dtype of the weights,
-    # which is fp32 but with precision=fp64 | fp32 | bf16 | fp16: rounded first (fp16 with a loss
-    # scale, as precision=fp16) | int8 | powersgd: compressed, to a quarter of fp32's bytes or to
-    # products of thin matrices; plain replicas alone; what is lost is added to the next gradient.
-    reduce: str = "auto"
-    powersgd_rank: int = 4  # reduce=powersgd: columns of the thin matrices
-    powersgd_start_step: int = 100  # reduce=powersgd: steps before it that sum in full; 0 = none
+    pipeline: int = key(1, "Ranks that hold successive stages of the layers", off=1)
+    replicate: int = key(1, "Copies of the model that share the batch (DDP)", off=1)
+    shard: int = key(1, "Ranks that share one copy of weights and optimizer (FSDP)", off=1)
+    context: int = key(1, "Ranks that share the sequence", off=1)
+    tensor: int = key(1, "Ranks that split every layer", off=1)
+    elastic: bool = key(
+        False,
+        "With torchrun --nnodes=MIN:MAX: replicate and shard follow the ranks that there are, "
+        "also when a host is lost or comes back",
+        off=False,
+        off_means="other ranks than the degrees make are refused",
+    )
+    reshard_after_forward: bool = key(
+        True,
+        "FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until "
+        "its backward is done (one all-gather less, more memory)",
+    )
+    sequence_parallel: bool = key(
+        True,
+        "Tensor: between split layers each rank has its part of the sequence's positions "
+        "(less memory, the same bytes on the wire)",
+        off=False,
+        off_means="all of them on every rank",
+    )
+    async_tensor: bool = key(
+        False,
+        "Tensor, CUDA with NVLink and compile=true: collectives overlap with the matrix "
+        "products that they feed, through symmetric memory",
+    )
+    context_method: str = key(
+        "all_gather",
+        "Context: how attention reaches the positions of other ranks",
+        choices=("all_gather", "ring", "ulysses"),
+    )
+    schedule: str = key(
+        "gpipe",
+        "Pipeline: order of forwards and backwards",
+        choices=("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"),
+    )
+    schedule_csv: str = key("", "Pipeline: a file with an own schedule, in torch's format", off="")
+    stages_per_rank: int = key(
+        0,
+        "Pipeline: stages that a rank holds",
+        off=0,
+        off_means="as few as the schedule takes",
+        at_least=0,
+    )
+    split: list[int] = key(
+        [],
+        "Pipeline: the first block of each stage but the first",
+        off=[],
+        off_means="cut so that all cost alike",
+    )
+    bucket_mib: float = key(25.0, "DDP: gradients per all-reduce", unit="MiB", above=0)
+    reduce: str = key(
+        "auto",
+        "How gradients are summed over replicate, shard and context; int8 and powersgd take "
+        "plain replicas alone, and add what is lost to the next gradient",
+        choices={
+            "auto": "in the dtype of the weights, which is fp32 but with precision=fp64",
+            "fp32": "rounded first",
+            "bf16": "rounded first",
+            "fp16": "rounded first, with a loss scale as precision=fp16",
+            "int8": "compressed to a quarter of fp32's bytes",
+            "powersgd": "compressed to products of thin matrices",
+        },
+    )
+    powersgd_rank: int = key(4, "reduce=powersgd: columns of the thin matrices", at_least=1)
+    powersgd_start_step: int = key(
+        100,
+        "reduce=powersgd: steps before it that sum in full",
+        off=0,
+        off_means="none",
+        at_least=0,
+    )
 
 
 def check_torchrun(environment: Mapping[str, str]) -> bool:

@@ -47,11 +47,12 @@ LIGHT = (
 
 # Rooms, each with the rooms it may import, from the bottom up: a line names none below it.
 ROOMS = """
-conf.help:
+parallel.config_fields:
+conf.help: parallel.config_fields
 parallel.errors:
-parallel.strategy: parallel.errors
-trainer.config: parallel.errors parallel.strategy
-conf.submit: trainer.config
+parallel.strategy: parallel.config_fields parallel.errors
+trainer.config: parallel.config_fields parallel.errors parallel.strategy
+conf.submit: parallel.config_fields trainer.config
 trainer.atomic_files: parallel.errors
 parallel.grad_norm:
 parallel.runtime: parallel.errors parallel.strategy
@@ -60,7 +61,8 @@ parallel.collectives:
 parallel.context: parallel.collectives
 parallel.data: parallel.strategy parallel.collectives
 parallel.mesh: parallel.strategy
-parallel.pipeline: parallel.errors parallel.strategy parallel.grad_norm parallel.collectives
+parallel.pipeline: parallel.config_fields parallel.errors parallel.strategy parallel.grad_norm
+    parallel.collectives
 parallel.tensor: parallel.errors parallel.strategy parallel.grad_norm parallel.collectives
 parallel.parallel_model: parallel.grad_norm parallel.runtime parallel.context parallel.data
     parallel.mesh parallel.pipeline parallel.tensor
@@ -69,19 +71,19 @@ parallel.parallelize: parallel.strategy parallel.grad_norm parallel.context para
     parallel.mesh parallel.pipeline parallel.tensor parallel.parallel_model
     parallel.activation_checkpointing
 trainer.data: trainer.config trainer.atomic_files
-trainer.nn: parallel.errors trainer.config parallel.runtime trainer.data
+trainer.nn: parallel.errors trainer.config parallel.runtime
 trainer.metrics: parallel.errors trainer.config trainer.atomic_files parallel.pipeline trainer.nn
 trainer.optim: trainer.config
 trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.atomic_files
     parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model parallel.parallelize
     trainer.data trainer.metrics trainer.optim
 trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
-conf.schema: conf.help parallel.errors trainer.config conf.submit trainer.run
-conf.reference: conf.help conf.schema
-trainer.loss: trainer.config trainer.data trainer.nn
+conf.schema: parallel.config_fields conf.help parallel.errors trainer.config conf.submit trainer.run
+conf.reference: parallel.config_fields conf.schema
+trainer.loss: trainer.config trainer.nn
 trainer.model: trainer.config trainer.nn
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
-    trainer.data trainer.nn trainer.model
+    trainer.nn trainer.model
 trainer.precision:
 trainer.build: parallel.strategy trainer.config parallel.runtime parallel.mesh
     parallel.parallel_model parallel.parallelize trainer.nn trainer.loss trainer.model
@@ -92,13 +94,13 @@ trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atom
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
     trainer.model trainer.compress trainer.precision trainer.inference
-conf.validation: parallel.errors parallel.strategy trainer.config conf.submit parallel.pipeline
-    trainer.data trainer.distill
+conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
+    parallel.pipeline trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
-launch.cli: conf.help parallel.errors parallel.strategy trainer.config conf.submit
-    trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data trainer.nn
-    trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill conf.validation
-    launch.slurm
+launch.cli: parallel.config_fields conf.help parallel.errors parallel.strategy trainer.config
+    conf.submit trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
+    trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
+    conf.validation launch.slurm
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
@@ -129,9 +131,9 @@ launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.context parallel.data parallel.mesh parallel.pipeline
-    parallel.tensor parallel.parallel_model parallel.parallelize trainer.data trainer.nn
-    trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.build
-    trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
+    parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn trainer.metrics
+    trainer.optim trainer.model trainer.compress trainer.precision trainer.build trainer.inference
+    parallel.rank_pool trainer.tasks parallel.comm_volume
 launch.verify: launch.cli trainer.verify
 """
 

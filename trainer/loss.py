@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config.train import LossConfig
-from trainer.data.dataset import IGNORED
+from trainer.config.loss import IGNORED, LossConfig
 from trainer.nn.heads import Head
 
 

@@ -8,16 +8,8 @@ from parallel.pipeline.schedules import CSV_KEY, SCHEDULES, splits_backward, sta
 from parallel.pipeline.schedules import problems as schedule_problems
 from parallel.strategy import HOW, StrategyConfig, data_degree, degrees
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
+from trainer.config.verify import FAULT_AXES
 
-# Faults that need strategy.tensor, strategy.context or strategy.pipeline above 1.
-SPLIT_FAULTS = (
-    "skip_input_gradient_sum",
-    "skip_output_sum",
-    "skip_sequence_gather",
-    "skip_vocabulary_mask",
-)
-CONTEXT_FAULTS = ("skip_ring_step",)
-PIPELINE_FAULTS = ("stale_stage_input", "skip_tied_gradient_sum", "local_loss_scale")
 VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
@@ -217,13 +209,14 @@ def _short(numbers: list[int]) -> str:
 
 def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
     """Return why a fault cannot be planted in this layout."""
-    if fault in SPLIT_FAULTS and strategy.tensor == 1:
+    axis = FAULT_AXES.get(fault)
+    if axis == "tensor" and strategy.tensor == 1:
         return [f"fault={fault} is one of split layers; set strategy=tensor"]
-    if fault in CONTEXT_FAULTS and (strategy.context == 1 or strategy.context_method != "ring"):
+    if axis == "context" and (strategy.context == 1 or strategy.context_method != "ring"):
         return [
             f"fault={fault} is one of a ring; set strategy=context strategy.context_method=ring"
         ]
-    if fault in PIPELINE_FAULTS and strategy.pipeline == 1:
+    if axis == "pipeline" and strategy.pipeline == 1:
         return [f"fault={fault} is one of a pipeline; set strategy=pipeline"]
     if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
         return [

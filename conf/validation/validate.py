@@ -1,35 +1,25 @@
 """Validation beyond types: pure functions that find every problem of a config at once."""
 
 import difflib
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.float8 import precision_problems
-from conf.validation.intervals import (
-    COUNT,
-    COUNT_OR_OFF,
-    POSITIVE,
-    SHARE,
-    SHARE_BELOW_ONE,
-    Interval,
-)
 from conf.validation.layout import (
-    CONTEXT_FAULTS,
-    PIPELINE_FAULTS,
-    SPLIT_FAULTS,
     batch_problems,
     layout_problems,
     model_problems,
     near_divisors,
 )
+from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
-from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import resolve
 from trainer.config.train import (
     DataConfig,
     ModelConfig,
+    OptimConfig,
     TrainConfig,
     inputs_of,
     outputs_of,
@@ -39,134 +29,7 @@ from trainer.data import READERS
 if TYPE_CHECKING:
     from trainer.data.dataset import DataFacts
 
-CHOICES = {
-    "precision": ("fp64", "fp32", "bf16", "fp16", "fp8", "auto"),
-    "device": ("cpu", "cuda", "auto"),
-    "on_bad_step": ("stop", "skip", "rollback"),
-    "resume": ("auto", "never", "always", "scratch"),
-    "checkpoint.on_error": ("continue", "stop"),
-    "activation_checkpointing": ("none", "selective", "block"),
-    "split": ("valid", "test"),
-    "fault": (
-        "",
-        "skip_gradient_sum",
-        "local_target_count",
-        "local_gradient_norm",
-        *SPLIT_FAULTS,
-        *PIPELINE_FAULTS,
-        *CONTEXT_FAULTS,
-    ),
-    "strategy.schedule": tuple(SCHEDULES),
-    "strategy.context_method": ("all_gather", "ring", "ulysses"),
-    "strategy.reduce": ("auto", "fp32", "bf16", "fp16", "int8", "powersgd"),
-    "model.family": ("decoder", "encoder", "encoder_decoder"),
-    "model.inputs": ("auto", "tokens", "patches"),
-    "model.outputs": ("auto", "tokens", "classes"),
-    "model.norm": ("rmsnorm", "layernorm"),
-    "model.activation": ("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
-    "model.positions": ("rope", "learned"),
-    "model.init": ("gpt2", "vit"),
-    "model.pool": ("class_token", "mean"),
-    "data.kind": ("text", "images", "pairs"),
-    "data.on_bad_file": ("stop", "skip"),
-    "optim.name": ("adamw", "adamw8bit"),
-    "optim.schedule": ("cosine", "wsd", "constant"),
-    "metrics.wandb": ("off", "offline", "online"),
-}
 LARGEST = 2**63 - 1  # of torch's integers
-
-RANGES = {
-    "steps": COUNT,
-    "batch_size": COUNT,
-    "micro_batch_size": COUNT_OR_OFF,
-    "seed": COUNT_OR_OFF,
-    "max_bad_steps": COUNT,
-    "spike_sigma": COUNT_OR_OFF,
-    "spike_window": Interval(8, 1024),  # the longest is trainer/resilience/bad_steps.py's
-    "timeout_seconds": COUNT_OR_OFF,
-    "samples": COUNT_OR_OFF,
-    "rounds": COUNT,
-    "beams": COUNT,
-    "tolerance": COUNT_OR_OFF,
-    "max_tokens": COUNT,
-    "temperature": COUNT_OR_OFF,
-    "top_k": COUNT_OR_OFF,
-    "k": COUNT,
-    "top_p": Interval(0, 1, low_open=True),
-    "length_penalty": COUNT_OR_OFF,
-    "launch.ranks": COUNT_OR_OFF,
-    "compress.merge": COUNT_OR_OFF,
-    "compress.pool_after": COUNT_OR_OFF,
-    "compress.pool_stride": Interval(2),
-    "compress.drop": SHARE_BELOW_ONE,
-    "compress.bits": Interval(0, 8),
-    "compress.input_bits": Interval(0, 8),
-    "compress.group": COUNT_OR_OFF,
-    "compress.sparse_n": COUNT_OR_OFF,
-    "compress.sparse_m": Interval(2),
-    "compress.sparse_start": SHARE_BELOW_ONE,
-    "compress.prune_heads": SHARE_BELOW_ONE,
-    "compress.prune_ffn": SHARE_BELOW_ONE,
-    "compress.prune_start": SHARE_BELOW_ONE,
-    "compress.prune_end": SHARE_BELOW_ONE,
-    "compress.temperature": POSITIVE,
-    "compress.distill_weight": SHARE,
-    "compress.match_weight": COUNT_OR_OFF,
-    "cluster.nodes": COUNT,
-    "cluster.gpus_per_node": COUNT_OR_OFF,
-    "cluster.ranks_per_node": COUNT_OR_OFF,
-    "cluster.cpus_per_rank": COUNT_OR_OFF,
-    "cluster.hours": COUNT_OR_OFF,
-    "cluster.signal_seconds": Interval(1, 65535),  # of sbatch --signal
-    "cluster.chain": COUNT,
-    "cluster.parallel": COUNT_OR_OFF,
-    "strategy.bucket_mib": POSITIVE,
-    "strategy.powersgd_rank": COUNT,
-    "strategy.powersgd_start_step": COUNT_OR_OFF,
-    "strategy.stages_per_rank": COUNT_OR_OFF,
-    "model.layers": COUNT,
-    "model.encoder_layers": COUNT_OR_OFF,
-    "model.width": COUNT,
-    "model.heads": COUNT,
-    "model.kv_heads": COUNT_OR_OFF,
-    "model.head_width": COUNT_OR_OFF,
-    "model.ffn_width": COUNT,
-    "model.vocab_size": COUNT_OR_OFF,
-    "model.max_positions": COUNT_OR_OFF,
-    "model.norm_eps": POSITIVE,
-    "model.rope_theta": POSITIVE,
-    "model.rope_scaling": Interval(1),
-    "model.dropout": SHARE_BELOW_ONE,
-    "model.init_std": POSITIVE,
-    "model.image_size": COUNT_OR_OFF,
-    "model.patch_size": COUNT,
-    "model.channels": COUNT_OR_OFF,
-    "model.classes": COUNT_OR_OFF,
-    "data.seq_len": COUNT,
-    "optim.lr": POSITIVE,
-    "optim.eps": POSITIVE,
-    "optim.weight_decay": COUNT_OR_OFF,
-    "optim.warmup_steps": COUNT_OR_OFF,
-    "optim.decay_share": SHARE,
-    "optim.min_lr_ratio": SHARE,
-    "optim.max_grad_norm": COUNT_OR_OFF,
-    "loss.label_smoothing": SHARE_BELOW_ONE,
-    "loss.chunks": COUNT,
-    "eval.every": COUNT_OR_OFF,
-    "eval.samples": COUNT_OR_OFF,
-    "eval.beams": COUNT,
-    "checkpoint.every": COUNT_OR_OFF,
-    "checkpoint.keep": COUNT_OR_OFF,
-    "checkpoint.check_replicas_every": COUNT_OR_OFF,
-    "checkpoint.keep_every": COUNT_OR_OFF,
-    "checkpoint.grace_seconds": COUNT_OR_OFF,
-    "resume_step": COUNT_OR_OFF,
-    "overfit_steps": COUNT_OR_OFF,
-    "metrics.every": COUNT,
-    "metrics.sample_tokens": COUNT_OR_OFF,
-    "metrics.profile_steps": COUNT_OR_OFF,
-    "metrics.peak_tflops": COUNT_OR_OFF,
-}
 
 
 def problems(config: Any, world_size: int) -> list[str]:
@@ -236,9 +99,9 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
 
 def _choices(config: Any) -> list[str]:
     found = []
-    for key, choices in CHOICES.items():
-        value = _value(config, key)
-        if value is not None and value not in choices:
+    for key, field in known_keys(type(config)).items():
+        value, choices = value_at(config, key), facts_of(field).choices
+        if choices and value not in choices:
             near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(f"{key}={value} is not one of {', '.join(choices)}{hint}")
@@ -246,28 +109,22 @@ def _choices(config: Any) -> list[str]:
 
 
 def _ranges(config: Any) -> list[str]:
-    return _too_large(config) + [
-        f"{key}={value} must be {interval}"
-        for key, interval in RANGES.items()
-        if (value := _value(config, key)) is not None and value not in interval
-    ]
-
-
-def _too_large(config: Any, prefix: str = "") -> list[str]:
-    """Whole numbers that no kernel takes, in any section."""
-    found = []
-    for key, value in ((f.name, getattr(config, f.name)) for f in fields(config)):
-        if is_dataclass(value):
-            found += _too_large(value, f"{prefix}{key}.")
-        elif isinstance(value, int) and value > LARGEST:
-            found.append(f"{prefix}{key}={value} must be at most {LARGEST}")
-    return found
+    too_large, outside = [], []
+    for key, field in known_keys(type(config)).items():
+        value, interval = value_at(config, key), facts_of(field).interval
+        if field.type is int and value > LARGEST:
+            too_large.append(f"{key}={value} must be at most {LARGEST}")
+        if field.type in (int, float) and interval and value not in interval:
+            outside.append(f"{key}={value} must be {interval}")
+    return too_large + outside
 
 
 def _betas(betas: list[float]) -> list[str]:
-    if len(betas) == 2 and all(beta in SHARE_BELOW_ONE for beta in betas):
+    interval = key_facts(OptimConfig, "betas").interval
+    assert interval is not None
+    if len(betas) == 2 and all(beta in interval for beta in betas):
         return []
-    return [f"optim.betas={betas} must be two numbers, each {SHARE_BELOW_ONE}, e.g. [0.9,0.95]"]
+    return [f"optim.betas={betas} must be two numbers, each {interval}, e.g. [0.9,0.95]"]
 
 
 def _checkpoints(config: TrainConfig) -> list[str]:
@@ -401,9 +258,3 @@ def _classes(model: ModelConfig, facts: "DataFacts") -> list[str]:
         f"model.classes={model.classes} is less than the data's {facts.classes}; "
         f"set model.classes={facts.classes}, or 0 to follow the data"
     ]
-
-
-def _value(config: Any, key: str) -> Any:
-    for name in key.split("."):
-        config = getattr(config, name, None)
-    return config

@@ -18,7 +18,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.help import groups
-from conf.schema import SCHEMAS, known_keys
+from conf.schema import SCHEMAS
+from parallel.config_fields import known_keys
 from parallel.errors import UserError
 from trainer.metrics.console import CONSOLE
 

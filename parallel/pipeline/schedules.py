@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.config_fields import key_facts
 from parallel.errors import ConfigError, UserError
 from parallel.pipeline.simulator import KINDS, Action, bubble, simulate
 from parallel.strategy import StrategyConfig
@@ -53,6 +54,7 @@ SCHEDULES = {
         "ScheduleDualPipeV", 2, 2, v_shaped=True, least_micro_batches=2, splits_backward=True
     ),
 }
+assert set(SCHEDULES) == set(key_facts(StrategyConfig, "schedule").choices)
 
 
 def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tuple[int, ...]:

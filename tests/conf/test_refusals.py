@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from conf.schema import known_keys
-from conf.validation.validate import CHOICES, problems
+from conf.validation.validate import problems
 from launch.cli.entrypoint import Command, run_command
 from launch.cli.errors import TYPES, explain
+from parallel.config_fields import facts_of, known_keys
 from parallel.errors import ConfigError
 from parallel.strategy import world_size
 from trainer import data
@@ -19,7 +19,8 @@ from trainer.config.train import DataConfig, TrainConfig
 
 KEYS = known_keys(TrainConfig)
 NUMBERS = {key: field.type for key, field in KEYS.items() if field.type in (int, float)}
-ENUMS = [key for key in CHOICES if key in KEYS]
+CHOICES = {key: facts_of(field).choices for key, field in KEYS.items()}
+ENUMS = [key for key, choices in CHOICES.items() if choices]
 
 
 def changed(key, value):

@@ -18,10 +18,11 @@ import numpy as np
 from drafts import Case, emptied
 
 from trainer import data
+from trainer.config.loss import IGNORED
 from trainer.config.train import DataConfig, UserError
 from trainer.data import files as source
 from trainer.data import folders, text
-from trainer.data.dataset import IGNORED, DataFacts
+from trainer.data.dataset import DataFacts
 from trainer.data.record import read_record, table, write_record
 
 LIMIT_SECONDS = 30

@@ -182,8 +182,12 @@ def test_help_tells_what_a_key_means(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
     text = " ".join(capsys.readouterr().out.split())
-    assert "optim.lr=0.5 peak learning rate" in text
-    assert "bucket_mib=25.0 DDP: MiB of gradients per all-reduce" in text  # the comment above
+    assert "optim.lr=0.5 Peak learning rate [above 0]" in text
+    assert "bucket_mib=25.0 DDP: gradients per all-reduce [MiB, above 0]" in text
+    assert "checkpoint.keep=2 Newest checkpoints kept [at least 0; 0 = all]" in text
+    assert "model.pool=mean What the classifier reads [class_token | mean]" in text
+    assert "| skip = leave it out, say so]" in text
+    assert "compress.match=[] Pairs of blocks" in text and "of the teacher [empty = off]" in text
     assert "strategy context ddp fsdp hsdp hybrid pipeline single" in text
 
 

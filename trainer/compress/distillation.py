@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.compress.hidden_states import states
-from trainer.data.dataset import IGNORED
+from trainer.config.loss import IGNORED
 from trainer.model import Transformer
 from trainer.nn.sequence import Context, Flow, Inputs, Stream
 

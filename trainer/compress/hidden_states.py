@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.data.dataset import IGNORED
+from trainer.config.loss import IGNORED
 from trainer.model import Transformer
 from trainer.nn.layers import Block
 from trainer.nn.sequence import Flow, Inputs, Stream

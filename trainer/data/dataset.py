@@ -7,7 +7,6 @@ from typing import Protocol
 import numpy as np
 
 Sample = dict[str, np.ndarray]
-IGNORED = -100  # target that no loss is taken of
 
 
 @dataclass(frozen=True)

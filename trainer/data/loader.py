@@ -8,7 +8,8 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 import torch
 
-from trainer.data.dataset import IGNORED, Dataset, Sample
+from trainer.config.loss import IGNORED
+from trainer.data.dataset import Dataset, Sample
 from trainer.data.sampler import Order, mixed, permutation, positions
 
 Batch = dict[str, torch.Tensor]

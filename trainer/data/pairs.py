@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, opened, progress_bar
-from trainer.data.dataset import IGNORED, DataFacts, Dataset, Sample, SplitFacts
+from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import Part, read_text, split_parts
 from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
 from trainer.data.token_file import TokenFile

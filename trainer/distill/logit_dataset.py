@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError
-from trainer.data.dataset import IGNORED, Dataset, Sample
+from trainer.data.dataset import Dataset, Sample
 
 NAME = "answers.json"
 FORMAT = 1

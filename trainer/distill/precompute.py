@@ -13,10 +13,10 @@ from torch import Tensor
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
 from trainer.atomic_files import new_folder
+from trainer.config.loss import IGNORED
 from trainer.config.train import TeachConfig, classes_of
 from trainer.data import fingerprint, open_split, prepare
 from trainer.data.cache import progress_bar
-from trainer.data.dataset import IGNORED
 from trainer.data.loader import evaluation_batches
 from trainer.data.record import copy_record, data_of
 from trainer.distill.logit_dataset import Facts, write_facts

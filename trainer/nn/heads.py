@@ -5,8 +5,8 @@
 import torch
 from torch import Tensor, nn
 
+from trainer.config.loss import IGNORED
 from trainer.config.train import ModelConfig, classes_of, outputs_of
-from trainer.data.dataset import IGNORED
 from trainer.nn.layers import Linear, Norm
 from trainer.nn.sequence import Context, Stream
 

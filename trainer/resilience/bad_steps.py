@@ -23,7 +23,7 @@ from parallel.parallel_model import Worker
 from parallel.runtime import agreed, everyones
 from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import LONGEST_WINDOW, ConfigError, TrainConfig
 from trainer.data.loader import TrainLoader
 from trainer.data.sampler import ranges
 from trainer.metrics.recorder import Recorder
@@ -31,7 +31,6 @@ from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
 
 LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
-LONGEST_WINDOW = 1024  # losses remembered, whatever spike_window is
 DEVIATION = 1.4826  # times the median absolute deviation: the standard deviation of a normal law
 LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary are no measure of a spike
 REMEDY = "try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (or bf16 for fp16)"

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from parallel.parallel_model import MicroBatch, Worker
+from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, GenerateConfig, ModelConfig, inputs_of
 from trainer.data import Dataset, open_split, prepare
-from trainer.data.dataset import IGNORED
 from trainer.data.image_files import decoded
 from trainer.data.images import standardized
 from trainer.data.record import read_record

@@ -5,9 +5,9 @@ import math
 import torch
 
 from parallel.parallel_model import MicroBatch, Worker
+from trainer.config.loss import IGNORED
 from trainer.config.train import GenerateConfig, ModelConfig
 from trainer.data import Dataset
-from trainer.data.dataset import IGNORED
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.sampling import sample_tokens
 from trainer.inference.trained_run import TrainedRun

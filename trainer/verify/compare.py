@@ -22,8 +22,8 @@ from parallel.runtime import Runtime
 from parallel.strategy import AXES, StrategyConfig, degrees, resolve, world_size
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
+from trainer.config.loss import IGNORED
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
-from trainer.data.dataset import IGNORED
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows

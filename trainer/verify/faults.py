@@ -21,6 +21,7 @@ from parallel.parallel_model import Worker
 from parallel.parallelize import parallelize
 from parallel.pipeline.stages import LossOf, Pipeline, Stage
 from parallel.tensor.layers import SEQUENCE_DIM, TensorSplit
+from trainer.config.verify import FAULT_AXES
 
 
 class _OwnPartOnly(DefaultReduceScatter):
@@ -234,20 +235,20 @@ def _pipeline_of(worker: Worker) -> Pipeline:
     return worker.pipeline
 
 
-SPLIT_FAULTS = {
+FAULTS = {
     fault.__name__: fault
     for fault in (
+        skip_gradient_sum,
+        local_target_count,
+        local_gradient_norm,
         skip_input_gradient_sum,
         skip_output_sum,
         skip_sequence_gather,
         skip_vocabulary_mask,
+        stale_stage_input,
+        skip_tied_gradient_sum,
+        local_loss_scale,
+        skip_ring_step,
     )
 }
-PIPELINE_FAULTS = {
-    fault.__name__: fault for fault in (stale_stage_input, skip_tied_gradient_sum, local_loss_scale)
-}
-FAULTS = {
-    fault.__name__: fault for fault in (skip_gradient_sum, local_target_count, local_gradient_norm)
-}
-CONTEXT_FAULTS = {skip_ring_step.__name__: skip_ring_step}
-FAULTS |= SPLIT_FAULTS | PIPELINE_FAULTS | CONTEXT_FAULTS
+assert tuple(FAULTS) == tuple(FAULT_AXES), "trainer/config/verify.py names other faults"

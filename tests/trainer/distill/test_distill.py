@@ -21,6 +21,7 @@ from trainer.checkpoint.folder import checkpoints
 from trainer.compress.distillation import divergence_sum
 from trainer.compress.hidden_states import apart_sum
 from trainer.compress_report.report import report
+from trainer.config.loss import IGNORED
 from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
@@ -33,7 +34,6 @@ from trainer.config.train import (
     TrainConfig,
     UserError,
 )
-from trainer.data.dataset import IGNORED
 from trainer.inference.trained_run import open_run
 from trainer.run.run_dir import AlreadyFinishedError
 

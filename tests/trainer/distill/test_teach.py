@@ -22,6 +22,7 @@ from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
 from trainer.atomic_files import new_folder
 from trainer.compress.distillation import divergence_sum, kept_answer
+from trainer.config.loss import IGNORED
 from trainer.config.train import (
     CompressConfig,
     DataConfig,
@@ -34,7 +35,6 @@ from trainer.config.train import (
     classes_of,
 )
 from trainer.data import open_split
-from trainer.data.dataset import IGNORED
 from trainer.data.loader import TrainLoader
 from trainer.distill import precompute as teach
 from trainer.distill.logit_dataset import Answered, Answers

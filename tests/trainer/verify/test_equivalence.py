@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 
 import conf.validation.layout
-from conf.validation.validate import CHOICES
+from parallel.config_fields import key_facts
 from parallel.pipeline.schedules import SCHEDULES
-from parallel.strategy import StrategyConfig, world_size
+from parallel.strategy import AXES, StrategyConfig, world_size
 from trainer.config.train import CompressConfig, VerifyConfig
+from trainer.config.verify import FAULT_AXES
 from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
 from trainer.verify.compare import (
     QUANTITIES,
@@ -19,7 +20,7 @@ from trainer.verify.compare import (
     report,
     verdict,
 )
-from trainer.verify.faults import CONTEXT_FAULTS, FAULTS, PIPELINE_FAULTS, SPLIT_FAULTS
+from trainer.verify.faults import FAULTS
 
 TOLERANCE = 1e-10
 
@@ -123,10 +124,8 @@ def test_no_log_is_too_narrow_for_the_table(capsys):
 
 
 def test_every_fault_can_be_asked_for():
-    assert CHOICES["fault"] == ("", *FAULTS)
-    assert tuple(SPLIT_FAULTS) == conf.validation.layout.SPLIT_FAULTS
-    assert tuple(PIPELINE_FAULTS) == conf.validation.layout.PIPELINE_FAULTS
-    assert tuple(CONTEXT_FAULTS) == conf.validation.layout.CONTEXT_FAULTS
+    assert tuple(key_facts(VerifyConfig, "fault").choices) == ("", *FAULTS)
+    assert set(filter(None, FAULT_AXES.values())) <= set(AXES)
 
 
 def test_the_checks_know_the_micro_batches_of_a_verification():

@@ -1,0 +1,54 @@
+"""The keys of the data: `data.*`."""
+
+from dataclasses import dataclass, field
+
+from parallel.config_fields import key
+
+
+@dataclass
+class DataConfig:
+    """The data set; read by trainer/data/."""
+
+    kind: str = key("text", "The reader", choices=("text", "images", "pairs"))
+    path: str = key(
+        "",
+        "A folder with train.*, valid.* and test.* (files or folders), or one file whose end "
+        "is held out, or `bundled:NAME`, or `hf:NAME` (a Hugging Face data set, when "
+        "`datasets` is installed)",
+    )
+    tokenizer: str = key(
+        "", "A tokenizer.json", off="", off_means="a byte-level BPE trained on the train split"
+    )
+    processor: str = key(
+        "",
+        "The folder of a run, or of an exported model, whose tokenizer, or class names and "
+        "mean and deviation of the pixels, are used; new = those of the train split",
+        off="",
+        off_means="those of init_from, if there is one, else those of the train split",
+    )
+    vocab_size: int = key(1024, "Entries of the BPE trained here; not read with an own tokenizer")
+    seq_len: int = key(
+        256,
+        "Length of a sample (text); of the longest source and target (pairs)",
+        unit="tokens",
+        at_least=1,
+    )
+    document_separator: str = key("<|endoftext|>", "Splits documents inside one text file", off="")
+    held_out: float = key(
+        0.1, "Share of train kept back where valid or test is missing, half for each"
+    )
+    augment: bool = key(True, "Images: random shift and mirror while training")
+    fields: list[str] = key([], "hf: columns to read", off=[], off_means="the usual names")
+    on_bad_file: str = key(
+        "stop",
+        "What follows an image that cannot be read",
+        choices={"stop": "", "skip": "leave it out, say so"},
+    )
+    cache: str = key(".cache", "Folder of the prepared token files")
+
+
+@dataclass
+class PrepareConfig:
+    """Tokenise a data set once, ahead of training; read by trainer/data/."""
+
+    data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,28 @@
+"""The keys of evaluation while training: `eval.*`."""
+
+from dataclasses import dataclass
+
+from parallel.config_fields import key
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation while training; read by trainer/tasks/evaluate.py."""
+
+    every: int = key(
+        250,
+        "Interval between evaluations on the valid split",
+        unit="steps",
+        off=0,
+        off_means="only at the end",
+        at_least=0,
+    )
+    samples: int = key(
+        0,
+        "Samples of the valid split, per evaluation: a pseudo-random part, always the same",
+        off=0,
+        off_means="all",
+        at_least=0,
+    )
+    test: bool = key(True, "Evaluate on the whole test split at the end")
+    beams: int = key(1, "Translation: beams of the decoder that BLEU is measured with", at_least=1)

@@ -1,0 +1,112 @@
+"""The keys of the model: `model.*`."""
+
+from dataclasses import dataclass
+
+from parallel.config_fields import key
+
+
+@dataclass
+class ModelConfig:
+    """One Transformer in three shapes; read by trainer/model.py and trainer/nn/layers.py."""
+
+    family: str = key(
+        "decoder", "Shape of the Transformer", choices=("decoder", "encoder", "encoder_decoder")
+    )
+    inputs: str = key(
+        "auto",
+        "Inputs of the first layer",
+        choices={"auto": "patches for family=encoder, else tokens", "tokens": "", "patches": ""},
+    )
+    outputs: str = key(
+        "auto",
+        "Classes that the logits are of",
+        choices={
+            "auto": "classes for family=encoder, else tokens",
+            "tokens": "at each position",
+            "classes": "of the sequence",
+        },
+    )
+    layers: int = key(4, "Blocks of the decoder (of the encoder for family=encoder)", at_least=1)
+    encoder_layers: int = key(
+        0,
+        "Blocks of the encoder for family=encoder_decoder",
+        off=0,
+        off_means="as layers",
+        at_least=0,
+    )
+    width: int = key(128, "Width of the residual stream", at_least=1)
+    heads: int = key(4, "Query heads", at_least=1)
+    kv_heads: int = key(
+        0,
+        "Key/value heads (grouped-query attention)",
+        off=0,
+        off_means="as many as heads",
+        at_least=0,
+    )
+    head_width: int = key(0, "Width of one head", off=0, off_means="width / heads", at_least=0)
+    ffn_width: int = key(512, "Hidden width of the feed-forward layer", at_least=1)
+    vocab_size: int = key(0, "Token ids", off=0, off_means="those of the tokenizer", at_least=0)
+    max_positions: int = key(
+        0, "Longest sequence", off=0, off_means="as long as the data's", at_least=0
+    )
+    norm: str = key("rmsnorm", "Normalisation layer", choices=("rmsnorm", "layernorm"))
+    norm_eps: float = key(1e-5, "Added to the variance", above=0)
+    activation: str = key(
+        "swiglu",
+        "Activation of the feed-forward layer",
+        choices=("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+    )
+    positions: str = key("rope", "Encoding of positions", choices=("rope", "learned"))
+    rope_theta: float = key(10_000.0, "Base of the rotary frequencies", above=0)
+    rope_scaling: float = key(1.0, "Llama 3.1's long-context factor", off=1.0, at_least=1)
+    bias: bool = key(False, "Biases in linear layers and in LayerNorm")
+    tied: bool = key(True, "Output projection shares the token embedding")
+    dropout: float = key(
+        0.0,
+        "Dropout on embeddings and residual branches while training",
+        off=0.0,
+        at_least=0,
+        below=1,
+    )
+    init: str = key(
+        "gpt2",
+        "Distribution of the initial weights",
+        choices={"gpt2": "normal, residual branches scaled by depth", "vit": "truncated normal"},
+    )
+    init_std: float = key(0.02, "Standard deviation of the initial weights", above=0)
+    image_size: int = key(
+        0,
+        "Size of an image, family=encoder",
+        unit="pixels a side",
+        off=0,
+        off_means="as the data's",
+        at_least=0,
+    )
+    patch_size: int = key(4, "Size of one patch", unit="pixels a side", at_least=1)
+    channels: int = key(0, "Channels of an image", off=0, off_means="as the data's", at_least=0)
+    classes: int = key(0, "Classes of the classifier", off=0, off_means="as the data's", at_least=0)
+    pool: str = key("mean", "What the classifier reads", choices=("class_token", "mean"))
+
+
+def inputs_of(model: ModelConfig) -> str:
+    """Return the inputs of the first layer: tokens or patches."""
+    if model.inputs != "auto":
+        return model.inputs
+    return "patches" if model.family == "encoder" else "tokens"
+
+
+def outputs_of(model: ModelConfig) -> str:
+    """Return the kind of the logits: tokens, at each position, or classes of the sequence."""
+    if model.outputs != "auto":
+        return model.outputs
+    return "classes" if model.family == "encoder" else "tokens"
+
+
+def is_encoder_decoder(model: ModelConfig) -> bool:
+    """Return whether a model has two stacks of blocks, an encoder and a decoder that reads it."""
+    return model.family == "encoder_decoder"
+
+
+def classes_of(model: ModelConfig) -> int:
+    """Return the number of classes that the logits of a completed model are of."""
+    return model.classes if outputs_of(model) == "classes" else model.vocab_size

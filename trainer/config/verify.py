@@ -1,0 +1,54 @@
+"""The keys of `launch/verify.py`, and the faults that it can plant."""
+
+from dataclasses import dataclass, field
+
+from parallel.config_fields import key
+from parallel.strategy import StrategyConfig
+from trainer.config.choices import DEVICES, RECOMPUTED
+from trainer.config.compress import CompressConfig
+from trainer.config.launch import LaunchConfig
+from trainer.config.model import ModelConfig
+
+# Each fault that trainer/verify/faults.py plants → the axis it needs a degree above 1 of; empty =
+# any.
+FAULT_AXES = {
+    "skip_gradient_sum": "",
+    "local_target_count": "",
+    "local_gradient_norm": "",
+    "skip_input_gradient_sum": "tensor",
+    "skip_output_sum": "tensor",
+    "skip_sequence_gather": "tensor",
+    "skip_vocabulary_mask": "tensor",
+    "stale_stage_input": "pipeline",
+    "skip_tied_gradient_sum": "pipeline",
+    "local_loss_scale": "pipeline",
+    "skip_ring_step": "context",
+}
+NEEDS = {
+    "tensor": "with strategy.tensor above 1",
+    "pipeline": "in a pipeline",
+    "context": "with strategy.context_method=ring",
+}
+
+
+@dataclass
+class VerifyConfig:
+    """Proof that a layout equals one process; read by trainer/verify/compare.py."""
+
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    steps: int = key(3, "Optimizer steps compared", at_least=1)
+    seed: int = key(0, "Weights and batches follow from it", at_least=0)
+    tolerance: float = key(
+        1e-10, "Largest difference that passes, as a share of the largest entry", at_least=0
+    )
+    activation_checkpointing: str = key("none", "As in training", choices=RECOMPUTED)
+    device: str = key("auto", "Device to compute on", choices=DEVICES)
+    fault: str = key(
+        "",
+        "Fault to plant, so that it is caught",
+        off="",
+        choices={"": ""} | {name: NEEDS.get(axis, "") for name, axis in FAULT_AXES.items()},
+    )
