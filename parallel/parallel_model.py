@@ -1,4 +1,4 @@
-"""The worker: one face for a model under any strategy, so that the loop names none."""
+"""A model under any strategy behind one interface, so that the loop names none."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -64,7 +64,7 @@ class _Mean:
         return loss * (loss.detach() * 0 + self.scale)
 
 
-class Worker:
+class ParallelModel:
     """A parallelised model with what a training step asks of it."""
 
     def __init__(

@@ -15,7 +15,7 @@ from parallel.data.ddp import reduce_dtype, replicate
 from parallel.data.fsdp import shard
 from parallel.grad_norm import local
 from parallel.mesh import copies_mesh, shards_mesh
-from parallel.parallel_model import Axes, CountValid, LossSum, Whole, Worker
+from parallel.parallel_model import Axes, CountValid, LossSum, ParallelModel, Whole
 from parallel.pipeline.stages import pipelined
 from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import TensorSplit, split_layers
@@ -58,7 +58,7 @@ def parallelize(
     compute: torch.dtype = torch.float32,
     activation_checkpointing: str = "none",
     compile: bool = False,
-) -> Worker:
+) -> ParallelModel:
     """Spread a model built on the meta device over the mesh, and give it its weights.
 
     `parameters` is the dtype that weights and gradients are kept in, `compute` the one that FSDP
@@ -86,7 +86,9 @@ def parallelize(
     # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
     wrapped, exchange = replicate(model, None if sharded else copies, strategy)
     axes = Axes(split, context, pipeline, exchange)
-    return Worker(model, wrapped, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
+    return ParallelModel(
+        model, wrapped, whole, mesh, device, facts.loss_sum, facts.count_valid, axes
+    )
 
 
 def shard_over(

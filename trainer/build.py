@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel import parallelize as apply
 from parallel.mesh import build_mesh
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, resolve
 from trainer.compress.compression import Compression
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 def build_worker(
     config: TrainConfig, runtime: Runtime, compression: Compression | None = None
-) -> Worker:
+) -> ParallelModel:
     """Return the config's model under its strategy on the ranks there are, with its initial
     weights.
 
@@ -85,8 +85,8 @@ def parallel_model(
     activation_checkpointing: str = "none",
     compile: bool = False,
     compression: Compression | None = None,
-    parallelize: Callable[..., Worker] = apply.parallelize,
-) -> Worker:
+    parallelize: Callable[..., ParallelModel] = apply.parallelize,
+) -> ParallelModel:
     """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):

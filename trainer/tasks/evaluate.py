@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
 from trainer.checkpoint.identity import absolute
@@ -32,7 +32,7 @@ LARGEST_EXPONENT = 700.0  # exp of more is no float64
 
 
 def evaluate(
-    worker: Worker,
+    worker: ParallelModel,
     dataset: Dataset,
     *,
     micro_batch_size: int,
@@ -98,7 +98,7 @@ def _totals(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _translations(
-    worker: Worker, inputs: Batch, tokenizer: Tokenizer, beams: int, length_penalty: float
+    worker: ParallelModel, inputs: Batch, tokenizer: Tokenizer, beams: int, length_penalty: float
 ) -> dict[int, str]:
     """Return what the model makes of each source of the micro-batch, by the sample's index."""
     sentences = translate(
@@ -115,7 +115,7 @@ def _translations(
     return {index: tokenizer.decode(ids) for index, ids in pairs if index >= 0}
 
 
-def _bleu(worker: Worker, dataset: Dataset, translations: dict[int, str]) -> float:
+def _bleu(worker: ParallelModel, dataset: Dataset, translations: dict[int, str]) -> float:
     """BLEU over all ranks, as sacreBLEU (arXiv 1804.08771) defines it."""
     found: dict[int, str] = {}
     for part in worker.gather_over_data(translations):

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from parallel.errors import NumericalError
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from trainer.config.train import ConfigError, GenerateConfig
 from trainer.data import open_split, prepare
@@ -30,7 +30,7 @@ TOP_CLASSES = 5  # shown for an image
 
 
 def sample(
-    worker: Worker,
+    worker: ParallelModel,
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
@@ -106,7 +106,7 @@ def keep_likeliest(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_V
 
 
-def _first_ranks(worker: Worker, token: int) -> int:
+def _first_ranks(worker: ParallelModel, token: int) -> int:
     """Return the first data rank's token: rounding on another must not lead that rank elsewhere."""
     own = torch.tensor(token if worker.data_rank == 0 else 0, device=worker.device)
     return int(worker.sum_over_data(own))
@@ -195,7 +195,7 @@ class Beams:
 
 
 def translate(
-    worker: Worker,
+    worker: ParallelModel,
     source_BT: Tensor,
     source_valid_BT: Tensor | None = None,
     *,

@@ -20,7 +20,7 @@ from parallel.comm_volume.closed_form import (
 from parallel.comm_volume.counter import Payload, Traffic
 from parallel.data.ddp import reduce_dtype
 from parallel.grad_norm import local
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from parallel.pipeline.stages import Pipeline
 from parallel.pipeline.torch_schedules import actions
 from parallel.runtime import Runtime
@@ -54,7 +54,7 @@ def step_traffic(
 
 
 def _due_bytes(
-    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+    worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> Payload:
     """Return the closed form: gradients and weights, activations, and the listed small ones."""
     model = transformer(worker)
@@ -92,7 +92,7 @@ def _due_bytes(
     )
 
 
-def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Counter:
+def _reduced(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
     """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
     dtype = reduce_dtype(strategy.reduce, torch.float32)
     due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
@@ -107,7 +107,7 @@ def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Co
     )
 
 
-def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:
+def _shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
     """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
     degree, rank = worker.mesh["tensor"].size(), worker.mesh["tensor"].get_local_rank()
     blocks: list[Shape] = []
@@ -131,13 +131,13 @@ def _norms(strategy: StrategyConfig) -> int:
     return (shards + tensor) + (shards if tensor else 0) + staged
 
 
-def _partial_gradients(worker: Worker) -> int:
+def _partial_gradients(worker: ParallelModel) -> int:
     """Elements of the gradients that work on a part of the sequence: they are summed once."""
     parameters = dict(worker.model.named_parameters())
     return sum(local(parameters[name]).numel() for name in worker.partial_gradients())
 
 
-def _shared_heads(worker: Worker) -> int:
+def _shared_heads(worker: ParallelModel) -> int:
     """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
     config = transformer(worker).config
     least = worker.mesh["tensor"].size() * config.width // config.heads
@@ -149,7 +149,7 @@ def _shared_heads(worker: Worker) -> int:
 
 
 def _activations(
-    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+    worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> StepBytes:
     """Return what the split layers move that this rank holds."""
     model, pipeline = transformer(worker), worker.pipeline

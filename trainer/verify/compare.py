@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.grad_norm import local
 from parallel.mesh import DATA_AXES
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize, place
 from parallel.pipeline.schedules import placed
 from parallel.rank_pool import RankFailedError, RankPool
@@ -224,7 +224,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     return record, spans(worker)
 
 
-def spans(worker: Worker) -> dict[str, str]:
+def spans(worker: ParallelModel) -> dict[str, str]:
     """By parameter, the mesh axes that it is split on or its gradient summed over."""
     wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
     partial = worker.partial_gradients()

@@ -17,7 +17,7 @@ from parallel.collectives import Gather, padded
 from parallel.context.ring import Ring, Tile
 from parallel.data import ddp
 from parallel.data.ddp import sum_gradients
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize
 from parallel.pipeline.stages import LossOf, Pipeline, Stage
 from parallel.tensor.layers import SEQUENCE_DIM, TensorSplit
@@ -51,7 +51,7 @@ def _one_left_out(
     return sum_gradients(group, bucket).then(put_back)
 
 
-def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Leave a parameter out of the all-reduce (DDP), or a block of the reduce-scatter
     (FSDP).
     """
@@ -63,7 +63,7 @@ def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def local_target_count(*args: Any, **kwargs: Any) -> Worker:
+def local_target_count(*args: Any, **kwargs: Any) -> ParallelModel:
     """Divide on each rank by its own number of targets: a mean of means."""
     worker = parallelize(*args, **kwargs)
     sum_over_data = worker.sum_over_data
@@ -78,7 +78,7 @@ def local_target_count(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
+def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
     """Clip on each rank by the norm of what it holds."""
     worker = parallelize(*args, **kwargs)
 
@@ -93,7 +93,7 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def _split_of(worker: Worker) -> TensorSplit:
+def _split_of(worker: ParallelModel) -> TensorSplit:
     assert worker.split is not None  # the check of the configuration has seen to it
     return worker.split
 
@@ -107,7 +107,7 @@ class _OwnGradient(Gather):
         return parts[ctx.group.rank()].contiguous(), None, None, None
 
 
-def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Give a split layer's input this rank's gradient alone: f, or the all-gather's backward."""
     worker = parallelize(*args, **kwargs)
     split = _split_of(worker)
@@ -121,7 +121,7 @@ def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
+def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank take its own positions for everybody's where the sequence should be
     gathered.
     """
@@ -135,7 +135,7 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank go on with its own part of a split layer's output: g, or the reduce-
     scatter.
     """
@@ -145,7 +145,7 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
+def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
     vocabulary = _split_of(worker).vocabulary
@@ -167,7 +167,7 @@ class _ShortRing(Ring):
         return None if owner == left_out else super().tile(query_BHSK, keys, owner)
 
 
-def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
+def skip_ring_step(*args: Any, **kwargs: Any) -> ParallelModel:
     """Ring attention leaves out the last step."""
     worker = parallelize(*args, **kwargs)
     assert worker.context is not None  # the check of the configuration has seen to it
@@ -175,7 +175,7 @@ def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
+def stale_stage_input(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a stage work on what it had received before: the first micro-batch's, for all of
     them.
     """
@@ -200,14 +200,14 @@ def _stale(stage: Stage) -> None:
     stage.forward_one_chunk = on_old_input  # type: ignore[method-assign]
 
 
-def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let the first and the last stage's copies of a tied weight keep their own gradients."""
     worker = parallelize(*args, **kwargs)
     _pipeline_of(worker).tied = None
     return worker
 
 
-def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
+def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     """Divide each micro-batch's loss by its own number of targets, and by their
     number.
     """
@@ -229,7 +229,7 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def _pipeline_of(worker: Worker) -> Pipeline:
+def _pipeline_of(worker: ParallelModel) -> Pipeline:
     assert worker.pipeline is not None  # the check of the configuration has seen to it
     return worker.pipeline
 
