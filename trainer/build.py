@@ -85,7 +85,7 @@ def parallel_model(
     activation_checkpointing: str = "none",
     compile: bool = False,
     compression: Compression | None = None,
-    parallelize: Callable[..., ParallelModel] = apply.parallelize,
+    parallelize: apply.Parallelize = apply.parallelize,
 ) -> ParallelModel:
     """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)

@@ -27,7 +27,17 @@ from trainer.nn.layers import (
     Dropout,
     rotary_angles,
 )
-from trainer.nn.sequence import Context, Flow, Inputs, Resize, SequenceLayout, Stream, Watcher
+from trainer.nn.sequence import (
+    Context,
+    Flow,
+    FullContext,
+    FullSequence,
+    Inputs,
+    Resize,
+    SequenceLayout,
+    Stream,
+    Watcher,
+)
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
 # parallel/tensor/layers.py explains.
@@ -88,8 +98,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.layout = SequenceLayout()
-        self.context = Context()
+        self.layout: SequenceLayout = FullSequence()
+        self.context: Context = FullContext()
         embed = PatchEmbedding if config.family == "encoder" else TokenEmbedding
         self.embed: nn.Module | None = embed(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
@@ -176,7 +186,7 @@ class Transformer(nn.Module):
 
         Behind the last block: the logits. With a cache, the memory flows once.
         """
-        config, context = self.config, self.context if cache is None else Context()
+        config, context = self.config, self.context if cache is None else FullContext()
         first = inputs["images" if config.family == "encoder" else "tokens"]
         B, D = len(first), config.width
 
@@ -284,7 +294,7 @@ class Transformer(nn.Module):
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
         # A token that is written has no sequence to share.
-        context = self.context if cache is None else Context()
+        context = self.context if cache is None else FullContext()
         if self.config.family == "encoder":
             device = inputs["images"].device
             length = image_length(self.config)

@@ -102,7 +102,7 @@ def compute_with_integers(model: nn.Module) -> None:
             module.__class__ = IntegerLinear
             module.register_buffer("numbers", numbers.to(torch.int8))
             module.register_buffer("scale", scale.flatten())
-            module.weight = None  # type: ignore[assignment]
+            module.register_parameter("weight", None)
 
 
 class IntegerLinear(CompressedLinear):

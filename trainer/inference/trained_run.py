@@ -75,7 +75,7 @@ def open_run(
     load(Path(config.run_dir), worker)
     whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank
     if integers and whole and worker.device.type == "cpu" and is_export(config.run_dir):
-        export.compute_with_integers(worker.model)
+        export.compute_with_integers(transformer(worker))
     return TrainedRun(here, worker)
 
 
@@ -108,7 +108,7 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     """Return the run as it is used, on one rank: without the heads and channels that it prunes."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
-    config, weights = removed(run.config, run.worker.model)
+    config, weights = removed(run.config, transformer(run.worker))
     worker = build_worker(config, runtime)
     with torch.no_grad():
         for name, parameter in worker.parameters().items():
@@ -117,7 +117,7 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
 
 
 def transformer(worker: ParallelModel) -> Transformer:
-    """Return the worker's model, which parallel/ knows as any module."""
+    """Return the worker's model, of which parallel/ knows what it asks of any."""
     assert isinstance(worker.model, Transformer)
     return worker.model
 

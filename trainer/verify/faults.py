@@ -3,7 +3,9 @@
 They are the bugs that distributed training really suffers from; nothing outside verify uses them.
 """
 
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -13,14 +15,32 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from parallel import grad_norm as gradients
+from parallel.axis import LossOf, ParallelAxis, find_axis
 from parallel.collectives import Gather, padded
+from parallel.context.attention import ContextParallel
 from parallel.context.ring import Ring, Tile
 from parallel.data import ddp
 from parallel.data.ddp import sum_gradients
 from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize
-from parallel.pipeline.stages import LossOf, Pipeline, Stage
-from parallel.tensor.layers import SEQUENCE_DIM, TensorSplit
+from parallel.pipeline.stages import PipelineParallel, Stage
+from parallel.tensor.layers import SEQUENCE_DIM, TensorParallel
+
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A", bound=ParallelAxis)
+
+
+def replace_method(method: Callable[P, R], replacement: Callable[P, R]) -> None:
+    """Let one object have another method, of the same signature, in place of this one of its."""
+    assert isinstance(method, MethodType)
+    setattr(method.__self__, method.__name__, replacement)
+
+
+def _axis_of(worker: ParallelModel, kind: type[A]) -> A:
+    axis = find_axis(worker.axes, kind)
+    assert axis is not None  # the check of the configuration has seen to it
+    return axis
 
 
 class _OwnPartOnly(DefaultReduceScatter):
@@ -74,28 +94,24 @@ def local_target_count(*args: Any, **kwargs: Any) -> ParallelModel:
         is_count = not tensor.is_floating_point()
         return local * worker.data_degree if is_count else total
 
-    worker.sum_over_data = mean_of_means  # type: ignore[method-assign]
+    replace_method(sum_over_data, mean_of_means)
     return worker
 
 
 def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
     """Clip on each rank by the norm of what it holds."""
     worker = parallelize(*args, **kwargs)
+    clip_grad_norm = worker.clip_grad_norm
 
     def clip_by_own_part(max_norm: float, scale: Tensor | None = None) -> Tensor:
-        own, worker.stages_group = worker.stages_group, None
-        with mock.patch.object(gradients, "_split_groups", lambda gradient: ()):
-            norm = type(worker).clip_grad_norm(worker, max_norm, scale)
-        worker.stages_group = own
-        return norm
+        with (
+            mock.patch.object(gradients, "_split_groups", lambda gradient: ()),
+            mock.patch.object(PipelineParallel, "splits_parameters", False),
+        ):
+            return clip_grad_norm(max_norm, scale)
 
-    worker.clip_grad_norm = clip_by_own_part  # type: ignore[method-assign]
+    replace_method(clip_grad_norm, clip_by_own_part)
     return worker
-
-
-def _split_of(worker: ParallelModel) -> TensorSplit:
-    assert worker.split is not None  # the check of the configuration has seen to it
-    return worker.split
 
 
 class _OwnGradient(Gather):
@@ -110,14 +126,14 @@ class _OwnGradient(Gather):
 def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Give a split layer's input this rank's gradient alone: f, or the all-gather's backward."""
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
+    split = _axis_of(worker, TensorParallel)
 
     def whole(x_BSD: Tensor, length: int) -> Tensor:
         if not split.splits_sequence:
             return x_BSD
         return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
 
-    split.whole = whole  # type: ignore[method-assign]
+    replace_method(split.whole, whole)
     return worker
 
 
@@ -126,12 +142,12 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
     gathered.
     """
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
+    split = _axis_of(worker, TensorParallel)
 
     def whole(x_BSD: Tensor, length: int) -> Tensor:
         return torch.cat([x_BSD] * split.group.size(), SEQUENCE_DIM)[:, :length]
 
-    split.whole = whole  # type: ignore[method-assign]
+    replace_method(split.whole, whole)
     return worker
 
 
@@ -140,22 +156,22 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     scatter.
     """
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
-    split.sum = split.own  # type: ignore[method-assign]
+    split = _axis_of(worker, TensorParallel)
+    replace_method(split.sum, split.own)
     return worker
 
 
 def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
-    vocabulary = _split_of(worker).vocabulary
+    vocabulary = _axis_of(worker, TensorParallel).vocabulary
     find = vocabulary.find
 
     def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
         row, mine = find(tokens)
         return row, torch.ones_like(mine) if tokens.dim() > 1 else mine  # the loss has one dim
 
-    vocabulary.find = all_mine  # type: ignore[method-assign]
+    replace_method(find, all_mine)
     return worker
 
 
@@ -170,8 +186,7 @@ class _ShortRing(Ring):
 def skip_ring_step(*args: Any, **kwargs: Any) -> ParallelModel:
     """Ring attention leaves out the last step."""
     worker = parallelize(*args, **kwargs)
-    assert worker.context is not None  # the check of the configuration has seen to it
-    worker.context.ring = _ShortRing
+    _axis_of(worker, ContextParallel).ring = _ShortRing
     return worker
 
 
@@ -180,7 +195,7 @@ def stale_stage_input(*args: Any, **kwargs: Any) -> ParallelModel:
     them.
     """
     worker = parallelize(*args, **kwargs)
-    for stage in _pipeline_of(worker).stages:
+    for stage in _axis_of(worker, PipelineParallel).stages:
         _stale(stage)
     return worker
 
@@ -197,13 +212,13 @@ def _stale(stage: Stage) -> None:
             stage._inputs[number] = [tensor.detach().clone() for tensor in first]
         return compute(number, *args, **kwargs)
 
-    stage.forward_one_chunk = on_old_input  # type: ignore[method-assign]
+    replace_method(compute, on_old_input)
 
 
 def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let the first and the last stage's copies of a tied weight keep their own gradients."""
     worker = parallelize(*args, **kwargs)
-    _pipeline_of(worker).tied = None
+    _axis_of(worker, PipelineParallel).tied = None
     return worker
 
 
@@ -212,7 +227,7 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     number.
     """
     worker = parallelize(*args, **kwargs)
-    pipeline = _pipeline_of(worker)
+    pipeline = _axis_of(worker, PipelineParallel)
     run = pipeline.run
 
     def mean_of_means(micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
@@ -225,13 +240,8 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
 
         run(micro_batches, scaled)
 
-    pipeline.run = mean_of_means  # type: ignore[method-assign]
+    replace_method(run, mean_of_means)
     return worker
-
-
-def _pipeline_of(worker: ParallelModel) -> Pipeline:
-    assert worker.pipeline is not None  # the check of the configuration has seen to it
-    return worker.pipeline
 
 
 SPLIT_FAULTS = {
