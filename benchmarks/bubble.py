@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from workload import by_sample, llama, on_ranks, pin, random_batch
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.pipeline.schedules import SCHEDULES, bubble_formula, stages_per_rank, takes
 from parallel.pipeline.simulator import Action, Span, bubble, simulate
 from parallel.pipeline.torch_schedules import actions
@@ -30,7 +30,9 @@ def strategy_of(schedule: str) -> StrategyConfig:
     return StrategyConfig(pipeline=RANKS, schedule=schedule)
 
 
-def workers(width: int, blocks: int, micro_batches: int, runtime: Runtime) -> dict[str, Worker]:
+def workers(
+    width: int, blocks: int, micro_batches: int, runtime: Runtime
+) -> dict[str, ParallelModel]:
     """A pipeline of each schedule, cut where stages have equally many blocks."""
     config = llama(width, blocks, SEQ_LEN, vocab_size=256)
     return {

@@ -26,7 +26,7 @@ from parallel.strategy import StrategyConfig
 from trainer.config.train import ModelConfig
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
-from trainer.nn.sequence import SequenceLayout, Stream
+from trainer.nn.sequence import FullSequence, Stream
 
 RANKS, SEQ_LEN = 2, 128
 TORCH_CLASSES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -58,7 +58,7 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(SEQ_LEN, device=x.device)[None]
-        stream = Stream(SEQ_LEN, SequenceLayout(), causal=True, rope=self.angles(positions))
+        stream = Stream(SEQ_LEN, FullSequence(), causal=True, rope=self.angles(positions))
         if self.embed is not None:
             x = self.embed(x, positions, stream, torch.float32)
         for block in self.blocks.values():

@@ -40,7 +40,7 @@ from trainer.config.train import ModelConfig
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
-from trainer.nn.sequence import SequenceLayout
+from trainer.nn.sequence import FullSequence
 
 RANKS, SEQ_LEN, LAYERS = 2, 128, 4
 Step = Callable[[dict[str, Tensor]], Tensor]
@@ -145,7 +145,7 @@ class _G(torch.autograd.Function):
         return grad
 
 
-class _FloorLayout(SequenceLayout):
+class _FloorLayout(FullSequence):
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
         return _F.apply(x_BSD)
 

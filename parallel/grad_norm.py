@@ -25,11 +25,11 @@ def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
 
 @torch.no_grad()
 def global_norm(
-    gradients: Iterable[Tensor], device: torch.device, stages: dist.ProcessGroup | None = None
+    gradients: Iterable[Tensor], device: torch.device, apart: Iterable[dist.ProcessGroup] = ()
 ) -> Tensor:
     """Euclidean norm of all gradients together: one small all-reduce per set of split axes.
 
-    And one over `stages`, the ranks of a pipeline, each of which has parameters of its own.
+    And one over each group of `apart`, whose ranks have parameters of their own.
     """
     parts: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
@@ -41,8 +41,8 @@ def global_norm(
         for group in groups:
             dist.all_reduce(square, group=group)
         total = total.to(square.dtype) + square
-    if stages is not None:
-        dist.all_reduce(total, group=stages)
+    for group in apart:
+        dist.all_reduce(total, group=group)
     return total.sqrt()
 
 

@@ -1,29 +1,24 @@
-"""The worker: one face for a model under any strategy, so that the loop names none."""
+"""A model under any strategy behind one interface, so that the loop names none."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
-from parallel.context.attention import ContextSplit
-from parallel.data.comm_hook import Exchange
+from parallel.axis import LossSum, ParallelAxis
 from parallel.grad_norm import clip, global_norm
 from parallel.mesh import data_mesh
-from parallel.pipeline.stages import LossOf, Pipeline
+from parallel.model_protocol import Inputs, ParallelizableModel
+from parallel.pipeline.stages import record_step
 from parallel.pipeline.trace import Recording
 from parallel.runtime import everyones
-from parallel.tensor.layers import TensorSplit
 
-MicroBatch = dict[str, Tensor]
-LossSum = Callable[..., Tensor]  # (logits, targets, inputs) -> sum over valid targets
+MicroBatch = Inputs
 CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 
@@ -34,15 +29,11 @@ class Whole:
     shapes: Mapping[str, torch.Size]  # by canonical name
     ties: Mapping[str, str]  # second names of shared parameters, with the canonical one
 
-
-@dataclass(frozen=True)
-class Axes:
-    """Results of the mesh axes with more than one rank; None where an axis has one."""
-
-    split: TensorSplit | None  # of the layers, tensor
-    context: ContextSplit | None  # of the sequences, context
-    pipeline: Pipeline | None
-    exchange: Exchange | None  # of compressed gradients, replicate
+    @property
+    def classes(self) -> int:
+        """Return the number of classes of the output, which another rank may have."""
+        name = "head.output.weight"
+        return self.shapes[self.ties.get(name, name)][0]
 
 
 @dataclass
@@ -64,19 +55,18 @@ class _Mean:
         return loss * (loss.detach() * 0 + self.scale)
 
 
-class Worker:
+class ParallelModel:
     """A parallelised model with what a training step asks of it."""
 
     def __init__(
         self,
-        model: nn.Module,
-        wrapped: nn.Module,
+        model: ParallelizableModel,
         whole: Whole,
         mesh: DeviceMesh,
         device: torch.device,
         loss_sum: LossSum,
         count_valid: CountValid,
-        axes: Axes,
+        axes: Sequence[ParallelAxis],
     ):
         self.model = model  # the Transformer itself, or this rank's stages of it
         self.whole = whole
@@ -86,17 +76,13 @@ class Worker:
         self.data_group = data.get_group()
         self.data_rank = data.get_local_rank()
         self.data_degree = data.size()
-        self._wrapped = wrapped  # what a training forward goes through
-        self.split, self.context, self.pipeline = axes.split, axes.context, axes.pipeline
-        self._exchange = axes.exchange
-        if self.split is not None:
-            loss_sum = partial(loss_sum, cross_entropy=self.split.vocabulary.cross_entropy)
+        self.axes = axes  # those with work to do, the outermost first
+        # The outermost axis that has an order of its own for micro-batches decides on it.
+        self._schedule = next(axis.schedule for axis in axes if axis.schedule is not None)
+        for axis in reversed(axes):
+            loss_sum = axis.split_loss(loss_sum)
         self._loss_sum = loss_sum
         self._count_valid = count_valid
-        pipeline = self.pipeline
-        self.stages_group = None if pipeline is None else pipeline.group
-        if pipeline is not None and pipeline.holds_embedding != pipeline.holds_head:
-            pipeline.tied = next(self._tied(), None)
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """Return the micro-batch on this rank's device, copied without waiting where memory is
@@ -121,68 +107,31 @@ class Worker:
         mean = _Mean(count, 1 if scale is None else scale, total)
 
         def loss_of(logits: Tensor, number: int) -> Tensor:
-            targets = self.model.own_targets(inputs[number]["targets"])  # type: ignore[operator]
+            targets = self.model.own_targets(inputs[number]["targets"])
             return mean.share(self._loss_sum(logits, targets, inputs[number]))
 
         # Whatever learns from other things than logits takes its share where they are.
-        self.model.share_of_mean = mean.share  # type: ignore[assignment]
-        if self.pipeline is None:
-            self._accumulate(inputs, loss_of)
-        else:
-            self.pipeline.run(inputs, loss_of)
-        self.model.share_of_mean = None  # type: ignore[assignment]
-        if self.split is not None:
-            self.split.finish_gradients(self.model)
-        if self.pipeline is not None:
-            self.pipeline.sum_tied_gradient()
-            # Each rank has counted in what its stages have learned from.
-            dist.all_reduce(mean.total, group=self.stages_group)
-        if self.context is not None:
-            dist.all_reduce(mean.total, group=self.context.group)
+        self.model.share_of_mean = mean.share
+        self._schedule.run(inputs, loss_of)
+        self.model.share_of_mean = None
+        for axis in reversed(self.axes):
+            axis.finish_gradients(self.model)
+        for axis in reversed(self.axes):
+            if axis.splits_loss:
+                dist.all_reduce(mean.total, group=axis.group)
         return mean.total, count
 
-    def _accumulate(self, inputs: list[MicroBatch], loss_of: LossOf) -> None:
-        """One micro-batch after another, forward and backward."""
-        for number, micro_batch in enumerate(inputs):
-            with self._reducing(number == len(inputs) - 1):
-                loss_of(self._wrapped(micro_batch), number).backward()
-
-    @contextmanager
-    def recording(self) -> Iterator[Recording]:
-        """Record what the ranks of a pipeline compute when, in the step inside."""
-        pipeline = self.pipeline
-        assert pipeline is not None, "metrics.timeline is refused without one"
-        name = pipeline.strategy.schedule_csv or pipeline.strategy.schedule
-        pipeline.recording = Recording(name, pipeline.group, self.device)
-        try:
-            yield pipeline.recording
-        finally:
-            pipeline.recording = None
+    def recording(self) -> AbstractContextManager[Recording]:
+        """Return a context in which a step is recorded: what ranks compute when."""
+        return record_step(self.axes)
 
     def forward(self, inputs: MicroBatch, cache: Any = None) -> Tensor:
         """Return the model's logits, all classes on every rank; inside `evaluating` only."""
-        whole = self.split.vocabulary.gather if self.split is not None else lambda logits: logits
-        if self.pipeline is not None:
-            logits = self.pipeline.forward(inputs, cache, whole)
-        else:
-            logits = whole(self.model(inputs, cache))
-        if self.context is None or cache is not None or logits.dim() < 3:
-            return logits  # a classifier's are of the whole sequence
-        return self.context.whole(logits, inputs["targets"].shape[1])
-
-    @contextmanager
-    def _reducing(self, reduce: bool) -> Iterator[None]:
-        """Replicas sum their gradients once, in the last micro-batch's backward.
-
-        Shards do in every one: an unreduced gradient would need the whole model's memory.
-        """
-        if isinstance(self._wrapped, FSDPModule):
-            self._wrapped.set_requires_all_reduce(reduce)
-        if isinstance(self._wrapped, DistributedDataParallel) and not reduce:
-            with self._wrapped.no_sync():
-                yield
-        else:
-            yield
+        logits = self._schedule.forward(inputs, cache)
+        for axis in reversed(self.axes):
+            logits = axis.gather_logits(logits, inputs, cache)
+        assert logits is not None, "an axis has logits on some of its ranks and does not share them"
+        return logits
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -191,22 +140,14 @@ class Worker:
         Not torch's inference mode: weights that FSDP gathers there fail in a later backward.
         """
         training = self.model.training
-        self.model.eval()
-        whole = nullcontext() if self.split is None else self.split.whole_sequences()
+        self.model.train(False)
         try:
-            with torch.no_grad(), whole:
+            with torch.no_grad(), ExitStack() as contexts:
+                for axis in self.axes:
+                    contexts.enter_context(axis.evaluating())
                 yield
         finally:
             self.model.train(training)
-            # No backward follows that would free the gathered weights, and as long as they are
-            # there the parameters are not the sharded ones that a checkpoint must hold.
-            for module in self.model.modules():
-                if isinstance(module, FSDPModule):
-                    module.reshard()
-
-    def partial_gradients(self) -> list[str]:
-        """Parameters that no axis splits but whose gradient is summed over the tensor axis."""
-        return [] if self.split is None else self.split.partial
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return what this rank has of the parameters, by canonical name."""
@@ -217,13 +158,7 @@ class Worker:
 
         To be loaded into.
         """
-        return {} if self._exchange is None else self._exchange.state()
-
-    def _tied(self) -> Iterator[nn.Parameter]:
-        """Parameters of which another rank has a copy: with neither or both names, none."""
-        for name, parameter in self.model.named_parameters():
-            if name in self.whole.ties or name in self.whole.ties.values():
-                yield parameter
+        return {name: tensor for axis in self.axes for name, tensor in axis.state().items()}
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients, in the order of the parameters."""
@@ -240,7 +175,8 @@ class Worker:
         """Undo `scale`, clip to the global norm, and return the norm before clipping."""
         scale = torch.ones((), device=self.device) if scale is None else scale
         gradients = self.gradients()
-        norm = global_norm(self._counted_gradients(), self.device, self.stages_group)
+        apart = [axis.group for axis in self.axes if axis.splits_parameters]
+        norm = global_norm(self._counted_gradients(), self.device, apart)
         norm = norm / scale.to(norm.dtype)
         clip(gradients, norm, max_norm, scale)
         return norm

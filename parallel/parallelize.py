@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Concatenate
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from parallel.activation_checkpointing import checkpoint_activations
-from parallel.context.attention import share_sequences
-from parallel.data.ddp import reduce_dtype, replicate
-from parallel.data.fsdp import shard
+from parallel.axis import LossSum, ParallelAxis
+from parallel.context.attention import ContextParallel
+from parallel.data.data_parallel import DataParallel
 from parallel.grad_norm import local
-from parallel.mesh import copies_mesh, shards_mesh
-from parallel.parallel_model import Axes, CountValid, LossSum, Whole, Worker
-from parallel.pipeline.stages import pipelined
+from parallel.model_protocol import ParallelizableModel
+from parallel.parallel_model import CountValid, ParallelModel, Whole
+from parallel.pipeline.stages import PipelineParallel
 from parallel.strategy import StrategyConfig
-from parallel.tensor.layers import TensorSplit, split_layers
+from parallel.tensor.layers import TensorParallel
 
 # (name, shape, first row, row behind the last) -> initial values of these rows
 DrawRows = Callable[[str, torch.Size, int, int], Tensor]
@@ -35,81 +36,69 @@ class Facts:
     costs: Sequence[float] = ()  # of the blocks, by which a pipeline is cut
 
 
+# `parallelize`, or what stands in its place.
+Parallelize = Callable[
+    Concatenate[ParallelizableModel, Facts, DeviceMesh, StrategyConfig, torch.device, ...],
+    ParallelModel,
+]
+
+
 def recompute_and_compile(
-    model: nn.Module, split: TensorSplit | None, activation_checkpointing: str, compile: bool
+    model: ParallelizableModel,
+    axes: Sequence[ParallelAxis],
+    activation_checkpointing: str,
+    compile: bool,
 ) -> None:
     """Wrap each block for what its backward recomputes, then compile it."""
-    for block in model.get_submodule("blocks").children():
+    for block in model.blocks.values():
         checkpoint_activations(block, activation_checkpointing)
-        if split is not None and activation_checkpointing == "none" and not compile:
-            split.gather_again(block)
+        if activation_checkpointing == "none" and not compile:
+            for axis in axes:
+                axis.prepare_block(block)
         if compile:
             block.compile()
 
 
 def parallelize(
-    model: nn.Module,
+    model: ParallelizableModel,
     facts: Facts,
     mesh: DeviceMesh,
     strategy: StrategyConfig,
     device: torch.device,
     *,
-    parameters: torch.dtype = torch.float32,
-    compute: torch.dtype = torch.float32,
+    parameters: torch.dtype = torch.float32,  # that weights and gradients are kept in
+    compute: torch.dtype = torch.float32,  # that FSDP gathers weights in
     activation_checkpointing: str = "none",
     compile: bool = False,
-) -> Worker:
-    """Spread a model built on the meta device over the mesh, and give it its weights.
-
-    `parameters` is the dtype that weights and gradients are kept in, `compute` the one that FSDP
-    gathers them in.
-    """
+) -> ParallelModel:
+    """Spread a model built on the meta device over the mesh, and give it its weights."""
+    assert isinstance(model, nn.Module)
     whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
-    classes = model.get_parameter("head.output.weight").shape[0]
     model.to(parameters)  # while no parameter is a DTensor, which would plan this like any layer
-    # 1. A rank of a pipeline keeps the layers of its stages: the others are never made.
-    pipeline = pipelined(model, mesh["pipeline"], strategy, facts.costs, device)
-    # 2. Ranks that share sequences have but their positions of each; attention joins them.
-    context = share_sequences(model, mesh["context"], strategy.context_method)
-    # 3. The split of single layers is the innermost: all that follows treats a part as the whole.
-    split = split_layers(model, mesh["tensor"], facts.layout, strategy, device, classes)
+    every: list[ParallelAxis] = [
+        # 1. Ranks that share sequences have but their positions of each; attention joins them.
+        ContextParallel(mesh["context"], strategy.context_method),
+        # 2. A rank of a pipeline keeps the layers of its stages: the others are never made.
+        PipelineParallel(mesh["pipeline"], strategy, facts.costs, whole.ties, device),
+        # 3. Split layers are the innermost: all that follows treats a part as the whole.
+        TensorParallel(mesh["tensor"], facts.layout, strategy, device, whole.classes),
+    ]
+    axes = [axis for axis in every if axis.degree > 1]  # one rank has nothing to share
+    for axis in axes:
+        axis.prepare(model)
     # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
     # 5. One graph per block; all blocks look alike, so it is compiled once.
-    recompute_and_compile(model, split, activation_checkpointing, compile)
+    recompute_and_compile(model, axes, activation_checkpointing, compile)
     # 6. Sharding comes before the weights exist, so that no rank ever holds the whole model.
-    copies = copies_mesh(mesh)
-    sharded = shard_over(model, mesh, copies, strategy, compute, parameters)
+    data = DataParallel(mesh, strategy, axes, parameters, compute)
+    data.prepare(model)
     # 7. Each rank draws the rows that it holds.
     materialise(model, device, facts.draw_rows, whole.ties)
-    if split is not None and not sharded:
-        split.compute_on_leaves(model)
     # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
-    wrapped, exchange = replicate(model, None if sharded else copies, strategy)
-    axes = Axes(split, context, pipeline, exchange)
-    return Worker(model, wrapped, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
-
-
-def shard_over(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    copies: DeviceMesh | None,
-    strategy: StrategyConfig,
-    compute: torch.dtype,
-    parameters: torch.dtype,
-) -> bool:
-    """Shard a meta model with FSDP, if its strategy needs that; whether it does.
-
-    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: copies of
-    split layers and of stages go this way too. In a pipeline weights stay gathered for a step.
-    """
-    staged = mesh["pipeline"].size() > 1
-    beyond_ddp = staged or mesh["tensor"].size() > 1
-    if mesh["shard"].size() == 1 and (copies is None or not beyond_ddp):
-        return False
-    frees = strategy.reshard_after_forward and not staged
-    reduce = reduce_dtype(strategy.reduce, parameters)
-    shard(model, shards_mesh(mesh, copies), compute, reduce, frees)
-    return True
+    axes.append(data)
+    for axis in axes:
+        axis.use_weights(model, data.shards)
+    return ParallelModel(model, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
 
 
 @torch.no_grad()

@@ -58,17 +58,21 @@ parallel.grad_norm:
 parallel.runtime: parallel.errors parallel.strategy
 parallel.health: parallel.grad_norm parallel.runtime
 parallel.collectives:
-parallel.context: parallel.collectives
-parallel.data: parallel.strategy parallel.collectives
+parallel.model_protocol:
+parallel.axis: parallel.grad_norm parallel.collectives parallel.model_protocol
 parallel.mesh: parallel.strategy
+parallel.context: parallel.collectives parallel.model_protocol parallel.axis
+parallel.data: parallel.strategy parallel.collectives parallel.model_protocol parallel.axis
+    parallel.mesh
 parallel.pipeline: parallel.config_fields parallel.errors parallel.strategy parallel.grad_norm
-    parallel.collectives
+    parallel.collectives parallel.model_protocol parallel.axis parallel.data
 parallel.tensor: parallel.errors parallel.strategy parallel.grad_norm parallel.collectives
-parallel.parallel_model: parallel.grad_norm parallel.runtime parallel.context parallel.data
-    parallel.mesh parallel.pipeline parallel.tensor
+    parallel.model_protocol parallel.axis
+parallel.parallel_model: parallel.grad_norm parallel.runtime parallel.model_protocol parallel.axis
+    parallel.mesh parallel.pipeline
 parallel.activation_checkpointing:
-parallel.parallelize: parallel.strategy parallel.grad_norm parallel.context parallel.data
-    parallel.mesh parallel.pipeline parallel.tensor parallel.parallel_model
+parallel.parallelize: parallel.strategy parallel.grad_norm parallel.model_protocol parallel.axis
+    parallel.context parallel.data parallel.pipeline parallel.tensor parallel.parallel_model
     parallel.activation_checkpointing
 trainer.data: trainer.config trainer.atomic_files
 trainer.nn: parallel.errors trainer.config parallel.runtime
@@ -130,10 +134,10 @@ trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
 launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
-    parallel.collectives parallel.context parallel.data parallel.mesh parallel.pipeline
-    parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn trainer.metrics
-    trainer.optim trainer.model trainer.compress trainer.precision trainer.build trainer.inference
-    parallel.rank_pool trainer.tasks parallel.comm_volume
+    parallel.collectives parallel.axis parallel.mesh parallel.context parallel.data
+    parallel.pipeline parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn
+    trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.build
+    trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
 launch.verify: launch.cli trainer.verify
 """
 

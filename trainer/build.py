@@ -2,14 +2,13 @@
 
 import logging
 import math
-from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from parallel import parallelize as apply
 from parallel.mesh import build_mesh
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, resolve
 from trainer.compress.compression import Compression
@@ -29,7 +28,7 @@ def build_worker(
     runtime: Runtime,
     compression: Compression | None = None,
     objective: Objective | None = None,
-) -> Worker:
+) -> ParallelModel:
     """Return the config's model under its strategy on the ranks there are, with its initial
     weights.
 
@@ -86,8 +85,8 @@ def parallel_model(
     activation_checkpointing: str = "none",
     compile: bool = False,
     compression: Compression | None = None,
-    parallelize: Callable[..., Worker] = apply.parallelize,
-) -> Worker:
+    parallelize: apply.Parallelize = apply.parallelize,
+) -> ParallelModel:
     """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
     mesh = build_mesh(strategy, runtime.device)
     compression = compression or Compression(CompressConfig())

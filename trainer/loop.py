@@ -26,7 +26,7 @@ from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
 from trainer.distill.logit_dataset import Answered
 from trainer.distill.teacher import load_teacher, open_answers
-from trainer.inference.trained_run import load_first
+from trainer.inference.trained_run import load_first, transformer
 from trainer.metrics.recorder import Recorder
 from trainer.nn.flops import flops_per_sample
 from trainer.optim.optimizer import Optimizer, lr_at, schedule_warnings
@@ -140,7 +140,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     # Text fills every sample; of sentences the length is that of an average one.
     train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
-    lengths = state.worker.model.lengths(length)  # type: ignore[operator]
+    lengths = transformer(state.worker).lengths(length)
     flops = flops_per_sample(config.model, length, length, lengths) / length
     return Recorder(
         config.metrics,

@@ -27,7 +27,17 @@ from trainer.nn.layers import (
     Dropout,
     rotary_angles,
 )
-from trainer.nn.sequence import Context, Flow, Inputs, Resize, SequenceLayout, Stream, Watcher
+from trainer.nn.sequence import (
+    Context,
+    Flow,
+    FullContext,
+    FullSequence,
+    Inputs,
+    Resize,
+    SequenceLayout,
+    Stream,
+    Watcher,
+)
 
 # How tensor parallelism splits the layers: pattern of parameter names -> a style that
 # parallel/tensor/layers.py explains.
@@ -88,8 +98,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.layout = SequenceLayout()
-        self.context = Context()
+        self.layout: SequenceLayout = FullSequence()
+        self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = self.embedding_type(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
@@ -180,7 +190,7 @@ class Transformer(nn.Module):
 
         Behind the last block: the logits. With a cache, the memory flows once.
         """
-        config, context = self.config, self.context if cache is None else Context()
+        config, context = self.config, self.context if cache is None else FullContext()
         B, D = len(inputs["tokens" if self.decodes else self.embedding_type.source]), config.width
         lengths = self.sequence_lengths(inputs)
 
@@ -305,7 +315,7 @@ class Transformer(nn.Module):
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
         # A token that is written has no sequence to share.
-        context = self.context if cache is None else Context()
+        context = self.context if cache is None else FullContext()
         lengths, streams = self.sequence_lengths(inputs), {}
         if self.encoder_depth:
             read = self._source(inputs)

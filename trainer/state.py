@@ -8,7 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel.grad_norm import local
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import everyones
 from trainer.checkpoint.contents import KEPT
 from trainer.compress.compression import Compression
@@ -26,7 +26,7 @@ class TrainState:
     two numbers are all of the state of the schedule, of the data and of the random numbers.
     """
 
-    worker: Worker
+    worker: ParallelModel
     optimizer: Optimizer
     loss_scale: LossScale
     guard: Guard

@@ -8,32 +8,47 @@ them round a ring, or to trade positions for heads.
 # of a head. R query and C key positions of one computation, whosever they are.
 
 import math
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
+from parallel.axis import ParallelAxis
 from parallel.collectives import Exchange, Gather
 from parallel.context.ring import Ring, RingAttention
 from parallel.context.zigzag import Visible, chunk_length, in_order, in_parts, zigzag
+from parallel.model_protocol import Inputs, ParallelizableModel
 
 ALL_GATHER, RING, ULYSSES = METHODS = ("all_gather", "ring", "ulysses")
 
 SEQUENCE_DIM = 2  # of (B,H,S,K)
 
 
-class ContextSplit:
+class ContextParallel(ParallelAxis):
     """The context axis: which positions a rank has, and attention over those of all ranks."""
 
     shares = True
     ring = Ring
+    splits_loss = True
 
-    def __init__(self, group: dist.ProcessGroup, method: str):
+    def __init__(self, mesh: DeviceMesh, method: str):
+        super().__init__(mesh)
         assert method in METHODS, method
-        self.group, self.method = group, method
-        self.first = group.rank() == 0
+        self.method = method
+        self.first = self.group.rank() == 0
+
+    def prepare(self, model: ParallelizableModel) -> None:
+        """Let a model work on this rank's positions of each sequence."""
+        model.context = self
+
+    def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
+        """Return the logits of all positions; a token that is written has them anyway."""
+        if logits is None or cache is not None or logits.dim() < 3:
+            return logits  # a classifier's are of the whole sequence
+        return self.whole(logits, inputs["targets"].shape[1])
 
     def share(self, length: int) -> int:
         """Return how many positions of a sequence are here, with padding."""
@@ -92,14 +107,6 @@ class ContextSplit:
             return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
         rows = zigzag(queries * parts, parts, part, query_BHSK.device)
         return _whole(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
-
-
-def share_sequences(model: nn.Module, mesh: DeviceMesh, method: str) -> ContextSplit | None:
-    """Let a model work on this rank's positions of each sequence; None if there is but one rank."""
-    if mesh.size() == 1:
-        return None
-    model.context = ContextSplit(mesh.get_group(), method)  # type: ignore[assignment]
-    return model.context  # type: ignore[return-value]
 
 
 def _whole(

@@ -132,8 +132,9 @@ def _products_backward(
     grad = grad.to(share.dtype)
     mean = (grad * out).sum(-1, keepdim=True)
     score_grad = share * (grad @ value.to(share.dtype).mT - mean) * scale
-    grads = score_grad @ key.to(share.dtype), score_grad.mT @ query.to(share.dtype), share.mT @ grad
-    return tuple(x.to(query.dtype) for x in grads)  # type: ignore[return-value]
+    query_grad = score_grad @ key.to(share.dtype)
+    key_grad, value_grad = score_grad.mT @ query.to(share.dtype), share.mT @ grad
+    return query_grad.to(query.dtype), key_grad.to(query.dtype), value_grad.to(query.dtype)
 
 
 def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

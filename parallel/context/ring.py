@@ -34,7 +34,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Ring:
-    """One attention around a ring of ranks; see `ContextSplit.attend` for what it is asked for."""
+    """One attention around a ring of ranks; `ContextParallel.attend` says what it is asked for."""
 
     group: dist.ProcessGroup
     key_length: int

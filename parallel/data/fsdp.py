@@ -1,6 +1,8 @@
 """FSDP (FSDP2's `fully_shard`): parameters, gradients and optimizer state split over `shard`."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -36,3 +38,31 @@ def shard(
             # The loss is already divided by the global number of targets: gradients are summed.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+@contextmanager
+def one_reduction(model: object) -> Iterator[None]:
+    """Keep weights gathered and gradients whole inside, and reduce the gradients once at the end.
+
+    Does what FSDP does after a backward, as torch's own pipeline stage does; of a model that is not
+    FSDP's nothing.
+    """
+    if not isinstance(model, FSDPModule):
+        yield
+        return
+    _reduces_in_backward(model, False)
+    yield
+    _reduces_in_backward(model, True)
+    root = model._get_fsdp_state()
+    for state in root._state_ctx.all_states:
+        groups = getattr(state, "_fsdp_param_groups", None)  # one group before torch 2.12
+        for group in [state._fsdp_param_group] if groups is None else groups:
+            if group is not None:
+                group.post_backward()
+    root._root_post_backward_final_callback()
+
+
+def _reduces_in_backward(model: FSDPModule, reduces: bool) -> None:
+    model.set_is_last_backward(reduces)
+    model.set_reshard_after_backward(reduces)
+    model.set_requires_gradient_sync(reduces)

@@ -5,30 +5,29 @@ is what they drive: it calls one model with a run of its blocks, and since every
 same micro-batches, nothing but what flows between blocks travels, in each micro-batch's shapes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from parallel.axis import LossOf, ParallelAxis, find_axis
 from parallel.collectives import all_reduce
+from parallel.data.fsdp import one_reduction
 from parallel.grad_norm import local
+from parallel.model_protocol import Flow, Inputs, ParallelizableModel
 from parallel.pipeline.partition import cut, runs
 from parallel.pipeline.schedules import SCHEDULES, placed, stages_per_rank
 from parallel.pipeline.simulator import Action
 from parallel.pipeline.torch_schedules import class_of
 from parallel.pipeline.trace import Recording
 from parallel.strategy import StrategyConfig
-
-Flow = tuple[Tensor | None, ...]
-LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) -> loss
 
 
 class Stage:
@@ -41,7 +40,7 @@ class Stage:
     has_backward = True
     submod = None  # FSDP inside is the pipeline's business
 
-    def __init__(self, index: int, pipeline: "Pipeline"):
+    def __init__(self, index: int, pipeline: "PipelineParallel"):
         self.stage_index, self.num_stages = index, len(pipeline.runs)
         self.group_rank, self.group_size = pipeline.rank, pipeline.group.size()
         self.is_first, self.is_last = index == 0, index == self.num_stages - 1
@@ -172,29 +171,60 @@ class Stage:
         """Nothing: FSDP reduces once all stages of this rank are done."""
 
 
-class Pipeline:
-    """The stages of one rank, and the schedule that all ranks of the pipeline axis follow."""
+class PipelineParallel(ParallelAxis):
+    """The stages of one rank, and the schedule that all ranks of the pipeline axis follow.
+
+    `costs` are those of all blocks, by which the model is cut; `ties` the second names of shared
+    parameters, with the canonical one.
+    """
+
+    splits_loss = splits_parameters = True
+    allows_ddp = False  # it knows no forward that waits for its backward
+    allows_reshard = False  # micro-batches are in flight together
+    model: ParallelizableModel
 
     def __init__(
         self,
-        model: nn.Module,
-        group: dist.ProcessGroup,
+        mesh: DeviceMesh,
         strategy: StrategyConfig,
-        runs: Sequence[tuple[str, ...]],
-        placement: Sequence[int],
+        costs: Sequence[float],
+        ties: Mapping[str, str],
         device: torch.device,
     ):
-        self.model, self.group, self.rank = model, group, group.rank()
-        self.runs, self.placement = list(runs), placement  # of each stage: blocks, rank
-        self.device = device
-        self.strategy, self._schedules = strategy, dict[int, Any]()
-        own = [stage for stage, rank in enumerate(placement) if rank == self.rank]
-        self.stages = [Stage(index, self) for index in own]
-        self.micro_batches: list[dict[str, Tensor]] = []
+        super().__init__(mesh)
+        self.rank, self.device, self.strategy = self.group.rank(), device, strategy
+        self._costs, self._tied_names = costs, {*ties, *ties.values()}
+        self._schedules: dict[int, Any] = {}
+        self.runs: list[tuple[str, ...]] = []  # of each stage the blocks
+        self.placement: Sequence[int] = ()  # of each stage the rank
+        self.stages: list[Stage] = []
+        self.schedule = self
+        self.micro_batches: list[Inputs] = []
         self._loss_of: LossOf | None = None
         self.tied: Tensor | None = None  # a parameter that another rank has too
         self.recording: Recording | None = None  # of the step that is to come
-        all_reduce(torch.zeros(1, device=device), group)  # opens the group's connections
+
+    def prepare(self, model: ParallelizableModel) -> None:
+        """Leave in a meta model the layers of this rank's stages alone."""
+        count = self.degree * stages_per_rank(self.strategy)
+        self.placement = placed(self.strategy, self.degree)
+        self.runs = runs(len(self._costs), self.strategy.split or cut(self._costs, count))
+        own = [stage for stage, rank in enumerate(self.placement) if rank == self.rank]
+        self.model, self.stages = model, [Stage(index, self) for index in own]
+        all_reduce(torch.zeros(1, device=self.device), self.group)  # opens its connections
+        blocks = {name for stage in self.stages for name in stage.blocks}
+        for name in [name for name in model.blocks if name not in blocks]:
+            del model.blocks[name]
+        if not self.holds_embedding:
+            model.embed = None
+        if not self.holds_head:
+            model.head = None
+
+    def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
+        """Find the tied parameter of which another rank has a copy: with both names none has."""
+        if self.holds_embedding != self.holds_head:
+            named = model.named_parameters()
+            self.tied = next((p for name, p in named if name in self._tied_names), None)
 
     @property
     def holds_embedding(self) -> bool:
@@ -206,26 +236,19 @@ class Pipeline:
         """Return whether the last stage is here."""
         return any(stage.is_last for stage in self.stages)
 
-    def run(self, micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
+    def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
         """Forward and backward of all micro-batches; gradients are left in the parameters.
 
         `loss_of` is called once per micro-batch, on the rank of the last stage.
         """
         self.micro_batches, self._loss_of = micro_batches, loss_of
-        fsdp = self.model if isinstance(self.model, FSDPModule) else None
-        if fsdp is not None:
-            # Weights stay gathered and gradients whole until all micro-batches are through.
-            fsdp.set_is_last_backward(False)
-            fsdp.set_reshard_after_backward(False)
-            fsdp.set_requires_gradient_sync(False)
         count = len(micro_batches)
         if count not in self._schedules:
             self._schedules[count] = self._new_schedule(count)
-        if self.recording is not None:
-            self.recording.start()
-        self._schedules[count].step(target=torch.arange(count), return_outputs=False)
-        if fsdp is not None:
-            _reduce_gradients(fsdp)
+        with one_reduction(self.model):
+            if self.recording is not None:
+                self.recording.start()
+            self._schedules[count].step(target=torch.arange(count), return_outputs=False)
         self.micro_batches, self._loss_of = [], None
 
     def _new_schedule(self, micro_batches: int) -> Any:
@@ -257,25 +280,25 @@ class Pipeline:
 
     def weights(self, blocks: Sequence[str]) -> Iterator[Tensor]:
         """Yield what autograd works on of a stage's parameters: for split layers, their leaves."""
-        modules = [self.model.get_submodule("blocks").get_submodule(name) for name in blocks]
-        modules += [self.model.embed] if blocks == self.runs[0] else []  # type: ignore[list-item]
-        modules += [self.model.head] if blocks == self.runs[-1] else []  # type: ignore[list-item]
+        modules = [self.model.blocks[name] for name in blocks]
+        if blocks == self.runs[0] and self.model.embed is not None:
+            modules.append(self.model.embed)
+        if blocks == self.runs[-1] and self.model.head is not None:
+            modules.append(self.model.head)
         for stage_module in modules:
             for module in stage_module.modules():
                 leaves = getattr(module, "leaves", {})
                 for name, parameter in module.named_parameters(recurse=False):
                     yield leaves.get(name, parameter)
 
-    def room(self, inputs: dict[str, Tensor], block: int, cache: Any = None) -> list[Tensor]:
+    def room(self, inputs: Inputs, block: int, cache: Any = None) -> list[Tensor]:
         """Room for what flows into a block."""
-        likes = self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
+        likes = self.model.flow_like(inputs, block, cache)
         return [torch.empty_like(x, device=self.device) for x in likes if x is not None]
 
-    def _flow(
-        self, tensors: list[Tensor], inputs: dict[str, Tensor], block: int, cache: Any = None
-    ) -> Flow:
+    def _flow(self, tensors: list[Tensor], inputs: Inputs, block: int, cache: Any = None) -> Flow:
         """Return what has been received, each in its place."""
-        received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
+        received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)
         return tuple(None if like is None else next(received) for like in likes)
 
     def transfers(self, how: Callable, tensors: list[Tensor], stage: int) -> list[dist.P2POp]:
@@ -283,34 +306,33 @@ class Pipeline:
         peer = dist.get_global_rank(self.group, self.placement[stage])
         return [dist.P2POp(how, tensor, peer, self.group) for tensor in tensors]
 
-    def forward(self, inputs: dict[str, Tensor], cache: Any, gather: Callable) -> Tensor:
-        """Logits on every rank of the axis, without gradients: stage after stage.
-
-        `gather` makes whole ones of those that the last stage computes.
-        """
+    def forward(self, inputs: Inputs, cache: Any) -> Tensor | None:
+        """Stage after stage, without gradients; the rank of the last one returns its logits."""
         output: Any = None
         for index, blocks in enumerate(self.runs):
             if index:
                 output = self._hand_on(output, index, inputs, cache)
             if self.rank == self.placement[index]:
                 output = self.model(inputs, cache, output if index else None, blocks)
-        last = self.placement[-1]
-        if self.rank == last:
-            logits = gather(output).contiguous()
-        else:
-            (logits,) = self.room(inputs, int(self.runs[-1][-1]) + 1)
-        dist.broadcast(logits, dist.get_global_rank(self.group, last), self.group)
         if cache is not None:
             cache.advance(inputs)
+        return output if self.rank == self.placement[-1] else None
+
+    def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor:
+        """Return the last stage's logits."""
+        if logits is None:
+            (logits,) = self.room(inputs, int(self.runs[-1][-1]) + 1, cache)
+        logits, last = logits.contiguous(), self.placement[-1]
+        dist.broadcast(logits, dist.get_global_rank(self.group, last), self.group)
         return logits
 
-    def _hand_on(self, output: Any, index: int, inputs: dict[str, Tensor], cache: Any) -> Any:
+    def _hand_on(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
         """Bring what a stage has computed to the rank of the next one."""
         before, owner = self.placement[index - 1], self.placement[index]
         if before == owner or self.rank not in (before, owner):
             return output
         block = int(self.runs[index][0])
-        likes = self.model.flow_like(inputs, block, cache)  # type: ignore[operator]
+        likes = self.model.flow_like(inputs, block, cache)
         if self.rank == before:
             flows = zip(output, likes, strict=True)
             sent = [tensor.contiguous() for tensor, like in flows if like is not None]
@@ -320,7 +342,7 @@ class Pipeline:
         _wait(self.transfers(dist.irecv, room, index - 1))
         return self._flow(room, inputs, block, cache)
 
-    def sum_tied_gradient(self) -> None:
+    def finish_gradients(self, model: ParallelizableModel) -> None:
         """Give both copies of a tied parameter the sum of their gradients; each adds the same."""
         if self.tied is None or self.tied.grad is None:
             return
@@ -335,31 +357,6 @@ class Pipeline:
         own += theirs
 
 
-def pipelined(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    strategy: StrategyConfig,
-    costs: Sequence[float],
-    device: torch.device,
-) -> Pipeline | None:
-    """Leave in a meta model the layers of this rank's stages alone; None if there is but one."""
-    if mesh.size() == 1:
-        return None
-    count = mesh.size() * stages_per_rank(strategy)
-    placement = placed(strategy, mesh.size())
-    stages = runs(len(costs), strategy.split or cut(costs, count))
-    pipeline = Pipeline(model, mesh.get_group(), strategy, stages, placement, device)
-    own = {name for stage in pipeline.stages for name in stage.blocks}
-    blocks = model.get_submodule("blocks")
-    for name in [name for name, _ in blocks.named_children() if name not in own]:
-        delattr(blocks, name)
-    if not pipeline.holds_embedding:
-        model.embed = None  # type: ignore[assignment]
-    if not pipeline.holds_head:
-        model.head = None  # type: ignore[assignment]
-    return pipeline
-
-
 def _learned_from(tensors: list[Tensor]) -> list[Tensor]:
     """Those that have gradients: not whole numbers."""
     return [tensor for tensor in tensors if tensor.is_floating_point()]
@@ -370,15 +367,14 @@ def _wait(operations: list[dist.P2POp]) -> None:
         work.wait()
 
 
-def _reduce_gradients(fsdp: FSDPModule) -> None:
-    """Do what FSDP does after a backward, once for all micro-batches, as torch's own stage does."""
-    fsdp.set_is_last_backward(True)
-    fsdp.set_reshard_after_backward(True)
-    fsdp.set_requires_gradient_sync(True)
-    root = fully_shard.state(fsdp)  # type: ignore[attr-defined]
-    for state in root._state_ctx.all_states:
-        groups = getattr(state, "_fsdp_param_groups", None)  # one group before torch 2.12
-        for group in [state._fsdp_param_group] if groups is None else groups:
-            if group is not None:
-                group.post_backward()
-    root._root_post_backward_final_callback()
+@contextmanager
+def record_step(axes: Iterable[ParallelAxis]) -> Iterator[Recording]:
+    """Record what the ranks of a pipeline compute when, in the step inside."""
+    pipeline = find_axis(axes, PipelineParallel)
+    assert pipeline is not None, "metrics.timeline is refused without one"
+    name = pipeline.strategy.schedule_csv or pipeline.strategy.schedule
+    pipeline.recording = Recording(name, pipeline.group, pipeline.device)
+    try:
+        yield pipeline.recording
+    finally:
+        pipeline.recording = None

@@ -9,7 +9,7 @@ the split layers.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
+from parallel.axis import LossSum, ParallelAxis
 from parallel.collectives import (
     Copy,
     Gather,
@@ -29,6 +30,7 @@ from parallel.collectives import (
 )
 from parallel.errors import ConfigError
 from parallel.grad_norm import local
+from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.strategy import StrategyConfig
 from parallel.tensor.recompute_gather import Regather
 from parallel.tensor.vocab_parallel import Vocabulary
@@ -59,21 +61,59 @@ def style_of(name: str, table: Mapping[str, str]) -> str:
     return found[0]
 
 
-class TensorSplit:
-    """The tensor axis of a split model: its sequence layout, its vocabulary, its gradients.
+class TensorParallel(ParallelAxis):
+    """The tensor axis: split layers, their sequence layout, their vocabulary and their gradients.
 
     As the model's sequence layout it has `part`, `whole` and `own`. While `splits_sequence` is off
-    all ranks have all positions; that is how a model is evaluated.
+    all ranks have all positions; that is how a model is evaluated. `table` has the style of each
+    layer by name; `classes` are those of the output, which another rank of a pipeline may have.
     """
 
-    def __init__(self, group: dist.ProcessGroup, splits_sequence: bool, vocabulary: Vocabulary):
-        self.group = group
-        self.splits_sequence = splits_sequence
-        self.vocabulary = vocabulary  # of the head's classes
-        self.entries = vocabulary  # of the token embedding, which may be of other ones
-        self.partial: list[str] = []  # parameters of which each rank has a part of the gradient
+    allows_ddp = False  # it knows no DTensor
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        table: Mapping[str, str],
+        strategy: StrategyConfig,
+        device: torch.device,
+        classes: int,
+    ):
+        super().__init__(mesh)
+        self.splits_sequence = strategy.sequence_parallel
+        self.vocabulary = Vocabulary(classes, self.group)  # of the head's classes
+        self.entries = self.vocabulary  # of the token embedding, which may be of other ones
         self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
-        self.regather = Regather(group, SEQUENCE_DIM)
+        self._regather = Regather(self.group, SEQUENCE_DIM)
+        self._mesh, self._table = mesh, table
+        self._overlaps, self._device = strategy.async_tensor, device
+
+    def split_dim(self, name: str) -> int | None:
+        """Return the dim that a parameter is split along; None = every rank has the whole."""
+        return split_dim(style_of(name, self._table), name)
+
+    def prepare(self, model: ParallelizableModel) -> None:
+        """Split a meta model's layers, in place, as the table says."""
+        if self._overlaps:
+            overlap_collectives(self.group, self._device)
+        shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
+        for prefix, module in list(model.named_modules()):
+            styles = set()
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                full_name = f"{prefix}.{name}"
+                style = style_of(full_name, self._table)
+                styles.add(style)
+                dim = split_dim(style, name)
+                if dim is not None:
+                    if id(parameter) not in shared:
+                        shared[id(parameter)] = _distributed(parameter, self._mesh, dim)
+                    setattr(module, name, shared[id(parameter)])
+                elif self.splits_sequence:
+                    self.partial.append(full_name)
+            for style in styles - {SEQUENCE}:
+                parent = model.get_submodule(prefix.rpartition(".")[0])
+                _work_on_part(module, style, self, parent)
+        model.layout = self
 
     @property
     def part(self) -> int:
@@ -89,7 +129,7 @@ class TensorSplit:
         if not self.splits_sequence:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
-        self.regather.remember(whole_BSD, x_BSD)
+        self._regather.remember(whole_BSD, x_BSD)
         return whole_BSD
 
     def own(self, x_BSD: Tensor) -> Tensor:
@@ -121,7 +161,7 @@ class TensorSplit:
         return Scatter.apply(x_BSD, self.group, SEQUENCE_DIM)
 
     @contextmanager
-    def whole_sequences(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """All ranks have all positions: a token that is generated has nothing to split."""
         splits, self.splits_sequence = self.splits_sequence, False
         try:
@@ -129,19 +169,18 @@ class TensorSplit:
         finally:
             self.splits_sequence = splits
 
-    def gather_again(self, block: nn.Module) -> None:
-        """Let a block gather the inputs of split layers again in the backward, not keep them.
-
-        Of no use where activations are recomputed anyway.
-        """
+    def prepare_block(self, block: nn.Module) -> None:
+        """Let a block gather the inputs of split layers again in the backward, not keep them."""
         if self.splits_sequence:
-            block.forward = self.regather.inside(block.forward)
+            block.forward = self._regather.inside(block.forward)
 
-    def compute_on_leaves(self, model: nn.Module) -> None:
+    def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Let autograd work on plain tensors, views of the DTensors at rest.
 
         For parameters that stay where they are: FSDP's are other tensors in every forward.
         """
+        if sharded:
+            return
         made: dict[int, Tensor] = {}
         for module in model.modules():
             if isinstance(module, _Part):
@@ -151,7 +190,11 @@ class TensorSplit:
                         module.leaves[name] = leaf
                         self._leaves[leaf] = p
 
-    def finish_gradients(self, model: nn.Module) -> None:
+    def split_loss(self, loss_sum: LossSum) -> LossSum:
+        """Return the same sum of logits of which this rank has some classes."""
+        return partial(loss_sum, cross_entropy=self.vocabulary.cross_entropy)
+
+    def finish_gradients(self, model: ParallelizableModel) -> None:
         """Give the parameters at rest their gradients, those summed that ranks have parts of."""
         for leaf, parameter in self._leaves.items():
             assert isinstance(parameter, DTensor)
@@ -165,25 +208,18 @@ class TensorSplit:
                     stride=parameter.stride(),
                 )
                 leaf.grad = None
-        self._sum_partial_gradients(model)
+        super().finish_gradients(model)
 
-    def _sum_partial_gradients(self, model: nn.Module) -> None:
-        """One all-reduce for all that works on a part of the sequence."""
-        parameters = dict(model.named_parameters())
-        gradients = [parameters[name].grad for name in self.partial]
-        parts = [local(gradient) for gradient in gradients if gradient is not None]
-        if not parts:
-            return
-        flat = all_reduce(torch.cat([part.flatten() for part in parts]), self.group)
-        for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
-            part.copy_(total.view_as(part))
+    def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
+        """Return the logits of all classes."""
+        return None if logits is None else self.vocabulary.gather(logits)
 
 
 class _Part(nn.Module):
     """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
 
-    split: TensorSplit
-    leaves: dict[str, Tensor]  # see `compute_on_leaves`
+    split: TensorParallel
+    leaves: dict[str, Tensor]  # see `TensorParallel.use_weights`
 
     def forward(self, *args: Any) -> Tensor:
         whole = self._parameters
@@ -227,9 +263,9 @@ class _Row(_Part):
             self._parameters["bias"] = bias
         return x if bias is None else x + bias.to(x.dtype)
 
-    def largest(self, x: Tensor) -> Tensor:
+    def over_parts(self, largest: Tensor) -> Tensor:
         """Return the largest over all input features, of which each rank has a part."""
-        return all_reduce(super().largest(x), self.split.group, "max")  # type: ignore[misc]
+        return all_reduce(largest, self.split.group, "max")
 
 
 class _VocabularyEmbedding(_Part):
@@ -259,46 +295,6 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
     torch._inductor.config._micro_pipeline_tp = True
 
 
-def split_layers(
-    model: nn.Module,
-    mesh: DeviceMesh,
-    table: Mapping[str, str],
-    strategy: StrategyConfig,
-    device: torch.device,
-    classes: int,
-) -> TensorSplit | None:
-    """Split a meta model's layers over the one axis of `mesh`, in place, as the table says.
-
-    `classes` are those of the output, which another rank of a pipeline may have. None if there is
-    but one rank.
-    """
-    if mesh.size() == 1:
-        return None
-    group = mesh.get_group()
-    if strategy.async_tensor:
-        overlap_collectives(group, device)
-    split = TensorSplit(group, strategy.sequence_parallel, Vocabulary(classes, group))
-    shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
-    for prefix, module in list(model.named_modules()):
-        styles = set()
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            full_name = f"{prefix}.{name}"
-            style = style_of(full_name, table)
-            styles.add(style)
-            dim = split_dim(style, name)
-            if dim is not None:
-                if id(parameter) not in shared:
-                    shared[id(parameter)] = _distributed(parameter, mesh, dim)
-                setattr(module, name, shared[id(parameter)])
-            elif strategy.sequence_parallel:
-                split.partial.append(full_name)
-        for style in styles - {SEQUENCE}:
-            parent = model.get_submodule(prefix.rpartition(".")[0])
-            _work_on_part(module, style, split, parent)
-    model.layout = split  # type: ignore[assignment]
-    return split
-
-
 def split_dim(style: str, name: str) -> int | None:
     """Return the dim that a parameter is split along; None = every rank has the whole."""
     if style == SEQUENCE or (style == ROW and name.endswith("bias")):
@@ -321,7 +317,7 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Para
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any) -> None:
+def _work_on_part(module: nn.Module, style: str, split: TensorParallel, parent: Any) -> None:
     """Give a layer the class that computes on its part of the parameters."""
     part: type = _Row if style == ROW else _Part
     if isinstance(module, nn.Embedding):
@@ -332,11 +328,13 @@ def _work_on_part(module: nn.Module, style: str, split: TensorSplit, parent: Any
     ):
         part = _SharedHeads
         module.head_width = parent.head_width
-    module.__class__ = _mixed(part, type(module))  # type: ignore[arg-type]
-    module.split, module.leaves = split, {}  # type: ignore[assignment]
+    kind: type = type(module)
+    module.__class__ = _mixed(part, kind)
+    assert isinstance(module, _Part)
+    module.split, module.leaves = split, {}
 
 
 @cache
-def _mixed(part: type, kind: type) -> type:
+def _mixed(part: type, kind: type) -> type[_Part]:
     """One class for all such layers, so that a compiled block serves for all that look alike."""
     return type(f"{kind.__name__}Part", (part, kind), {})

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from launch.cli.preflight import training
 from parallel.errors import UserError
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
@@ -89,7 +89,7 @@ def make_worker(
     strategy: StrategyConfig | None = None,
     seed: int = 0,
     compress: CompressConfig | None = None,
-) -> Worker:
+) -> ParallelModel:
     """The model in float64, so that layouts agree in every token."""
     config = TrainConfig(
         model=model,

@@ -9,13 +9,14 @@ import torch
 from tiny import each
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn import functional as F
 
 from parallel.activation_checkpointing import checkpoint_activations
 from parallel.comm_volume.closed_form import context_bytes
 from parallel.comm_volume.counter import Payload, Traffic
 from parallel.context import block_attention as tiles
-from parallel.context.attention import METHODS, ContextSplit, zigzag
+from parallel.context.attention import METHODS, ContextParallel, zigzag
 from parallel.context.block_attention import KERNELS
 from parallel.runtime import Runtime
 
@@ -115,9 +116,13 @@ def part_of(whole: Tensor, positions: Tensor, padding: float) -> Tensor:
     return part
 
 
+def mesh_of_all() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("context",))
+
+
 def gaps(runtime: Runtime, method: str, case: Case) -> list[float]:
     """Largest differences between this rank's part and the whole: output and gradients."""
-    split = ContextSplit(dist.group.WORLD, method)
+    split = ContextParallel(mesh_of_all(), method)
     rows, columns = split.positions(case.length), split.positions(case.keys)
     *inputs, weight = whole_tensors(case)
     query, key, value = (
@@ -195,7 +200,7 @@ def test_bytes_equal_the_closed_form(ranks, degree):
 class Attending(torch.nn.Module):
     """A block that only attends."""
 
-    def __init__(self, split: ContextSplit, case: Case):
+    def __init__(self, split: ContextParallel, case: Case):
         super().__init__()
         self.split, self.case, self.visible = split, case, visible_of(case)
 
@@ -206,7 +211,7 @@ class Attending(torch.nn.Module):
 
 def recomputed_gap(runtime: Runtime, method: str, case: Case, mode: str) -> float:
     """Largest difference that recomputing or compiling makes to output and gradients."""
-    split = ContextSplit(dist.group.WORLD, method)
+    split = ContextParallel(mesh_of_all(), method)
     columns = split.positions(case.length)
     results = []
     for changed in (False, True):

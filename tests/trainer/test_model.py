@@ -15,7 +15,7 @@ from trainer.config.train import ModelConfig
 from trainer.model import DecodingCache, Transformer
 from trainer.nn.init import draw_rows
 from trainer.nn.layers import Dropout, keep_mask
-from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.nn.sequence import FullContext, FullSequence, Stream
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
@@ -389,8 +389,8 @@ def test_dropout_keeps_the_expectation_and_is_off_in_evaluation():
     stream = Stream(
         50,
         50,
-        SequenceLayout(),
-        Context(),
+        FullSequence(),
+        FullContext(),
         causal=True,
         places_S=torch.arange(50),
         seeds_B=torch.arange(8),

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel.errors import StorageError
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import agreed, everyones
 from parallel.strategy import StrategyConfig, degrees
 from trainer.checkpoint.contents import KEPT, Checkpointed
@@ -211,7 +211,7 @@ def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
     return not problems
 
 
-def load_weights(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> Path:
+def load_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> Path:
     """Read the weights of a run's newest good checkpoint into a model; which one it was.
 
     `rows` as of trained.py's `load`. Raises ConfigError if there is none, or if its model has other

@@ -137,7 +137,8 @@ class Compression:
     def _swap(self, module: nn.Module) -> None:
         if type(module) is Linear:
             module.__class__ = CompressedLinear
-            module.lens = self.lens  # type: ignore[assignment]
+            assert isinstance(module, CompressedLinear)
+            module.lens = self.lens
 
 
 def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:

@@ -7,6 +7,7 @@ sharded; it gets no child and no parameter, so that every strategy sees the laye
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,11 @@ class CompressedLinear(Linear):
 
     def largest(self, x: Tensor) -> Tensor:
         """(…,1): the largest magnitude over all input features, of which ranks may have parts."""
-        return largest(x)
+        return self.over_parts(largest(x))
+
+    def over_parts(self, largest: Tensor) -> Tensor:
+        """Return the largest over all parts of the input features; parallel/ has another."""
+        return largest
 
 
 def largest(x: Tensor) -> Tensor:
@@ -107,9 +112,9 @@ class _StraightThrough(torch.autograd.Function):
     """The value of the second with the gradient of the first."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, seen: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x: Tensor, seen: Tensor) -> Tensor:
         return seen
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return grads[0], None

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
@@ -28,21 +28,21 @@ def one_batch(run: TrainedRun) -> MicroBatch:
     return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
 
 
-def step(worker: Worker, batch: MicroBatch) -> None:
+def step(worker: ParallelModel, batch: MicroBatch) -> None:
     """Forward and backward."""
     worker.zero_grad()
     worker.forward_backward([batch])
 
 
-def forward(worker: Worker, batch: MicroBatch) -> None:
+def forward(worker: ParallelModel, batch: MicroBatch) -> None:
     """Use a model."""
     with worker.evaluating():
         worker.forward(batch)
 
 
 def in_turn(
-    work: Callable[[Worker, MicroBatch], None],
-    workers: Sequence[Worker],
+    work: Callable[[ParallelModel, MicroBatch], None],
+    workers: Sequence[ParallelModel],
     batch: MicroBatch,
     rounds: int,
     clock: Callable[[], float],

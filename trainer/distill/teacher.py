@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import allocate
 from trainer.checkpoint.restore import load_parameters
 from trainer.compress.compression import Compression
@@ -31,7 +31,7 @@ def open_answers(config: TrainConfig) -> Answers | None:
 
 
 def load_teacher(
-    config: TrainConfig, worker: Worker, compression: Compression
+    config: TrainConfig, worker: ParallelModel, compression: Compression
 ) -> Transformer | None:
     """Return the model of config.compress.teacher with the weights of its newest good checkpoint.
 

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from trainer.inference.trained_run import transformer
 from trainer.model import DecodingCache
 
@@ -94,7 +94,7 @@ class BeamSearch:
 
 
 def translate_tokens(
-    worker: Worker,
+    worker: ParallelModel,
     source_BT: Tensor,
     source_valid_BT: Tensor | None = None,
     *,

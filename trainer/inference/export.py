@@ -9,7 +9,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from parallel.grad_norm import local
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import place
 from trainer.atomic_files import new_folder
 from trainer.checkpoint.shards import take_rows
@@ -24,7 +24,9 @@ from trainer.run.run_dir import EXPORTED, to_yaml
 VERSION = "1"
 
 
-def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path) -> None:
+def write(
+    worker: ParallelModel, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path
+) -> None:
     """Write the folder `to`, from a model on one rank; ConfigError if it cannot be written.
 
     It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and what
@@ -52,7 +54,9 @@ def write(worker: Worker, config: TrainConfig, dtype: torch.dtype, run_dir: Path
         copy_record(run_dir, partial)
 
 
-def load(folder: Path, worker: Worker, config: TrainConfig, rows: list[int] | None = None) -> None:
+def load(
+    folder: Path, worker: ParallelModel, config: TrainConfig, rows: list[int] | None = None
+) -> None:
     """Read an exported model into this rank's part of a worker's parameters.
 
     `config` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
@@ -98,7 +102,7 @@ def compute_with_integers(model: nn.Module) -> None:
             module.__class__ = IntegerLinear
             module.register_buffer("numbers", numbers.to(torch.int8))
             module.register_buffer("scale", scale.flatten())
-            module.weight = None  # type: ignore[assignment]
+            module.register_parameter("weight", None)
 
 
 class IntegerLinear(CompressedLinear):

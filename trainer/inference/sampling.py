@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from parallel.errors import NumericalError
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from trainer.inference.trained_run import transformer
 from trainer.model import DecodingCache
 
 
 def sample_tokens(
-    worker: Worker,
+    worker: ParallelModel,
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
@@ -92,7 +92,7 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
     return logits_V
 
 
-def _agree_on_token(worker: Worker, token: int) -> int:
+def _agree_on_token(worker: ParallelModel, token: int) -> int:
     """Return the first data rank's token: rounding on another must not lead that rank elsewhere."""
     own = torch.tensor(token if worker.data_rank == 0 else 0, device=worker.device)
     return int(worker.sum_over_data(own))

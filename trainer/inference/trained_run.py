@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
@@ -36,7 +36,7 @@ class TrainedRun:
     """A run, and its newest model on the ranks there are now."""
 
     config: TrainConfig
-    worker: Worker
+    worker: ParallelModel
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer that the model learned with."""
@@ -75,7 +75,7 @@ def open_run(
     load(Path(config.run_dir), worker)
     whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank
     if integers and whole and worker.device.type == "cpu" and is_export(config.run_dir):
-        export.compute_with_integers(worker.model)
+        export.compute_with_integers(transformer(worker))
     return TrainedRun(here, worker)
 
 
@@ -84,7 +84,7 @@ def is_export(run_dir: str | Path) -> bool:
     return (Path(run_dir) / EXPORTED).exists()
 
 
-def load(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> None:
+def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> None:
     """Read the weights of a run's newest good checkpoint, or of an export, into a worker's model.
 
     `rows`: of each token or class, its row there, -1 for none (carried.py); None = they are alike.
@@ -96,7 +96,7 @@ def load(run_dir: Path, worker: Worker, rows: list[int] | None = None) -> None:
         load_weights(run_dir, worker, rows)
 
 
-def load_first(config: TrainConfig, worker: Worker) -> None:
+def load_first(config: TrainConfig, worker: ParallelModel) -> None:
     """Begin with the weights of config.init_from; rows of other tokens or classes stay as drawn."""
     facts, tokenizer = read_record(config.run_dir), open_tokenizer(data_of(config))
     assert facts is not None, config.run_dir
@@ -108,7 +108,7 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     """Return the run as it is used, on one rank: without the heads and channels that it prunes."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
-    config, weights = removed(run.config, run.worker.model)
+    config, weights = removed(run.config, transformer(run.worker))
     worker = build_worker(config, runtime)
     with torch.no_grad():
         for name, parameter in worker.parameters().items():
@@ -116,8 +116,8 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     return TrainedRun(config, worker)
 
 
-def transformer(worker: Worker) -> Transformer:
-    """Return the worker's model, which parallel/ knows as any module."""
+def transformer(worker: ParallelModel) -> Transformer:
+    """Return the worker's model, of which parallel/ knows what it asks of any."""
     assert isinstance(worker.model, Transformer)
     return worker.model
 

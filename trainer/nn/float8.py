@@ -55,7 +55,8 @@ def multiply_in_float8(blocks: nn.Module) -> None:
     def swap(module: nn.Module) -> None:
         if type(module) is Linear:
             module.__class__ = Float8Linear
-            module.recipe = recipe  # type: ignore[assignment]
+            assert isinstance(module, Float8Linear)
+            module.recipe = recipe
 
     blocks.apply(swap)
 

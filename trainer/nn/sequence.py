@@ -4,7 +4,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ Flow = tuple[Tensor, Tensor | None, Tensor | None]
 Watcher = Callable[[Flow, dict[str, "Stream"], Inputs], Flow]
 
 
-class SequenceLayout:
+class SequenceLayout(Protocol):
     """How much of a sequence flows between blocks: all of it, unless parallelism gives another.
 
     Under sequence parallelism that is a part of its positions.
@@ -49,11 +49,15 @@ class SequenceLayout:
         return gradient_BSD
 
 
-class Context:
+class FullSequence(SequenceLayout):
+    """The layout where no rank has a part of a sequence."""
+
+
+class Context(Protocol):
     """Which positions of a sequence are here: all, unless ranks share sequences (context axis)."""
 
-    shares = False
-    first = True  # of the ranks that share a sequence
+    shares: bool
+    first: bool  # of the ranks that share a sequence
 
     def share(self, length: int) -> int:
         """Return how many of `length` positions are here."""
@@ -81,7 +85,14 @@ class Context:
         causal: bool,
     ) -> Tensor:
         """Attention from the queries that are here to all keys, where they are shared."""
-        raise NotImplementedError
+        raise AssertionError("no ranks share this sequence")
+
+
+class FullContext(Context):
+    """The context where no ranks share a sequence."""
+
+    shares = False
+    first = True
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from parallel.errors import NumericalError
 from parallel.health.replica_check import odd_replicas
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import agreed, everyones
 from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
@@ -88,7 +88,7 @@ class Guard:
         self.rollbacks = _read_rollbacks(run_dir, batch_size)
 
     def judge(
-        self, worker: Worker, loss: Tensor, grad_norm: Tensor, scale: LossScale
+        self, worker: ParallelModel, loss: Tensor, grad_norm: Tensor, scale: LossScale
     ) -> tuple[Tensor, Tensor]:
         """Return whether to drop the step's update, and whether its gradient overflowed: 1.0 or
         0.0.
@@ -153,7 +153,7 @@ class Guard:
     def look(
         self,
         step: int,
-        worker: Worker,
+        worker: ParallelModel,
         loader: TrainLoader,
         recorder: Recorder,
         settle: Callable[[], None],
@@ -309,7 +309,7 @@ def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) 
 
 
 def check_replicas(
-    step: int, worker: Worker, optimizer: Optimizer, recorder: Recorder, run_dir: str
+    step: int, worker: ParallelModel, optimizer: Optimizer, recorder: Recorder, run_dir: str
 ) -> None:
     """Raise NumericalError, on every rank, if copies of weights or moments differ in a bit."""
     tensors: dict[str, Tensor] = dict(worker.parameters())

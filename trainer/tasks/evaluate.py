@@ -7,7 +7,7 @@ from dataclasses import replace
 from rich.console import Console
 from rich.table import Table
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
 from trainer.checkpoint.identity import absolute
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    worker: Worker,
+    worker: ParallelModel,
     dataset: Dataset,
     *,
     micro_batch_size: int,

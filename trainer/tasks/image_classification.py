@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from rich.table import Table
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, GenerateConfig, ModelConfig, inputs_of
 from trainer.data import Dataset, open_split, prepare
@@ -34,7 +34,7 @@ class ImageClassification(Task):
         return inputs_of(model) == "patches"
 
     def build_metrics(
-        self, worker: Worker, dataset: Dataset, decoding: Decoding | None
+        self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "ClassificationMetrics":
         """Return the metrics of labelled images."""
         return ClassificationMetrics(worker)

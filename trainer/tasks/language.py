@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.loss import IGNORED
 from trainer.config.train import GenerateConfig, ModelConfig
 from trainer.data import Dataset
@@ -25,7 +25,7 @@ class LanguageModeling(Task):
         return model.family == "decoder"
 
     def build_metrics(
-        self, worker: Worker, dataset: Dataset, decoding: Decoding | None
+        self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "LanguageMetrics":
         """Return the metrics of a text."""
         return LanguageMetrics(worker, dataset)
@@ -58,7 +58,7 @@ class LanguageModeling(Task):
         return batch
 
     def sample_output(
-        self, worker: Worker, tokenizer: Tokenizer | None, max_tokens: int, seed: int
+        self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
     ) -> str:
         """Return a text that the model writes from nothing."""
         assert tokenizer is not None
@@ -78,7 +78,7 @@ class LanguageModeling(Task):
 class LanguageMetrics(CrossEntropyMetrics):
     """Also bits per character (or token, where the tokenizer loses characters) and perplexity."""
 
-    def __init__(self, worker: Worker, dataset: Dataset):
+    def __init__(self, worker: ParallelModel, dataset: Dataset):
         super().__init__(worker)
         self._dataset = dataset
 

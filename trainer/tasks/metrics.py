@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.loss import count_valid, cross_entropy_sum
 
 LARGEST_EXPONENT = 700.0  # exp of more is no float64
@@ -14,7 +14,7 @@ LARGEST_EXPONENT = 700.0  # exp of more is no float64
 class CrossEntropyMetrics:
     """Mean cross-entropy in nats per valid target, without label smoothing, and accuracy."""
 
-    def __init__(self, worker: Worker):
+    def __init__(self, worker: ParallelModel):
         self._worker = worker
         # Nats, valid targets and those that the model ranks first.
         self._totals = torch.zeros(3, dtype=torch.float64, device=worker.device)

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.train import GenerateConfig, ModelConfig
 from trainer.data import Dataset
 from trainer.data.tokenizer import Tokenizer
@@ -62,7 +62,9 @@ class Task(CrossEntropy, ABC):
         return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=label_smoothing)
 
     @abstractmethod
-    def build_metrics(self, worker: Worker, dataset: Dataset, decoding: Decoding | None) -> Metrics:
+    def build_metrics(
+        self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
+    ) -> Metrics:
         """Return the empty metrics of an evaluation of the dataset."""
 
     def notes(self, values: dict[str, float]) -> list[str]:
@@ -80,7 +82,7 @@ class Task(CrossEntropy, ABC):
         """Return a global batch with the difficulties of real ones: padding, unequal targets."""
 
     def sample_output(
-        self, worker: Worker, tokenizer: Tokenizer | None, max_tokens: int, seed: int
+        self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
     ) -> str:
         """Return what the model gives at the end of a run, to be shown; empty = nothing."""
         return ""

@@ -6,7 +6,7 @@ import sacrebleu
 import torch
 from torch import Tensor
 
-from parallel.parallel_model import MicroBatch, Worker
+from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.train import ConfigError, GenerateConfig, ModelConfig
 from trainer.data import Dataset
 from trainer.inference.beam_search import translate_tokens
@@ -28,7 +28,7 @@ class Translation(Task):
         return model.family == "encoder_decoder"
 
     def build_metrics(
-        self, worker: Worker, dataset: Dataset, decoding: Decoding | None
+        self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "TranslationMetrics":
         """Return the metrics of pairs, with BLEU where they are decoded."""
         return TranslationMetrics(worker, dataset, decoding)
@@ -85,7 +85,7 @@ class Translation(Task):
 class TranslationMetrics(CrossEntropyMetrics):
     """Also perplexity per token and, of what is decoded, BLEU (0 to 100)."""
 
-    def __init__(self, worker: Worker, dataset: Dataset, decoding: Decoding | None):
+    def __init__(self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None):
         super().__init__(worker)
         self._dataset, self._decoding = dataset, decoding
         self._translations: dict[int, str] = {}  # by the sample's index

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, data_degree
 from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_encoder_decoder
 from trainer.tasks.registry import task_of_model
@@ -258,7 +258,7 @@ def make_batch(
     return task_of_model(model).random_batch(model, samples, SEQ_LEN, generator)
 
 
-def split(batch: dict[str, Tensor], worker: Worker) -> list[dict[str, Tensor]]:
+def split(batch: dict[str, Tensor], worker: ParallelModel) -> list[dict[str, Tensor]]:
     """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
     rows = len(batch["targets"]) // worker.data_degree
     own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}

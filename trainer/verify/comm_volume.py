@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from parallel.axis import find_axis
 from parallel.comm_volume.closed_form import (
     Shape,
     SplitSequence,
@@ -18,14 +19,15 @@ from parallel.comm_volume.closed_form import (
     tensor_bytes,
 )
 from parallel.comm_volume.counter import Payload, Traffic
+from parallel.context.attention import ContextParallel
 from parallel.data.ddp import reduce_dtype
 from parallel.grad_norm import local
-from parallel.parallel_model import MicroBatch, Worker
-from parallel.pipeline.stages import Pipeline
+from parallel.parallel_model import MicroBatch, ParallelModel
+from parallel.pipeline.stages import PipelineParallel
 from parallel.pipeline.torch_schedules import actions
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
-from parallel.tensor.layers import HEADS, split_dim, style_of
+from parallel.tensor.layers import HEADS, TensorParallel, style_of
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig
 from trainer.inference.trained_run import transformer
@@ -56,25 +58,25 @@ def step_traffic(
 
 
 def _due_bytes(
-    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+    worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> Payload:
     """Return the closed form: gradients and weights, activations, and the listed small ones."""
     model = transformer(worker)
     moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
-    if worker.split is not None:
+    if find_axis(worker.axes, TensorParallel) is not None:
         moved += _activations(worker, strategy, micro_batches)
         floats += _partial_gradients(worker) * FLOAT_BYTES
         heads = len(micro_batches) * _shared_heads(worker)
         if model.head is not None:
             targets = (model.own_targets(m["targets"]) for m in micro_batches)
             floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
-    if worker.context is not None:
+    if find_axis(worker.axes, ContextParallel) is not None:
         moved += sum((_attentions(model, strategy, m) for m in micro_batches), StepBytes())
         floats += FLOAT_BYTES  # the loss, of which each rank has a part
-    if worker.pipeline is not None:
-        moved += _flows(worker.pipeline, model, micro_batches)
+    if (pipeline := find_axis(worker.axes, PipelineParallel)) is not None:
+        moved += _flows(pipeline, model, micro_batches)
         floats += FLOAT_BYTES  # the loss, which the last stage has
-        tied = 0 if worker.pipeline.tied is None else local(worker.pipeline.tied).numel()
+        tied = 0 if pipeline.tied is None else local(pipeline.tied).numel()
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
     fsdp = isinstance(worker.model, FSDPModule)
     half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
@@ -94,7 +96,7 @@ def _due_bytes(
     )
 
 
-def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Counter:
+def _reduced(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
     """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
     dtype = reduce_dtype(strategy.reduce, torch.float32)
     due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
@@ -109,16 +111,16 @@ def _reduced(worker: Worker, strategy: StrategyConfig, micro_batches: int) -> Co
     )
 
 
-def _shapes(worker: Worker) -> tuple[list[Shape], list[Shape]]:
+def _shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
     """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
-    degree, rank = worker.mesh["tensor"].size(), worker.mesh["tensor"].get_local_rank()
     blocks: list[Shape] = []
     others: list[Shape] = []
     for name, parameter in worker.model.named_parameters():
-        shape, dim = list(parameter.shape), split_dim(style_of(name, TENSOR_LAYOUT), name)
-        if dim is not None:
-            rows = math.ceil(shape[dim] / degree)
-            shape[dim] = max(0, min(rows, shape[dim] - rank * rows))
+        shape = list(parameter.shape)
+        for axis in worker.axes:
+            if (dim := axis.split_dim(name)) is not None:
+                rows = math.ceil(shape[dim] / axis.degree)
+                shape[dim] = max(0, min(rows, shape[dim] - axis.group.rank() * rows))
         (blocks if name.startswith("blocks.") else others).append(tuple(shape))
     return blocks, others
 
@@ -133,13 +135,13 @@ def _norms(strategy: StrategyConfig) -> int:
     return (shards + tensor) + (shards if tensor else 0) + staged
 
 
-def _partial_gradients(worker: Worker) -> int:
+def _partial_gradients(worker: ParallelModel) -> int:
     """Elements of the gradients that work on a part of the sequence: they are summed once."""
     parameters = dict(worker.model.named_parameters())
-    return sum(local(parameters[name]).numel() for name in worker.partial_gradients())
+    return sum(local(parameters[n]).numel() for axis in worker.axes for n in axis.partial)
 
 
-def _shared_heads(worker: Worker) -> int:
+def _shared_heads(worker: ParallelModel) -> int:
     """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
     config = transformer(worker).config
     least = worker.mesh["tensor"].size() * config.width // config.heads
@@ -151,10 +153,10 @@ def _shared_heads(worker: Worker) -> int:
 
 
 def _activations(
-    worker: Worker, strategy: StrategyConfig, micro_batches: list[MicroBatch]
+    worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> StepBytes:
     """Return what the split layers move that this rank holds."""
-    model, pipeline = transformer(worker), worker.pipeline
+    model, pipeline = transformer(worker), find_axis(worker.axes, PipelineParallel)
     if pipeline is None:
         stages, split_backwards = {0: tuple(model.blocks)}, set()
     else:
@@ -170,7 +172,7 @@ def _activations(
 
 
 def _split_backwards(
-    strategy: StrategyConfig, pipeline: Pipeline, micro_batches: int
+    strategy: StrategyConfig, pipeline: PipelineParallel, micro_batches: int
 ) -> set[tuple[int, int]]:
     """Stages and micro-batches whose backward comes in two halves; the first stage's is one."""
     per_rank = len(pipeline.stages)
@@ -236,7 +238,9 @@ def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, 
     return {name: (count, model.context.share(length)) for name, length in lengths.items()}
 
 
-def _flows(pipeline: Pipeline, model: Transformer, micro_batches: list[MicroBatch]) -> StepBytes:
+def _flows(
+    pipeline: PipelineParallel, model: Transformer, micro_batches: list[MicroBatch]
+) -> StepBytes:
     """Return what this rank's stages send."""
     moved = StepBytes()
     for micro_batch in micro_batches:

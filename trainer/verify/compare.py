@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.grad_norm import local
 from parallel.mesh import DATA_AXES
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize, place
 from parallel.pipeline.schedules import placed
 from parallel.rank_pool import RankFailedError, RankPool
@@ -227,16 +227,15 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     return record, spans(worker)
 
 
-def spans(worker: Worker) -> dict[str, str]:
+def spans(worker: ParallelModel) -> dict[str, str]:
     """By parameter, the mesh axes that it is split on or its gradient summed over."""
     wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
-    partial = worker.partial_gradients()
     found = {}
     for name, parameter in worker.parameters().items():
         axes = {"pipeline", "context", *DATA_AXES}
         if isinstance(parameter, DTensor):
             axes |= set(parameter.device_mesh.mesh_dim_names or ())
-        axes |= {"tensor"} if name in partial else set()
+        axes |= {axis.name for axis in worker.axes if name in axis.partial}
         found[name] = " × ".join(axis for axis in wide if axis in axes)
     return found
 

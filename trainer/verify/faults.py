@@ -3,7 +3,9 @@
 They are the bugs that distributed training really suffers from; nothing outside verify uses them.
 """
 
-from typing import Any
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, ParamSpec, TypeVar
 from unittest import mock
 
 import torch
@@ -13,15 +15,33 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 
 from parallel import grad_norm as gradients
+from parallel.axis import LossOf, ParallelAxis, find_axis
 from parallel.collectives import Gather, padded
+from parallel.context.attention import ContextParallel
 from parallel.context.ring import Ring, Tile
 from parallel.data import ddp
 from parallel.data.ddp import sum_gradients
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize
-from parallel.pipeline.stages import LossOf, Pipeline, Stage
-from parallel.tensor.layers import SEQUENCE_DIM, TensorSplit
+from parallel.pipeline.stages import PipelineParallel, Stage
+from parallel.tensor.layers import SEQUENCE_DIM, TensorParallel
 from trainer.config.verify import FAULT_AXES
+
+P = ParamSpec("P")
+R = TypeVar("R")
+A = TypeVar("A", bound=ParallelAxis)
+
+
+def replace_method(method: Callable[P, R], replacement: Callable[P, R]) -> None:
+    """Let one object have another method, of the same signature, in place of this one of its."""
+    assert isinstance(method, MethodType)
+    setattr(method.__self__, method.__name__, replacement)
+
+
+def _axis_of(worker: ParallelModel, kind: type[A]) -> A:
+    axis = find_axis(worker.axes, kind)
+    assert axis is not None  # the check of the configuration has seen to it
+    return axis
 
 
 class _OwnPartOnly(DefaultReduceScatter):
@@ -52,7 +72,7 @@ def _one_left_out(
     return sum_gradients(group, bucket).then(put_back)
 
 
-def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Leave a parameter out of the all-reduce (DDP), or a block of the reduce-scatter
     (FSDP).
     """
@@ -64,7 +84,7 @@ def skip_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
     return worker
 
 
-def local_target_count(*args: Any, **kwargs: Any) -> Worker:
+def local_target_count(*args: Any, **kwargs: Any) -> ParallelModel:
     """Divide on each rank by its own number of targets: a mean of means."""
     worker = parallelize(*args, **kwargs)
     sum_over_data = worker.sum_over_data
@@ -75,28 +95,24 @@ def local_target_count(*args: Any, **kwargs: Any) -> Worker:
         is_count = not tensor.is_floating_point()
         return local * worker.data_degree if is_count else total
 
-    worker.sum_over_data = mean_of_means  # type: ignore[method-assign]
+    replace_method(sum_over_data, mean_of_means)
     return worker
 
 
-def local_gradient_norm(*args: Any, **kwargs: Any) -> Worker:
+def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
     """Clip on each rank by the norm of what it holds."""
     worker = parallelize(*args, **kwargs)
+    clip_grad_norm = worker.clip_grad_norm
 
     def clip_by_own_part(max_norm: float, scale: Tensor | None = None) -> Tensor:
-        own, worker.stages_group = worker.stages_group, None
-        with mock.patch.object(gradients, "_split_groups", lambda gradient: ()):
-            norm = type(worker).clip_grad_norm(worker, max_norm, scale)
-        worker.stages_group = own
-        return norm
+        with (
+            mock.patch.object(gradients, "_split_groups", lambda gradient: ()),
+            mock.patch.object(PipelineParallel, "splits_parameters", False),
+        ):
+            return clip_grad_norm(max_norm, scale)
 
-    worker.clip_grad_norm = clip_by_own_part  # type: ignore[method-assign]
+    replace_method(clip_grad_norm, clip_by_own_part)
     return worker
-
-
-def _split_of(worker: Worker) -> TensorSplit:
-    assert worker.split is not None  # the check of the configuration has seen to it
-    return worker.split
 
 
 class _OwnGradient(Gather):
@@ -108,55 +124,55 @@ class _OwnGradient(Gather):
         return parts[ctx.group.rank()].contiguous(), None, None, None
 
 
-def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Give a split layer's input this rank's gradient alone: f, or the all-gather's backward."""
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
+    split = _axis_of(worker, TensorParallel)
 
     def whole(x_BSD: Tensor, length: int) -> Tensor:
         if not split.splits_sequence:
             return x_BSD
         return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
 
-    split.whole = whole  # type: ignore[method-assign]
+    replace_method(split.whole, whole)
     return worker
 
 
-def skip_sequence_gather(*args: Any, **kwargs: Any) -> Worker:
+def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank take its own positions for everybody's where the sequence should be
     gathered.
     """
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
+    split = _axis_of(worker, TensorParallel)
 
     def whole(x_BSD: Tensor, length: int) -> Tensor:
         return torch.cat([x_BSD] * split.group.size(), SEQUENCE_DIM)[:, :length]
 
-    split.whole = whole  # type: ignore[method-assign]
+    replace_method(split.whole, whole)
     return worker
 
 
-def skip_output_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank go on with its own part of a split layer's output: g, or the reduce-
     scatter.
     """
     worker = parallelize(*args, **kwargs)
-    split = _split_of(worker)
-    split.sum = split.own  # type: ignore[method-assign]
+    split = _axis_of(worker, TensorParallel)
+    replace_method(split.sum, split.own)
     return worker
 
 
-def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> Worker:
+def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
-    entries = _split_of(worker).entries
+    entries = _axis_of(worker, TensorParallel).entries
     find = entries.find
 
     def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
         row, mine = find(tokens)
         return row, torch.ones_like(mine)
 
-    entries.find = all_mine  # type: ignore[method-assign]
+    replace_method(find, all_mine)
     return worker
 
 
@@ -168,20 +184,19 @@ class _ShortRing(Ring):
         return None if owner == left_out else super().tile(query_BHSK, keys, owner)
 
 
-def skip_ring_step(*args: Any, **kwargs: Any) -> Worker:
+def skip_ring_step(*args: Any, **kwargs: Any) -> ParallelModel:
     """Ring attention leaves out the last step."""
     worker = parallelize(*args, **kwargs)
-    assert worker.context is not None  # the check of the configuration has seen to it
-    worker.context.ring = _ShortRing
+    _axis_of(worker, ContextParallel).ring = _ShortRing
     return worker
 
 
-def stale_stage_input(*args: Any, **kwargs: Any) -> Worker:
+def stale_stage_input(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a stage work on what it had received before: the first micro-batch's, for all of
     them.
     """
     worker = parallelize(*args, **kwargs)
-    for stage in _pipeline_of(worker).stages:
+    for stage in _axis_of(worker, PipelineParallel).stages:
         _stale(stage)
     return worker
 
@@ -198,22 +213,22 @@ def _stale(stage: Stage) -> None:
             stage._inputs[number] = [tensor.detach().clone() for tensor in first]
         return compute(number, *args, **kwargs)
 
-    stage.forward_one_chunk = on_old_input  # type: ignore[method-assign]
+    replace_method(compute, on_old_input)
 
 
-def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> Worker:
+def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let the first and the last stage's copies of a tied weight keep their own gradients."""
     worker = parallelize(*args, **kwargs)
-    _pipeline_of(worker).tied = None
+    _axis_of(worker, PipelineParallel).tied = None
     return worker
 
 
-def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
+def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     """Divide each micro-batch's loss by its own number of targets, and by their
     number.
     """
     worker = parallelize(*args, **kwargs)
-    pipeline = _pipeline_of(worker)
+    pipeline = _axis_of(worker, PipelineParallel)
     run = pipeline.run
 
     def mean_of_means(micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
@@ -226,13 +241,8 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> Worker:
 
         run(micro_batches, scaled)
 
-    pipeline.run = mean_of_means  # type: ignore[method-assign]
+    replace_method(run, mean_of_means)
     return worker
-
-
-def _pipeline_of(worker: Worker) -> Pipeline:
-    assert worker.pipeline is not None  # the check of the configuration has seen to it
-    return worker.pipeline
 
 
 FAULTS = {

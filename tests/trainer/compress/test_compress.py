@@ -19,7 +19,7 @@ from trainer.config.train import CompressConfig, TrainConfig
 from trainer.model import DecodingCache, Transformer
 from trainer.nn.flops import flops_per_sample
 from trainer.nn.init import draw_rows
-from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.nn.sequence import FullContext, FullSequence, Stream
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 VIT, TRANSLATOR = FAMILIES["encoder (ViT)"], FAMILIES["encoder-decoder"]
@@ -29,7 +29,7 @@ SIX = 6  # blocks, or as many as make four of an encoder-decoder
 def stream_of(length: int, valid=None, seeds=None) -> Stream:
     places = torch.arange(length)
     return Stream(
-        length, length, SequenceLayout(), Context(), False, places, valid_BS=valid, seeds_B=seeds
+        length, length, FullSequence(), FullContext(), False, places, valid_BS=valid, seeds_B=seeds
     )
 
 

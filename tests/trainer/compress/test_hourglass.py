@@ -12,7 +12,7 @@ from trainer.config.train import CompressConfig
 from trainer.model import DecodingCache, Transformer
 from trainer.nn.flops import flops_per_sample
 from trainer.nn.init import draw_rows
-from trainer.nn.sequence import Context, SequenceLayout, Stream
+from trainer.nn.sequence import FullContext, FullSequence, Stream
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 LENGTH, BLOCKS = 12, 6
@@ -29,7 +29,7 @@ def built(stride: int, family: str = "decoder (Llama)") -> Transformer:
 
 def stream_of(documents=None) -> Stream:
     places = torch.arange(LENGTH)
-    layout, context = SequenceLayout(), Context()
+    layout, context = FullSequence(), FullContext()
     return Stream(LENGTH, LENGTH, layout, context, True, places, documents_BS=documents)
 
 

@@ -39,7 +39,7 @@ from trainer.data.loader import TrainLoader
 from trainer.distill import precompute as teach
 from trainer.distill.logit_dataset import Answered, Answers
 from trainer.distill.precompute import largest, teach_run
-from trainer.nn.sequence import Context
+from trainer.nn.sequence import FullContext
 from trainer.run.run_dir import load_config
 
 ROOT = Path(__file__).parents[3]
@@ -125,7 +125,7 @@ def said(runtime: Runtime, teacher: TrainConfig, folder: Path) -> list:
     loader.close()
     classes = model.head.output.weight.shape[0]
     with torch.no_grad():
-        return [(model(b), kept_answer(b, classes, Context()), b["targets"]) for b in batches]
+        return [(model(b), kept_answer(b, classes, FullContext()), b["targets"]) for b in batches]
 
 
 def test_what_is_kept_is_the_teachers_of_those_samples(ranks, teacher):
@@ -194,7 +194,7 @@ def test_classes_that_were_not_kept_count_as_impossible():
         "answer_logits": torch.tensor([[[0.0, -1.0]], [[0.0, 0.0]]]).half(),
         "answer_classes": torch.tensor([[[4, 1]], [[0, 0]]], dtype=torch.int32),
     }
-    dense = kept_answer(inputs, 5, Context())
+    dense = kept_answer(inputs, 5, FullContext())
     assert dense[0, 0].tolist() == [-torch.inf, -1.0, -torch.inf, -torch.inf, 0.0]
     targets = torch.tensor([[4], [IGNORED]])
     student = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 from conf.validation.validate import complete
 from parallel.errors import UserError
 from parallel.grad_norm import local
-from parallel.parallel_model import Worker
+from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
 from trainer.checkpoint.folder import checkpoints
@@ -461,13 +461,13 @@ def test_an_evaluation_that_is_not_finite_ends_no_run(ranks, config, tmp_path, b
 
 def silent(runtime, config: TrainConfig) -> str:
     """Train to the end, where the model's logits are NaN; what the last lines say."""
-    forward, said = Worker.forward, []
+    forward, said = ParallelModel.forward, []
 
     def nan(worker, *inputs):
         return forward(worker, *inputs) * torch.nan
 
     with (
-        mock.patch.object(Worker, "forward", nan),
+        mock.patch.object(ParallelModel, "forward", nan),
         mock.patch.object(Recorder, "say", lambda _, text: said.append(text)),
     ):
         assert ended(runtime, config, "nan", set(), 0) == ""

@@ -1,0 +1,103 @@
+"""The axes of copies and shards: DDP or FSDP around a model, micro-batch after micro-batch."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from parallel.axis import LossOf, ParallelAxis
+from parallel.data.comm_hook import Exchange
+from parallel.data.ddp import reduce_dtype, replicate
+from parallel.data.fsdp import shard
+from parallel.mesh import copies_mesh, shards_mesh
+from parallel.model_protocol import Inputs, ParallelizableModel
+from parallel.strategy import StrategyConfig
+
+
+class DataParallel(ParallelAxis):
+    """Sums gradients over the ranks with copies, and over those with shards, of any degree.
+
+    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: where an
+    axis inside needs that, copies go this way too. `parameters` is the dtype that weights and
+    gradients are kept in, `compute` the one that FSDP gathers them in.
+    """
+
+    wrapped: nn.Module  # what a training forward goes through
+
+    def __init__(
+        self,
+        mesh: DeviceMesh,
+        strategy: StrategyConfig,
+        inside: Sequence[ParallelAxis],
+        parameters: torch.dtype,
+        compute: torch.dtype,
+    ):
+        self._mesh, self._copies, self._strategy = mesh, copies_mesh(mesh), strategy
+        super().__init__(self._copies or mesh["shard"])
+        beyond_ddp = self._copies is not None and not all(axis.allows_ddp for axis in inside)
+        self.shards = mesh["shard"].size() > 1 or beyond_ddp
+        self._reshards = all(axis.allows_reshard for axis in inside)
+        self._parameters, self._compute = parameters, compute
+        self._exchange: Exchange | None = None
+        self.schedule = self
+
+    def prepare(self, model: ParallelizableModel) -> None:
+        """Shard a meta model with FSDP, if the strategy needs that."""
+        if not self.shards:
+            return
+        assert isinstance(model, nn.Module)
+        mesh, strategy = shards_mesh(self._mesh, self._copies), self._strategy
+        reduce = reduce_dtype(strategy.reduce, self._parameters)
+        frees = strategy.reshard_after_forward and self._reshards
+        shard(model, mesh, self._compute, reduce, frees)
+
+    def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
+        """Wrap the finished model in DDP, if it has copies and FSDP does not sum over them."""
+        assert isinstance(model, nn.Module)
+        self._model, copies = model, None if sharded else self._copies
+        self.wrapped, self._exchange = replicate(model, copies, self._strategy)
+
+    def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
+        """One micro-batch after another, forward and backward."""
+        for number, micro_batch in enumerate(micro_batches):
+            with self._reducing(number == len(micro_batches) - 1):
+                loss_of(self.wrapped(micro_batch), number).backward()
+
+    def forward(self, inputs: Inputs, cache: Any) -> Tensor | None:
+        """Return the logits as this rank computes them, without gradients."""
+        return self._model(inputs, cache)
+
+    @contextmanager
+    def _reducing(self, reduce: bool) -> Iterator[None]:
+        """Replicas sum their gradients once, in the last micro-batch's backward.
+
+        Shards do in every one: an unreduced gradient would need the whole model's memory.
+        """
+        if isinstance(self.wrapped, FSDPModule):
+            self.wrapped.set_requires_all_reduce(reduce)
+        if isinstance(self.wrapped, DistributedDataParallel) and not reduce:
+            with self.wrapped.no_sync():
+                yield
+        else:
+            yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """At its end free what FSDP has gathered."""
+        try:
+            yield
+        finally:
+            # No backward follows that would free the gathered weights, and as long as they are
+            # there the parameters are not the sharded ones that a checkpoint must hold.
+            for module in self._model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what compressed sums have lost so far."""
+        return {} if self._exchange is None else self._exchange.state()

@@ -1,0 +1,100 @@
+"""A mesh axis that the parallel model has never heard of: its interface is enough."""
+
+from functools import partial
+
+import torch
+
+from parallel.axis import ParallelAxis
+from parallel.mesh import build_mesh
+from parallel.parallel_model import ParallelModel, Whole
+from parallel.parallelize import materialise
+from parallel.strategy import StrategyConfig
+from trainer.build import parallel_model
+from trainer.loss import count_valid, cross_entropy_sum
+from trainer.model import Transformer
+from trainer.nn.init import draw_rows
+from trainer.precision import PRECISIONS
+from trainer.verify.cases import FAMILIES, make_batch, scale_down, split
+
+CONFIG = scale_down(FAMILIES["decoder (GPT-2)"])
+STRATEGY = StrategyConfig(replicate=2)
+
+
+class Plain(ParallelAxis):
+    """Ranks that see different samples of which nothing is summed but `partial`, all at once."""
+
+    splits_loss = True
+
+    def prepare(self, model):
+        self.model, self.schedule, self.calls = model, self, []
+        self.partial = [name for name, _ in model.named_parameters()]
+
+    def run(self, micro_batches, loss_of):
+        for number, micro_batch in enumerate(micro_batches):
+            loss_of(self.model(micro_batch), number).backward()
+
+    def forward(self, inputs, cache):
+        return self.model(inputs, cache)
+
+
+class Halves(Plain):
+    """Around it: the same, with half of the logits and something to keep."""
+
+    partial = ()
+    splits_loss = False
+
+    def prepare(self, model):
+        self.partial = []
+
+    def gather_logits(self, logits, inputs, cache):
+        return logits / 2
+
+    def state(self):
+        return {"kept": torch.ones(1)}
+
+
+def loss_sum(logits, targets, inputs):
+    return cross_entropy_sum(logits, targets)
+
+
+def gradients(worker) -> tuple:
+    loss, count = worker.forward_backward(split(make_batch(CONFIG, 0, 0), worker))
+    norm = worker.clip_grad_norm(0.0)
+    return loss, count, norm, {n: p.grad.clone() for n, p in worker.parameters().items()}
+
+
+def both(runtime) -> tuple:
+    """A step under DDP, and under an axis of this file."""
+    ours = gradients(parallel_model(CONFIG, STRATEGY, runtime, PRECISIONS["fp64"]))
+    with torch.device("meta"):
+        model = Transformer(CONFIG, torch.float64)
+    whole = Whole(
+        {name: p.shape for name, p in model.named_parameters()},
+        {"head.output.weight": "embed.tokens.weight"},
+    )
+    mesh = build_mesh(STRATEGY, runtime.device)
+    axes = [Halves(mesh["replicate"]), Plain(mesh["replicate"])]
+    for axis in axes:
+        axis.prepare(model)
+    model.to(torch.float64)
+    materialise(model, runtime.device, partial(draw_rows, CONFIG, 0), whole.ties)
+    worker = ParallelModel(model, whole, mesh, runtime.device, loss_sum, count_valid, axes)
+    theirs = gradients(worker)
+    inputs = split(make_batch(CONFIG, 0, 0), worker)[0]
+    with worker.evaluating():
+        half = worker.forward(inputs)
+        assert torch.equal(half, model(inputs) / 2)
+    assert worker.kept().keys() == {"kept"}
+    return ours, theirs
+
+
+def test_an_axis_needs_nothing_but_its_interface(ranks):
+    results = ranks.run(2, both)
+    for ours, theirs in results:
+        assert ours[1] == theirs[1]
+        assert torch.allclose(ours[2], theirs[2], rtol=1e-13)
+        for name, gradient in ours[3].items():
+            assert torch.allclose(gradient, theirs[3][name], rtol=0, atol=1e-15), name
+    # DDP's ranks have parts of the loss; the axis has said that it splits the loss.
+    total = sum(ours[0] for ours, _ in results)
+    assert all(torch.allclose(total, theirs[0], rtol=1e-13) for _, theirs in results)
