@@ -20,13 +20,7 @@ from trainer.config.train import ModelConfig, outputs_of
 from trainer.nn.embeddings import TokenEmbedding, embedding_type
 from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
-from trainer.nn.layers import (
-    AttentionCache,
-    Block,
-    BlockCache,
-    Dropout,
-    rotary_angles,
-)
+from trainer.nn.layers import AttentionCache, Block, BlockCache, Dropout, rotary_angles
 from trainer.nn.sequence import (
     Context,
     Flow,
