@@ -27,7 +27,8 @@ from trainer.data import open_split, prepare
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
-from trainer.optim.optimizer import decays, lr_at
+from trainer.optim.lr_schedule import lr_at
+from trainer.optim.parameter_groups import has_weight_decay
 from trainer.precision import resolve_precision
 from trainer.resilience.supervisor import supervised
 from trainer.run.run_dir import open_run_dir
@@ -58,10 +59,13 @@ class PlainLoop:
         named = list(self.model.named_parameters())
         groups = [
             {
-                "params": [p for n, p in named if decays(n, p)],
+                "params": [p for n, p in named if has_weight_decay(n, p.shape)],
                 "weight_decay": config.optim.weight_decay,
             },
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in named if not has_weight_decay(n, p.shape)],
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = torch.optim.AdamW(
             groups, betas=tuple(config.optim.betas), eps=config.optim.eps, fused=True

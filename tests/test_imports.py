@@ -20,7 +20,7 @@ PLAIN = (
     "trainer.model",
     "trainer.nn.layers",
     "trainer.loss",
-    "trainer.optim.optimizer",
+    "trainer.optim.registry",
     "trainer.data.tokenizer",
 )
 # What answers before torch is loaded.

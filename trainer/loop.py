@@ -30,7 +30,8 @@ from trainer.distill.teacher import load_teacher, open_answers
 from trainer.inference.trained_run import load_first
 from trainer.metrics.recorder import Recorder
 from trainer.nn.flops import flops_per_sample
-from trainer.optim.optimizer import Optimizer, lr_at, schedule_warnings
+from trainer.optim.lr_schedule import lr_at, schedule_warnings
+from trainer.optim.registry import build_optimizer
 from trainer.precision import LossScale, resolve_precision
 from trainer.resilience.bad_steps import Guard, RolledBackError, check_replicas
 from trainer.resilience.supervisor import Supervisor, own_code, supervised
@@ -89,7 +90,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises NumericalError where a weight or moment is not finite.
     """
-    for warning in schedule_warnings(config) if runtime.rank == 0 else ():
+    for warning in schedule_warnings(config.steps, config.optim) if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression)
@@ -98,7 +99,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     precision = resolve_precision(config.precision, runtime.device)
     state = TrainState(
         worker,
-        Optimizer(worker.parameters(), config.optim),
+        build_optimizer(worker.parameters(), config.optim),
         LossScale(precision, runtime.device, config.strategy.reduce),
         Guard(config, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),

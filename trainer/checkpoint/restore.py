@@ -29,7 +29,7 @@ from trainer.checkpoint.manifest import (
 from trainer.checkpoint.shards import DTYPES, read, read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.config.train import ConfigError, TrainConfig
-from trainer.optim.optimizer import lr_leap
+from trainer.optim.lr_schedule import lr_leap
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
                 log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
         if other:
             log.warning("going on with other data: see resume_changed")
-        if leap := lr_leap(manifest.step, manifest.lr, config):
+        if leap := lr_leap(manifest.step, config.steps, manifest.lr, config.optim):
             log.warning(leap)
         elif (before := manifest.config.get("batch_size")) not in (None, config.batch_size):
             log.warning(

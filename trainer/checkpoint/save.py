@@ -33,7 +33,7 @@ from trainer.checkpoint.manifest import DamagedError, FileEntry, Manifest, check
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.shards import Shard, file_name
 from trainer.config.train import TrainConfig
-from trainer.optim.optimizer import lr_at
+from trainer.optim.lr_schedule import lr_at
 
 log = logging.getLogger(__name__)
 

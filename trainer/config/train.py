@@ -74,7 +74,7 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule; read by trainer/optim/optimizer.py."""
+    """The optimizer and its schedule; read by trainer/optim/."""
 
     # adamw | adamw8bit: both moments of matrices in 8 bits with a scale per block, a quarter of the
     # memory.
@@ -265,6 +265,10 @@ class VerifyConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    # AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): no small eps.
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, max_grad_norm=0.5)
+    )
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = 3  # optimizer steps compared
     seed: int = 0  # weights and batches follow from it

@@ -12,7 +12,7 @@ from parallel.strategy import StrategyConfig, world_size
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.restore import load_weights, restore
 from trainer.config.train import OptimConfig, TrainConfig, UserError
-from trainer.optim.optimizer import Optimizer
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS, LossScale
 from trainer.resilience.bad_steps import Guard
 from trainer.state import TrainState
@@ -22,7 +22,7 @@ def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = No
     worker = tiny.make_worker(runtime, model, strategy, seed)
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
+    optimizer = build_optimizer(worker.parameters(), OptimConfig())
     guard = Guard(TrainConfig(run_dir="nowhere"), runtime.device)
     return TrainState(worker, optimizer, scale, guard, zero)
 
@@ -44,7 +44,7 @@ def round_trip(runtime, folder) -> None:
     restore(run_in(folder), other)
     assert other.step == 7 and other.tokens.item() == 123
     assert other.loss_scale.scale.item() == 512.0
-    assert other.optimizer.updates().item() == 3
+    assert other.optimizer.update_count().item() == 3
     for mine, theirs in zip(
         other.worker.model.parameters(), state.worker.model.parameters(), strict=True
     ):

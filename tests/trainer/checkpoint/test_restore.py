@@ -24,7 +24,7 @@ from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.restore import load_weights, restore
 from trainer.checkpoint.save import Saver
 from trainer.config.train import OptimConfig, UserError
-from trainer.optim.optimizer import lr_at
+from trainer.optim.lr_schedule import lr_at
 
 FSDP = StrategyConfig(shard=2)
 STEPS = (10, 20, 30)
