@@ -21,9 +21,9 @@ from conf import schema
 from conf.validation.validate import complete
 from parallel.runtime import Ranks, Runtime, process_group
 from trainer import loop
-from trainer.checkpoint.save import Saver
 from trainer.config.train import TrainConfig
 from trainer.data import open_split, prepare
+from trainer.loop import open_saver
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
@@ -120,8 +120,8 @@ def measure(config: TrainConfig, runtime: Runtime, segments: int, steps: int) ->
         between = synchronise(runtime.device)
         part = replace(config, steps=state.step + steps)  # for the recorder's last line
         with (
-            supervised(part, runtime) as supervisor,
-            Saver(part, state) as saver,
+            supervised(part.run_dir, part.steps, part.timeout_seconds, runtime) as supervisor,
+            open_saver(part, state) as saver,
             loop.open_recorder(part, runtime, state) as recorder,
         ):
             run = loop.Run(part, state, loader, recorder, saver, supervisor)

@@ -91,7 +91,7 @@ trainer.inference: parallel.strategy trainer.config trainer.atomic_files paralle
     trainer.run trainer.model trainer.compress trainer.precision trainer.build
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
-    trainer.loss trainer.model trainer.compress trainer.precision trainer.inference
+    trainer.loss trainer.model trainer.compress trainer.inference
 conf.validation: parallel.errors parallel.strategy trainer.config conf.submit parallel.pipeline
     trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
