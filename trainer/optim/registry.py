@@ -38,10 +38,11 @@ OPTIMIZERS = {
 
 def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
     """Return the optimizer of these parameters (DTensors where they are split) by config.name."""
-    parts = [
-        OPTIMIZERS[name].build({n: parameters[n] for g in groups for n in g.names}, groups, config)
-        for name, groups in _groups_by_optimizer(parameters, config).items()
-    ]
+    parts = []
+    for name, groups in _groups_by_optimizer(parameters, config).items():
+        names = {member for group in groups for member in group.names}
+        own = {n: p for n, p in parameters.items() if n in names}  # in the model's order
+        parts.append(OPTIMIZERS[name].build(own, groups, config))
     return parts[0] if len(parts) == 1 else CompositeOptimizer(parts)
 
 
