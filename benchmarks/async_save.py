@@ -17,8 +17,8 @@ from workload import llama, random_batch
 
 from parallel.runtime import Ranks, process_group
 from trainer import loop
-from trainer.checkpoint.save import Saver
 from trainer.config.train import CheckpointConfig, OptimConfig, TrainConfig
+from trainer.loop import open_saver
 from trainer.state import TrainState
 
 SEQ_LEN, VOCABULARY = 64, 8192
@@ -42,7 +42,7 @@ def measure(config: TrainConfig, state: TrainState, rounds: int) -> dict[str, li
         "step beside a save": [],
     }
     loop.take_step(config, state, batch)
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         seconds["first save (takes the memory)"] = [timed(saver.save, state)]
         saver.wait()
         for _ in range(rounds):

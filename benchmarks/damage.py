@@ -23,10 +23,9 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import NAME
-from trainer.checkpoint.restore import choose, restore
-from trainer.checkpoint.save import Saver
+from trainer.checkpoint.restore import choose
 from trainer.config.train import ConfigError, ModelConfig, TrainConfig
-from trainer.loop import start
+from trainer.loop import open_saver, resume, start
 from trainer.state import TrainState
 
 KINDS = ("bit", "cut", "missing", "manifest")
@@ -71,7 +70,7 @@ def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
     )
     state = start(config, runtime)
     expected: dict[str, Tensor] = {}
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         for state.step in (10, GOOD, DAMAGED):
             for parameter in state.worker.parameters().values():
                 local(parameter.detach()).add_(0.25)
@@ -88,7 +87,7 @@ def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
         dist.broadcast_object_list(name, src=0)
         found = choose(Path(config.run_dir)).damaged.get(DAMAGED, "not found")
         try:
-            restore(config, state)
+            resume(config, state)
         except ConfigError as error:
             found = f"refused: {error}"
         same = here(state)

@@ -21,13 +21,14 @@ from conf import schema
 from conf.validation.validate import complete
 from parallel.runtime import Ranks, Runtime, process_group
 from trainer import loop
-from trainer.checkpoint.save import Saver
 from trainer.config.train import TrainConfig
 from trainer.data import open_split, prepare
+from trainer.loop import open_saver
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
-from trainer.optim.optimizer import decays, lr_at
+from trainer.optim.lr_schedule import lr_at
+from trainer.optim.parameter_groups import has_weight_decay
 from trainer.precision import resolve_precision
 from trainer.resilience.supervisor import supervised
 from trainer.run.run_dir import open_run_dir
@@ -58,10 +59,13 @@ class PlainLoop:
         named = list(self.model.named_parameters())
         groups = [
             {
-                "params": [p for n, p in named if decays(n, p)],
+                "params": [p for n, p in named if has_weight_decay(n, p.shape)],
                 "weight_decay": config.optim.weight_decay,
             },
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+            {
+                "params": [p for n, p in named if not has_weight_decay(n, p.shape)],
+                "weight_decay": 0.0,
+            },
         ]
         self.optimizer = torch.optim.AdamW(
             groups, betas=tuple(config.optim.betas), eps=config.optim.eps, fused=True
@@ -116,8 +120,8 @@ def measure(config: TrainConfig, runtime: Runtime, segments: int, steps: int) ->
         between = synchronise(runtime.device)
         part = replace(config, steps=state.step + steps)  # for the recorder's last line
         with (
-            supervised(part, runtime) as supervisor,
-            Saver(part, state) as saver,
+            supervised(part.run_dir, part.steps, part.timeout_seconds, runtime) as supervisor,
+            open_saver(part, state) as saver,
             loop.open_recorder(part, runtime, state) as recorder,
         ):
             run = loop.Run(part, state, loader, recorder, saver, supervisor)

@@ -42,14 +42,15 @@ def measure(runtime: Runtime, _ranks: int, segments: int, steps: int, width: int
     batch = [random_batch(4, SEQ_LEN, VOCAB)]
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     with TemporaryDirectory() as folder:
-        config = TrainConfig(run_dir=folder)
-        supervisor = Supervisor(config, runtime)
+        limits = TrainConfig()
+        watched = folder, limits.steps, limits.timeout_seconds, runtime
+        supervisor = Supervisor(*watched)
         for segment in range(segments + 1):
             began = times()
             for _ in range(steps):
                 step(batch)
             plain = times() - began
-            with share(folder), Supervisor(config, runtime).watch as watch:
+            with share(folder), Supervisor(*watched).watch as watch:
                 supervisor.watch = watch
                 began = times()
                 for number in range(1, steps + 1):

@@ -15,7 +15,7 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig, OptimConfig
-from trainer.optim.optimizer import Optimizer
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS
 
 Batch = dict[str, Tensor]
@@ -39,7 +39,7 @@ def train_step(
 ) -> Callable[[list[Batch]], Tensor]:
     """The step that launch/train.py takes, but for the gradient norm: micro-batches -> loss."""
     worker = parallel_model(config, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
+    optimizer = build_optimizer(worker.parameters(), OptimConfig())
 
     def step(micro_batches: list[Batch]) -> Tensor:
         worker.zero_grad()

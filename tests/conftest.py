@@ -46,6 +46,7 @@ SLOW = frozenset(
         "kills",
         "conf",
         "optim8bit",
+        "registry",
         "apply",
         "environment",
         "sweep",

@@ -20,7 +20,7 @@ PLAIN = (
     "trainer.model",
     "trainer.nn.layers",
     "trainer.loss",
-    "trainer.optim.optimizer",
+    "trainer.optim.registry",
     "trainer.data.tokenizer",
 )
 # What answers before torch is loaded.
@@ -97,7 +97,7 @@ trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atom
     trainer.checkpoint trainer.run trainer.model trainer.compress trainer.precision trainer.build
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
-    trainer.model trainer.compress trainer.precision trainer.inference
+    trainer.model trainer.compress trainer.inference
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run

@@ -17,8 +17,9 @@ from parallel.health.watchdog import StoppedError
 from parallel.parallel_model import MicroBatch
 from parallel.runtime import Runtime, same_everywhere
 from trainer.build import build_worker
+from trainer.checkpoint.identity import run_record
 from trainer.checkpoint.restore import restore
-from trainer.checkpoint.save import Saver
+from trainer.checkpoint.save import Saver, seldom_best
 from trainer.compress.compression import Compression
 from trainer.config.train import TrainConfig
 from trainer.data import fingerprint, open_split, open_tokenizer
@@ -27,11 +28,12 @@ from trainer.data.record import data_of
 from trainer.distill.logit_dataset import Answered
 from trainer.distill.teacher import load_teacher, open_answers
 from trainer.inference.trained_run import load_first, transformer
-from trainer.metrics.recorder import Recorder
+from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
-from trainer.optim.optimizer import Optimizer, lr_at, schedule_warnings
+from trainer.optim.lr_schedule import lr_at, schedule_warnings
+from trainer.optim.registry import build_optimizer
 from trainer.precision import LossScale, resolve_precision
-from trainer.resilience.bad_steps import Guard, RolledBackError, check_replicas
+from trainer.resilience.bad_steps import BadStepPolicy, Guard, RolledBackError, check_replicas
 from trainer.resilience.supervisor import Supervisor, own_code, supervised
 from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate
@@ -52,17 +54,17 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
-    with supervised(config, runtime) as supervisor:
+    with supervised(config.run_dir, config.steps, config.timeout_seconds, runtime) as supervisor:
         data = fingerprint(data_of(config))
         if runtime.world_size > 1:
             resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
             facts = {"the configuration": resolved, "the data": data}
-            if answers := open_answers(config):
+            if answers := open_answers(config.compress):
                 facts["what the teacher has said"] = answers.fingerprint()
             same_everywhere(runtime, facts | {"this project's code": own_code()})
         state = start(config, runtime, data)
         supervisor.begin(state.step)
-        with Saver(config, state, data) as saver:
+        with open_saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
                 saver.save(state)  # something to go back to
             returns = 0  # to a checkpoint, within this process
@@ -78,7 +80,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 except RolledBackError:
                     returns += 1
                     saver.forget()
-                    restore(config, state, data)  # as a run started again, but for its processes
+                    resume(config, state, data)  # as a run started again, but for its processes
                 finally:
                     loader.close()
 
@@ -89,35 +91,51 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises NumericalError where a weight or moment is not finite.
     """
-    for warning in schedule_warnings(config) if runtime.rank == 0 else ():
+    warnings = schedule_warnings(config.steps, config.optim)
+    warnings += filter(None, [seldom_best(config.checkpoint, config.eval.every)])
+    for warning in warnings if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression, TASKS[config.data.kind])
-    if compression.distills:
-        compression.teacher = load_teacher(config, worker, compression)
     precision = resolve_precision(config.precision, runtime.device)
+    if compression.distills:
+        compression.teacher = load_teacher(compression, worker, precision.compute)
+    policy = BadStepPolicy(
+        config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
+    )
     state = TrainState(
         worker,
-        Optimizer(worker.parameters(), config.optim),
+        build_optimizer(worker.parameters(), config.optim),
         LossScale(precision, runtime.device, config.strategy.reduce),
-        Guard(config, runtime.device),
+        Guard(policy, config.run_dir, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
         order_batch_size=config.batch_size,
     )
-    restore(config, state, data)
+    resume(config, state, data)
     if config.init_from and state.step == 0:
-        load_first(config, worker)
+        load_first(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"
         raise NumericalError(f"{name} is not finite before step {state.step + 1}; {remedy}")
     return state
 
 
+def resume(config: TrainConfig, state: TrainState, data: str = "") -> None:
+    """Go on from the checkpoint that `config` asks for, where there is one (restore.py)."""
+    record = run_record(config, data)
+    restore(record, state, config.resume_step, scratch=config.resume == "scratch")
+
+
+def open_saver(config: TrainConfig, state: TrainState, data: str = "") -> Saver:
+    """Return what saves the run; `data` is the fingerprint of what it learns from."""
+    return Saver(run_record(config, data), config.checkpoint, state)
+
+
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     """This rank's share of the training split's micro-batches, from the run's step on."""
     worker, dataset = state.worker, open_split(data_of(config), "train")
-    if answers := open_answers(config):
+    if answers := open_answers(config.compress):
         dataset = Answered(dataset, answers)
     return TrainLoader(
         dataset,
@@ -142,19 +160,18 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
     lengths = transformer(state.worker).lengths(length)
     flops = flops_per_sample(config.model, length, length, lengths) / length
-    return Recorder(
-        config.metrics,
+    run = RunInfo(
         Path(config.run_dir),
-        first=runtime.rank == 0,
         steps=config.steps,
         start_step=state.step,
         resolved=asdict(config),
         flops_per_token=flops,
-        devices=runtime.world_size,
-        device=runtime.device,
         unit=TASKS[config.data.kind].unit,
         precision_name=resolve_precision(config.precision, runtime.device).name,
+        device=runtime.device,
+        devices=runtime.world_size,
     )
+    return Recorder(config.metrics, run, first=runtime.rank == 0)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class TrainState:
         found |= {f"guard.{name}": tensor for name, tensor in self.guard.state().items()}
         own = f"{KEPT}{dist.get_rank()}."
         found |= {f"{own}{name}": tensor for name, tensor in self.worker.kept().items()}
-        found["updates"] = self.optimizer.updates()
+        found["updates"] = self.optimizer.update_count()
         found["tokens"] = self.tokens
         found["step"] = torch.tensor(self.step)
         return found
@@ -60,7 +60,7 @@ class TrainState:
     def loaded(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what is no tensor from tensors that a checkpoint has filled."""
         self.loss_scale.loaded()
-        self.optimizer.set_updates(tensors["updates"].item())
+        self.optimizer.set_update_count(tensors["updates"].item())
         self.guard.load({name: tensors[f"guard.{name}"] for name in self.guard.state()})
         self.step = int(tensors["step"].item())
 

@@ -120,7 +120,7 @@ def parts(state: TrainState) -> dict[str, Tensor]:
     found = {name: local(p.detach()).clone() for name, p in state.worker.parameters().items()}
     for name, moments in state.optimizer.state().items():
         found |= {f"{name}, {key}": local(m).clone() for key, m in moments.items()}
-    return found | {"updates": state.optimizer.updates().clone()}
+    return found | {"updates": state.optimizer.update_count().clone()}
 
 
 def compared(runtime, config, poison, bad, rank, data_steps, kill_after=0) -> tuple[list[str], str]:

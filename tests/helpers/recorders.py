@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 
 from trainer.config.train import MetricsConfig
-from trainer.metrics.recorder import Recorder
+from trainer.metrics.recorder import Recorder, RunInfo
 
 
 class FakeClock:
@@ -25,19 +26,24 @@ class FakeClock:
 def make(run_dir: Path, **changes: Any) -> Recorder:
     options: dict[str, Any] = {
         "config": MetricsConfig(every=2),
-        "run_dir": run_dir,
         "first": True,
-        "steps": 1000,
-        "start_step": 0,
-        "resolved": {"seed": 1},
-        "flops_per_token": 2e9,
-        "devices": 2,
-        "device": torch.device("cpu"),
-        "precision_name": "fp32",
         "clock": FakeClock(),
         "console": Console(file=io.StringIO()),
     }
-    return Recorder(**(options | changes))
+    run = RunInfo(
+        run_dir,
+        steps=1000,
+        start_step=0,
+        resolved={"seed": 1},
+        flops_per_token=2e9,
+        unit="tok",
+        precision_name="fp32",
+        device=torch.device("cpu"),
+        devices=2,
+    )
+    of_run = {key: value for key, value in changes.items() if key not in options}
+    options |= {key: value for key, value in changes.items() if key in options}
+    return Recorder(run=replace(run, **of_run), **options)
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

@@ -17,9 +17,8 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
 from trainer.checkpoint.folder import checkpoint_path
-from trainer.checkpoint.save import Saver
 from trainer.config.train import CompressConfig, DataConfig, ModelConfig, TrainConfig
-from trainer.loop import start
+from trainer.loop import open_saver, start
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
 from trainer.state import TrainState
@@ -123,7 +122,7 @@ def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfi
 
 def save(config: TrainConfig, state: TrainState, eval_loss: float | None = None) -> Path:
     """Save a state as a run does; where it is now."""
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         saver.save(state, eval_loss)
     return checkpoint_path(config.run_dir, state.step)
 

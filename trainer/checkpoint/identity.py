@@ -1,12 +1,12 @@
 """Comparing configurations: the keys that make two of them the same training run."""
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.config.train import TrainConfig
+from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 
 # What a run is: these keys must not change when it is continued. Everything else may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
@@ -16,37 +16,60 @@ FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
 PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
-    """Return the values that make a run what it is, by dotted key."""
-    flat = _flat(dataclasses.asdict(config))
-    return {
+@dataclass(frozen=True)
+class RunRecord:
+    """What the checkpoints of a run say of it, and what they are compared with when it goes on."""
+
+    run_dir: str
+    identity: Mapping[str, Any]  # the values that make the run what it is, by dotted key
+    resume_changed: Sequence[str]  # keys of these, or whole sections, that may be others
+    data: str  # fingerprint of what it learns from; empty = not compared
+    strategy: StrategyConfig
+    steps: int  # of the whole run
+    optim: OptimConfig
+
+    def may_change(self, key: str) -> bool:
+        """Return whether `resume_changed` names a key of the identity, or its section."""
+        return key in self.resume_changed or key.split(".")[0] in self.resume_changed
+
+    def differences(self, before: Mapping[str, Any]) -> list[str]:
+        """Return every key in which the run with the identity `before` was another, as a problem.
+
+        Those that `resume_changed` names are none.
+        """
+        changed = [
+            (key, before[key], value)
+            for key, value in self.identity.items()
+            if key in before and not _alike(key, before[key], value)
+        ]
+        return [
+            f"run_dir={self.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
+            + (
+                f"or begin another run with these weights: init_from={self.run_dir} run_dir=…"
+                if key in FIXED
+                else f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
+            )
+            for key, old, new in changed
+            if key in FIXED or not self.may_change(key)
+        ]
+
+
+def run_record(config: TrainConfig, data: str = "") -> RunRecord:
+    """Return the record of a configured run; `data` is the fingerprint of what it learns from."""
+    identity = {
         key: value
-        for key, value in flat.items()
+        for key, value in flat_values(asdict(config)).items()
         if key.split(".")[0] in IDENTITY and key not in FREE
     }
-
-
-def differences(config: TrainConfig, before: dict[str, Any]) -> list[str]:
-    """Return every key in which the run that `before` is the identity of was another one, as a
-    problem.
-
-    Those that config.resume_changed names are none.
-    """
-    changed = [
-        (key, before[key], value)
-        for key, value in identity(config).items()
-        if key in before and not _alike(key, before[key], value)
-    ]
-    return [
-        f"run_dir={config.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
-        + (
-            f"or begin another run with these weights: init_from={config.run_dir} run_dir=…"
-            if key in FIXED
-            else f"choose another run_dir, or go on all the same with resume_changed=[{key}]"
-        )
-        for key, old, new in changed
-        if key in FIXED or not may_change(config, key)
-    ]
+    return RunRecord(
+        run_dir=config.run_dir,
+        identity=identity,
+        resume_changed=config.resume_changed,
+        data=data,
+        strategy=config.strategy,
+        steps=config.steps,
+        optim=config.optim,
+    )
 
 
 def absolute(path: str) -> str:
@@ -65,16 +88,12 @@ def _alike(key: str, old: Any, new: Any) -> bool:
     return old == new or (key in PATHS and absolute(str(old)) == absolute(str(new)))
 
 
-def may_change(config: TrainConfig, key: str) -> bool:
-    """Return whether config.resume_changed names a key of the identity, or its section."""
-    return key in config.resume_changed or key.split(".")[0] in config.resume_changed
-
-
-def _flat(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+def flat_values(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of all sections by dotted key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat_values(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

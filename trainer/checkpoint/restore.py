@@ -17,7 +17,7 @@ from parallel.runtime import agreed, everyones
 from parallel.strategy import StrategyConfig, degrees
 from trainer.checkpoint.contents import KEPT, Checkpointed
 from trainer.checkpoint.folder import checkpoint_path, checkpoints, leftovers
-from trainer.checkpoint.identity import differences, identity, may_change
+from trainer.checkpoint.identity import RunRecord
 from trainer.checkpoint.manifest import (
     DamagedError,
     Manifest,
@@ -28,8 +28,8 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.shards import DTYPES, read, read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
-from trainer.config.train import ConfigError, TrainConfig
-from trainer.optim.optimizer import lr_leap
+from trainer.config.train import ConfigError
+from trainer.optim.lr_schedule import lr_leap
 
 log = logging.getLogger(__name__)
 
@@ -101,33 +101,34 @@ def _checked(folder: Path) -> Manifest:
     raise next(error for error in everyone if error)
 
 
-def restore(config: TrainConfig, state: Checkpointed, data: str = "") -> None:
-    """Go on from the newest good checkpoint of config.run_dir, or from config.resume_step.
+def restore(run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = False) -> None:
+    """Go on from the newest good checkpoint of run.run_dir, or from that of `step`.
 
     Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
-    on from is set aside. `data` is the fingerprint of what is learned from (empty = not compared).
-    Without any checkpoint the state stays as it is. ConfigError if there are some but none is good
-    (unless config.resume is scratch), if the checkpoint's model, config or data is another.
+    on from is set aside. Without any checkpoint the state stays as it is. ConfigError if there are
+    some but none is good (unless from `scratch`), if the checkpoint's model, config or data is
+    another.
     """
-    run_dir, first = Path(config.run_dir), dist.get_rank() == 0
+    run_dir, first = Path(run.run_dir), dist.get_rank() == 0
     if first:
         _clear(run_dir)
     state.run = agreed(uuid4().hex)
     while True:
-        choice = choose(run_dir, config.resume_step)
+        choice = choose(run_dir, step)
         if choice.path is None:
             break
         assert choice.manifest is not None
-        _same_run(config, choice.manifest, data)
-        if _load(choice.path, choice.manifest, state, config):
+        _same_run(run, choice.manifest)
+        if _load(choice.path, choice.manifest, state, run):
             state.run = choice.manifest.run
             break
-    state.read_rollbacks(config.run_dir, state.order_batch_size or config.batch_size)
+    batch_size = state.order_batch_size or run.identity["batch_size"]
+    state.read_rollbacks(run.run_dir, batch_size)
     lines = [
         f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
         for step, reason in choice.damaged.items()
     ]
-    if choice.path is None and choice.damaged and config.resume != "scratch":
+    if choice.path is None and choice.damaged and not scratch:
         raise StorageError(
             "\n".join(lines) + f"\nno checkpoint in run_dir={run_dir} is good; put one back, set "
             "resume_step to another, choose another run_dir, or begin again with resume=scratch"
@@ -141,35 +142,37 @@ def restore(config: TrainConfig, state: Checkpointed, data: str = "") -> None:
         _set_aside(run_dir, state.step)
 
 
-def _same_run(config: TrainConfig, manifest: Manifest, data: str) -> None:
-    problems = differences(config, manifest.config)
-    other = data and manifest.data and data != manifest.data
-    if other and not may_change(config, "data.path"):
+def _same_run(run: RunRecord, manifest: Manifest) -> None:
+    problems = run.differences(manifest.config)
+    other = run.data and manifest.data and run.data != manifest.data
+    if other and not run.may_change("data.path"):
         problems.append(
-            f"run_dir={config.run_dir} was trained on other data: what data.path="
-            f"{config.data.path} holds has changed since step {manifest.step}; put the old data "
-            "back, choose another run_dir, or go on all the same with resume_changed=[data.path]"
+            f"run_dir={run.run_dir} was trained on other data: what data.path="
+            f"{run.identity['data.path']} holds has changed since step {manifest.step}; put the "
+            "old data back, choose another run_dir, or go on all the same with "
+            "resume_changed=[data.path]"
         )
     if problems:
         raise ConfigError(*problems)
+    batch_size = run.identity["batch_size"]
     if dist.get_rank() == 0:
-        for key, value in identity(config).items():
+        for key, value in run.identity.items():
             if (before := manifest.config.get(key, value)) != value:
                 log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
         if other:
             log.warning("going on with other data: see resume_changed")
-        if leap := lr_leap(manifest.step, manifest.lr, config):
+        if leap := lr_leap(manifest.step, run.steps, manifest.lr, run.optim):
             log.warning(leap)
-        elif (before := manifest.config.get("batch_size")) not in (None, config.batch_size):
+        elif (before := manifest.config.get("batch_size")) not in (None, batch_size):
             log.warning(
                 "a step takes %d samples, not %d, at the same learning rate: see optim.lr, which "
                 "suits one batch_size, and steps=%d, which counts steps of either size",
-                *(config.batch_size, before, config.steps),
+                *(batch_size, before, run.steps),
             )
 
 
-def _load(path: Path, manifest: Manifest, state: Checkpointed, config: TrainConfig) -> bool:
-    strategy = config.strategy
+def _load(path: Path, manifest: Manifest, state: Checkpointed, run: RunRecord) -> bool:
+    strategy = run.strategy
     _check_shapes(path, manifest, state.weight_shapes)
     tensors = state.tensors()
     if not _keeps(manifest, tensors, strategy):
@@ -185,7 +188,7 @@ def _load(path: Path, manifest: Manifest, state: Checkpointed, config: TrainConf
         return False
     state.loaded(tensors)
     # Older versions counted the data in steps, all of one batch size.
-    batch_size = int(manifest.config.get("batch_size", config.batch_size))
+    batch_size = int(manifest.config.get("batch_size", run.identity["batch_size"]))
     state.order_batch_size = manifest.order_batch_size or batch_size
     state.samples = state.step * batch_size if manifest.samples is None else manifest.samples
     return True

@@ -28,12 +28,12 @@ from parallel.runtime import agreed
 from trainer.atomic_files import sync_folder
 from trainer.checkpoint.contents import Checkpointed
 from trainer.checkpoint.folder import checkpoint_path, checkpoints, kept
-from trainer.checkpoint.identity import identity
+from trainer.checkpoint.identity import RunRecord
 from trainer.checkpoint.manifest import DamagedError, FileEntry, Manifest, check, write_manifest
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.shards import Shard, file_name
-from trainer.config.train import TrainConfig
-from trainer.optim.optimizer import lr_at
+from trainer.config.train import CheckpointConfig
+from trainer.optim.lr_schedule import lr_at
 
 log = logging.getLogger(__name__)
 
@@ -59,28 +59,27 @@ class Saver:
     At most one save is in flight: its copy is the only one in host memory.
     """
 
-    def __init__(self, config: TrainConfig, state: Checkpointed, data: str = ""):
-        """Plan the saves of this state, whose `data` (trainer.data.fingerprint) go on record.
+    def __init__(self, run: RunRecord, config: CheckpointConfig, state: Checkpointed):
+        """Plan the saves of this state of a run.
 
         Raises StorageError, on all ranks, if the disk cannot hold one checkpoint more.
         """
-        self._config, self._folder = config, checkpoint_path(config.run_dir, 0).parent
+        self._run, self._config = run, config
+        self._folder = checkpoint_path(run.run_dir, 0).parent
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._shard = Shard(state.tensors())
         self._record: dict[str, Any] = {
             "run": state.run,
-            "config": identity(config),
-            "data": data,
-            "layout": layout_of(config.strategy),
+            "config": dict(run.identity),
+            "data": run.data,
+            "layout": layout_of(run.strategy),
             "order_batch_size": state.order_batch_size,
         }
-        there = checkpoint_path(config.run_dir, state.step).exists()
+        there = checkpoint_path(run.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
         self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
         if problem:
             raise StorageError(problem)
-        if self._rank == 0 and (warning := seldom_best(config)):
-            log.warning(warning)
         store = dist.distributed_c10d._get_default_store()
         # A clone has a connection of its own: waiting on it keeps nobody from the store.
         clone = store.clone()  # type: ignore[attr-defined]
@@ -127,9 +126,9 @@ class Saver:
         )
         self._shard.copy(state.tensors())
         self._step_in_flight = state.step
-        self._thread = Thread(target=self._run, args=(save,), name="checkpoint", daemon=True)
+        self._thread = Thread(target=self._write_all, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
-        if not self._config.checkpoint.async_save:
+        if not self._config.async_save:
             self.wait()
 
     def wait(self, last: bool = False) -> None:
@@ -142,7 +141,7 @@ class Saver:
             if "problem" not in self._outcome:
                 self._saved_step = self._step_in_flight
         problem = self._outcome.get("problem")
-        if problem and (last or self._config.checkpoint.on_error == "stop"):
+        if problem and (last or self._config.on_error == "stop"):
             raise StorageError(problem)
 
     def news(self) -> Iterator[dict[str, Any]]:
@@ -155,7 +154,7 @@ class Saver:
         self.wait()
         self._saved_step = -1
 
-    def _run(self, save: Save) -> None:
+    def _write_all(self, save: Save) -> None:
         """The background thread: this rank's file, then what became of all of them."""
         try:
             self._tell(save, self._rank, self._written(save))
@@ -217,13 +216,13 @@ class Saver:
                 step=save.step,
                 samples=save.samples,
                 eval_loss=save.eval_loss,
-                lr=lr_at(save.step, self._config.steps, self._config.optim),
+                lr=lr_at(save.step, self._run.steps, self._run.optim),
                 tensors=self._shard.tensors,
                 files=files,
                 **self._record,
             ),
         )
-        final = checkpoint_path(self._config.run_dir, save.step)
+        final = checkpoint_path(self._run.run_dir, save.step)
         replaced = final.with_name(f"unused-{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -233,8 +232,8 @@ class Saver:
 
     def _retain(self, save: Save) -> None:
         """Remove what checkpoint.keep* do not keep; damaged ones do not count."""
-        options = self._config.checkpoint
-        found = checkpoints(self._config.run_dir)
+        options = self._config
+        found = checkpoints(self._run.run_dir)
         losses: dict[int, float | None] = {save.step: save.eval_loss}
         for step, path in found:
             try:
@@ -256,12 +255,12 @@ class Saver:
             self._news.append({"event": "save", "step": save.step, "seconds": seconds, "gib": gib})
 
     def _warn(self, save: Save) -> None:
-        told = self._config.checkpoint.on_error == "stop" or save.step >= self._config.steps
+        told = self._config.on_error == "stop" or save.step >= self._run.steps
         if "problem" in self._outcome and not told:  # as the run's error
             log.warning(
                 "%s; training goes on, and the next save tries again", self._outcome["problem"]
             )
-        seconds, grace = time.monotonic() - save.began, self._config.checkpoint.grace_seconds
+        seconds, grace = time.monotonic() - save.began, self._config.grace_seconds
         if grace and seconds > grace and not self._warned:
             self._warned = True
             log.warning(
@@ -274,7 +273,7 @@ class Saver:
         return (
             f"the save of step {save.step} failed on rank {rank}: {reason}; it needs "
             f"{_size(self._shard.total_bytes)} and {_size(_free(self._folder))} are free in "
-            f"run_dir={self._config.run_dir}; older checkpoints are untouched"
+            f"run_dir={self._run.run_dir}; older checkpoints are untouched"
         )
 
     def _too_small(self) -> str:
@@ -287,14 +286,14 @@ class Saver:
             free = _free(self._folder)
         except OSError as error:
             return (
-                f"run_dir={self._config.run_dir} cannot be written ({error.strerror}); choose "
+                f"run_dir={self._run.run_dir} cannot be written ({error.strerror}); choose "
                 "another run_dir"
             )
         if needed <= free:
             return ""
         return (
             f"a checkpoint needs {_size(needed)}, but {_size(free)} are free in run_dir="
-            f"{self._config.run_dir}; free some space there, or choose another run_dir"
+            f"{self._run.run_dir}; free some space there, or choose another run_dir"
         )
 
     def _partial(self, save: Save) -> Path:
@@ -309,10 +308,13 @@ class Saver:
         return json.loads(self._store.get(key))
 
 
-def seldom_best(config: TrainConfig) -> str:
-    """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty."""
-    saved, measured = config.checkpoint.every, config.eval.every
-    if not (config.checkpoint.keep_best and saved and measured and saved % measured):
+def seldom_best(config: CheckpointConfig, measured: int) -> str:
+    """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty.
+
+    `measured` is eval.every: steps between evaluations.
+    """
+    saved = config.every
+    if not (config.keep_best and saved and measured and saved % measured):
         return ""
     return (
         f"checkpoint.keep_best=true goes by losses that are measured at the step of a save, which "

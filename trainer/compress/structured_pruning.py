@@ -18,7 +18,7 @@ from parallel.collectives import all_reduce
 from parallel.grad_norm import local
 from parallel.parallelize import place
 from trainer.compress.quantized_linear import CompressedLinear
-from trainer.config.train import CompressConfig, TrainConfig
+from trainer.config.train import CompressConfig, ModelConfig
 from trainer.nn.layers import Attention, FeedForward, Linear
 
 EVENTS = 16  # times that more is pruned, between compress.prune_start and compress.prune_end
@@ -116,11 +116,10 @@ def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
             yield Units(config.prune_ffn, module.up.weight.shape[0], module.down, writers)
 
 
-def removed(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, dict[str, Tensor]]:
-    """Return the configuration and weights of the smaller model that a pruned one, whole on a rank,
-    is.
-    """
-    compress, shape = config.compress, config.model
+def removed(
+    shape: ModelConfig, compress: CompressConfig, model: nn.Module
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return shape and weights of the smaller model that a pruned one, whole on a rank, is."""
     groups = shape.kv_heads or shape.heads
     left, channels = groups, shape.ffn_width
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -144,8 +143,7 @@ def removed(config: TrainConfig, model: nn.Module) -> tuple[TrainConfig, dict[st
         ffn_width=channels,
         head_width=shape.head_width or shape.width // shape.heads,
     )
-    unpruned = replace(compress, prune_heads=0.0, prune_ffn=0.0)
-    return replace(config, model=smaller, compress=unpruned), weights
+    return smaller, weights
 
 
 def _sum_of_squares(weight: Tensor, dim: int) -> Tensor:

@@ -7,7 +7,7 @@ from parallel.config_fields import key
 
 @dataclass
 class OptimConfig:
-    """AdamW and its schedule; read by trainer/optim/optimizer.py."""
+    """The optimizer and its schedule; read by trainer/optim/."""
 
     name: str = key(
         "adamw",

@@ -8,6 +8,7 @@ from trainer.config.choices import DEVICES, RECOMPUTED
 from trainer.config.compress import CompressConfig
 from trainer.config.launch import LaunchConfig
 from trainer.config.model import ModelConfig
+from trainer.config.optim import OptimConfig
 
 # Each fault that trainer/verify/faults.py plants → the axis it needs a degree above 1 of; empty =
 # any.
@@ -38,6 +39,10 @@ class VerifyConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    # AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): no small eps.
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, max_grad_norm=0.5)
+    )
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = key(3, "Optimizer steps compared", at_least=1)
     seed: int = key(0, "Weights and batches follow from it", at_least=0)

@@ -17,7 +17,7 @@ from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.compress.compression import Compression
 from trainer.compress.packing import pack, unpack
 from trainer.compress.quantized_linear import CompressedLinear, Lens, whole
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import CompressConfig, ConfigError, TrainConfig
 from trainer.data.record import copy_record
 from trainer.run.run_dir import EXPORTED, to_yaml
 
@@ -55,14 +55,14 @@ def write(
 
 
 def load(
-    folder: Path, worker: ParallelModel, config: TrainConfig, rows: list[int] | None = None
+    folder: Path, worker: ParallelModel, compress: CompressConfig, rows: list[int] | None = None
 ) -> None:
     """Read an exported model into this rank's part of a worker's parameters.
 
-    `config` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
+    `compress` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
     the file is damaged or of another model.
     """
-    path, lens = folder / EXPORTED, Compression(config.compress).lens
+    path, lens = folder / EXPORTED, Compression(compress).lens
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata() or {}

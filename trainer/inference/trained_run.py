@@ -91,24 +91,29 @@ def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) ->
     Raises ConfigError if there are none, or if they are another model's.
     """
     if is_export(run_dir):
-        export.load(run_dir, worker, load_config(run_dir), rows)
+        export.load(run_dir, worker, load_config(run_dir).compress, rows)
     else:
         load_weights(run_dir, worker, rows)
 
 
-def load_first(config: TrainConfig, worker: ParallelModel) -> None:
-    """Begin with the weights of config.init_from; rows of other tokens or classes stay as drawn."""
-    facts, tokenizer = read_record(config.run_dir), open_tokenizer(data_of(config))
-    assert facts is not None, config.run_dir
-    rows = carried_rows(config.init_from, facts, tokenizer)
-    load(Path(config.init_from), worker, rows.theirs if rows else None)
+def load_first(init_from: str, run_dir: str, data: DataConfig, worker: ParallelModel) -> None:
+    """Begin with the weights of `init_from`; rows of other tokens or classes stay as drawn.
+
+    `data` is what the run in `run_dir` learns from.
+    """
+    facts, tokenizer = read_record(run_dir), open_tokenizer(data)
+    assert facts is not None, run_dir
+    rows = carried_rows(init_from, facts, tokenizer)
+    load(Path(init_from), worker, rows.theirs if rows else None)
 
 
 def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     """Return the run as it is used, on one rank: without the heads and channels that it prunes."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
-    config, weights = removed(run.config, transformer(run.worker))
+    model, weights = removed(run.config.model, run.config.compress, transformer(run.worker))
+    compress = replace(run.config.compress, prune_heads=0.0, prune_ffn=0.0)
+    config = replace(run.config, model=model, compress=compress)
     worker = build_worker(config, runtime)
     with torch.no_grad():
         for name, parameter in worker.parameters().items():

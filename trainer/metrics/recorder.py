@@ -7,8 +7,9 @@ it asks of the device is to be idle where a pause begins and ends, so that times
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -65,10 +66,24 @@ def memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """A run as its metrics need it, from the step on that this process begins with."""
+
+    run_dir: Path
+    steps: int  # of the whole run
+    start_step: int
+    resolved: Mapping[str, Any]  # the whole configuration
+    flops_per_token: float  # of training (flops.py)
+    unit: str  # of what is learned from, on the console
+    precision_name: str
+    device: torch.device
+    devices: int  # over all ranks
+
+
 class Recorder:
     """Writes what a training run does; on all but the first rank every method does nothing.
 
-    `resolved` is the whole configuration; `flops_per_token` are those of training (flops.py);
     `tokens` everywhere are those of the whole run, over all ranks. Use it as a context manager: it
     closes what it opened, after an exception too.
     """
@@ -76,46 +91,34 @@ class Recorder:
     def __init__(
         self,
         config: MetricsConfig,
-        run_dir: Path,
-        *,
+        run: RunInfo,
         first: bool,
-        steps: int,
-        start_step: int,
-        resolved: dict[str, Any],
-        flops_per_token: float,
-        devices: int,
-        device: torch.device,
-        precision_name: str,
-        unit: str = "tok",
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._config, self._run_dir = config, Path(run_dir)
-        self._first, self._steps, self._start_step = first, steps, start_step
-        self._device, self._devices, self._unit = device, devices, unit
-        self._flops_per_token = flops_per_token
-        peak = config.peak_tflops * 1e12 or _known_peak(device, precision_name)
-        self._all_peaks = devices * peak if peak else None
+        self._config, self._run, self._first = config, run, first
+        peak = config.peak_tflops * 1e12 or _known_peak(run.device, run.precision_name)
+        self._all_peaks = run.devices * peak if peak else None
         self._stopwatch = Stopwatch(clock)
-        self._step = self._line_step = start_step
+        self._step = self._line_step = run.start_step
         self._line_tokens, self._line_wait_seconds = 0, 0.0
         self._started = False
         self.profiler: profile | None = None
         if first:
-            name = self._run_dir.resolve().name
-            self._display = Display(console or open_console(), steps, unit, name)
-            self._file = MetricsFile(self._run_dir / NAME, start_step, self.say)
-            self._trackers = [self._open_tracker(tool, resolved) for tool in TOOLS]
-            self._goodput = Goodput(self._run_dir, clock)
+            name = run.run_dir.resolve().name
+            self._display = Display(console or open_console(), run.steps, run.unit, name)
+            self._file = MetricsFile(run.run_dir / NAME, run.start_step, self.say)
+            self._trackers = [self._open_tracker(tool) for tool in TOOLS]
+            self._goodput = Goodput(run.run_dir, clock)
 
-    def _open_tracker(self, tool: str, resolved: dict[str, Any]) -> Tracker:
+    def _open_tracker(self, tool: str) -> Tracker:
         return Tracker(
             self._config,
-            self._run_dir,
-            resolved,
+            self._run.run_dir,
+            dict(self._run.resolved),
             self.say,
             tool=tool,
-            start_step=self._start_step,
+            start_step=self._run.start_step,
             dropped=self._file.dropped,
         )
 
@@ -143,8 +146,8 @@ class Recorder:
         """
         if self._first:
             number, now = self._goodput.ledger.starts, round(time.time(), 3)
-            record = {"event": "start", "step": self._start_step, "start": number}
-            record |= {"ranks": self._devices, "time": now, "unit": self._unit}
+            record = {"event": "start", "step": self._run.start_step, "start": number}
+            record |= {"ranks": self._run.devices, "time": now, "unit": self._run.unit}
             self._file.append(record)
 
     def start(self, tokens: int) -> None:
@@ -152,7 +155,7 @@ class Recorder:
         self._line_tokens = tokens
         self._started = True
         if self._first:
-            self._display.start(self._start_step)
+            self._display.start(self._run.start_step)
             self._start_profiler()
         self._stopwatch.start()
 
@@ -162,15 +165,15 @@ class Recorder:
 
         The same on every rank: the loop may gather the line's numbers with a collective.
         """
-        return step % self._config.every == 0 or step == self._steps
+        return step % self._config.every == 0 or step == self._run.steps
 
     def lacks(self, split: str, step: int) -> bool:
         """Return whether a step's evaluation is not in the file from before this run went on."""
-        return self._first and not (step == self._start_step and split in self._file.evaluated)
+        return self._first and not (step == self._run.start_step and split in self._file.evaluated)
 
     def draws(self, step: int) -> bool:
         """Return whether this step is the one whose timeline is drawn; the same on every rank."""
-        drawn = min(self._start_step + DRAWN_STEP, self._steps)
+        drawn = min(self._run.start_step + DRAWN_STEP, self._run.steps)
         return self._config.timeline and step == drawn
 
     def training(
@@ -189,16 +192,16 @@ class Recorder:
             "tokens": tokens,
             "tokens_per_second": tokens_per_second,
             "step_seconds": seconds / max(1, step - self._line_step),
-            "memory_gib": memory_gib(self._device),
+            "memory_gib": memory_gib(self._run.device),
             "data_wait_share": min(1.0, (wait_seconds - self._line_wait_seconds) / seconds),
         }
         if self._all_peaks is not None:
-            record["mfu"] = self._flops_per_token * tokens_per_second / self._all_peaks
+            record["mfu"] = self._run.flops_per_token * tokens_per_second / self._all_peaks
         self._line_step, self._line_tokens, self._line_wait_seconds = step, tokens, wait_seconds
         self._file.append(record)
         # Evaluations and checkpoints to come take their share of the remaining time too.
-        paused_seconds = self._stopwatch.paused_seconds / max(1, step - self._start_step)
-        seconds_left = (self._steps - step) * (record["step_seconds"] + paused_seconds)
+        paused_seconds = self._stopwatch.paused_seconds / max(1, step - self._run.start_step)
+        seconds_left = (self._run.steps - step) * (record["step_seconds"] + paused_seconds)
         self._display.training(record, seconds_left)
         for tracker in self._trackers:
             tracker.poll()
@@ -229,7 +232,7 @@ class Recorder:
             return
         from trainer.metrics.timeline_plot import draw, heading  # noqa: PLC0415 (loads matplotlib: 0.5 s)
 
-        path, title = self._run_dir / "timeline.png", heading(spans, schedule)
+        path, title = self._run.run_dir / "timeline.png", heading(spans, schedule)
         with self._forgiving(path):
             draw(spans, path, f"step {step}, {title}")
             self.say(f"timeline of step {step}: {path} ({title})")
@@ -290,16 +293,16 @@ class Recorder:
             self.say(f"{path} cannot be written ({error.strerror or error}); training goes on")
 
     def _synchronize(self) -> None:
-        if self._first and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self._first and self._run.device.type == "cuda":
+            torch.cuda.synchronize(self._run.device)
 
     def _start_profiler(self) -> None:
-        left = self._steps - self._start_step
+        left = self._run.steps - self._run.start_step
         active = min(self._config.profile_steps, left)
         if active <= 0:
             return
         warmup = min(PROFILER_WARMUP_STEPS, left - active)
-        on_cuda = [ProfilerActivity.CUDA] if self._device.type == "cuda" else []
+        on_cuda = [ProfilerActivity.CUDA] if self._run.device.type == "cuda" else []
         # The profiler traces in its own warm-up too, at a cost: one step of that is enough.
         plan = schedule(wait=max(0, warmup - 1), warmup=min(1, warmup), active=active, repeat=1)
         self.profiler = profile(
@@ -311,7 +314,7 @@ class Recorder:
         self.profiler.start()
 
     def _write_trace(self, profiler: profile) -> None:
-        path = self._run_dir / "trace.json"
+        path = self._run.run_dir / "trace.json"
         with self._forgiving(path):
             profiler.export_chrome_trace(str(path))
             self.say(f"profiler trace: {path}; open it at https://ui.perfetto.dev")

@@ -7,12 +7,16 @@ update is left out, as in torch's fused AdamW, so that the host never waits for 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from trainer.config.train import OptimConfig
+from trainer.optim.local_optimizer import LocalOptimizer, local_parts
+from trainer.optim.parameter_groups import ParameterGroup, torch_groups
 
 LARGEST_BLOCK = 256  # numbers of a row that share a scale
 SMALLEST_BLOCK = 32  # with fewer the scales are not worth it: such moments stay as they are
@@ -124,3 +128,15 @@ class AdamW8bit(torch.optim.Optimizer):
         tensor.copy_(torch.where(keep, tensor, new))
         self._set(tensor, "exp_avg", average, keep)
         self._set(tensor, "exp_avg_sq", square, keep)
+
+
+def build_adamw8bit(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
+) -> LocalOptimizer:
+    """Return AdamW with moments of 8 bits on the local part of every parameter."""
+    local = local_parts(parameters)
+    blocks = {local[name]: block_size(parameter) for name, parameter in parameters.items()}
+    betas = (config.betas[0], config.betas[1])
+    return LocalOptimizer(
+        parameters, local, AdamW8bit(torch_groups(groups, local), blocks, betas, config.eps)
+    )

@@ -23,7 +23,7 @@ from parallel.parallel_model import ParallelModel
 from parallel.runtime import agreed, everyones
 from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
-from trainer.config.train import LONGEST_WINDOW, ConfigError, TrainConfig
+from trainer.config.train import LONGEST_WINDOW, ConfigError
 from trainer.data.loader import TrainLoader
 from trainer.data.sampler import ranges
 from trainer.metrics.recorder import Recorder
@@ -38,6 +38,16 @@ REMEDY = "try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (
 
 class RolledBackError(Exception):
     """The run has to go on from its last good checkpoint; every rank raises it."""
+
+
+@dataclass(frozen=True)
+class BadStepPolicy:
+    """When a step is bad, and what is done about it: the keys of these names."""
+
+    on_bad_step: str  # stop | skip | rollback
+    max_bad_steps: int
+    spike_sigma: float
+    spike_window: int
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,9 @@ class Guard:
     on all of them.
     """
 
-    def __init__(self, config: TrainConfig, device: torch.device):
-        """A guard that has seen nothing yet."""
-        self._config = config
+    def __init__(self, policy: BadStepPolicy, run_dir: str, device: torch.device):
+        """A guard of the run in `run_dir` that has seen nothing yet."""
+        self._policy, self._run_dir = policy, run_dir
         self.rollbacks: list[Rollback] = []
         self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # good ones, the newest last
         self._known = torch.zeros((), dtype=torch.int64, device=device)  # of them
@@ -99,7 +109,7 @@ class Guard:
         """
         overflow = ~grad_norm.isfinite()
         bad, drop = overflow, overflow
-        spike_sigma = self._config.spike_sigma
+        spike_sigma = self._policy.spike_sigma
         if scale.dynamic or spike_sigma:
             mean_loss = worker.sum_over_data(loss.clone())
         if scale.dynamic:
@@ -117,12 +127,12 @@ class Guard:
 
     def _is_spike(self, loss: Tensor) -> Tensor:
         """Return whether the loss is above the median of a full window by so many deviations."""
-        size = self._config.spike_window
+        size = self._policy.spike_window
         window = self._losses[-size:]
         median = window.sort().values[size // 2]
         deviation = DEVIATION * (window - median).abs().sort().values[size // 2]
         deviation = torch.maximum(deviation, LEAST_DEVIATION * median.abs())
-        limit = median + self._config.spike_sigma * deviation
+        limit = median + self._policy.spike_sigma * deviation
         return (self._known >= size) & (loss > limit)
 
     def _remember(self, loss: Tensor, good: Tensor) -> None:
@@ -139,7 +149,7 @@ class Guard:
         """Go on from a checkpoint's state."""
         self._losses.copy_(state["losses"])
         # Without the rule no loss is remembered, and those from before would be too old later.
-        self._known.copy_(state["known"] * (self._config.spike_sigma > 0))
+        self._known.copy_(state["known"] * (self._policy.spike_sigma > 0))
         self._bad_in_row = int(state["bad_in_row"].item())
         self._flags.clear()
 
@@ -148,7 +158,7 @@ class Guard:
         places = [place for bad in found for place in loader.positions(bad.step - 1)]
         self.rollbacks.append(Rollback(good, ranges(places)))
         if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
-            _write_rollbacks(self._config.run_dir, self.rollbacks)
+            _write_rollbacks(self._run_dir, self.rollbacks)
 
     def look(
         self,
@@ -173,14 +183,14 @@ class Guard:
         if not (numbers or tensor):
             return
         settle()
-        saved = checkpoints(self._config.run_dir)
+        saved = checkpoints(self._run_dir)
         everyone = everyones((worker.data_rank, flags, saved[-1][0] if saved else None))
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
             update = BadStep(_culprit(step, flags), "update", None, _shares(everyone), tensor)
             found = self._with_update(found, update)
-        policy, why = self._config.on_bad_step, self._why_stop(good, found[-1])
+        policy, why = self._policy.on_bad_step, self._why_stop(good, found[-1])
         if policy == "rollback" and not why:
             self._leave_out(good, found, loader)
         _record_all(found, policy, why, loader, recorder)
@@ -193,7 +203,7 @@ class Guard:
 
     @property
     def _patience(self) -> int:
-        return 1 if self._config.on_bad_step == "stop" else self._config.max_bad_steps
+        return 1 if self._policy.on_bad_step == "stop" else self._policy.max_bad_steps
 
     def _bad(self, flags: list[int]) -> list[int]:
         """Return which steps were bad, up to the one that ends the run; counts those in a row."""
@@ -210,7 +220,7 @@ class Guard:
     def _with_update(self, found: list[BadStep], update: BadStep) -> list[BadStep]:
         """Return the bad steps up to, and with, the one whose update made those behind it bad."""
         before = [bad for bad in found if bad.step < update.step]
-        if before and self._config.on_bad_step == "stop":
+        if before and self._policy.on_bad_step == "stop":
             return before  # which has ended the run already
         self._bad_in_row = 1  # those behind it do not count
         return [*before, update]
@@ -220,7 +230,7 @@ class Guard:
 
         Empty = it goes on.
         """
-        policy, most = self._config.on_bad_step, f"max_bad_steps={self._config.max_bad_steps}"
+        policy, most = self._policy.on_bad_step, f"max_bad_steps={self._policy.max_bad_steps}"
         tries = 1  # to go on from this checkpoint, the one that has just failed included
         while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
             tries += 1
@@ -236,7 +246,7 @@ class Guard:
             return ""
         if good is None:
             return f"and there is no checkpoint yet. {remedy}"
-        where = checkpoint_path(self._config.run_dir, good)
+        where = checkpoint_path(self._run_dir, good)
         return f"and the last good checkpoint is {where}. {remedy}"
 
 

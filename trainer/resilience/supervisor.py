@@ -14,7 +14,7 @@ from parallel.health.watchdog import STOPPED, PeerLostError, StoppedError, Watch
 from parallel.runtime import Runtime, largest
 from parallel.strategy import restarts
 from trainer.checkpoint.folder import checkpoints
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import ConfigError
 from trainer.run.lock import share
 from trainer.run.status import StatusFile
 
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 class Supervisor:
     """Progress of the loop, as seen from outside, and the decision whether to go on."""
 
-    def __init__(self, config: TrainConfig, runtime: Runtime):
-        self._config, self._runtime = config, runtime
-        self._status = StatusFile(config.run_dir, config.steps)
-        self.watch = Watch(runtime, config.timeout_seconds, self._tell)
+    def __init__(self, run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime):
+        self._run_dir, self._steps, self._runtime = run_dir, steps, runtime
+        self._status = StatusFile(run_dir, steps)
+        self.watch = Watch(runtime, timeout_seconds, self._tell)
         self.stopping = False  # agreed by all ranks
         self.step = 0
 
@@ -91,7 +91,7 @@ class Supervisor:
         saved = self._newest()
         how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
         if self._runtime.rank == 0:
-            log.info("stopped at step %d of %d; %s", self.step, self._config.steps, how)
+            log.info("stopped at step %d of %d; %s", self.step, self._steps, how)
         self.note("stopped", signal.Signals(self.watch.signal).name, STOPPED)
         self.watch.together()
 
@@ -106,15 +106,17 @@ class Supervisor:
         )
 
     def _newest(self) -> int | None:
-        saved = checkpoints(self._config.run_dir)
+        saved = checkpoints(self._run_dir)
         return saved[-1][0] if saved else None
 
 
 @contextmanager
-def supervised(config: TrainConfig, runtime: Runtime) -> Iterator[Supervisor]:
+def supervised(
+    run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime
+) -> Iterator[Supervisor]:
     """A training run on this rank; how it ends is left in status.json and told to other ranks."""
-    supervisor = Supervisor(config, runtime)
-    with share(config.run_dir), supervisor.watch:
+    supervisor = Supervisor(run_dir, steps, timeout_seconds, runtime)
+    with share(run_dir), supervisor.watch:
         try:
             yield supervisor
             supervisor.note("finished", code=0)

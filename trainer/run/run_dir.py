@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.errors import ConfigError, StorageError
 from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import checkpoints
-from trainer.checkpoint.identity import IDENTITY, _flat, differences, identity
+from trainer.checkpoint.identity import IDENTITY, flat_values, run_record
 from trainer.checkpoint.manifest import DamagedError, check
 from trainer.config.train import TrainConfig
 from trainer.run.free_text import protected, revealed
@@ -123,7 +123,7 @@ def saved_values(run_dir: str | Path) -> dict[str, Any]:
             raise ValueError("it holds no keys")
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
-    return _flat(values)
+    return flat_values(values)
 
 
 def _config_path(run_dir: str | Path, key: str = "run_dir") -> Path:
@@ -150,7 +150,8 @@ def _refuse(config: TrainConfig, folder: Path) -> None:
 
 
 def _problems(config: TrainConfig, folder: Path) -> list[str]:
-    known = [*IDENTITY, *identity(config)]
+    record = run_record(config)
+    known = [*IDENTITY, *record.identity]
     if unknown := [key for key in config.resume_changed if key not in known]:
         near = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0.0)[0]
         return [
@@ -171,7 +172,7 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
             f"run_dir={folder} holds a run at step {found[-1][0]} and resume=never; "
             "set resume=auto to go on, or choose another run_dir"
         ]
-    problems = differences(config, identity(load_config(folder)))
+    problems = record.differences(run_record(load_config(folder)).identity)
     return problems + _checkpoint_problems(config, folder, [step for step, _ in found])
 
 

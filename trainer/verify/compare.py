@@ -23,11 +23,12 @@ from parallel.strategy import AXES, StrategyConfig, degrees, resolve, world_size
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, OptimConfig, VerifyConfig
+from trainer.config.train import CompressConfig, LossConfig, ModelConfig, VerifyConfig
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
 from trainer.nn.init import draw_rows
-from trainer.optim.optimizer import Optimizer, decays, lr_at
+from trainer.optim.lr_schedule import lr_at
+from trainer.optim.registry import build_optimizer, check_reference, reference_optimizers
 from trainer.precision import PRECISIONS
 from trainer.tasks.registry import task_of_model
 from trainer.verify.cases import (
@@ -42,9 +43,6 @@ from trainer.verify.cases import (
 from trainer.verify.faults import FAULTS
 
 LABEL_SMOOTHING = 0.1
-# AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): eps is not small.
-OPTIM = OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.5)
-
 COMPRESSED = 5  # a compressed model has blocks as for so many stages: some behind others
 QUANTITIES = ("loss", "norm", "gradient", "weight")
 
@@ -146,43 +144,37 @@ def reference_match(
     return total / (targets != IGNORED).sum()
 
 
-def run_reference(
-    model_config: ModelConfig, steps: int, seed: int, size: int, compress: CompressConfig
-) -> Record:
-    """Return the same steps in one process with plain torch: no mesh, wrapper or own optimizer."""
+def run_reference(config: VerifyConfig, size: int) -> Record:
+    """Return the same steps in one process with plain torch: no mesh, wrapper or own optimizer.
+
+    A step takes `size` samples.
+    """
+    model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
-    compression = Compression(compress)
+    compression = Compression(config.compress)
     compression.reshape(model)
     for name, parameter in model.named_parameters():
-        rows = draw_rows(model_config, seed, name, parameter.shape, 0, parameter.shape[0])
+        rows = draw_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
-    teacher = drawn_teacher(model_config, seed) if compress.teacher else None
+    teacher = drawn_teacher(model_config, config.seed) if config.compress.teacher else None
     names = dict(model.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p], "weight_decay": OPTIM.weight_decay if decays(n, p) else 0.0}
-            for n, p in names.items()
-        ],
-        betas=(OPTIM.betas[0], OPTIM.betas[1]),
-        eps=OPTIM.eps,
-        foreach=False,
-        fused=False,
-    )
+    optimizers = reference_optimizers(names, optim)
     record = Record([], [], [], {})
-    compression.settle(0, steps)
-    for step in range(steps):
-        batch = make_batch(model_config, seed, step, size)
-        loss = reference_loss(model, batch, teacher, compress)
-        optimizer.zero_grad()
+    compression.settle(0, config.steps)
+    for step in range(config.steps):
+        batch = make_batch(model_config, config.seed, step, size)
+        loss = reference_loss(model, batch, teacher, config.compress)
+        model.zero_grad()
         loss.backward()
         record.losses.append(loss.item())
         record.gradients.append({n: p.grad.clone() for n, p in names.items() if p.grad is not None})
-        norm = nn.utils.clip_grad_norm_(model.parameters(), OPTIM.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), optim.max_grad_norm or math.inf)
         record.norms.append(norm.item())
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, OPTIM)
-        optimizer.step()
-        compression.settle(step + 1, steps)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, config.steps, optim)
+            optimizer.step()
+        compression.settle(step + 1, config.steps)
     record.weights = {n: p.detach().clone() for n, p in names.items()}
     return record
 
@@ -207,7 +199,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         compression=compression,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )
-    optimizer = Optimizer(worker.parameters(), OPTIM)
+    optimizer = build_optimizer(worker.parameters(), config.optim)
     record = Record([], [], [], {})
     compression.settle(0, config.steps)
     for step in range(config.steps):
@@ -219,8 +211,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         # Copies: clipping changes the gradients in place.
         record.gradients.append({name: local(g).clone() for name, g in gradients.items()})
-        record.norms.append(worker.clip_grad_norm(OPTIM.max_grad_norm).item())
-        optimizer.step(lr_at(step, config.steps, OPTIM), torch.zeros(()))
+        record.norms.append(worker.clip_grad_norm(config.optim.max_grad_norm).item())
+        optimizer.step(lr_at(step, config.steps, config.optim), torch.zeros(()))
         compression.settle(step + 1, config.steps)
     record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
     record.places = {name: place(p) for name, p in worker.parameters().items()}
@@ -291,7 +283,9 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     """Run layout and reference and compare them; the same list on every rank.
 
     Model and compression are scaled down first, the strategy resolved for the ranks there are.
+    Raises ConfigError if config.optim.name has no reference.
     """
+    check_reference(config.optim.name)
     strategy = resolve(config.strategy, runtime.world_size)
     stages = len(placed(strategy, strategy.pipeline))
     compressed = config.compress != CompressConfig()
@@ -303,8 +297,7 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     record, axes = run_layout(config, runtime)
     reference: list = [None]
     if runtime.rank == 0:
-        size = samples(strategy)
-        reference = [run_reference(config.model, config.steps, config.seed, size, config.compress)]
+        reference = [run_reference(config, samples(strategy))]
     dist.broadcast_object_list(reference, src=0)
     # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
     found: list = [None] * runtime.world_size
@@ -374,6 +367,7 @@ def walk(config: VerifyConfig) -> None:
 
     Exits 1 if one differs.
     """
+    check_reference(config.optim.name)
     log = Console(stderr=True)
     pool = RankPool(max(map(world_size, STRATEGIES.values())))
     rows: Rows = {}

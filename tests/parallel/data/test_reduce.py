@@ -16,7 +16,7 @@ from trainer.build import parallel_model
 from trainer.checkpoint import restore as checkpoint
 from trainer.config.train import OptimConfig, TrainConfig
 from trainer.loop import start, take_step
-from trainer.optim.optimizer import Optimizer
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS
 from trainer.verify.cases import make_batch, samples, split
 
@@ -129,7 +129,7 @@ LEARNING = {
 
 def learn(runtime, strategy: StrategyConfig) -> tuple[list[float], Gradients]:
     worker = parallel_model(MODEL, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
+    optimizer = build_optimizer(worker.parameters(), OptimConfig())
     losses = []
     micro_batches = split(make_batch(MODEL, 0, 0, samples(strategy)), worker)
     for _ in range(12):

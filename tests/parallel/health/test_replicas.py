@@ -10,10 +10,10 @@ from parallel.health.replica_check import CHUNK, digest, odd_replicas, odd_weigh
 from parallel.pipeline.schedules import placed
 from parallel.strategy import StrategyConfig, world_size
 from trainer.build import parallel_model
-from trainer.optim.optimizer import Optimizer
+from trainer.config.train import VerifyConfig
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS
 from trainer.verify.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
-from trainer.verify.compare import OPTIM
 
 WEIGHTS = odd_weights(torch.device("cpu"))
 
@@ -53,7 +53,7 @@ def tensors_after(runtime, strategy: StrategyConfig, family: str) -> dict[str, t
     stages = len(placed(strategy, strategy.pipeline))
     model = scale_down(FAMILIES[family], strategy.tensor, stages)
     worker = parallel_model(model, strategy, runtime, PRECISIONS["fp32"])
-    optimizer = Optimizer(worker.parameters(), replace(OPTIM, eps=1e-8))
+    optimizer = build_optimizer(worker.parameters(), replace(VerifyConfig().optim, eps=1e-8))
     for step in range(2):
         batch = make_batch(model, 0, step, samples(strategy))
         batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}

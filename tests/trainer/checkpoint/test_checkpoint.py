@@ -10,11 +10,12 @@ import torch
 
 from parallel.strategy import StrategyConfig, world_size
 from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.restore import load_weights, restore
+from trainer.checkpoint.restore import load_weights
 from trainer.config.train import OptimConfig, TrainConfig, UserError
-from trainer.optim.optimizer import Optimizer
+from trainer.loop import resume
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS, LossScale
-from trainer.resilience.bad_steps import Guard
+from trainer.resilience.bad_steps import BadStepPolicy, Guard
 from trainer.state import TrainState
 
 
@@ -22,8 +23,8 @@ def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = No
     worker = tiny.make_worker(runtime, model, strategy, seed)
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
-    optimizer = Optimizer(worker.parameters(), OptimConfig())
-    guard = Guard(TrainConfig(run_dir="nowhere"), runtime.device)
+    optimizer = build_optimizer(worker.parameters(), OptimConfig())
+    guard = Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
     return TrainState(worker, optimizer, scale, guard, zero)
 
 
@@ -41,10 +42,10 @@ def round_trip(runtime, folder) -> None:
     state.loss_scale.scale.fill_(512.0)
     tiny.save(run_in(folder), state)
     other = state_of(runtime, tiny.LLAMA, seed=1)
-    restore(run_in(folder), other)
+    resume(run_in(folder), other)
     assert other.step == 7 and other.tokens.item() == 123
     assert other.loss_scale.scale.item() == 512.0
-    assert other.optimizer.updates().item() == 3
+    assert other.optimizer.update_count().item() == 3
     for mine, theirs in zip(
         other.worker.model.parameters(), state.worker.model.parameters(), strict=True
     ):
@@ -82,7 +83,7 @@ def write(runtime, folder, model, strategy) -> tuple[Path, dict[str, torch.Tenso
 
 def read(runtime, folder, model, strategy) -> dict[str, torch.Tensor]:
     state = state_of(runtime, model, seed=1, strategy=strategy)
-    restore(run_in(folder, strategy), state)
+    resume(run_in(folder, strategy), state)
     return whole_state(state)
 
 
@@ -116,7 +117,7 @@ def other_shape(runtime, folder) -> list[str]:
     messages = []
     for changes in ({"ffn_width": 48}, {"layers": 3}, {"layers": 1}):
         try:
-            restore(run_in(folder), state_of(runtime, replace(tiny.LLAMA, **changes)))
+            resume(run_in(folder), state_of(runtime, replace(tiny.LLAMA, **changes)))
         except UserError as error:
             messages.append(str(error))
     return messages

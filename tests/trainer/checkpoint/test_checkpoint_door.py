@@ -12,13 +12,13 @@ from launch.cli.errors import answer
 from parallel.grad_norm import local
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint.folder import checkpoint_path
-from trainer.checkpoint.save import Saver
+from trainer.loop import open_saver
 
 
 def two(runtime, folder, strategy) -> None:
     """Two checkpoints, of which the second has one weight changed."""
     state = state_of(runtime, tiny.LLAMA, strategy=strategy)
-    with Saver(run_in(folder, strategy), state) as saver:
+    with open_saver(run_in(folder, strategy), state) as saver:
         saver.save(state, 1.25)
         saver.wait()
         with torch.no_grad():

@@ -21,10 +21,10 @@ from parallel.strategy import StrategyConfig
 from trainer.checkpoint import restore as module
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import Manifest
-from trainer.checkpoint.restore import load_weights, restore
-from trainer.checkpoint.save import Saver
+from trainer.checkpoint.restore import load_weights
 from trainer.config.train import OptimConfig, UserError
-from trainer.optim.optimizer import lr_at
+from trainer.loop import open_saver, resume
+from trainer.optim.lr_schedule import lr_at
 
 FSDP = StrategyConfig(shard=2)
 STEPS = (10, 20, 30)
@@ -33,7 +33,7 @@ STEPS = (10, 20, 30)
 def saved(runtime, folder, strategy=None, keep=0):
     """A run with three checkpoints, whose tokens are its steps and whose weights differ."""
     state = state_of(runtime, tiny.LLAMA, strategy=strategy)
-    with Saver(config_of(folder, strategy, keep=keep), state, "data") as saver:
+    with open_saver(config_of(folder, strategy, keep=keep), state, "data") as saver:
         for state.step in STEPS:
             state.tokens.fill_(state.step)
             for parameter in state.worker.model.parameters():
@@ -47,7 +47,7 @@ def resumed(runtime, config, data="") -> tuple[int, list[str]]:
     state = state_of(runtime, tiny.LLAMA, seed=1, strategy=config.strategy)
     with heard(module.log) as lines:
         try:
-            restore(config, state, data)
+            resume(config, state, data)
         except UserError as error:
             return -1, error.problems
     assert state.tokens.item() == state.step
@@ -109,8 +109,8 @@ def earlier(runtime, folder) -> list:
     saved(runtime, folder)
     found = [resumed(runtime, replace(run_in(folder), resume_step=20))]
     state = state_of(runtime, tiny.LLAMA)
-    restore(run_in(folder), state)
-    with Saver(config_of(folder, keep=2), state) as saver:
+    resume(run_in(folder), state)
+    with open_saver(config_of(folder, keep=2), state) as saver:
         state.step = 25
         saver.save(state)
     return [*found, here(folder)]
@@ -209,7 +209,7 @@ def changed_run(runtime, folder) -> list[list[str]]:
 def heard_from(runtime, config) -> list[str]:
     state = state_of(runtime, tiny.LLAMA)
     with heard(module.log) as lines:
-        restore(config, state)
+        resume(config, state)
     assert (state.samples, state.order_batch_size) == (900 * 32, 16)
     return lines
 
@@ -235,7 +235,7 @@ def older(runtime, folder) -> tuple[int, int]:
 
     with mock.patch("trainer.checkpoint.save.Manifest", manifest):
         tiny.save(config, state)
-    restore(replace(config, batch_size=8, resume_changed=["batch_size"]), state)
+    resume(replace(config, batch_size=8, resume_changed=["batch_size"]), state)
     return state.samples, state.order_batch_size
 
 
@@ -258,7 +258,7 @@ def read_beside(runtime, folder) -> list[int]:
         saver.wait()
         done.set()
 
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         saver.save(state)
         saver.wait()
         thread = threading.Thread(target=write, args=(saver,))

@@ -15,7 +15,6 @@ import torch
 from conf.validation.validate import complete
 from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
-from trainer.checkpoint.restore import restore
 from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -27,6 +26,7 @@ from trainer.config.train import (
 )
 from trainer.data import open_split, prepare
 from trainer.data.sampler import Order, mixed
+from trainer.loop import resume
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
 from trainer.state import TrainState
@@ -100,7 +100,10 @@ def gathered(state: TrainState) -> dict[str, torch.Tensor]:
     found = {name: tiny.whole(p) for name, p in state.worker.parameters().items()}
     for name, moments in state.optimizer.state().items():
         found |= {f"{name}, {key}": tiny.whole(moment) for key, moment in moments.items()}
-    return found | {"updates": state.optimizer.updates().clone(), "tokens": state.tokens.clone()}
+    return found | {
+        "updates": state.optimizer.update_count().clone(),
+        "tokens": state.tokens.clone(),
+    }
 
 
 def begun(runtime, config: TrainConfig, strategy: StrategyConfig, folder: Path) -> tuple:
@@ -117,7 +120,7 @@ def ended(runtime, config: TrainConfig, strategy: StrategyConfig, folders: dict)
     state = loop.start(replace(config, strategy=strategy, run_dir="nowhere"), runtime)
     found = {}
     for name, folder in folders.items():
-        restore(replace(config, run_dir=str(folder)), state)
+        resume(replace(config, run_dir=str(folder)), state)
         loaded = gathered(state)
         found[name] = steps_to(config, state, STEPS), loaded
     return found

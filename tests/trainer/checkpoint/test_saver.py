@@ -24,10 +24,9 @@ from trainer.checkpoint import save as module
 from trainer.checkpoint import shards as storage
 from trainer.checkpoint.folder import checkpoint_path, checkpoints
 from trainer.checkpoint.manifest import check
-from trainer.checkpoint.restore import restore
-from trainer.checkpoint.save import Saver
 from trainer.checkpoint.shards import DTYPES, read, read_whole
-from trainer.config.train import CheckpointConfig, EvalConfig, TrainConfig, UserError
+from trainer.config.train import CheckpointConfig, UserError
+from trainer.loop import open_saver, resume
 from trainer.state import TrainState
 
 FSDP = StrategyConfig(shard=2)
@@ -69,7 +68,7 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
         time.sleep(0.2)
         return slow(self, path)
 
-    with mock.patch.object(storage.Shard, "write", write), Saver(config, state) as saver:
+    with mock.patch.object(storage.Shard, "write", write), open_saver(config, state) as saver:
         saver.save(state)
         there = checkpoint_path(folder, 5).exists()
         assert there is not async_save
@@ -79,7 +78,7 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
         state.step = 6
     assert checkpoints(folder) == [(5, checkpoint_path(folder, 5))]
     other = state_of(runtime, tiny.LLAMA, seed=1, strategy=FSDP)
-    restore(config, other)
+    resume(config, other)
     for name, tensor in other.tensors().items():
         assert torch.equal(storage.local(tensor.detach()), expected[name]), name
 
@@ -104,7 +103,7 @@ def failing(runtime, folder, on_error: str) -> tuple:
     with (
         heard(module.log) as lines,
         mock.patch.object(storage.Shard, "write", full),
-        Saver(config, state) as saver,
+        open_saver(config, state) as saver,
     ):
         for state.step in (10, 20, 30):
             try:
@@ -146,7 +145,7 @@ def test_a_full_disk_stops_the_run_where_asked(ranks, tmp_path):
 def last_fails(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA)
     full = mock.patch.object(storage.Shard, "write", side_effect=OSError(errno.ENOSPC, "full"))
-    with full, pytest.raises(UserError) as raised, Saver(run_in(folder), state) as saver:
+    with full, pytest.raises(UserError) as raised, open_saver(run_in(folder), state) as saver:
         saver.save(state)
     return str(raised.value)
 
@@ -159,7 +158,7 @@ def too_small(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
     usage = mock.patch.object(module.shutil, "disk_usage", return_value=mock.Mock(free=1000))
     with usage, pytest.raises(UserError) as raised:
-        Saver(run_in(folder, FSDP), state)
+        open_saver(run_in(folder, FSDP), state)
     return str(raised.value)
 
 
@@ -184,7 +183,7 @@ def crash(runtime, folder) -> tuple[float, bool]:
         mock.patch.object(storage.Shard, "write", stuck),
         mock.patch.object(module, "LEAVING_SECONDS", 0.2),
         pytest.raises(ValueError),
-        Saver(config, state) as saver,
+        open_saver(config, state) as saver,
     ):
         saver.save(state)
         raise ValueError("planted")
@@ -208,7 +207,7 @@ def bug(runtime, folder) -> str:
     with (
         mock.patch.object(storage.Shard, "write", broken),
         pytest.raises(RuntimeError) as raised,
-        Saver(run_in(folder, FSDP), state) as saver,
+        open_saver(run_in(folder, FSDP), state) as saver,
     ):
         saver.save(state)
     return str(raised.value)
@@ -226,14 +225,14 @@ def retained(runtime, folder) -> list[list[str]]:
     state, folders = state_of(runtime, tiny.LLAMA), []
 
     def saves(losses: dict[int, float | None]) -> None:
-        with Saver(config, state) as saver:
+        with open_saver(config, state) as saver:
             for state.step, loss in losses.items():
                 saver.save(state, loss)
                 saver.wait()
                 folders.append([str(step) for step, _ in checkpoints(folder)])
 
     saves({10: 3.0, 20: 1.0, 30: 2.0, 40: 2.0})
-    restore(config, state)
+    resume(config, state)
     saves({50: 1.5, 60: None, 70: None})
     checkpoint_path(folder, 60).joinpath("rank-00000.safetensors").unlink()
     checkpoint_path(folder, 70).joinpath("manifest.json").write_text("{}")
@@ -251,12 +250,7 @@ def test_newest_best_and_every_nth_are_kept_over_a_restart(ranks, tmp_path):
 
 def test_saves_that_are_seldom_measured_are_told():
     def warning(saved, measured, best=True):
-        return module.seldom_best(
-            TrainConfig(
-                checkpoint=CheckpointConfig(every=saved, keep_best=best),
-                eval=EvalConfig(every=measured),
-            )
-        )
+        return module.seldom_best(CheckpointConfig(every=saved, keep_best=best), measured)
 
     told = warning(100, 30)
     assert "every 300th step; set eval.every=10 or checkpoint.every=90" in told
@@ -268,7 +262,7 @@ def test_saves_that_are_seldom_measured_are_told():
 def unmeasurable(runtime, folder) -> list[float | None]:
     """Saves whose losses are not finite: those on record that a strict reader of JSON finds."""
     config, state = config_of(folder, keep=1, keep_best=True), state_of(runtime, tiny.LLAMA)
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         for state.step, loss in {10: math.nan, 20: 2.5, 30: math.inf, 40: -math.inf}.items():
             saver.save(state, loss)
     texts = [path.joinpath("manifest.json").read_text() for _, path in checkpoints(folder)]
@@ -294,7 +288,7 @@ def order(runtime, folder) -> list[str]:
         return rename(self, target)
 
     with (
-        Saver(run_in(folder), state) as saver,
+        open_saver(run_in(folder), state) as saver,
         mock.patch.object(os, "fsync", note),
         mock.patch.object(Path, "rename", renamed),
     ):
@@ -325,7 +319,7 @@ def grace(runtime, folder) -> list[str]:
     with (
         heard(module.log) as lines,
         mock.patch.object(storage.Shard, "write", slow),
-        Saver(config, state) as saver,
+        open_saver(config, state) as saver,
     ):
         for state.step in (1, 2):
             saver.save(state)
@@ -340,11 +334,11 @@ def test_a_save_longer_than_the_grace_is_told_once(ranks, tmp_path):
 def twice(runtime, folder) -> list[int]:
     """Numbers of saves begun: of one step there is one."""
     config, state = run_in(folder), state_of(runtime, tiny.LLAMA)
-    with Saver(config, state) as saver:
+    with open_saver(config, state) as saver:
         saver.save(state)
         saver.save(state)
         number = saver._number
-    with Saver(config, state) as again:
+    with open_saver(config, state) as again:
         again.save(state)
     return [number, again._number]
 

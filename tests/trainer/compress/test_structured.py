@@ -60,12 +60,12 @@ def test_a_pruned_model_learns_as_the_smaller_one(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model, compression = built(config)
     compression.settle(1, 1)
-    shape, weights = removed(TrainConfig(model=config, compress=HALF), model)
-    small = Transformer(shape.model, torch.float64).double()
+    shape, weights = removed(config, HALF, model)
+    small = Transformer(shape, torch.float64).double()
     small.load_state_dict(weights, strict=False)  # tied ones have one name
     groups = config.kv_heads or config.heads
-    assert shape.model.kv_heads == groups // 2 and shape.model.heads == config.heads // 2
-    assert shape.model.ffn_width == config.ffn_width // 2
+    assert shape.kv_heads == groups // 2 and shape.heads == config.heads // 2
+    assert shape.ffn_width == config.ffn_width // 2
     batch = make_batch(config, 3, 0)
     torch.testing.assert_close(small(batch), model(batch))
     ours, theirs = gradients(model, batch), gradients(small, batch)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,8 @@ def test_goodput_is_the_last_line_of_a_run(tmp_path: Path) -> None:
 
 def test_a_picture_that_finds_no_room_ends_no_run(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
-        recorder._run_dir = tmp_path / "gone"
+        run = recorder._run
+        recorder._run = replace(run, run_dir=tmp_path / "gone")
         recorder.timeline(5, [Span(0, 0, "F", 0, 0.0, 1.0)], "gpipe")
-        recorder._run_dir = tmp_path
+        recorder._run = run
     assert "timeline.png cannot be written" in shown(recorder)

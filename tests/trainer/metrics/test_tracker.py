@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import recorders
 from rich.console import Console
 
 from trainer.config.train import MetricsConfig
-from trainer.metrics.recorder import Recorder
 from trainer.metrics.trackers import (
     Tracker,
     follow,
@@ -109,17 +108,12 @@ def track(
     """A short run of a record a step; returns what the console showed of its mirrors."""
     run_dir.mkdir(exist_ok=True, parents=True)
     said = io.StringIO()
-    with Recorder(
-        MetricsConfig(wandb=mode, **changes),
+    with recorders.make(
         run_dir,
-        first=True,
+        config=MetricsConfig(wandb=mode, **changes),
         steps=3,
         start_step=start_step,
-        resolved={"seed": 1},
-        flops_per_token=0.0,
-        devices=1,
-        device=torch.device("cpu"),
-        precision_name="fp32",
+        clock=time.monotonic,
         console=Console(file=said),
     ) as recorder:
         # These tests may wait long on a busy machine; a run waits for seconds.

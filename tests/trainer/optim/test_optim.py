@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.config.train import OptimConfig, TrainConfig
-from trainer.optim.optimizer import Optimizer, decays, lr_at, lr_leap, schedule_warnings
+from trainer.config.train import OptimConfig
+from trainer.optim.lr_schedule import lr_at, lr_leap, schedule_warnings
+from trainer.optim.parameter_groups import has_weight_decay
+from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS, LossScale, resolve_precision
 
 CPU = torch.device("cpu")
@@ -62,7 +64,7 @@ def test_optimizer_equals_torch_and_decays_matrices_only():
         eps=1e-8,
         foreach=False,
     )
-    optimizer = Optimizer(dict(ours.named_parameters()), config)
+    optimizer = build_optimizer(dict(ours.named_parameters()), config)
     for step in range(4):
         gradients(ours, step)
         gradients(theirs, step)
@@ -76,7 +78,7 @@ def test_optimizer_equals_torch_and_decays_matrices_only():
 
 def test_a_skipped_update_changes_nothing():
     model = Small()
-    optimizer = Optimizer(dict(model.named_parameters()), OptimConfig())
+    optimizer = build_optimizer(dict(model.named_parameters()), OptimConfig())
     gradients(model, 0)
     optimizer.step(0.1, torch.zeros(()))
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -84,18 +86,18 @@ def test_a_skipped_update_changes_nothing():
     for parameter in model.parameters():
         parameter.grad.fill_(math.nan)
     optimizer.step(0.1, torch.ones(()))
-    assert optimizer.updates().item() == 1
+    assert optimizer.update_count().item() == 1
     assert all(torch.equal(p, weights[n]) for n, p in model.named_parameters())
     assert all(torch.equal(s["exp_avg"], moments[n]) for n, s in optimizer.state().items())
 
 
 def test_decays():
-    matrix, vector = torch.zeros(2, 2), torch.zeros(2)
-    assert decays("blocks.0.attention.query.weight", matrix)
-    assert decays("embed.tokens.weight", matrix)
-    assert not decays("head.norm.weight", vector)
-    assert not decays("embed.positions.weight", matrix)
-    assert not decays("embed.class_token", matrix)
+    matrix, vector = torch.Size((2, 2)), torch.Size((2,))
+    assert has_weight_decay("blocks.0.attention.query.weight", matrix)
+    assert has_weight_decay("embed.tokens.weight", matrix)
+    assert not has_weight_decay("head.norm.weight", vector)
+    assert not has_weight_decay("embed.positions.weight", matrix)
+    assert not has_weight_decay("embed.class_token", matrix)
 
 
 def test_loss_scale_follows_overflows():
@@ -126,8 +128,8 @@ def test_automatic_precision():
     assert PRECISIONS["bf16"].parameters == torch.float32
 
 
-def run_of(steps: int, **optim) -> TrainConfig:
-    return TrainConfig(steps=steps, optim=OptimConfig(lr=1e-2, **optim))
+def schedule(**optim) -> OptimConfig:
+    return OptimConfig(lr=1e-2, **optim)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def run_of(steps: int, **optim) -> TrainConfig:
     ],
 )
 def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
-    warnings = schedule_warnings(run_of(steps, **optim))
+    warnings = schedule_warnings(steps, schedule(**optim))
     assert len(warnings) == (len(parts) > 0)
     assert all(part in warnings[0] for part in parts)
 
@@ -170,12 +172,12 @@ def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
 )
 def test_a_leap_of_the_learning_rate_is_told_with_both_numbers(steps, optim):
     before = lr_at(50, 60, OptimConfig(lr=1e-2, warmup_steps=5))
-    config = run_of(steps, **{"warmup_steps": 5} | optim)
-    now = lr_at(50, steps, config.optim)
-    told = lr_leap(50, before, config)
+    config = schedule(**{"warmup_steps": 5} | optim)
+    now = lr_at(50, steps, config)
+    told = lr_leap(50, steps, before, config)
     assert f"step 51 is {now:.3g}" in told and f"had {before:.3g}" in told
 
 
 @pytest.mark.parametrize("before", [None, 1e-2, 0.995e-2])
 def test_a_learning_rate_that_goes_on_is_not_mentioned(before):
-    assert lr_leap(20, before, run_of(120, warmup_steps=5, schedule="wsd")) == ""
+    assert lr_leap(20, 120, before, schedule(warmup_steps=5, schedule="wsd")) == ""

@@ -31,7 +31,6 @@ from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, resolve, world_size
 from trainer import loop
 from trainer.checkpoint.folder import checkpoints
-from trainer.checkpoint.restore import restore
 from trainer.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -41,11 +40,12 @@ from trainer.config.train import (
     TrainConfig,
 )
 from trainer.data import prepare
+from trainer.loop import resume
 from trainer.metrics.loss_plot import last_values
 from trainer.metrics.recorder import Recorder
 from trainer.report.page import page
 from trainer.report.run_history import read_history
-from trainer.resilience.bad_steps import Guard
+from trainer.resilience.bad_steps import BadStepPolicy, Guard
 from trainer.run.run_dir import open_run_dir
 from trainer.state import not_finite
 
@@ -160,7 +160,7 @@ def finite(runtime, config: TrainConfig) -> bool:
     state = loop.start(replace(config, run_dir=f"{config.run_dir}/none"), runtime)
     good = True
     for step, _ in reversed(checkpoints(config.run_dir)):
-        restore(replace(config, resume_step=step), state)
+        resume(replace(config, resume_step=step), state)
         good &= all(bool(t.isfinite().all()) for t in parts(state).values())
         good &= all(bool(t.isfinite().all()) for t in state.guard.state().values())
     return good
@@ -496,7 +496,7 @@ def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tm
 
 
 def spoiled(runtime, config: TrainConfig) -> str:
-    def load_first(config, worker):
+    def load_first(init_from, run_dir, data, worker):
         next(worker.model.parameters()).detach().fill_(torch.nan)
 
     with mock.patch.object(loop, "load_first", load_first):
@@ -517,7 +517,7 @@ def spoiled(runtime, config: TrainConfig) -> str:
 )
 def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out):
     (tmp_path / "rollbacks.json").write_text(text)
-    guard = Guard(TrainConfig(), runtime.device)
+    guard = Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
     guard.read_rollbacks(str(tmp_path), batch_size=16)
     assert guard.left_out == left_out
 
@@ -526,7 +526,9 @@ def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out)
 def test_what_was_left_out_and_cannot_be_read_is_refused(runtime, tmp_path, text):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(UserError, match=r"rollbacks\.json is damaged"):
-        Guard(TrainConfig(), runtime.device).read_rollbacks(str(tmp_path), batch_size=16)
+        Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device).read_rollbacks(
+            str(tmp_path), batch_size=16
+        )
 
 
 READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")

@@ -1,0 +1,63 @@
+"""The learning rate as a function of the step, and what a schedule does that is easily missed."""
+
+import math
+
+from trainer.config.train import OptimConfig
+
+LEAP = 0.01  # share by which a learning rate may differ from what it was, unsaid
+
+
+def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+    """Learning rate of `step` (from 0) in a run of `steps`.
+
+    Linear warm-up, then cosine (arXiv 1608.03983), or stable and a linear decay at the end (wsd,
+    arXiv 2404.06395), or constant.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    floor = config.lr * config.min_lr_ratio
+    if config.schedule == "cosine":
+        done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        return floor + (config.lr - floor) * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    if config.schedule == "wsd":
+        decay_steps = max(1, round(steps * config.decay_share))
+        left = min(1.0, max(0.0, (steps - step) / decay_steps))
+        return floor + (config.lr - floor) * left
+    return config.lr
+
+
+def lr_leap(step: int, steps: int, before: float | None, config: OptimConfig) -> str:
+    """Return a warning if the learning rate of `step` (from 0) is not what it was `before`.
+
+    Empty if it is, or if it is not known (None). A run that goes on with other steps or another
+    schedule leaps there.
+    """
+    now = lr_at(step, steps, config)
+    if before is None or abs(now - before) <= LEAP * max(now, before):
+        return ""
+    return (
+        f"the learning rate of step {step + 1} is {now:.3g}, where the run that is gone on with "
+        f"had {before:.3g}: steps={steps}, or optim.*, was another; to go on smoothly set "
+        "them as they were, or optim.schedule=constant with an optim.lr of your choice"
+    )
+
+
+def schedule_warnings(steps: int, config: OptimConfig) -> list[str]:
+    """Return what a schedule does that its keys do not say at once; empty = nothing."""
+    last, warmup = lr_at(steps - 1, steps, config), config.warmup_steps
+    if warmup >= steps:
+        return [
+            f"optim.warmup_steps={warmup} is not below steps={steps}: the learning rate rises to "
+            f"the end, where it is {last:.3g} of optim.lr={config.lr:g}, and never falls; set "
+            f"optim.warmup_steps={steps // 10}"
+        ]
+    decay_steps = round(steps * config.decay_share)
+    if config.schedule == "wsd" and warmup + decay_steps > steps and warmup:
+        peak, after = f"{config.lr:.3g}", f"{lr_at(warmup, steps, config):.3g}"
+        return [
+            f"optim.warmup_steps={warmup} ends behind step {steps - decay_steps}, where "
+            f"optim.decay_share={config.decay_share:g} of steps={steps} begin to fall: the "
+            f"learning rate leaps from {peak} to {after} there; set "
+            f"optim.warmup_steps={steps - decay_steps}"
+        ]
+    return []
