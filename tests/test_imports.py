@@ -13,8 +13,12 @@ FILES = {
     for path in (ROOT / package).rglob("*.py")
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-# Imported where they are used: extras that a machine may not have, and matplotlib for one picture.
-OPTIONAL = {"wandb", "datasets", "trainer.metrics.timeline_plot"}
+# Imported where they are used: extras that a machine may not have, matplotlib for one picture, and
+# TensorBoard, which loads torch in a process that does without it otherwise.
+OPTIONAL = {
+    *("wandb", "datasets"),
+    *("trainer.metrics.timeline_plot", "trainer.metrics.tensorboard_mirror"),
+}
 # What knows no ranks.
 PLAIN = (
     "trainer.model",

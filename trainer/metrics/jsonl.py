@@ -134,3 +134,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         except (ValueError, TypeError, KeyError, OverflowError):
             damaged.append(number)
     return found, damaged
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """Return what a line is of: a split that was evaluated, an event, or (empty) training."""
+    return str(record.get("split") or record.get("event") or "")
