@@ -146,7 +146,7 @@ LESS = (
 LACKS = {
     "cluster.gpus_per_node=4": "cluster.gpus_per_node=4: sbatch says: " + LESS,
     "cluster.nodes=4": "cluster.nodes=4: sbatch says: " + LESS,
-    "cluster.ranks_per_node=5": "cluster.ranks_per_node=5: sbatch says: " + LESS,
+    "cluster.ranks_per_node=8": "cluster.ranks_per_node=8: sbatch says: " + LESS,
     "cluster.cpus_per_rank=5": "cluster.cpus_per_rank=5: sbatch says: " + LESS,
     "cluster.partition=urgnt": "cluster.partition=urgnt: sbatch says: Invalid partition name "
     "specified; it is one of batch, urgent; did you mean urgent?",
