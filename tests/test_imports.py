@@ -99,10 +99,12 @@ trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.
 conf.validation: parallel.errors parallel.strategy trainer.config conf.submit parallel.pipeline
     trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
+trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
+    trainer.checkpoint trainer.run
 launch.cli: conf.help parallel.errors parallel.strategy trainer.config conf.submit
     trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
     trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
-    conf.validation launch.slurm
+    conf.validation launch.slurm trainer.report
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
@@ -116,8 +118,6 @@ launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks
 launch.prepare: launch.cli
-trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
-    trainer.checkpoint trainer.run
 launch.report: parallel.errors launch.cli trainer.report
 launch.submit: parallel.errors launch.slurm launch.cli
 launch.teach: trainer.distill launch.cli

@@ -103,12 +103,12 @@ def _time_problems(cluster: ClusterConfig) -> list[str]:
         return []
     of = [f"--partition={cluster.partition}"] * bool(cluster.partition)
     lines = _command("sinfo", "-h", "-o", "%P|%l", *of).splitlines()
-    kinds = [line.split("|") for line in lines]
-    kinds = [(name, limit) for name, limit in kinds if of or name.endswith("*")]
-    longest = max((_minutes(limit) for _, limit in kinds), default=float("inf"))
+    limits = dict(line.split("|") for line in lines)
+    limits = {name: limit for name, limit in limits.items() if of or name.endswith("*")}
+    longest = max(map(_minutes, limits.values()), default=float("inf"))
     if cluster.hours * 60 <= longest:
         return []
-    name = cluster.partition or kinds[0][0].rstrip("*")
+    name = cluster.partition or next(iter(limits)).rstrip("*")
     return [
         f"cluster.hours={cluster.hours:g} is more than partition {name} allows; set "
         f"cluster.hours={longest / 60:g} or less, and cluster.chain for a longer run"

@@ -19,7 +19,7 @@ from trainer.config.train import ConfigError
 from trainer.metrics.console import duration, short
 from trainer.metrics.goodput import LOST
 from trainer.metrics.jsonl import is_number
-from trainer.report.run_history import History, moment, read_history
+from trainer.report.run_history import History, moment, read_history, runs_in
 from trainer.report.svg_chart import COLOURS, Curve, Mark, chart, lanes
 
 NAME = "report.html"
@@ -64,13 +64,14 @@ class Bar:
     parts: list[BarPart]
 
 
-def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
-    """Write the page about these runs, by default into the first one's folder; what was noted.
+def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page about these runs or sweeps, by default into the first folder; what was noted.
 
     Raises ConfigError if a folder holds no run, or if the page cannot be written.
     """
-    histories = [read_history(run_dir) for run_dir in dict.fromkeys(run_dirs)]
-    path = output or histories[0].run_dir / NAME
+    run_dirs = dict.fromkeys(run for folder in folders for run in runs_in(folder) or [folder])
+    histories = [read_history(run_dir) for run_dir in run_dirs]
+    path = output or folders[0] / NAME
     # A name that is no text, as a file system allows it, is shown as far as it is.
     text = page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
     try:

@@ -13,7 +13,7 @@ from launch.report import main
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import Manifest, write_manifest
 from trainer.config.train import UserError
-from trainer.report.page import differing, page, summary
+from trainer.report.page import differing, page, summary, write_report
 from trainer.report.run_history import read_history
 from trainer.report.svg_chart import (
     Axis,
@@ -213,6 +213,15 @@ def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
     text = Page(page(same, 1.7e9)).text
     assert "The same in all runs" in text
     assert str(tmp_path / "a" / "run") in text  # folders of one name go by their path
+
+
+def test_a_folder_of_runs_is_a_sweep(tmp_path: Path) -> None:
+    for rate in ("0.004", "0.001"):
+        run_in(tmp_path / "sweep" / f"optim.lr={rate}", lr=rate)
+    (tmp_path / "sweep" / "empty").mkdir()
+    path, notes = write_report([tmp_path / "sweep"])
+    assert (path, notes) == (tmp_path / "sweep" / "report.html", [])
+    assert "<h1>optim.lr=0.001, optim.lr=0.004</h1>" in path.read_text()
 
 
 def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
