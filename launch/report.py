@@ -20,10 +20,12 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         usage="%(prog)s run_dir=RUN [RUN ...] [output=FILE]",
         description="Write one HTML page with the curves, events and configuration of a run, or of "
-        "several side by side. It needs no network and is looked at in any browser.",
+        "several side by side, or of a sweep. It needs no network and is looked at in any browser.",
     )
-    page = f"the page; {NAME} in the first run's folder unless given"
-    parser.add_argument("given", nargs="+", metavar="RUN", help=f"a run's folder. FILE: {page}")
+    page = f"the page; {NAME} in the first folder unless given"
+    parser.add_argument(
+        "given", nargs="+", metavar="RUN", help=f"a run's or a sweep's folder. FILE: {page}"
+    )
     run_dirs, output = understood(parser.parse_args(arguments).given)
     path, notes = write_report(run_dirs, output)
     console = Console()

@@ -13,8 +13,12 @@ FILES = {
     for path in (ROOT / package).rglob("*.py")
 }
 TREES = {module: ast.parse(path.read_text(encoding="utf-8")) for module, path in FILES.items()}
-# Imported where they are used: extras that a machine may not have, and matplotlib for one picture.
-OPTIONAL = {"wandb", "datasets", "trainer.metrics.timeline_plot"}
+# Imported where they are used: extras that a machine may not have, matplotlib for one picture, and
+# TensorBoard, which loads torch in a process that does without it otherwise.
+OPTIONAL = {
+    *("wandb", "datasets"),
+    *("trainer.metrics.timeline_plot", "trainer.metrics.tensorboard_mirror"),
+}
 # What knows no ranks.
 PLAIN = (
     "trainer.model",
@@ -101,10 +105,12 @@ trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
+trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
+    trainer.checkpoint trainer.run
 launch.cli: parallel.config_fields conf.help parallel.errors parallel.strategy trainer.config
     conf.submit trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
     trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
-    conf.validation launch.slurm
+    conf.validation launch.slurm trainer.report
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
@@ -117,9 +123,7 @@ launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks
 launch.prepare: launch.cli
-trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
-    trainer.checkpoint trainer.run
-launch.report: parallel.errors launch.cli trainer.report
+launch.report: parallel.errors trainer.report launch.cli
 launch.submit: parallel.errors launch.slurm launch.cli
 launch.teach: trainer.distill launch.cli
 trainer.resilience: parallel.errors parallel.strategy trainer.config trainer.atomic_files

@@ -32,7 +32,9 @@ from launch.cli.errors import LOG, STOPPED, JobFailedError, exit_code, write_err
 from parallel.errors import ConfigError, UserError
 from trainer.atomic_files import write_atomically
 from trainer.metrics.console import drawn
-from trainer.metrics.loss_plot import draw, last_values
+from trainer.metrics.jsonl import last_values
+from trainer.report.page import write_report
+from trainer.report.run_history import runs_in
 from trainer.run.lock import hold
 from trainer.run.run_dir import claimed
 from trainer.run.status import read_status
@@ -191,14 +193,16 @@ class Sweep:
         counts = {state: states.count(state) for state in dict.fromkeys(states)}
         told = ", ".join(f"{number} {state}" for state, number in counts.items())
         log.info("sweep: %s; %s", told, folder / "sweep.csv")
-        curves = {name: folder / name for name in self._points}
         try:
             for path in self._scratch.iterdir():
                 shutil.copy(path, folder)
-            if draw(curves, folder / "sweep.png"):
-                log.info("its curves: %s", folder / "sweep.png")
         except OSError as error:
             log.warning("%s cannot be written: %s", folder, error)
+        if runs_in(folder):
+            try:
+                log.info("its report: %s", write_report([folder])[0])
+            except (UserError, OSError) as error:
+                log.warning("%s", error)
 
     def _table(self) -> Table:
         table = Table(title=f"sweep {self._folder}", title_justify="left")

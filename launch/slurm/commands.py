@@ -6,14 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from conf.submit import ClusterConfig
-from launch.slurm.batch_script import NAME, Job, Point, job_name, ranks_per_node, script
+from launch.slurm.batch_script import NAME, Job, Point, job_name, script
 from parallel.errors import ConfigError
 from trainer.run.run_dir import open_run_dir
 from trainer.run.status import read_status
@@ -21,16 +21,23 @@ from trainer.run.status import read_status
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Hosts:
-    """Hosts of one kind in a partition."""
-
-    partition: str
-    default: bool
-    minutes: float  # longest time limit of the partition
-    count: int
-    gpus: int  # of each
-    cores: int
+# Options that ask for the least of a shape: where one makes the job possible, its key is the cause.
+LEAST = {
+    "nodes": "--nodes=1",
+    "gpus_per_node": "--gres=none",
+    "ranks_per_node": "--ntasks-per-node=1",
+    "cpus_per_rank": "--cpus-per-task=1",
+}
+# Words of Slurm's refusals (slurm_strerror) → the keys that they are about.
+REFUSALS = {
+    "partition name": ("partition",),
+    "time limit": ("hours",),
+    "account or": ("account", "partition"),
+    "qos": ("options",),
+    "Node count": ("nodes",),
+    "(gres)": ("gpus_per_node",),
+    "node configuration": tuple(LEAST),
+}
 
 
 def submit(points: list[Point]) -> None:
@@ -40,8 +47,7 @@ def submit(points: list[Point]) -> None:
     if job.cluster.dry_run:
         Console(width=10_000).print(text, end="", markup=False, highlight=False, soft_wrap=True)
         return
-    found = problems(job.cluster, hosts())
-    if found:
+    if found := problems(job.cluster, text):
         raise ConfigError(*found)
     _refuse_a_second(job.folder)
     path = job.folder / NAME
@@ -49,7 +55,6 @@ def submit(points: list[Point]) -> None:
         with ExitStack() as held:
             open_run_dir(point.training, held)
     path.write_text(text, encoding="utf-8")
-    _command("sbatch", "--test-only", str(path))
     for _ in range(job.cluster.chain):
         number = _command("sbatch", "--parsable", str(path)).split(";")[0].strip()
         log.info("submitted as job %s: run_dir=%s", number, job.folder)
@@ -79,57 +84,35 @@ def _job(points: list[Point]) -> Job:
     return Job(folder, points, swept, Path.cwd(), sys.executable)
 
 
-def problems(cluster: ClusterConfig, there: list[Hosts]) -> list[str]:
-    """Return what a cluster with these hosts cannot give; empty = nothing."""
-    names = sorted({kind.partition for kind in there})
-    name = cluster.partition or next((kind.partition for kind in there if kind.default), "")
-    if not name:
+def problems(cluster: ClusterConfig, text: str) -> list[str]:
+    """Return why the cluster would never run a job with this script; empty = it would."""
+    found = _time_problems(cluster)
+    options = ["--time=1"] * len(found)
+    if reason := _refusal(text, options):
+        found.append(_explain(cluster, text, options, reason))
+    return found
+
+
+def _time_problems(cluster: ClusterConfig) -> list[str]:
+    """Return whether the time is more than the partition allows.
+
+    `sbatch --test-only` finds nothing in it where EnforcePartLimits is off, as it is by default,
+    and the job would wait for ever.
+    """
+    if not cluster.hours:
         return []
-    kinds = [kind for kind in there if kind.partition in name.split(",")]
-    if not kinds:
-        near = difflib.get_close_matches(name, names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return [f"cluster.partition={name} does not exist; it is one of {', '.join(names)}{hint}"]
-    found = []
-    longest = max(kind.minutes for kind in kinds)
-    if cluster.hours * 60 > longest:
-        found.append(
-            f"cluster.hours={cluster.hours:g} is more than partition {name} allows; set "
-            f"cluster.hours={longest / 60:g} or less, and cluster.chain for a longer run"
-        )
-    wanted = {"gpus": cluster.gpus_per_node, "cores": _cores(cluster)}
-    keys = {"gpus": "cluster.gpus_per_node", "cores": "cluster.cpus_per_rank"}
-    for what, number in wanted.items():
-        most = max(getattr(kind, what) for kind in kinds)
-        if number > most:
-            given = number if what == "gpus" else cluster.cpus_per_rank
-            ranks = f" for {ranks_per_node(cluster)} ranks" if what == "cores" else ""
-            found.append(
-                f"{keys[what]}={given}{ranks} is more than a host of partition {name} has, "
-                f"{most} {what}; ask for less, or choose another cluster.partition"
-            )
-    fit = sum(k.count for k in kinds if k.gpus >= wanted["gpus"] and k.cores >= wanted["cores"])
-    if not found and cluster.nodes > fit:
-        found.append(
-            f"cluster.nodes={cluster.nodes} is more than the {fit} such hosts of partition {name}"
-        )
-    return found
-
-
-def _cores(cluster: ClusterConfig) -> int:
-    return cluster.cpus_per_rank * ranks_per_node(cluster)
-
-
-def hosts() -> list[Hosts]:
-    """Return the kinds of hosts of every partition."""
-    lines = _command("sinfo", "-h", "-e", "-o", "%P|%l|%D|%G|%c").splitlines()
-    found = []
-    for line in lines:
-        name, limit, count, gres, cores = line.split("|")
-        gpus = sum(map(int, re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)))
-        kind = Hosts(name.rstrip("*"), name.endswith("*"), _minutes(limit), int(count), gpus, 0)
-        found.append(replace(kind, cores=int(cores.rstrip("+"))))
-    return found
+    of = [f"--partition={cluster.partition}"] * bool(cluster.partition)
+    lines = _command("sinfo", "-h", "-o", "%P|%l", *of).splitlines()
+    limits = dict(line.split("|") for line in lines)
+    limits = {name: limit for name, limit in limits.items() if of or name.endswith("*")}
+    longest = max(map(_minutes, limits.values()), default=float("inf"))
+    if cluster.hours * 60 <= longest:
+        return []
+    name = cluster.partition or next(iter(limits)).rstrip("*")
+    return [
+        f"cluster.hours={cluster.hours:g} is more than partition {name} allows; set "
+        f"cluster.hours={longest / 60:g} or less, and cluster.chain for a longer run"
+    ]
 
 
 def _minutes(limit: str) -> float:
@@ -141,6 +124,28 @@ def _minutes(limit: str) -> float:
     days, _, rest = limit.rpartition("-")
     hours, minutes, seconds = ([0, 0, 0] + [int(part) for part in rest.split(":")])[-3:]
     return int(days or 0) * 1440 + hours * 60 + minutes + seconds / 60
+
+
+def _refusal(text: str, options: list[str]) -> str:
+    """Return why Slurm would not take this script with these options besides; empty = it would."""
+    done = _run(["sbatch", "--test-only", *options], text)
+    return _errors(done).rpartition("allocation failure: ")[2] if done.returncode else ""
+
+
+def _explain(cluster: ClusterConfig, text: str, options: list[str], reason: str) -> str:
+    """Return a refusal with the keys that it is about, and what to do."""
+    keys = next((keys for words, keys in REFUSALS.items() if words in reason), ())
+    hint = ""
+    if keys == tuple(LEAST):  # Slurm does not say which of them
+        asked = tuple(key for key in LEAST if getattr(cluster, key))
+        keys = tuple(k for k in asked if not _refusal(text, [*options, LEAST[k]])) or asked
+        hint = "; ask for less, or choose another cluster.partition"
+    elif keys == ("partition",):
+        names = sorted(set(_command("sinfo", "-h", "-o", "%R").split()))
+        near = difflib.get_close_matches(cluster.partition, names, n=1)
+        hint = f"; it is one of {', '.join(names)}" + "".join(f"; did you mean {n}?" for n in near)
+    shown = ", ".join(f"cluster.{key}={getattr(cluster, key)}" for key in keys)
+    return f"{shown}: sbatch says: {reason}{hint}" if shown else f"sbatch: {reason}"
 
 
 def queued(folder: Path) -> list[list[str]]:
@@ -204,16 +209,27 @@ def _command(*command: str) -> str:
 
     ConfigError if there is none here, or it refuses.
     """
+    done = _run(command)
+    if done.returncode:
+        raise ConfigError(f"{command[0]}: {_errors(done)}")
+    return done.stdout
+
+
+def _run(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    """Run one of Slurm's commands on this input; ConfigError if there is none here."""
     # What a job around this process has set would change the one that is submitted.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
+        return subprocess.run(
+            command, input=text, capture_output=True, text=True, env=clean, check=False
+        )
     except FileNotFoundError as error:
         raise ConfigError(
             f"there is no {command[0]} here: a job is submitted where Slurm's commands are, on a "
             "login node of the cluster; --dry-run shows the script without them"
         ) from error
-    if done.returncode:
-        said = [line.split("error: ")[-1] for line in done.stderr.splitlines() if line.strip()]
-        raise ConfigError(f"{command[0]}: {'; '.join(said)}")
-    return done.stdout
+
+
+def _errors(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [re.sub(r"^(\w+: )?(error: )?", "", line) for line in done.stderr.splitlines()]
+    return "; ".join(filter(None, lines))

@@ -139,20 +139,27 @@ def cluster(tmp_path_factory):
         os.environ |= {"SLURM_CONF": before} if before else {}
 
 
-def test_what_the_cluster_does_not_have_is_said_before_anything_is_submitted(cluster):
+LESS = (
+    "Requested node configuration is not available; ask for less, or choose another "
+    "cluster.partition"
+)
+LACKS = {
+    "cluster.gpus_per_node=4": "cluster.gpus_per_node=4: sbatch says: " + LESS,
+    "cluster.nodes=4": "cluster.nodes=4: sbatch says: " + LESS,
+    "cluster.ranks_per_node=8": "cluster.ranks_per_node=8: sbatch says: " + LESS,
+    "cluster.cpus_per_rank=5": "cluster.cpus_per_rank=5: sbatch says: " + LESS,
+    "cluster.partition=urgnt": "cluster.partition=urgnt: sbatch says: Invalid partition name "
+    "specified; it is one of batch, urgent; did you mean urgent?",
+    "cluster.hours=169": "cluster.hours=169 is more than partition batch allows; set "
+    "cluster.hours=168 or less, and cluster.chain for a longer run",
+}
+
+
+@pytest.mark.parametrize("wanted", LACKS)
+def test_what_the_cluster_does_not_have_is_said_before_anything_is_submitted(cluster, wanted):
     run = cluster.folder / "refused"
-    wanted = ["cluster.gpus_per_node=4", "device=auto", f"run_dir={run}", *JOB[:2]]
-    code, said = cluster.call(*cluster.run, *wanted)
-    assert (code, said.strip()) == (
-        2,
-        "cluster.gpus_per_node=4 is more than a host of partition batch has, 2 gpus; ask for "
-        "less, or choose another cluster.partition",
-    )
-    code, said = cluster.call(*cluster.run, *JOB, f"run_dir={run}", "cluster.partition=urgnt")
-    assert (code, said.strip()) == (
-        2,
-        "cluster.partition=urgnt does not exist; it is one of batch, urgent; did you mean urgent?",
-    )
+    code, said = cluster.call(*cluster.run, *JOB, "device=auto", f"run_dir={run}", wanted)
+    assert (code, said.strip()) == (2, LACKS[wanted])
     assert not cluster.queue()
     assert not run.exists()
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -18,19 +19,11 @@ from conf import schema
 from conf.submit import ClusterConfig, SubmitConfig, training_part
 from conf.validation.validate import problems
 from launch.slurm import commands as slurm
-from launch.slurm.batch_script import Point
-from launch.slurm.commands import Hosts
+from launch.slurm.batch_script import Job, Point, script
 from parallel.strategy import StrategyConfig
 from trainer.config.train import DataConfig, TrainConfig
 
 SUBMIT = str(ROOT / "launch" / "submit.py")
-
-
-THERE = [
-    Hosts("cpu", True, 1440, 4, 0, 16),
-    Hosts("gpu", False, 2880, 2, 8, 64),
-    Hosts("gpu", False, 2880, 3, 4, 32),
-]
 
 
 def submitted(**changes) -> SubmitConfig:
@@ -69,49 +62,84 @@ def test_a_sound_job_is_not_refused():
     assert problems(submitted(cluster=cluster, batch_size=32), 16) == []
 
 
+SHAPE = "Requested node configuration is not available"
 LACKS = {
-    "cluster.partition=gpus does not exist; it is one of cpu, gpu; did you mean gpu?": {
-        "partition": "gpus"
+    "cluster.partition=gpus: sbatch says: Invalid partition name specified; it is one of cpu, gpu; "
+    "did you mean gpu?": {"partition": "gpus"},
+    f"cluster.gpus_per_node=1: sbatch says: {SHAPE}; ask for less, or choose another "
+    "cluster.partition": {"gpus_per_node": 1},
+    f"cluster.nodes=5: sbatch says: {SHAPE}; ask for less, or choose another cluster.partition": {
+        "nodes": 5
     },
-    "cluster.gpus_per_node=1 is more than a host of partition cpu has, 0 gpus; ask for less, or "
-    "choose another cluster.partition": {"gpus_per_node": 1},
-    "cluster.gpus_per_node=16 is more than a host of partition gpu has, 8 gpus; ask for less, or "
-    "choose another cluster.partition": {"gpus_per_node": 16, "partition": "gpu"},
+    f"cluster.cpus_per_rank=9: sbatch says: {SHAPE}; ask for less, or choose another "
+    "cluster.partition": {"cpus_per_rank": 9, "nodes": 2},
+    f"cluster.nodes=5, cluster.cpus_per_rank=9: sbatch says: {SHAPE}; ask for less, or choose "
+    "another cluster.partition": {"cpus_per_rank": 9, "nodes": 5},
     "cluster.hours=72 is more than partition gpu allows; set cluster.hours=48 or less, and "
     "cluster.chain for a longer run": {"hours": 72.0, "partition": "gpu"},
-    "cluster.cpus_per_rank=9 for 2 ranks is more than a host of partition cpu has, 16 cores; ask "
-    "for less, or choose another cluster.partition": {"cpus_per_rank": 9, "ranks_per_node": 2},
-    "cluster.nodes=3 is more than the 2 such hosts of partition gpu": {
-        "nodes": 3,
-        "gpus_per_node": 8,
-        "partition": "gpu",
+    "cluster.hours=24.02 is more than partition cpu allows; set cluster.hours=24 or less, and "
+    "cluster.chain for a longer run": {"hours": 24.02},
+    "sbatch: unrecognized option '--foo'; Try \"sbatch --help\" for more information": {
+        "options": ["--foo"]
     },
 }
 
 
+def answer_as_slurm(command, text=""):
+    """Answer as a cluster of four hosts with eight cores and two partitions, which have no GPU."""
+    limits = {"cpu": "1-00:00:00", "gpu": "2-00:00:00"}
+    if command[0] == "sinfo":
+        names = {"%P|%l": "cpu*|1-00:00:00\ngpu|2-00:00:00", "%R": "cpu\ngpu\ncpu"}[command[3]]
+        of = dict(word.split("=") for word in command[4:]).get("--partition", "")
+        told = f"{of}|{limits.get(of, '')}" if of else names
+        return subprocess.CompletedProcess(command, 0, told, "")
+    asked = options(text) | dict(word.partition("=")[::2] for word in command[2:])
+    shape = (int(asked["--nodes"]), int(asked.get("--cpus-per-task", 1)))
+    refused = ""
+    if "--foo" in asked:
+        refused = (
+            "sbatch: unrecognized option '--foo'\nTry \"sbatch --help\" for more information\n"
+        )
+    elif (name := asked.get("--partition", "cpu")) not in limits:
+        refused = f"sbatch: error: invalid partition specified: {name}\n"
+        refused += "allocation failure: Invalid partition name specified\n"
+    elif shape > (4, 8) or shape[1] > 8 or asked.get("--gres", "none") != "none":
+        refused = f"allocation failure: {SHAPE}\n"
+    return subprocess.CompletedProcess(command, int(bool(refused)), "", refused)
+
+
+def cluster_problems(**changes) -> list[str]:
+    cluster = ClusterConfig(**changes)
+    point = Point(TrainConfig(run_dir="/runs/a"), cluster, [])
+    return slurm.problems(cluster, script(Job(Path("/runs/a"), [point], False, Path("/"), "py")))
+
+
 @pytest.mark.parametrize("message", LACKS)
-def test_what_the_cluster_does_not_have(message):
-    assert slurm.problems(ClusterConfig(**LACKS[message]), THERE) == [message]
+def test_what_the_cluster_does_not_have(message, monkeypatch):
+    monkeypatch.setattr(slurm, "_run", answer_as_slurm)
+    assert cluster_problems(**LACKS[message]) == [message]
 
 
-def test_what_the_cluster_has():
-    assert slurm.problems(ClusterConfig(nodes=5, gpus_per_node=4, partition="gpu"), THERE) == []
-    assert slurm.problems(ClusterConfig(nodes=4, cpus_per_rank=8, ranks_per_node=2), THERE) == []
-    assert slurm.problems(ClusterConfig(nodes=99), [replace(THERE[0], default=False)]) == []
+def test_what_the_cluster_has(monkeypatch):
+    monkeypatch.setattr(slurm, "_run", answer_as_slurm)
+    assert cluster_problems(nodes=4, cpus_per_rank=8, hours=48.0, partition="gpu") == []
+    assert cluster_problems(hours=24.0) == []
+    monkeypatch.setattr(slurm, "_command", lambda *command: "cpu*|infinite\n")
+    assert cluster_problems(hours=1e4) == []
 
 
-def test_kinds_of_hosts_as_sinfo_tells_them(monkeypatch):
-    told = (
-        "cpu*|1-00:00:00|4|(null)|16\n"
-        "gpu|infinite|2|gpu:a100:6(S:0-1),gpu:h100:2,shard:8|64+\n"
-        "short|30:00|1|gpu:2(S:0)|8\n"
-    )
-    monkeypatch.setattr(slurm, "_command", lambda *command: told)
-    assert slurm.hosts() == [
-        Hosts("cpu", True, 1440, 4, 0, 16),
-        Hosts("gpu", False, float("inf"), 2, 8, 64),
-        Hosts("short", False, 30, 1, 2, 8),
-    ]
+def test_a_long_time_and_a_shape_are_said_at_once(monkeypatch):
+    monkeypatch.setattr(slurm, "_run", answer_as_slurm)
+    found = cluster_problems(hours=72.0, nodes=5)
+    assert [problem.split(" ")[0] for problem in found] == ["cluster.hours=72", "cluster.nodes=5:"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("30:00", 30), ("4:30:00", 270), ("1-00:00:00", 1440), ("infinite", float("inf"))],
+)
+def test_time_limits_as_sinfo_shows_them(limit, minutes):
+    assert slurm._minutes(limit) == minutes
 
 
 def test_points_that_cannot_be_one_array():

@@ -10,7 +10,7 @@ from launched import Launched, until
 from launch.cli import sweep as module
 from launch.cli.errors import JobFailedError
 from launch.cli.sweep import Point, Sweep
-from trainer.metrics.loss_plot import draw, last_values
+from trainer.metrics.jsonl import last_values
 
 
 def rows(folder) -> list[dict]:
@@ -42,7 +42,9 @@ def test_one_crash_and_a_killed_sweep_cost_one_point_and_none_is_run_twice(tmp_p
         steps = [line["step"] for line in lines if "lr" in line]
         assert steps == ([1, 2, 3, 4] if rate < 1 else [1]), name
     assert {n: (run.run_dir / n / "status.json").read_text() for n in names[:3]} == began
-    assert (run.run_dir / "sweep.png").stat().st_size > 10_000
+    report = (run.run_dir / "report.html").read_text()
+    assert all(f"</b> {name}</span>" in report for name in names)
+    assert "Where the configurations differ" in report and "optim.lr" in report
     assert "step 4/4" in (run.run_dir / names[0] / "log.txt").read_text()
 
 
@@ -152,7 +154,7 @@ def test_a_failed_point_is_started_again_where_that_is_asked_for(swept, tmp_path
     assert [row["state"] for row in rows(tmp_path / "s")] == ["finished"]
 
 
-def test_curves_are_read_and_drawn_beside_damaged_lines(tmp_path):
+def test_last_values_are_read_beside_damaged_lines(tmp_path):
     measures(tmp_path / "a")
     with (tmp_path / "a" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "lo')
@@ -163,5 +165,16 @@ def test_curves_are_read_and_drawn_beside_damaged_lines(tmp_path):
         "valid_accuracy": 0.5,
     }
     assert last_values(tmp_path / "b") == {}
-    assert draw({"a": tmp_path / "a", "b": tmp_path / "b"}, tmp_path / "a.png")
-    assert not draw({"b": tmp_path / "b"}, tmp_path / "b.png")
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(swept, tmp_path, caplog):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "s" / "report.html").mkdir(parents=True)
+
+    def configured(folder):
+        measures(folder)
+        (folder / "config.yaml").write_text("seed: 1\n")
+
+    with Sweep(tmp_path / "scratch") as sweep:
+        assert swept(sweep, 0, configured) == 1.5
+    assert "report.html cannot be written (it is a folder)" in caplog.text

@@ -35,7 +35,7 @@ from trainer.inference.trained_run import (
     transformer,
 )
 from trainer.metrics.console import print_whole
-from trainer.metrics.loss_plot import last_values
+from trainer.metrics.jsonl import last_values
 from trainer.nn.flops import flops_per_sample
 from trainer.run.run_dir import load_config
 

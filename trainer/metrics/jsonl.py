@@ -134,3 +134,24 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         except (ValueError, TypeError, KeyError, OverflowError):
             damaged.append(number)
     return found, damaged
+
+
+def last_values(run_dir: Path) -> dict[str, float]:
+    """Return the last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations.
+
+    What was not finite the last time is not there: an earlier value would pass for it.
+    """
+    found: dict[str, Any] = {}
+    with suppress(OSError):
+        for line in read_lines(run_dir / NAME)[0]:
+            if "split" in line:
+                plain = {key.removeprefix("eval_"): value for key, value in line.items()}
+                found |= {f"{line['split']}_{k}": v for k, v in plain.items() if k != "step"}
+            elif "loss" in line:
+                found |= {key: line.get(key) for key in ("step", "loss", "tokens_per_second")}
+    return {key: value for key, value in found.items() if is_number(value)}
+
+
+def kind_of(record: dict[str, Any]) -> str:
+    """Return what a line is of: a split that was evaluated, an event, or (empty) training."""
+    return str(record.get("split") or record.get("event") or "")

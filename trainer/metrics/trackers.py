@@ -11,18 +11,15 @@ import re
 import secrets
 import subprocess
 import sys
-import textwrap
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trainer.config.train import MetricsConfig
-from trainer.metrics.jsonl import NAME
+from trainer.metrics.jsonl import NAME, kind_of
 
 POLL_SECONDS = 1.0  # between looks at the file
 # Each tool, and how to install it.
@@ -150,11 +147,6 @@ def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str
             ended.wait(POLL_SECONDS)
 
 
-def kind_of(record: dict[str, Any]) -> str:
-    """Return what a line is of: a split that was evaluated, an event, or (empty) training."""
-    return str(record.get("split") or record.get("event") or "")
-
-
 def furthest(lines: Sequence[str]) -> list[list[Any]]:
     """Return the (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
     found: list[list[Any]] = []
@@ -185,14 +177,6 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
     hidden = () if "event" in record else ("step",)
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
     return {prefix + k: v for k, v in numbers.items() if k not in hidden}
-
-
-def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
-    """Return a line's numbers under TensorBoard's names, whose parts make its sections."""
-    kind = kind_of(record) or "train"
-    hidden = ("step", "time")  # an axis of its own; more digits than it keeps
-    numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
-    return {f"{kind}/{k}": v for k, v in numbers.items() if k not in hidden}
 
 
 def curves(run_dir: Path) -> Path:
@@ -264,36 +248,14 @@ class Wandb:
             self._run.log(to_wandb(record), step=self._step)
 
 
-class TensorBoard:
-    """Event files in run_dir/tensorboard; readers drop what an earlier start wrote beyond it."""
+def _open_tensorboard(mirror: Mirror) -> Any:
+    from trainer.metrics.tensorboard_mirror import TensorBoard  # noqa: PLC0415 (loads torch)
 
-    def __init__(self, mirror: Mirror, say: Callable[[str], None]):
-        # Without the tensorboard package there is none; its own writer, since those of torch and
-        # tensorboardX import torch, which takes seconds and memory.
-        self._proto = import_module("tensorboard.compat.proto.event_pb2")
-        files = import_module("tensorboard.summary.writer.event_file_writer")
-        text = import_module("tensorboard.plugins.text.summary_v2").text_pb
-        self._files = files.EventFileWriter(str(curves(Path(mirror.run_dir))), flush_secs=10)
-        self.finish = self._files.close
-        # Lines up to the step of the checkpoint stay; those behind it come again.
-        first = mirror.start_step + 1 if mirror.start_step else 0
-        started = self._proto.SessionLog(status=self._proto.SessionLog.START)
-        self._add(step=first, session_log=started)
-        shown = textwrap.indent(json.dumps(mirror.resolved, indent=1), "    ")
-        self._add(step=first, summary=text("config", shown))
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Pass on a line's numbers."""
-        numbers = to_tensorboard(record)
-        values = [{"tag": name, "simple_value": value} for name, value in numbers.items()]
-        self._add(step=record["step"], summary={"value": values})
-
-    def _add(self, **event: Any) -> None:
-        self._files.add_event(self._proto.Event(wall_time=time.time(), **event))
+    return TensorBoard(curves(Path(mirror.run_dir)), mirror.start_step, mirror.resolved)
 
 
 def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
-    run = TensorBoard(mirror, say) if mirror.tool == "tensorboard" else Wandb(mirror, say)
+    run = _open_tensorboard(mirror) if mirror.tool == "tensorboard" else Wandb(mirror, say)
     failed = False
     for record in follow(Path(mirror.run_dir) / NAME, mirror.offset, ended):
         try:

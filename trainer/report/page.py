@@ -5,22 +5,31 @@ of a stranger: all of it is escaped.
 """
 
 import time
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError
 from trainer.metrics.console import duration, short
 from trainer.metrics.goodput import LOST
 from trainer.metrics.jsonl import is_number
-from trainer.report.run_history import History, moment, read_history
+from trainer.report.run_history import History, moment, read_history, runs_in
 from trainer.report.svg_chart import COLOURS, Curve, Mark, chart, lanes
 
 NAME = "report.html"
-TEMPLATE = Path(__file__).with_name(NAME)
+TEMPLATES = Environment(
+    loader=PackageLoader("trainer.report", "."),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 ABSENT = "–"
 TITLED = 3  # runs that the title names
 OWN = ("run_dir",)  # keys that differ between any two runs
@@ -36,13 +45,33 @@ CURVES = {
 }
 
 
-def write_report(run_dirs: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
-    """Write the page about these runs, by default into the first one's folder; what was noted.
+@dataclass(frozen=True)
+class BarPart:
+    """One kind of a run's wall time."""
+
+    kind: str  # of KINDS
+    share: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Bar:
+    """All of a run's wall time."""
+
+    run: int
+    time: str
+    summary: str
+    parts: list[BarPart]
+
+
+def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
+    """Write the page about these runs or sweeps, by default into the first folder; what was noted.
 
     Raises ConfigError if a folder holds no run, or if the page cannot be written.
     """
-    histories = [read_history(run_dir) for run_dir in dict.fromkeys(run_dirs)]
-    path = output or histories[0].run_dir / NAME
+    run_dirs = dict.fromkeys(run for folder in folders for run in runs_in(folder) or [folder])
+    histories = [read_history(run_dir) for run_dir in run_dirs]
+    path = output or folders[0] / NAME
     # A name that is no text, as a file system allows it, is shown as far as it is.
     text = page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
     try:
@@ -61,19 +90,26 @@ def page(histories: Sequence[History], now: float) -> str:
     """Return the page as text; `now` in seconds since 1970."""
     names = names_of(histories)
     more = f" and {len(names) - TITLED} more" if len(names) > TITLED else ""
-    title = ", ".join(names[:TITLED]) + more
-    body = [
-        f"<header><h1>{escape(title)}</h1><p>as of {moment(now)}</p></header>",
-        _notes(names, histories),
-        _summary(names, histories),
-        _differences(names, histories),
-        _curves(names, histories),
-        _goodput(names, histories),
-        _events(names, histories),
-        _configs(names, histories),
-    ]
-    text = TEMPLATE.read_text(encoding="utf-8").replace("<!-- title -->", escape(title))
-    return text.replace("<!-- body -->", "\n".join(filter(None, body)))
+    rows = [summary(history) for history in histories]
+    different = differing(histories)
+    configs = [{k: _plain(v) for k, v in history.values.items()} for history in histories]
+    return TEMPLATES.get_template(f"{NAME}.j2").render(
+        title=", ".join(names[:TITLED]) + more,
+        written=moment(now),
+        names=names,
+        colours=COLOURS,
+        absent=ABSENT,
+        notes=[(name, n) for name, h in zip(names, histories, strict=True) for n in h.notes],
+        columns=list(dict.fromkeys(column for row in rows for column in row)),
+        rows=rows,
+        configs=configs,
+        different=different,
+        keys=list(dict.fromkeys([*different, *(key for config in configs for key in config)])),
+        figures=_figures(names, histories),
+        kinds=KINDS,
+        bars=[bar for run, history in enumerate(histories) for bar in _bars(run, history)],
+        events=[(run, event) for run, h in enumerate(histories) for event in h.events],
+    )
 
 
 def names_of(histories: Sequence[History]) -> list[str]:
@@ -89,27 +125,6 @@ def differing(histories: Sequence[History]) -> list[str]:
     keys = dict.fromkeys(key for history in histories for key in history.values)
     values = {key: [history.values.get(key, ABSENT) for history in histories] for key in keys}
     return [key for key in keys if key not in OWN and any(v != values[key][0] for v in values[key])]
-
-
-def _notes(names: list[str], histories: Sequence[History]) -> str:
-    notes = [
-        f"<li>{escape(name)}: {escape(note)}</li>"
-        for name, history in zip(names, histories, strict=True)
-        for note in history.notes
-    ]
-    return f'<ul class="notes">{"".join(notes)}</ul>' if notes else ""
-
-
-def _summary(names: list[str], histories: Sequence[History]) -> str:
-    """Return a row for each run, and a column for whatever at least one of them has."""
-    rows = [summary(history) for history in histories]
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    head = "".join(f"<th>{escape(column)}</th>" for column in ["run", *columns])
-    body = ""
-    for run, row in enumerate(rows):
-        cells = "".join(f"<td>{escape(row.get(column, ABSENT))}</td>" for column in columns)
-        body += f"<tr><td>{_key(names, run)}</td>{cells}</tr>"
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def summary(history: History) -> dict[str, str]:
@@ -148,39 +163,12 @@ def _state(history: History) -> str:
     return f"{status.state}: {status.reason}" if status.reason else status.state
 
 
-def _differences(names: list[str], histories: Sequence[History]) -> str:
-    if len(histories) < 2:
-        return ""
-    keys = differing(histories)
-    if not keys:
-        return "<h2>Configuration</h2><p>The same in all runs.</p>"
-    return f"<h2>Where the configurations differ</h2>{_values(names, histories, keys)}"
-
-
-def _configs(names: list[str], histories: Sequence[History]) -> str:
-    different = differing(histories)
-    keys = dict.fromkeys([*different, *(key for h in histories for key in h.values)])
-    table = _values(names, histories, keys)
-    return f"<details><summary>The whole configuration</summary>{table}</details>" if keys else ""
-
-
-def _values(names: list[str], histories: Sequence[History], keys: Iterable[str]) -> str:
-    head = "".join(f"<th>{_key(names, run)}</th>" for run in range(len(names)))
-    rows = ""
-    for key in keys:
-        cells = "".join(
-            f"<td>{escape(_plain(h.values[key])) if key in h.values else ABSENT}</td>"
-            for h in histories
-        )
-        rows += f"<tr><td><code>{escape(key)}</code></td>{cells}</tr>"
-    return f'<div class="wide"><table><tr><th>key</th>{head}</tr>{rows}</table></div>'
-
-
 def _plain(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
-def _curves(names: list[str], histories: Sequence[History]) -> str:
+def _figures(names: list[str], histories: Sequence[History]) -> list[Markup]:
+    """Return the figures that have something to show."""
     marks = [
         Mark(event.step, run, event.kind, event.text)
         for run, history in enumerate(histories)
@@ -198,13 +186,12 @@ def _curves(names: list[str], histories: Sequence[History]) -> str:
         figures.append(chart(title.format(unit=unit), curves, marks, steps, scale))
     figures += _measured(names, histories, marks, steps)
     figures.append(lanes("What happened", names, marks, steps))
-    shown = "".join(figures)
-    return f'<h2>Curves</h2><div class="charts">{shown}</div>' if shown else ""
+    return [figure for figure in figures if figure]
 
 
 def _losses(
     names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
-) -> str:
+) -> Markup:
     curves = []
     for run, (name, history) in enumerate(zip(names, histories, strict=True)):
         curves.append(Curve(name, run, history.curve("loss"), "smooth"))
@@ -214,7 +201,7 @@ def _losses(
 
 def _measured(
     names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
-) -> list[str]:
+) -> list[Markup]:
     """Return a figure for each of the task's metrics on the valid split."""
     keys = dict.fromkeys(
         key
@@ -238,48 +225,22 @@ def _measured(
     ]
 
 
-def _goodput(names: list[str], histories: Sequence[History]) -> str:
-    """Return a bar for each run: what its wall time went into."""
-    rows = ""
-    for run, history in enumerate(histories):
-        seconds = history.goodput.seconds | {"down": history.goodput.down_seconds}
-        total = sum(seconds.values())
-        if not total:
-            continue
-        bars = "".join(
-            f'<span class="k-{kind}" style="flex-grow:{spent / total:.5f}" title="{KINDS[kind]}: '
-            f'{duration(spent)}, {100 * spent / total:.1f} %"></span>'
-            for kind, spent in seconds.items()
-            if spent
-        )
-        told = ", ".join(
-            f"{KINDS[kind]} {100 * spent / total:.1f} %"
-            for kind, spent in seconds.items()
-            if spent / total >= 0.0005
-        )
-        rows += (
-            f"<div>{_key(names, run)} <small>{duration(total)}: {told}</small>"
-            f'<div class="bar">{bars}</div></div>'
-        )
-    if not rows:
-        return ""
-    key = "".join(f'<span><i class="k-{kind}"></i>{name}</span>' for kind, name in KINDS.items())
-    return f'<h2>What the time went into</h2><div class="key">{key}</div>{rows}'
-
-
-def _events(names: list[str], histories: Sequence[History]) -> str:
-    rows = "".join(
-        f"<tr><td>{_key(names, run)}</td><td>{event.step:,}</td><td>{escape(event.kind)}</td>"
-        f"<td>{escape(event.text)}</td></tr>"
-        for run, history in enumerate(histories)
-        for event in history.events
+def _bars(run: int, history: History) -> list[Bar]:
+    """Return the bar of a run's wall time; none if no time is known."""
+    seconds = history.goodput.seconds | {"down": history.goodput.down_seconds}
+    total = sum(seconds.values())
+    if not total:
+        return []
+    shares = {kind: spent / total for kind, spent in seconds.items() if spent}
+    told = ", ".join(
+        f"{KINDS[k]} {_percent(share)}" for k, share in shares.items() if share >= 0.0005
     )
-    head = "<tr><th>run</th><th>step</th><th>what</th><th></th></tr>"
-    table = f'<div class="wide"><table>{head}{rows}</table></div>'
-    return f"<details><summary>All events</summary>{table}</details>" if rows else ""
+    parts = [
+        BarPart(kind, share, f"{KINDS[kind]}: {duration(seconds[kind])}, {_percent(share)}")
+        for kind, share in shares.items()
+    ]
+    return [Bar(run, duration(total), told, parts)]
 
 
-def _key(names: list[str], run: int) -> str:
-    """Return a run's name beside its colour."""
-    dot = f'<b class="c{run % COLOURS}">●</b>'
-    return f'<span class="run" data-toggle="{run}">{dot} {escape(names[run])}</span>'
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

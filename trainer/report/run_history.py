@@ -58,6 +58,13 @@ class History:
         ]
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folders of runs in a folder: itself, or the points of a sweep; empty = none."""
+    if (folder / "config.yaml").is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
 def read_history(run_dir: Path) -> History:
     """Return what a run's folder tells.
 

@@ -1,15 +1,16 @@
 """Charts of a report as inline SVG: coloured by the page's style, so that they suit light and dark.
 
 Coordinates are those of the view box; the page scales it. What is under the pointer is shown by the
-page's script, from the values in `data-chart`.
+page's script, from the values in `data-chart`. `Markup.format` escapes whatever it puts in.
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+
+from markupsafe import Markup
 
 from trainer.metrics.console import short
 
@@ -32,6 +33,26 @@ GLYPHS = {
 }
 OTHER = "M0,-5L5,0L0,5L-5,0Z"
 LINES_FOR = ("restart", "bad step", "rollback")  # drawn through the curves too
+
+FIGURE = Markup(
+    "<figure><figcaption>{title}<small>{kind}</small></figcaption>"
+    '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}" data-chart="{frame}">'
+    "{parts}</svg></figure>"
+)
+LANES = Markup(
+    '<figure class="lanes"><figcaption>{title}</figcaption><div class="key">{key}</div>'
+    '<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}">{parts}</svg></figure>'
+)
+KEY = Markup('<span><svg viewBox="-7 -7 14 14" width="14" height="14">{shape}</svg>{kind}</span>')
+MARK = Markup(
+    '<g class="mark c{colour}" data-run="{mark.run}"><title>{told}</title>'
+    f'<path d="M{{x:.1f}},{TOP}V{HEIGHT - BOTTOM}"/>'
+    f'<text x="{{text_x:.1f}}" y="{TOP + 8}">{{mark.kind}}</text></g>'
+)
+GLYPH = Markup(
+    '<g class="glyph" data-run="{mark.run}" transform="translate({x:.1f},{y})">'
+    '<title>{told}</title><circle r="8" class="touch"/>{shape}</g>'
+)
 
 Point = tuple[float, float]
 
@@ -107,14 +128,14 @@ def chart(
     marks: Sequence[Mark],
     steps: tuple[int, int],
     scale: str = "",
-) -> str:
+) -> Markup:
     """Return a figure of curves over steps; empty where there is nothing to draw.
 
     `scale` of the values: `log` if they differ by much, `zero` to begin there, empty to fill it.
     """
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
-        return ""
+        return Markup()
     across = Axis(steps, LEFT, WIDTH - RIGHT)
     values = [value for curve in drawn for _, value in curve.points]
     values += [0.0] * (scale == "zero")
@@ -131,40 +152,39 @@ def chart(
         "curves": told,
     }
     kind = ", logarithmic" if up.log else ""
-    return (
-        f"<figure><figcaption>{escape(title)}<small>{kind}</small></figcaption>"
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
-        f'data-chart="{escape(json.dumps(frame, separators=(",", ":")))}">'
-        f"{''.join(parts)}</svg></figure>"
+    return FIGURE.format(
+        title=title,
+        kind=kind,
+        width=WIDTH,
+        height=HEIGHT,
+        frame=json.dumps(frame, separators=(",", ":")),
+        parts=_joined(parts),
     )
 
 
-def lanes(title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]) -> str:
+def lanes(
+    title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]
+) -> Markup:
     """Return a figure of what happened, by step: a lane for each run; empty if nothing has."""
     if not marks:
-        return ""
+        return Markup()
     across = Axis(steps, LEFT, WIDE - RIGHT)
     height = TOP + LANE * len(names)
     parts = []
     for run in range(len(names)):
         y = TOP + LANE * (run + 0.5)
-        parts.append(f'<path class="axis" d="M{LEFT},{y}H{WIDE - RIGHT}"/>')
-        parts.append(
-            f'<text class="c{run % COLOURS}" x="{LEFT - 12}" y="{y + 4}" '
-            f'text-anchor="end">●<title>{escape(names[run])}</title></text>'
-        )
+        parts.append(_stroke("axis", f"M{LEFT},{y}H{WIDE - RIGHT}"))
+        label = '<text class="c{}" x="{}" y="{}" text-anchor="end">●<title>{}</title></text>'
+        parts.append(Markup(label).format(run % COLOURS, LEFT - 12, y + 4, names[run]))
         parts += [_glyph(mark, across(mark.step), y) for mark in spread(marks, run, across)]
     parts.append(_steps_below(across, height))
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
-    shown = "".join(
-        f'<span><svg viewBox="-7 -7 14 14" width="14" height="14">{_shape(kind)}</svg>'
-        f"{escape(kind)}</span>"
-        for kind in kinds
-    )
-    return (
-        f'<figure class="lanes"><figcaption>{escape(title)}</figcaption><div class="key">{shown}'
-        f'</div><svg viewBox="0 0 {WIDE} {height + BOTTOM - 4}" role="img" '
-        f'aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    return LANES.format(
+        title=title,
+        key=_joined(KEY.format(shape=_shape(kind), kind=kind) for kind in kinds),
+        width=WIDE,
+        height=height + BOTTOM - 4,
+        parts=_joined(parts),
     )
 
 
@@ -212,72 +232,72 @@ def rounded(points: Sequence[Point]) -> list[list[float]]:
     return [[step, float(f"{value:.5g}")] for step, value in points]
 
 
-def _curve(curve: Curve, across: Axis, up: Axis) -> str:
-    dashed = " dashed" if curve.run >= COLOURS else ""
-    look = f'class="curve c{curve.run % COLOURS}{dashed}" data-run="{curve.run}"'
+def _joined(parts: Iterable[Markup]) -> Markup:
+    return Markup().join(parts)
+
+
+def _curve(curve: Curve, across: Axis, up: Axis) -> Markup:
+    parts = [_path(curve.points, across, up, "dotted" if curve.style == "dots" else "")]
     if curve.style == "dots":
-        spots = "".join(
-            f'<circle cx="{across(step):.1f}" cy="{up(value):.1f}" r="3"/>'
-            for step, value in thinned(curve.points, 60)
-        )
-        return f"<g {look}>{_path(curve.points, across, up, 'dotted')}{spots}</g>"
-    if curve.style == "smooth" and len(curve.points) >= SMOOTHED_FROM:
-        mean = _path(smoothed(curve.points), across, up, "")
-        return f"<g {look}>{_path(curve.points, across, up, 'faint')}{mean}</g>"
-    return f"<g {look}>{_path(curve.points, across, up, '')}</g>"
+        spot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3"/>')
+        parts += [spot.format(across(x), up(y)) for x, y in thinned(curve.points, 60)]
+    elif curve.style == "smooth" and len(curve.points) >= SMOOTHED_FROM:
+        faint = _path(curve.points, across, up, "faint")
+        parts = [faint, _path(smoothed(curve.points), across, up, "")]
+    dashed = " dashed" if curve.run >= COLOURS else ""
+    group = Markup('<g class="curve c{}{}" data-run="{}">{}</g>')
+    return group.format(curve.run % COLOURS, dashed, curve.run, _joined(parts))
 
 
-def _path(points: Sequence[Point], across: Axis, up: Axis, look: str) -> str:
+def _path(points: Sequence[Point], across: Axis, up: Axis, look: str) -> Markup:
     places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in thinned(points))
-    return f'<polyline class="{look}" points="{places}"/>'
+    return Markup('<polyline class="{}" points="{}"/>').format(look, places)
 
 
-def _grid(across: Axis, up: Axis) -> str:
+def _grid(across: Axis, up: Axis) -> Markup:
     parts = []
     for value in up.ticks():
         y = up(value)
-        parts.append(f'<path class="grid" d="M{LEFT},{y:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick(value)}</text>')
-    return "".join(parts) + _steps_below(across, HEIGHT - BOTTOM)
+        parts.append(_stroke("grid", f"M{LEFT},{y:.1f}H{WIDTH - RIGHT}"))
+        parts.append(_text(LEFT - 7, y + 4, "end", tick(value)))
+    return _joined([*parts, _steps_below(across, HEIGHT - BOTTOM)])
 
 
-def _steps_below(across: Axis, y: float) -> str:
-    parts = [f'<path class="axis" d="M{across.begin},{y:.1f}H{across.end}"/>']
+def _steps_below(across: Axis, y: float) -> Markup:
+    parts = [_stroke("axis", f"M{across.begin},{y:.1f}H{across.end}")]
     for value in across.ticks():
         x = across(value)
-        parts.append(f'<path class="axis" d="M{x:.1f},{y:.1f}v4"/>')
-        parts.append(
-            f'<text x="{x:.1f}" y="{y + 17:.1f}" text-anchor="middle">{tick(value)}</text>'
-        )
-    middle = (across.begin + across.end) / 2
-    parts.append(f'<text x="{middle}" y="{y + 31:.1f}" text-anchor="middle">step</text>')
-    return "".join(parts)
+        parts.append(_stroke("axis", f"M{x:.1f},{y:.1f}v4"))
+        parts.append(_text(x, y + 17, "middle", tick(value)))
+    parts.append(_text((across.begin + across.end) / 2, y + 31, "middle", "step"))
+    return _joined(parts)
 
 
-def _line(mark: Mark, across: Axis) -> str:
-    x, end = across(mark.step), HEIGHT - BOTTOM
-    return (
-        f'<g class="mark c{mark.run % COLOURS}" data-run="{mark.run}"><title>{_told(mark)}</title>'
-        f'<path d="M{x:.1f},{TOP}V{end}"/><text x="{x + 3:.1f}" y="{TOP + 8}">{escape(mark.kind)}'
-        "</text></g>"
-    )
+def _stroke(look: str, path: str) -> Markup:
+    return Markup('<path class="{}" d="{}"/>').format(look, path)
 
 
-def _glyph(mark: Mark, x: float, y: float) -> str:
-    return (
-        f'<g class="glyph" data-run="{mark.run}" transform="translate({x:.1f},{y})"><title>'
-        f'{_told(mark)}</title><circle r="8" class="touch"/>{_shape(mark.kind)}</g>'
-    )
+def _text(x: float, y: float, anchor: str, text: str) -> Markup:
+    shown = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>')
+    return shown.format(x, y, anchor, text)
 
 
-def _shape(kind: str) -> str:
-    return f'<path class="{kind.replace(" ", "-") if kind in GLYPHS else "other"}" ' + (
-        f'd="{GLYPHS.get(kind, OTHER)}"/>'
-    )
+def _line(mark: Mark, across: Axis) -> Markup:
+    x = across(mark.step)
+    return MARK.format(mark=mark, colour=mark.run % COLOURS, told=_told(mark), x=x, text_x=x + 3)
+
+
+def _glyph(mark: Mark, x: float, y: float) -> Markup:
+    return GLYPH.format(mark=mark, told=_told(mark), x=x, y=y, shape=_shape(mark.kind))
+
+
+def _shape(kind: str) -> Markup:
+    look = kind.replace(" ", "-") if kind in GLYPHS else "other"
+    return _stroke(look, GLYPHS.get(kind, OTHER))
 
 
 def _told(mark: Mark) -> str:
-    return escape(f"step {mark.step}: {mark.kind}\n{mark.text}")
+    return f"step {mark.step}: {mark.kind}\n{mark.text}"
 
 
 def tick(value: float) -> str:

@@ -22,7 +22,6 @@ from trainer.metrics.trackers import (
     follow,
     furthest,
     is_mirrored,
-    to_tensorboard,
     to_wandb,
 )
 
@@ -343,6 +342,8 @@ def test_tensorboard_mirrors_the_records_once(tmp_path: Path) -> None:
 
 
 def test_tensorboard_names() -> None:
+    mirror = pytest.importorskip("trainer.metrics.tensorboard_mirror")
+    to_tensorboard = mirror.to_tensorboard
     assert to_tensorboard({"step": 1, "loss": 2.0, "grad_norm": None}) == {"train/loss": 2.0}
     assert to_tensorboard({"step": 1, "split": "test", "bleu": 3.0}) == {"test/bleu": 3.0}
     start = {"event": "start", "step": 5, "start": 2, "time": 1.7e9}

@@ -13,7 +13,7 @@ from launch.report import main
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import Manifest, write_manifest
 from trainer.config.train import UserError
-from trainer.report.page import differing, page, summary
+from trainer.report.page import differing, page, summary, write_report
 from trainer.report.run_history import read_history
 from trainer.report.svg_chart import (
     Axis,
@@ -110,7 +110,7 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open[-1:] not in (["script"], ["style"]):
-            self.text += data
+            self.text += data.strip("\n")
 
     def charts(self) -> dict[str, dict[str, Any]]:
         """What the script reads, by title."""
@@ -155,6 +155,34 @@ def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
     assert not re.search(r"url\(|@import|https?://(?!www\.w3\.org/2000/svg)", text)
 
 
+HOSTILE = "a\"'><img src=x onerror=alert(1)><script>alert(2)<script>{{ names }}&amp;"
+
+
+def test_nothing_that_a_run_tells_is_markup(tmp_path: Path) -> None:
+    events = [{"event": HOSTILE, "step": 3, "what": HOSTILE}]
+    measured = [{"step": 4, "split": "valid", "eval_loss": 1.0, HOSTILE: 2.0}]
+    measured += [{"step": 4, "split": "test", "eval_loss": 1.0, HOSTILE: 2.0}]
+    runs = [run_in(tmp_path / name, [*LINES, *events, *measured]) for name in (HOSTILE, "other")]
+    for run in runs:
+        (run / "status.json").write_text(json.dumps(STATUS | {"reason": HOSTILE}))
+    (runs[0] / "config.yaml").write_text(json.dumps({HOSTILE: HOSTILE, "same": HOSTILE}))
+    (runs[1] / "config.yaml").write_text(json.dumps({HOSTILE: 3, "same": HOSTILE}))
+    histories = [read_history(run) for run in runs]
+    histories[0].notes.append(HOSTILE)
+    text = page(histories, 1.7e9)
+    shown = Page(text)
+    assert text.count("<script") == 1 and "<img" not in text
+    plain = [read_history(run_in(tmp_path / name)) for name in ("plain", "too")]
+    plain[0].notes.append("plain")
+    known = {(tag, name) for tag, attrs in Page(page(plain, 1.7e9)).tags for name in attrs}
+    assert {(tag, name) for tag, attrs in shown.tags for name in attrs} <= known
+    # As text: the title, notes, states, names, keys, values, events and their texts.
+    assert shown.text.count(HOSTILE) > 20
+    assert HOSTILE.capitalize() + ", valid split" in shown.charts()
+    curves = shown.charts()["Learning rate"]["curves"]
+    assert [curve["name"] for curve in curves] == [HOSTILE, "other"]
+
+
 def test_the_row_of_a_run(tmp_path: Path) -> None:
     row = summary(read_history(run_in(tmp_path / "run")))
     assert row == {
@@ -185,6 +213,15 @@ def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
     text = Page(page(same, 1.7e9)).text
     assert "The same in all runs" in text
     assert str(tmp_path / "a" / "run") in text  # folders of one name go by their path
+
+
+def test_a_folder_of_runs_is_a_sweep(tmp_path: Path) -> None:
+    for rate in ("0.004", "0.001"):
+        run_in(tmp_path / "sweep" / f"optim.lr={rate}", lr=rate)
+    (tmp_path / "sweep" / "empty").mkdir()
+    path, notes = write_report([tmp_path / "sweep"])
+    assert (path, notes) == (tmp_path / "sweep" / "report.html", [])
+    assert "<h1>optim.lr=0.001, optim.lr=0.004</h1>" in path.read_text()
 
 
 def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,7 +41,7 @@ from trainer.config.train import (
 )
 from trainer.data import prepare
 from trainer.loop import resume
-from trainer.metrics.loss_plot import last_values
+from trainer.metrics.jsonl import last_values
 from trainer.metrics.recorder import Recorder
 from trainer.report.page import page
 from trainer.report.run_history import read_history
