@@ -8,7 +8,9 @@ import torch
 from summed import BUCKET_MIB, MODEL, STEPS, Gradients, sums
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
+from parallel.axis import find_axis
 from parallel.data import ddp
+from parallel.data.data_parallel import DataParallel
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.precision import PRECISIONS
@@ -80,7 +82,7 @@ def of_torch(runtime, strategy: StrategyConfig, steps: int) -> tuple[list[Gradie
 
     wrapped = torch.nn.parallel.DistributedDataParallel(worker.model, process_group=group)
     wrapped.register_comm_hook(state, hook)
-    worker._wrapped = wrapped
+    find_axis(worker.axes, DataParallel).wrapped = wrapped
     found = []
     for step in range(steps):
         worker.zero_grad()

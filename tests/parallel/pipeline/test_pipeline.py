@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 
+from parallel.axis import find_axis
 from parallel.pipeline.partition import cut, runs
 from parallel.pipeline.simulator import in_flight
-from parallel.pipeline.stages import Stage
+from parallel.pipeline.stages import PipelineParallel, Stage
 from parallel.pipeline.torch_schedules import actions
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
@@ -81,7 +82,8 @@ def most_in_flight(runtime, strategy):
     batch = make_batch(worker.model.config, 0, 0, samples(strategy))
     with mock.patch.object(Stage, "forward_one_chunk", watched):
         worker.forward_backward(split(batch, worker))
-    kept = [s for s in worker.pipeline.stages if s._computed or s._weight_jobs or s._inputs]
+    stages = find_axis(worker.axes, PipelineParallel).stages
+    kept = [s for s in stages if s._computed or s._weight_jobs or s._inputs]
     assert not kept  # nothing stays behind a step
     return dict(most)
 
