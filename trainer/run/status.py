@@ -33,6 +33,7 @@ class Status:
     host: str
     started: float
     updated: float
+    error: str = ""  # class of what it failed of: ConfigError, DataError, NumericalError, …
 
 
 def read_status(run_dir: str | Path) -> Status | None:
@@ -73,6 +74,7 @@ class StatusFile:
         step: int,
         *,
         reason: str = "",
+        error: str = "",
         rank: int = 0,
         code: int | None = None,
         checkpoint: int | None = None,
@@ -98,6 +100,7 @@ class StatusFile:
             socket.gethostname(),
             self._started,
             time.time(),
+            error,
         )
         try:
             text = json.dumps(asdict(status), indent=1) + "\n"
