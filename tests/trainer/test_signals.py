@@ -190,7 +190,7 @@ def test_a_failed_run_leaves_word(ranks, config, tmp_path):
     assert ranks.run(1, restarted, config, 0) == ["planted"]
     status = read_status(tmp_path)
     assert (status.state, status.rank, status.code) == ("failed", 0, 1)
-    assert status.reason == "RuntimeError: planted"
+    assert (status.reason, status.error) == ("RuntimeError: planted", "RuntimeError")
 
 
 def other_code(runtime, config: TrainConfig) -> str:

@@ -83,7 +83,8 @@ class Supervisor:
         reason = str(error).splitlines()[0] if str(error) else ""
         named = isinstance(error, UserError | PeerLostError)
         text = reason if named else f"{type(error).__name__}: {reason}"
-        self._write("failed", text, self._runtime.rank, getattr(error, "status", 1))
+        status, kind = getattr(error, "status", 1), type(error).__name__
+        self._write("failed", text, self._runtime.rank, status, kind)
         self.watch.fail()
 
     def stopped(self) -> None:
@@ -100,9 +101,15 @@ class Supervisor:
         log.error("%s", reason)
         self._write("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
 
-    def _write(self, state: str, reason: str, rank: int, code: int | None) -> None:
+    def _write(self, state: str, reason: str, rank: int, code: int | None, error: str = "") -> None:
         self._status.write(
-            state, self.step, reason=reason, rank=rank, code=code, checkpoint=self._newest()
+            state,
+            self.step,
+            reason=reason,
+            error=error,
+            rank=rank,
+            code=code,
+            checkpoint=self._newest(),
         )
 
     def _newest(self) -> int | None:

@@ -33,6 +33,7 @@ class Status:
     host: str
     started: float
     updated: float
+    error: str = ""  # class of what it failed of: ConfigError, DataError, NumericalError, …
 
 
 def read_status(run_dir: str | Path) -> Status | None:
@@ -48,6 +49,7 @@ class StatusFile:
 
     def __init__(self, run_dir: str | Path, steps: int):
         self._run_dir, self._steps = Path(run_dir), steps
+        self._path = self._run_dir / "status.json"
         self._started = time.time()
         self._begun = self._warned = False
         self._from_step = 0
@@ -73,6 +75,7 @@ class StatusFile:
         step: int,
         *,
         reason: str = "",
+        error: str = "",
         rank: int = 0,
         code: int | None = None,
         checkpoint: int | None = None,
@@ -98,11 +101,11 @@ class StatusFile:
             socket.gethostname(),
             self._started,
             time.time(),
+            error,
         )
         try:
-            text = json.dumps(asdict(status), indent=1) + "\n"
-            write_atomically(self._run_dir / "status.json", text)
+            write_atomically(self._path, json.dumps(asdict(status), indent=1) + "\n")
         except OSError as error:
             if not self._warned:
-                log.warning("%s cannot be written: %s", self._run_dir / "status.json", error)
+                log.warning("%s cannot be written: %s", self._path, error)
             self._warned = True
