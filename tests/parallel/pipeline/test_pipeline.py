@@ -6,6 +6,7 @@ from itertools import combinations, pairwise
 from unittest import mock
 
 import pytest
+import torch
 
 from parallel.axis import find_axis
 from parallel.pipeline.partition import cut, runs
@@ -15,6 +16,7 @@ from parallel.pipeline.torch_schedules import actions
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.config.train import LossConfig, VerifyConfig
+from trainer.model import DecodingCache
 from trainer.nn.flops import flops_per_block
 from trainer.precision import PRECISIONS
 from trainer.verify import compare as verify
@@ -149,3 +151,19 @@ def test_fewer_micro_batches_than_ranks_equal_one_process(ranks, schedule):
     strategy = StrategyConfig(pipeline=3, schedule=schedule)
     config = VerifyConfig(strategy=strategy, model=LLAMA)
     assert verdict(ranks.run(3, compare_with_few, config)[0], 1e-10) == "equal"
+
+
+def written_logits(runtime, strategy: StrategyConfig) -> list[torch.Tensor]:
+    """Logits of three tokens and of one behind them, with a cache."""
+    worker = parallel_model(scale_down(LLAMA, stages=2), strategy, runtime, PRECISIONS["fp64"])
+    with worker.evaluating():
+        cache = DecodingCache(worker.model, 8)
+        tokens = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
+        return [worker.forward({"tokens": own}, cache) for own in tokens]
+
+
+def test_a_pipeline_that_shares_sequences_writes_what_one_process_does(ranks):
+    (one,) = ranks.run(1, written_logits, StrategyConfig())
+    for other in ranks.run(4, written_logits, StrategyConfig(context=2, pipeline=2)):
+        for ours, theirs in zip(other, one, strict=True):
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-13)
