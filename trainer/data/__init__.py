@@ -1,4 +1,4 @@
-"""Data sets: text, images or pairs, prepared once and read the same by any layout."""
+"""Data sets of text, images or sentence pairs, prepared once and read by any layout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,14 +28,14 @@ __all__ = [
 READERS: dict[str, DataReader] = {
     reader.kind: reader for reader in (text.READER, images.READER, pairs.READER)
 }
-FINGERPRINT_SAMPLES = 64  # of each split, at least
+FINGERPRINT_SAMPLES = 64  # read of each split by `fingerprint`, at least
 
 
 def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
-    """Check the data and write what `open_split` reads to `data.cache`, unless that is done.
+    """Check the data and write what `open_split` reads to `data.cache`, unless already done.
 
-    Returns what a model must know of them, and what was read.
-    Raises ConfigError for whatever is wrong with the settings, the files or their content.
+    Returns the facts that a model needs about the data, and a record of what was read.
+    Raises UserError if the settings, the files or their content are invalid.
     """
     problems = _problems(config)
     if problems:
@@ -55,19 +55,14 @@ def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
-    """Return the train, valid or test split, after `prepare`.
-
-    Cheap: tokens are read when asked for.
-    """
+    """Return the train, valid or test split after `prepare`; tokens are read lazily."""
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
     return READERS[config.kind].open_split(config, _root(config), split)
 
 
 def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
-    """Return a digest of what this rank reads: the sizes of the splits, and samples spread over
-    each.
-    """
+    """Return a digest of the data that this rank reads: split sizes and evenly spaced samples."""
     digest = blake2b(digest_size=16)
     for split in splits:
         dataset = open_split(config, split)
@@ -79,7 +74,7 @@ def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
 
 
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
-    """Return the tokenizer that the data were prepared with; None where there is no text."""
+    """Return the tokenizer that the data were prepared with; None for data without text."""
     opens = READERS[config.kind].open_tokenizer
     return None if opens is None else opens(config, _root(config))
 
@@ -91,7 +86,7 @@ def _root(config: DataConfig) -> Path:
 
 
 def _problems(config: DataConfig) -> list[str]:
-    """Return all that can be said without a look at the data."""
+    """Return the problems that can be found without reading the data."""
     problems = []
     if config.kind not in READERS:
         near = get_close_matches(config.kind, READERS, 1, 0)[0]
@@ -100,16 +95,16 @@ def _problems(config: DataConfig) -> list[str]:
     else:
         problems += READERS[config.kind].find_problems(config)
     if not 0.001 <= config.held_out <= 0.9:
-        near_share = 0.001 if config.held_out < 0.001 else 0.9
+        nearest = 0.001 if config.held_out < 0.001 else 0.9
         problems.append(
-            f"data.held_out={config.held_out} must be a share from 0.001 to 0.9; "
-            f"set data.held_out={near_share}, or 0.1 for the last tenth"
+            f"data.held_out={config.held_out} must be a fraction from 0.001 to 0.9; "
+            f"set data.held_out={nearest}, or 0.1 for the last tenth"
         )
     if not config.path.startswith("hf:"):
         try:
             locate(config)
         except UserError as error:
             problems += error.problems
-        except OSError as error:  # a name that is too long, a folder that may not be entered
+        except OSError as error:  # a name that is too long, a folder without permission
             problems.append(f"data.path={config.path} cannot be read: {error.strerror}")
     return problems

@@ -1,4 +1,4 @@
-"""Labelled images in an .npz archive, whatever dtype and layout they have; else refused.
+"""Labelled images in an .npz archive; layouts and ranges that are unknown are rejected.
 
 N images · H rows · W columns · C channels
 """
@@ -24,7 +24,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Archive:
-    """The tables of an archive's splits, and which of its arrays they are."""
+    """The tables of an archive's splits, and the names of the arrays they are made of."""
 
     tables: dict[str, Table]
     sources: dict[str, tuple[str, str]]
@@ -32,23 +32,23 @@ class Archive:
 
 
 def read_archive(config: DataConfig, path: Path) -> Archive:
-    """Read an .npz with x_train, y_train, ... and perhaps `classes`; raises DataError.
+    """Read an .npz with x_train, y_train, ... and optionally `classes`; raises DataError.
 
-    Pixels are uint8, or become it: bool and other zeros and ones, uint16 by its range, floats from
-    0 to 1, and other whole numbers from 0 to 255.
+    Pixels are uint8 or converted to it: bool and integers that are 0 or 1, uint16 by its range,
+    floats from 0 to 1, and other whole numbers from 0 to 255.
     """
     where = f"data.path={config.path}"
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive.items())
-    except Exception as error:  # zip, zlib and numpy raise what they like on damaged files
-        why = " ".join(str(error).split())[:200]  # some of them quote the file
+    except Exception as error:  # zip, zlib and numpy raise many types on damaged files
+        why = " ".join(str(error).split())[:200]  # some messages quote the file
         why = re.sub(r"malformed node or string.*", "a damaged header", why)
         raise DataError(
             f"{where}: {path} is not an .npz archive of numbers ({why}); data.kind=images reads "
             "an .npz with x_train and y_train, or a folder of class folders"
         ) from error
-    no_array = {key: "no array" for key, array in arrays.items() if isinstance(array, bytes)}
+    no_array = {key: "not an array" for key, array in arrays.items() if isinstance(array, bytes)}
     arrays = {key: array for key, array in arrays.items() if key not in no_array}
     keys, left_out = _roles(where, arrays)
     if ("x", "train") not in keys or ("y", "train") not in keys:
@@ -61,7 +61,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
         if split not in found:
             raise DataError(
                 f"{where} holds {keys[role, split]}, but no images of the {split} split; add "
-                f"x_{split}, or take it out"
+                f"x_{split}, or remove it"
             )
     names = {split: (keys["x", split], keys.get(("y", split), f"y_{split}")) for split in found}
     return Archive(_tables(where, arrays, names), names, left_out | no_array)
@@ -70,7 +70,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
 def _tables(
     where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
 ) -> dict[str, Table]:
-    """Return the table of each split; `names`: its arrays of images and of labels, train first."""
+    """Return the table of each split; `names` has its image and label arrays, train first."""
     labels, class_names = _labels(where, arrays, names)
     scale, tables = None, dict[str, Table]()
     for split, (x, y) in names.items():
@@ -85,7 +85,7 @@ def _tables(
         if shape != first or shape[0] != shape[1]:
             raise DataError(
                 f"{where}: images of {x} have the shape {shape}, those of {names['train'][0]} "
-                f"{first}; all must be square and alike"
+                f"{first}; all must be square and of one shape"
             )
         order = permutation(0, 0, len(pixels))
         tables[split] = Table(labels[split], order, class_names, shape, pixels=pixels)
@@ -95,17 +95,14 @@ def _tables(
 def _roles(
     where: str, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
-    """Return which array is the images, and which the labels, of which split.
-
-    And those of neither.
-    """
+    """Return the array of each (role x or y, split), and why other arrays are left out."""
     keys: dict[tuple[str, str], str] = {}
     left_out = {}
     for key in arrays:
         words = re.findall(r"[^\W\d_]+", key.lower())
         roles = {ROLES[word] for word in words if word in ROLES}
         others = [word for word in words if word not in ROLES and word not in FILLERS]
-        split = split_of(others[0]) if len(others) == 1 else None  # x_train_mean is another thing
+        split = split_of(others[0]) if len(others) == 1 else None  # not x_train_mean
         if key == "classes":
             continue
         if len(roles) != 1 or not split:
@@ -115,14 +112,14 @@ def _roles(
         if (role, split) in keys:
             raise DataError(
                 f"{where} holds {keys[role, split]} and {key}, which are both of the {split} "
-                "split; leave one"
+                "split; remove one"
             )
         keys[role, split] = key
     return keys, left_out
 
 
 def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarray, str]:
-    """(N, H, W, C) uint8, and how it was made so; `scale`: how it was for the train split."""
+    """Return the pixels (N, H, W, C) uint8 and their range; `scale` is the range of train."""
     if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
     images = images[..., None] if images.ndim == 3 else images
@@ -135,16 +132,16 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
         )
     scale = scale or _scale(images)
     low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
-    top, alike = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
+    top, scales = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
     if scale == "uint16" and images.dtype == np.uint16:
-        alike = {scale}  # a dark split beside a brighter train
-    bytes_alike = alike <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
-    bytes_alike |= scale == "bool" and images.dtype.kind in "biu"
-    if not (low >= 0.0 and high <= top) or not (len(alike) == 1 or bytes_alike):
+        scales = {scale}  # a dark split of a brighter data set
+    compatible = scales <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
+    compatible |= scale == "bool" and images.dtype.kind in "biu"
+    if not (low >= 0.0 and high <= top) or not (len(scales) == 1 or compatible):
         raise DataError(
             f"{where} is {images.dtype} from {low:g} to {high:g}; pixels must be uint8 or uint16 "
-            "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, alike in "
-            "all splits"
+            "(of its whole range), floats from 0 to 1, or whole numbers from 0 to 255, the "
+            "same in all splits"
         )
     if scale in ("uint8", "whole"):
         pixels = images.astype(np.uint8)
@@ -155,22 +152,20 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
     return pixels, scale
 
 
-# The largest number of each range; floats of other values mean nothing that is known.
+# The maximum of each range; -1 = rejected, as the range of such numbers is unknown.
 TOPS = {
     "bool": 1.0,
     "uint8": 255.0,
     "whole": 255.0,
     "uint16": 65535.0,
-    "share": 1.0,
+    "unit": 1.0,
     "fraction": -1.0,
-    "few bits": -1.0,  # 12 bits in 16, or dark: 8 bits of the range would keep 16 shades
+    "few bits": -1.0,  # 12 bits in 16, or dark: scaled to 8 bits, at most 16 shades are left
 }
 
 
 def _scale(images: np.ndarray) -> str:
-    """Return what range an array of pixels has: by its dtype or, of other numbers, by their
-    values.
-    """
+    """Return the range of an array of pixels, a key of TOPS, by its dtype or its values."""
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() == 1:
         return "bool"
     if images.dtype == np.uint16:
@@ -180,7 +175,7 @@ def _scale(images: np.ndarray) -> str:
         return images.dtype.name
     if images.dtype.kind == "f":
         if images.size and float(images.max()) <= 1.0:
-            return "share"
+            return "unit"
         return "whole" if (images == np.rint(images)).all() else "fraction"
     return "whole"
 
@@ -188,7 +183,7 @@ def _scale(images: np.ndarray) -> str:
 def _labels(
     where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """(N,) int64 labels of each split, and the names of the classes."""
+    """Return the labels (N,) int64 of each split, and the class names."""
     found = {}
     for split, (x, y) in names.items():
         if y not in arrays:
@@ -198,7 +193,7 @@ def _labels(
         class_names = tuple(map(str, np.unique(found["train"])))
         if number := next((s for s, column in found.items() if column.dtype.kind != "U"), None):
             raise DataError(
-                f"{where}: labels of train are words, those of {number} numbers; give words alike"
+                f"{where}: labels of train are words, those of {number} numbers; use words for all"
             )
         if "classes" in arrays:
             raise DataError(f"{where}: labels are words, and `classes` names them again")
@@ -208,7 +203,7 @@ def _labels(
             raise DataError(
                 f"{where}: {names['train'][1]} holds labels up to {count - 1} for "
                 f"{len(found['train'])} images; labels must be whole numbers from 0 to less than "
-                "the number of classes: number them anew, or name all of them in `classes`"
+                "the number of classes: renumber them, or name all of them in `classes`"
             )
         class_names = tuple(map(str, _text(np.ravel(arrays.get("classes", range(count))))))
     if len(set(class_names)) < len(class_names):
@@ -228,15 +223,15 @@ def _labels(
 
 
 def _column(where: str, labels: np.ndarray) -> np.ndarray:
-    """Labels as one whole number, or one word, for each image."""
+    """Return the labels (N,) as int64 or text; raises DataError if they are neither."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     labels = _text(labels)
-    whole = labels.dtype.kind in "biuU" or (
+    is_label = labels.dtype.kind in "biuU" or (
         labels.dtype.kind == "f"
         and bool((labels == np.rint(labels)).all() and (abs(labels) < 1 << 31).all())
     )
-    if labels.ndim != 1 or not whole:
+    if labels.ndim != 1 or not is_label:
         raise DataError(
             f"{where} is {labels.dtype} of shape {labels.shape}; it must be one whole number, or "
             "one word, for each image"
@@ -245,7 +240,7 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
 
 
 def _text(names: np.ndarray) -> np.ndarray:
-    """Names in bytes as text: UTF-8, else Latin-1; others as they are."""
+    """Decode bytes as UTF-8, else as Latin-1; return other arrays unchanged."""
     if names.dtype.kind != "S":
         return names
     try:

@@ -1,4 +1,4 @@
-"""Folders of prepared data: written once, whole or not at all, and reused while nothing changed."""
+"""Folders of prepared data: written atomically, and reused until their sources change."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from rich.progress import Progress
 from trainer.config.train import ConfigError, DataConfig, StorageError
 
 RECORD = "prepared.json"
-FORMAT = 2  # raise it when the files of a prepared folder change their meaning
+FORMAT = 2  # increment when the files of a prepared folder change their meaning
 
 Record = dict[str, Any]
 
@@ -24,33 +24,29 @@ log = logging.getLogger(__name__)
 
 
 def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Path:
-    """Return the folder that is made of these ingredients: another one as soon as any of them
-    changes.
-    """
+    """Return the folder for these ingredients; a change of any of them gives another folder."""
     text = json.dumps([FORMAT, config.kind, ingredients], default=str)
     fingerprint = blake2b(text.encode(), digest_size=6).hexdigest()
     return Path(config.cache) / f"{name}-{fingerprint}"
 
 
 def build(folder: Path, write: Callable[[Path], Record]) -> Record:
-    """Return the record that `write` returned when it filled the folder.
+    """Return the record of a folder; `write` fills it and returns the record if need be.
 
-    It is called only if need be.
-
-    Several processes may build at once: each fills a folder of its own, and the first to finish
-    gives it its name.
+    Several processes may build at once: each fills a temporary folder, and the first to finish
+    renames it. Raises StorageError if data.cache cannot be written.
     """
     record = read(folder)
     if record is not None:
         return record
     if folder.exists():
-        log.warning("%s; it is prepared anew", damage(folder))
+        log.warning("%s; it is prepared again", damage(folder))
     try:
         return _build(folder, write)
     except OSError as error:
         raise StorageError(
             f"data.cache={folder.parent} cannot be written: {error}; set data.cache to a "
-            "folder with room"
+            "folder with free space"
         ) from error
 
 
@@ -61,9 +57,9 @@ def _build(folder: Path, write: Callable[[Path], Record]) -> Record:
         record = write(temporary)
         record["files"] = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        temporary.chmod(0o755)  # mkdtemp keeps other users out
+        temporary.chmod(0o755)  # mkdtemp denies access to other users
         if read(folder) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # what is there is damaged
+            shutil.rmtree(folder, ignore_errors=True)  # the existing one is damaged
             _rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -74,20 +70,17 @@ def _rename(temporary: Path, folder: Path) -> None:
     try:
         temporary.replace(folder)
     except OSError:
-        if read(folder) is None:  # else another process was faster, with the same content
+        if read(folder) is None:  # else another process has built the same content
             raise
 
 
 def read(folder: Path) -> Record | None:
-    """Return the record of a complete prepared folder, or None."""
+    """Return the record of an intact prepared folder, or None."""
     return None if damage(folder) else _record(folder)
 
 
 def damage(folder: Path) -> str:
-    """Return what is wrong with a prepared folder, with the bytes found and expected.
-
-    Empty = nothing.
-    """
+    """Return what is wrong with a prepared folder, e.g. its sizes in bytes; empty = intact."""
     try:
         sizes = dict(_record(folder)["files"])
     except OSError:
@@ -104,14 +97,11 @@ def damage(folder: Path) -> str:
 
 
 def opened(folder: Path) -> Record:
-    """Return the record of a folder that `prepare` has made.
-
-    ConfigError if it is no longer whole.
-    """
+    """Return the record of a prepared folder; raises ConfigError if it is no longer intact."""
     if found := damage(folder):
         raise ConfigError(
             f"{found}; data.path or data.cache has changed since it was prepared. Start again: "
-            "it is prepared anew"
+            "it is prepared again"
         )
     return _record(folder)
 
@@ -123,7 +113,7 @@ def _record(folder: Path) -> Record:
 
 @contextmanager
 def progress_bar(title: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
-    """A function to call with what was done since; draws on stderr if that is a terminal."""
+    """Yield a function that advances the bar by its argument; shown if stderr is a terminal."""
     console = Console(stderr=True)
     if not (show and console.is_terminal):
         yield lambda done: None

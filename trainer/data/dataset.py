@@ -1,4 +1,4 @@
-"""The interface of a data split, and the facts that a model needs."""
+"""The interface of a data split, and the facts that a model needs about its data."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,67 +15,67 @@ class SplitFacts:
 
     sources: tuple[str, ...] = ()  # files or folders, relative to data.path
     samples: int = 0
-    tokens: int = 0  # text, pairs: of the whole split
+    tokens: int = 0  # text, pairs: of the full split
     characters: int = 0  # text
-    lost: int = 0  # text, pairs: characters that decoding the tokens does not give back
-    left_out: dict[str, int] = field(default_factory=dict)  # why samples are not learned from
-    digest: str = ""  # of a part of its samples, as a model reads them
+    lost: int = 0  # text, pairs: characters that decoding the tokens loses
+    left_out: dict[str, int] = field(default_factory=dict)  # reason -> samples not trained on
+    digest: str = ""  # of a subset of its samples, as a model reads them
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Facts that a model needs of its data, and a record of what was read.
+    """Facts that a model needs about its data, and a record of what was read.
 
-    A run keeps it in its folder (trainer/data/record.py): with the tokenizer it is all that using
-    the trained model needs.
+    Stored in a run's folder (trainer/data/record.py): together with the tokenizer it is all that
+    inference needs of the data.
     """
 
-    kind: str = ""  # as data.kind
-    path: str = ""  # as data.path
+    kind: str = ""  # data.kind
+    path: str = ""  # data.path
     vocab_size: int = 0  # text, pairs: entries of the tokenizer
     classes: int = 0  # images
-    image_size: int = 0  # images: pixels a side
+    image_size: int = 0  # images: pixels per side
     channels: int = 0  # images
     class_names: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()  # images: of each channel, of pixels from 0 to 1
+    mean: tuple[float, ...] = ()  # images: per channel, of pixels in [0, 1]
     std: tuple[float, ...] = ()
     splits: dict[str, SplitFacts] = field(default_factory=dict)  # train, valid and test
-    left_out: dict[str, str] = field(default_factory=dict)  # files or folders not read, and why
-    notes: tuple[str, ...] = ()  # what else a reader of the table should know
+    left_out: dict[str, str] = field(default_factory=dict)  # file or folder not read -> reason
+    notes: tuple[str, ...] = ()  # remarks that the table shows
 
     @property
     def samples(self) -> dict[str, int]:
-        """Samples of each split."""
+        """Return the number of samples of each split."""
         return {name: split.samples for name, split in self.splits.items()}
 
 
 class Dataset(Protocol):
-    """One split."""
+    """One split of a data set."""
 
-    characters: int = 0  # text: of the whole split, for bits per character
-    targets: int = 0  # text: predicted tokens of the whole split
-    lost: int = 0  # text: characters of the split that decoding its tokens does not give back
+    characters: int = 0  # text: of the full split, for bits per character
+    targets: int = 0  # text: predicted tokens of the full split
+    lost: int = 0  # text: characters of the split that decoding its tokens loses
 
     def __len__(self) -> int:
-        """Samples per epoch."""
+        """Return the samples per epoch."""
         ...
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """One sample; `seed` is the epoch's (offset, augmentation), None = evaluation."""
+        """Return one sample; `seed` is the epoch's (offset, augmentation), None = evaluation."""
         ...
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
-        """One micro-batch of the samples."""
+        """Return one micro-batch of the samples."""
         ...
 
     def lengths(self) -> np.ndarray | None:
-        """(len,): the size of each sample where sizes differ, for batches of like samples."""
+        """Return each sample's length (len,), by which batches are grouped; None = all equal."""
         return None
 
     def reference(self, index: int) -> str:
-        """Pairs: the target text."""
+        """Return the target text; pairs only."""
         raise AssertionError("only pairs have a target text")
 
     def source_text(self, index: int) -> str:
-        """Pairs: the text to translate."""
+        """Return the text to translate; pairs only."""
         raise AssertionError("only pairs have a text to translate")

@@ -1,4 +1,4 @@
-"""Sources of data: files, folders and what is bundled, found, split and read as UTF-8."""
+"""Text sources: find the files of data.path, divide them into splits, read them as UTF-8."""
 
 import codecs
 import re
@@ -66,9 +66,9 @@ OTHER_FORMATS = {
     ".flac",
     ".ogg",
 }
-BLOCK = 1 << 20  # bytes read at once
-GUESSED_ON = 1 << 14  # bytes that an encoding is guessed on
-ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # iconv's names of encodings
+BLOCK = 1 << 20  # bytes per read
+GUESSED_ON = 1 << 14  # bytes used to guess an encoding
+ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # the names that iconv accepts
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,19 @@ class Part:
     end: int
 
     def fingerprint(self) -> list[Any]:
-        """Return what changes when the file does."""
+        """Return path, range, size and modification time, which change when the file does."""
         stat = self.path.stat()
         return [str(self.path.resolve()), self.start, self.end, stat.st_size, stat.st_mtime_ns]
 
 
 def name_of(config: DataConfig) -> str:
-    """Return a file name for the data."""
+    """Return a name for the data that is safe in file names."""
     stem = Path(config.path.partition(":")[2] or config.path).stem
     return re.sub(r"[^\w.-]+", "-", stem) or "data"
 
 
 def locate(config: DataConfig) -> Path:
-    """Return the file or folder of `data.path`, which is there and readable.
-
-    ConfigError otherwise.
-    """
+    """Return the file or folder of `data.path`; raises UserError if it does not exist."""
     if config.path.startswith("bundled:"):
         return _bundled(config)
     path = Path(config.path).expanduser()
@@ -125,10 +122,10 @@ def _bundled(config: DataConfig) -> Path:
 
 
 def read_listing(config: DataConfig, root: Path) -> Listing:
-    """Return the files of text or of pairs at data.path, by split, and what is not read.
+    """Return the text or pair files of each split at data.path, and what is left out.
 
-    Without valid or test they are part of train (`split_parts`). Raises DataError where there is
-    nothing to read, or where entries could be read in two ways.
+    Missing valid and test splits are cut from train by `split_parts`. Raises DataError if there is
+    nothing to read, or if the entries can be read in two ways.
     """
     if root.is_file():
         return Listing({"train": [root]})
@@ -162,10 +159,7 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
 
 
 def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
-    """Return the folder inside that holds all text.
-
-    Says of what lies around it why it is not read.
-    """
+    """Return the innermost folder with all text; record in `left_out` what lies outside it."""
 
     def with_text(folder: Entry) -> list[Entry]:
         inside = [entry for entry in folder.inside or () if not entry.is_document]
@@ -182,11 +176,11 @@ def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entr
 
 
 def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
-    """Return the files that an entry of data.path is read from: itself, or those in the folder."""
+    """Return the readable files of an entry; record in `left_out` why others are not read."""
     found = []
     for file in entry.files():
         if file.suffix not in SUFFIXES[config.kind]:
-            left_out[file.relative] = f"no {_readable(config)} file"
+            left_out[file.relative] = f"not a {_readable(config)} file"
         elif file.size == 0 and not (file is entry and split_of(file.name)):
             left_out[file.relative] = "empty"
         else:
@@ -202,7 +196,7 @@ def _chosen(
 ) -> list[Entry]:
     """Return the files of one split.
 
-    One of an unknown suffix that is named after it counts if alone.
+    Files of unknown suffix that are named after the split count only if there are no others.
     """
     chosen = [file for entry in named for file in files[entry]]
     if chosen:
@@ -224,10 +218,7 @@ def _readable(config: DataConfig) -> str:
 def split_parts(
     config: DataConfig, root: Path, listing: Listing | None = None
 ) -> dict[str, list[Part]]:
-    """Return the parts of files that make each split.
-
-    A split that is missing is cut from train's end.
-    """
+    """Return the file parts of each split; a missing split is cut from the end of train."""
     found = (listing or read_listing(config, root)).splits
     splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
     missing = [split for split in ("valid", "test") if split not in splits]
@@ -254,7 +245,7 @@ def _whole(config: DataConfig, path: Path) -> Part:
 
 
 def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict[str, list[Part]]:
-    """Train without its last `held_out` share, and that share in equal parts for the others."""
+    """Cut the last `held_out` fraction off train and divide it equally among `missing` splits."""
     total = sum(part.end for part in train)
     kept = total * (1 - config.held_out)
     step = (total - kept) / len(missing)
@@ -264,14 +255,14 @@ def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict
         splits[split] = list(_between(train, start, end))
         if not splits[split]:
             raise ConfigError(
-                f"data.held_out={config.held_out}: nothing of the {total} bytes at data.path="
+                f"data.held_out={config.held_out}: none of the {total} bytes at data.path="
                 f"{config.path} is left for {split}; change data.held_out or give more text"
             )
     return splits
 
 
 def _between(parts: list[Part], start: int, end: int) -> Iterator[Part]:
-    """Yield what of the parts lies between two bytes of their concatenation, in whole lines."""
+    """Yield the parts between two bytes of their concatenation, moved on to starts of lines."""
     offset = 0
     for part in parts:
         low, high = (min(max(0, cut - offset), part.end) for cut in (start, end))
@@ -296,9 +287,9 @@ def _line_start(path: Path, cut: int) -> int:
 
 
 def read_text(part: Part) -> Iterator[str]:
-    """Yield the text of a part, block by block, unchanged but for a byte order mark at its start.
+    """Yield the text of a part block by block, unchanged except for a leading byte order mark.
 
-    Raises DataError, with the encoding that it is likely in, where it is not UTF-8 or holds NULs.
+    Raises DataError, with the probable encoding, if it is not UTF-8 or contains NUL bytes.
     """
     decoder = codecs.getincrementaldecoder("utf-8")()
     position, first = part.start, part.start == 0
@@ -319,7 +310,7 @@ def read_text(part: Part) -> Iterator[str]:
     except UnicodeDecodeError as error:
         at, byte = position - pending + error.start, error.object[error.start]
         raise DataError(
-            f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it from what it is in, "
+            f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it, "
             f"e.g. {_likely(error.object, byte)}, or choose another data.path"
         ) from error
     except OSError as error:
@@ -327,10 +318,10 @@ def read_text(part: Part) -> Iterator[str]:
 
 
 def _likely(block: bytes, first: int) -> str:
-    """Return how to convert a text from the encoding that it is likely in."""
+    """Return a command that converts a text from its probable encoding to UTF-8."""
     letters = [byte for byte in block[:GUESSED_ON] if byte >= 0x80 or chr(byte).isalpha()]
     guess = None
-    if 3 * sum(byte >= 0x80 for byte in letters) > len(letters):  # not the Latin script
+    if 3 * sum(byte >= 0x80 for byte in letters) > len(letters):  # no Latin script
         guess = from_bytes(block[:GUESSED_ON]).best()
     if guess and guess.encoding not in ("ascii", "utf_8"):
         encoding = ICONV.get(guess.encoding, guess.encoding.replace("_", "-"))
@@ -343,21 +334,19 @@ UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def _not_text(path: Path, position: int, block: bytes) -> str:
-    """Return what a file with NULs is: text in an encoding of two or four bytes, or no text at
-    all.
-    """
-    zeros = [block[place::4].count(0) * 4 / max(1, len(block)) > 0.2 for place in range(4)]
+    """Return the error message for a file with NULs: UTF-16 or UTF-32 text, or no text."""
+    zeros = [block[start::4].count(0) * 4 / max(1, len(block)) > 0.2 for start in range(4)]
     order = {
         (False, True, True, True): "utf-32le",
         (True, True, True, False): "utf-32be",
         (False, True, False, True): "utf-16le",
         (True, False, True, False): "utf-16be",
     }.get((zeros[0], zeros[1], zeros[2], zeros[3]), "")
-    if block.startswith(UTF_16):  # its byte order mark is read, and left out, by iconv
+    if block.startswith(UTF_16):  # iconv removes the byte order mark
         order = "utf-32" if order.startswith("utf-32") else "utf-16"
     if order:
         return (
             f"{path} is not UTF-8 but {order.upper()}; convert it, `iconv -f {order} -t utf-8`, or "
             "choose another data.path"
         )
-    return f"{path} holds a NUL at byte {position}, so it is no text; choose another data.path"
+    return f"{path} holds a NUL at byte {position}, so it is not text; choose another data.path"

@@ -1,4 +1,4 @@
-"""Listing a data folder: which entries make which split, and which are left out, and why."""
+"""Listing of a data folder: the entries of each split, and why others are left out."""
 
 import os
 import re
@@ -51,24 +51,24 @@ DOCUMENTS = {
     "contributing",
     "metadata",
 }
-DOCUMENT, BESIDE = "tells of the data", "beside the splits"  # why an entry is left out
+DOCUMENT, BESIDE = "documentation", "outside the splits"  # why an entry is left out
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Entry:
-    """A file at data.path, or a folder with all that is in it and may be data."""
+    """A file under data.path, or a folder with all entries in it that may be data."""
 
     location: str
-    relative: str  # to data.path
-    real: str  # location without links
-    linked: bool  # whether a link leads here
+    relative: str  # path relative to data.path
+    real: str  # location with links resolved
+    linked: bool  # whether it is reached through a link
     size: int = 0
     mtime_ns: int = 0
-    inside: tuple["Entry", ...] | None = None  # of a folder, by name
+    inside: tuple["Entry", ...] | None = None  # entries of a folder, sorted by name; None = a file
 
     @property
     def name(self) -> str:
-        """Return the last part of the location."""
+        """Return the last component of the location."""
         return self.location.rpartition("/")[2]
 
     @property
@@ -78,42 +78,40 @@ class Entry:
 
     @property
     def suffix(self) -> str:
-        """Return the suffix in lower case: .txt."""
+        """Return the suffix in lower case, e.g. .txt."""
         stem, dot, last = self.name.rpartition(".")
         return (dot + last).lower() if stem else ""
 
     @property
     def is_document(self) -> bool:
-        """Return whether this is a file that tells of the data rather than being some:
-        README.md.
-        """
+        """Return whether this file documents the data rather than holding data, e.g. README.md."""
         return self.inside is None and self.name.partition(".")[0].lower() in DOCUMENTS
 
     def files(self) -> Iterator["Entry"]:
-        """Yield the file itself, or those in the folder and all below it, by name."""
+        """Yield the file itself, or all files below the folder, sorted by name."""
         if self.inside is None:
             yield self
         for entry in self.inside or ():
             yield from entry.files()
 
     def fingerprint(self) -> list[Any]:
-        """Return what changes when the file, or what it is a link to, does."""
+        """Return values that change when the file, or the target of its link, does."""
         return [self.relative, self.real, self.size, self.mtime_ns]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of each split at data.path, and what is not read, relative to it."""
+    """The files of each split at data.path, and the entries that are not read."""
 
     splits: dict[str, list[Path]]
-    left_out: dict[str, str] = field(default_factory=dict)  # why, by file or folder
+    left_out: dict[str, str] = field(default_factory=dict)  # path relative to data.path -> reason
     notes: list[str] = field(default_factory=list)
 
 
 def scan(root: Path) -> tuple[Entry, dict[str, str]]:
-    """Return a folder with all in it that may be data, and why each of the others may not.
+    """Return a folder with all entries that may be data, and why each of the others is left out.
 
-    Links are followed, but to a folder that the way to them has gone through. Raises OSError.
+    Links are followed, except to one of the folders that they are in. Raises OSError.
     """
     left_out: dict[str, str] = {}
     real = os.path.realpath(root)
@@ -129,43 +127,43 @@ def _inside(
     entries = []
     for entry in inside:
         name = f"{relative}/{entry.name}" if relative else entry.name
-        here = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-        if why := foreign(entry.name) or _unreadable(entry, here, above):
+        target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
+        if why := foreign(entry.name) or _unreadable(entry, target, above):
             left_out[name] = why
             continue
         reached = linked or entry.is_symlink()
         if entry.is_dir():
-            below = _inside(entry.path, name, here, reached, {*above, here}, left_out)
-            entries.append(Entry(entry.path, name, here, reached, inside=below))
+            below = _inside(entry.path, name, target, reached, {*above, target}, left_out)
+            entries.append(Entry(entry.path, name, target, reached, inside=below))
         else:
             stat = entry.stat()
-            entries.append(Entry(entry.path, name, here, reached, stat.st_size, stat.st_mtime_ns))
+            entries.append(Entry(entry.path, name, target, reached, stat.st_size, stat.st_mtime_ns))
     return tuple(entries)
 
 
 def _unreadable(entry: "os.DirEntry[str]", real: str, above: set[str]) -> str:
-    """Say why an entry can be no data, by what it is; empty where it may be."""
+    """Return why the type of an entry excludes it; empty if it may be data."""
     if entry.is_symlink() and not Path(entry.path).exists():
-        return "a link to nothing"
+        return "a broken link"
     if entry.is_dir():
-        return "a link to a folder that it is in" if real in above else ""
+        return "a link to a parent folder" if real in above else ""
     return "" if entry.is_file() else "neither a file nor a folder"
 
 
 def foreign(name: str) -> str:
-    """Say why an entry is no data, by its name; empty where it may be."""
+    """Return why the name of an entry excludes it; empty if it may be data."""
     if name.startswith("."):
         return "hidden"
     if name.lower() in FOREIGN or (name.startswith("#") and name.endswith("#")):
         return "of the operating system or an editor"
-    return "a backup or half a download" if name.lower().endswith(LEFTOVERS) else ""
+    return "a backup or an incomplete download" if name.lower().endswith(LEFTOVERS) else ""
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a file or folder is named after, None if after none or several.
+    """Return the split that a file or folder is named after; None if after none or several.
 
-    The first or the last word counts, in any case and without numbers: train-00000-of-00002.txt,
-    x.train.txt, Training, val_2, TestSet; or one between dots: wiki.train.tokens, data.val.
+    The first or the last word counts, ignoring case and numbers: train-00000-of-00002.txt,
+    x.train.txt, Training, val_2, TestSet; or a word between dots: wiki.train.tokens, data.val.
     """
     stem = name.rpartition(".")[0] or name
     fields = {split for part in stem.split(".")[1:-1] for split in _spelled(part)}
@@ -179,14 +177,14 @@ def _at_the_ends(stem: str) -> set[str]:
 
 
 def _words(stem: str) -> list[str]:
-    """Return the words of a name in lower case, without numbers and what only counts them."""
+    """Return the words of a name in lower case, without numbers and FILLERS."""
     letters = re.findall(r"[^\W\d_]+", stem)
     cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
     return [word for found in cased for word in found if word not in FILLERS]
 
 
 def _spelled(word: str) -> set[str]:
-    """Return the splits that a word stands for."""
+    """Return the splits that a word is a spelling of."""
     bare = JOINED.sub("", word.lower())
     return {split for split, known in SPELLINGS.items() if word.lower() in known or bare in known}
 
@@ -194,9 +192,9 @@ def _spelled(word: str) -> set[str]:
 def unwrapped(
     top: Entry, held: Callable[[Entry], Sequence[Entry]], wraps: Callable[[Entry], bool]
 ) -> list[Entry]:
-    """Return the folders from `top` to the one with the data: each the only one with any inside.
+    """Return the folders from `top` to the one with the data, each the only entry of the last.
 
-    `held` lists a folder's entries with data; `wraps` says whether one is a folder of others.
+    `held` lists a folder's entries with data; `wraps` returns whether to descend into one.
     """
     chain = [top]
     while True:
@@ -207,12 +205,12 @@ def unwrapped(
 
 
 def refuse_inner_splits(where: str, files: Collection[Entry], above: Entry) -> None:
-    """Raise DataError if what is about to be read as one has splits further down."""
+    """Raise DataError if files to be read as one split are in subfolders named valid or test."""
     for file in files:
         parts = Path(file.location).relative_to(above.location).parts
         if len(parts) > 1 and any(split_of(part) in ("valid", "test") for part in parts):
             raise DataError(
-                f"{where} can be read in two ways: all of it alike, or {'/'.join(parts)} and "
+                f"{where} can be read in two ways: all of it as train, or {'/'.join(parts)} and "
                 "others as splits; for the first, move all of it into a folder train/; for the "
                 "second, put the splits of all folders into folders train/, valid/ and test/"
             )
@@ -221,10 +219,10 @@ def refuse_inner_splits(where: str, files: Collection[Entry], above: Entry) -> N
 def splits_of(
     where: str, found: Collection[Entry], holds_splits: Callable[[Entry], bool]
 ) -> tuple[dict[str, list[Entry]], list[Entry]]:
-    """Return the entries of each split, and those that are of none.
+    """Return the entries of each split, and the entries of none.
 
-    `holds_splits` says of an entry whether it can be a split. Raises DataError, which begins with
-    `where`, where entries could be read in two ways.
+    `holds_splits` returns whether an entry can be a split. Raises DataError, prefixed by `where`,
+    if the entries can be read in two ways.
     """
     named: dict[str, list[Entry]] = {}
     others = []
@@ -244,20 +242,20 @@ def splits_of(
     one = next(entry for split in named.values() for entry in split)
     raise DataError(
         f"{where} can be read in two ways: {ours} as {' and '.join(named)} split, without "
-        f"{theirs}; or all of them alike. For the first, set data.path to a folder with the splits "
-        f"alone, or add the others; for the second, move all of them into a folder train/, or "
-        f"rename {one.name}"
+        f"{theirs}; or all of them as train. For the first, set data.path to a folder with the "
+        f"splits alone, or add the others; for the second, move all of them into a folder train/, "
+        f"or rename {one.name}"
     )
 
 
 def _refuse_twins(where: str, names: Sequence[str]) -> None:
-    """Raise DataError if names that are no splits differ in a split's spelling alone.
+    """Raise DataError if names outside the splits differ only in the spelling of a split.
 
-    mytrain.txt and mytest.txt; books_train_en.txt and books_dev_en.txt.
+    E.g. mytrain.txt and mytest.txt; books_train_en.txt and books_dev_en.txt.
     """
     spelled = {word: split for split, known in SPELLINGS.items() for word in known}
     pattern = re.compile("|".join(sorted(spelled, key=len, reverse=True)))
-    twins: dict[str, dict[str, str]] = {}  # name without a split's spelling: split: name
+    twins: dict[str, dict[str, str]] = {}  # name with * for the spelling -> split -> name
     for name in names:
         plain = re.sub(r"\d+", "", name.lower())
         for match in pattern.finditer(plain):
@@ -269,18 +267,18 @@ def _refuse_twins(where: str, names: Sequence[str]) -> None:
             theirs = ", ".join(sorted(of_split, key=SPLITS.index))
             raise DataError(
                 f"{where} can be read in two ways: {ours} as splits ({theirs}), or all of it "
-                "alike; for the first, give them the names train, valid and test; for the second, "
-                "move all of it into a folder train/"
+                "as train; for the first, give them the names train, valid and test; for the "
+                "second, move all of it into a folder train/"
             )
 
 
 def once(
     where: str, files: Sequence[tuple[Entry, str]], left_out: dict[str, str], skip: bool = False
 ) -> set[str]:
-    """Return which of the files, by `relative`, are to be read, those that links repeat once.
+    """Return the `relative` of the files to read, each once even if several links lead to it.
 
-    `files`: each with what it is read as, its split or class. A file that is reached under two of
-    these raises DataError, which begins with `where`; with `skip` the first counts.
+    `files` has each file with its role: its split or class. A file with two roles raises
+    DataError, prefixed by `where`; with `skip` the first role counts.
     """
     first: dict[str, tuple[Entry, str]] = {}
     for entry, role in sorted(files, key=lambda found: found[0].linked):
@@ -289,8 +287,8 @@ def once(
             continue
         if role != its_role and not skip:
             raise DataError(
-                f"{where}: {kept.relative} ({its_role}) and {entry.relative} ({role}) are one "
-                "file; take one of the links away"
+                f"{where}: {kept.relative} ({its_role}) and {entry.relative} ({role}) are the "
+                "same file; remove one of the links"
             )
         left_out[entry.relative] = f"the same file as {kept.relative}"
     return {entry.relative for entry, _ in first.values()}

@@ -1,4 +1,4 @@
-"""Pictures in the rows of a Hugging Face data set, written as one archive for images.py."""
+"""Images of a Hugging Face data set, written as one .npz archive for images.py."""
 
 import logging
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def write_archive(
     names: Sequence[str] | None,
     left_out: dict[str, str],
 ) -> None:
-    """Write all splits as one .npz; pictures that are damaged go to `left_out`, if allowed."""
+    """Write all splits as one .npz; see `_arrays` for damaged pictures."""
     arrays = _arrays(config, rows, left_out)
     if names:
         arrays["classes"] = np.array(names)
@@ -39,7 +39,10 @@ FORMAT = HubFormat(
 
 
 def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[str, np.ndarray]:
-    """Images x and labels y of each split; those that are damaged go to `left_out`, if allowed."""
+    """Return the images x and labels y of each split.
+
+    Damaged images are counted in `left_out`, or raise DataError if data.on_bad_file=stop.
+    """
     read: dict[str, list[tuple[np.ndarray, Any]]] = {}
     for split, rows in splits.items():
         read[split], damaged = [], []
@@ -51,7 +54,7 @@ def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[
         if damaged and config.on_bad_file == "stop":
             more = f"; and {len(damaged) - 1} more" if len(damaged) > 1 else ""
             raise DataError(
-                f"{damaged[0]}{more}; put them right, or leave them out with data.on_bad_file=skip"
+                f"{damaged[0]}{more}; repair them, or leave them out with data.on_bad_file=skip"
             )
         if damaged:
             log.warning("%d images of %s are damaged and are left out", len(damaged), split)
@@ -76,7 +79,7 @@ def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[
 
 
 def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
-    """(H, W, C) of one cell: uint8 of a picture, or numbers that archive.py judges."""
+    """Return a cell as (H, W, C): uint8 of a picture, or numbers that archive.py checks."""
     if isinstance(image, dict):
         content = BytesIO(image["bytes"]) if image.get("bytes") else None
         name = name if content else str(image.get("path"))
@@ -85,5 +88,5 @@ def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
     try:
         numbers = np.asarray(image)
     except ValueError as error:  # rows of different lengths
-        raise DataError(f"data.path={config.path}: {name} is no array: {error}") from error
+        raise DataError(f"data.path={config.path}: {name} is not an array: {error}") from error
     return numbers if numbers.ndim == 3 else numbers[..., None]

@@ -1,4 +1,4 @@
-"""Hugging Face data sets, written out once as the files that the readers take."""
+"""Hugging Face data sets, converted once to files that the readers accept."""
 
 import logging
 from importlib import import_module
@@ -16,16 +16,14 @@ log = logging.getLogger(__name__)
 
 
 def export(config: DataConfig, format: HubFormat) -> Path:
-    """Return the file or folder of `hf:NAME` or `hf:NAME:SUBSET`, downloaded and converted if need
-    be.
-    """
+    """Download and convert `hf:NAME` or `hf:NAME:SUBSET` if need be; return its file or folder."""
     folder = located(config)
     build(folder, lambda temporary: _write(config, format, temporary))
     return folder / format.file
 
 
 def located(config: DataConfig) -> Path:
-    """Return the folder of the converted data set."""
+    """Return the cache folder of the converted data set."""
     local = Path(config.path.removeprefix("hf:"))
     files = scan(local)[0].files() if local.is_dir() else ()
     fingerprints = [file.fingerprint() for file in files]
@@ -35,13 +33,13 @@ def located(config: DataConfig) -> Path:
 
 
 def unread(config: DataConfig) -> dict[str, str]:
-    """Return the splits and rows that were left out when the data set was converted, and why."""
+    """Return the splits and rows that the conversion left out, and why."""
     found: dict[str, str] = opened(located(config)).get("left_out", {})
     return found
 
 
 def exported(config: DataConfig, format: HubFormat) -> Path:
-    """Return what `export` has made."""
+    """Return the file or folder that `export` has made."""
     return located(config) / format.file
 
 
@@ -61,7 +59,7 @@ def _write(config: DataConfig, format: HubFormat, folder: Path) -> Record:
 
 
 def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the data set's splits under our names, and those that are not read."""
+    """Return the data set's splits as train, valid and test, and why others are not read."""
     if find_spec("datasets") is None:
         raise ConfigError(
             f'data.path={config.path} needs `datasets`: pip install "samestep[huggingface]"'
@@ -70,7 +68,7 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
     try:
         # Imported by name because it is optional, and slow to import.
         found = import_module("datasets").load_dataset(name, subset or None)
-    except Exception as error:  # the library raises what its many back ends do
+    except Exception as error:  # its back ends raise many types
         raise DataError(f"data.path={config.path} cannot be loaded: {error}") from error
     splits: dict[str, Any] = {}
     left_out = {}
@@ -79,17 +77,14 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
         if ours and ours not in splits:
             splits[ours] = found[theirs]
         else:
-            left_out[theirs] = f"another {ours} split" if ours else "named after no split"
+            left_out[theirs] = f"another {ours} split" if ours else "not named after a split"
     if "train" not in splits:
         raise DataError(f"data.path={config.path} has no train split but {', '.join(found)}")
     return splits, left_out
 
 
 def _columns(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str, ...]:
-    """Return the columns to read.
-
-    Of `translation`, a dict of languages, `translation.LANGUAGE` each.
-    """
+    """Return the columns to read; a language of `translation` is `translation.LANGUAGE`."""
     names = _flat_names(rows)
     usual = [columns for columns in format.columns if set(columns) <= set(names)]
     languages = tuple(name for name in names if name.startswith("translation."))
@@ -113,7 +108,7 @@ def _columns(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str, ...
 
 
 def _flat_names(rows: Any) -> list[str]:
-    """Return the columns, and those inside a column that is a dict of languages."""
+    """Return the column names, with `translation` expanded to one name per language."""
     inner = rows.features.get("translation")
     languages = list(getattr(inner, "languages", inner if isinstance(inner, dict) else ()))
     if not languages:
@@ -125,11 +120,11 @@ def _flat_names(rows: Any) -> list[str]:
 def _complete(
     config: DataConfig, format: HubFormat, split: str, rows: Any, columns: tuple[str, ...]
 ) -> list[tuple[Any, ...]]:
-    """Return the cells of the columns, of the rows in which none of them is empty."""
+    """Return the cells of the columns of every row in which none of them is empty."""
     found = []
     try:
         for name, feature in rows.features.items():
-            if type(feature).__name__ == "Image":  # decoded here, as all pictures are
+            if type(feature).__name__ == "Image":  # pictures.py decodes all pictures
                 rows = rows.cast_column(name, type(feature)(decode=False))
         for row in rows:
             cells = tuple(_cell(row, column) for column in columns)
@@ -137,7 +132,7 @@ def _complete(
             blank = format.skips_blank and any(not str(cell).strip() for cell in cells)
             if not empty and not blank:
                 found.append(cells)
-    except Exception as error:  # the library raises what its many back ends do
+    except Exception as error:  # its back ends raise many types
         raise DataError(
             f"data.path={config.path}: the {split} split cannot be read: {error}"
         ) from error

@@ -1,4 +1,4 @@
-"""Labelled pictures in folders: one folder per class, perhaps inside one per split."""
+"""Labelled images in one folder per class, optionally inside one folder per split."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from trainer.data.folders import BESIDE, Entry, Listing, once, split_of, splits_
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Shape = tuple[int, int, int]  # H, W, C
 EMPTY = "a folder without pictures"
-SHOWN = 3  # damaged files that a message names
+SHOWN = 3  # files or folders named in a message
 
 
 @dataclass(frozen=True)
@@ -26,26 +26,26 @@ class Table:
     """The images of a split with their labels, in memory or as paths."""
 
     labels: np.ndarray  # (N,) int64
-    order: np.ndarray  # (N,) rows in the order of which the last are held out
+    order: np.ndarray  # (N,) row numbers; held-out splits are cut from the end
     class_names: tuple[str, ...]
     shape: Shape
-    pixels: np.ndarray | None = None  # of an archive: (N, H, W, C) uint8
-    paths: tuple[Path, ...] = ()  # of a folder
+    pixels: np.ndarray | None = None  # from an archive: (N, H, W, C) uint8
+    paths: tuple[Path, ...] = ()  # from a folder
 
     def image(self, row: int) -> np.ndarray:
-        """(H, W, C) uint8."""
+        """Return the pixels of a row (H, W, C) uint8; raises DataError if they have changed."""
         if self.pixels is not None:
             return np.asarray(self.pixels[row])
         pixels = decoded(self.paths[row], self.shape[2])
         if pixels.shape != self.shape:
             raise DataError(
                 f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
-                f"and is {_size(pixels.shape)}; put the old image back"
+                f"and is {_size(pixels.shape)}; restore the old image"
             )
         return pixels
 
     def rows(self, order: np.ndarray) -> "Table":
-        """These rows as a table, in this order."""
+        """Return a table of these rows, in this order."""
         return replace(
             self,
             labels=self.labels[order],
@@ -60,32 +60,32 @@ def _size(shape: Sequence[int]) -> str:
 
 
 def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
-    """Return the pixels of a file (H, W, channels) uint8; DataError names one that is damaged."""
+    """Return the pixels of a file (H, W, channels) uint8; raises DataError if it is damaged."""
     with pictures.opened(path, key) as image:
         return pictures.pixels_of(image, channels)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Picture files with their classes, by split, and where they were found."""
+    """The picture files of each split with their classes, and the folders that hold them."""
 
     files: dict[str, list[tuple[Entry, str]]]
-    listing: Listing  # of each split the folders that it was read from
+    listing: Listing  # its splits are the folders that were read
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Return the classes of the train split, by name."""
+        """Return the classes of the train split, sorted by name."""
         return tuple(sorted({name for _, name in self.files["train"]}))
 
 
 def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> Gallery:
-    """List the pictures of train/<class>/*.png, ..., or of <class>/*.png that is not split yet.
+    """List the pictures of train/<class>/*.png, ..., or of unsplit <class>/*.png.
 
-    Raises DataError where there are none, or where folders could be read in two ways.
+    Raises DataError if there are none, or if the folders can be read in two ways.
     """
     where, notes = f"data.path={config.path}", list[str]()
     top, left_out = scanned[0], dict(scanned[1])
-    # A folder that holds pictures itself is a class, be it the only one.
+    # A folder with pictures directly in it is a class, even if it is the only one.
     *around, inner = unwrapped(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
     if around:
         notes.append(f"all of it is in {inner.relative}/")
@@ -105,7 +105,7 @@ def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> G
 
 
 def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[str, list[Entry]]:
-    """Return the folders of each split; without any it is all of train."""
+    """Return the folders of each split; if none is named after one, all are train."""
     tops = _with_pictures(inner)
     nested = {entry for entry in tops if _with_pictures(entry)}
     named, others = splits_of(where, tops, nested.__contains__)
@@ -132,7 +132,7 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
 
 
 def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
-    """Raise DataError if what would be classes are splits, by all their names."""
+    """Raise DataError if all would-be classes are named after splits, and not all after one."""
     splits = [split_of(entry.name) for entry in classes]
     if None not in splits and len(set(splits)) > 1:
         names = ", ".join(entry.name for entry in classes)
@@ -148,22 +148,22 @@ def _holds_pictures(entry: Entry) -> bool:
 
 
 def _with_pictures(folder: Entry) -> list[Entry]:
-    """Return the folders directly in a folder that hold pictures, at any depth."""
+    """Return the direct subfolders that hold pictures at any depth."""
     inside = folder.inside or ()
     return [entry for entry in inside if entry.inside is not None and _holds_pictures(entry)]
 
 
 def _leave_out(folder: Entry, left_out: dict[str, str]) -> None:
-    """Say of what is in a folder of class folders, but is none, why it is not read."""
+    """Record in `left_out` the entries of a folder that are not class folders, and why."""
     for entry in folder.inside or ():
         if entry.inside is None:
-            left_out[entry.relative] = "beside the class folders"
+            left_out[entry.relative] = "outside the class folders"
         elif not _holds_pictures(entry):
             left_out[entry.relative] = EMPTY
 
 
 def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
-    """Return the pictures of each class folder in a folder, with the class's name."""
+    """Return the pictures of all class folders in a folder, each with its class name."""
     found = []
     _leave_out(folder, left_out)
     for entry in _with_pictures(folder):
@@ -173,7 +173,7 @@ def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tup
             if file.suffix in SUFFIXES:
                 found.append((file, entry.name))
             else:
-                left_out[file.relative] = "no picture file"
+                left_out[file.relative] = "not a picture file"
     if not found:
         raise DataError(f"{where}: {folder.location} holds no images in class folders")
     return found
@@ -193,24 +193,24 @@ def _same_classes(where: str, gallery: Gallery) -> None:
     for split, files in gallery.files.items():
         if other := sorted({name for _, name in files} - set(known)):
             raise DataError(
-                f"{where}: {', '.join(other)} of the {split} split is no class of the train split, "
-                f"which has {', '.join(known)}"
+                f"{where}: {', '.join(other)} of the {split} split is not a class of the train "
+                f"split, which has {', '.join(known)}"
             )
 
 
 @dataclass(frozen=True)
 class Checked:
-    """Facts of all picture files once each has been decoded."""
+    """The result of decoding every picture once."""
 
     shape: Shape
-    damaged: dict[str, str]  # why, by name; they are left out
+    damaged: dict[str, str]  # name -> reason; they are left out
     notes: list[str] = field(default_factory=list)
 
 
 def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Checked:
-    """Decode every picture once, on all cores.
+    """Decode every picture once on all cores.
 
-    Raises DataError if they are not of one square size, or if one is damaged and
+    Raises DataError if they are not all of one square size, or if one is damaged and
     data.on_bad_file=stop.
     """
     found = [entry for files in gallery.files.values() for entry, _ in files]
@@ -232,7 +232,7 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
         raise DataError(f"data.path={config.path}: no picture of {len(paths)} can be read")
     notes = []
     if animated := sum(look.animated for _, look in good):
-        notes.append(f"of {animated} animated files the first picture is read")
+        notes.append(f"of {animated} animated files only the first frame is read")
     for split, files in gallery.files.items():
         left = {name for entry, name in files if entry.relative not in damaged}
         lost = sorted({name for _, name in files} - left)
@@ -243,7 +243,7 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
 
 
 def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
-    """Return the one shape of all pictures; DataError names one that is another."""
+    """Return the shape of all pictures; raises DataError naming one that differs."""
     sizes = Counter(look.size for _, look in good)
     (width, height), _ = sizes.most_common(1)[0]
     odd = next(((path, look) for path, look in good if look.size != (width, height)), None)
@@ -281,18 +281,18 @@ def _damaged(damaged: dict[str, str]) -> DataError:
     shown = "; ".join(f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN])
     more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
     return DataError(
-        f"data.path: {len(damaged)} images cannot be read: {shown}{more}; put them right, or leave "
+        f"data.path: {len(damaged)} images cannot be read: {shown}{more}; repair them, or leave "
         "them out with data.on_bad_file=skip"
     )
 
 
 def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[str, Table]:
-    """Return the pictures of each split as a table, without the damaged ones."""
+    """Return a table of each split's undamaged pictures."""
     names, tables = gallery.class_names, {}
     numbers = {name: number for number, name in enumerate(names)}
     for split, files in gallery.files.items():
         kept = [(entry, label) for entry, label in files if entry.relative not in damaged]
-        # By a hash of the name, so that an image that is added later hardly moves the others.
+        # Ordered by a hash of the name: an image added later hardly changes the held-out ones.
         hashes = [
             blake2b(entry.relative.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             for entry, _ in kept

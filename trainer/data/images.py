@@ -21,11 +21,11 @@ from trainer.data.reader import DataReader
 from trainer.data.record import read_record
 from trainer.data.sampler import mixed
 
-STATISTICS = 10_000  # training images that mean and standard deviation are taken of
+STATISTICS = 10_000  # training images used for mean and standard deviation
 
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
-    """Check every image and measure the train split, unless that is done; raises ConfigError."""
+    """Check all images and compute train's statistics, unless already done; raises UserError."""
     scanned = _scanned(root)
     folder = _folder(config, root, scanned)
     record = build(folder, lambda temporary: _measure(config, root, scanned, progress))
@@ -48,7 +48,7 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
-    """Return a split: images of an archive in memory, those of a folder decoded when asked for."""
+    """Return a split: an archive's images are in memory, a folder's are decoded on access."""
     scanned = _scanned(root)
     record = opened(_folder(config, root, scanned))
     table = _read(config, root, scanned, record).tables[split]
@@ -58,15 +58,13 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Images":
 
 
 def _known(config: DataConfig, record: Record) -> Record:
-    """Return what is read, under the classes and pixel statistics of data.processor, if it is
-    set.
-    """
+    """Return the record with the classes and statistics of data.processor, if it is set."""
     if not config.processor:
         return record
     theirs = read_record(config.processor)
     if theirs is None or not theirs.class_names:
         raise ConfigError(
-            f"data.processor={config.processor} says nothing of images; name the folder of a run, "
+            f"data.processor={config.processor} has no record of images; name the folder of a run, "
             "or of an exported model, of data.kind=images"
         )
     shape = [theirs.image_size, theirs.image_size, theirs.channels]
@@ -74,12 +72,12 @@ def _known(config: DataConfig, record: Record) -> Record:
         found, wanted = (" × ".join(map(str, sizes)) for sizes in (record["shape"], shape))
         raise ConfigError(
             f"data.path={config.path} holds images of {found} (rows, columns, channels), but "
-            f"data.processor={config.processor} is of {wanted}; give images of that shape"
+            f"data.processor={config.processor} expects {wanted}; give images of that shape"
         )
     if unknown := [name for name in record["class_names"] if name not in theirs.class_names]:
         raise ConfigError(
             f"data.path={config.path} has the class {', '.join(unknown)}, but data.processor="
-            f"{config.processor} knows {', '.join(theirs.class_names)}; take it out, or begin a "
+            f"{config.processor} has {', '.join(theirs.class_names)}; remove it, or start a "
             "run with data.processor=new"
         )
     known = {"class_names": theirs.class_names, "mean": theirs.mean, "std": theirs.std}
@@ -87,27 +85,27 @@ def _known(config: DataConfig, record: Record) -> Record:
 
 
 class Images(Dataset):
-    """A split of labelled square images; in training each is shifted and mirrored by chance."""
+    """A split of labelled square images; training shifts and mirrors each at random."""
 
     def __init__(self, table: Table, record: Record, augment: bool):
         self._table = table
         self._augment = augment
         self._mean, self._std = record["mean"], record["std"]
-        # 2 of 28 or 32 pixels, 16 of 224: as much of a large image as of a small one.
+        # Up to 1 pixel each way of 28 or 32, 8 of 224: about the same fraction of any size.
         self._reach = max(1, record["shape"][0] // 28)
 
     def __len__(self) -> int:
         return len(self._table.labels)
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """images (C, H, W) uint8 and targets () int64."""
+        """Return images (C, H, W) uint8 and targets () int64."""
         image_HWC = self._table.image(index)
         if seed is not None and self._augment:
             image_HWC = _moved(image_HWC, mixed(seed, index), self._reach)
         return {"images": image_HWC.transpose(2, 0, 1), "targets": self._table.labels[index]}
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
-        """images (B, C, H, W) float32 by the train split's mean and deviation, targets (B,)."""
+        """Return images (B, C, H, W) float32, standardized by train's statistics; targets (B,)."""
         images_BCHW = np.stack([sample["images"] for sample in samples])
         return {
             "images": standardized(images_BCHW, self._mean, self._std),
@@ -118,24 +116,25 @@ class Images(Dataset):
 def standardized(
     images_BCHW: np.ndarray, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
-    """Return uint8 pixels as float32, less the mean and by the deviation of each channel (C,)."""
+    """Return uint8 pixels as float32, standardized by mean and deviation per channel (C,)."""
     mean_C11, std_C11 = (np.array(values, np.float32)[:, None, None] for values in (mean, std))
     return np.asarray((images_BCHW.astype(np.float32) / 255 - mean_C11) / std_C11)
 
 
 def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
-    """Return the image mirrored or not, shifted by up to `reach` pixels each way, black at the
-    border.
+    """Return the image mirrored or not, shifted by up to ±`reach` pixels, padded with zeros.
+
+    `bits` are random and choose the mirroring and the shift.
     """
     height, width, _ = image_HWC.shape
     if bits & 1:
         image_HWC = image_HWC[:, ::-1]
-    down, right = ((bits >> place) % (2 * reach + 1) for place in (1, 32))
+    down, right = ((bits >> low) % (2 * reach + 1) for low in (1, 32))
     padded = np.pad(image_HWC, ((reach, reach), (reach, reach), (0, 0)))
     return padded[down : down + height, right : right + width]
 
 
-Scanned = tuple[Entry, dict[str, str]] | None  # what `scan` finds in a folder; None = an archive
+Scanned = tuple[Entry, dict[str, str]] | None  # result of `scan` for a folder; None = an archive
 
 
 def _scanned(root: Path) -> Scanned:
@@ -167,9 +166,9 @@ def _read(
     record: Record | None = None,
     progress: bool = False,
 ) -> _Found:
-    """Return the tables of all splits; one that is missing is cut from train's.
+    """Return the tables of all splits; a missing one is cut from train.
 
-    `record`: what is known of files that have been checked; None = they are checked now.
+    `record` is that of files checked before; None = check them now.
     """
     if scanned is None:
         archive = read_archive(config, root)
@@ -196,20 +195,20 @@ def _read(
 
 
 def _hold_out(config: DataConfig, found: _Found) -> None:
-    """Cut the splits that are missing from the end of train."""
+    """Cut the missing splits from the end of train, in the order of its table."""
     tables = found.tables
     missing = [split for split in ("valid", "test") if split not in tables]
     train = tables["train"]
-    share = round(len(train.labels) * config.held_out / max(1, len(missing)))
-    if missing and not 0 < share * len(missing) < len(train.labels):
+    count = round(len(train.labels) * config.held_out / max(1, len(missing)))
+    if missing and not 0 < count * len(missing) < len(train.labels):
         raise ConfigError(
             f"data.held_out={config.held_out} of {len(train.labels)} images leaves none for one of "
             f"train, {', '.join(missing)}; change data.held_out or give more images"
         )
     for split in missing:
-        tables[split] = train.rows(train.order[-share:])
-        train = tables["train"] = train.rows(train.order[:-share])
-        found.sources[split] = (f"{share:,} images of train",)
+        tables[split] = train.rows(train.order[-count:])
+        train = tables["train"] = train.rows(train.order[:-count])
+        found.sources[split] = (f"{count:,} images of train",)
 
 
 def _measure(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -> Record:
@@ -229,7 +228,7 @@ def _measure(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -
         "class_names": list(train.class_names),
         "shape": train.shape,
         "mean": mean_C.tolist(),
-        "std": np.where(std_C > 0, std_C, 1.0).tolist(),  # a channel of one colour
+        "std": np.where(std_C > 0, std_C, 1.0).tolist(),  # a constant channel has deviation 0
         "splits": {
             split: {"samples": len(table.labels), "sources": found.sources[split]}
             for split, table in found.tables.items()
@@ -241,7 +240,7 @@ def _measure(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -
 
 
 def find_problems(config: DataConfig) -> list[str]:
-    """Return no problem: every one of a data set of images is in its files."""
+    """Return no problems: those of images are all in the files."""
     return []
 
 

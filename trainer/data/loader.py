@@ -1,4 +1,4 @@
-"""From samples to micro-batches of tensors, each rank its own share of the same steps."""
+"""Data loaders: micro-batches of tensors; each rank loads its part of every global batch."""
 
 import queue
 import threading
@@ -13,18 +13,18 @@ from trainer.data.dataset import Dataset, Sample
 from trainer.data.sampler import Order, mixed, permutation, positions
 
 Batch = dict[str, torch.Tensor]
-EVALUATION_SEED = 2026  # of no run: what is measured must not depend on what is compared
+EVALUATION_SEED = 2026  # fixed: runs to compare are evaluated on the same samples
 
 
 class TrainLoader:
     """An endless iterator over steps; each item is this rank's list of micro-batches.
 
-    Rank r of D owns the samples [r × B / D, (r + 1) × B / D) of a step's B samples. What is at a
-    position depends on the seed alone, so the state of the data is how many samples were learned
-    from: `first_sample` before `first_step` (None = batch_size of each step). A micro-batch has
-    `seeds` (B,) int64 beside the data: the dropout seed of each sample. `left_out` and `repeated`
-    are of samples, as in `positions`; `order_batch_size` is what batches of like length were when
-    the run began (0 = batch_size).
+    Rank r of D loads the samples [r × B / D, (r + 1) × B / D) of a step's B samples. The sample at
+    a position depends on the seed alone, so the data state is the number of samples consumed:
+    `first_sample` before `first_step` (None = batch_size per step). Besides the data a micro-batch
+    has `seeds` (B,) int64, the dropout seed of each sample. `left_out` and `repeated` count
+    samples, as in `positions`; `order_batch_size` is the batch size by which samples were grouped
+    by length when the run started (0 = batch_size).
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TrainLoader:
         order_batch_size: int = 0,
     ):
         assert batch_size % data_degree == 0, (batch_size, data_degree)
-        self.wait_seconds = 0.0  # that the consumer has waited for data so far
+        self.wait_seconds = 0.0  # the total time that the consumer has waited for data
         self._dataset, self._seed, self._pin_memory = dataset, seed, pin_memory
         self._left_out, self._repeated = left_out, repeated
         self._order_batch_size = order_batch_size or batch_size
@@ -81,15 +81,13 @@ class TrainLoader:
         self._thread.join(timeout=5)
 
     def sample_ids(self, step: int, data_rank: int) -> list[int]:
-        """Return which samples of the data set, by index, that rank learns from at `step` (from
-        0).
-        """
-        order = self._new_order()  # the other one is the thread's
-        share = slice(data_rank * self._share, (data_rank + 1) * self._share)
-        return [order(position)[1] for position in self.positions(step)[share]]
+        """Return the indices of the samples that a data rank trains on at `step` (from 0)."""
+        order = self._new_order()  # self._order belongs to the thread
+        local_batch = slice(data_rank * self._share, (data_rank + 1) * self._share)
+        return [order(position)[1] for position in self.positions(step)[local_batch]]
 
     def positions(self, step: int) -> list[int]:
-        """Return where in the order of samples all ranks together find those of `step` (from 0)."""
+        """Return the positions in the order of the global batch of `step` (from 0)."""
         first = self._first_sample + (step - self.first_step) * self._batch_size
         return positions(first, self._batch_size, self._left_out, self._repeated)
 
@@ -102,7 +100,7 @@ class TrainLoader:
         while not self._closed.is_set() and self._error is None:
             try:
                 item = self._step(step)
-            except Exception as error:  # raised in the consumer
+            except Exception as error:  # raised again in the consumer
                 item = error
             while not self._closed.is_set():
                 try:
@@ -115,10 +113,10 @@ class TrainLoader:
             step += 1
 
     def _step(self, step: int) -> list[Batch]:
-        own = self.positions(step)[self._rank * self._share :][: self._share]
-        drawn = sorted(map(self._draw, own), key=_size)
+        local = self.positions(step)[self._rank * self._share :][: self._share]
+        samples = sorted(map(self._draw, local), key=_size)
         size = self._micro_batch_size
-        return [self._micro_batch(drawn[i : i + size]) for i in range(0, len(drawn), size)]
+        return [self._micro_batch(samples[i : i + size]) for i in range(0, len(samples), size)]
 
     def _draw(self, position: int) -> tuple[Sample, int]:
         epoch, index = self._order(position)
@@ -132,7 +130,10 @@ class TrainLoader:
 
 
 def _size(drawn: tuple[Sample, int]) -> int:
-    """Samples of like length share a micro-batch: less padding, and the same sum."""
+    """Return the size to sort by: micro-batches of similar lengths have less padding.
+
+    The order within a step does not change the loss, which is a sum.
+    """
     return sum(part.size for part in drawn[0].values())
 
 
@@ -144,19 +145,20 @@ def evaluation_batches(
     samples: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """This rank's micro-batches of a part of the split (`evaluated`), without randomness.
+    """Yield this rank's micro-batches of the `evaluated` samples of a split, unaugmented.
 
-    All ranks get as many micro-batches of as many samples, since sharded models communicate in
-    every forward: fillers, whose targets are all ignored and whose `index` is -1, make up for it.
+    All ranks get equally many micro-batches of equally many samples, since sharded models
+    communicate in every forward. The difference is padded with fillers, samples whose targets are
+    all ignored and whose `index` is -1.
     """
     chosen = evaluated(len(dataset), samples)
     count = len(chosen)
     size = min(micro_batch_size, -(-count // data_degree))
     for first in range(data_rank * size, _rounded(count, size * data_degree), size * data_degree):
-        place_B = np.arange(first, first + size)
-        filler_B = place_B >= count
-        # A filler repeats the last sample, so that it is no longer than the real ones need.
-        index_B = chosen[np.minimum(place_B, count - 1)]
+        position_B = np.arange(first, first + size)
+        filler_B = position_B >= count
+        # A filler repeats the last sample, so that it adds no longer sequence.
+        index_B = chosen[np.minimum(position_B, count - 1)]
         batch = dataset.collate([dataset.sample(int(i), None) for i in index_B])
         batch["targets"][filler_B] = IGNORED
         batch["index"] = np.where(filler_B, -1, index_B)
@@ -164,10 +166,10 @@ def evaluation_batches(
 
 
 def evaluated(size: int, samples: int) -> np.ndarray:
-    """(≤ samples,) int64, rising: which of a split's `size` samples are measured; 0 = all.
+    """Return the sorted indices of the samples of a split to evaluate (≤ samples,); 0 = all.
 
-    A pseudo-random part, since splits are often sorted, but the same in every run and layout; more
-    samples are those of fewer and others.
+    They are a pseudo-random subset, since splits are often sorted, but identical in every run and
+    layout; a larger subset contains each smaller one.
     """
     if not 0 < samples < size:
         return np.arange(size)

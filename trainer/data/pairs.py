@@ -1,4 +1,4 @@
-"""Translation: pairs of sentences, one `source<TAB>target` a line.
+"""Translation: pairs of sentences, one `source<TAB>target` per line.
 
 B pairs of a micro-batch · T tokens of the longest source · S tokens of the longest target
 """
@@ -32,12 +32,12 @@ from trainer.data.tokenized import (
 )
 from trainer.data.tokenizer import Tokenizer
 
-LINES = 4096  # tokenised at once
+LINES = 4096  # lines per batch of the tokenizer
 COLUMNS = ("source", "target")
 
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
-    """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError."""
+    """Tokenise the splits into `data.cache`, unless already done; raises UserError."""
 
     def texts(part: Part) -> Iterator[str]:
         return (side for pair in read_pairs(part) for side in pair)
@@ -70,7 +70,7 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
     return found.facts(splits, notes)
 
 
-# Words that a line which names the columns is made of; language codes have two letters.
+# Words of a header line; a word of two letters counts as a language code.
 HEADER = {
     "source",
     "target",
@@ -97,7 +97,7 @@ HEADER = {
 
 
 def _header_notes(parts: Parts) -> list[str]:
-    """Say of which files the first pair looks like the names of the columns."""
+    """Return a note for each file whose first pair looks like a header."""
     notes = []
     for part in (part for of_split in parts.values() for part in of_split if part.start == 0):
         first = next(read_pairs(part), ("", ""))
@@ -105,7 +105,7 @@ def _header_notes(parts: Parts) -> list[str]:
         if all(found and all(w in HEADER or len(w) == 2 for w in found) for found in words):
             notes.append(
                 f"the first line of {part.path.name} ({first[0]}, {first[1]}) is learned as a "
-                "pair; take it out if it names the columns"
+                "pair; remove it if it names the columns"
             )
     return notes
 
@@ -117,10 +117,7 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
 
 
 class Pairs(Dataset):
-    """A split of sentence pairs.
-
-    Training leaves out pairs longer than `seq_len`; evaluation keeps and cuts them.
-    """
+    """A split of sentence pairs; pairs over `seq_len` are left out of train, else cut."""
 
     def __init__(self, folder: Path, record: Record, split: str, seq_len: int):
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
@@ -140,7 +137,7 @@ class Pairs(Dataset):
         return len(self._kept)
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """source (T,), tokens (S,) from BOS on, targets (S,) up to EOS; int64."""
+        """Return source (T,), tokens (S,) from BOS on and targets (S,) up to EOS; int64."""
         row = self._kept[index]
         (low, high) = self._spans[row : row + 2, :2].astype(int)
         source_T = self._ids[0].read(low[0], min(high[0], low[0] + self._seq_len))
@@ -152,7 +149,7 @@ class Pairs(Dataset):
         }
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
-        """source (B, T), source_valid (B, T) bool if any is padded, tokens and targets (B, S)."""
+        """Return source (B, T), tokens and targets (B, S) int64; source_valid (B, T) if padded."""
         fill = {"source": self._pad_id, "tokens": self._pad_id, "targets": IGNORED}
         batch = {key: _padded([s[key] for s in samples], value) for key, value in fill.items()}
         lengths_B = np.array([len(sample["source"]) for sample in samples])
@@ -162,7 +159,7 @@ class Pairs(Dataset):
         return batch
 
     def lengths(self) -> np.ndarray:
-        """(len,): tokens of the source and of the target together."""
+        """Return the tokens of source and target together (len,)."""
         return np.diff(self._spans[:, :2].astype(np.int64), axis=0).sum(axis=1)[self._kept]
 
     def reference(self, index: int) -> str:
@@ -180,32 +177,32 @@ class Pairs(Dataset):
             file.seek(start)
             sides = file.read(end - start).decode().rstrip("\n").split("\t")
         if len(sides) != 2:
-            raise DataError(f"{self._text} is damaged: bytes {start} to {end} are no pair")
+            raise DataError(f"{self._text} is damaged: bytes {start} to {end} are not a pair")
         return sides
 
 
 def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
     padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
-    for place, row in zip(padded, rows, strict=True):
-        place[: len(row)] = row
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = row
     return padded
 
 
 def _spans(folder: Path, split: str) -> np.ndarray:
-    """(pairs + 1, 3) int64: where source ids, target ids and text of each pair begin."""
+    """Return the starts of source ids, target ids and text bytes (pairs + 1, 3) int64."""
     spans: np.ndarray = np.load(folder / f"{split}.npy")
     return spans
 
 
 def _kept(spans: np.ndarray, split: str, seq_len: int) -> np.ndarray:
-    """Rows of the pairs that count: of the train split those that fit, of the others all."""
+    """Return the rows of the pairs in use: those within `seq_len` in train, else all."""
     if split != "train":
         return np.arange(len(spans) - 1)
     return np.flatnonzero((_lengths(spans) <= seq_len).all(axis=1))
 
 
 def _lengths(spans: np.ndarray) -> np.ndarray:
-    """(pairs, 2): tokens of source and target; the target has one more, EOS."""
+    """Return the tokens of source and target (pairs, 2), the EOS of the target included."""
     return np.diff(spans[:, :2], axis=0) + np.array([0, 1])
 
 
@@ -239,10 +236,10 @@ def _write_split(
         lengths = []
         for column, file in enumerate(files[:2]):
             texts = [pair[column] for pair in batch]
-            ids, lost_here = encoded(tokenizer, texts)
+            ids, lost_in_batch = encoded(tokenizer, texts)
             rare.update(rare_characters(texts))
-            lost, characters = lost + lost_here, characters + sum(map(len, texts))
-            # Attention needs something to look at, even where a tokenizer knows no character.
+            lost, characters = lost + lost_in_batch, characters + sum(map(len, texts))
+            # Attention needs one token, even if the tokenizer has none for the sentence.
             ids = [sentence or [tokenizer.eot_id] for sentence in ids]
             ids_n = np.array([i for sentence in ids for i in sentence], dtype)
             file.write(ids_n.tobytes())
@@ -256,15 +253,12 @@ def _write_split(
     for file in files:
         file.close()
     np.save(folder / f"{split}.npy", np.concatenate(spans))
-    found_here = {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
-    return found_here | {"characters": characters, "lost": lost, "rare": rare}
+    counts = {"pairs": sum(map(len, spans)) - 1, "largest_id": largest_id}
+    return counts | {"characters": characters, "lost": lost, "rare": rare}
 
 
 def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
-    """Yield the (source, target) of each line.
-
-    DataError names the line that is not such a pair.
-    """
+    """Yield the (source, target) of each line; raises DataError naming a malformed line."""
     for number, line in enumerate(_lines(part)):
         sides = [side.strip() for side in line.split("\t")]
         if len(sides) == 2 and all(sides):
@@ -292,8 +286,8 @@ def _lines_before(part: Part) -> int:
 
 
 def find_problems(config: DataConfig) -> list[str]:
-    """Return what is wrong with the section, without a look at the data."""
-    return text_problems(config, least_tokens=2)  # a target has one token more: EOS
+    """Return the problems of the data section that need no look at the files."""
+    return text_problems(config, least_tokens=2)  # the target has EOS as well
 
 
 def write_rows(
@@ -303,7 +297,7 @@ def write_rows(
     names: Sequence[str] | None,
     left_out: dict[str, str],
 ) -> None:
-    """Write a file of each split, a pair on each line."""
+    """Write one file per split, one pair per line."""
     for split, pairs in rows.items():
         lines = ("\t".join(" ".join(str(side).split()) for side in pair) for pair in pairs)
         (folder / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")

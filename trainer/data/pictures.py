@@ -1,4 +1,4 @@
-"""One picture decoded to 8-bit grey or RGB pixels, whatever its mode, or refused.
+"""Decode pictures of any mode with a defined range to 8-bit grey or RGB pixels.
 
 H rows · W columns · C channels of pixels
 """
@@ -13,39 +13,39 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.config.train import DataError, UserError
 
-GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's names of modes
+GREY = ("1", "L", "LA", "La", "I;16", "I;16L", "I;16B", "I;16N", "I")  # Pillow's mode names
 SIXTEEN_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
 CONVERTED = ("P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
-ORIENTATION = 0x0112  # EXIF's tag
-PHOTOMETRIC = 262  # TIFF's tag: 0 = 0 is white
-SAMPLE_FORMAT = 339  # of a TIFF: 1 = whole numbers without a sign
-BACKGROUND = (255, 255, 255)  # behind what is transparent
+ORIENTATION = 0x0112  # EXIF tag
+PHOTOMETRIC = 262  # TIFF tag: 0 = zero is white
+SAMPLE_FORMAT = 339  # TIFF tag: 1 = unsigned integers
+BACKGROUND = (255, 255, 255)  # composited under transparent pixels
 
 
 @contextmanager
 def opened(
     path: str | Path, key: str = "data.path", content: IO[bytes] | None = None
 ) -> Iterator[Image.Image]:
-    """A picture, whose pixels are not read yet; DataError names it where that fails.
+    """Open a picture without reading its pixels; raises DataError naming it if that fails.
 
-    `content`: its bytes, where it is no file; `path` is then the name in the message.
+    `content` has its bytes if it is not a file; `path` is then its name in the message.
     """
     source = path if content is None else content
     try:
         with Image.open(source) as image:
             if image.format == "PNG":
-                image.verify()  # check sums, which reading the pixels does not look at
+                image.verify()  # checksums, which decoding does not verify
         if content is not None:
             content.seek(0)
         with Image.open(source) as image:
             most = Image.MAX_IMAGE_PIXELS or 0
-            # Pillow only warns below twice as many; a filter of warnings is shared by threads.
+            # Pillow only warns up to twice the limit, and threads share the warning filters.
             if 0 < most < image.size[0] * image.size[1]:
                 raise ValueError(f"{_by(image.size)} pixels are more than {most:,}")
             yield image
     except UserError:
         raise
-    except Exception as error:  # Pillow's readers raise what they like on damaged files
+    except Exception as error:  # Pillow's readers raise many types on damaged files
         why = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             why = "cannot identify its format"
@@ -53,26 +53,26 @@ def opened(
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Return whether a picture has one channel, not counting transparency."""
+    """Return whether a picture has one channel besides transparency."""
     return image.mode in GREY
 
 
 def is_animated(image: Image.Image) -> bool:
-    """Return whether a file holds several pictures, of which the first is read."""
+    """Return whether a file holds several frames, of which only the first is read."""
     return getattr(image, "n_frames", 1) > 1
 
 
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
-    """Return (H, W, channels) uint8: turned by EXIF, 16 bits scaled to 8, on white.
+    """Return (H, W, channels) uint8: rotated by EXIF, 16 bits scaled to 8, on white.
 
-    Raises ValueError for modes whose numbers have no stated range.
+    Raises ValueError for modes whose values have no defined range.
     """
     plain = ImageOps.exif_transpose(_eight_bit(image))
     if plain.has_transparency_data or plain.mode in ("La", "RGBa"):
-        on = Image.new("RGBA", plain.size, (*BACKGROUND, 255))
+        white = Image.new("RGBA", plain.size, (*BACKGROUND, 255))
         premultiplied = {"La": "LA", "RGBa": "RGBA"}.get(plain.mode)
         plain = plain.convert(premultiplied) if premultiplied else plain
-        plain = Image.alpha_composite(on, plain.convert("RGBA"))
+        plain = Image.alpha_composite(white, plain.convert("RGBA"))
     plain = plain if plain.mode in ("1", "L") else plain.convert("RGB")
     pixels = np.asarray(plain.convert("L" if channels == 1 else "RGB"))
     return pixels.reshape(*pixels.shape[:2], channels)
@@ -83,7 +83,7 @@ def _by(size: tuple[int, int]) -> str:
 
 
 def _stored_as(image: Image.Image) -> str:
-    """Pillow's name of the numbers in a file, e.g. L;4; empty once its pixels are read."""
+    """Return Pillow's raw mode of a file, e.g. L;4; empty once its pixels are read."""
     tiles = getattr(image, "tile", None)
     arguments = tiles[0].args if tiles else ""
     first = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
@@ -91,27 +91,26 @@ def _stored_as(image: Image.Image) -> str:
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
-    """Return the picture in a mode of 8 bits a channel, with its EXIF and its transparent
-    colour.
-    """
+    """Return the picture in a mode of 8 bits per channel, with EXIF and transparent colour."""
     stored, clear = _stored_as(image), image.info.get("transparency")
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return _scaled(image, 4095 if stored == "I;12" else 65535, clear)
     kinds = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1)
     if image.mode not in ("1", "L", "LA", "La", *CONVERTED) or set(np.ravel(kinds)) - {1, 4}:
         raise ValueError(
-            f"mode {image.mode} has numbers of no stated range; save it with 8 or 16 bits a channel"
+            f"mode {image.mode} has values of no stated range; save it with 8 or 16 bits per "
+            "channel"
         )
     if stored == "RGB;16B" and clear is not None:
-        raise ValueError("16 bits a channel with a transparent colour; save it as RGBA")
+        raise ValueError("16 bits per channel with a transparent colour; save it as RGBA")
     if stored in ("L;2", "L;4") and isinstance(clear, int):
-        image.load()  # its pixels are scaled by Pillow, its transparent colour is not
+        image.load()  # Pillow scales the pixels, but not the transparent colour
         image.info["transparency"] = clear * {"L;2": 85, "L;4": 17}[stored]
     return image
 
 
 def _scaled(image: Image.Image, top: int, clear: object) -> Image.Image:
-    """Numbers from 0 to `top` as 8 bits, white where they equal `clear`."""
+    """Scale values from 0 to `top` to 8 bits; those equal to `clear` become white."""
     orientation, tags = Image.Exif(), getattr(image, "tag_v2", {})
     orientation[ORIENTATION] = image.getexif().get(ORIENTATION, 1)
     numbers = np.asarray(image).astype(np.int64)

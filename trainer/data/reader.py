@@ -9,45 +9,45 @@ from trainer.config.train import DataConfig
 from trainer.data.dataset import DataFacts, Dataset
 from trainer.data.tokenizer import SMALLEST, Tokenizer, too_small
 
-Rows = Mapping[str, Sequence[tuple[Any, ...]]]  # by split, the cells of the columns that are read
+Rows = Mapping[str, Sequence[tuple[Any, ...]]]  # split -> rows of the selected columns
 
 
 class Prepare(Protocol):
-    """Check the data and write what `open_split` reads to data.cache, unless that is done."""
+    """Check the data and write what `open_split` reads to `data.cache`, unless already done."""
 
     def __call__(self, config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
-        """Return what was read; `root` is the file or folder of data.path. Raises UserError."""
+        """Return the facts about the data at `root` (that of data.path); raises UserError."""
         ...
 
 
 @dataclass(frozen=True)
 class HubFormat:
-    """How the rows of a Hugging Face data set become files that a reader takes."""
+    """Conversion of the rows of a Hugging Face data set to files that a reader accepts."""
 
-    columns: tuple[tuple[str, ...], ...]  # usual names of the columns, the likeliest first
-    # (data section, folder, rows, class names of the last column, what is left out and why)
+    columns: tuple[tuple[str, ...], ...]  # usual column names, most common first
+    # (data section, folder, rows, class names of the last column, reasons for what is left out)
     write: Callable[[DataConfig, Path, Rows, Sequence[str] | None, dict[str, str]], None]
-    file: str = ""  # in the folder, which data.path then stands for; empty = the folder
-    cell_types: tuple[type, ...] = ()  # that a cell may have; empty = any
-    skips_blank: bool = False  # leave out rows in which a cell is white space
-    languages: bool = False  # a column `translation` of two languages stands for two columns
+    file: str = ""  # read in place of data.path, inside the folder; empty = the folder
+    cell_types: tuple[type, ...] = ()  # allowed types of a cell; empty = any
+    skips_blank: bool = False  # leave out rows with a blank cell
+    languages: bool = False  # a `translation` column of two languages counts as two columns
 
 
 @dataclass(frozen=True)
 class DataReader:
-    """A value of data.kind, listed in READERS (trainer/data/__init__.py)."""
+    """The reader of one data.kind, registered in READERS (trainer/data/__init__.py)."""
 
     kind: str
-    families: tuple[str, ...]  # values of model.family that learn from it
+    families: tuple[str, ...]  # values of model.family that train on it
     prepare: Prepare
     open_split: Callable[[DataConfig, Path, str], Dataset]
-    find_problems: Callable[[DataConfig], list[str]]  # without a look at the data
+    find_problems: Callable[[DataConfig], list[str]]  # in the settings, without reading the data
     hub: HubFormat
-    open_tokenizer: Callable[[DataConfig, Path], Tokenizer] | None = None  # None = there is none
+    open_tokenizer: Callable[[DataConfig, Path], Tokenizer] | None = None  # None = no text
 
 
 def text_problems(config: DataConfig, least_tokens: int) -> list[str]:
-    """Return the problems of a data section whose reader tokenises text."""
+    """Return the problems of a data section that apply to every reader of text."""
     problems = []
     if config.seq_len < least_tokens:
         problems.append(f"data.seq_len={config.seq_len} must be at least {least_tokens}")
@@ -55,7 +55,7 @@ def text_problems(config: DataConfig, least_tokens: int) -> list[str]:
         problems.append(too_small(config.vocab_size))
     if config.on_bad_file != "stop":
         problems.append(
-            f"data.on_bad_file={config.on_bad_file} is for data.kind=images; a {config.kind} file "
-            "that is damaged always stops the run, set data.on_bad_file=stop"
+            f"data.on_bad_file={config.on_bad_file} is for data.kind=images; a damaged "
+            f"{config.kind} file always stops the run, set data.on_bad_file=stop"
         )
     return problems

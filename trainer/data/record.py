@@ -1,4 +1,4 @@
-"""The record of a run's data: all that using the model needs, and a table for people."""
+"""The record of a run's data: facts that inference needs, and a table to read."""
 
 import json
 import shutil
@@ -14,11 +14,11 @@ from trainer.data.dataset import DataFacts, SplitFacts
 TOKENIZER = "tokenizer.json"
 FACTS = "data.json"
 TABLE = "data.txt"
-SHOWN = 3  # sources or reasons of a split that are named; the others are counted
+SHOWN = 3  # names listed in a cell of the table; the others are counted
 
 
 def has_record(folder: str | Path) -> bool:
-    """Return whether a folder says what its model's inputs are made with."""
+    """Return whether a folder holds a record of its model's data, or its tokenizer."""
     return any((Path(folder) / name).is_file() for name in (FACTS, TOKENIZER))
 
 
@@ -29,7 +29,7 @@ def write_record(folder: Path, facts: DataFacts) -> None:
 
 
 def read_record(folder: str | Path) -> DataFacts | None:
-    """Return what a folder says of its data; None where it says nothing, ConfigError if damaged."""
+    """Return a folder's record of its data, None if missing; raises ConfigError if damaged."""
     path = Path(folder) / FACTS
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -42,40 +42,40 @@ def read_record(folder: str | Path) -> DataFacts | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}); put it back, or delete it: what the run was trained on "
-            "is then read from data.path"
+            f"{path} is damaged ({error}); restore it, or delete it: the facts about the training "
+            "data are then read from data.path"
         ) from error
 
 
 def copy_record(run_dir: str | Path, to: Path) -> None:
-    """Copy what a run's folder says of its data into another folder; raises OSError."""
+    """Copy the data record and the tokenizer of a run into another folder; raises OSError."""
     for name in (TOKENIZER, FACTS, TABLE):
         if (source := Path(run_dir) / name).is_file():
             shutil.copy(source, to / name)
 
 
 def data_of(config: TrainConfig, run_dir: str | Path = "") -> DataConfig:
-    """Return the data section as a run reads it: with the tokenizer or classes in its folder.
+    """Return the data section of a run, with the tokenizer or the classes in its folder.
 
-    `run_dir`: that folder, where it is not `config.run_dir`.
+    `run_dir` is that folder; empty = `config.run_dir`.
     """
     folder = str(run_dir or config.run_dir)
     return replace(config.data, processor=folder) if has_record(folder) else config.data
 
 
 def changes(before: DataFacts, now: DataFacts, split: str) -> str:
-    """Say how a split is not the one that a run began with; empty where it is."""
+    """Describe how a split differs from the one trained on; empty if it does not."""
     old, new = before.splits.get(split), now.splits.get(split)
     if old is None or new is None or (old.digest, old.samples) == (new.digest, new.samples):
         return ""
     count = f"{old.samples:,} samples then, {new.samples:,} now"
     if old.samples == new.samples:
-        count = f"{new.samples:,} samples, but others"
+        count = f"{new.samples:,} samples, but different ones"
     return f"the {split} split at data.path={now.path} is not that of the training run ({count})"
 
 
 def table(facts: DataFacts) -> str:
-    """Return what was read as lines of text: a row for each split, then what was left out."""
+    """Return the facts as a text table: a row per split, then notes and what is left out."""
     head = ["split", "read from", "samples", "tokens", "characters"]
     rows = [
         [
@@ -96,7 +96,7 @@ def table(facts: DataFacts) -> str:
         for row in cells
     ]
     text = "\n".join([f"data.path={facts.path}", *(f"  {line}" for line in lines), *_below(facts)])
-    return text.encode("utf-8", "backslashreplace").decode()  # names of files may be any bytes
+    return text.encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
 
 
 def _below(facts: DataFacts) -> Iterable[str]:

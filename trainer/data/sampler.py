@@ -1,4 +1,4 @@
-"""Which sample comes when: a function of the seed and the position alone, never of the ranks."""
+"""The order of samples: a function of seed and position alone, independent of the ranks."""
 
 from collections.abc import Collection
 from hashlib import blake2b
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def mixed(*numbers: int) -> int:
-    """63 random bits made of the numbers; the same on every machine and with every library."""
+    """Hash the numbers to 63 bits, identically on every machine and library version."""
     digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -15,11 +15,10 @@ def mixed(*numbers: int) -> int:
 def positions(
     first: int, count: int, left_out: Collection[tuple[int, int]] = (), repeated: int = 0
 ) -> list[int]:
-    """Return where in the order a run finds its samples first, first + 1, …: `count` positions from
-    0.
+    """Return the positions in the order of a run's samples first, …, first + count - 1.
 
-    Ranges [begin, end) of positions that are `left_out` never come: what is behind them moves up.
-    The first `repeated` samples come again and again (0 = they do not).
+    Positions in the ranges [begin, end) of `left_out` are skipped, and later ones move up.
+    With `repeated`, a run repeats its first `repeated` samples (0 = off).
     """
     found = np.arange(first, first + count)
     if repeated:
@@ -30,7 +29,7 @@ def positions(
 
 
 def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
-    """Return the fewest ranges [begin, end) that hold these positions and no others, in order."""
+    """Return the fewest ranges [begin, end) that hold exactly these positions, in order."""
     found: list[tuple[int, int]] = []
     for position in sorted(set(positions)):
         if found and found[-1][1] == position:
@@ -40,16 +39,16 @@ def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
     return found
 
 
-WINDOW_BATCHES = 50  # samples are grouped by length among those of so many batches
+WINDOW_BATCHES = 50  # batches of a window, within which samples are grouped by length
 
 
 class Order:
-    """Which sample stands at a position of the run, counted in samples from 0.
+    """The map from a position of the run, counted in samples from 0, to a sample.
 
-    Every epoch goes through all `size` samples in an order of its own. With `lengths` (size,), the
-    samples of a batch are of like length, which spares padding, and the batches come in any order.
-    The order then depends on `batch_size`, which therefore stays what it was when the run began,
-    however many samples a step takes later: else a change would repeat some and skip others.
+    Each epoch visits all `size` samples in its own order. With `lengths` (size,), the samples of a
+    batch are of similar length, which reduces padding, and the batches are shuffled. The order
+    then depends on `batch_size`, which must therefore stay that of the start of the run, whatever
+    the batch size of later steps: a change would repeat some samples and skip others.
     """
 
     def __init__(
@@ -61,12 +60,12 @@ class Order:
 
     def __call__(self, position: int) -> tuple[int, int]:
         """Return the (epoch, index) of the sample."""
-        epoch, place = divmod(position, self._size)
+        epoch, offset = divmod(position, self._size)
         if epoch not in self._epochs:
-            # Two are kept: a batch can hold the end of one epoch and the beginning of the next.
+            # Two are cached: a batch can contain the end of one epoch and the start of the next.
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
             self._epochs[epoch] = self._order(epoch)
-        return epoch, int(self._epochs[epoch][place])
+        return epoch, int(self._epochs[epoch][offset])
 
     def _order(self, epoch: int) -> np.ndarray:
         order = permutation(self._seed, epoch, self._size)
@@ -79,17 +78,17 @@ class Order:
     def _grouped(self, part: np.ndarray, epoch: int) -> np.ndarray:
         assert self._lengths is not None
         part = part[np.argsort(self._lengths[part], kind="stable")]
-        whole = len(part) // self._batch_size
-        batches = part[: whole * self._batch_size].reshape(whole, self._batch_size)
-        shuffled = batches[permutation(mixed(self._seed, int(part[0])), epoch, whole)]
-        return np.concatenate([shuffled.reshape(-1), part[whole * self._batch_size :]])
+        full = len(part) // self._batch_size
+        batches = part[: full * self._batch_size].reshape(full, self._batch_size)
+        shuffled = batches[permutation(mixed(self._seed, int(part[0])), epoch, full)]
+        return np.concatenate([shuffled.reshape(-1), part[full * self._batch_size :]])
 
 
 def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """(size,) int64: the order of one epoch, by (seed, epoch) only.
+    """Return the order of one epoch (size,) int64, a function of (seed, epoch) only.
 
-    Sorted by a hash (splitmix64, Steele et al. 2014) rather than drawn from numpy's generator,
-    whose streams may change from one version to the next, and a resumed run with them.
+    Indices are sorted by a hash (splitmix64, Steele et al. 2014) rather than shuffled by numpy's
+    generator, whose streams may change between versions, and with them a resumed run.
     """
     z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z += np.uint64(mixed(seed, epoch))

@@ -32,12 +32,12 @@ from trainer.data.tokenized import (
 )
 from trainer.data.tokenizer import Tokenizer
 
-PIECE = 1 << 16  # characters tokenised as one string; the tokenizer is slow on longer ones
-PIECES = 32  # tokenised at once, on all cores
+PIECE = 1 << 16  # characters per string; the tokenizer is slow on longer ones
+PIECES = 32  # strings per batch, tokenised on all cores
 
 
 def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
-    """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError."""
+    """Tokenise the splits into `data.cache`, unless already done; raises UserError."""
 
     def texts(part: Part) -> Iterator[str]:
         return (text for _, text in pieces(part, config.document_separator))
@@ -77,8 +77,8 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Text":
 class Text(Dataset):
     """A split of a text: sample i is the window of seq_len tokens at i × seq_len + offset.
 
-    The offset is 0 in evaluation, where every token is predicted once; in training each epoch has
-    its own, and windows at the end move back to be whole.
+    In evaluation the offset is 0 and every token is predicted once. In training each epoch has its
+    own offset, and windows that would pass the end are moved back so that they are full.
     """
 
     def __init__(self, tokens: TokenFile, seq_len: int, record: Record, split: str):
@@ -93,7 +93,7 @@ class Text(Dataset):
         return _windows(len(self._tokens), self._seq_len)
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """tokens (S,) and targets (S,) int64."""
+        """Return tokens (S,) and targets (S,) int64."""
         start = index * self._seq_len
         if seed is not None:
             offset = mixed(seed) % self._seq_len
@@ -106,15 +106,19 @@ class Text(Dataset):
         return {"tokens": tokens_S, "targets": targets_S}
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
-        """tokens and targets (B, S); documents and positions (B, S) if a document starts inside."""
+        """Return tokens and targets (B, S) int64.
+
+        If a document starts inside a window: also documents, numbered from 0 in each row, and
+        positions, counted from the start of the document (B, S).
+        """
         batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
         starts_BS = batch["tokens"] == self._eot_id
         starts_BS[:, 0] = True
         if starts_BS[:, 1:].any():
-            place_S = np.arange(starts_BS.shape[1])
-            last_start_BS = np.maximum.accumulate(np.where(starts_BS, place_S, 0), axis=1)
+            column_S = np.arange(starts_BS.shape[1])
+            last_start_BS = np.maximum.accumulate(np.where(starts_BS, column_S, 0), axis=1)
             batch["documents"] = np.cumsum(starts_BS, axis=1, dtype=np.int64) - 1
-            batch["positions"] = place_S - last_start_BS
+            batch["positions"] = column_S - last_start_BS
         return batch
 
 
@@ -123,7 +127,7 @@ def _windows(tokens: int, seq_len: int) -> int:
 
 
 def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
-    """(begins a document, text): the documents of a part, in pieces that fit in memory."""
+    """Yield (begins a document, text): the documents of a part in pieces that fit in memory."""
     begins, rest = True, ""
     for block in read_text(part):
         *ended, rest = (rest + block).split(separator) if separator else [rest + block]
@@ -145,18 +149,16 @@ def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
 
 
 def _cut(text: str, margin: int) -> list[str]:
-    """Return the text in pieces of at most PIECE characters.
+    """Return the text in pieces of at most PIECE characters; the last has at least `margin`.
 
-    The last one is at least `margin` long.
-
-    Cut between a word and white space, where no pre-tokenizer joins: the tokens are those of the
-    whole.
+    It is cut between a word and white space, where no pre-tokenizer joins, so that the tokens are
+    those of the uncut text.
     """
     start, cuts = 0, []
     while len(text) - start > PIECE + margin:
         limit = start + PIECE
-        places = range(limit, start, -1)
-        fit = (i for i in places if text[i].isspace() and text[i - 1].isalnum())
+        candidates = range(limit, start, -1)
+        fit = (i for i in candidates if text[i].isspace() and text[i - 1].isalnum())
         end = next(fit, limit)
         cuts.append(text[start:end])
         start = end
@@ -190,11 +192,11 @@ def _write_split(
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
-            ids_of, lost_here = encoded(tokenizer, texts)
-            lost += lost_here
+            ids_of, lost_in_batch = encoded(tokenizer, texts)
+            lost += lost_in_batch
             rare.update(rare_characters(texts))
             for (begins, text), ids in zip(batch, ids_of, strict=True):
-                # A document begins with the end token of the one before: it is its BOS.
+                # The end token of the previous document is the BOS of the next.
                 ids_n = np.array([tokenizer.eot_id, *ids] if begins else ids, dtype)
                 file.write(ids_n.tobytes())
                 tokens += len(ids_n)
@@ -202,12 +204,12 @@ def _write_split(
                 blank = blank and text.isspace()
                 largest_id = max(largest_id, int(ids_n.max(initial=0)))
                 advance(len(text.encode()))
-    found_here = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
-    return found_here | {"lost": lost, "rare": rare, "blank": blank}
+    counts = {"tokens": tokens, "characters": characters, "largest_id": largest_id}
+    return counts | {"lost": lost, "rare": rare, "blank": blank}
 
 
 def find_problems(config: DataConfig) -> list[str]:
-    """Return what is wrong with the section, without a look at the data."""
+    """Return the problems of the data section that need no look at the files."""
     return text_problems(config, least_tokens=1)
 
 
@@ -218,7 +220,7 @@ def write_rows(
     names: Sequence[str] | None,
     left_out: dict[str, str],
 ) -> None:
-    """Write a text file of each split, its documents one after another."""
+    """Write one text file per split, its documents joined by the separator."""
     for split, documents in rows.items():
         text = (config.document_separator or "\n").join(document for (document,) in documents)
         (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="")

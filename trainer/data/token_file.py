@@ -1,4 +1,4 @@
-"""Token files, read window by window: what is gone or damaged is an error with a name."""
+"""Token files, read window by window; a missing or damaged one raises DataError."""
 
 import os
 from pathlib import Path
@@ -11,14 +11,14 @@ DTYPES = ("uint16", "uint32")
 
 
 class TokenFile:
-    """The token ids of one prepared file; several threads may read.
+    """The token ids of one prepared file; `read` is thread-safe.
 
-    Not mapped into memory: when a mapped file shrinks, or its disk goes away, the process dies by
-    signal 7 without a word.
+    The file is not mapped into memory: if a mapped file shrinks or its disk disappears, SIGBUS
+    ends the process without a message.
     """
 
     def __init__(self, path: Path, dtype: str, tokens: int, vocab_size: int):
-        """Open a file of so many tokens; raises DataError if it is another."""
+        """Open a file of `tokens` ids; raises DataError if its dtype or size is another."""
         if dtype not in DTYPES:
             raise DataError(f"{path} holds {dtype}, but token ids are {' or '.join(DTYPES)}")
         self._path, self._dtype = path, np.dtype(dtype)
@@ -38,10 +38,7 @@ class TokenFile:
         return self._tokens
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Return the ids [start, stop) as int64, cut at the end.
-
-        Raises DataError if one is damaged.
-        """
+        """Return the ids [start, stop) as int64, cut at the end; raises DataError if damaged."""
         size = self._dtype.itemsize
         stop = min(stop, self._tokens)
         wanted = max(0, stop - start) * size
@@ -52,18 +49,18 @@ class TokenFile:
         if len(read) < wanted:
             raise DataError(
                 f"{self._path} has shrunk while it was read: bytes {start * size} to "
-                f"{start * size + wanted} were asked for, and it ends at "
+                f"{start * size + wanted} were requested, and it ends at "
                 f"{os.fstat(self._file.fileno()).st_size}; {_AGAIN}"
             )
         ids = np.frombuffer(read, self._dtype)
         if wanted and ids.max() >= self._vocab_size:
-            place = int((ids >= self._vocab_size).argmax())
+            first = int((ids >= self._vocab_size).argmax())
             raise DataError(
-                f"{self._path} is damaged: token {ids[place]} at offset {start + place} is not "
+                f"{self._path} is damaged: token {ids[first]} at offset {start + first} is not "
                 f"below the tokenizer's vocab_size={self._vocab_size}; delete {self._path.parent}, "
                 f"and {_AGAIN}"
             )
         return ids.astype(np.int64)
 
 
-_AGAIN = "start the run again with the same run_dir: the data are prepared anew"
+_AGAIN = "start the run again with the same run_dir: the data are prepared again"

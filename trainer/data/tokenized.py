@@ -1,8 +1,8 @@
-"""Prepared token files: which tokenizer they are made with, and the folder that they are in.
+"""Prepared token files: the tokenizer that encodes them, and the folder that holds them.
 
-Prepared in two stages, each kept in `data.cache`: the tokenizer, then the tokens that it makes of
-the splits. So a run that reads its data with the tokenizer in its own folder finds the tokens that
-were prepared when it began.
+Preparation has two stages, both cached in `data.cache`: the tokenizer, then the tokens of the
+splits. A run that reads its data with the tokenizer in its own folder therefore finds the tokens
+that were prepared when it started.
 """
 
 import logging
@@ -29,7 +29,7 @@ Parts = dict[str, list[Part]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Splits that are prepared: their folder, its record, and what they were read from."""
+    """The prepared splits: their folder, its record, and the files they were read from."""
 
     folder: Path
     record: Record
@@ -37,7 +37,7 @@ class Tokens:
     listing: Listing
 
     def facts(self, splits: dict[str, SplitFacts], notes: Sequence[str] = ()) -> DataFacts:
-        """Return what a model must know of them, and what was read."""
+        """Return the facts that a model needs about the data, and what was read."""
         return DataFacts(
             vocab_size=self.record["vocab_size"],
             splits=splits,
@@ -53,9 +53,9 @@ def prepare_tokens(
     write: Callable[[Parts, Path], Record],
     progress: bool,
 ) -> Tokens:
-    """Tokenise the splits into `data.cache`, unless that is done; raises ConfigError.
+    """Tokenise the splits into `data.cache`, unless already done; raises UserError.
 
-    `texts` reads what a tokenizer is trained on, `write` fills the folder of the tokens.
+    `texts` yields the text that a tokenizer is trained on; `write` fills the folder of the tokens.
     """
     listing = read_listing(config, root)
     parts = split_parts(config, root, listing)
@@ -77,9 +77,9 @@ def prepare_tokens(
 
 
 def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterable[str]]) -> Path:
-    """Return the tokenizer.json to use; it is trained on `texts()` where none is given.
+    """Return the path of the tokenizer.json, trained on `texts()` if none is configured.
 
-    Raises ConfigError where the file that is named is no tokenizer.
+    Raises ConfigError if the configured file is not a tokenizer.
     """
     if config.processor:
         return _of_run(config)
@@ -103,7 +103,7 @@ def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
 
 
 def find_tokenizer(config: DataConfig, parts: Parts) -> Path:
-    """Return the tokenizer.json that `make_tokenizer` has made; ConfigError if it is gone."""
+    """Return the tokenizer.json that `make_tokenizer` made; raises ConfigError if it is missing."""
     if config.processor:
         return _of_run(config)
     folder = _tokenizer_folder(config, parts)
@@ -112,13 +112,13 @@ def find_tokenizer(config: DataConfig, parts: Parts) -> Path:
 
 
 def named_tokenizer(config: DataConfig) -> Path:
-    """Return the tokenizer.json of `data.tokenizer`, which may also name its folder."""
+    """Return the tokenizer.json of `data.tokenizer`, which is that file or its folder."""
     path = Path(config.tokenizer).expanduser()
     return path / TOKENIZER if path.is_dir() else path
 
 
 def tokens_folder(config: DataConfig, parts: Parts) -> Path:
-    """Return the folder of the splits' tokens under the tokenizer that was made for them."""
+    """Return the folder of the splits' tokens, which depends on the files and the tokenizer."""
     files = {split: [part.fingerprint() for part in of_split] for split, of_split in parts.items()}
     digest = blake2b(find_tokenizer(config, parts).read_bytes()).hexdigest()
     return prepared_folder(config, name_of(config), [files, digest, config.document_separator])
@@ -145,12 +145,12 @@ def _tokenizer_folder(config: DataConfig, parts: Parts) -> Path:
 
 
 def size_of(parts: Iterable[Part]) -> int:
-    """Return the bytes of the parts."""
+    """Return the size of the parts in bytes."""
     return sum(part.end - part.start for part in parts)
 
 
 def source_name(part: Part, root: Path) -> str:
-    """Return a part's file, relative to data.path, with its share where it is not the whole."""
+    """Return a part's file, relative to data.path, with its range in percent unless full."""
     inside = root.is_dir() and part.path.is_relative_to(root)
     name = str(part.path.relative_to(root)) if inside else part.path.name
     size = part.path.stat().st_size
@@ -165,7 +165,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def describe(tokenizer: Tokenizer) -> Record:
-    """Return what readers of the ids must know of the tokenizer."""
+    """Return the vocabulary size, dtype, end and padding ids of the tokenizer."""
     return {
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer).name,
@@ -175,7 +175,7 @@ def describe(tokenizer: Tokenizer) -> Record:
 
 
 def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], int]:
-    """Return the ids of each text, and how many characters decoding them does not give back."""
+    """Return the ids of each text, and the number of characters that decoding them loses."""
     ids = tokenizer.encode_batch(texts)
     if tokenizer.is_lossless:
         return ids, 0
@@ -183,15 +183,15 @@ def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]]
     return ids, sum(map(characters_lost, texts, decoded))
 
 
-# Characters that a text hardly has on purpose.
+# Characters that a text rarely contains on purpose.
 RARE = {
-    "\\r": "carriage returns",  # of lines that end as on Windows or an old Mac
-    "[\\x00-\\x08\\x0e-\\x1f\\x7f]": "control characters",  # of a terminal, or ISO-2022
+    "\\r": "carriage returns",  # line ends of Windows or an old Mac
+    "[\\x00-\\x08\\x0e-\\x1f\\x7f]": "control characters",  # terminal escapes or ISO-2022
 }
 
 
 def rare_characters(texts: Iterable[str]) -> Counter[str]:
-    """Count characters of each kind in RARE, which are read as they are."""
+    """Count characters of each kind in RARE, which stay in the text."""
     found: Counter[str] = Counter()
     for text in texts:
         found.update({kind: len(re.findall(pattern, text)) for pattern, kind in RARE.items()})
@@ -200,11 +200,11 @@ def rare_characters(texts: Iterable[str]) -> Counter[str]:
 
 def _rare_notes(record: Record) -> list[str]:
     total: Counter[str] = sum((Counter(e["rare"]) for e in record["splits"].values()), Counter())
-    return [f"{count:,} {kind}, which are learned as they are" for kind, count in total.items()]
+    return [f"{count:,} {kind}, which are learned unchanged" for kind, count in total.items()]
 
 
 def check_ids(folder: Path, record: Record) -> None:
-    """Refuse prepared tokens that the tokenizer beside them does not know."""
+    """Raise ConfigError if a prepared token id is outside the tokenizer's vocabulary."""
     for split, entry in record["splits"].items():
         if entry["largest_id"] >= record["vocab_size"]:
             raise ConfigError(
@@ -214,7 +214,7 @@ def check_ids(folder: Path, record: Record) -> None:
 
 
 def warn_of_losses(config: DataConfig, record: Record) -> None:
-    """Warn where a tokenizer does not give all of the text back."""
+    """Warn if the tokenizer does not reproduce all of the text."""
     lost, characters = (
         sum(entry[key] for entry in record["splits"].values()) for key in ("lost", "characters")
     )
@@ -222,7 +222,7 @@ def warn_of_losses(config: DataConfig, record: Record) -> None:
         name = config.tokenizer or config.processor
         log.warning(
             "%s loses %.2g %% of the characters (%s of %s), so that bits per character would "
-            "flatter the model; bits per token are reported instead",
+            "be too low; bits per token are reported instead",
             f"data.tokenizer={name}",
             100 * lost / characters,
             f"{lost:,}",

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a byte-level BPE trained here, or an own tokenizer.json."""
+"""Encoding of text as token ids: a byte-level BPE trained on it, or a given tokenizer.json."""
 
 import logging
 import re
@@ -14,38 +14,38 @@ from trainer.config.train import ConfigError, UserError
 
 log = logging.getLogger(__name__)
 
-# Names that tokenizers give to the token between documents, and to padding; ours come first.
+# Usual names of the end-of-text and padding tokens; the first are those of our own BPE.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
-MOST_TOKENS = 1 << 24  # the library takes minutes to save ids that are larger
+MOST_TOKENS = 1 << 24  # the library takes minutes to save larger ids
 SMALLEST = 258  # 256 bytes and the two special tokens
-TRAINING_CHARACTERS = 500_000_000  # a BPE learns its merges from the beginning of a larger text
-# A BPE learns merges inside words, in a time that grows with the square of the longest: a text
-# without spaces is cut for that, not for encoding.
+TRAINING_CHARACTERS = 500_000_000  # a larger text trains the BPE by its beginning only
+# BPE training time grows with the square of the longest word: text without spaces is cut for
+# training, but not for encoding.
 LONG_WORD = re.compile(r"\S{32}(?=\S)")
 
 
 class Tokenizer:
-    """A vocabulary with a token between documents (also BOS and EOS of a sentence) and padding."""
+    """A tokenizer with an end-of-text token (BOS and EOS of a sentence too) and a padding token."""
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that spells a special token stays text
-        if getattr(backend.model, "dropout", None):  # the same text is the same tokens
+        if getattr(backend.model, "dropout", None):  # BPE dropout is random
             backend.model.dropout = None
         self.eot_id = _special(backend, END_NAMES)
         self.pad_id = _special(backend, PAD_NAMES)
-        # The largest id counts, not the number of entries: an own vocabulary can have holes.
+        # The largest id, not the number of entries: a given vocabulary can have gaps.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
-        self.is_lossless = _is_byte_level(backend)  # decoding gives any text back
+        self.is_lossless = _is_byte_level(backend)  # decoding reproduces any text
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Return a byte-level BPE of exactly `vocab_size` entries.
+        """Train a byte-level BPE of exactly `vocab_size` entries.
 
-        ConfigError where that cannot be.
+        Raises ConfigError if that is too few for all bytes, or too many for the text.
         """
         if vocab_size < SMALLEST:
             raise ConfigError(too_small(vocab_size))
@@ -69,8 +69,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Return the tokenizer in a tokenizer.json, with its own end and padding tokens if it has
-        any.
+        """Load a tokenizer.json, with its own end and padding tokens if it has any.
+
+        Raises ConfigError if it is missing or not a tokenizer.
         """
         if not Path(path).is_file():
             raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
@@ -80,42 +81,42 @@ class Tokenizer:
             if largest >= MOST_TOKENS:
                 raise ConfigError(
                     f"data.tokenizer={path} has the token id {largest}; a model has a row for each "
-                    f"id up to the largest, and at most {MOST_TOKENS} are read"
+                    f"id up to the largest, and at most {MOST_TOKENS} are allowed"
                 )
             return cls(backend)
-        except BaseException as error:  # the library raises nothing narrower, and panics
+        except BaseException as error:  # the library raises bare exceptions, and panics
             _reraise_interrupts(error)
             raise ConfigError(
                 f"data.tokenizer={path} must be a tokenizer.json of the `tokenizers` library, but "
-                f"reading it says: {error}"
+                f"reading it fails: {error}"
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json, whole or not at all; raises OSError."""
+        """Write a tokenizer.json atomically; raises OSError."""
         write_atomically(Path(path), self._backend.to_str(pretty=True))
 
     def same(self, path: str | Path) -> bool:
-        """Return whether a file holds this very tokenizer."""
+        """Return whether a file holds an identical tokenizer."""
         return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
 
     def rows(self) -> dict[str, int]:
-        """Return the id of each token; the end and the padding have one name in any tokenizer."""
+        """Return the id of each token, with the same names of end and padding for any tokenizer."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
         return {special.get(row, token): row for token, row in ids.items()}
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of the text, without special tokens; as `encode_batch`."""
+        """Return the token ids of the text, without special tokens; see `encode_batch`."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, made on all cores.
+        """Return the token ids of each text, encoded on all cores.
 
-        Raises ConfigError where the tokenizer has no token for a part of it, nor one for what is
-        unknown.
+        Raises ConfigError if the tokenizer has neither a token for some of the text nor an unknown
+        token.
         """
         with _explained("encode"):
-            # The fast variant leaves out character offsets, which nobody reads.
+            # The fast variant skips character offsets, which are not used.
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -124,7 +125,7 @@ class Tokenizer:
         return self.decode_batch([[int(i) for i in ids]])[0]
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Return the text of each sequence of ids, made on all cores."""
+        """Return the text of each sequence of ids, decoded on all cores."""
         with _explained("decode"):
             texts: list[str] = self._backend.decode_batch(list(ids), skip_special_tokens=True)
         return texts
@@ -132,7 +133,7 @@ class Tokenizer:
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
-    """Turn what the library raises, panics too, into a ConfigError."""
+    """Convert exceptions and panics of the library to ConfigError."""
     try:
         yield
     except BaseException as error:
@@ -144,13 +145,13 @@ def _explained(what: str) -> Iterator[None]:
 
 
 def _reraise_interrupts(error: BaseException) -> None:
-    """Raise what is no panic of the library: an interrupt, or the end of the process."""
+    """Raise `error` again if it is an interrupt, an exit or a UserError, not the library's."""
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit | UserError):
         raise error
 
 
 def characters_lost(text: str, decoded: str) -> int:
-    """Return how many characters of the text are not in what its tokens decode to."""
+    """Return how many characters of the text are missing from its decoded tokens."""
     if text == decoded:
         return 0
     common = Counter(text) & Counter(decoded)
@@ -158,7 +159,7 @@ def characters_lost(text: str, decoded: str) -> int:
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether every byte has a token, and nothing else is done to the text."""
+    """Return whether every byte has a token and the text is not changed otherwise."""
     before, alphabet = backend.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel.alphabet()
     return (
         isinstance(backend.model, tokenizers.models.BPE)
@@ -176,7 +177,7 @@ def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
 
 
 def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
-    """Return whether plain text can become a special token, which decoding leaves out."""
+    """Return whether plain text can encode to a special token, which decoding omits."""
     special = {
         row: token.content
         for row, token in backend.get_added_tokens_decoder().items()
@@ -188,7 +189,7 @@ def _special_in_text(backend: tokenizers.Tokenizer) -> bool:
 
 
 def too_small(vocab_size: int) -> str:
-    """Return what is wrong with a vocabulary that does not hold every byte."""
+    """Return the error message for a vocabulary too small to hold every byte."""
     return (
         f"data.vocab_size={vocab_size} must be at least {SMALLEST} (256 bytes and 2 special "
         f"tokens); set data.vocab_size={SMALLEST} or more"
@@ -196,10 +197,7 @@ def too_small(vocab_size: int) -> str:
 
 
 def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
-    """Return the id of the first of these names in the vocabulary.
-
-    The first is added if there is none.
-    """
+    """Return the id of the first of these names in the vocabulary; add names[0] if none is."""
     name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
     backend.add_special_tokens([name])  # a known one is only marked as special
     token_id = backend.token_to_id(name)

@@ -1,4 +1,4 @@
-"""Archives of images in every layout and dtype: the same pixels, or a message."""
+"""Archives of images in every layout and dtype give the same pixels, or an error."""
 
 import zipfile
 
@@ -32,7 +32,7 @@ SAME = {
 
 
 @pytest.mark.parametrize("name", SAME)
-def test_the_same_pixels_in_another_form(tmp_path, name):
+def test_pixels_do_not_depend_on_dtype_and_layout(tmp_path, name):
     found = read(tmp_path, x_train=SAME[name]).tables["train"].pixels
     assert (found == PIXELS).all() and found.dtype == np.uint8
 
@@ -60,7 +60,7 @@ LABELLED = {
 
 
 @pytest.mark.parametrize("name", LABELLED)
-def test_the_same_labels_in_another_form(tmp_path, name):
+def test_labels_do_not_depend_on_dtype_and_layout(tmp_path, name):
     table = read(tmp_path, y_train=LABELLED[name]).tables["train"]
     assert (table.labels == LABELS).all() and len(table.class_names) == 3
     assert table.class_names in (("0", "1", "2"), ("ant", "bee", "cat"))
@@ -108,7 +108,7 @@ REFUSED = [
     ({"y_train": LABELS - 1}, r"y_train holds -1 to 1; labels must be"),
     ({"y_train": LABELS + 0.5}, r"y_train is float64"),
     ({"y_train": np.where(LABELS == 1, np.nan, LABELS)}, r"y_train is float64"),
-    ({"y_train": HOLED}, r"labels up to 10000 for 12 images; .*number them anew"),
+    ({"y_train": HOLED}, r"labels up to 10000 for 12 images; .*renumber them"),
     ({"classes": np.array(["a", "b"])}, r"y_train holds 0 to 2; labels must be .*from 0 to 1"),
     ({"classes": np.array(["a", "b", "a"])}, r"names a class twice"),
     (
@@ -116,12 +116,12 @@ REFUSED = [
         r"labels of train are words, those of test numbers",
     ),
     ({"X_train": PIXELS}, r"x_train and X_train, which are both of the train split"),
-    ({"x_test": PIXELS / 255, "y_test": LABELS}, r"x_test is float64 from 0 to 1; .*alike in all"),
+    ({"x_test": PIXELS / 255, "y_test": LABELS}, r"x_test is float64 from 0 to 1; .*same in all"),
 ]
 
 
 @pytest.mark.parametrize("arrays, message", REFUSED)
-def test_what_has_no_meaning_is_refused(tmp_path, arrays, message):
+def test_invalid_archives_are_rejected(tmp_path, arrays, message):
     with pytest.raises(UserError, match=message):
         read(tmp_path, **arrays)
 

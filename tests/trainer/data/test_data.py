@@ -1,4 +1,4 @@
-"""Preparation of any data: once, whole, again when something changed; and Hugging Face sets."""
+"""Data preparation: once, atomically, again after a change; and Hugging Face data sets."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def config(tmp_path):
 
 
 def state(config):
-    """Name and time of every file in the cache."""
+    """Return the name and modification time of every file in the cache."""
     files = (path for path in Path(config.cache).rglob("*") if path.is_file())
     return {str(path): path.stat().st_mtime_ns for path in files}
 
@@ -59,7 +59,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_changes_is_prepared_anew(config, change):
+def test_any_change_is_prepared_again(config, change):
     data.prepare(config)
     before = state(config)
     CHANGES[change](config)
@@ -82,16 +82,16 @@ def test_a_damaged_folder_is_made_again(config, caplog):
         assert file.read_bytes() == content
     cut, gone = caplog.messages
     assert f"train.bin is damaged: it has 100 bytes, not {len(content)}; it is prepared" in cut
-    assert "train.bin is missing; it is prepared anew" in gone
+    assert "train.bin is missing; it is prepared again" in gone
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"splits": {}}'])
-def test_a_garbled_record_is_made_again(config, caplog, text):
+def test_a_garbled_record_is_prepared_again(config, caplog, text):
     facts = data.prepare(config)
     record = next(Path(config.cache).glob("*/prepared.json"))
     record.write_text(text)
     assert data.prepare(config) == facts
-    assert "prepared.json is damaged; it is prepared anew" in caplog.text
+    assert "prepared.json is damaged; it is prepared again" in caplog.text
 
 
 def test_a_preparation_that_fails_leaves_nothing_behind(config, monkeypatch):
@@ -101,12 +101,12 @@ def test_a_preparation_that_fails_leaves_nothing_behind(config, monkeypatch):
     monkeypatch.setattr("trainer.data.text._write_split", killed)
     with pytest.raises(KeyboardInterrupt):
         data.prepare(config)
-    (left,) = Path(config.cache).iterdir()  # the stage before, which is whole
+    (left,) = Path(config.cache).iterdir()  # the previous stage, which is complete
     assert "-tokenizer-" in left.name and prepared.damage(left) == ""
 
 
 def test_the_first_of_several_builders_wins(tmp_path):
-    """Another process finishes while this one writes."""
+    """Build while another process finishes first."""
     folder = tmp_path / "cache" / "x"
 
     def write(text, meanwhile=lambda: None):
@@ -186,7 +186,7 @@ def test_settings_that_cannot_be(config, settings, message):
 
 @pytest.mark.parametrize("method", ["open", "exists"])
 def test_what_may_not_be_read_is_named(config, monkeypatch, method):
-    """As root everything may be read: the refusal is put in the system's mouth."""
+    """Root may read everything, so the system call is patched to raise PermissionError."""
     kept = getattr(Path, method)
 
     def refused(path, *args, **options):
@@ -199,7 +199,7 @@ def test_what_may_not_be_read_is_named(config, monkeypatch, method):
         data.prepare(config)
 
 
-def test_all_mistakes_are_told_at_once_and_with_the_nearest_name(config):
+def test_all_problems_are_reported_at_once_with_the_nearest_name(config):
     config.path = config.path.replace("play", "plya")
     config.seq_len = config.vocab_size = 0
     with pytest.raises(UserError) as error:
@@ -223,7 +223,7 @@ def test_data_of_another_kind_are_named(config, tmp_path):
 
 @pytest.fixture
 def hugging_face(tmp_path, monkeypatch):
-    """A function that saves rows as a local data set and returns the config that reads it."""
+    """Return a function that saves rows as a local data set and returns its config."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
     def write(kind, **splits):
@@ -249,7 +249,7 @@ def test_hugging_face_text(hugging_face, monkeypatch):
     facts = data.prepare(config)
     assert data.open_split(config, "valid").characters == len(texts[0] + texts[1])
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    assert data.prepare(config) == facts  # what is converted needs `datasets` no more
+    assert data.prepare(config) == facts  # converted data no longer need `datasets`
     config.path += "x"
     with pytest.raises(UserError, match=r'pip install "samestep\[huggingface\]"'):
         data.prepare(config)

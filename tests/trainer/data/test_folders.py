@@ -1,4 +1,4 @@
-"""What a folder holds: splits in any spelling, what is left out, links, and two readings."""
+"""Data folders: spellings of splits, entries left out, links, and ambiguous readings."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ CLASSES = ("bus", "car")
 
 
 def text_of(*marks: str) -> str:
-    """A text in which each mark can be found again."""
+    """Return a text in which each mark can be found."""
     return "\n".join(f"{mark} {line}" for line in LINES for mark in marks)
 
 
@@ -36,7 +36,7 @@ def config_of(folder: Path, kind: str = "text") -> DataConfig:
 
 
 def marks_in(config: DataConfig) -> dict[str, set[str]]:
-    """Which of the marks A to D each split holds."""
+    """Return which of the marks A to D each split contains."""
     tokenizer, found = data.open_tokenizer(config), {}
     assert tokenizer is not None
     for split in ("train", "valid", "test"):
@@ -48,7 +48,7 @@ def marks_in(config: DataConfig) -> dict[str, set[str]]:
 
 
 def paint(folder: Path, *names: str, count: int = 12, mark: int = 0, suffix: str = ".png") -> None:
-    """Pictures of the colour of their class, in folder/<name>; the first pixel is `mark`."""
+    """Write pictures in the colour of their class to folder/<name>; the first pixel is `mark`."""
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
@@ -164,7 +164,7 @@ def test_images_with_two_readings_are_refused_with_both(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("trainA", "trainB", "testA", "testB")])
-def test_splits_without_class_folders_are_no_classes(tmp_path, names):
+def test_splits_without_class_folders_are_not_classes(tmp_path, names):
     paint(tmp_path / "d", *names)
     with pytest.raises(UserError, match=r"splits by their names, but hold pictures without cl"):
         data.prepare(config_of(tmp_path / "d", "images"))
@@ -183,10 +183,10 @@ def test_a_class_that_holds_class_folders_is_refused(tmp_path, outer):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
-# ---- what is left out, and said
+# ---- what is left out and recorded
 
 
-def test_hidden_and_foreign_files_are_no_text(tmp_path):
+def test_hidden_and_foreign_files_are_not_read_as_text(tmp_path):
     config = write(
         tmp_path / "d",
         **{
@@ -229,7 +229,7 @@ def test_hidden_and_foreign_files_are_no_text(tmp_path):
     assert "not read: " in table(facts) and "hidden" in table(facts)
 
 
-def test_hidden_and_foreign_files_are_no_images(tmp_path):
+def test_hidden_and_foreign_files_are_not_read_as_images(tmp_path):
     paint(tmp_path / "d", *CLASSES, mark=1)
     paint(tmp_path / "d", ".ipynb_checkpoints", "bus/.ipynb_checkpoints", "__MACOSX/bus", mark=9)
     paint(tmp_path / "d/bus", ".", mark=9, count=1, suffix=".png.bak.png")
@@ -273,10 +273,10 @@ def test_a_folder_is_data_whatever_its_name(tmp_path, kind):
     config.held_out = 0.5
     facts = data.prepare(config)
     assert marks_in(config)["train"] | marks_in(config)["test"] == {"AA", "BB"}
-    assert facts.left_out == {"README.de.md": "tells of the data"}
+    assert facts.left_out == {"README.de.md": "documentation"}
 
 
-def test_what_lies_around_a_wrapper_is_said(tmp_path):
+def test_entries_around_a_wrapper_folder_are_recorded(tmp_path):
     config = write(
         tmp_path / "d",
         **{
@@ -314,11 +314,11 @@ def test_links_are_followed_and_loops_are_left_out(tmp_path):
     config.held_out = 0.5
     facts = data.prepare(config)
     assert marks_in(config)["test"] | marks_in(config)["train"] == {"AA", "BB"}
-    assert any(why == "a link to a folder that it is in" for why in facts.left_out.values())
+    assert any(why == "a link to a parent folder" for why in facts.left_out.values())
 
 
 def test_class_folders_that_are_links_share_no_cache(tmp_path):
-    """Two folders of one name, with links of the same names into one store."""
+    """Prepare two folders of one name with links of the same names into one store."""
     paint(tmp_path / "store/first", *CLASSES, mark=1)
     paint(tmp_path / "store/second", *CLASSES, mark=2)
     configs = []
@@ -360,7 +360,7 @@ def test_a_file_that_links_put_into_two_splits_is_refused(tmp_path, link, target
         (tmp_path / "d/train.txt").rename(tmp_path / "d/train/a.txt")
         target = "train"
     (tmp_path / "d" / link).symlink_to(target)
-    with pytest.raises(UserError, match=r"train.*\(the train split\) and test.* are one file"):
+    with pytest.raises(UserError, match=r"train.*\(the train split\) and test.* are the same file"):
         data.prepare(config_of(tmp_path / "d"))
 
 
@@ -370,7 +370,9 @@ def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_pat
     (tmp_path / "d/bus/x.png").symlink_to("../car/3.png")
     (tmp_path / "d/car/y.png").symlink_to("3.png")
     config = config_of(tmp_path / "d", "images")
-    message = r"car/3.png \(class car of the train split\) and bus/x.png \(class bus of .* are one"
+    message = (
+        r"car/3.png \(class car of the train split\) and bus/x.png \(class bus of .* are the same"
+    )
     with pytest.raises(UserError, match=message):
         data.prepare(config)
     config.on_bad_file = "skip"
@@ -379,7 +381,9 @@ def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_pat
     assert found.left_out.keys() == {"bus/x.png", "car/y.png"}
     (tmp_path / "d/bus/x.png").unlink()
     (tmp_path / "d/tram").symlink_to("car")
-    with pytest.raises(UserError, match=r"class car of .*class tram of the train split\) are one"):
+    with pytest.raises(
+        UserError, match=r"class car of .*class tram of the train split\) are the same"
+    ):
         data.prepare(config_of(tmp_path / "d", "images"))
 
 
@@ -433,7 +437,7 @@ def test_other_encodings_are_named(tmp_path, encoding, message):
         data.prepare(config_of(tmp_path / "d.txt"))
 
 
-def test_nuls_are_no_text(tmp_path):
+def test_nuls_are_not_text(tmp_path):
     (tmp_path / "d.txt").write_bytes(text_of("AA").encode() + b"\0 rest")
-    with pytest.raises(UserError, match=r"holds a NUL at byte \d+, so it is no text"):
+    with pytest.raises(UserError, match=r"holds a NUL at byte \d+, so it is not text"):
         data.prepare(config_of(tmp_path / "d.txt"))

@@ -1,4 +1,4 @@
-"""A short form of the fuzzer over files (tests/fuzz/files.py), and that its judge sees faults."""
+"""A short run of the file fuzzer (tests/fuzz/files.py); its judge detects faults."""
 
 import files
 import judge
@@ -9,7 +9,7 @@ from trainer.data.folders import SPLITS
 from trainer.data.pictures import pixels_of
 
 
-def test_odd_files_are_read_right_or_refused_or_said(tmp_path):
+def test_odd_files_are_read_correctly_or_rejected_or_reported(tmp_path):
     outcome = files.run(cases=5500, every=22, seed=14, folder=tmp_path)
     assert not outcome.faults, "\n".join(f"{c.name}: {v.detail}" for c, v in outcome.faults)
     for kind, counts in outcome.counts.items():
@@ -17,7 +17,7 @@ def test_odd_files_are_read_right_or_refused_or_said(tmp_path):
         assert len(outcome.digests[kind]) >= 45, "each is another input"
 
 
-def test_a_case_is_made_of_its_number_and_seed():
+def test_a_case_is_a_function_of_its_number_and_seed():
     for make, _ in files.KINDS.values():
         cases, again, others = ([make(n, seed) for n in range(900, 905)] for seed in (4, 4, 5))
         assert [c.name for c in cases] == [c.name for c in again]
@@ -34,7 +34,7 @@ def failing(*args):
 
 
 def unmarked(part):
-    """Text whose byte order mark stays."""
+    """Read text without removing its byte order mark."""
     yield part.path.read_bytes()[part.start : part.end].decode()
 
 
@@ -58,7 +58,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_judge_sees_what_is_broken(tmp_path, monkeypatch, name):
+def test_the_judge_detects_planted_faults(tmp_path, monkeypatch, name):
     kind, place, broken, expected = BROKEN[name]
     cases = (files.KINDS[kind][0](number, 14) for number in range(150))
     case = next(case for case in cases if case.name.partition(" ")[2] == name)

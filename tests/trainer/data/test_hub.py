@@ -17,7 +17,7 @@ SIDE = 4
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """A function that returns the config that reads the local data set of the test."""
+    """Return a function that returns the config of the test's local data set."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
     (tmp_path / "set").mkdir()
 
@@ -61,7 +61,7 @@ def test_pairs_with_an_empty_cell_are_left_out_and_counted(config, tmp_path, cap
 
 def test_languages_and_their_order_are_chosen(config, tmp_path):
     rows = [{"translation": {"en": f"day {i}", "de": f"Tag {i}", "fr": None}} for i in range(4)]
-    rows[0] = {"translation": None}  # the first row does not say which languages there are
+    rows[0] = {"translation": None}  # the first row has no languages
     rows[3]["translation"]["fr"] = "jour"
     write(tmp_path, rows)
     chosen = config("pairs", fields=["de", "en"])
@@ -135,7 +135,7 @@ def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
     facts = data.prepare(config("images", on_bad_file="skip", held_out=0.2))
     assert sum(facts.samples.values()) == 22
     assert facts.left_out == {"2 images of train": "damaged"}
-    with pytest.raises(UserError, match=message):  # what was left out is not taken over
+    with pytest.raises(UserError, match=message):  # a record of left-out pictures is not reused
         data.prepare(config("images"))
 
 
@@ -151,5 +151,5 @@ def test_rows_of_numbers_are_pictures_too(config, tmp_path):
     with np.load(export(config("images"))) as stored:
         assert stored["x_train"][:, 0, 0, 0].tolist() == [0, 1, 2]
     write(tmp_path, [{"image": [[1, 255], [0]], "label": 0}])
-    with pytest.raises(UserError, match=r"image 0 of train is no array"):
+    with pytest.raises(UserError, match=r"image 0 of train is not an array"):
         export(config("images"))

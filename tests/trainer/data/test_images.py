@@ -1,4 +1,4 @@
-"""Images: splits, statistics, augmentation and what is refused."""
+"""Images: splits, statistics, augmentation and data that are rejected."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def config_for(tmp_path, path, **settings):
 
 
 def arrays(count=40, shape=(8, 8, 3), seed=0):
-    """x of random pixels, the first of which tells which image it is, and y."""
+    """Return x of random pixels, the first of which is the number of the image, and y."""
     x = np.random.default_rng(seed).integers(0, 256, (count, *shape), dtype=np.uint8)
     x.reshape(count, -1)[:, 0] = np.arange(count)
     return x, np.arange(count) % 4
@@ -22,7 +22,7 @@ def arrays(count=40, shape=(8, 8, 3), seed=0):
 
 @pytest.fixture
 def archive(tmp_path):
-    """A function that writes an .npz and returns the config that reads it."""
+    """Return a function that writes an .npz and returns the config that reads it."""
 
     def write(settings=None, **changes):
         x, y = arrays()
@@ -35,7 +35,7 @@ def archive(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes images as <prefix>/<class>/<number>.png."""
+    """Return a function that writes images as <prefix>/<class>/<number>.png."""
 
     def write(prefix="", count=40, shape=(8, 8, 3), suffix="png"):
         x, y = arrays(count, shape)
@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 
 def raw(dataset):
-    """All images (N, C, H, W) of a split as they are stored, and their labels."""
+    """Return all images (N, C, H, W) of a split as stored, and their labels."""
     samples = [dataset.sample(i, None) for i in range(len(dataset))]
     return np.stack([s["images"] for s in samples]), np.stack([s["targets"] for s in samples])
 
@@ -67,7 +67,7 @@ def test_the_bundled_images_are_those_of_the_archive(tmp_path):
     together = np.concatenate([train[0], valid[0]])[:, 0].reshape(5000, -1)
     order = stored["x_train"].reshape(5000, -1)
     assert sorted(map(bytes, together)) == sorted(map(bytes, order))  # each image once
-    assert np.bincount(valid[1], minlength=10).min() > 20  # all classes, not the last ones
+    assert np.bincount(valid[1], minlength=10).min() > 20  # all classes, not just the last ones
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 8, 3)])
@@ -95,7 +95,7 @@ def test_own_valid_images_are_kept_apart(archive):
 
 
 @pytest.mark.parametrize("missing, splits", [(1, (32, 8, 6)), (2, (32, 4, 4))])
-def test_what_is_missing_is_held_out_of_train(archive, missing, splits):
+def test_missing_splits_are_held_out_of_train(archive, missing, splits):
     without = {} if missing == 1 else {"x_test": None, "y_test": None}
     config = archive({"held_out": 0.2}, **without)
     assert tuple(data.prepare(config).samples.values()) == splits
@@ -115,7 +115,7 @@ def test_augmentation_is_a_function_of_seed_and_index(archive):
         images = [one.sample(index, seed)["images"] for seed in range(60)]
         again = [other.sample(index, seed)["images"] for seed in range(60)]
         assert all((a == b).all() for a, b in zip(images, again, strict=True))
-        assert len({image.tobytes() for image in images}) == 2 * 9  # all that there are
+        assert len({image.tobytes() for image in images}) == 2 * 9  # all that exist
         possible = moves(one.sample(index, None)["images"])
         assert all(image.tobytes() in possible for image in images)
     plain, moved = ([one.sample(i, seed)["images"] for i in range(20)] for seed in (None, 3))
@@ -124,7 +124,7 @@ def test_augmentation_is_a_function_of_seed_and_index(archive):
 
 
 def moves(image, reach=1):
-    """All images that a shift by up to `reach` pixels, with zeros, and a mirror can make."""
+    """Return all images that a mirror and a shift by up to `reach` pixels can make."""
     _, height, width = image.shape
     found = []
     for picture in (image, image[..., ::-1]):
@@ -189,7 +189,7 @@ X, Y = arrays()
 BAD_ARCHIVES = [
     ({"x_train": X * 0.37}, r"x_train is float64 from 0 to .*; pixels must be uint8 or uint16"),
     ({"x_train": X.astype(np.int64) - 9}, r"x_train is int64 from -9 to .*; pixels must be"),
-    ({"x_test": X[:6] / 255}, r"x_test is float64 from 0 to .* alike in all splits"),
+    ({"x_test": X[:6] / 255}, r"x_test is float64 from 0 to .* the same in all splits"),
     ({"x_train": np.where(X > 9, np.nan, X)}, r"x_train is float64 from nan to nan; pixels"),
     ({"x_train": X.astype(object)}, r"is not an \.npz archive of numbers"),
     (
@@ -241,7 +241,7 @@ def test_folders_that_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match=r"test/ holds no images in class folders"):
         data.prepare(config)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "pictures/test/clas0/0.png")
-    with pytest.raises(UserError, match=r"clas0 of the test split is no class of the train"):
+    with pytest.raises(UserError, match=r"clas0 of the test split is not a class of the train"):
         data.prepare(config)
     (tmp_path / "pictures/train").rename(tmp_path / "pictures/valid")
     with pytest.raises(UserError, match=r"has test, valid but no train split|valid, test"):
@@ -259,7 +259,7 @@ def test_images_that_change_or_vanish_while_a_run_reads_them(folder, tmp_path):
         train.sample(row, None)
         if row == 0:
             Image.fromarray(np.zeros((9, 8, 3), np.uint8)).save(path)
-            message = r"was 8 × 8 pixels when the run began and is 8 × 9; put"
+            message = r"was 8 × 8 pixels when the run began and is 8 × 9; restore"
         elif row == 1:
             path.unlink()
             message = "cannot be read as an image: .*No such file"

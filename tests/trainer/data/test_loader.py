@@ -1,4 +1,4 @@
-"""The order of samples is the same for any number of ranks and after any restart."""
+"""The order of samples is independent of the number of ranks and of restarts."""
 
 import threading
 import time
@@ -15,7 +15,7 @@ from trainer.data.sampler import Order, mixed, permutation, positions, ranges
 
 
 class Numbers(Dataset):
-    """Samples that tell their index and the seed that they were asked for with."""
+    """Samples that contain their index and the seed that they were requested with."""
 
     def __init__(self, size: int, delay_seconds: float = 0.0, fails_at: int = -1):
         self.size, self.delay_seconds, self.fails_at = size, delay_seconds, fails_at
@@ -36,7 +36,7 @@ class Numbers(Dataset):
 
 
 def steps(dataset, count, first_step=0, rank=0, degree=1, seed=3, batch_size=8, micro=2):
-    """The next steps of one rank, as lists of micro-batches."""
+    """Return the next steps of one rank as lists of micro-batches."""
     loader = TrainLoader(dataset, seed, batch_size, micro, rank, degree, first_step)
     try:
         return [next(loader) for _ in range(count)]
@@ -45,7 +45,7 @@ def steps(dataset, count, first_step=0, rank=0, degree=1, seed=3, batch_size=8, 
 
 
 def joined(micro_batches):
-    """(samples, 3): target, epoch seed and dropout seed of each sample."""
+    """Return the target, epoch seed and dropout seed of each sample (samples, 3)."""
     rows = [torch.cat([b["targets"], b["seeds"][:, None]], dim=1) for b in micro_batches]
     return torch.cat(rows)
 
@@ -61,7 +61,7 @@ def test_an_epoch_is_a_permutation_and_every_epoch_another():
 
 
 def test_the_order_never_changes():
-    """A resumed run must go on in the order it began with, also under another numpy."""
+    """A resumed run must keep its order, also under another version of numpy."""
     assert permutation(0, 0, 8).tolist() == [7, 0, 2, 4, 1, 6, 3, 5]
     assert mixed(1, 2, 3) == 2904650318439132554
 
@@ -77,7 +77,7 @@ def test_the_order_is_uniform():
 
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("micro", [1, 2, 3])
-def test_ranks_share_the_steps_of_one_process(degree, micro):
+def test_ranks_together_load_the_steps_of_one_process(degree, micro):
     dataset = Numbers(21)  # batches cross from one epoch to the next
     alone = steps(dataset, 6)
     ranks = [steps(dataset, 6, rank=r, degree=degree, micro=micro) for r in range(degree)]
@@ -88,7 +88,7 @@ def test_ranks_share_the_steps_of_one_process(degree, micro):
         assert all(len(batch["targets"]) <= micro for r in ranks for batch in r[step])
 
 
-def test_a_resumed_run_goes_on_as_if_never_stopped():
+def test_a_resumed_run_equals_an_uninterrupted_run():
     dataset = Numbers(21)
     whole = steps(dataset, 7)
     resumed = steps(dataset, 3, first_step=4)
@@ -96,7 +96,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped():
         assert torch.equal(joined(unbroken), joined(again))
 
 
-def test_steps_that_are_left_out_never_come():
+def test_left_out_steps_are_skipped():
     dataset = Numbers(21)
     whole = steps(dataset, 7)
     left_out = {(40, 48), (0, 8), (16, 24)}
@@ -108,7 +108,7 @@ def test_steps_that_are_left_out_never_come():
     loader.close()
 
 
-def test_positions_go_round_what_is_left_out():
+def test_positions_skip_left_out_ranges():
     assert positions(5, 3) == [5, 6, 7]
     left_out = {(8, 10), (0, 2), (10, 11)}
     assert positions(0, 9, left_out) == [2, 3, 4, 5, 6, 7, 11, 12, 13]
@@ -118,14 +118,14 @@ def test_positions_go_round_what_is_left_out():
 
 
 class Unequal(Numbers):
-    """Samples that say how long they are."""
+    """Samples of known, unequal lengths."""
 
     def lengths(self) -> np.ndarray:
         return np.random.default_rng(0).integers(1, 100, self.size)
 
 
 def learned(dataset: Dataset, parts: list[tuple[int, int]], **options) -> list[int]:
-    """The samples of a run whose parts are of so many steps and samples a step, in order."""
+    """Return the samples of a run in order; `parts`: (steps, samples per step) of each part."""
     found: list[int] = []
     step = first = 0
     for count, batch_size in parts:
@@ -162,7 +162,7 @@ CHANGES = {
 @pytest.mark.parametrize("kind", [Numbers, Unequal])
 @pytest.mark.parametrize("parts", CHANGES.values(), ids=CHANGES)
 def test_another_batch_size_neither_skips_nor_repeats_a_sample(parts, kind, left_out):
-    dataset = kind(1010)  # of unequal ones a window of 800 and a part of one
+    dataset = kind(1010)  # Unequal: a window of 800 and a partial one
     found = learned(dataset, parts, left_out=left_out)
     order = Order(3, 1010, dataset.lengths(), parts[0][1])
     gone = {place for begin, end in left_out for place in range(begin, end)}
@@ -173,12 +173,12 @@ def test_another_batch_size_neither_skips_nor_repeats_a_sample(parts, kind, left
     assert sorted([*of_epoch, *missing]) == list(range(1010))  # each once
 
 
-def test_what_is_repeated_stays_the_same_samples_at_another_batch_size():
+def test_repeated_samples_do_not_depend_on_the_batch_size():
     found = learned(Numbers(200), [(5, 16), (2, 64), (7, 24)], repeated=32)
     assert set(Counter(found[:64]).values()) == {2} and set(found) == set(found[:32])
 
 
-def test_the_first_steps_come_again_and_again():
+def test_the_first_steps_repeat():
     dataset = Numbers(21)
     first, second = steps(dataset, 2)
     loader = TrainLoader(dataset, 3, 8, 2, 0, 1, first_step=1, repeated=16)
@@ -187,14 +187,14 @@ def test_the_first_steps_come_again_and_again():
     loader.close()
 
 
-def test_every_sample_comes_once_an_epoch_with_the_seed_of_the_epoch():
+def test_every_sample_comes_once_per_epoch_with_the_seed_of_the_epoch():
     rows = torch.cat([joined(step) for step in steps(Numbers(16), 4)])
     for epoch in range(2):
         part = rows[epoch * 16 : epoch * 16 + 16]
         assert sorted(part[:, 0].tolist()) == list(range(16))
         assert set(part[:, 1].tolist()) == {mixed(3, epoch)}
     dropout_seeds = set(rows[:, 2].tolist())
-    assert len(dropout_seeds) == 32 and min(dropout_seeds) >= 0  # one a position
+    assert len(dropout_seeds) == 32 and min(dropout_seeds) >= 0  # one per position
 
 
 def test_another_seed_is_another_order():
@@ -203,7 +203,7 @@ def test_another_seed_is_another_order():
     assert not set(first[:, 2].tolist()) & set(other[:, 2].tolist())
 
 
-def test_a_micro_batch_size_of_0_is_the_whole_share():
+def test_a_micro_batch_size_of_0_is_the_local_batch():
     batches = steps(Numbers(21), 1, rank=1, degree=2, micro=0)[0]
     assert [len(batch["seeds"]) for batch in batches] == [4]
 
@@ -213,7 +213,7 @@ def test_waiting_for_slow_data_is_measured_and_for_ready_data_is_not():
     for _ in range(3):
         next(slow)
     slow.close()
-    assert slow.wait_seconds > 0.1  # 12 samples of 10 ms, nothing done in between
+    assert slow.wait_seconds > 0.1  # 12 samples of 10 ms, no work in between
     fast = TrainLoader(Numbers(50), 0, 4, 4, 0, 1, 0)
     next(fast)
     waited = fast.wait_seconds
@@ -227,7 +227,7 @@ def test_prefetching_is_bounded():
     dataset = Numbers(50)
     loader = TrainLoader(dataset, 0, 4, 4, 0, 1, 0, prefetch=2)
     time.sleep(0.1)
-    assert dataset.asked == 3 * 4  # two steps in the queue, one waits for room
+    assert dataset.asked == 3 * 4  # two steps in the queue, one waits for a free slot
     loader.close()
 
 
@@ -264,16 +264,16 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
     real = index_N >= 0
     assert sorted(index_N[real].tolist()) == evaluated(23, samples).tolist()
     assert torch.equal(target_N[real, 0], index_N[real])
-    assert (target_N[real, 1] == -1).all()  # asked without a seed
+    assert (target_N[real, 1] == -1).all()  # requested without a seed
     assert (index_N[~real] == -1).all() and (target_N[~real] == -100).all()
     assert (~real).sum() < 4 * degree
 
 
-def test_a_part_of_a_split_is_none_of_its_first_samples_but_always_the_same():
-    """Splits are sorted by class, by length, by author: their first samples are like no others."""
+def test_an_evaluated_subset_is_pseudo_random_and_always_the_same():
+    """Splits are often sorted by class, length or author: their first samples are biased."""
     part = evaluated(1000, 100)
     assert np.array_equal(part, np.unique(part)) and len(part) == 100
-    by_class = np.bincount(part // 100, minlength=10)  # of ten classes one after another
+    by_class = np.bincount(part // 100, minlength=10)  # ten classes, in order
     assert by_class.min() >= 4 and by_class.max() <= 18
     assert set(part) < set(evaluated(1000, 101))
     assert evaluated(8, 3).tolist() == [0, 3, 7]  # in every version
@@ -289,7 +289,7 @@ def test_few_samples_need_few_fillers():
 
 
 class Lengths(Dataset):
-    """Samples of random lengths, each of which holds its index."""
+    """Samples of random lengths that contain their index."""
 
     def __len__(self) -> int:
         return 64
@@ -304,7 +304,7 @@ class Lengths(Dataset):
         return {"tokens": np.stack(rows), "targets": np.stack(rows)}
 
 
-def test_samples_of_like_length_share_a_micro_batch():
+def test_samples_of_similar_length_share_a_micro_batch():
     whole = TrainLoader(Lengths(), 0, 32, 32, 0, 1, first_step=3)
     cut = TrainLoader(Lengths(), 0, 32, 8, 0, 1, first_step=3)
     (all_at_once,), micro_batches = next(whole), next(cut)
@@ -321,14 +321,14 @@ def test_samples_of_like_length_share_a_micro_batch():
     cut.close()
 
 
-def test_samples_of_like_length_share_a_batch():
+def test_samples_of_similar_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
     order = Order(4, 1000, lengths, batch_size=10)
     epoch = [order(i) for i in range(1000)]
     assert sorted(index for _, index in epoch) == list(range(1000))  # each once
     batches = lengths[[index for _, index in epoch]].reshape(-1, 10)
-    assert np.ptp(batches, axis=1).mean() < 5  # of random ones: over 80
-    # The batches come in any order, and an epoch later they are others.
+    assert np.ptp(batches, axis=1).mean() < 5  # in random order: over 80
+    # The batches are shuffled, and differ in the next epoch.
     assert abs(np.corrcoef(np.arange(100), batches.mean(axis=1))[0, 1]) < 0.3
     again = Order(4, 1000, lengths, batch_size=10)
     assert [again(i) for i in range(990, 2000)] == [order(i) for i in range(990, 2000)]

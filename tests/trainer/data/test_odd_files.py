@@ -1,4 +1,4 @@
-"""Single files that the fuzzer (tests/fuzz/files.py) has found misread, and others like them."""
+"""Single files that the fuzzer (tests/fuzz/files.py) found misread, and similar ones."""
 
 import io
 import zipfile
@@ -28,7 +28,7 @@ GREY = np.stack([drawn("grey", number, Random(0)) for number in range(6)])
 
 
 def archive(folder, **changes):
-    """The tables of an archive of six 8 × 8 pictures in three classes."""
+    """Return the tables of an archive of six 8 × 8 pictures in three classes."""
     arrays = {"x_train": GREY, "y_train": np.arange(6) % 3} | changes
     path = folder / "x.npz"
     np.savez(path, **arrays)
@@ -49,11 +49,11 @@ def test_zeros_and_ones_are_black_and_white(tmp_path, dtype):
     bits = GREY > 120
     found = archive(tmp_path, x_train=bits.astype(dtype), x_test=bits[:1].astype(dtype), y_test=[0])
     assert (found["train"].pixels[..., 0] == np.where(bits, 255, 0)).all()
-    with pytest.raises(UserError, match="alike in all splits"):
+    with pytest.raises(UserError, match="the same in all splits"):
         archive(tmp_path, x_train=bits.astype(dtype), x_test=GREY[:1], y_test=[0])
 
 
-def test_a_dark_split_beside_others_is_no_bits(tmp_path):
+def test_a_dark_split_has_the_range_of_train(tmp_path):
     dark = np.eye(8, dtype=np.uint8)[None]
     assert archive(tmp_path, x_train=GREY, x_test=dark, y_test=[0])["test"].pixels.max() == 1
 
@@ -74,7 +74,7 @@ def test_labels_without_images_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("label", [float("nan"), float("inf"), 1e300, 0.5, 2**62, 2**40, -1])
-def test_labels_that_are_no_class_are_refused(tmp_path, label):
+def test_labels_outside_the_classes_are_rejected(tmp_path, label):
     with pytest.raises(UserError, match="y_train"):
         archive(tmp_path, y_train=np.array([0, 1, 2, 0, 1, label]))
 
@@ -91,7 +91,7 @@ MEMBERS = [b"", b"text", *(HEADER + text.encode().ljust(118) for text in HEADERS
 
 
 @pytest.mark.parametrize("content", MEMBERS)
-def test_members_that_are_no_arrays(tmp_path, content):
+def test_members_that_are_not_arrays(tmp_path, content):
     file = io.BytesIO()
     np.savez(file, x_train=GREY)
     with zipfile.ZipFile(file, "a") as members:
@@ -112,7 +112,7 @@ def test_members_that_are_no_arrays(tmp_path, content):
         (4, "packed", 0),
     ],
 )
-def test_the_numbers_of_a_tiff_have_its_range(bits, code, photometric):
+def test_the_values_of_a_tiff_have_its_range(bits, code, photometric):
     top = (1 << bits) - 1
     numbers = np.rint(GREY[3] * (top / 255)).astype(int)
     stored = numbers if photometric else top - numbers
@@ -132,7 +132,7 @@ def test_a_tiff_with_signs_or_fractions_is_refused(bits, code, kind):
 
 @pytest.mark.parametrize("top", [65535, 4095, 1000, 255])
 @pytest.mark.parametrize("magic", ["P2", "P5"])
-def test_a_pgm_has_the_range_that_it_says(magic, top):
+def test_a_pgm_has_the_range_that_its_header_states(magic, top):
     numbers = np.rint(GREY[2] * (top / 255)).astype(int)
     body = numbers.astype(">u2" if top > 255 else "u1").tobytes()
     body = body if magic == "P5" else " ".join(map(str, numbers.ravel())).encode()
@@ -152,12 +152,12 @@ def test_a_pgm_has_the_range_that_it_says(magic, top):
         ("test.en", "test"),
     ],
 )
-def test_what_is_behind_a_dot_counts_if_nothing_else_does(name, split):
+def test_a_word_after_a_dot_counts_if_no_other_does(name, split):
     assert split_of(name) == split
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a\udc80b", "\ud800"])
-def test_names_that_are_no_utf8_are_written_down(tmp_path, name):
+def test_names_that_are_not_utf8_are_recorded(tmp_path, name):
     facts = DataFacts(
         "images",
         name,
@@ -192,13 +192,13 @@ def prepared(folder, name, content, **settings):
         (WORDS + "\t\x0c\u2028é", ""),
     ],
 )
-def test_rare_characters_are_said(tmp_path, text, note):
+def test_rare_characters_are_noted(tmp_path, text, note):
     _, facts = prepared(tmp_path, "book.txt", text)
     assert any(note in said for said in facts.notes) if note else not facts.notes
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
-def test_a_byte_order_mark_in_any_block_is_no_text(tmp_path, monkeypatch, block):
+def test_a_byte_order_mark_in_any_block_is_not_text(tmp_path, monkeypatch, block):
     monkeypatch.setattr("trainer.data.files.BLOCK", block)
     path = tmp_path / "book.txt"
     path.write_bytes("\ufeffé\ufeff\n".encode())
@@ -208,13 +208,13 @@ def test_a_byte_order_mark_in_any_block_is_no_text(tmp_path, monkeypatch, block)
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE.txt", "readme.rst"])
-def test_what_tells_of_texts_is_none(tmp_path, name):
+def test_documentation_is_not_read_as_text(tmp_path, name):
     prepared(tmp_path, "book.txt", WORDS)
     config, facts = prepared(tmp_path, name, "About this text.\n")
-    assert facts.left_out == {name: "tells of the data"}
+    assert facts.left_out == {name: "documentation"}
     (tmp_path / "data/book.txt").unlink()
     (tmp_path / "data" / name).write_text(WORDS)
-    assert data.prepare(config).left_out == {}  # there is nothing else
+    assert data.prepare(config).left_out == {}  # there is no other file
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_what_tells_of_texts_is_none(tmp_path, name):
         ("input\tEingabe", False),
     ],
 )
-def test_a_header_is_said(tmp_path, first, said):
+def test_a_header_is_noted(tmp_path, first, said):
     lines = f"{first}\n" + "turn on the lamp\tmach die Lampe an\n" * 30
     _, facts = prepared(tmp_path, "train.tsv", lines, kind="pairs", seq_len=60)
     assert bool(facts.notes) == said
@@ -246,7 +246,7 @@ def test_ids_without_end_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("special", ["the", "i", "q"])
-def test_a_special_token_that_is_a_word_is_no_lossless_text(tmp_path, special, caplog):
+def test_a_special_token_that_is_a_word_is_not_lossless(tmp_path, special, caplog):
     tokenizer = Tokenizer.train([WORDS], 280)
     tokenizer._backend.add_special_tokens([special])
     tokenizer.save(tmp_path / "tokenizer.json")

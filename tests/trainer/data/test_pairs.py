@@ -1,4 +1,4 @@
-"""Pairs: BOS, EOS, padding, what is too long, and lines that are no pairs."""
+"""Pairs: BOS, EOS, padding, pairs that are too long, and malformed lines."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ LINES = (FOLDER / "test.en-de.tsv").read_text().splitlines()[:300]
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A function that writes a folder of TSV files and returns the config that reads it."""
+    """Return a function that writes a folder of TSV files and returns its config."""
 
     def write(seq_len=30, **contents):
         for name, lines in contents.items():
@@ -84,7 +84,7 @@ def test_training_leaves_out_what_is_too_long_and_evaluation_cuts_it(corpus):
         sample = valid.sample(i, None)
         assert sample["source"].tolist() == source_ids[:12]
         assert sample["targets"].tolist() == [*target_ids[:11], tokenizer.eot_id]
-        assert valid.reference(i) == LINES[i].split("\t")[1]  # whole, for BLEU
+        assert valid.reference(i) == LINES[i].split("\t")[1]  # full, for BLEU
 
 
 def test_many_batches_of_lines_join(corpus, monkeypatch):
@@ -123,7 +123,7 @@ def test_carriage_returns_and_a_missing_last_line_break(corpus):
         (["a\tb", "", "c\td"], r"line 2 of .*valid\.tsv has 0 tabs"),
     ],
 )
-def test_lines_that_are_no_pairs(corpus, lines, message):
+def test_lines_that_are_not_pairs(corpus, lines, message):
     config = corpus(train=LINES, valid=lines, test=LINES)
     with pytest.raises(UserError, match=message):
         data.prepare(config)
@@ -155,4 +155,4 @@ def test_the_vocabulary_holds_both_languages(corpus):
         for line in LINES[:50]
         for side in line.split("\t")
     ]
-    assert np.mean(longest) > 2  # merges serve sources and targets alike
+    assert np.mean(longest) > 2  # merges of sources and of targets

@@ -1,4 +1,4 @@
-"""Pictures of every mode that Pillow has, decoded to 8 bits by one rule or refused."""
+"""Pictures of every Pillow mode, decoded to 8 bits by one rule or rejected."""
 
 import struct
 import zlib
@@ -14,7 +14,7 @@ from trainer.data.pictures import is_grey, opened, pixels_of
 from trainer.tasks.image_classification import read_image
 
 SIDE = 4
-ONE_ROW = {  # a mode, a colour of it, what the decoded pixel is
+ONE_ROW = {  # mode, a colour in it, the decoded pixel
     "1": (1, 255),
     "L": (7, 7),
     "LA": ((7, 0), 255),
@@ -34,7 +34,7 @@ ONE_ROW = {  # a mode, a colour of it, what the decoded pixel is
 
 
 def png(depth: int, colour: int, row: bytes, clear: bytes = b"") -> bytes:
-    """A PNG of 2 × 1 pixels, with a transparent colour, as Pillow does not write it."""
+    """Return a PNG of 2 × 1 pixels with a transparent colour, which Pillow does not write."""
     header = struct.pack(">IIBBBBB", 2, 1, depth, colour, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"tRNS", clear), (b"IDAT", zlib.compress(b"\0" + row))]
     written = b"\x89PNG\r\n\x1a\n"
@@ -104,13 +104,13 @@ def test_a_transparent_colour_is_white(name):
     assert decoded(content)[0].tolist() == [first, second]
 
 
-def test_a_transparent_colour_that_pillow_cannot_tell_is_refused():
+def test_a_transparent_colour_that_pillow_cannot_read_is_rejected():
     content = png(16, 2, struct.pack(">6H", 5, 0, 0, 9, 0, 0), struct.pack(">HHH", 5, 0, 0))
-    with pytest.raises(UserError, match="16 bits a channel with a transparent colour"):
+    with pytest.raises(UserError, match="16 bits per channel with a transparent colour"):
         decoded(content)
 
 
-def test_half_transparent_is_between_itself_and_white():
+def test_half_transparent_pixels_are_blended_with_white():
     assert pixels_of(Image.new("RGBA", (1, 1), (0, 100, 255, 51)), 3).ravel().tolist() == [
         204,
         224,
@@ -138,7 +138,7 @@ def test_pictures_are_turned_by_their_exif(form, orientation, corner):
     assert abs(int(pixels[corner]) - 200) < 9 and (pixels > 100).mean() == 0.25
 
 
-def test_what_is_no_picture_is_named_in_one_line(tmp_path, monkeypatch):
+def test_invalid_pictures_are_named_in_one_line(tmp_path, monkeypatch):
     whole = BytesIO()
     noise = np.random.default_rng(0).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
     Image.fromarray(noise).save(whole, "PNG")
@@ -151,10 +151,10 @@ def test_what_is_no_picture_is_named_in_one_line(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"x\.npy cannot be read as an image"):
             read_image(str(tmp_path / "x.npy"), SIDE, 3)
     with (tmp_path / "x.npy").open("wb") as file:
-        np.savez(file, x=noise)  # an archive under another name
+        np.savez(file, x=noise)  # an archive with a wrong suffix
     with pytest.raises(UserError, match=r"x\.npy is <U1"):
         read_image(str(tmp_path / "x.npy"), SIDE, 3)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # Pillow warns, and goes on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE - 1)  # Pillow only warns
     with (
         pytest.warns(Image.DecompressionBombWarning),
         pytest.raises(UserError, match="4 × 4 pixels are more than 15"),
@@ -172,7 +172,7 @@ def gallery(tmp_path, count: int = 24) -> DataConfig:
     return DataConfig(kind="images", path=str(tmp_path / "own"), cache=str(tmp_path / "cache"))
 
 
-def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
+def test_damaged_files_are_reported_together_or_left_out(tmp_path):
     config = gallery(tmp_path)
     for number in (3, 10, 11, 20, 23):
         path = tmp_path / "own" / f"class{number % 2}" / f"{number:02d}.png"
@@ -184,10 +184,10 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
     facts = data.prepare(config)
     assert sum(facts.samples.values()) == 24 - 5 and len(facts.left_out) == 5
     assert all(why.startswith("damaged: ") for why in facts.left_out.values())
-    assert str(tmp_path) not in "".join(facts.left_out.values())  # alike reasons are counted
+    assert str(tmp_path) not in "".join(facts.left_out.values())  # equal reasons are counted
     assert data.prepare(config) == facts
     config.on_bad_file = "stop"
-    with pytest.raises(UserError, match=message):  # what was left out is not taken over
+    with pytest.raises(UserError, match=message):  # a record of left-out pictures is not reused
         data.prepare(config)
     config.on_bad_file = "skip"
     for split in facts.samples:
@@ -195,7 +195,7 @@ def test_damaged_files_are_told_all_at_once_or_left_out(tmp_path):
         assert all(dataset.sample(i, None) for i in range(len(dataset)))
 
 
-def test_a_picture_is_the_same_in_training_and_in_use(tmp_path):
+def test_a_picture_is_the_same_in_training_and_inference(tmp_path):
     config = gallery(tmp_path)
     picture = Image.new("RGBA", (SIDE, SIDE), (9, 8, 7, 128))
     picture.save(tmp_path / "own/class0/odd.png")
@@ -206,7 +206,7 @@ def test_a_picture_is_the_same_in_training_and_in_use(tmp_path):
     assert any((used == image).all() for image in stored)
 
 
-def test_of_an_animated_file_the_first_picture_is_read_and_said(tmp_path):
+def test_the_first_frame_of_an_animated_file_is_read_and_noted(tmp_path):
     config = gallery(tmp_path)
     first, second = (Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "own/class0/film.gif", save_all=True, append_images=[second])
@@ -217,11 +217,11 @@ def test_of_an_animated_file_the_first_picture_is_read_and_said(tmp_path):
 
 
 def test_a_png_whose_check_sums_are_wrong_is_damaged(tmp_path):
-    """Pillow gives other pixels for such a file, without a word."""
+    """Pillow decodes such a file to other pixels without an error."""
     pixels = np.random.default_rng(0).integers(0, 255, (32, 32), np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
     content = bytearray((tmp_path / "x.png").read_bytes())
-    content[-22:-16] = bytes(6)  # the end of the pixels, and their check sum
+    content[-22:-16] = bytes(6)  # the end of the pixels and their checksum
     with Image.open(BytesIO(content)) as image:
         assert image.size == (32, 32)
     with pytest.raises(UserError, match=r"x\.png cannot be read as an image: broken PNG"):

@@ -1,4 +1,4 @@
-"""A run's folder holds all that using it needs, and whoever reads the run takes it from there."""
+"""A run's folder holds all that inference needs, and every command reads it from that folder."""
 
 import json
 import re
@@ -84,10 +84,10 @@ def guess(config: TrainConfig, prompt: str, runtime, capsys) -> str:
     return capsys.readouterr().out.split("┡")[1]
 
 
-# ---- kind 4: a run is used with what it learned with, whatever its data path holds now
+# ---- kind 4: a run keeps its tokenizer and classes, whatever its data path holds now
 
 
-def test_evaluation_keeps_the_tokenizer_and_says_that_the_text_is_another(
+def test_evaluation_keeps_the_tokenizer_and_warns_of_another_text(
     text_run, runtime, capsys, caplog
 ):
     before = loss_of(text_run, runtime, capsys)
@@ -99,7 +99,7 @@ def test_evaluation_keeps_the_tokenizer_and_says_that_the_text_is_another(
     new = {path.name for path in set(Path(text_run.data.cache).iterdir()) - folders}
     assert len(new) == 1 and "-tokenizer-" not in new.pop()  # tokens, but no other tokenizer
     assert "the test split at data.path=" in caplog.text and "training run" in caplog.text
-    assert after == pytest.approx(before, rel=0.1)  # of the same tokens, nearly the same text
+    assert after == pytest.approx(before, rel=0.1)  # the same tokens, nearly the same text
 
 
 def test_a_run_finds_the_tokens_that_were_prepared_when_it_began(text_run, runtime, capsys):
@@ -129,14 +129,14 @@ def test_an_image_run_needs_no_data_to_name_a_class(image_run, tmp_path, runtime
     assert guess(image_run, str(tmp_path / "cat.png"), runtime, capsys) == before
 
 
-def test_classes_that_a_run_does_not_know_are_refused(image_run, tmp_path, runtime, capsys):
+def test_classes_that_a_run_lacks_are_rejected(image_run, tmp_path, runtime, capsys):
     for split in ("train", "valid", "test"):
         (tmp_path / "zoo" / split / "ape").rename(tmp_path / "zoo" / split / "yak")
     with pytest.raises(UserError, match=r"yak.*ape, bee, cat"):
         loss_of(image_run, runtime, capsys)
 
 
-def test_a_class_less_leaves_the_others_what_they_are(image_run, tmp_path, runtime, capsys):
+def test_a_missing_class_does_not_renumber_the_others(image_run, tmp_path, runtime, capsys):
     shutil.rmtree(tmp_path / "zoo")
     paint(tmp_path / "zoo", ("bee", "cat"))
     reads = data_of(image_run)
@@ -167,7 +167,7 @@ def test_paths_in_a_config_hold_in_any_folder(tmp_path, monkeypatch):
     config = TrainConfig(model=model, data=reads, run_dir="run")
     training(config, 1)
     assert load_config("run").data.path == str(tmp_path / "book.txt")
-    training(config, 1)  # and the same words go on with it
+    training(config, 1)  # and the same command resumes it
 
 
 def test_a_damaged_record_is_named(image_run):
@@ -178,7 +178,7 @@ def test_a_damaged_record_is_named(image_run):
             read_record(image_run.run_dir)
 
 
-def test_what_was_read_is_in_the_run_folder(text_run):
+def test_the_record_of_the_data_is_in_the_run_folder(text_run):
     table = (Path(text_run.run_dir) / "data.txt").read_text()
     assert re.search(r"train +book\.txt \(0 % to 90\.?\d* %\)", table)
     assert re.search(r"test +book\.txt \(95\.?\d* % to 100 %\)", table)
@@ -186,7 +186,7 @@ def test_what_was_read_is_in_the_run_folder(text_run):
     assert record.splits["train"].tokens > 5000 and f"{record.splits['train'].tokens:,}" in table
 
 
-# ---- kind 5: weights taken into another function
+# ---- kind 5: weights for another vocabulary or other classes
 
 
 def weights(config: TrainConfig, runtime) -> dict[str, Tensor]:
@@ -243,7 +243,7 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
         training(config, 1)
     config = replace(config, data=replace(config.data, processor="new"))
     here = weights(config, runtime)
-    # bee and cat were rows 1 and 2, and are 0 and 1 now; yak is drawn.
+    # bee and cat were rows 1 and 2 and are now 0 and 1; yak is initialised.
     for name in ("head.output.weight", "head.output.bias"):
         assert torch.equal(here[name][:2], there[name][1:])
     assert not torch.equal(here["head.output.weight"][2], there["head.output.weight"][0])
@@ -258,7 +258,7 @@ def test_keys_that_change_the_function_are_named(text_run, tmp_path, caplog, key
     assert f"model.{key}=" in caplog.text and "another function" in caplog.text
 
 
-# ---- kind 11: what a run's message proposes does not spoil it
+# ---- kind 11: following the advice of a message does not damage a run
 
 
 def test_the_tokenizer_of_a_run_stays_when_its_text_changes(text_run, tmp_path, runtime):
@@ -283,7 +283,7 @@ def test_a_run_never_changes_its_tokenizer(text_run, tmp_path, key, value):
         training(replace(text_run, data=reads, resume_changed=["data"], steps=5), 1)
 
 
-def test_a_teacher_must_read_and_name_as_the_student_does(image_run, tmp_path):
+def test_a_teacher_needs_the_tokenizer_and_classes_of_the_student(image_run, tmp_path):
     teacher = json.loads((Path(image_run.run_dir) / "data.json").read_text())
     teacher["class_names"] = teacher["class_names"][::-1]
     (Path(image_run.run_dir) / "data.json").write_text(json.dumps(teacher))

@@ -1,4 +1,4 @@
-"""Text: every token once, documents apart, splits cut where they should be."""
+"""Text: every token once, separate documents, and the cuts between splits."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ PLAY = (source.locate(DataConfig(path="bundled:shakespeare")) / "test.txt").read
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A function that writes a folder of text files and returns the config that reads it."""
+    """Return a function that writes a folder of text files and returns its config."""
 
     def write(seq_len=16, vocab_size=300, path="corpus", **contents):
         for name, content in contents.items():
@@ -33,13 +33,13 @@ def corpus(tmp_path):
 
 
 def targets_of(dataset):
-    """All targets of a split in evaluation, in order."""
+    """Return all targets of a split in evaluation, in order."""
     samples = [dataset.sample(i, None) for i in range(len(dataset))]
     return np.concatenate([s["targets"][s["targets"] != -100] for s in samples])
 
 
 def documents_of(config, split):
-    """The split's documents, told apart by the end tokens between them."""
+    """Return the documents of a split, separated at their end tokens."""
     tokenizer = data.open_tokenizer(config)
     targets = targets_of(data.open_split(config, split))
     pieces = np.split(targets, np.flatnonzero(targets == tokenizer.eot_id))
@@ -94,7 +94,7 @@ def test_training_windows_move_by_one_offset_an_epoch(corpus):
     assert len(offsets) > 4
 
 
-def test_documents_start_with_the_end_token_of_the_one_before(corpus):
+def test_documents_start_with_the_end_token_of_the_previous_one(corpus):
     config = corpus(8, train=PLAY + "<|endoftext|>" + PLAY, valid="one<|endoftext|>two", test="x")
     data.prepare(config)
     tokenizer = data.open_tokenizer(config)
@@ -188,7 +188,7 @@ def test_pieces_change_neither_text_nor_tokens(corpus, monkeypatch, piece, block
 
 @pytest.mark.parametrize("block", range(5, 18))
 def test_separators_between_blocks_are_found(corpus, monkeypatch, block):
-    """Also where a piece is full, and no white space shows where to cut it."""
+    """Also find them if a piece is full and has no white space to be cut at."""
     documents = ["x" * length for length in range(85, 115)]
     config = corpus(train="<|endoftext|>".join(documents))
     monkeypatch.setattr(reader, "PIECE", 100)
@@ -200,7 +200,7 @@ def test_separators_between_blocks_are_found(corpus, monkeypatch, block):
     assert "".join(text for _, text in found) == "".join(documents)
 
 
-def test_a_byte_order_mark_is_no_text(corpus):
+def test_a_byte_order_mark_is_not_text(corpus):
     config = corpus(train=PLAY, valid=b"\xef\xbb\xbfHail", test="x")
     data.prepare(config)
     assert documents_of(config, "valid") == ["Hail"]
@@ -233,7 +233,7 @@ MISTAKES = [
     ({"train": PLAY, "valid": "\ufeff", "test": "x"}, r"valid split holds no text"),
     ({"train": PLAY.encode() + b"caf\xe9", "test": "x"}, r"train.txt is not UTF-8 at byte 30003"),
     ({"valid": PLAY, "test": PLAY}, r"has test, valid but no train split; add train\.txt"),
-    ({"train": "x\n", "vocab_size": 258}, r"data\.held_out=0\.1: nothing of the 2 bytes"),
+    ({"train": "x\n", "vocab_size": 258}, r"data\.held_out=0\.1: none of the 2 bytes"),
     ({"train": PLAY, "vocab_size": 20000}, r"data\.vocab_size=20000: .* set data\.vocab_size=\d+"),
 ]
 

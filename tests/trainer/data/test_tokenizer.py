@@ -1,4 +1,4 @@
-"""The tokenizer: exact round trips, special tokens, own files, and what it refuses."""
+"""The tokenizer: exact round trips, special tokens, given files, and rejected ones."""
 
 import math
 
@@ -22,7 +22,7 @@ def tokenizer() -> Tokenizer:
 
 
 def own(tmp_path, specials, model=None):
-    """A tokenizer.json that the `tokenizers` library wrote, with these special tokens."""
+    """Write a tokenizer.json with these special tokens by the `tokenizers` library."""
     backend = tokenizers.Tokenizer(model or tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -93,7 +93,7 @@ def test_missing_special_tokens_are_added_and_survive_saving(tmp_path):
 
 
 def test_holes_between_ids_count(tmp_path):
-    """The embedding needs a row for the largest id, however many entries there are."""
+    """The embedding needs a row for the largest id, whatever the number of entries."""
     vocabulary = {"a": 0, "b": 700, "<eos>": 3, "<pad>": 4, "[UNK]": 5}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -110,7 +110,7 @@ def test_mistakes_name_the_key_and_a_way_out(tmp_path):
     with pytest.raises(UserError, match=r"data\.vocab_size=9999: .* for (\d+) entries") as error:
         Tokenizer.train([TEXT], 9999)
     reached = int(str(error.value).split("set data.vocab_size=")[1].split()[0])
-    assert Tokenizer.train([TEXT], reached).vocab_size == reached  # the value it names works
+    assert Tokenizer.train([TEXT], reached).vocab_size == reached  # the proposed value works
     with pytest.raises(UserError, match=r"data\.tokenizer=.*none\.json: no such file"):
         Tokenizer.load(tmp_path / "none.json")
     (tmp_path / "bad.json").write_text("{}")
@@ -118,7 +118,7 @@ def test_mistakes_name_the_key_and_a_way_out(tmp_path):
         Tokenizer.load(tmp_path / "bad.json")
 
 
-# ---- tokenizers that lose text, and those that cannot take it
+# ---- lossy tokenizers, and those that cannot encode a text
 
 WORDS = [
     "when",
@@ -190,7 +190,7 @@ def test_lost_characters_are_counted(tmp_path, case):
     assert 0 < lost <= len(text)
 
 
-def test_nothing_is_lost_where_nothing_is(tmp_path, tokenizer):
+def test_no_characters_are_lost_of_text_that_decodes_exactly(tmp_path, tokenizer):
     metaspace().save(str(tmp_path / "own.json"))
     for lossless in (Tokenizer.load(tmp_path / "own.json"), tokenizer):
         assert encoded(lossless, [" ".join(WORDS), "", "rain"])[1] == 0
@@ -198,7 +198,7 @@ def test_nothing_is_lost_where_nothing_is(tmp_path, tokenizer):
     assert encoded(tokenizer, [ODD])[1] == 0
 
 
-def test_only_what_holds_every_byte_is_taken_for_lossless(tmp_path):
+def test_a_normalizer_makes_a_tokenizer_lossy(tmp_path):
     backend, path = own(tmp_path, [])
     assert Tokenizer.load(path).is_lossless
     backend.normalizer = tokenizers.normalizers.NFKC()
@@ -207,7 +207,7 @@ def test_only_what_holds_every_byte_is_taken_for_lossless(tmp_path):
     assert encoded(Tokenizer.load(path), ["ﬁn"])[1] > 0
 
 
-def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, caplog):
+def test_bits_per_character_are_not_reported_for_a_lossy_tokenizer(tmp_path, caplog):
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 50))
     word_level(known=WORDS[:8]).save(str(tmp_path / "own.json"))
     config = DataConfig(
@@ -233,7 +233,7 @@ def test_bits_per_character_are_not_reported_of_what_loses_characters(tmp_path, 
         tokenizers.Tokenizer(tokenizers.models.Unigram([("a", -1.0)])),
     ],
 )
-def test_a_tokenizer_without_an_unknown_token_is_one_message(tmp_path, backend):
+def test_a_tokenizer_without_an_unknown_token_gives_one_message(tmp_path, backend):
     backend.save(str(tmp_path / "own.json"))
     with pytest.raises(UserError, match=r"data\.tokenizer.*unknown token"):
         Tokenizer.load(tmp_path / "own.json").encode("when hell freezes")

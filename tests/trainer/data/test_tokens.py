@@ -1,4 +1,4 @@
-"""Token files that shrink, vanish or hold what no tokenizer knows: a message, never a signal."""
+"""Token files that shrink, vanish or hold invalid ids raise errors, never a signal."""
 
 import subprocess
 import sys
@@ -55,7 +55,7 @@ def test_a_token_beyond_the_vocabulary_is_named_with_its_place(path: Path, bad: 
         tokens.read(800, 817)
 
 
-# A mapped file would end this process by SIGBUS: it runs in one of its own.
+# A mapped file would end the process by SIGBUS, so it runs in a subprocess.
 SHRINKS = """
 import os, sys
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_a_file_that_shrinks_while_it_is_read(path: Path) -> None:
     command = [sys.executable, "-c", SHRINKS, str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.returncode
-    assert "has shrunk while it was read: bytes 8000 to 8200 were asked for" in done.stderr
+    assert "has shrunk while it was read: bytes 8000 to 8200 were requested" in done.stderr
     assert "it ends at 100;" in done.stderr
 
 
@@ -98,5 +98,5 @@ def test_a_split_that_shrinks_is_an_error_in_any_kind_of_data(tmp_path: Path, ma
             opened.truncate(2)
     with pytest.raises(UserError, match="has shrunk while it was read"):
         split.sample(last, None)
-    with pytest.raises(UserError, match=r"\.bin is damaged: it has 2 bytes, not \d+; .* anew"):
+    with pytest.raises(UserError, match=r"\.bin is damaged: it has 2 bytes, not \d+; .* again"):
         data.open_split(config, "train")
