@@ -266,7 +266,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
     damaged = tmp_path / "damaged"
     here = replace(here, compress=replace(here.compress, teacher=str(damaged)))
     file = damaged / "answers-00000.safetensors"
-    again = "ask the teacher again: launch/teach.py"
+    again = "precompute the teacher logits again: launch/teach.py"
 
     def anew() -> None:
         shutil.rmtree(damaged, ignore_errors=True)
@@ -274,7 +274,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
 
     anew()
     file.write_bytes(file.read_bytes()[:-1])
-    assert "is damaged (answers-00000.safetensors has not its" in tiny.no_teacher(here)
+    assert "is damaged (answers-00000.safetensors does not have " in tiny.no_teacher(here)
     file.unlink()
     assert tiny.no_teacher(here).endswith(again)
     (damaged / "answers.json").write_text("{")
@@ -283,7 +283,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
     tensors = load_file(file)
     tensors["classes"][3, 0] = 280
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"is damaged .what it says of sample 0 is no logit"):
+    with pytest.raises(UserError, match=r"is damaged .sample 0 has a non-finite logit or an invalid class"):
         Answers(damaged).rows(0)
     answers = Answers(damaged)
     file.write_bytes(file.read_bytes()[:2000])
@@ -336,7 +336,7 @@ def test_the_door(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     count = Answers(folder).facts.samples
-    assert f"answers: {tmp_path / 'kept'}, {count} samples, " in done.stdout
+    assert f"teacher logits: {tmp_path / 'kept'}, {count} samples, " in done.stdout
     assert replace(Answers(tmp_path / "kept").facts, files=()) == replace(
         Answers(folder).facts, files=()
     )
