@@ -107,5 +107,5 @@ def test_what_cannot_be_compared(runtime, runs, tmp_path):
     )
     config = training(config, 1)
     tiny.save(config, start(config, runtime))
-    with pytest.raises(UserError, match="has learned from other data"):
+    with pytest.raises(UserError, match="was trained on other data"):
         report(CompressReportConfig(small, config.run_dir), runtime)
