@@ -1,4 +1,4 @@
-"""From a config to a model spread over ranks: the one place that joins trainer/ and parallel/."""
+"""Build the parallel model of a config: the only module that joins trainer/ and parallel/."""
 
 import logging
 import math
@@ -29,11 +29,10 @@ def build_worker(
     compression: Compression | None = None,
     objective: Objective | None = None,
 ) -> ParallelModel:
-    """Return the config's model under its strategy on the ranks there are, with its initial
-    weights.
+    """Build the config's model under its strategy on the current ranks, with initial weights.
 
-    `compression` is that of the config, where somebody goes on to ask it; `objective` what the
-    model is trained with, cross-entropy unless a task gives another.
+    Pass the config's `compression` if the caller uses it afterwards. `objective` is the training
+    objective; None = cross-entropy.
     """
     compression = compression or Compression(config.compress)
     strategy = resolve(config.strategy, runtime.world_size)
@@ -64,7 +63,7 @@ def build_worker(
 def build_meta_model(
     config: ModelConfig, precision: Precision, compression: Compression
 ) -> Transformer:
-    """Return the whole model on the meta device, with compressed and float8 layers."""
+    """Build the full model on the meta device, with compressed and float8 layers."""
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
     compression.reshape(model)
@@ -87,7 +86,7 @@ def parallel_model(
     compression: Compression | None = None,
     parallelize: apply.Parallelize = apply.parallelize,
 ) -> ParallelModel:
-    """Return a model under a resolved strategy; `parallelize` is another one to plant a fault."""
+    """Build a model under a resolved strategy; `verify` passes a `parallelize` with a fault."""
     mesh = build_mesh(strategy, runtime.device)
     compression = compression or Compression(CompressConfig())
     model = build_meta_model(config, precision, compression)

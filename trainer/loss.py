@@ -1,4 +1,4 @@
-"""The loss, always as a sum: it is divided once, by the global number of valid targets."""
+"""Loss functions, always sums: divided once, by the global number of valid targets."""
 
 from collections.abc import Callable
 from functools import partial
@@ -19,10 +19,11 @@ def cross_entropy_sum(
     label_smoothing: float = 0.0,
     cross_entropy: Callable[..., Tensor] = F.cross_entropy,
 ) -> Tensor:
-    """Sum over valid targets of the cross-entropy in nats; logits (…, classes), targets (…).
+    """Return the cross-entropy in nats, summed over valid targets.
 
-    Half-precision logits are raised to float32 first. Label smoothing: arXiv 1512.00567.
-    `cross_entropy` is torch's, or one of that signature for a part of the classes.
+    logits (…, classes), targets (…). Half-precision logits are cast to float32 first. Label
+    smoothing: arXiv 1512.00567. `cross_entropy` is torch's, or a function of the same signature
+    for a vocabulary shard of the logits.
     """
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
@@ -42,27 +43,27 @@ def chunked_cross_entropy_sum(
     chunks: int,
     **options: Any,
 ) -> Tensor:
-    """Like `cross_entropy_sum` of project(hidden), in pieces whose logits never exist together.
+    """Return `cross_entropy_sum` of project(hidden), computed chunk by chunk to save memory.
 
-    The backward computes a piece's logits again; hidden (…, width), targets (…).
+    The backward recomputes the logits of each chunk; hidden (…, width), targets (…).
     """
 
-    def piece(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
+    def chunk_sum(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         return cross_entropy_sum(project(hidden_ND), targets_N, **options)
 
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    pieces = hidden.flatten(0, -2).chunk(chunks), targets.flatten().chunk(chunks)
-    for hidden_ND, targets_N in zip(*pieces, strict=True):
+    parts = hidden.flatten(0, -2).chunk(chunks), targets.flatten().chunk(chunks)
+    for hidden_ND, targets_N in zip(*parts, strict=True):
         total = total + checkpoint(
-            piece, hidden_ND, targets_N, use_reentrant=False, preserve_rng_state=False
+            chunk_sum, hidden_ND, targets_N, use_reentrant=False, preserve_rng_state=False
         )
     return total
 
 
 def cross_entropy_loss(head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-    """Return the loss sum of a model's logits; with chunks its head leaves its last product to it.
+    """Return the loss-sum function; with chunks > 1, `head` defers its projection to it.
 
-    The returned function takes (logits or, with chunks, hidden vectors; targets; options of
+    The returned function takes (logits or, with chunks, hidden states; targets; options of
     `cross_entropy_sum`).
     """
     if config.chunks == 1:
@@ -78,7 +79,7 @@ def cross_entropy_loss(head: nn.Module, config: LossConfig) -> Callable[..., Ten
 
 
 class Objective(Protocol):
-    """What training asks of a task: a sum over valid targets, and their number."""
+    """Training objective of a task: a loss sum over valid targets, and their count."""
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
         """Return (logits, targets, **options) -> sum over valid targets."""
@@ -90,10 +91,10 @@ class Objective(Protocol):
 
 
 class CrossEntropy:
-    """The objective of targets that are class numbers."""
+    """Cross-entropy objective for targets that are class indices."""
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-        """Return the sum of cross-entropies."""
+        """Return the cross-entropy sum; see `cross_entropy_loss`."""
         return cross_entropy_loss(head, config)
 
     def count_valid(self, targets: Tensor) -> Tensor:
@@ -102,5 +103,5 @@ class CrossEntropy:
 
 
 def count_valid(targets: Tensor) -> Tensor:
-    """Number of targets that count, as an int64 scalar."""
+    """Return the number of targets that are not IGNORED, an int64 scalar."""
     return (targets != IGNORED).sum()

@@ -1,12 +1,12 @@
-"""One Transformer in three shapes: decoder, encoder with a classifier, encoder-decoder.
+"""One Transformer for three architectures: decoder, encoder with a classifier, encoder-decoder.
 
-The contract with parallel/, which tests hold:
-1. blocks stand in a ModuleDict keyed "0", "1", … and keep their names when others are taken out;
-2. `embed` and `head` may be None where they are not needed, and a forward may be of any run of
-   blocks;
-3. what flows between blocks is one tuple (x, memory, marks), which `flow_like` describes, so that
-   any model can be cut anywhere;
-4. numbers of heads are read from tensor shapes, so that a shard of a weight just works.
+The contract with parallel/, held by tests:
+1. blocks are in a ModuleDict keyed "0", "1", … and keep their names when others are removed;
+2. `embed` and `head` may be None on a stage without them, and a forward may run any contiguous
+   range of blocks;
+3. the activations between blocks are one tuple (x, memory, marks), whose shapes `flow_like`
+   returns, so that a pipeline can split a model at any block;
+4. the number of heads is inferred from tensor shapes, so that a shard of a weight works too.
 """
 
 # B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
@@ -33,8 +33,8 @@ from trainer.nn.sequence import (
     Watcher,
 )
 
-# How tensor parallelism splits the layers: pattern of parameter names -> a style that
-# parallel/tensor/layers.py explains.
+# Tensor-parallel layout of the layers: pattern of parameter names -> style (see
+# parallel/tensor/layers.py).
 TENSOR_LAYOUT = {
     "embed.tokens": "vocabulary",
     "embed.positions": "sequence",
@@ -54,12 +54,12 @@ TENSOR_LAYOUT = {
 
 
 class DecodingCache:
-    """Keys and values of the tokens generated so far: a cache per decoder block, and the memory."""
+    """Cache of generation: keys and values of each decoder block, and the encoder's memory."""
 
     def __init__(self, model: "Transformer", capacity: int):
         self.length = 0  # tokens cached so far
         self.memory: Tensor | None = None
-        self.marks: Tensor | None = None  # of the memory
+        self.marks: Tensor | None = None  # marks of the memory
         self.resizes: dict[int, dict[str, Tensor]] = {place: {} for place in model.resizes}
         self.blocks = {
             name: BlockCache(AttentionCache(capacity), AttentionCache(0))
@@ -68,11 +68,11 @@ class DecodingCache:
         }
 
     def advance(self, inputs: Inputs) -> None:
-        """Go on behind the tokens of these inputs; after the last block has seen them."""
+        """Advance the length by the tokens of these inputs; call it after the last block."""
         self.length += inputs["tokens"].shape[1]
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Keep the given rows of the batch."""
+        """Select the given rows of the batch."""
         self.memory = None if self.memory is None else self.memory[rows_B]
         self.marks = None if self.marks is None else self.marks[rows_B]
         for remembered in self.resizes.values():
@@ -83,9 +83,9 @@ class DecodingCache:
 
 
 class Transformer(nn.Module):
-    """The model; computes in `dtype` whatever its parameters are kept in.
+    """A Transformer that computes in `dtype`, whatever the dtype of its parameters.
 
-    Build it under `torch.device("meta")`; weights come from `draw_rows`.
+    Build it under `torch.device("meta")`; `draw_rows` gives the initial weights.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32):
@@ -97,13 +97,14 @@ class Transformer(nn.Module):
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = self.embedding_type(config)
         self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
-        # What makes a sequence shorter, by the block that it comes behind (-1: the embedding).
+        # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
-        # What looks at the vectors behind a block, and may join their gradient; by its name.
+        # Hooks on the flow after a block, which may add to its gradient; by the block's name.
         self.watchers: dict[str, Watcher] = {}
-        # In a training step: a sum over valid targets as its share of the mean loss, counted in.
+        # Set during a training step: add a loss sum over valid targets to the global mean loss
+        # and return it scaled accordingly.
         self.share_of_mean: Callable[[Tensor], Tensor] | None = None
-        self.depth = len(self.blocks)  # of the whole model, also where blocks are taken out
+        self.depth = len(self.blocks)  # of the full model, also on a stage with fewer blocks
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = self.head_type(config)
         self.head: nn.Module | None = head
@@ -124,15 +125,15 @@ class Transformer(nn.Module):
         flow: Flow | None = None,
         blocks: Sequence[str] | None = None,
     ) -> Tensor | Flow:
-        """Logits of one micro-batch: (B,S,V), or (B,classes) of a classifier.
+        """Return the logits of a micro-batch: (B,S,V), or (B,classes) for a classifier.
 
         `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
         (B,C,height,width); optionally `documents` and `positions` (B,S) of packed samples,
-        `source_valid` (B,T) where there is padding, and `seeds` (B,) for dropout.
-        Of a model that is cut, `blocks` are the ones to run and `flow` what the block before the
-        first of them has returned; what the last of them returns is returned.
+        `source_valid` (B,T) if there is padding, and `seeds` (B,) for dropout.
+        In a pipeline, `blocks` are the ones to run and `flow` is the output of the block before
+        them; a stage without the last block returns the flow instead of logits.
         """
-        resumes = cache is not None and cache.length > 0  # the memory is what the source has made
+        resumes = cache is not None and cache.length > 0  # the memory is cached already
         streams = self._streams(inputs, cache)
         names = tuple(self.blocks) if blocks is None else blocks
         begins = int(names[0])
@@ -147,7 +148,7 @@ class Transformer(nn.Module):
         for name in names:
             flow, streams = self._through(name, flow, streams, inputs, cache)
         if cache is not None:
-            if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the last of the encoder has turned
+            if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the encoder has finished
                 _, cache.memory, cache.marks = flow
             if blocks is None:
                 cache.advance(inputs)
@@ -163,12 +164,12 @@ class Transformer(nn.Module):
         inputs: Inputs,
         cache: DecodingCache | None,
     ) -> tuple[Flow, dict[str, Stream]]:
-        """One block, and what stands behind it."""
+        """Run one block, then its resize and its hook if it has them."""
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
             return flow, streams
         x, memory, marks = flow
-        if not (resumes and x.shape[1] == 0):  # no new group of tokens may be complete yet
+        if not (resumes and x.shape[1] == 0):  # a pooled group may not be complete yet
             own = None if cache is None else cache.blocks.get(name)
             flow = *block(x, memory, streams, own), marks
         flow, streams = self._resized(int(name), flow, streams, cache)
@@ -179,10 +180,9 @@ class Transformer(nn.Module):
     def flow_like(
         self, inputs: Inputs, block: int, cache: DecodingCache | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Return what flows into a block, as meta tensors: x, memory and marks, where there are
-        any.
+        """Return the input flow of a block as meta tensors: x, memory and marks, None if absent.
 
-        Behind the last block: the logits. With a cache, the memory flows once.
+        For `block` = depth, return the logits. With a cache, the memory is sent only once.
         """
         config, context = self.config, self.context if cache is None else FullContext()
         B, D = len(inputs["tokens" if self.decodes else self.embedding_type.source]), config.width
@@ -214,11 +214,11 @@ class Transformer(nn.Module):
 
     @property
     def decodes(self) -> bool:
-        """Return whether the model has blocks of a decoder."""
+        """Return whether the model has decoder blocks."""
         return self.depth > self.encoder_depth
 
     def sequence_lengths(self, inputs: Inputs) -> dict[str, int]:
-        """Return the positions of each sequence of a micro-batch, in the order of the blocks."""
+        """Return the length of each sequence of a micro-batch, in the order of the blocks."""
         lengths = {}
         if self.encoder_depth:
             length = self._source(inputs).shape[1]
@@ -228,13 +228,13 @@ class Transformer(nn.Module):
         return lengths
 
     def _source(self, inputs: Inputs) -> Tensor:
-        """Return what the encoder reads."""
+        """Return the encoder's input."""
         return inputs["source" if self.decodes else self.embedding_type.source]
 
     def lengths(self, length: int) -> list[int]:
-        """Vectors in front of each block of the encoder, or of a decoder alone.
+        """Return the sequence length at the input of each block of the encoder or decoder.
 
-        Of an image, or of so many tokens.
+        An encoder-decoder gives those of its encoder. `length` is in tokens; images ignore it.
         """
         if not self.encoder_depth:
             return [self._length_before(i, "target", length)[0] for i in range(self.depth)]
@@ -246,12 +246,12 @@ class Transformer(nn.Module):
         return [resize for resize in found if resize.stream == stream]
 
     def _keeps_before(self, block: int) -> bool:
-        """Return whether a longer sequence flows into a decoder's block beside its own."""
+        """Return whether the full-length sequence enters a block along with the shortened one."""
         found = self._resizes_before(block, "target")
         return bool(found) and found[-1].keeps
 
     def _length_before(self, block: int, stream: str, length: int) -> tuple[int, bool]:
-        """Vectors of a sequence in front of a block, and whether they have marks."""
+        """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
             length = total if resize.restores else resize.length(length, self.training)
@@ -261,7 +261,7 @@ class Transformer(nn.Module):
     def _streams_before(
         self, block: int, streams: dict[str, Stream], flow: Flow
     ) -> dict[str, Stream]:
-        """Return the streams as they are in front of a block that the flow flows into."""
+        """Return the sequence metadata at the input of a block, given its input flow."""
         for place in sorted(place for place in self.resizes if place < block):
             streams = self._behind(place, streams, None)
         if flow[2] is None:
@@ -271,7 +271,7 @@ class Transformer(nn.Module):
     def _resized(
         self, place: int, flow: Flow, streams: dict[str, Stream], cache: DecodingCache | None
     ) -> tuple[Flow, dict[str, Stream]]:
-        """Flow and streams behind a block, or behind the embedding."""
+        """Resize the flow after a block (-1: the embedding) if a module is registered there."""
         if place not in self.resizes:
             return flow, streams
         resize, own = self.resizes[place], {} if cache is None else cache.resizes[place]
@@ -290,7 +290,7 @@ class Transformer(nn.Module):
     def _embed(
         self, inputs: Inputs, streams: dict[str, Stream], cache: DecodingCache | None
     ) -> Flow:
-        """Return what flows first: of an encoder-decoder the source, and the target that waits."""
+        """Return the initial flow; an encoder-decoder embeds the source and the waiting target."""
         assert self.embed is not None
         target: Tensor | None = None
         if self.decodes:
@@ -308,7 +308,7 @@ class Transformer(nn.Module):
 
     def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
         seeds_B = inputs.get("seeds")
-        # A token that is written has no sequence to share.
+        # Generation does not shard sequences over context ranks.
         context = self.context if cache is None else FullContext()
         lengths, streams = self.sequence_lengths(inputs), {}
         if self.encoder_depth:
@@ -323,7 +323,7 @@ class Transformer(nn.Module):
             )
         if not self.decodes:
             return streams
-        # The target's dropout must not repeat the source's, which shares the embedding.
+        # The embedding is shared: the target's dropout mask must differ from the source's.
         seeds_B = None if seeds_B is None else ~seeds_B
         streams["target"] = self._stream(
             lengths["target"],

@@ -1,4 +1,4 @@
-"""Mixed precision: the dtype of parameters, that of computing, and the loss scale of fp16."""
+"""Mixed precision: dtypes of parameters and computation, and the loss scale of fp16."""
 
 from dataclasses import dataclass
 
@@ -8,9 +8,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Precision:
-    """`parameters`: master weights, gradients and optimizer; `compute`: everything in the model.
+    """The dtypes of a precision mode.
 
-    `float8`: but the products of the layers between embedding and head (float8.py).
+    `parameters`: master weights, gradients and optimizer state; `compute`: the model's forward and
+    backward. `float8`: linear layers between embedding and head multiply in float8 (float8.py).
     """
 
     name: str
@@ -29,23 +30,23 @@ PRECISIONS = {
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """Return the named precision; `auto` is bf16 on CUDA and fp32 on a CPU."""
+    """Return the precision mode by name; `auto` is bf16 on CUDA and fp32 on a CPU."""
     if name == "auto":
         name = "bf16" if device.type == "cuda" else "fp32"
     return PRECISIONS[name]
 
 
 class LossScale:
-    """Dynamic loss scale of fp16 (arXiv 1710.03740), kept on the device; constant 1 elsewhere.
+    """Dynamic loss scale of fp16 (arXiv 1710.03740) on the device; constant 1 otherwise.
 
-    Also where nothing but the sums of gradients is in fp16 (`reduce`, as strategy.reduce), under
-    any layout: what is less than 6e-8 would be lost there, and most gradients are that small.
-    The decision to skip an update comes from the global gradient norm, the same on every rank, so
-    that it holds under any strategy without a word between ranks.
+    It is also dynamic, under any layout, if only the gradient reduction is in fp16 (`reduce`, as
+    strategy.reduce): values below 6e-8 would underflow there, and most gradients are that small.
+    The decision to skip an update follows from the global gradient norm, which is identical on
+    every rank, so that it needs no communication under any strategy.
     """
 
     growth_interval = 1000  # good steps until the scale doubles
-    first = 2.0**14
+    first = 2.0**14  # initial scale
 
     def __init__(self, precision: Precision, device: torch.device, reduce: str = "auto"):
         self.dynamic = precision.compute == torch.float16 or reduce == "fp16"
@@ -53,7 +54,7 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, skipped: Tensor) -> None:
-        """Halve the scale after a skipped update (1), double it after many good ones (0)."""
+        """Halve the scale after a skipped update (1); double it after 1000 good steps (0)."""
         if not self.dynamic:
             return
         self.good_steps = (self.good_steps + 1) * (1 - skipped)
@@ -62,11 +63,11 @@ class LossScale:
         self.good_steps = torch.where(grow, 0.0, self.good_steps)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint holds; the tensors themselves, to be loaded into."""
+        """Return the state for a checkpoint; not copied, so that it can be loaded in place."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
     def loaded(self) -> None:
-        """Begin anew where the checkpoint is of a run that scaled otherwise: 1 there, or 1 here."""
+        """Reset the loaded state unless this run and the checkpoint's both scale dynamically."""
         if not self.dynamic or (self.scale == 1.0 and self.good_steps == 0):
             self.scale.fill_(self.first if self.dynamic else 1.0)
             self.good_steps.fill_(0.0)

@@ -1,4 +1,4 @@
-"""The model against transformers and published sizes, and its contract with parallel/."""
+"""Compare the model with transformers and published sizes; test its contract with parallel/."""
 
 import math
 from dataclasses import replace
@@ -27,7 +27,7 @@ def preset(name: str, **changes) -> ModelConfig:
 
 
 def copy_weights(ours: Transformer, theirs: nn.Module, names: dict[str, str]) -> None:
-    """Copy weights by name; `names` maps parts of our names to parts of theirs."""
+    """Copy weights by name; `names` maps parts of our names to parts of the reference's."""
     source = dict(theirs.named_parameters())
     with torch.no_grad():
         for name, parameter in ours.named_parameters():
@@ -104,7 +104,7 @@ def test_llama_equals_transformers(scaling):
     tokens, targets = torch.randint(50, (2, 3, 40))
     logits = ours({"tokens": tokens})
     reference = theirs(tokens).logits
-    # transformers takes its rotary frequencies in float32 whatever the model's dtype.
+    # transformers computes rotary frequencies in float32 for any model dtype.
     torch.testing.assert_close(logits, reference, rtol=1e-5, atol=1e-5)
     nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
     nn.functional.cross_entropy(reference.flatten(0, 1), targets.flatten()).backward()
@@ -141,7 +141,7 @@ def test_gpt2_equals_transformers():
         )
     ).double()
     ours = build(config)
-    with torch.no_grad():  # GPT-2 keeps its matrices transposed, and query, key, value in one
+    with torch.no_grad():  # GPT-2's matrices are transposed, and query, key and value are one
         body = theirs.transformer
         ours.embed.tokens.weight.copy_(body.wte.weight)
         ours.embed.positions.weight.copy_(body.wpe.weight)
@@ -232,7 +232,7 @@ def test_vit_equals_transformers():
 
 
 def test_decoder_layer_with_memory_equals_torch():
-    """Cross-attention and padding against torch's own pre-norm decoder layer."""
+    """Compare cross-attention and padding with torch's pre-norm decoder layer."""
     config = ModelConfig(
         family="encoder_decoder",
         layers=1,
@@ -277,7 +277,7 @@ def test_decoder_layer_with_memory_equals_torch():
     torch.testing.assert_close(logits, reference)
 
 
-def test_a_document_sees_only_itself():
+def test_attention_stays_within_a_document():
     config = replace(FAMILIES["decoder (Llama)"], vocab_size=61, layers=2)
     model = build(config)
     tokens = torch.randint(61, (1, 10))
@@ -293,7 +293,7 @@ def described(tensors) -> list[tuple | None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
+def test_a_model_split_between_any_two_blocks_is_the_same_model(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     batch = make_batch(config, seed=1, step=0)
     whole = build(config)(batch)
@@ -309,7 +309,7 @@ def test_a_model_cut_between_any_two_blocks_is_the_same_model(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_runs_of_blocks_one_after_another_are_the_whole_model(family):
+def test_consecutive_ranges_of_blocks_equal_the_full_model(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     batch, model = make_batch(config, seed=1, step=0), build(config)
     flow = None
@@ -319,7 +319,7 @@ def test_runs_of_blocks_one_after_another_are_the_whole_model(family):
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "encoder (ViT)"])
-def test_decoding_with_a_cache_equals_the_whole_forward(family):
+def test_decoding_with_a_cache_equals_the_full_forward(family):
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model = build(config).eval()
     batch = {
@@ -360,7 +360,7 @@ def test_initialisation_per_family():
     assert (query.abs() > 0.039).any()
     assert not draw_rows(vit, 0, "head.output.weight", torch.Size((10, 768)), 0, 10).any()
     patches = draw_rows(vit, 0, "embed.patches.weight", torch.Size((768, 768)), 0, 768)
-    # A normal cut at two standard deviations keeps 0.88 of its spread.
+    # Truncation at two standard deviations reduces the standard deviation to 0.88 of it.
     assert patches.std().item() == pytest.approx(0.88 / math.sqrt(768), rel=0.01)
 
 
@@ -375,7 +375,7 @@ def test_dropout_masks_follow_the_sample():
     assert torch.equal(mask[:, part], keep_mask(seeds, 5, 64, 0.1, part))
     assert not torch.equal(mask[0], mask[1])
     assert not torch.equal(mask, keep_mask(seeds, 6, 64, 0.1, places))
-    # Neighbouring seeds, sites and positions are independent: no pair agrees more than by chance.
+    # Neighbouring seeds, sites and positions are independent: masks agree only by chance.
     flat = keep_mask(torch.arange(64), 5, 64, 0.5, torch.arange(64)).flatten(1).double() * 2 - 1
     correlation = (flat @ flat.T / 4096 - torch.eye(64)).abs().max().item()
     assert correlation < 6 / math.sqrt(4096)
@@ -407,7 +407,7 @@ def test_every_dropout_of_a_model_has_its_own_masks():
     assert 0 not in sites
 
 
-def test_lower_precision_computes_in_it_and_keeps_float32_weights():
+def test_lower_precision_computes_in_its_dtype_with_float32_weights():
     config = replace(scale_down(FAMILIES["encoder-decoder"]), dropout=0.0)
     exact = build(config, dtype=torch.float64)
     model = Transformer(config, torch.bfloat16)

@@ -1,1 +1,1 @@
-"""Compression: shorter sequences, fewer bits, fewer weights; each goes with every strategy."""
+"""Compression: shorter sequences, fewer bits, fewer weights; each works with every strategy."""

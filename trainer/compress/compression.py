@@ -1,4 +1,4 @@
-"""The contract of a compression: the moments of a run at which it may act, and who does."""
+"""Interface between compression and training: one method for each point at which it acts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ from trainer.nn.sequence import Flow, Inputs, Resize, Stream
 
 @dataclass
 class Compression:
-    """All that config.compress asks for. No strategy knows it, and it knows no strategy."""
+    """All techniques that config.compress enables; independent of the parallel strategy."""
 
     config: CompressConfig
     lens: Lens = field(init=False)
     pruning: Pruning | None = field(init=False)
-    # Frozen and whole, given by whoever trains to every rank that `asks`; reading needs none.
+    # The full frozen teacher, set by training on every rank that `asks`; None in evaluation.
     teacher: Transformer | None = None
-    _said: Said | None = None  # of the micro-batch at hand
+    _said: Said | None = None  # teacher output for the current micro-batch
 
     def __post_init__(self) -> None:
         c = self.config
@@ -36,7 +36,7 @@ class Compression:
         self.pruning = Pruning(c) if c.prune_heads or c.prune_ffn else None
 
     def reshape(self, model: Transformer) -> None:
-        """Change a model that is built and not yet spread over ranks."""
+        """Apply compression to a built model; call it before parallelism is applied."""
         if isinstance(model.embed, PatchEmbedding):
             model.resizes |= _of_images(self.config, model)
         elif model.encoder_depth:
@@ -51,67 +51,63 @@ class Compression:
             model.watchers[str(block)] = partial(self._match, model, block)
 
     def loss(self, loss_sum: Callable[..., Tensor], model: Transformer) -> Callable[..., Tensor]:
-        """Change what is learned: (logits, targets, inputs) -> sum over valid targets.
+        """Return the loss function (logits, targets, inputs) -> sum over valid targets.
 
-        `loss_sum` is that of (logits, targets) alone. Options go to whatever adds up classes.
+        `loss_sum` takes (logits, targets) alone. Options are passed to the cross-entropy. With
+        distillation the result is the weighted sum of `loss_sum` and the divergence from the
+        teacher times temperature².
         """
         weight, temperature = self.config.distill_weight, self.config.temperature
 
-        def changed(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
-            learned = loss_sum(logits, targets, **options)
-            said = self._answer(model, inputs) if weight else None
-            if said is None:
-                return learned
-            apart = divergence_sum(logits, said, targets, temperature, **options)
-            return (1 - weight) * learned + weight * temperature**2 * apart
+        def distilled(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
+            total = loss_sum(logits, targets, **options)
+            teacher_logits = self._answer(model, inputs) if weight else None
+            if teacher_logits is None:
+                return total
+            divergence = divergence_sum(logits, teacher_logits, targets, temperature, **options)
+            return (1 - weight) * total + weight * temperature**2 * divergence
 
-        return changed
+        return distilled
 
     @property
     def distills(self) -> bool:
-        """Return whether a teacher is to have a say in the loss."""
+        """Return whether a teacher contributes to the loss."""
         return bool(self.config.teacher and (self.config.distill_weight or self._matched))
 
     def asks(self, model: Transformer) -> bool:
-        """Return whether what a rank has of a model learns from the teacher's logits or vectors."""
+        """Return whether the local part of a model needs the teacher's logits or hidden states."""
         return self._ends_on(model) or bool(self._here(model))
 
     def _ends_on(self, model: Transformer) -> bool:
-        """Return whether a rank has the logits, and they learn from the teacher's."""
+        """Return whether this rank has the head and distills the teacher's logits."""
         return model.head is not None and bool(self.config.distill_weight)
 
     @property
     def _matched(self) -> dict[int, int]:
-        """Return the blocks whose vectors learn, and those of the teacher that they learn from."""
+        """Return the teacher's block for each block whose hidden states are matched."""
         match = self.config.match if self.config.match_weight else []
         return {pair[0]: pair[1] for pair in match}
 
     def _here(self, model: Transformer) -> dict[int, int]:
-        """Those of the blocks that a rank has."""
+        """Return the matched blocks that are on this rank, with the teacher's."""
         return {ours: theirs for ours, theirs in self._matched.items() if str(ours) in model.blocks}
 
     def _hear(self, model: Transformer, inputs: Inputs) -> Said:
-        """Return what the teacher says of a micro-batch.
-
-        It is asked once, whoever wants to know first.
-        """
+        """Return the teacher's output for a micro-batch; it is computed once, then cached."""
         if self._said is None or self._said.targets is not inputs["targets"]:
             assert self.teacher is not None
-            here = self._here(model).values()
-            self._said = ask(self.teacher, inputs, here, logits=self._ends_on(model))
+            blocks = self._here(model).values()
+            self._said = ask(self.teacher, inputs, blocks, logits=self._ends_on(model))
         return self._said
 
     def _answer(self, model: Transformer, inputs: Inputs) -> Tensor | None:
-        """Return the teacher's logits at the positions that are here.
-
-        None where there is no teacher.
-        """
+        """Return the teacher's logits at the local positions, or None without a teacher."""
         if "answer_classes" in inputs:
             return kept_answer(inputs, classes_of(model.config), model.context)
         if self.teacher is None:
             return None
         logits = self._hear(model, inputs).logits
-        self._said = None  # nobody asks about the same micro-batch again
+        self._said = None  # its last use for this micro-batch
         assert logits is not None
         return part_of(logits, model.context)
 
@@ -120,15 +116,15 @@ class Compression:
     ) -> Flow:
         if self.teacher is None or model.share_of_mean is None:
             return flow
-        said = self._hear(model, inputs).states[self._matched[block]]
+        states = self._hear(model, inputs).states[self._matched[block]]
         return learn(
-            model, str(block), flow, streams, inputs, said, weight=self.config.match_weight
+            model, str(block), flow, streams, inputs, states, weight=self.config.match_weight
         )
 
     def settle(self, step: int, steps: int) -> None:
-        """Get ready for a step (0 = the first of `steps`), behind the one before it.
+        """Update pruning for a step (0 to `steps` - 1), after the previous optimizer step.
 
-        All ranks call it.
+        All ranks must call it.
         """
         self.lens.prunes = step >= self.config.sparse_start * steps
         if self.pruning is not None:
@@ -142,9 +138,7 @@ class Compression:
 
 
 def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """Return what shortens the sequence of an image classifier, by the block that it comes
-    behind.
-    """
+    """Return the resizes of an image classifier, by the block that each follows."""
     kept = int(model.config.pool == "class_token")
     side = model.config.image_size // model.config.patch_size
     found: dict[int, Resize] = {}
@@ -158,7 +152,7 @@ def _of_images(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
 
 
 def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """Return the same of a translation's source: between the blocks of its encoder."""
+    """Return the resizes of an encoder-decoder's source, by the encoder block that each follows."""
     last = model.encoder_depth - 1
     found: dict[int, Resize] = {}
     if config.merge:
@@ -169,8 +163,8 @@ def _of_sources(config: CompressConfig, model: Transformer) -> dict[int, Resize]
 
 
 def _of_texts(config: CompressConfig, model: Transformer) -> dict[int, Resize]:
-    """Return the middle blocks of a language model: as many are left out in front as behind."""
+    """Return the resizes of a decoder: the first and last `pool_after` blocks stay full length."""
     if not config.pool_after:
         return {}
-    stride, behind = config.pool_stride, model.depth - config.pool_after - 1
-    return {config.pool_after - 1: Shorten(stride), behind: Lengthen(stride)}
+    stride, last = config.pool_stride, model.depth - config.pool_after - 1
+    return {config.pool_after - 1: Shorten(stride), last: Lengthen(stride)}

@@ -1,4 +1,4 @@
-"""A smaller student: a model learns from what a trained one says of the same samples."""
+"""Knowledge distillation: train a model on a trained teacher's outputs for the same samples."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,43 +16,44 @@ from trainer.nn.sequence import Context, Flow, Inputs, Stream
 
 @dataclass(frozen=True)
 class Said:
-    """A teacher's logits for the `targets` of a micro-batch."""
+    """A teacher's outputs for the micro-batch with these `targets`."""
 
     targets: Tensor
-    logits: Tensor | None  # of all classes at all positions, if they were asked for
-    states: dict[int, Tensor]  # what its blocks have made of all positions, by their numbers
+    logits: Tensor | None  # all classes at all positions; None if not requested
+    states: dict[int, Tensor]  # hidden states at all positions, by block index
 
 
 @torch.no_grad()
 def ask(teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: bool) -> Said:
-    """Return what the teacher says of a micro-batch: what these blocks make of it, and its
-    logits.
-    """
-    made: dict[int, Tensor] = {}
+    """Run the teacher on a micro-batch; return the hidden states of `blocks`, and its logits.
 
-    def look(number: int, flow: Flow, _streams: dict[str, Stream], _inputs: Inputs) -> Flow:
-        made[number] = states(teacher.blocks[str(number)], flow)
+    Without `logits` the forward ends after the last of `blocks`.
+    """
+    recorded: dict[int, Tensor] = {}
+
+    def record(number: int, flow: Flow, _streams: dict[str, Stream], _inputs: Inputs) -> Flow:
+        recorded[number] = states(teacher.blocks[str(number)], flow)
         return flow
 
-    teacher.watchers = {str(number): partial(look, number) for number in blocks}
+    teacher.watchers = {str(number): partial(record, number) for number in blocks}
     last = teacher.depth - 1 if logits else max(blocks)
-    said = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
-    return Said(inputs["targets"], said if logits else None, made)
+    output = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
+    return Said(inputs["targets"], output if logits else None, recorded)
 
 
 def part_of(logits: Tensor, context: Context) -> Tensor:
-    """Return the logits of those positions of whole sequences that are here."""
+    """Return the logits at the local positions, given those at all positions."""
     return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
 
 
 def kept_answer(inputs: Inputs, classes: int, context: Context) -> Tensor:
-    """Logits of so many classes, at the positions that are here, from those that were kept.
+    """Return full logits (…, classes) at the local positions from a teacher's recorded top-k ones.
 
-    Of the others nothing is known: they count as impossible.
+    Classes that were not recorded get -inf.
     """
-    logits, places = (part_of(inputs[f"answer_{name}"], context) for name in ("logits", "classes"))
+    logits, indices = (part_of(inputs[f"answer_{name}"], context) for name in ("logits", "classes"))
     all_classes = logits.new_full((*logits.shape[:-1], classes), -torch.inf)
-    return all_classes.scatter_(-1, places.long(), logits)
+    return all_classes.scatter_(-1, indices.long(), logits)
 
 
 def divergence_sum(
@@ -62,18 +63,18 @@ def divergence_sum(
     temperature: float,
     cross_entropy: Callable[..., Tensor] = F.cross_entropy,
 ) -> Tensor:
-    """Sum over valid targets of KL(teacher || student) in nats, both at a temperature.
+    """Return KL(teacher || student) in nats at a temperature, summed over valid targets.
 
-    Logits (…, classes), targets (…); half-precision logits are raised to float32 first. With a
-    `cross_entropy` for a part of the classes the student's logits are of that part. Knowledge
-    distillation: arXiv 1503.02531, section 2, without its factor temperature².
+    Logits (…, classes), targets (…); half-precision logits are cast to float32 first. If
+    `cross_entropy` is that of a vocabulary shard, the student's logits are those of the shard.
+    Knowledge distillation: arXiv 1503.02531, section 2, without its factor temperature².
     """
     precise = torch.promote_types(logits.dtype, torch.float32)
-    log_likely_NV = (teacher_logits.flatten(0, -2).to(precise) / temperature).log_softmax(-1)
-    # Nothing is likely where a target counts for nothing: there both terms are zero.
+    log_probability_NV = (teacher_logits.flatten(0, -2).to(precise) / temperature).log_softmax(-1)
+    # Zero probabilities at ignored targets make both terms zero.
     valid_N1 = (targets != IGNORED).flatten()[:, None]
-    likely_NV = torch.where(valid_N1, log_likely_NV.exp(), 0.0)
+    probability_NV = torch.where(valid_N1, log_probability_NV.exp(), 0.0)
     scaled_NV = logits.flatten(0, -2).to(precise) / temperature
-    # KL is the cross-entropy of the student less the teacher's own.
-    own = torch.special.entr(likely_NV).sum()
-    return cross_entropy(scaled_NV, likely_NV, reduction="sum") - own
+    # KL is the cross-entropy minus the teacher's entropy.
+    entropy = torch.special.entr(probability_NV).sum()
+    return cross_entropy(scaled_NV, probability_NV, reduction="sum") - entropy

@@ -1,4 +1,4 @@
-"""Hidden states: behind some blocks a model's vectors learn to be as alike as its teacher's are."""
+"""Hidden-state distillation: match the teacher's similarities between positions at some blocks."""
 
 from typing import Any
 
@@ -13,28 +13,28 @@ from trainer.nn.sequence import Flow, Inputs, Stream
 
 
 def states(block: nn.Module, flow: Flow) -> Tensor:
-    """Return what a block has made, of what flows behind it.
+    """Return a block's hidden states from its output flow; the memory for the last encoder block.
 
-    Of the encoder's last one the memory.
+    The last encoder block is that of an encoder-decoder.
     """
     assert isinstance(block, Block)
-    made = flow[0] if block.turn_norm is None else flow[1]
-    assert made is not None
-    return made
+    hidden = flow[0] if block.turn_norm is None else flow[1]
+    assert hidden is not None
+    return hidden
 
 
 def apart_sum(ours_BSD: Tensor, theirs_BSE: Tensor, valid_BS: Tensor, targets_B: Tensor) -> Tensor:
-    """Return how differently two models relate the positions of a sample to each other, summed.
+    """Return the difference between two models' position similarities, summed over valid targets.
 
-    Of each sample the mean, over pairs of valid positions, of the squared difference between the
-    cosine similarities of our vectors and of theirs, times the sample's number of valid targets.
-    Half precision is raised to float32 first. Similarity-preserving distillation (arXiv
-    1907.09682), between the positions of a sample: the widths may differ.
+    Per sample: the mean, over pairs of valid positions, of the squared difference between the
+    cosine similarities of the student's vectors and of the teacher's, times the sample's number of
+    valid targets. Half precision is cast to float32 first. Similarity-preserving distillation
+    (arXiv 1907.09682), between the positions of a sample, so that the widths may differ.
     """
-    apart_BSS = (_similar(ours_BSD) - _similar(theirs_BSE)).square()
+    difference_BSS = (_similar(ours_BSD) - _similar(theirs_BSE)).square()
     both_BSS = valid_BS[:, :, None] & valid_BS[:, None, :]
     pairs_B = both_BSS.sum((1, 2)).clamp(min=1)
-    return (torch.where(both_BSS, apart_BSS, 0.0).sum((1, 2)) / pairs_B * targets_B).sum()
+    return (torch.where(both_BSS, difference_BSS, 0.0).sum((1, 2)) / pairs_B * targets_B).sum()
 
 
 def _similar(x_BSD: Tensor) -> Tensor:
@@ -52,34 +52,35 @@ def learn(
     said_BSE: Tensor,
     weight: float,
 ) -> Flow:
-    """Return the flow behind a block, whose gradient will be that of `apart_sum` too, `weight`
-    times.
+    """Add the hidden-state loss after a block; return the flow with its gradient attached.
 
-    `said_BSE` is what the teacher's block has made of all positions. The loss is taken here, since
-    the rank may have no logits: its share is counted in, and its gradient waits for the backward.
+    The loss is `weight` times `apart_sum`; `said_BSE` are the teacher's hidden states at all
+    positions. It is computed in the forward, since the rank may have no logits: its share of the
+    mean loss is added to the total, and its gradient is added during the backward.
     """
     assert model.share_of_mean is not None
     block = model.blocks[name]
     assert isinstance(block, Block)
-    stream, made, whole = streams[block.stream], states(block, flow), block.turn_norm is not None
-    all_BSD = made.detach() if whole else stream.layout.collected(made.detach(), stream.length)
+    stream, hidden, full = streams[block.stream], states(block, flow), block.turn_norm is not None
+    all_BSD = hidden.detach()
+    all_BSD = all_BSD if full else stream.layout.collected(all_BSD, stream.length)
     targets = inputs["targets"]
     counts = targets != IGNORED
     valid_BS = counts
     if block.stream == "source":
         valid_BS = inputs.get("source_valid", counts.new_ones(all_BSD.shape[:2]))
     with torch.enable_grad():
-        apart = apart_sum(
+        loss_sum = apart_sum(
             all_BSD.requires_grad_(), said_BSE, valid_BS, counts.reshape(len(counts), -1).sum(1)
         )
-        (gradient_BSD,) = torch.autograd.grad(model.share_of_mean(weight * apart), all_BSD)
-    split = stream.layout.share if whole else stream.layout.own
-    joined = _Joined.apply(made, split(gradient_BSD))
-    return (joined, *flow[1:]) if not whole else (flow[0], joined, flow[2])
+        (gradient_BSD,) = torch.autograd.grad(model.share_of_mean(weight * loss_sum), all_BSD)
+    to_local = stream.layout.share if full else stream.layout.own
+    hidden = _Joined.apply(hidden, to_local(gradient_BSD))
+    return (hidden, *flow[1:]) if not full else (flow[0], hidden, flow[2])
 
 
 class _Joined(torch.autograd.Function):
-    """x as it is; another gradient joins its own on the way back."""
+    """Identity in the forward; adds a given gradient to x's in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A compressed weight as it lies in a file: small whole numbers with scales, without its zeros."""
+"""File format of a compressed weight: packed integers with scales, without pruned zeros."""
 
 # O outputs, I inputs of a layer.
 
@@ -9,20 +9,20 @@ from trainer.compress.quantized_linear import Lens, kept, pruned, whole
 
 
 def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
-    """Return the tensors that a weight (O,I) is kept as: `values` or `codes` and `scale`, `places`.
+    """Pack a weight (O,I) into the tensors `values`, or `codes` and `scale`; and `places` for n:m.
 
-    Values that are pruned are left out; `places` says which of each m stay.
+    Pruned values are omitted; `places` are the indices of the n remaining of each m.
     """
-    seen = pruned(weight, lens.n, lens.m) if lens.n else weight
+    sparse = pruned(weight, lens.n, lens.m) if lens.n else weight
     parts: dict[str, Tensor] = {}
-    numbers = seen
+    numbers = sparse
     if lens.bits:
-        groups = seen.unflatten(-1, (-1, lens.group)) if lens.group else seen
+        groups = sparse.unflatten(-1, (-1, lens.group)) if lens.group else sparse
         codes, scale = whole(groups, lens.bits)
         parts["scale"] = scale.flatten(1).to(torch.float32)
         numbers = codes.reshape_as(weight)
     if lens.n:
-        places = kept(seen, lens.n, lens.m)
+        places = kept(sparse, lens.n, lens.m)
         numbers = numbers.unflatten(-1, (-1, lens.m)).gather(-1, places).flatten(1)
         parts["places"] = squeezed(places.flatten(1), (lens.m - 1).bit_length())
     if lens.bits:
@@ -34,7 +34,7 @@ def pack(weight: Tensor, lens: Lens) -> dict[str, Tensor]:
 
 
 def unpack(parts: dict[str, Tensor], lens: Lens, inputs: int) -> Tensor:
-    """Return the weight (O,inputs) that `pack` was given, as the compressed layer saw it."""
+    """Return the weight (O,inputs) as the compressed layer uses it: the inverse of `pack`."""
     count = inputs * lens.n // lens.m if lens.n else inputs
     numbers = codes_of(parts, lens, count).to(torch.float32) if lens.bits else parts["values"]
     if lens.n:
@@ -50,13 +50,13 @@ def unpack(parts: dict[str, Tensor], lens: Lens, inputs: int) -> Tensor:
 
 
 def codes_of(parts: dict[str, Tensor], lens: Lens, count: int) -> Tensor:
-    """(O,count): the whole numbers, as int8."""
+    """Return the quantized integers (O,count) as int8."""
     top = 2 ** (lens.bits - 1) - 1
     return (loosened(parts["codes"], lens.bits, count) - top).to(torch.int8)
 
 
 def squeezed(numbers: Tensor, bits: int) -> Tensor:
-    """Numbers below 2^bits (…,K) as bytes, as many in each as fit; zeros fill the last."""
+    """Pack integers below 2^bits (…,K) into bytes, as many as fit; zeros pad the last byte."""
     width = _width(bits)
     each = 8 // width
     filled = torch.nn.functional.pad(numbers, (0, -numbers.shape[-1] % each))
@@ -66,7 +66,7 @@ def squeezed(numbers: Tensor, bits: int) -> Tensor:
 
 
 def loosened(squeezed: Tensor, bits: int, count: int) -> Tensor:
-    """Undoes `squeezed`: the first `count` numbers (…,count)."""
+    """Unpack the first `count` integers (…,count): the inverse of `squeezed`."""
     width = _width(bits)
     shifts = torch.arange(8 // width) * width
     numbers = (squeezed.to(torch.int64)[..., None] >> shifts) & (2**width - 1)
@@ -74,5 +74,5 @@ def loosened(squeezed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _width(bits: int) -> int:
-    """Bits that a number takes: a power of two, so that none lies across two bytes."""
+    """Return the bits per packed integer: a power of two, so that none spans two bytes."""
     return next(width for width in (1, 2, 4, 8) if width >= bits)

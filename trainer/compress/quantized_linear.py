@@ -1,8 +1,8 @@
-"""Fewer bits and fewer weights: layers that train through the weights that they will have.
+"""Quantization- and sparsity-aware linear layers.
 
-The forward computes with rounded, pruned weights; the gradient goes straight through to the full
-ones (straight-through estimator, arXiv 1308.3432). A layer's class is replaced before it is
-sharded; it gets no child and no parameter, so that every strategy sees the layer that it was.
+The forward computes with quantized, pruned weights; the gradient passes through to the full ones
+(straight-through estimator, arXiv 1308.3432). A layer's class is replaced before parallelism is
+applied; it gets no submodule and no parameter, so that every strategy handles it as a Linear.
 """
 
 from collections.abc import Callable
@@ -18,21 +18,21 @@ from trainer.nn.layers import Linear
 
 @dataclass
 class Lens:
-    """How a compressed layer sees its weight and its input; one object for all of a model."""
+    """Quantization and n:m sparsity of the compressed layers; one object per model."""
 
-    bits: int = 0  # of a weight; 0 = all
-    group: int = 0  # inputs whose weights share a scale; 0 = all of an output's
-    input_bits: int = 0  # of an input; each token has a scale of its own; 0 = all
-    n: int = 0  # weights that stay of each m along the inputs; 0 = all
+    bits: int = 0  # bits per weight; 0 = not quantized
+    group: int = 0  # inputs per weight scale; 0 = one scale per output
+    input_bits: int = 0  # bits per input value, one scale per token; 0 = not quantized
+    n: int = 0  # weights retained of every m along the inputs; 0 = dense
     m: int = 4
-    prunes: bool = True  # n of m, from now on
+    prunes: bool = True  # whether n:m sparsity is active at this step
 
 
 class CompressedLinear(Linear):
-    """A linear layer that computes with the weights and inputs it will have once compressed."""
+    """A linear layer that computes with quantized and pruned weights, and quantized inputs."""
 
     lens = Lens()
-    alive: Tensor | None = None  # (inputs that are here,): 0 where an input is pruned
+    alive: Tensor | None = None  # (local inputs,): 0 for pruned inputs, else 1
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -44,8 +44,8 @@ class CompressedLinear(Linear):
             if lens.input_bits:
                 input = rounded(input, lens.input_bits, self.largest)
             return F.linear(input, weight, bias)
-        # Whole numbers first, scales behind: sums of whole numbers are exact in any order, so that
-        # one that is zero is zero under every layout, and on integer kernels.
+        # Multiply integers, then scale: integer sums are exact in any order, so that a sum that is
+        # zero is zero under every layout and with integer kernels.
         weight, scale = whole(weight, lens.bits, self.largest)
         scale = scale.mT
         if lens.input_bits:
@@ -63,53 +63,54 @@ class CompressedLinear(Linear):
         return _StraightThrough.apply(weight, pruned(weight.detach(), lens.n, lens.m))
 
     def largest(self, x: Tensor) -> Tensor:
-        """(…,1): the largest magnitude over all input features, of which ranks may have parts."""
+        """Return the largest magnitude over all input features, (…,1)."""
         return self.over_parts(largest(x))
 
     def over_parts(self, largest: Tensor) -> Tensor:
-        """Return the largest over all parts of the input features; parallel/ has another."""
+        """Return the maximum over the shards of the input features; overridden if sharded."""
         return largest
 
 
 def largest(x: Tensor) -> Tensor:
-    """(…,1): the largest magnitude of the last dim."""
+    """Return the largest magnitude over the last dim, (…,1)."""
     return x.abs().amax(-1, keepdim=True)
 
 
 def whole(
     x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest
 ) -> tuple[Tensor, Tensor]:
-    """Whole numbers from -(2^(bits-1) - 1) to that, and the scale (…,1) that makes them x again.
+    """Quantize x to integers in ±(2^(bits-1) - 1); return them and the scale (…,1).
 
-    Symmetric about zero; the gradient goes straight through the rounding, and to no scale.
+    Symmetric; integers times scale approximate x. The gradient passes straight through the
+    rounding; the scale gets none.
     """
-    top, most = 2 ** (bits - 1) - 1, largest(x.detach())
-    scale = torch.where(most > 0, most, 1.0) / top
+    top, abs_max = 2 ** (bits - 1) - 1, largest(x.detach())
+    scale = torch.where(abs_max > 0, abs_max, 1.0) / top
     steps = x / scale
     return _StraightThrough.apply(steps, steps.detach().round()), scale
 
 
 def rounded(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest) -> Tensor:
-    """Return the nearest that `whole` can tell."""
+    """Fake-quantize x: round each value to the nearest one on the integer grid."""
     number, scale = whole(x, bits, largest)
     return number * scale
 
 
 def kept(weight: Tensor, n: int, m: int) -> Tensor:
-    """(…,I/m,n): which of every m neighbours along the inputs are the n largest, rising."""
+    """Return the indices (…,I/m,n), ascending, of the n largest of every m adjacent inputs."""
     order = weight.unflatten(-1, (-1, m)).abs().argsort(dim=-1, descending=True, stable=True)
     return order[..., :n].sort(-1).values
 
 
 def pruned(weight: Tensor, n: int, m: int) -> Tensor:
-    """With zeros but for the n largest of every m neighbours along the inputs."""
+    """Return the weight with all but the n largest of every m adjacent inputs set to zero."""
     groups = weight.unflatten(-1, (-1, m))
-    stay = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, kept(weight, n, m), True)
-    return torch.where(stay, groups, 0.0).view_as(weight)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, kept(weight, n, m), True)
+    return torch.where(mask, groups, 0.0).view_as(weight)
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The value of the second with the gradient of the first."""
+    """Return the second argument; pass the gradient to the first (straight-through estimator)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, seen: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Shorter sequences: what flows between blocks is merged, pooled or dropped."""
+"""Sequence reduction: merge, pool or drop vectors between blocks."""
 
-# B batch, S sequence, D width; A and C: the two sets that a sequence is parted into for merging;
-# G groups of K neighbours.
+# B batch, S sequence, D width; A and C: the two halves of a sequence between which it is merged;
+# G groups of K adjacent positions.
 
 from dataclasses import replace
 
@@ -14,13 +14,13 @@ from trainer.nn.sequence import Flow, Resize, Stream
 
 
 class Merge(Resize):
-    """Token merging (arXiv 2210.09461): up to `r` vectors join the one that is most like them.
+    """Token merging (arXiv 2210.09461): merge up to `r` vectors into the most similar one.
 
-    Between blocks, and by the vectors themselves instead of attention's keys: those are split over
-    the tensor axis, and the ranks would merge differently. Every second vector is compared with
-    the ones between; a merged vector is the mean of all that it stands for. A sample's merges
-    depend on its own valid vectors alone, so that padding changes nothing. `kept`: vectors at the
-    start that take no part (a class token).
+    It runs between blocks and compares the vectors themselves instead of attention's keys: keys
+    are sharded over the tensor axis, and the ranks would merge differently. Vectors at even
+    positions are compared with those at odd positions; a merged vector is the mean of the original
+    vectors. A sample's merges depend on its own valid vectors alone, so that padding has no effect.
+    `kept`: number of leading vectors that are never merged (a class token).
     """
 
     marks = True
@@ -46,7 +46,7 @@ class Merge(Resize):
 
     @torch.no_grad()
     def _slots(self, x_BSD: Tensor, valid_BS: Tensor, length: int) -> Tensor:
-        """(B,S): where each vector goes; `length` = nowhere (padding that has no room)."""
+        """Return the output index of each vector (B,S); `length` = dropped (surplus padding)."""
         kept = self.kept
         unit_BSD = F.normalize(x_BSD[:, kept:], dim=-1)
         valid = valid_BS[:, kept:]
@@ -57,19 +57,20 @@ class Merge(Resize):
         rank_BA = best_BA.argsort(dim=-1, descending=True, stable=True).argsort(-1)
         merges_B1 = (valid.sum(1, keepdim=True) // 2).clamp(max=self.r)
         merged_BA = rank_BA < merges_B1
-        gone_BS = torch.zeros_like(valid_BS)
-        gone_BS[:, kept::2] = merged_BA
-        stays_BS = valid_BS & ~gone_BS
-        slot_BS = torch.where(stays_BS, stays_BS.cumsum(1) - 1, length)
-        of_C = slot_BS[:, kept + 1 :: 2].gather(1, nearest_BA)
-        slot_BS[:, kept::2] = torch.where(merged_BA, of_C, slot_BS[:, kept::2])
+        merged_BS = torch.zeros_like(valid_BS)
+        merged_BS[:, kept::2] = merged_BA
+        retained_BS = valid_BS & ~merged_BS
+        slot_BS = torch.where(retained_BS, retained_BS.cumsum(1) - 1, length)
+        target_BA = slot_BS[:, kept + 1 :: 2].gather(1, nearest_BA)
+        slot_BS[:, kept::2] = torch.where(merged_BA, target_BA, slot_BS[:, kept::2])
         return slot_BS
 
 
 class PoolImage(Resize):
-    """Squares of patches become their mean, once (as in a funnel, arXiv 2006.03236).
+    """Average-pool squares of patches, once (as in Funnel-Transformer, arXiv 2006.03236).
 
-    `side` patches make a side of the image; at its far edges a square may be cut off.
+    The image is `side` × `side` patches; the last squares of a row or column may be smaller.
+    `kept`: number of leading vectors that are not pooled (a class token).
     """
 
     def __init__(self, stride: int, side: int, kept: int):
@@ -86,7 +87,7 @@ class PoolImage(Resize):
 
 
 class PoolText(Resize):
-    """Every `stride` vectors of a source become the mean of those that are no padding, once."""
+    """Average-pool every `stride` vectors of a source, once; padding is not counted."""
 
     marks = True
 
@@ -104,20 +105,20 @@ class PoolText(Resize):
         return mean_BSD.to(x_BSD.dtype), marks
 
     def _sums(self, x_BSD: Tensor) -> Tensor:
-        lacking = -x_BSD.shape[1] % self.stride
+        padding = -x_BSD.shape[1] % self.stride
         return (
-            F.pad(x_BSD, (0, 0, 0, lacking))
+            F.pad(x_BSD, (0, 0, 0, padding))
             .unflatten(1, (-1, self.stride))
             .sum(2, dtype=x_BSD.dtype)
         )
 
 
 class Shorten(Resize):
-    """Shorten a text to one vector of every `stride` tokens, as Hourglass does (arXiv 2110.13711).
+    """Average-pool every `stride` tokens of a text, as Hourglass does (arXiv 2110.13711).
 
-    Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that none
-    of it is behind the first position that it goes back to (see Lengthen); of another document's
-    positions it takes none. The sequence as it was flows on in the memory's place.
+    Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that it
+    holds nothing after the first position that it is added to (see Lengthen), and only positions
+    of its last position's document. The full-length sequence is passed on in place of the memory.
     """
 
     stream = "target"
@@ -130,7 +131,7 @@ class Shorten(Resize):
         return -(-length // self.stride)
 
     def stream_behind(self, stream: Stream, training: bool) -> Stream:
-        """Return the stream with each group at its last position, in that one's document."""
+        """Return the metadata of the groups; each has its last position's angle and document."""
         last = slice(-stream.start % self.stride, None, self.stride)
         documents_BS, rope = stream.documents_BS, stream.rope
         total = len(range(stream.total)[last])
@@ -151,14 +152,14 @@ class Shorten(Resize):
         self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
         x_BSD = flow[0]
-        whole_BSD = stream.layout.collected(x_BSD, stream.length)
-        return stream.layout.own(self._pooled(whole_BSD, stream, cache)), x_BSD, None
+        all_BSD = stream.layout.collected(x_BSD, stream.length)
+        return stream.layout.own(self._pooled(all_BSD, stream, cache)), x_BSD, None
 
     def _pooled(self, x_BSD: Tensor, stream: Stream, cache: dict[str, Tensor]) -> Tensor:
-        """(B,G,D): the means of the groups whose last position is among these."""
+        """Return the means (B,G,D) of the groups whose last position is in x."""
         B, S, D = x_BSD.shape
         before = self.stride - 1
-        # In front of the first position there is nothing, of document -1.
+        # The first group is padded on the left with positions of document -1.
         ids_BS = stream.documents_BS
         ids_BS = x_BSD.new_zeros(B, S, dtype=torch.int64) if ids_BS is None else ids_BS
         tail_BSD = cache.get("tail", x_BSD.new_zeros(B, before, D))
@@ -171,12 +172,12 @@ class Shorten(Resize):
         groups_BGDK = x_BSD[:, first:].unfold(1, self.stride, self.stride)
         ids_BGK = ids_BS[:, first:].unfold(1, self.stride, self.stride)
         same_BGK = ids_BGK == ids_BGK[..., -1:]
-        share_BGK = same_BGK / same_BGK.sum(-1, keepdim=True)
-        return (groups_BGDK * share_BGK[:, :, None].to(x_BSD.dtype)).sum(-1)
+        weight_BGK = same_BGK / same_BGK.sum(-1, keepdim=True)
+        return (groups_BGDK * weight_BGK[:, :, None].to(x_BSD.dtype)).sum(-1)
 
 
 class Lengthen(Resize):
-    """Undoes Shorten: every position is given the newest group, beside what it was before."""
+    """Restore the length after Shorten: add to each position the newest group before or at it."""
 
     stream = "target"
     restores = True
@@ -194,14 +195,14 @@ class Lengthen(Resize):
         x_BSD, before_BSD, longer = flow[0], flow[1], stream.longer
         assert before_BSD is not None and longer is not None
         groups_BGD = stream.layout.collected(x_BSD, stream.length)
-        skipped = longer.start % self.stride  # positions of the first group that are written
+        skipped = longer.start % self.stride  # positions of the first group already generated
         if skipped:
             groups_BGD = torch.cat((cache["last"], groups_BGD), dim=1)
         cache["last"] = groups_BGD[:, -1:]
         long_BSD = self._repeated(groups_BGD)[:, skipped:][:, : longer.total]
         if longer.documents_BS is not None and stream.documents_BS is not None:
-            theirs_BS = self._repeated(stream.documents_BS)[:, : longer.total]
-            long_BSD = torch.where((theirs_BS == longer.documents_BS)[..., None], long_BSD, 0.0)
+            group_ids_BS = self._repeated(stream.documents_BS)[:, : longer.total]
+            long_BSD = torch.where((group_ids_BS == longer.documents_BS)[..., None], long_BSD, 0.0)
         return before_BSD + longer.layout.own(long_BSD), None, None
 
     def _repeated(self, x_BG: Tensor) -> Tensor:
@@ -209,9 +210,9 @@ class Lengthen(Resize):
 
 
 class Drop(Resize):
-    """Patches that are left out while training (arXiv 2208.07220): others for each sample."""
+    """PatchDropout (arXiv 2208.07220): drop random patches of each sample during training."""
 
-    SITE = 0x70A7C4  # tells its draws from those of dropout
+    SITE = 0x70A7C4  # separates its random numbers from those of Dropout
 
     def __init__(self, share: float, kept: int):
         self.share, self.kept = share, kept
@@ -227,15 +228,15 @@ class Drop(Resize):
         S, D = x_BSD.shape[1:]
         count = self.length(S, training) - self.kept
         numbers_S = torch.arange(S - self.kept, device=x_BSD.device)
-        draws_BS = random_bits(stream.seeds_B, self.SITE, numbers_S)
-        stay_BS = draws_BS.argsort(dim=-1, stable=True)[:, :count].sort(-1).values + self.kept
+        bits_BS = random_bits(stream.seeds_B, self.SITE, numbers_S)
+        retained_BS = bits_BS.argsort(dim=-1, stable=True)[:, :count].sort(-1).values + self.kept
         first_BS = torch.arange(self.kept, device=x_BSD.device).expand(len(x_BSD), -1)
-        rows_BS = torch.cat((first_BS, stay_BS), dim=1)
+        rows_BS = torch.cat((first_BS, retained_BS), dim=1)
         return x_BSD.gather(1, rows_BS[..., None].expand(-1, -1, D)), None
 
 
 def _gathered(x_BSD: Tensor, slot_BS: Tensor, length: int) -> Tensor:
-    """(B,length,D): the sums of what goes to each slot."""
+    """Return the sum of the vectors of each output index, (B,length,D)."""
     B, _, D = x_BSD.shape
     rows_B1 = torch.arange(B, device=x_BSD.device)[:, None] * (length + 1)
     flat = x_BSD.new_zeros(B * (length + 1), D)

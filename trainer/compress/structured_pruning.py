@@ -1,8 +1,8 @@
-"""Fewer heads and channels: what a model can do without is zero from some step on, and then gone.
+"""Structured pruning: set the least important heads and channels to zero, later remove them.
 
 Attention heads (with grouped queries: a key/value head and all of its queries) and channels of the
-feed-forward layer are pruned whole, as many in each block, so that what stays is a smaller model
-of the same kind. The least important go first; what has gone never comes back.
+feed-forward layer are pruned as units, equally many in each block, so that the result is a smaller
+model of the same architecture. The least important are pruned first; pruned units stay pruned.
 """
 
 # D width, H query heads, G key/value heads, K width of a head.
@@ -21,29 +21,26 @@ from trainer.compress.quantized_linear import CompressedLinear
 from trainer.config.train import CompressConfig, ModelConfig
 from trainer.nn.layers import Attention, FeedForward, Linear
 
-EVENTS = 16  # times that more is pruned, between compress.prune_start and compress.prune_end
+EVENTS = 16  # pruning events between compress.prune_start and compress.prune_end
 
 
 @dataclass(frozen=True)
 class Units:
-    """Heads of an attention, or channels of a feed-forward layer."""
+    """Prunable heads of an attention, or channels of a feed-forward layer."""
 
-    share: float  # to be pruned
-    count: int
-    reader: Linear  # each unit is some of its inputs
-    writers: list[Linear]  # and some of these ones' outputs, without which it is nothing
+    share: float  # fraction to prune in the end
+    count: int  # number of units
+    reader: Linear  # its inputs are the units' values
+    writers: list[Linear]  # their outputs are the units' values
 
     def pruned(self, ramp: float) -> int:
-        """Return how many are pruned when a share `ramp` of all that is to be pruned is.
-
-        One stays.
-        """
+        """Return the number of pruned units at a fraction `ramp` of the target; one is retained."""
         return min(self.count - 1, round(self.share * ramp * self.count))
 
     def importance(self) -> Tensor:
-        """(count,): the norms of a unit's weights on both sides, multiplied; the same on all ranks.
+        """Return the importance (count,): the product of a unit's weight norms, equal on all ranks.
 
-        What a head adds to its sample is at most that times the norm of its input.
+        It bounds the norm of a head's output relative to the norm of its input.
         """
         product = self._norms(self.reader, 0)
         for writer in self.writers:
@@ -54,18 +51,18 @@ class Units:
         return _sum_of_squares(layer.weight, dim).view(self.count, -1).sum(1).sqrt()
 
     def alive(self, ramp: float) -> Tensor | None:
-        """(inputs of the reader,): 0 for those of pruned units; None while none is."""
+        """Return the mask (inputs of the reader,), 0 for pruned units; None if none is pruned."""
         count = self.pruned(ramp)
         if not count:
             return None
         importance = self.importance()
         least = importance.argsort(stable=True)[:count]
-        stays = torch.ones_like(importance).index_fill(0, least, 0.0)
-        return stays.repeat_interleave(self.reader.weight.shape[1] // self.count)
+        mask = torch.ones_like(importance).index_fill(0, least, 0.0)
+        return mask.repeat_interleave(self.reader.weight.shape[1] // self.count)
 
 
 class Pruning:
-    """The heads and channels of a model's blocks, from full to pruned."""
+    """Gradual structured pruning of the heads and channels of a model's blocks."""
 
     def __init__(self, config: CompressConfig):
         self.config = config
@@ -73,16 +70,16 @@ class Pruning:
         self._blocks = nn.Module()
 
     def reshape(self, blocks: nn.Module) -> None:
-        """Let the layers that read what is pruned know of it, of those that will stay here."""
-        self._blocks = blocks
+        """Make the reading layers of the prunable units compressed ones that apply their mask."""
+        self._blocks = blocks  # a pipeline stage later removes those of other stages
         for units in units_of(blocks, self.config):
             if type(units.reader) is Linear:
                 units.reader.__class__ = CompressedLinear
 
     def ramp(self, progress: float) -> float:
-        """Return the share of what is to be pruned that is, after a share of all steps.
+        """Return the fraction of the pruning target that is reached at a fraction of all steps.
 
-        It rises quickly at first (arXiv 1710.01878, equation 1), in a few events.
+        The schedule is cubic, steepest at first (arXiv 1710.01878, equation 1), in EVENTS steps.
         """
         begin, end = self.config.prune_start, self.config.prune_end
         if progress < begin:
@@ -92,13 +89,13 @@ class Pruning:
 
     @torch.no_grad()
     def settle(self, progress: float) -> None:
-        """Prune what is due, and set what is pruned to zero again behind an optimizer step."""
-        ramp, chosen = self.ramp(progress), self._ramp
+        """Prune the units that are due, and zero pruned weights again after an optimizer step."""
+        ramp, previous = self.ramp(progress), self._ramp
         self._ramp = ramp
         for units in units_of(self._blocks, self.config):
             reader = units.reader
             assert isinstance(reader, CompressedLinear)
-            if ramp != chosen:  # zeros are the least important: what has gone stays so
+            if ramp != previous:  # zeros are the least important: pruned units stay pruned
                 alive = units.alive(ramp)
                 reader.alive = None if alive is None else alive[place(reader.weight)[1]]
             if reader.alive is not None:
@@ -106,7 +103,7 @@ class Pruning:
 
 
 def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
-    """Yield what is pruned of the blocks, or layers, that are here."""
+    """Yield the prunable units of the given blocks or layers."""
     for module in blocks.modules():
         if isinstance(module, Attention) and config.prune_heads:
             groups = module.value.weight.shape[0] // module.head_width
@@ -119,7 +116,10 @@ def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
 def removed(
     shape: ModelConfig, compress: CompressConfig, model: nn.Module
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return shape and weights of the smaller model that a pruned one, whole on a rank, is."""
+    """Return the shape and weights of a pruned model without its pruned units.
+
+    `model` is the full model, on one rank.
+    """
     groups = shape.kv_heads or shape.heads
     left, channels = groups, shape.ffn_width
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -131,7 +131,7 @@ def removed(
             kept = units.importance().argsort(stable=True, descending=True)[:stay].sort().values
             for name, parameter in module.named_parameters():
                 dim = 1 if module.get_submodule(name.partition(".")[0]) is units.reader else 0
-                if dim < parameter.dim():  # what is written has no bias for each of its inputs
+                if dim < parameter.dim():  # the reader's bias has no input dim
                     parts = parameter.detach().unflatten(dim, (units.count, -1))
                     parts = parts.index_select(dim, kept).flatten(dim, dim + 1)
                     weights[f"{prefix}.{name}"] = parts
@@ -147,12 +147,12 @@ def removed(
 
 
 def _sum_of_squares(weight: Tensor, dim: int) -> Tensor:
-    """Return a matrix's sums of squares over one dim; ranks add up their parts."""
+    """Return a matrix's sums of squares over one dim, reduced over the ranks that shard it."""
     rest = place(weight)[1 - dim]
     sums = torch.zeros(weight.shape[1 - dim], device=local(weight).device, dtype=weight.dtype)
     sums[rest] = local(weight).detach().square().sum(dim)
     if isinstance(weight, DTensor):
-        # One axis after the other: what all ranks of an axis have is the same bits from there on.
+        # One axis after the other: after each, the ranks of that axis have identical bits.
         for axis, placement in enumerate(weight.placements):
             if not placement.is_replicate():
                 sums = all_reduce(sums, weight.device_mesh.get_group(axis))

@@ -1,4 +1,4 @@
-"""A report on a compression: one table and one picture, beside the run without it."""
+"""Report on a compressed run: a table and a figure, compared with a baseline run."""
 
 import time
 from collections.abc import Callable
@@ -45,19 +45,19 @@ METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss",
 
 @dataclass
 class Facts:
-    """Figures of a run; `training` and `inference` are samples per second, by round."""
+    """Measurements of a run; `training` and `inference` are samples per second, by round."""
 
     name: str
     compress: str
     metric: str
     parameters: int
-    bytes: int  # of the weights, as they are exported
-    flops: float  # of training, per sample
-    lengths: list[int]  # vectors in front of each block of the encoder; empty = all alike
-    zeros: float  # share of the weights between embedding and head
+    bytes: int  # size of the exported weights
+    flops: float  # training FLOPs per sample
+    lengths: list[int]  # sequence length at the input of each block; empty = full
+    zeros: float  # fraction of zero weights between embedding and head
     training: list[float] = field(default_factory=list)
     inference: list[float] = field(default_factory=list)
-    spread: dict[str, float] = field(default_factory=dict)  # inference on more cores and ranks
+    spread: dict[str, float] = field(default_factory=dict)  # inference by layout, samples/s
 
     @property
     def training_rate(self) -> float:
@@ -73,10 +73,10 @@ class Facts:
 def report(config: CompressReportConfig, runtime: Runtime) -> None:
     """Print the table and write run_dir/compression.png, from the runs' newest checkpoints.
 
-    Rates alternate between the runs and are per second of CPU time, of a forward and backward of
-    one batch of the run's size, and of a forward of the exported model, with integer kernels where
-    they fit; on several cores and ranks of this host per second of wall time. Raises ConfigError
-    if the runs have other data.
+    Rates are measured alternately between the runs, per second of CPU time: a forward and backward
+    of one batch of the run's size, and a forward of the exported model, with integer kernels if
+    they support it. On several cores and ranks of this host they are per second of wall time.
+    Raises ConfigError if the runs have different data.
     """
     names = [name for name in (config.baseline, config.run_dir) if name]
     reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
@@ -86,12 +86,12 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     ]
     if trains[0].config.data != trains[-1].config.data:
         raise ConfigError(
-            f"baseline={config.baseline} has learned from other data than run_dir="
-            f"{config.run_dir}; name a run that differs in model and compress alone"
+            f"baseline={config.baseline} was trained on other data than run_dir="
+            f"{config.run_dir}; name a run that differs only in model and compress"
         )
     prepare(trains[0].data)
     found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
-    with TemporaryDirectory() as scratch:  # inference is of what is exported
+    with TemporaryDirectory() as scratch:  # inference is measured on exports
         folders = [
             _exported(name, Path(scratch) / str(number), runtime)
             for number, name in enumerate(names)
@@ -112,7 +112,7 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
 def _measure(
     found: list[Facts], trains: list[TrainedRun], reads: list[TrainedRun], rounds: int
 ) -> None:
-    """Fill in the rates of one rank: of CPU time, or of wall time on a GPU."""
+    """Measure the rates on one rank, by CPU time, or by wall time on a GPU."""
     batch = one_batch(trains[-1])
     clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
     training, inference = (
@@ -124,7 +124,7 @@ def _measure(
 
 
 def _exported(name: str, to: Path, runtime: Runtime) -> str:
-    """Return a folder with what is exported of a run, which may be that already."""
+    """Return the folder of a run's export; `name` itself if it is an export."""
     if is_export(name):
         return name
     export_run(ExportConfig(name, str(to), load_config(name).compress), runtime, say=False)
@@ -143,7 +143,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     lengths = model.lengths(length)
     values = last_values(Path(name))
     metric = next((key for key in METRICS if key in values), "")
-    changed = asked_for(load_config(name).compress)  # also what a smaller model is without
+    changed = asked_for(load_config(name).compress)  # including pruning, unlike `config`
     zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
     return Facts(
         name,
@@ -158,7 +158,7 @@ def _facts(name: str, run: TrainedRun) -> Facts:
 
 
 def table(found: list[Facts]) -> Table:
-    """Return a column for each run; with two, the ratio of the second to the first."""
+    """Return a table with a column per run; with two, also the ratio of the second to the first."""
     shown = Table(*["", *(facts.name for facts in found)])
     if len(found) > 1:
         shown.add_column("ratio", justify="right")
@@ -167,50 +167,50 @@ def table(found: list[Facts]) -> Table:
         ("metric", lambda f: f.metric, None),
         ("parameters", lambda f: f"{f.parameters:,}", lambda f: f.parameters),
         ("MB on disk", lambda f: f"{f.bytes / 1e6:.3g}", lambda f: f.bytes),
-        ("GFLOP a sample", lambda f: f"{f.flops / 1e9:.3g}", lambda f: f.flops),
-        ("vectors by block", lambda f: " ".join(map(str, f.lengths)) or "all", None),
+        ("GFLOP per sample", lambda f: f"{f.flops / 1e9:.3g}", lambda f: f.flops),
+        ("length by block", lambda f: " ".join(map(str, f.lengths)) or "all", None),
         ("zeros", lambda f: f"{f.zeros:.1%}", None),
         ("training, samples/s", lambda f: f"{f.training_rate:.4g}", lambda f: f.training_rate),
         ("inference, samples/s", lambda f: f"{f.inference_rate:.4g}", lambda f: f.inference_rate),
     ]
-    for way in found[0].spread:
-        rate = partial(_spread_rate, way)
-        rows.append((f"  {way}", partial(_spread_text, way), rate))
+    for layout in found[0].spread:
+        rate = partial(_spread_rate, layout)
+        rows.append((f"  {layout}", partial(_spread_text, layout), rate))
     for name, text, number in rows:
         ratio = f"{number(found[-1]) / number(found[0]):.3g}" if number else ""
         shown.add_row(name, *map(text, found), *[ratio] * (len(found) > 1))
     return shown
 
 
-def _spread_rate(way: str, facts: Facts) -> float:
-    return facts.spread[way]
+def _spread_rate(layout: str, facts: Facts) -> float:
+    return facts.spread[layout]
 
 
-def _spread_text(way: str, facts: Facts) -> str:
-    return f"{facts.spread[way]:.4g}"
+def _spread_text(layout: str, facts: Facts) -> str:
+    return f"{facts.spread[layout]:.4g}"
 
 
 def _draw(found: list[Facts], path: Path) -> None:
-    """Vectors in front of each block, and what is faster and smaller; ConfigError if it cannot."""
-    pyplot = import_module("matplotlib.pyplot")  # 0.5 s that no other door needs
+    """Plot sequence lengths by block and the ratios; raises ConfigError if it cannot be written."""
+    pyplot = import_module("matplotlib.pyplot")  # imported only here: it takes 0.5 s
     pyplot.switch_backend("agg")
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for facts in found:
         blocks = range(1, len(facts.lengths) + 1)
         axes[0].plot(blocks, facts.lengths, marker="o", label=f"{facts.name}: {facts.compress}")
-    axes[0].set(title="vectors in front of each block", xlabel="block", ylim=(0, None))
+    axes[0].set(title="sequence length by block", xlabel="block", ylim=(0, None))
     axes[0].xaxis.get_major_locator().set_params(integer=True)
     axes[0].legend(fontsize="small")
     bars = {
         "training\nsamples/s": lambda f: f.training_rate,
         "inference\nsamples/s": lambda f: f.inference_rate,
-        "FLOPs\na sample": lambda f: f.flops,
+        "FLOPs\nper sample": lambda f: f.flops,
         "bytes\non disk": lambda f: f.bytes,
     }
     values = [number(found[-1]) / number(found[0]) for number in bars.values()]
-    drawn = axes[1].bar(list(bars), values, color=["C1", "C1", "C2", "C2"])
-    axes[1].bar_label(drawn, fmt="%.2f")
-    axes[1].margins(y=0.1)  # for what stands on the bars
+    container = axes[1].bar(list(bars), values, color=["C1", "C1", "C2", "C2"])
+    axes[1].bar_label(container, fmt="%.2f")
+    axes[1].margins(y=0.1)  # space for the bar labels
     axes[1].axhline(1.0, color="grey", linewidth=0.8)
     axes[1].set(title=f"{found[-1].name} / {found[0].name}")
     try:

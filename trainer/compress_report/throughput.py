@@ -1,4 +1,4 @@
-"""How fast models compute, one beside the other: in turn, since a machine's speed drifts."""
+"""Compare the throughput of models, measured alternately, since a machine's speed drifts."""
 
 import os
 import time
@@ -22,20 +22,20 @@ Rates = list[list[float]]  # samples per second, by model and round
 
 
 def one_batch(run: TrainedRun) -> MicroBatch:
-    """One batch of the run's size, as in training."""
+    """Return a batch of the run's size from the train split, with dropout seeds."""
     dataset = open_split(run.data, "train")
     batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
     return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
 
 
 def step(worker: ParallelModel, batch: MicroBatch) -> None:
-    """Forward and backward."""
+    """Run a forward and backward in training mode."""
     worker.zero_grad()
     worker.forward_backward([batch])
 
 
 def forward(worker: ParallelModel, batch: MicroBatch) -> None:
-    """Use a model."""
+    """Run a forward in evaluation mode."""
     with worker.evaluating():
         worker.forward(batch)
 
@@ -47,7 +47,7 @@ def in_turn(
     rounds: int,
     clock: Callable[[], float],
 ) -> Rates:
-    """Rates of each worker; the first round warms up and is not told. A GPU is waited for."""
+    """Return each worker's rates; an extra warm-up round is discarded, a GPU is synchronized."""
     jobs = [partial(work, worker, batch) for worker in workers]
     found: Rates = [[] for _ in workers]
     for number in range(rounds + 1):
@@ -62,24 +62,24 @@ def in_turn(
 
 
 def layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfig]]:
-    """Return what this host's cores can do for inference: threads of one rank, and ranks."""
+    """Return the inference layouts of this host by name: threads per rank, and strategy."""
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
         return {}
-    ways = {
+    found = {
         "1 core": (1, StrategyConfig()),
         f"{cores} cores": (cores, StrategyConfig()),
         "2 ranks, ddp": (1, StrategyConfig(replicate=2)),
     }
     if all(model.heads % 2 == model.ffn_width % 2 == 0 for model in models):
-        ways["2 ranks, tensor"] = (1, StrategyConfig(tensor=2))
-    return ways
+        found["2 ranks, tensor"] = (1, StrategyConfig(tensor=2))
+    return found
 
 
 def on_cores(
     folders: Sequence[str], models: Sequence[ModelConfig], rounds: int
 ) -> dict[str, list[float]]:
-    """Medians of samples per second of wall time, of each model on each layout of this host."""
+    """Return the median samples per second of wall time of each model, by layout of this host."""
     pool, found = RankPool(2), {}
     try:
         for name, (threads, strategy) in layouts(models).items():
@@ -87,7 +87,7 @@ def on_cores(
             rates = pool.run(
                 ranks, spread_rates, folders, strategy, threads, rounds, timeout_seconds=3600.0
             )
-            # Ranks with samples of their own do as much each; the others do one thing together.
+            # Replicas process different samples, so their rates add up; tensor ranks share them.
             found[name] = [strategy.replicate * median(own) for own in rates[0]]
     finally:
         pool.close()
@@ -97,7 +97,7 @@ def on_cores(
 def spread_rates(
     runtime: Runtime, folders: Sequence[str], strategy: StrategyConfig, threads: int, rounds: int
 ) -> Rates:
-    """On one rank of a layout: forwards of the models in these folders."""
+    """Return the inference rates of the models in these folders, on one rank of a layout."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,6 +1,6 @@
-"""Precomputed teacher logits of every sample of a train split, kept in a folder to learn from.
+"""Dataset of precomputed top-k teacher logits for every sample of a train split.
 
-N positions of a file · K classes of a position · B samples of a micro-batch · S tokens of a sample
+N valid targets · K classes per target · B samples of a micro-batch · S tokens of a sample
 """
 
 import json
@@ -32,65 +32,65 @@ class Facts:
     seq_len: int  # as data.seq_len
     data: str  # fingerprint of the train split
     path: str  # as data.path
-    classes: int  # that the teacher tells apart
-    k: int  # of them, the likeliest, of which its logits are kept
+    classes: int  # number of classes of the teacher
+    k: int  # number of recorded classes per target, the most probable ones
     samples: int
-    files: tuple[tuple[str, int, int], ...]  # name, bytes and number of the first sample
+    files: tuple[tuple[str, int, int], ...]  # name, bytes and index of the first sample
 
 
 def is_answers(folder: str | Path) -> bool:
-    """Return whether a folder holds answers instead of a run."""
+    """Return whether a folder holds precomputed teacher logits instead of a run."""
     return (Path(folder) / NAME).is_file()
 
 
 def write_facts(folder: Path, facts: Facts) -> None:
-    """Write what `Answers` reads first; raises OSError."""
+    """Write the metadata file of a folder of teacher logits; raises OSError."""
     (folder / NAME).write_text(json.dumps({"format": FORMAT, **asdict(facts)}), encoding="utf-8")
 
 
 class Answers:
-    """A folder of answers, read sample by sample; several threads may."""
+    """Precomputed teacher logits in a folder, read sample by sample; thread-safe."""
 
     def __init__(self, folder: str | Path, key: str = "compress.teacher"):
-        """`key` is the one that names the folder; ConfigError where its files are not whole."""
+        """Open the folder that `key` names; raise ConfigError if a file is missing or truncated."""
         self.folder, self._named = Path(folder), f"{key}={folder}"
         try:
             values = json.loads((self.folder / NAME).read_bytes())
             if values.pop("format") != FORMAT:
-                raise ConfigError(f"{self._named} is of another version; {_AGAIN}")
+                raise ConfigError(f"{self._named} has an unsupported format version; {_AGAIN}")
             self.facts = Facts(**values)
             self._firsts = [int(first) for _, _, first in self.facts.files]
             for name, size, _ in self.facts.files:
                 if (self.folder / name).stat().st_size != size:
-                    raise ValueError(f"{name} has not its {size} bytes")
+                    raise ValueError(f"{name} does not have {size} bytes")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise self._damaged(error) from error
         self._header = lru_cache(maxsize=None)(self._read_header)
 
     def fingerprint(self) -> str:
-        """Return what is another for other answers."""
+        """Return a digest that changes whenever the recorded logits change."""
         return blake2b((self.folder / NAME).read_bytes(), digest_size=16).hexdigest()
 
     def rows(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return a sample's logits less the largest (N,K) float16, and their classes (N,K).
+        """Return a sample's logits minus the largest (N,K), float16, and their classes (N,K).
 
-        ConfigError if they are damaged.
+        Raises ConfigError if they are damaged.
         """
         number = bisect_right(self._firsts, index) - 1
-        place = index - self._firsts[number]
+        row = index - self._firsts[number]
         try:
-            begin, end = (int(i) for i in self._read(number, "starts", place, place + 2))
+            begin, end = (int(i) for i in self._read(number, "starts", row, row + 2))
             logits_NK, classes_NK = (
                 self._read(number, name, begin, end) for name in ("logits", "classes")
             )
             if not np.isfinite(logits_NK).all() or (classes_NK >= self.facts.classes).any():
-                raise ValueError(f"what it says of sample {index} is no logit of a class")
+                raise ValueError(f"sample {index} has a non-finite logit or an invalid class")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(error) from error
         return logits_NK, classes_NK.astype(np.int32)
 
     def _read(self, number: int, name: str, begin: int, end: int) -> np.ndarray:
-        """Rows of a tensor, by a plain read: a file that shrinks is an error, not a signal."""
+        """Read rows of a tensor with pread, so that a truncated file raises instead of SIGBUS."""
         start, header = self._header(number)
         about = header[name]
         dtype, row = np.dtype(DTYPES[about["dtype"]]), tuple(about["shape"][1:])
@@ -101,7 +101,7 @@ class Answers:
         return np.frombuffer(data, dtype).reshape(end - begin, *row)
 
     def _read_header(self, number: int) -> tuple[int, dict[str, Any]]:
-        """Return where the tensors begin, and what safetensors says of each."""
+        """Return the offset of the tensor data in a file, and its safetensors header."""
         length = int.from_bytes(self._bytes(number, 0, 8), "little")
         return 8 + length, json.loads(self._bytes(number, 8, length))
 
@@ -118,10 +118,10 @@ class Answers:
 
 
 class Answered(Dataset):
-    """A train split as the teacher saw it: every epoch alike, with what it said beside.
+    """A train split with recorded teacher logits; every epoch has the samples of evaluation.
 
-    A micro-batch has `answer_logits` (B,S,K) float16 and `answer_classes` (B,S,K) int32 too, or
-    (B,K) of images; where targets are ignored they say nothing of use.
+    A micro-batch also has `answer_logits` (B,S,K) float16 and `answer_classes` (B,S,K) int32, or
+    (B,K) for images; both are zero where targets are ignored.
     """
 
     def __init__(self, dataset: Dataset, answers: Answers):
@@ -132,11 +132,11 @@ class Answered(Dataset):
         return len(self._dataset)
 
     def lengths(self) -> np.ndarray | None:
-        """(len,): the size of each sample where sizes differ."""
+        """Return the size of each sample (len,), or None if all are equal."""
         return self._dataset.lengths()
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        """Return the sample as in evaluation, and its number."""
+        """Return the sample as in evaluation, with its index."""
         return self._dataset.sample(index, None) | {"index": np.array(index)}
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
@@ -148,14 +148,14 @@ class Answered(Dataset):
         classes = np.zeros((*targets.shape, k), np.int32)
         for row, sample in enumerate(samples):
             valid = np.asarray(targets[row] != IGNORED)
-            said, of = self._answers.rows(int(sample["index"]))
-            if len(said) != valid.sum():
+            logits_NK, classes_NK = self._answers.rows(int(sample["index"]))
+            if len(logits_NK) != valid.sum():
                 raise ConfigError(
-                    f"compress.teacher={self._answers.folder} has {len(said)} answers for sample "
-                    f"{sample['index']}, which has {valid.sum()} targets; {_AGAIN}"
+                    f"compress.teacher={self._answers.folder} has logits of {len(logits_NK)} "
+                    f"targets for sample {sample['index']}, which has {valid.sum()}; {_AGAIN}"
                 )
-            logits[row][valid], classes[row][valid] = said, of
+            logits[row][valid], classes[row][valid] = logits_NK, classes_NK
         return batch | {"answer_logits": logits, "answer_classes": classes}
 
 
-_AGAIN = "ask the teacher again: launch/teach.py"
+_AGAIN = "precompute the teacher logits again: launch/teach.py"

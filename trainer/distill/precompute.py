@@ -1,4 +1,4 @@
-"""Ask a trained model what it holds likely of every sample that is learned from, and keep that."""
+"""Precompute a trained model's top-k logits for every target of the train split."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,14 +23,14 @@ from trainer.distill.logit_dataset import Facts, write_facts
 from trainer.inference.trained_run import open_run
 from trainer.run.run_dir import load_config
 
-FILE_BYTES = 1 << 27  # of one file, about
-LEAST = -65504.0  # of float16
+FILE_BYTES = 1 << 27  # approximate size of a file
+LEAST = -65504.0  # lowest finite float16
 
-Answer = tuple[np.ndarray, np.ndarray]  # of a sample's positions (N,K): logits, and their classes
+Answer = tuple[np.ndarray, np.ndarray]  # a sample's logits (N,K) and their classes (N,K)
 
 
 class Writer:
-    """Fills a folder with answers, sample after sample."""
+    """Writes teacher logits into a folder, sample by sample."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -39,19 +39,19 @@ class Writer:
         self._written = self._bytes = 0
 
     def add(self, answer: Answer) -> None:
-        """The next sample's."""
+        """Append the next sample's logits; write a file once it is full."""
         self._waiting.append(answer)
         self._bytes += sum(part.nbytes for part in answer)
         if self._bytes >= FILE_BYTES:
             self.flush()
 
     def finish(self, facts: Facts, run_dir: str) -> None:
-        """Say what the files are, and what the run says of its data."""
+        """Write the metadata, and copy the run's record of its data."""
         write_facts(self._folder, facts)
         copy_record(run_dir, self._folder)
 
     def flush(self) -> list[tuple[str, int, int]]:
-        """Write what waits; all files so far: name, bytes and number of the first sample."""
+        """Write buffered samples; return all files: name, bytes and index of the first sample."""
         if not self._waiting:
             return self._files
         logits, classes = zip(*self._waiting, strict=True)
@@ -67,10 +67,10 @@ class Writer:
 
 
 def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
-    """Return the k largest logits at each sample's valid targets, less the first, and their
-    classes.
+    """Return the top-k logits minus the largest, and their classes, at each valid target.
 
-    logits (B,S,V) or (B,V). A softmax is the same for both, and float16 is finest near zero.
+    One pair per sample; logits (B,S,V) or (B,V). The subtraction does not change the softmax, and
+    float16 is most precise near zero.
     """
     values, classes = logits.float().topk(k, dim=-1)
     values = (values - values[..., :1]).clamp(min=LEAST).half()
@@ -83,17 +83,17 @@ def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
 
 
 def teach_run(config: TeachConfig, runtime: Runtime) -> None:
-    """Write config.to, from the newest checkpoint of config.run_dir; all ranks compute it.
+    """Write config.to from the newest checkpoint of config.run_dir; all ranks compute.
 
-    Raises ConfigError if the folder cannot be written; nothing is left there then.
+    Raises ConfigError if the folder cannot be written, and leaves no partial folder.
     """
     trained = load_config(config.run_dir)
     reads = data_of(trained, config.run_dir)
     prepare(reads)
     worker = open_run(config, runtime).worker
     dataset = open_split(reads, "train")
-    share = trained.batch_size // data_degree(trained.strategy)
-    size = config.micro_batch_size or trained.micro_batch_size or share
+    local_batch = trained.batch_size // data_degree(trained.strategy)
+    size = config.micro_batch_size or trained.micro_batch_size or local_batch
     batches = evaluation_batches(
         dataset,
         size,
@@ -114,9 +114,9 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
     with writing(config, runtime.rank == 0, facts) as add, worker.evaluating():
         for batch in batches:
             inputs = worker.to_device(batch)
-            said = largest(worker.forward(inputs), inputs["targets"], config.k)
-            own = [a for a, i in zip(said, batch["index"].tolist(), strict=True) if i >= 0]
-            for answers in worker.gather_over_data(own):  # in the order of the samples
+            logits = largest(worker.forward(inputs), inputs["targets"], config.k)
+            own = [a for a, i in zip(logits, batch["index"].tolist(), strict=True) if i >= 0]
+            for answers in worker.gather_over_data(own):  # in sample order
                 add(answers)
 
 
@@ -124,9 +124,9 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
 def writing(
     config: TeachConfig, first: bool, facts: Callable[..., Facts]
 ) -> Iterator[Callable[[list[Answer]], None]]:
-    """A function that takes the answers of the next samples; the first rank writes config.to.
+    """Yield a function that appends the logits of the next samples; rank 0 writes config.to.
 
-    `facts` tells all of them but for the files. ConfigError if they cannot be written.
+    `facts` builds the metadata from the list of files. Raises ConfigError if writing fails.
     """
     if not first:
         yield lambda answers: None
@@ -134,7 +134,7 @@ def writing(
     to = Path(config.to)
     with new_folder(to) as folder:
         writer = Writer(folder)
-        with progress_bar("Answering", facts(files=()).samples, show=True) as advance:
+        with progress_bar("Teacher logits", facts(files=()).samples, show=True) as advance:
 
             def add(answers: list[Answer]) -> None:
                 for answer in answers:
@@ -146,5 +146,7 @@ def writing(
         writer.finish(written, config.run_dir)
     size = sum(size for _, size, _ in written.files) / 1e6
     Console().print(
-        f"answers: {to}, {written.samples} samples, {size:.3g} MB", markup=False, soft_wrap=True
+        f"teacher logits: {to}, {written.samples} samples, {size:.3g} MB",
+        markup=False,
+        soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""The trained run that another one learns from: its model, whole and frozen."""
+"""Load the teacher of a distillation: the full frozen model of a run, or its recorded logits."""
 
 import logging
 from pathlib import Path
@@ -21,20 +21,23 @@ KEY = "compress.teacher"
 
 
 def open_answers(compress: CompressConfig) -> Answers | None:
-    """Return what compress.teacher has said, where that is kept and learned from; ConfigError."""
+    """Open the recorded logits in compress.teacher; None if it is a run or unused.
+
+    Raises ConfigError if they are damaged.
+    """
     folder = compress.teacher
-    learned = Compression(compress).distills and is_answers(folder)
-    return Answers(folder) if learned else None
+    used = Compression(compress).distills and is_answers(folder)
+    return Answers(folder) if used else None
 
 
 def load_teacher(
     compression: Compression, worker: ParallelModel, dtype: torch.dtype
 ) -> Transformer | None:
-    """Return the model of compress.teacher with the weights of its newest good checkpoint.
+    """Load compress.teacher with the weights of its newest valid checkpoint.
 
-    All ranks call it; None on those where `compression` asks it nothing, and where its answers are
-    kept. It computes in `dtype`, as `worker` does, keeps its weights in it, and is compressed as in
-    its own run. Raises ConfigError.
+    All ranks must call it. Return None on ranks whose part of the model needs no teacher, and if
+    the folder holds recorded logits. Weights and computation have `dtype`, the compute dtype of
+    `worker`; the teacher is compressed as in its own run. Raises ConfigError.
     """
     folder = compression.config.teacher
     if is_answers(folder):
@@ -45,11 +48,11 @@ def load_teacher(
     Compression(run.compress).reshape(model)
     model.eval().requires_grad_(False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    asked = compression.asks(transformer(worker))
-    if asked:
+    needed = compression.asks(transformer(worker))
+    if needed:
         allocate(model.to(dtype), worker.device)
-    parameters = dict(model.named_parameters()) if asked else {}
+    parameters = dict(model.named_parameters()) if needed else {}
     path = load_parameters(Path(folder), parameters, shapes, KEY)
     if torch.distributed.get_rank() == 0:
-        log.info("%s: learning from %s too", KEY, path)
-    return model if asked else None
+        log.info("%s: distilling from %s", KEY, path)
+    return model if needed else None

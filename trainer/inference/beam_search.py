@@ -1,6 +1,6 @@
-"""Beam search: what an encoder-decoder writes about a source."""
+"""Beam search with an encoder-decoder."""
 
-# B sources, K beams, R = B × K rows, T source tokens, L tokens written so far, C candidates,
+# B sources, K beams, R = B × K rows, T source tokens, L tokens generated so far, C candidates,
 # V vocabulary.
 
 import torch
@@ -12,11 +12,11 @@ from trainer.model import DecodingCache
 
 
 class BeamSearch:
-    """A beam search: the K best unfinished translations of each sentence, the best finished one.
+    """State of a beam search: each sentence's K best unfinished and its best finished translation.
 
-    A score is the log-probability divided by length ** length_penalty, where the end counts as a
-    token (after arXiv 1609.08144). A translation is finished when its end is among the K best
-    candidates; one beam is greedy search.
+    A score is the log-probability divided by length ** length_penalty; the length includes the end
+    token (after arXiv 1609.08144). A translation is finished when its end token is among the K best
+    candidates. One beam is greedy search.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class BeamSearch:
     ):
         self._eos_id, self._penalty, self._max_tokens = eos_id, length_penalty, max_tokens
         self._tokens_BKL = torch.zeros(sentences, beams, 0, dtype=torch.int64, device=device)
-        # At first all beams are alike: only one of them may go on.
+        # All beams start identical: only the first one is extended.
         self._total_BK = torch.full((sentences, beams), -torch.inf, device=device)
         self._total_BK[:, 0] = 0.0
         self._best_BL = torch.full((sentences, max_tokens), eos_id, device=device)
@@ -40,50 +40,50 @@ class BeamSearch:
 
     @property
     def done(self) -> bool:
-        """Return whether no sentence can get a better translation."""
+        """Return whether no sentence's best translation can improve."""
         return bool(self._done_B.all())
 
     def last_tokens(self) -> Tensor:
-        """(R,1): what the model reads next."""
+        """Return the newest token of each beam, the model's next input, (R,1)."""
         return self._tokens_BKL[:, :, -1].reshape(-1, 1)
 
     def advance(self, logits_RV: Tensor) -> Tensor:
-        """Go on by one token; returns (R,): the row that each beam goes on from."""
+        """Extend the beams by one token; return the row (R,) that each beam extends."""
         B, K = self._total_BK.shape
         V = logits_RV.shape[-1]
         precise = torch.promote_types(logits_RV.dtype, torch.float32)
         step_BKV = logits_RV.to(precise).log_softmax(-1).view(B, K, V)
-        # Of 2 K candidates at most K end, so that K beams always go on.
+        # Each beam ends in at most one of its candidates: of 2 K, at least K are unfinished.
         total_BC, choice_BC = (self._total_BK[:, :, None] + step_BKV).flatten(1).topk(2 * K)
         beam_BC, token_BC = choice_BC // V, choice_BC % V
         ends_BC = token_BC == self._eos_id
         self._finish(total_BC.masked_fill(~ends_BC, -torch.inf)[:, :K], beam_BC)
-        self._total_BK, place_BK = total_BC.masked_fill(ends_BC, -torch.inf).topk(K)
-        row_BK = beam_BC.gather(1, place_BK) + K * torch.arange(B, device=beam_BC.device)[:, None]
-        kept_BKL = self._tokens_BKL.flatten(0, 1)[row_BK]
-        token_BK1 = token_BC.gather(1, place_BK)[:, :, None]
-        self._tokens_BKL = torch.cat((kept_BKL, token_BK1), dim=2)
-        # Totals only fall, and no length divides them by more than the greatest.
+        self._total_BK, choice_BK = total_BC.masked_fill(ends_BC, -torch.inf).topk(K)
+        row_BK = beam_BC.gather(1, choice_BK) + K * torch.arange(B, device=beam_BC.device)[:, None]
+        prefix_BKL = self._tokens_BKL.flatten(0, 1)[row_BK]
+        token_BK1 = token_BC.gather(1, choice_BK)[:, :, None]
+        self._tokens_BKL = torch.cat((prefix_BKL, token_BK1), dim=2)
+        # Totals only decrease, and the largest length gives the largest divisor.
         reachable_B = self._total_BK[:, 0] / self._max_tokens**self._penalty
         self._done_B |= (self._finished_B >= K) | (self._best_score_B >= reachable_B)
         return row_BK.flatten()
 
     def _finish(self, total_BK: Tensor, beam_BC: Tensor) -> None:
-        """Take in the candidates that end here; the total of others is -inf."""
+        """Record the candidates that end at this token; the total of all others is -inf."""
         L = self._tokens_BKL.shape[2]
-        total_B, place_B = total_BK.max(dim=1)
+        total_B, choice_B = total_BK.max(dim=1)
         score_B = total_B / (L + 1) ** self._penalty
         better_B = (score_B > self._best_score_B) & ~self._done_B
-        beam_B = beam_BC.gather(1, place_B[:, None])[:, 0]
+        beam_B = beam_BC.gather(1, choice_B[:, None])[:, 0]
         tokens_BL = self._tokens_BKL[torch.arange(len(beam_B), device=beam_B.device), beam_B]
         self._best_BL[better_B, :L] = tokens_BL[better_B]
         self._best_score_B = torch.where(better_B, score_B, self._best_score_B)
         self._finished_B += total_BK.isfinite().sum(dim=1)
 
     def sentences(self) -> list[list[int]]:
-        """Return the best translation of each sentence, without its end.
+        """Return the best translation of each sentence, without its end token.
 
-        Unfinished where none ends.
+        If none has finished, return the best unfinished one.
         """
         ended = self._best_score_B.isfinite().tolist()
         pairs = zip(self._best_BL.tolist(), self._tokens_BKL[:, 0].tolist(), strict=True)
@@ -104,9 +104,9 @@ def translate_tokens(
     beams: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """Translations of at most `max_tokens` tokens (of which one ends it), by beam search.
+    """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    Every data rank calls it, each with sentences of its own, and stops with the last one.
+    Every data rank must call it, with its own sentences; all stop once the last one is done.
     """
     model, sentences = transformer(worker), len(source_BT)
     max_tokens = min(max_tokens, model.config.max_positions or max_tokens)
@@ -118,13 +118,13 @@ def translate_tokens(
     row_R = torch.arange(sentences, device=worker.device).repeat_interleave(beams)
     with worker.evaluating():
         cache = DecodingCache(model, max_tokens)
-        # The encoder reads each sentence once; then there is a row for each beam.
+        # The encoder runs once per sentence; afterwards there is one row per beam.
         logits_RV = worker.forward({**inputs, "tokens": tokens_B1}, cache)[row_R, -1]
         inputs = {name: tensor[row_R] for name, tensor in inputs.items()}
         cache.reorder(row_R)
         row_R = search.advance(logits_RV)
         for _ in range(1, max_tokens):
-            # A sharded model communicates in its forward: no rank stops before the others.
+            # A sharded model communicates in its forward: all ranks must stop together.
             if not worker.any_over_data(not search.done):
                 break
             if beams > 1:

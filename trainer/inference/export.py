@@ -1,4 +1,4 @@
-"""A trained model as one small file: written from a run's newest checkpoint, read by any layout."""
+"""Export a trained model as one compact file, which any layout can load."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ VERSION = "1"
 def write(
     worker: ParallelModel, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path
 ) -> None:
-    """Write the folder `to`, from a model on one rank; ConfigError if it cannot be written.
+    """Write the folder `to` from a model on one rank; ConfigError if it cannot be written.
 
-    It holds the weights, those without fewer bits as `dtype`, `config`, which is theirs, and what
-    `run_dir` says of its data. Nothing is left where writing fails.
+    It holds the weights (unquantized ones as `dtype`), their `config`, and the record of the data
+    of `run_dir`. If writing fails, no partial folder is left.
     """
     lens = Compression(config.compress).lens
     tensors, packed = {}, []
@@ -57,10 +57,10 @@ def write(
 def load(
     folder: Path, worker: ParallelModel, compress: CompressConfig, rows: list[int] | None = None
 ) -> None:
-    """Read an exported model into this rank's part of a worker's parameters.
+    """Load an exported model into the local shards of a worker's parameters.
 
-    `compress` is that of the exported run; `rows` as of trained.py's `load`. Raises ConfigError if
-    the file is damaged or of another model.
+    `compress` is that of the exported run; `rows` as for `load` in trained_run.py. Raises
+    ConfigError if the file is damaged or belongs to another model.
     """
     path, lens = folder / EXPORTED, Compression(compress).lens
     try:
@@ -68,7 +68,7 @@ def load(
             about = file.metadata() or {}
             names = set(file.keys())
             if about.get("version") != VERSION:
-                raise ConfigError(f"{path} is no export of this version; export the run again")
+                raise ConfigError(f"{path} has an unsupported export version; export the run again")
             packed = set(json.loads(about["packed"]))
             for name, parameter in worker.parameters().items():
                 if name in packed:
@@ -95,7 +95,7 @@ def load(
 
 
 def compute_with_integers(model: nn.Module) -> None:
-    """Let every layer that integer kernels fit keep its weight as whole numbers alone."""
+    """Replace the weight of every layer that integer kernels support by int8 values."""
     for module in model.modules():
         if isinstance(module, CompressedLinear) and IntegerLinear.fits(module.lens):
             numbers, scale = whole(module.weight.detach(), module.lens.bits)
@@ -106,16 +106,14 @@ def compute_with_integers(model: nn.Module) -> None:
 
 
 class IntegerLinear(CompressedLinear):
-    """A compressed layer as it is used: bytes times bytes, and the scales behind."""
+    """A quantized linear layer for inference: an int8 matrix product, then the scales."""
 
     numbers: Tensor
     scale: Tensor
 
     @staticmethod
     def fits(lens: Lens) -> bool:
-        """Return whether all inputs of an output share a scale, and both sides are whole
-        numbers.
-        """
+        """Return whether weights and inputs are quantized, with one weight scale per output."""
         return bool(lens.bits and lens.input_bits and not lens.group)
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Sampling: tokens that a language model writes after a prompt."""
+"""Generate tokens with a language model by sampling."""
 
-# L tokens written so far, S tokens read at once, V vocabulary.
+# L tokens generated so far, S tokens per forward, V vocabulary.
 
 from collections.abc import Sequence
 
@@ -24,12 +24,11 @@ def sample_tokens(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """Return the tokens that a decoder writes after the prompt, up to `eot_id`.
+    """Return the tokens that a decoder generates after the prompt, before any `eot_id`.
 
-    The same on every rank.
-
-    An empty prompt is the start of a document. Of a text longer than the model's positions the end
-    is seen. temperature 0.0 takes the likeliest token; top_k 0 and top_p 1.0 are off.
+    The result is the same on every rank. An empty prompt is the start of a document. A text longer
+    than the model's positions is truncated to its end. temperature 0.0 takes the most probable
+    token; top_k 0 and top_p 1.0 are off.
     """
     model, history = transformer(worker), list(prompt_ids) or [eot_id]
     start, generator = len(history), torch.Generator().manual_seed(seed)
@@ -47,17 +46,17 @@ def sample_tokens(
                 break
             history.append(token)
             window = [token]
-            if cache.length == limit:  # no position is left: read the newer half again
+            if cache.length == limit:  # no position is left: restart the cache with the newer half
                 window = history[-max(1, limit // 2) :]
                 cache = DecodingCache(model, capacity)
     return history[start:]
 
 
 def check_finite(logits: Tensor) -> None:
-    """Raise NumericalError where logits (…, V) have no largest one that is a number."""
+    """Raise NumericalError if the maximum over V of any logits (…,V) is not finite."""
     if not logits.amax(-1).isfinite().all():
         raise NumericalError(
-            "the model's logits are not finite, so nothing can be written with it; use a "
+            "the model's logits are not finite, so it cannot generate anything; use a "
             "checkpoint from before it diverged, or precision=fp32"
         )
 
@@ -65,9 +64,9 @@ def check_finite(logits: Tensor) -> None:
 def sample_token(
     logits_V: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator
 ) -> int:
-    """One token at random, on the CPU: a generator there gives the same numbers everywhere.
+    """Sample one token, on the CPU, where a generator gives the same numbers on every machine.
 
-    Raises NumericalError where the model has no opinion that is a number.
+    Raises NumericalError if the logits are not finite.
     """
     check_finite(logits_V)
     if temperature == 0.0:
@@ -78,12 +77,14 @@ def sample_token(
 
 
 def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf for all but the top_k likeliest tokens (arXiv 1805.04833), 0 = off, and of these for
-    all but the fewest whose probability reaches top_p (arXiv 1904.09751), 1.0 = off.
+    """Set the logits outside of top-k, then outside of top-p, to -inf.
+
+    top_k: the most probable tokens (arXiv 1805.04833), 0 = off. top_p: the smallest set of these
+    whose probability reaches top_p (arXiv 1904.09751), 1.0 = off.
     """
     if 0 < top_k < len(logits_V):
-        weakest = logits_V.topk(top_k).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < weakest, -torch.inf)
+        threshold = logits_V.topk(top_k).values[-1]
+        logits_V = logits_V.masked_fill(logits_V < threshold, -torch.inf)
     if top_p < 1.0:
         order_V = logits_V.argsort(descending=True)
         probability_V = logits_V[order_V].softmax(-1)
@@ -93,6 +94,6 @@ def filter_logits(logits_V: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _agree_on_token(worker: ParallelModel, token: int) -> int:
-    """Return the first data rank's token: rounding on another must not lead that rank elsewhere."""
+    """Return data rank 0's token on every rank, so that rounding does not make them diverge."""
     own = torch.tensor(token if worker.data_rank == 0 else 0, device=worker.device)
     return int(worker.sum_over_data(own))

@@ -1,4 +1,4 @@
-"""A trained model, from a run's newest checkpoint or from what was exported of it."""
+"""Load a trained model from a run's newest checkpoint or from an export."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,18 +33,18 @@ from trainer.run.run_dir import EXPORTED, load_config
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run, and its newest model on the ranks there are now."""
+    """A run and its newest model, on the current ranks."""
 
     config: TrainConfig
     worker: ParallelModel
 
     def tokenizer(self) -> Tokenizer:
-        """Return the tokenizer that the model learned with."""
+        """Return the tokenizer that the model was trained with."""
         return Tokenizer.load(Path(self.config.run_dir) / TOKENIZER)
 
     @property
     def data(self) -> DataConfig:
-        """Its data section, read with the tokenizer or classes that it learned with."""
+        """Return its data section, with the tokenizer or classes that it was trained with."""
         return data_of(self.config)
 
 
@@ -54,14 +54,14 @@ def open_run(
     compress: CompressConfig | None = None,
     integers: bool = True,
 ) -> TrainedRun:
-    """Return the newest good checkpoint of config.run_dir, or the export that it holds instead.
+    """Load the newest valid checkpoint of config.run_dir, or the export that it holds instead.
 
-    Under config.strategy, and under `compress` in place of the run's; ConfigError if there is
-    neither. With `integers` an export is for reading alone: its layers keep whole numbers where
-    kernels fit.
+    The model is built under config.strategy; `compress` replaces the run's. Raises ConfigError if
+    there is neither. With `integers` an export is loaded for inference only: layers that integer
+    kernels support hold int8 weights.
     """
     run = load_config(config.run_dir)
-    here = replace(
+    loaded = replace(
         run,
         run_dir=config.run_dir,
         compress=compress or run.compress,
@@ -71,12 +71,12 @@ def open_run(
         activation_checkpointing="none",
         compile=False,
     )
-    worker = build_worker(here, runtime)
+    worker = build_worker(loaded, runtime)
     load(Path(config.run_dir), worker)
-    whole = worker.mesh["replicate"].size() == worker.mesh.size()  # on each rank
-    if integers and whole and worker.device.type == "cpu" and is_export(config.run_dir):
+    replicated = worker.mesh["replicate"].size() == worker.mesh.size()  # full model on each rank
+    if integers and replicated and worker.device.type == "cpu" and is_export(config.run_dir):
         export.compute_with_integers(transformer(worker))
-    return TrainedRun(here, worker)
+    return TrainedRun(loaded, worker)
 
 
 def is_export(run_dir: str | Path) -> bool:
@@ -85,10 +85,11 @@ def is_export(run_dir: str | Path) -> bool:
 
 
 def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> None:
-    """Read the weights of a run's newest good checkpoint, or of an export, into a worker's model.
+    """Load the weights of a run's newest valid checkpoint, or of an export, into a worker's model.
 
-    `rows`: of each token or class, its row there, -1 for none (carried.py); None = they are alike.
-    Raises ConfigError if there are none, or if they are another model's.
+    `rows`: for each token or class its row in the checkpoint, -1 = none (checkpoint/vocabulary.py);
+    None = the rows are identical. Raises ConfigError if there are no weights, or if they belong to
+    another model.
     """
     if is_export(run_dir):
         export.load(run_dir, worker, load_config(run_dir).compress, rows)
@@ -97,9 +98,9 @@ def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) ->
 
 
 def load_first(init_from: str, run_dir: str, data: DataConfig, worker: ParallelModel) -> None:
-    """Begin with the weights of `init_from`; rows of other tokens or classes stay as drawn.
+    """Load the weights of `init_from`; rows of new tokens or classes stay as initialised.
 
-    `data` is what the run in `run_dir` learns from.
+    `data` is the data section of the run in `run_dir`.
     """
     facts, tokenizer = read_record(run_dir), open_tokenizer(data)
     assert facts is not None, run_dir
@@ -108,7 +109,7 @@ def load_first(init_from: str, run_dir: str, data: DataConfig, worker: ParallelM
 
 
 def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
-    """Return the run as it is used, on one rank: without the heads and channels that it prunes."""
+    """Return the run without the heads and channels that it prunes, on one rank."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
     model, weights = removed(run.config.model, run.config.compress, transformer(run.worker))
@@ -122,15 +123,15 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
 
 
 def transformer(worker: ParallelModel) -> Transformer:
-    """Return the worker's model, of which parallel/ knows what it asks of any."""
+    """Return the worker's model as a Transformer; parallel/ knows its protocol alone."""
     assert isinstance(worker.model, Transformer)
     return worker.model
 
 
 def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None:
-    """Write config.to, from the newest good checkpoint of config.run_dir.
+    """Export the newest valid checkpoint of config.run_dir to config.to.
 
-    config.compress is complete: what the run was trained with, and what is compressed just here.
+    config.compress is complete: the settings of training, and those applied at export only.
     """
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device

@@ -1,4 +1,4 @@
-"""Embeddings: tokens or patches become vectors; a class for each value of model.inputs."""
+"""Token and patch embeddings; one class for each value of model.inputs."""
 
 # B batch, S sequence, D width, P patches, C channels.
 
@@ -12,7 +12,7 @@ from trainer.nn.sequence import Stream
 
 
 class TokenEmbedding(nn.Module):
-    """Token vectors, plus learned positions (GPT-2) unless attention rotates (RoPE)."""
+    """Token embedding, plus learned position embeddings (GPT-2) unless attention uses RoPE."""
 
     source = "tokens"
 
@@ -25,12 +25,12 @@ class TokenEmbedding(nn.Module):
 
     @staticmethod
     def sequence_length(config: ModelConfig, length: int) -> int:
-        """Return the vectors that so many tokens become."""
+        """Return the sequence length of `length` tokens: one vector per token."""
         return length
 
     @staticmethod
     def source_positions(tokens_BS: Tensor) -> Tensor | None:
-        """Return the positions of a source, (1,S)."""
+        """Return the positions of a source sequence, (1,S)."""
         return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
 
     def forward(
@@ -44,7 +44,7 @@ class TokenEmbedding(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Image patches as tokens, with learned positions (ViT, arXiv 2010.11929)."""
+    """Patch embedding with learned position embeddings (ViT, arXiv 2010.11929)."""
 
     source = "images"
 
@@ -59,12 +59,12 @@ class PatchEmbedding(nn.Module):
 
     @staticmethod
     def sequence_length(config: ModelConfig, length: int) -> int:
-        """Return the vectors of an image, whatever the `length`."""
+        """Return the sequence length of an image; `length` is ignored."""
         return image_length(config)
 
     @staticmethod
     def source_positions(images_BCHW: Tensor) -> Tensor | None:
-        """Return None: patches have two coordinates, and attention does not rotate by them."""
+        """Return None: patches have two coordinates, to which RoPE is not applied."""
         return None
 
     def forward(
@@ -88,13 +88,13 @@ INPUTS: dict[str, type[TokenEmbedding] | type[PatchEmbedding]] = {
 def embedding_type(config: ModelConfig) -> type[TokenEmbedding] | type[PatchEmbedding]:
     """Return the class of a model's embedding.
 
-    Each has `source`, the tensor of a batch that an encoder alone reads, and what a pipeline stage
-    without the embedding must know of the sequences: `sequence_length` and `source_positions`.
+    Its `source` is the key of the batch tensor that an encoder-only model reads. Its static methods
+    `sequence_length` and `source_positions` serve pipeline stages that have no embedding.
     """
     return INPUTS[inputs_of(config)]
 
 
 def image_length(config: ModelConfig) -> int:
-    """Vectors that an image is embedded as."""
+    """Return the sequence length of an embedded image: its patches, plus any class token."""
     patches = (config.image_size // config.patch_size) ** 2
     return patches + (config.pool == "class_token")

@@ -1,8 +1,8 @@
-"""Layers that multiply in float8, through torchao: factors of 8 bits, sums of more.
+"""Float8 linear layers through torchao: 8-bit operands, accumulation in higher precision.
 
-The layers between embedding and head do; weights, gradients and everything else are as with
-precision=bf16. A layer's class is replaced before it is split or sharded; it gets no child and no
-parameter, so that every strategy sees the layer that it was.
+Applies to the linear layers between embedding and head; weights, gradients and everything else are
+as with precision=bf16. A layer's class is replaced before parallelism is applied; the layer gets
+no submodule and no parameter, so that every strategy handles it as a plain Linear.
 """
 
 from dataclasses import dataclass
@@ -17,23 +17,23 @@ from parallel.errors import ConfigError
 from parallel.runtime import choose_device
 from trainer.nn.layers import Linear
 
-CAPABILITY = (8, 9)  # of the first GPUs with float8 kernels
+CAPABILITY = (8, 9)  # lowest compute capability with float8 kernels
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The options of torchao for each product; one object for all of a model."""
+    """torchao's options for the matrix products of a layer; one object per model."""
 
-    product: Any  # its autograd function: (input, transposed weight, kernels, casts)
-    kernels: Any  # of output, gradient of the input, gradient of the weight
-    casts: Any  # what each factor is rounded to, and by which scale
+    product: Any  # torchao's autograd function: (input, transposed weight, kernels, casts)
+    kernels: Any  # GEMM options for the output, the input gradient and the weight gradient
+    casts: Any  # float8 dtype and scaling granularity of each operand
 
 
 class Float8Linear(Linear):
-    """A linear layer whose three products have factors of 8 bits (e4m3, arXiv 2209.05433).
+    """A linear layer whose three matrix products have 8-bit operands (e4m3, arXiv 2209.05433).
 
-    Its output and gradients have the dtype of its input. The sizes of its weight are multiples of
-    16. Tensor parallelism gives it a part of the weight, and the scales are of that part.
+    The output and the gradients have the dtype of the input. Both dimensions of the weight are
+    multiples of 16. Under tensor parallelism the scales are those of the local weight shard.
     """
 
     recipe: Recipe
@@ -45,10 +45,10 @@ class Float8Linear(Linear):
 
 
 def multiply_in_float8(blocks: nn.Module) -> None:
-    """Let the linear layers of blocks that are not yet spread over ranks multiply in float8.
+    """Replace the linear layers of blocks by float8 ones; call it before parallelism is applied.
 
-    torch does that on a CPU too, by the same code and slowly: for tests, since no run gets there
-    (`check`).
+    torch runs the same code on a CPU too, slowly: only tests use that, since `check` rejects such
+    a run.
     """
     recipe = _recipe()
 
@@ -62,7 +62,7 @@ def multiply_in_float8(blocks: nn.Module) -> None:
 
 
 def check(device: str, ranks: int) -> None:
-    """Raise ConfigError where up to `ranks` ranks of this host cannot multiply in float8.
+    """Raise ConfigError if up to `ranks` ranks of this host cannot multiply in float8.
 
     `device` is auto, cpu or cuda.
     """
@@ -83,24 +83,24 @@ def check(device: str, ranks: int) -> None:
 
 
 def _recipe() -> Recipe:
-    """torchao's `rowwise`: a scale for each row of a factor, rounded to a power of two.
+    """Build torchao's `rowwise` recipe: one scale per row of an operand, a power of two.
 
-    With one scale for all of a factor (`tensorwise`), which is faster, what a sample's numbers are
-    rounded to would follow from the other samples of its micro-batch. Here it follows from its own
-    token, and a power of two changes no digit but of what is 2^-14 of its row's largest or less:
-    layouts and micro-batches differ by little more than they do in bf16.
+    With the faster `tensorwise` recipe (one scale per operand) the rounding of a sample would
+    depend on the other samples of its micro-batch. With `rowwise` it depends on its own token
+    alone, and a power-of-two scale changes only digits of values at or below 2^-14 of the row's
+    maximum: layouts and micro-batch sizes differ by little more than they do in bf16.
     """
-    # Its import takes seconds and writes to stderr: nobody else has it.
+    # Imported only when needed: the import takes seconds and writes to stderr.
     float8, linear = import_module("torchao.float8"), import_module("torchao.float8.float8_linear")
-    # Called for what it does besides, which is nowhere else: it lets torch.compile pass by an
-    # instruction of Triton that spoils float8 numbers (triton-lang/triton#11111).
+    # Called for its side effect, which has no function of its own: torch.compile then avoids a
+    # Triton instruction that corrupts float8 values (triton-lang/triton#11111).
     float8.convert_to_float8_training(nn.Identity())
     casts = float8.Float8LinearConfig.from_recipe_name("rowwise")
 
     def kernel(gemm: Any, pads: bool = False) -> Any:
         return float8.ScaledMMConfig(use_fast_accum=gemm.use_fast_accum, pad_inner_dim=pads)
 
-    # The gradient of a weight sums over tokens, whose number need not be a multiple of 16.
+    # The weight gradient sums over tokens, whose count need not be a multiple of 16.
     kernels = float8.LinearMMConfig(
         kernel(casts.gemm_config_output),
         kernel(casts.gemm_config_grad_input),

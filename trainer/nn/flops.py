@@ -1,4 +1,4 @@
-"""FLOPs of a training sample, and the peaks of devices: together, model FLOPs utilisation."""
+"""FLOPs per training sample and peak FLOP/s of devices, for model FLOPs utilisation (MFU)."""
 
 # B batch, S sequence, T source sequence, D width, H query heads, G key/value heads, K head width.
 
@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from trainer.config.train import ModelConfig, classes_of, inputs_of, outputs_of
 
 # Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
-# tensor cores where there are any; fp8, bf16 and fp16 add up in fp32. The first pattern that is
-# found in the device's name counts.
+# tensor cores if the device has any; fp8, bf16 and fp16 accumulate in fp32. The first pattern that
+# matches the device's name applies.
 _HOPPER_SXM = {
     "fp8": 1979.0,
     "bf16": 989.5,
@@ -43,7 +43,7 @@ _BLACKWELL = {
     "fp64": 37.0,
 }
 PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # less than the whole device: unknown
+    (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # slower than the full device: unknown
     (r"\bB200\b", _BLACKWELL),
     (r"\bH[12]00\b.*\bNVL\b", _HOPPER_NVL),
     (r"\bH100 PCIe\b", _HOPPER_PCIE),
@@ -58,10 +58,10 @@ PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Dense peak of a device in FLOP/s; None where it is not known.
+    """Return the dense peak of a device in FLOP/s, or None if it is unknown.
 
-    `device_name` is torch.cuda.get_device_name's; `precision` one of fp8 bf16 fp16 tf32 fp32
-    fp64.
+    `device_name` is that of torch.cuda.get_device_name; `precision` is one of fp8, bf16, fp16,
+    tf32, fp32, fp64.
     """
     for pattern, peaks in PEAK_TFLOPS:
         if re.search(pattern, device_name):
@@ -72,14 +72,13 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 def flops_per_sample(
     config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
 ) -> float:
-    """FLOPs of the matrix products in one forward and backward of one sample of `seq_len` tokens.
+    """Return the matrix-product FLOPs of one forward and backward of a sample of `seq_len` tokens.
 
-    A multiply-add is two; a backward is twice its forward; attention counts all S×S scores, masked
-    or not, once per pass: no FLOPs of recomputation, neither flash attention's nor that of
-    activation checkpointing. Embedding look-ups cost nothing. `source_len` is of an
-    encoder-decoder's source; an encoder's sequence follows from its image, not from `seq_len`.
-    `lengths`: where a sequence gets shorter, those in front of each block of an encoder, or of a
-    decoder alone.
+    A multiply-add is two FLOPs; a backward is twice its forward; attention counts all S×S scores,
+    masked or not, once per pass. Recomputation (flash attention, activation checkpointing) and
+    embedding look-ups are not counted. `source_len` is the source length of an encoder-decoder; an
+    encoder's sequence length follows from its image, not from `seq_len`. `lengths` are the sequence
+    lengths at the input of each block of an encoder, or of a decoder-only model, if they shrink.
     """
     return sum(flops_per_block(config, seq_len, source_len, lengths))
 
@@ -87,14 +86,14 @@ def flops_per_sample(
 def flops_per_block(
     config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
 ) -> list[float]:
-    """Like `flops_per_sample`, of each block: the first with the embedding, the last with the head.
+    """Return `flops_per_sample` by block; the first includes the embedding, the last the head.
 
-    By these a pipeline is cut.
+    Pipeline stages are balanced by these costs.
     """
     embedding = 0.0
     if inputs_of(config) == "patches":
         source_len = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
-        # Pixels need no gradient: the backward of the first layer is one product, not two.
+        # Pixels need no gradient: the backward of the first layer is one product instead of two.
         patches = (config.image_size // config.patch_size) ** 2
         embedding = 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
     if config.family == "decoder":
@@ -109,19 +108,19 @@ def flops_per_block(
         costs = encoder + config.layers * [_block(config, seq_len) + cross]
     classified = 1 if outputs_of(config) == "classes" else seq_len
     costs[-1] += classified * config.width * classes_of(config)
-    # A multiply-add is two FLOPs; forward and backward are three products.
+    # A multiply-add is two FLOPs; forward and backward together are three products.
     return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 
 
 def _block(config: ModelConfig, length: int) -> int:
-    """Multiply-adds of one block's forward, without cross-attention."""
+    """Return the multiply-adds of one block's forward, without cross-attention."""
     matrices = 3 if config.activation in ("swiglu", "geglu") else 2
     feed_forward = matrices * length * config.width * config.ffn_width
     return _attention(config, length, length) + feed_forward
 
 
 def _attention(config: ModelConfig, length: int, seen: int) -> int:
-    """Multiply-adds of one attention's forward from `length` tokens to `seen` ones."""
+    """Return the multiply-adds of an attention forward from `length` queries to `seen` keys."""
     head_width = config.head_width or config.width // config.heads
     query_width = config.heads * head_width
     group_width = (config.kv_heads or config.heads) * head_width

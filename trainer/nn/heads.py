@@ -1,4 +1,4 @@
-"""Heads: vectors become logits; a class for each value of model.outputs."""
+"""Output heads, from hidden states to logits; one class for each value of model.outputs."""
 
 # B batch, S sequence, D width, V vocabulary.
 
@@ -12,13 +12,13 @@ from trainer.nn.sequence import Context, Stream
 
 
 class Head(nn.Module):
-    """Final norm and projection to logits of the next token, at each position.
+    """Final norm and projection to next-token logits at each position.
 
-    With `defers_output` a model in training ends before the projection, which the loss does.
+    With `defers_output` a model in training returns the hidden states; the loss projects them.
     """
 
     defers_output = False
-    bias = False  # of the projection
+    bias = False  # whether the projection has a bias
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -30,17 +30,17 @@ class Head(nn.Module):
         return x_BSD if self.defers_output and self.training else self.output(x_BSD)
 
     def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
-        """Return the vectors that logits are made of: those of this rank's positions."""
+        """Return the hidden states to project: those of the local positions, unpooled."""
         return x_BSD
 
     @staticmethod
     def logits_shape(config: ModelConfig, length: int) -> tuple[int, ...]:
-        """Return the shape of one sample's logits on a rank that has `length` positions."""
+        """Return the shape of one sample's logits on a rank with `length` local positions."""
         return length, classes_of(config)
 
     @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
-        """Return the targets that this rank trains on: those of its positions."""
+        """Return the targets of the local positions; IGNORED where this rank's slice is padding."""
         if not context.shares:
             return targets_BS
         real_S = context.positions(targets_BS.shape[1], targets_BS.device) < targets_BS.shape[1]
@@ -48,7 +48,7 @@ class Head(nn.Module):
 
 
 class ClassifierHead(Head):
-    """Pools the whole sequence, then projects to logits of classes."""
+    """Classification head: pool the full sequence, then project to class logits."""
 
     bias = True
 
@@ -57,7 +57,7 @@ class ClassifierHead(Head):
         self.pool = config.pool
 
     def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
-        """Return a vector per sample, (B,D): the class token's, or the mean."""
+        """Return one vector per sample, (B,D): the class token or the (size-weighted) mean."""
         x_BSD = stream.context.whole(x_BSD, stream.total)
         if self.pool == "class_token":
             return x_BSD[:, 0]
@@ -73,7 +73,7 @@ class ClassifierHead(Head):
 
     @staticmethod
     def local_targets(targets_B: Tensor, context: Context) -> Tensor:
-        """Return the targets on one of the ranks that share a sequence: each classifies all."""
+        """Return the targets on the first context rank, else IGNORED: every rank has all logits."""
         if not context.shares or context.first:
             return targets_B
         return torch.full_like(targets_B, IGNORED)

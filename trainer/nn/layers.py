@@ -1,7 +1,7 @@
-"""The parts of a Transformer block; each computes in the dtype of its input and knows no ranks."""
+"""Layers of a Transformer block; each computes in its input's dtype, independent of ranks."""
 
 # B batch, S sequence, T memory (source) sequence, D width, H query heads, G key/value heads,
-# K width of a head, F feed-forward width, P patches, C channels. Logical sizes, also when sharded.
+# K width of a head, F feed-forward width, P patches, C channels. Global sizes, also when sharded.
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class AttentionCache:
-    """Keys and values of the tokens seen so far, (B,G,S,K), with room for `capacity` tokens."""
+    """Key/value cache of the tokens processed so far, (B,G,S,K); holds up to `capacity` tokens."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -33,7 +33,7 @@ class AttentionCache:
         self.value: Tensor | None = None
 
     def append(self, key_BGSK: Tensor, value_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values so far, the given ones last."""
+        """Append the given keys and values, and return all cached ones."""
         B, G, S, K = key_BGSK.shape
         if self.key is None or self.value is None:
             self.key = key_BGSK.new_empty(B, G, self.capacity, K)
@@ -45,21 +45,21 @@ class AttentionCache:
         return self.key[:, :, :end], self.value[:, :, :end]
 
     def reorder(self, rows_B: Tensor) -> None:
-        """Keep the given rows of the batch: beam search's survivors."""
+        """Select the given rows of the batch: the beams that beam search continues."""
         if self.key is not None and self.value is not None:
             self.key, self.value = self.key[rows_B], self.value[rows_B]
 
 
 @dataclass
 class BlockCache:
-    """Keys and values of one decoder block while generating."""
+    """Key/value caches of one decoder block during generation."""
 
     attention: AttentionCache
-    cross: AttentionCache  # keys and values of the memory, filled by the first token
+    cross: AttentionCache  # keys and values of the memory, set by the first token
 
 
 class Linear(nn.Linear):
-    """A linear layer whose weight follows its input's dtype: fp32 master weights, bf16 compute."""
+    """A linear layer that casts its weight to the input's dtype (fp32 weights, bf16 compute)."""
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
@@ -67,7 +67,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors, looked up in its own dtype and handed out in `dtype` (None = as is)."""
+    """Embedding table; vectors are looked up, then cast to `dtype` (None = the table's own)."""
 
     def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return F.embedding(input, self.weight).to(dtype or self.weight.dtype)
@@ -93,23 +93,23 @@ class Norm(nn.Module):
 
 
 def _signed(value: int) -> int:
-    """Return the 64-bit pattern as the signed integer that torch stores."""
+    """Return the int64 with the same bits as a 64-bit unsigned value."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-# 32 bits of the golden ratio: a compiler folds counter × stride into an index, which must not
-# overflow. The other two are SplitMix64's.
+# 32 bits of the golden ratio: torch.compile folds counter × stride into an index, which must not
+# overflow. The other two constants are those of SplitMix64.
 _STRIDE = 0x9E3779B9
 _MIX_1, _MIX_2 = map(_signed, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 def _fold(bits: Tensor, shift: int) -> Tensor:
-    # torch's shift drags the sign along; SplitMix64 wants zeros to come in from the left.
+    # torch's right shift is arithmetic; SplitMix64 needs a logical one.
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
 
 def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tensor:
-    """(B,N): 64 bits for each value of the counter, by SplitMix64's mixer (Steele et al. 2014)."""
+    """Return 64 random bits (B,N) per counter value, by SplitMix64's mixer (Steele et al. 2014)."""
     bits = (seeds_B + site)[:, None] + counter_N * _STRIDE
     bits = _fold(bits, 30) * _MIX_1
     bits = _fold(bits, 27) * _MIX_2
@@ -119,12 +119,11 @@ def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tenso
 def keep_mask(
     seeds_B: Tensor, site: int | Tensor, width: int, share: float, places_S: Tensor
 ) -> Tensor:
-    """Return which entries (B,S,D) dropout keeps: a pure function of sample seed, site and
-    position.
+    """Return dropout's mask (B,S,D), True = keep: a function of sample seed, site and position.
 
-    Four 16-bit draws per counter value: no generator state, so neither ranks, micro-batches,
-    resuming nor recomputation change a mask. `places_S` are the positions of the rows, of which
-    only some may be here.
+    Each counter value gives four 16-bit random numbers. There is no generator state, so the mask
+    does not depend on ranks, micro-batches, resuming or recomputation. `places_S` are the
+    positions of the local rows.
     """
     S, D = len(places_S), width
     row = (D + 3) // 4  # counter values per position
@@ -135,13 +134,13 @@ def keep_mask(
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose mask depends on the sample alone."""
+    """Dropout (Srivastava et al. 2014) with a mask that depends only on the sample's seed."""
 
     def __init__(self, share: float):
         super().__init__()
         self.share = share
-        # Tells one dropout of the model from the next; set from its name. A tensor, since with a
-        # number each block would be compiled anew.
+        # Distinguishes the dropout layers of a model; set from the module's name. A tensor, since
+        # with a Python int each block would be recompiled.
         self.site = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
@@ -149,21 +148,21 @@ class Dropout(nn.Module):
             return x_BSD
         width = x_BSD.shape[-1]
         keep = keep_mask(stream.seeds_B, self.site, width, self.share, stream.places_S)
-        # Of a `where` one byte per entry is kept for the backward, of a product the mask's floats.
+        # `where` saves one byte per element for the backward; a product would save a float mask.
         return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
 
 
 def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple:
-    """Cosine and sine of the rotary embedding (arXiv 2104.09864), each (B,S,1,K/2).
+    """Return cosine and sine of the rotary embedding (arXiv 2104.09864), each (B,S,1,K/2).
 
-    `rope_scaling` stretches the slow frequencies as Llama 3.1 does, for a context of 8,192 tokens
-    grown by that factor (arXiv 2407.21783).
+    `rope_scaling` lowers the low frequencies as Llama 3.1 does, to extend a context of 8,192 tokens
+    by that factor (arXiv 2407.21783).
     """
     head_width = config.head_width or config.width // config.heads
     half = torch.arange(0, head_width, 2, device=positions_BS.device, dtype=dtype)
     frequency = 1.0 / config.rope_theta ** (half / head_width)
     if config.rope_scaling != 1.0:
-        turns = 8192 * frequency / (2 * torch.pi)  # turns within the original context
+        turns = 8192 * frequency / (2 * torch.pi)  # rotations within the original context
         blend = ((turns - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
         frequency = frequency * (blend + (1.0 - blend) / config.rope_scaling)
     angle = positions_BS[:, :, None, None].to(dtype) * frequency
@@ -171,7 +170,7 @@ def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype)
 
 
 def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (k, k + K/2) of a head by its position's angle, in the angles' precision."""
+    """Rotate each pair (k, k + K/2) of a head by its position's angle, in the angles' dtype."""
     cos, sin = rope
     left, right = x_BSHK.chunk(2, dim=-1)
     turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
@@ -192,11 +191,11 @@ class Attention(nn.Module):
         self.output = Linear(query_width, config.width, bias=config.bias)
 
     def _heads(self, x_BSD: Tensor) -> Tensor:
-        # The number of heads is read from the tensor, so that a shard of the heads just works.
+        # The number of heads is inferred from the tensor, so that a shard of the heads works too.
         return x_BSD.unflatten(-1, (-1, self.head_width))
 
     def forward(self, x_BSD: Tensor, stream: Stream, cache: AttentionCache | None = None) -> Tensor:
-        """Self-attention."""
+        """Apply self-attention to x (B,S,D)."""
         query_BSHK, key_BSGK = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD))
         if stream.rope is not None:
             query_BSHK, key_BSGK = rotate(query_BSHK, stream.rope), rotate(key_BSGK, stream.rope)
@@ -204,14 +203,14 @@ class Attention(nn.Module):
         value_BGSK = self._heads(self.value(x_BSD)).transpose(1, 2)
         causal = stream.causal and stream.documents_BS is None and stream.valid_BS is None
         if cache is not None:
-            causal = causal and cache.length == 0  # a later token sees all that is cached
+            causal = causal and cache.length == 0  # a later token attends to all cached ones
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
         return self._attend(query_BSHK, key_BGSK, value_BGSK, stream, causal)
 
     def cross(
         self, x_BSD: Tensor, memory_BTD: Tensor, memory: Stream, cache: AttentionCache | None = None
     ) -> Tensor:
-        """Attention from x to the encoder's memory."""
+        """Apply cross-attention from x (B,S,D) to the encoder's memory (B,T,D)."""
         if cache is not None and cache.key is not None and cache.value is not None:
             key_BGTK, value_BGTK = cache.key, cache.value
         else:
@@ -239,7 +238,7 @@ class Attention(nn.Module):
             return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
         group = query_BHSK.shape[1] // key_BGSK.shape[1]
         if group > 1 and mask is not None:
-            # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.
+            # No fused CUDA kernel supports both a mask and grouped heads: repeat keys and values.
             key_BGSK = key_BGSK.repeat_interleave(group, dim=1)
             value_BGSK = value_BGSK.repeat_interleave(group, dim=1)
         mixed_BHSK = F.scaled_dot_product_attention(
@@ -271,17 +270,17 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-norm layer: self-attention, cross-attention in a decoder with memory, feed-forward.
+    """A pre-norm block: self-attention, cross-attention (in a decoder with memory), feed-forward.
 
-    What flows from block to block is (x, memory). In an encoder that feeds a decoder, `memory` is
-    the decoder's stream that waits; the encoder's last block (`turns`) norms its own output, which
-    is the whole sequence from there on, and swaps the two, so that a model can be cut between any
-    two blocks.
+    Input and output are (x, memory). In the encoder of an encoder-decoder, `memory` carries the
+    decoder's embedded target through unchanged. The encoder's last block (`turns`) applies the
+    final norm to its output, gathers the full sequence and swaps the two, so that a pipeline can
+    split the model between any two blocks.
     """
 
     def __init__(self, config: ModelConfig, stream: str, cross: bool = False, turns: bool = False):
         super().__init__()
-        self.stream = stream  # source | target: the sequence that x belongs to
+        self.stream = stream  # source | target: the sequence of x
         self.attention_norm = Norm(config)
         self.attention = Attention(config)
         self.cross_norm = Norm(config) if cross else None

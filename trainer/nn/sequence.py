@@ -1,4 +1,4 @@
-"""Activations between blocks, and the facts of each sequence that a block needs; knows no ranks."""
+"""Activations between blocks and the metadata of each sequence; independent of ranks."""
 
 # B batch, S sequence, D width, R rows (queries), C columns (keys).
 
@@ -10,69 +10,71 @@ import torch
 from torch import Tensor
 
 Inputs = dict[str, Tensor]
-# x, then the memory or the stream that waits for it, then the marks of a source that is shortened:
-# (B,S,2) whole numbers, of each vector its size (how many it stands for; 0 = padding) and the sum
+# (x, memory or the target that waits for it, marks of a shortened source). Marks are (B,S,2)
+# integers: the size of each vector (how many original vectors it merges; 0 = padding) and the sum
 # of their positions.
 Flow = tuple[Tensor, Tensor | None, Tensor | None]
-# (the flow behind a block, what is known of the sequences, inputs) -> the flow.
+# (flow after a block, metadata of the sequences by name, inputs) -> flow.
 Watcher = Callable[[Flow, dict[str, "Stream"], Inputs], Flow]
 
 
 class SequenceLayout(Protocol):
-    """How much of a sequence flows between blocks: all of it, unless parallelism gives another.
+    """Layout of the activations between blocks: by default all positions are local.
 
-    Under sequence parallelism that is a part of its positions.
+    Parallelism replaces it: under sequence parallelism each tensor rank has a slice of them.
     """
 
     def part_length(self, length: int) -> int:
-        """Return how many of `length` positions flow between blocks."""
+        """Return how many of `length` positions are local between blocks."""
         return length
 
     def whole(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions, for layers that mix them or are split by columns."""
+        """All-gather the `length` positions for layers that mix them or are column-parallel."""
         return x_BSD
 
     def own(self, x_BSD: Tensor) -> Tensor:
-        """Those of all positions that flow here."""
+        """Return the local positions of a tensor that has all of them."""
         return x_BSD
 
     def collected(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions, for what every rank does alike and then takes its `own`
-        of.
+        """All-gather the `length` positions for a computation that every rank repeats.
+
+        Each rank then continues with the local positions of the result (`own`).
         """
         return x_BSD
 
     def share(self, gradient_BSD: Tensor) -> Tensor:
-        """Return what this rank adds to the gradient of a `whole`, where every rank knows all of
-        it.
+        """Return this rank's contribution to the gradient of a gathered sequence.
+
+        Every rank has the full gradient; the sum over tensor ranks must count it once.
         """
         return gradient_BSD
 
 
 class FullSequence(SequenceLayout):
-    """The layout where no rank has a part of a sequence."""
+    """The layout in which all positions are local."""
 
 
 class Context(Protocol):
-    """Which positions of a sequence are here: all, unless ranks share sequences (context axis)."""
+    """Local positions of a sequence: all of them, unless the context axis shards sequences."""
 
     shares: bool
-    first: bool  # of the ranks that share a sequence
+    first: bool  # first rank of the context axis
 
     def share(self, length: int) -> int:
-        """Return how many of `length` positions are here."""
+        """Return the number of local positions of a sequence of `length`."""
         return length
 
     def positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """(share,): which they are."""
+        """Return the local positions of a sequence of `length`, (local length,)."""
         return torch.arange(length, device=device)
 
     def take(self, x: Tensor) -> Tensor:
-        """Return the local rows of (B, length, …)."""
+        """Return the local positions of a tensor (B, length, …)."""
         return x
 
     def whole(self, x: Tensor, length: int) -> Tensor:
-        """Undoes `take`."""
+        """All-gather the sequence: the inverse of `take`."""
         return x
 
     def attend(
@@ -84,12 +86,12 @@ class Context(Protocol):
         visible: Callable,
         causal: bool,
     ) -> Tensor:
-        """Attention from the queries that are here to all keys, where they are shared."""
+        """Return the attention of the local queries to the keys of all context ranks."""
         raise AssertionError("no ranks share this sequence")
 
 
 class FullContext(Context):
-    """The context where no ranks share a sequence."""
+    """The context in which all positions are local."""
 
     shares = False
     first = True
@@ -97,30 +99,30 @@ class FullContext(Context):
 
 @dataclass
 class Stream:
-    """Facts of one sequence that a block needs; computed once per forward, shared by all blocks."""
+    """Metadata of one sequence; computed once per forward and shared by all blocks."""
 
-    length: int  # positions that are here, of `total`
+    length: int  # local positions, of `total`
     total: int
     layout: SequenceLayout
     context: Context
-    causal: bool  # position i sees positions ≤ i only
-    places_S: Tensor  # positions of what flows between blocks here; dropout's masks follow them
-    documents_BS: Tensor | None = None  # of all positions: those of one document see each other
-    valid_BS: Tensor | None = None  # of all positions, as keys: False = padding
-    mask: Tensor | None = None  # `visible` for all positions; None = all (or causal), or shared
+    causal: bool  # position i attends to positions ≤ i only
+    places_S: Tensor  # positions of the activations between blocks on this rank, for dropout
+    documents_BS: Tensor | None = None  # all positions: document id; attention stays within one
+    valid_BS: Tensor | None = None  # all positions, as keys: False = padding
+    mask: Tensor | None = None  # `visible` of all positions; None = full, causal or sharded
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (B or 1, S, 1, K/2)
     seeds_B: Tensor | None = None  # dropout seed of each sample
     angles: Callable[[Tensor], Any] | None = None  # positions (B,S) -> rope
-    marks_BS2: Tensor | None = None  # of a sequence that has been shortened; see Flow
-    start: int = 0  # positions in front of these, which a cache remembers
-    longer: "Stream | None" = None  # what it was before it was shortened, to become that again
+    marks_BS2: Tensor | None = None  # marks of a shortened sequence; see Flow
+    start: int = 0  # number of cached positions before these
+    longer: "Stream | None" = None  # metadata before shortening, restored by Lengthen
 
     def whole(self, x_BSD: Tensor) -> Tensor:
-        """Return what flows between blocks, at all positions that are here."""
+        """All-gather the activations between blocks over the `length` positions of this rank."""
         return self.layout.whole(x_BSD, self.length)
 
     def marks_of(self, batch: int) -> Tensor:
-        """Return the marks of a sequence, also before it is shortened."""
+        """Return the marks (B,S,2); an unshortened sequence has size 1 per vector, 0 at padding."""
         if self.marks_BS2 is not None:
             return self.marks_BS2
         positions_S = torch.arange(self.total, dtype=torch.int32, device=self.places_S.device)
@@ -130,24 +132,22 @@ class Stream:
         return torch.stack((sizes_BS, sizes_BS * positions_S), dim=-1)
 
     def resized(self, length: int) -> "Stream":
-        """Return the stream of a sequence that has `length` vectors now, and no marks."""
+        """Return a copy for a sequence resized to `length` vectors, without marks."""
         rows_S = torch.arange(length, device=self.places_S.device)
         places_S = self.layout.own(rows_S[None, :, None])[0, :, 0]
         return replace(self, length=length, total=length, places_S=places_S)
 
     def marked(self, marks_BS2: Tensor, dtype: torch.dtype) -> "Stream":
-        """Return the same with these marks: attention weighs vectors by their size (arXiv
-        2210.09461).
-        """
+        """Return a copy with these marks: proportional attention by size (arXiv 2210.09461)."""
         sizes_BS, sums_BS = marks_BS2.unbind(-1)
         precise = torch.promote_types(dtype, torch.float32)
-        mask = sizes_BS.to(precise).log().to(dtype)[:, None, None, :]  # of padding -inf
+        mask = sizes_BS.to(precise).log().to(dtype)[:, None, None, :]  # -inf for padding
         positions_BS = sums_BS.to(precise) / sizes_BS.clamp(min=1)
         rope = None if self.angles is None else self.angles(positions_BS)
         return replace(self, mask=mask, rope=rope, valid_BS=sizes_BS > 0, marks_BS2=marks_BS2)
 
     def visible(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
-        """(B or 1, 1, R or 1, C), True = this row may see that column; None = all may all."""
+        """Return the mask (B or 1, 1, R or 1, C), True = query attends to key; None = all do."""
         mask = None
         if self.causal:
             mask = (columns_C <= rows_R[:, None])[None]
@@ -162,32 +162,29 @@ class Stream:
 
 
 class Resize:
-    """A module that shortens a sequence (or restores it) between two blocks.
-
-    The same on every rank.
-    """
+    """Shortens or restores a sequence between two blocks, identically on every rank."""
 
     stream = "source"
-    marks = False  # whether marks flow behind it
-    keeps = False  # whether the sequence as it was flows on too, in the memory's place
-    restores = False  # whether it makes the sequence as long again as it was
+    marks = False  # whether its output has marks
+    keeps = False  # whether the full-length sequence is passed on too, in place of the memory
+    restores = False  # whether it restores the original length
 
     def length(self, length: int, training: bool) -> int:
-        """Return how many of `length` vectors are left."""
+        """Return the sequence length after resizing `length` vectors."""
         raise NotImplementedError
 
     def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the vectors that are left of all, and their marks."""
+        """Return the resized sequence, from all positions, and its marks."""
         raise NotImplementedError
 
     def stream_behind(self, stream: Stream, training: bool) -> Stream:
-        """Return what is known of the sequence behind it, but for its marks."""
+        """Return the metadata of the resized sequence, without marks."""
         return stream.resized(self.length(stream.total, training))
 
     def __call__(
         self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
-        """Return the flow behind it; `cache` is its own, while a sequence is written."""
+        """Return the resized flow; `cache` holds this module's state during generation."""
         x_BSD, memory, _ = flow
         whole_BSD = stream.layout.collected(x_BSD, stream.length)
         whole_BSD, marks = self.resize(whole_BSD, stream, training)

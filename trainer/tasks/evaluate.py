@@ -1,4 +1,4 @@
-"""Evaluation: the loss per target on a split, and the metric of the task."""
+"""Evaluate a model: the loss per valid target on a split, and the metrics of the task."""
 
 import logging
 from collections.abc import Callable
@@ -34,19 +34,19 @@ def evaluate(
     decoding: Decoding | None = None,
     between: Callable[[], None] | None = None,
 ) -> dict[str, float]:
-    """Values of `samples` samples (0 = all), the same ones each time, on every rank the same.
+    """Return the metrics over the same `samples` samples (0 = all) at each call, on every rank.
 
     `eval_loss`: nats per valid target, without label smoothing. Text: `bits_per_character` (or
-    `bits_per_token`, where the tokenizer loses characters) and `perplexity` per token. Images:
-    `accuracy` (0 to 1). Pairs: `perplexity`, and `bleu` (0 to 100) of what is decoded with
-    `decoding`. Where logits are NaN, so is each value: their largest is none.
-    `micro_batch_size`: per rank. `between` is called after each micro-batch, on all ranks alike.
-    `task`: None = the one that the model is for.
+    `bits_per_token`, if the tokenizer is lossy) and `perplexity` per token. Images: `accuracy` (0
+    to 1). Pairs: `perplexity`, and with `decoding` the `bleu` (0 to 100) of the translations. If
+    logits are NaN, so is each value: an argmax over NaN has no meaning.
+    `micro_batch_size` is per rank. `between` is called after each micro-batch, on all ranks.
+    `task`: None = the task that the model's configuration implies.
     """
     task = task or task_of_model(transformer(worker).config)
     metrics = task.build_metrics(worker, dataset, decoding)
-    place, pinned = (worker.data_rank, worker.data_degree), worker.device.type == "cuda"
-    batches = evaluation_batches(dataset, micro_batch_size, *place, samples, pin_memory=pinned)
+    shard, pinned = (worker.data_rank, worker.data_degree), worker.device.type == "cuda"
+    batches = evaluation_batches(dataset, micro_batch_size, *shard, samples, pin_memory=pinned)
     with worker.evaluating():
         for batch in batches:
             inputs = worker.to_device(batch)
@@ -57,10 +57,10 @@ def evaluate(
 
 
 def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
-    """Evaluate the newest checkpoint of a run on config.split; a table on the console of rank 0.
+    """Evaluate the newest checkpoint of a run on config.split; rank 0 prints a table.
 
-    The data are read with the tokenizer, or the classes and pixel statistics, of the run; it says
-    where they are not those of training. Raises ConfigError where they do not fit.
+    The data are read with the tokenizer, or the classes and pixel statistics, of the run; a warning
+    is logged if they differ from the training data. Raises ConfigError if they are incompatible.
     """
     trained = load_config(config.run_dir)
     reads = data_of(trained, config.run_dir)
@@ -71,11 +71,11 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     run = open_run(config, runtime)
     task = TASKS[reads.kind]
     decoding = Decoding(run.tokenizer(), config.beams) if task.decodes_in_test else None
-    share = trained.batch_size // data_degree(trained.strategy)
+    local_batch = trained.batch_size // data_degree(trained.strategy)
     values = evaluate(
         run.worker,
         open_split(reads, config.split),
-        micro_batch_size=config.micro_batch_size or trained.micro_batch_size or share,
+        micro_batch_size=config.micro_batch_size or trained.micro_batch_size or local_batch,
         samples=config.samples,
         task=task,
         decoding=decoding,
@@ -89,7 +89,7 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
 
 
 def table(values: dict[str, float]) -> Table:
-    """One row of values under their names."""
+    """Return a table with one row of values, the names as header."""
     shown = Table()
     for name in values:
         shown.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Use of a trained model: continue a text, translate sentences, or classify an image."""
+"""Apply a trained model: continue a text, translate sentences, or classify an image."""
 
 from rich.console import Console
 from rich.table import Table
@@ -11,11 +11,11 @@ from trainer.tasks.registry import TASKS
 
 
 def generate(config: GenerateConfig, runtime: Runtime) -> None:
-    """Print what a run's newest checkpoint makes of config.prompt, on the console of rank 0."""
+    """Print the output of a run's newest checkpoint for config.prompt, on rank 0."""
     run = open_run(config, runtime)
-    answer = TASKS[run.config.data.kind].generate(config, run)
+    output = TASKS[run.config.data.kind].generate(config, run)
     if runtime.rank == 0:
-        if isinstance(answer, Table):
-            print_whole(answer)
+        if isinstance(output, Table):
+            print_whole(output)
             return
-        Console().print(answer, markup=False, highlight=False, soft_wrap=True)
+        Console().print(output, markup=False, highlight=False, soft_wrap=True)

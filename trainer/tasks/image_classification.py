@@ -20,11 +20,11 @@ from trainer.inference.trained_run import TrainedRun
 from trainer.tasks.metrics import CrossEntropyMetrics
 from trainer.tasks.task import Decoding, Task
 
-TOP_CLASSES = 5  # shown for an image
+TOP_CLASSES = 5  # classes shown for an image
 
 
 class ImageClassification(Task):
-    """Encoders of patches that learn from labelled images."""
+    """Image classification with encoders of patches, on labelled images."""
 
     data_kind = "images"
     unit = "img"
@@ -36,13 +36,13 @@ class ImageClassification(Task):
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "ClassificationMetrics":
-        """Return the metrics of labelled images."""
+        """Return empty metrics of loss and accuracy."""
         return ClassificationMetrics(worker)
 
     def generate(self, config: GenerateConfig, run: TrainedRun) -> Table:
-        """Return the likeliest classes of the image that the prompt names, with probabilities.
+        """Return the most probable classes of the image that the prompt names.
 
-        An image file needs nothing but the run's folder; `test:0` reads the data.
+        For an image file only the run's folder is read; a prompt such as `test:0` reads the data.
         """
         facts = read_record(run.config.run_dir) or prepare(run.data)
         names = facts.class_names
@@ -74,7 +74,7 @@ class ImageClassification(Task):
     def random_batch(
         self, model: ModelConfig, samples: int, seq_len: int, generator: torch.Generator
     ) -> MicroBatch:
-        """Return images with classes, one of which is not known."""
+        """Return random images and classes; one of the targets is IGNORED."""
         seeds = torch.randint(0, 1 << 62, (samples,), generator=generator)
         targets = torch.randint(0, model.classes, (samples,), generator=generator)
         targets[1] = IGNORED
@@ -87,22 +87,23 @@ class ClassificationMetrics(CrossEntropyMetrics):
     """Loss and accuracy (0 to 1)."""
 
     def compute(self) -> dict[str, float]:
-        """Return the values over all ranks."""
+        """Return the metrics over all ranks."""
         loss, accuracy = self.reduce()
         return {"eval_loss": loss, "accuracy": accuracy}
 
 
 def read_image(name: str, size: int, channels: int) -> NDArray[np.uint8]:
-    """(C,H,W) of a .npy array (H,W) or (H,W,C) of uint8, or of any image that Pillow reads.
+    """Read a .npy array (H,W) or (H,W,C) of uint8, or an image file, as pixels (C,H,W).
 
-    It is decoded as in training (pictures.py); ConfigError if that is not possible.
+    An image file is any that Pillow reads, decoded as in training (data/image_files.py). Raises
+    ConfigError if it cannot be read or has another size.
     """
     if not name:
         raise ConfigError("prompt is empty; it must be a .png or .npy file, or e.g. test:0")
     if Path(name).suffix == ".npy":
         try:
             pixels = np.asarray(np.load(name, allow_pickle=False))
-        except Exception as error:  # numpy raises what it likes on damaged files
+        except Exception as error:  # numpy raises exceptions of any type on damaged files
             raise ConfigError(
                 f"prompt={name} cannot be read as an image ({error}); it must be a .png or .npy "
                 "file, or e.g. test:0"

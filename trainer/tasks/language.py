@@ -16,7 +16,7 @@ from trainer.tasks.task import Decoding, Task
 
 
 class LanguageModeling(Task):
-    """Decoders that learn from text."""
+    """Language modelling with decoders, on text."""
 
     data_kind = "text"
 
@@ -27,14 +27,14 @@ class LanguageModeling(Task):
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "LanguageMetrics":
-        """Return the metrics of a text."""
+        """Return empty metrics of a text."""
         return LanguageMetrics(worker, dataset)
 
     def generate(self, config: GenerateConfig, run: TrainedRun) -> str:
-        """Return the prompt and what the model writes after it."""
+        """Return the prompt with the generated continuation."""
         tokenizer = run.tokenizer()
         prompt_ids = tokenizer.encode(config.prompt)
-        written = sample_tokens(
+        generated = sample_tokens(
             run.worker,
             prompt_ids,
             max_tokens=config.max_tokens,
@@ -44,7 +44,7 @@ class LanguageModeling(Task):
             top_p=config.top_p,
             seed=config.seed,
         )
-        return tokenizer.decode([*prompt_ids, *written])
+        return tokenizer.decode([*prompt_ids, *generated])
 
     def random_batch(
         self, model: ModelConfig, samples: int, seq_len: int, generator: torch.Generator
@@ -60,7 +60,7 @@ class LanguageModeling(Task):
     def sample_output(
         self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
     ) -> str:
-        """Return a text that the model writes from nothing."""
+        """Return a text generated from an empty prompt."""
         assert tokenizer is not None
         if not max_tokens:
             return ""
@@ -76,25 +76,25 @@ class LanguageModeling(Task):
 
 
 class LanguageMetrics(CrossEntropyMetrics):
-    """Also bits per character (or token, where the tokenizer loses characters) and perplexity."""
+    """Loss, perplexity, and bits per character (or per token, if the tokenizer is lossy)."""
 
     def __init__(self, worker: ParallelModel, dataset: Dataset):
         super().__init__(worker)
         self._dataset = dataset
 
     def compute(self) -> dict[str, float]:
-        """Return the values over all ranks."""
+        """Return the metrics over all ranks."""
         loss, _ = self.reduce()
         values = {"eval_loss": loss} | bits(loss, self._dataset)
         return values | {"perplexity": perplexity(loss)}
 
 
 def bits(loss: float, dataset: Dataset) -> dict[str, float]:
-    """Bits per character; per token where the tokenizer loses characters, which cost nothing."""
+    """Return bits per character; per token if the tokenizer is lossy: lost characters cost none."""
     bits = loss / math.log(2)
     if dataset.lost:
         return {"bits_per_token": bits}
-    # All that is known of a part of a split is its tokens: they are as long as the others.
+    # If only some samples are evaluated, the characters per token of the full split are assumed.
     return {"bits_per_character": bits * dataset.targets / dataset.characters}
 
 

@@ -1,4 +1,4 @@
-"""Metrics of tasks whose logits are of classes: loss, accuracy, perplexity."""
+"""Metrics of classification losses: loss, accuracy, perplexity."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.loss import count_valid, cross_entropy_sum
 
-LARGEST_EXPONENT = 700.0  # exp of more is no float64
+LARGEST_EXPONENT = 700.0  # beyond it exp overflows float64
 
 
 class CrossEntropyMetrics:
@@ -16,7 +16,7 @@ class CrossEntropyMetrics:
 
     def __init__(self, worker: ParallelModel):
         self._worker = worker
-        # Nats, valid targets and those that the model ranks first.
+        # Sums of nats, valid targets and correct predictions.
         self._totals = torch.zeros(3, dtype=torch.float64, device=worker.device)
 
     def update(self, logits: Tensor, inputs: MicroBatch) -> None:
@@ -35,5 +35,5 @@ class CrossEntropyMetrics:
 
 
 def perplexity(loss: float) -> float:
-    """Return exp(loss), infinite where that is no float64."""
+    """Return exp(loss), or infinity if it overflows float64."""
     return math.inf if loss > LARGEST_EXPONENT else math.exp(loss)

@@ -1,4 +1,4 @@
-"""The table of tasks."""
+"""Registry of tasks by data.kind."""
 
 from trainer.config.train import ModelConfig
 from trainer.tasks.image_classification import ImageClassification
@@ -12,5 +12,5 @@ TASKS: dict[str, Task] = {
 
 
 def task_of_model(model: ModelConfig) -> Task:
-    """Return the task that a model is for, where no data say which."""
+    """Return the task that a model's configuration implies, without data."""
     return next(task for task in TASKS.values() if task.fits(model))

@@ -1,4 +1,4 @@
-"""The interface of a task: what is learned, how it is measured and how the result is used."""
+"""Interface of a task: its training objective, its metrics and its use for inference."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from trainer.loss import CrossEntropy
 
 @dataclass(frozen=True)
 class Decoding:
-    """How an evaluation that writes text writes it."""
+    """Decoding settings of an evaluation that generates text."""
 
     tokenizer: Tokenizer
     beams: int = 1
@@ -27,37 +27,37 @@ class Decoding:
 
 
 class Metrics(Protocol):
-    """Values of an evaluation, added up over its micro-batches."""
+    """Metrics of an evaluation, accumulated over micro-batches."""
 
     def update(self, logits: Tensor, inputs: MicroBatch) -> None:
         """Add a micro-batch: its inputs and targets, on this rank's device, and its logits."""
         ...
 
     def compute(self) -> dict[str, float]:
-        """Return the values by name, the same on every rank; `eval_loss` is among them.
+        """Return the values by name, identical on every rank; `eval_loss` is among them.
 
-        All ranks call it. What cannot be known, since the loss is NaN, is NaN.
+        All ranks must call it. If the loss is NaN, values derived from it are NaN.
         """
         ...
 
 
 class Task(CrossEntropy, ABC):
-    """A task; TASKS (trainer/tasks/registry.py) lists them by the data that they learn from.
+    """A task; TASKS (trainer/tasks/registry.py) lists them by their kind of data.
 
-    It is trained with the cross-entropy of class numbers unless it overrides `build_loss` and
+    The objective is cross-entropy over class indices, unless a task overrides `build_loss` and
     `count_valid` (trainer/loss.py: Objective), and then `reference_loss` too.
     """
 
     data_kind: str  # value of data.kind
-    unit = "tok"  # of throughput: what a valid target is
+    unit = "tok"  # unit of throughput: one valid target
     decodes_in_test = False  # evaluation of the test split also decodes (Decoding)
 
     @abstractmethod
     def fits(self, model: ModelConfig) -> bool:
-        """Return whether a model learns this task, where no data say so."""
+        """Return whether a model's configuration implies this task, without data."""
 
     def reference_loss(self, logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Tensor:
-        """Return the mean loss of a whole batch by torch's own functions: what verify compares."""
+        """Return the mean loss of a full batch by torch's own functions, as verify's reference."""
         targets = batch["targets"].flatten()
         return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=label_smoothing)
 
@@ -68,21 +68,21 @@ class Task(CrossEntropy, ABC):
         """Return the empty metrics of an evaluation of the dataset."""
 
     def notes(self, values: dict[str, float]) -> list[str]:
-        """Return what a reader of the values should know, a line each."""
+        """Return notes on the values for their reader, one per line."""
         return []
 
     @abstractmethod
     def generate(self, config: GenerateConfig, run: TrainedRun) -> RenderableType:
-        """Return what a trained model makes of config.prompt; all ranks call it."""
+        """Return a trained model's output for config.prompt; all ranks must call it."""
 
     @abstractmethod
     def random_batch(
         self, model: ModelConfig, samples: int, seq_len: int, generator: torch.Generator
     ) -> MicroBatch:
-        """Return a global batch with the difficulties of real ones: padding, unequal targets."""
+        """Return a random global batch with padding and unequal numbers of targets per sample."""
 
     def sample_output(
         self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
     ) -> str:
-        """Return what the model gives at the end of a run, to be shown; empty = nothing."""
+        """Return a sample of the model's output to show at the end of a run; empty = none."""
         return ""

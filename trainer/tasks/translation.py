@@ -18,7 +18,7 @@ from trainer.tasks.task import Decoding, Task
 
 
 class Translation(Task):
-    """Encoder-decoders that learn from pairs of sentences."""
+    """Translation with encoder-decoders, on pairs of sentences."""
 
     data_kind = "pairs"
     decodes_in_test = True
@@ -30,11 +30,11 @@ class Translation(Task):
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "TranslationMetrics":
-        """Return the metrics of pairs, with BLEU where they are decoded."""
+        """Return empty metrics of pairs, with BLEU if `decoding` is given."""
         return TranslationMetrics(worker, dataset, decoding)
 
     def notes(self, values: dict[str, float]) -> list[str]:
-        """Return how BLEU was measured."""
+        """Return the signature of BLEU, if it was measured."""
         return [f"BLEU: {bleu_signature()}"] if "bleu" in values else []
 
     def generate(self, config: GenerateConfig, run: TrainedRun) -> str:
@@ -45,7 +45,7 @@ class Translation(Task):
             raise ConfigError(
                 "prompt is empty; it must be the sentence to translate, one on a line"
             )
-        longest = run.config.data.seq_len  # longer sentences are cut, as in evaluation
+        longest = run.config.data.seq_len  # longer sentences are truncated, as in evaluation
         ids = [
             line_ids[:longest] or [tokenizer.eot_id] for line_ids in tokenizer.encode_batch(lines)
         ]
@@ -73,7 +73,7 @@ class Translation(Task):
     def random_batch(
         self, model: ModelConfig, samples: int, seq_len: int, generator: torch.Generator
     ) -> MicroBatch:
-        """Return pairs of unequal lengths on both sides."""
+        """Return random pairs with unequal lengths of sources and targets."""
         batch = random_targets(model, samples, seq_len, generator)
         size = (samples, seq_len - 1)
         batch["source"] = torch.randint(0, model.vocab_size, size, generator=generator)
@@ -83,7 +83,7 @@ class Translation(Task):
 
 
 class TranslationMetrics(CrossEntropyMetrics):
-    """Also perplexity per token and, of what is decoded, BLEU (0 to 100)."""
+    """Loss, perplexity per token and, with decoding, BLEU (0 to 100)."""
 
     def __init__(self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None):
         super().__init__(worker)
@@ -91,13 +91,13 @@ class TranslationMetrics(CrossEntropyMetrics):
         self._translations: dict[int, str] = {}  # by the sample's index
 
     def update(self, logits: Tensor, inputs: MicroBatch) -> None:
-        """Add a micro-batch, and decode its sources."""
+        """Add a micro-batch, and translate its sources if decoding is enabled."""
         super().update(logits, inputs)
         if self._decoding is not None:
             self._translations |= self._translate(inputs, self._decoding)
 
     def compute(self) -> dict[str, float]:
-        """Return the values over all ranks."""
+        """Return the metrics over all ranks."""
         loss, _ = self.reduce()
         values = {"eval_loss": loss, "perplexity": perplexity(loss)}
         if self._decoding is not None:

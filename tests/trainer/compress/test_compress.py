@@ -1,4 +1,4 @@
-"""Shorter sequences and rounder weights: what papers and plain code say, and what stays out."""
+"""Compare sequence reduction and quantization with the papers and with plain code."""
 
 from dataclasses import replace
 from unittest import mock
@@ -23,7 +23,7 @@ from trainer.nn.sequence import FullContext, FullSequence, Stream
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 VIT, TRANSLATOR = FAMILIES["encoder (ViT)"], FAMILIES["encoder-decoder"]
-SIX = 6  # blocks, or as many as make four of an encoder-decoder
+SIX = 6  # blocks; an encoder-decoder gets four
 
 
 def stream_of(length: int, valid=None, seeds=None) -> Stream:
@@ -43,7 +43,7 @@ def built(family, compress: CompressConfig, **changes) -> Transformer:
 
 
 def merged_by_hand(x, r: int, kept: int):
-    """Token merging of one sequence as the paper tells it, one vector after another."""
+    """Merge tokens of one sequence as in the paper, one vector after another."""
     vectors, rest = list(x), range(kept, len(x))
     from_here, to_there = list(rest)[::2], list(rest)[1::2]
     unit = F.normalize(x, dim=-1)
@@ -56,7 +56,7 @@ def merged_by_hand(x, r: int, kept: int):
 
 
 @pytest.mark.parametrize(("length", "r", "kept"), [(17, 5, 1), (16, 8, 0), (9, 0, 1), (7, 2, 0)])
-def test_merging_is_the_papers(length, r, kept):
+def test_merging_equals_the_papers(length, r, kept):
     x = torch.randn(3, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(r))
     merge = Merge(r, kept)
     left, marks = merge.resize(x, stream_of(length), training=True)
@@ -74,24 +74,24 @@ def test_padding_is_never_merged_and_changes_nothing():
     merge = Merge(6, 0)
     left, marks = merge.resize(x, stream_of(20, valid), training=True)
     alone, own = merge.resize(x[:1, :9], stream_of(9), training=True)
-    assert (marks[0, :, 0] > 0).sum() == 9 - 4  # half of what is there, at most
+    assert (marks[0, :, 0] > 0).sum() == 9 - 4  # at most half of the valid vectors
     torch.testing.assert_close(left[:1, :5], alone)
     assert torch.equal(marks[:1, :5], own)
     assert torch.equal(left[0, 5:], torch.zeros(9, 8))
 
 
-def test_a_vector_that_stands_for_equal_ones_weighs_as_much():
-    """Proportional attention: merging what is the same changes no logit."""
+def test_merging_identical_vectors_changes_no_logit():
+    """Proportional attention: merging identical vectors changes no logit."""
     plain, merging = built(VIT, CompressConfig()), built(VIT, CompressConfig(merge=8))
     merging.load_state_dict(plain.state_dict())
     batch = make_batch(plain.config, 0, 0)
     for model in (plain, merging):
         model.embed.positions.weight.data.zero_()
-    batch["images"] = batch["images"][:, :, :2, :2].repeat(1, 1, 4, 4)  # one patch everywhere
+    batch["images"] = batch["images"][:, :, :2, :2].repeat(1, 1, 4, 4)  # identical patches
     torch.testing.assert_close(merging(batch), plain(batch))
 
 
-def test_pooling_takes_means_of_squares_and_of_what_is_no_padding():
+def test_pooling_averages_squares_of_patches_and_valid_tokens():
     x = torch.arange(2 * 10.0).view(1, 10, 2)
     left, marks = PoolImage(2, side=3, kept=1).resize(x, stream_of(10), training=True)
     grid = x[0, 1:].view(3, 3, 2)
@@ -108,7 +108,7 @@ def test_pooling_takes_means_of_squares_and_of_what_is_no_padding():
     assert marks[0].tolist() == [[2, 1], [2, 5], [1, 4], [0, 0], [0, 0]]
 
 
-def test_what_is_dropped_depends_on_the_sample_alone():
+def test_dropped_patches_depend_on_the_sample_alone():
     x, seeds = torch.randn(4, 17, 8), torch.tensor([3, 1, 4, 1])
     drop = Drop(0.5, kept=1)
     left, _ = drop.resize(x, stream_of(17, seeds=seeds), training=True)
@@ -123,7 +123,7 @@ def test_what_is_dropped_depends_on_the_sample_alone():
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_rounding_is_torchs(bits):
+def test_fake_quantization_equals_torchs(bits):
     x = torch.randn(6, 32, generator=torch.Generator().manual_seed(bits))
     top = 2 ** (bits - 1) - 1
     scale = x.abs().amax(-1) / top
@@ -133,7 +133,7 @@ def test_rounding_is_torchs(bits):
     assert rounded(x, bits).unique().numel() <= 6 * (2 * top + 1)
 
 
-def test_the_forward_is_that_of_whole_numbers_and_the_gradient_goes_straight_through():
+def test_the_forward_multiplies_integers_and_the_gradient_is_straight_through():
     layer = CompressedLinear(32, 16).double()
     layer.lens = Lens(bits=8, input_bits=8)
     x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
@@ -148,7 +148,7 @@ def test_the_forward_is_that_of_whole_numbers_and_the_gradient_goes_straight_thr
     assert torch.equal(layer(torch.zeros(1, 32, dtype=torch.float64))[0], layer.bias)
 
 
-def test_the_largest_two_of_four_stay():
+def test_the_largest_two_of_four_are_retained():
     weight = torch.tensor([[1.0, -4, 3, 2, 9, 8, 7, -8.5], [5, 5, 5, 5, 1, 2, 3, 4]])
     expected = [[0, -4, 3, 0, 9, 0, 0, -8.5], [5, 5, 0, 0, 0, 0, 3, 4]]
     assert pruned(weight, 2, 4).tolist() == expected
@@ -175,7 +175,7 @@ def test_decoding_with_a_cache_reads_the_shortened_memory(compress):
 
 
 @pytest.mark.parametrize("family", [VIT, TRANSLATOR])
-def test_a_shortened_model_is_cut_between_any_two_blocks(family):
+def test_a_shortened_model_can_be_split_between_any_two_blocks(family):
     compress = CompressConfig(merge=1, pool_after=2)
     model = built(family, compress)
     batch, flow = make_batch(model.config, 1, 0), None
@@ -206,7 +206,7 @@ def test_the_formula_counts_a_pooled_models_flops():
 
 
 class Operations(TorchDispatchMode):
-    """Names of all that torch is asked to compute."""
+    """Record the names of all dispatched operations."""
 
     def __init__(self):
         super().__init__()
@@ -218,7 +218,7 @@ class Operations(TorchDispatchMode):
 
 
 class Nothing(Compression):
-    """What there would be without the contract."""
+    """A compression whose methods do nothing, as reference."""
 
     def reshape(self, model):
         pass
@@ -231,7 +231,7 @@ class Nothing(Compression):
 
 
 def operations(kind: type[Compression], compress: CompressConfig, runtime, family) -> list[str]:
-    """Of two whole training steps."""
+    """Return the dispatched operations of two full training steps."""
     config = TrainConfig(model=scale_down(family, stages=3), steps=2, compress=compress)
     compression = kind(compress)
     with mock.patch("trainer.loop.Compression", lambda _: compression):
@@ -297,13 +297,13 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_cannot_be_compressed_so_is_one_message(message):
+def test_an_unsupported_compression_is_one_message(message):
     compress, model, degrees = BAD[message]
     (found,) = compress_problems(compress, model, StrategyConfig(**degrees))
     assert message in found
 
 
-def test_what_fits_is_not_refused():
+def test_a_supported_compression_is_accepted():
     strategy = StrategyConfig(tensor=4, pipeline=2)
     stack = CompressConfig(merge=4, bits=4, group=32, sparse_n=2)
     assert compress_problems(stack, IMAGES, strategy) == []

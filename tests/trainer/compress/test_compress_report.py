@@ -1,4 +1,4 @@
-"""What the report says of a compressed run, beside the run without it."""
+"""The report on a compressed run and its baseline."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from trainer.run.run_dir import EXPORTED
 
 @pytest.fixture(scope="module")
 def runs(runtime, tmp_path_factory):
-    """Two runs on the same data, one of them compressed, with a line of metrics each."""
+    """Two runs on the same data, one of them compressed, each with a line of metrics."""
     folder, made = tmp_path_factory.mktemp("runs"), []
     compress = CompressConfig(pool_after=1, bits=8, sparse_n=2)
     model = replace(tiny.CLASSIFIER, patch_size=2, layers=3)
@@ -47,7 +47,7 @@ def runs(runtime, tmp_path_factory):
     return made
 
 
-def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path):
+def test_the_table_and_the_figure(runtime, runs, monkeypatch, capsys, tmp_path):
     plain, small = runs
     seen: list[Facts] = []
     monkeypatch.setattr(module, "table", lambda found: seen.extend(found) or table(found))
@@ -57,7 +57,7 @@ def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path)
     assert (first.compress, second.compress) == ("none", "pool_after=1 bits=8 sparse_n=2")
     assert first.metric == second.metric == "accuracy 0.25"
     assert first.parameters == second.parameters
-    # Of 3 blocks: 4 × 16² of attention and 2 × 16 × 32 of the feed-forward, in 4 + 2 of 32 bits.
+    # 3 blocks with 4 × 16² attention and 2 × 16 × 32 feed-forward weights, 4 + 2 of 32 bits each.
     weights = 3 * (4 * 16 * 16 + 2 * 16 * 32)
     scales = 3 * (4 * 16 + 32 + 16) * 4
     assert first.bytes == 4 * first.parameters
@@ -78,8 +78,8 @@ def test_the_table_and_the_picture(runtime, runs, monkeypatch, capsys, tmp_path)
     assert picture.stat().st_size > 5_000
 
 
-def test_what_is_exported_is_measured_and_exported_like_a_run(runtime, runs, tmp_path, capsys):
-    """Its layers have weights again, which training and packing need."""
+def test_an_export_is_measured_and_exported_like_a_run(runtime, runs, tmp_path, capsys):
+    """An export is loaded with float weights, which training and packing need."""
     _, small = runs
     once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
     for run_dir, to in ((small, once), (once, twice)):
@@ -90,7 +90,7 @@ def test_what_is_exported_is_measured_and_exported_like_a_run(runtime, runs, tmp
     assert "sparse_n=2" in capsys.readouterr().out
 
 
-def test_what_cannot_be_compared(runtime, runs, tmp_path):
+def test_runs_that_cannot_be_compared_are_one_message(runtime, runs, tmp_path):
     plain, small = runs
     with pytest.raises(UserError, match="holds no run"):
         comparing(CompressReportConfig(small, str(tmp_path)), 1)
@@ -107,5 +107,5 @@ def test_what_cannot_be_compared(runtime, runs, tmp_path):
     )
     config = training(config, 1)
     tiny.save(config, start(config, runtime))
-    with pytest.raises(UserError, match="has learned from other data"):
+    with pytest.raises(UserError, match="was trained on other data"):
         report(CompressReportConfig(small, config.run_dir), runtime)

@@ -1,4 +1,4 @@
-"""Exported models: small, and what they compute is what was trained, under every layout."""
+"""Exported models: their size, and equality with the trained model under every layout."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +57,7 @@ def layer(lens: Lens, inputs: int = 64, outputs: int = 24) -> CompressedLinear:
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_numbers_are_squeezed_into_bytes(bits):
+def test_integers_are_packed_into_bytes(bits):
     numbers = torch.randint(0, 2**bits, (3, 21))
     small = squeezed(numbers, bits)
     assert small.shape == (3, -(-21 * {3: 4}.get(bits, bits) // 8))
@@ -65,7 +65,7 @@ def test_numbers_are_squeezed_into_bytes(bits):
 
 
 @pytest.mark.parametrize("name", LENSES)
-def test_a_packed_weight_is_the_one_that_was_computed_with(name):
+def test_unpacking_returns_the_weight_of_the_forward(name):
     made = layer(LENSES[name])
     weight = made.weight.detach()
     parts = pack(weight, made.lens)
@@ -80,7 +80,7 @@ def test_a_packed_weight_is_the_one_that_was_computed_with(name):
     assert size * 8 == pytest.approx(weight.numel() * (share * stored + places + scales), rel=0.1)
 
 
-def test_integer_kernels_compute_what_was_trained():
+def test_integer_kernels_equal_the_trained_layers():
     made = layer(LENSES["int8"]).double()
     x = torch.randn(2, 5, 64, dtype=torch.float64)
     trained = made(x)
@@ -117,7 +117,7 @@ def values(runtime, run_dir: str, strategy: StrategyConfig) -> tuple[dict[str, f
 
 @pytest.fixture(scope="module", params=COMPRESSIONS)
 def runs(request, tmp_path_factory):
-    """A run, and what was exported of it."""
+    """A run and its export."""
     folder = tmp_path_factory.mktemp("runs")
     with process_group("cpu", Ranks.alone()) as runtime:
         config = trained_run(folder, runtime, COMPRESSIONS[request.param])
@@ -141,7 +141,7 @@ def test_an_exported_model_has_the_runs_values(ranks, runs, layout):
     assert kernels == ("integers" if whole else "floats")
 
 
-def test_what_cannot_be_exported_or_read(runs, tmp_path):
+def test_invalid_exports_are_one_message(runs, tmp_path):
     _, run_dir, small, _ = runs
     for config, ranks, message in (
         (ExportConfig(run_dir, small), 1, f"to={small} is there already; name a new folder"),
@@ -166,13 +166,13 @@ def test_what_cannot_be_exported_or_read(runs, tmp_path):
 
 
 def begun(runtime, config: TrainConfig) -> dict[str, torch.Tensor]:
-    """The weights that a run begins with, or goes on with."""
+    """Return the weights with which a run starts or resumes."""
     worker = start(config, runtime).worker
     return {name: tiny.whole(p).clone() for name, p in worker.parameters().items()}
 
 
 @pytest.mark.parametrize("layout", ["single", "fsdp 2", "tensor 2"])
-def test_a_run_begins_with_the_weights_of_another(ranks, runs, tmp_path, layout):
+def test_a_run_starts_from_the_weights_of_another(ranks, runs, tmp_path, layout):
     compress, run_dir, small, _ = runs
     strategy, config = LAYOUTS[layout], load_config(run_dir)
     other = replace(
@@ -195,7 +195,7 @@ def test_a_run_begins_with_the_weights_of_another(ranks, runs, tmp_path, layout)
     assert (gap == 0) == (compress == "none")
 
 
-def test_a_run_that_goes_on_keeps_its_own_weights(ranks, runs, tmp_path):
+def test_a_resumed_run_keeps_its_own_weights(ranks, runs, tmp_path):
     _, run_dir, _, _ = runs
     config = replace(load_config(run_dir), seed=5, run_dir=str(tmp_path / "new"))
     config = tiny.training(config, 1)
@@ -212,7 +212,7 @@ def save_a_step(runtime, config: TrainConfig) -> None:
     tiny.save(config, state)
 
 
-def test_weights_of_another_model_are_refused_at_the_door(runs, tmp_path):
+def test_weights_of_another_model_are_rejected_at_the_start(runs, tmp_path):
     _, run_dir, _, _ = runs
     config = load_config(run_dir)
     wider = replace(

@@ -1,4 +1,4 @@
-"""Layers that multiply in float8, against torchao's own, and under layouts; on a CPU, slowly."""
+"""Compare float8 layers with torchao's and layouts with one process; slowly, on a CPU."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -40,8 +40,8 @@ MODEL = ModelConfig(
     norm="layernorm",
     bias=True,
 )
-LAYERS = MODEL.layers * 7  # of attention, and of a gated feed-forward layer
-TOKENS = 13  # no multiple of 16, as the kernels want it
+LAYERS = MODEL.layers * 7  # linear layers of attention and gated feed-forward
+TOKENS = 13  # not a multiple of 16, which the kernels require
 
 
 def layer(bias: bool) -> Linear:
@@ -56,13 +56,13 @@ def ours(plain: Linear) -> nn.Module:
 
 
 def torchaos(plain: Linear) -> nn.Module:
-    """Its own layer, whose products are of float32 numbers with the rounded factors' values."""
+    """Return torchao's layer; it multiplies the rounded operands in float32."""
     casts = replace(Float8LinearConfig.from_recipe_name("rowwise"), emulate=True)
     return TorchaoLinear.from_float(deepcopy(plain).bfloat16(), casts)
 
 
 def results(made: nn.Module) -> list[torch.Tensor]:
-    """Output and gradients, of the input and of the parameters."""
+    """Return the output and the gradients of the input and the parameters."""
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(2, TOKENS, 64, generator=draw).bfloat16().requires_grad_()
     y = made(x)
@@ -71,17 +71,17 @@ def results(made: nn.Module) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_output_and_gradients_are_torchaos(bias):
+def test_output_and_gradients_equal_torchaos(bias):
     plain = layer(bias)
     found, due = results(ours(plain)), results(torchaos(plain))
     assert found[0].dtype == torch.bfloat16 and found[2].dtype == torch.float32  # master weights
     for mine, theirs in zip(found, due, strict=True):
-        # Sums may be rounded otherwise; without float8 they are 1e-1 away.
+        # Sums may be rounded differently; without float8 they differ by 1e-1.
         torch.testing.assert_close(mine, theirs.to(mine.dtype), rtol=1e-2, atol=1e-3)
 
 
-def test_products_are_such_as_gpus_take(monkeypatch):
-    """What torch checks on a GPU alone: sizes, and which dim is contiguous."""
+def test_products_meet_the_requirements_of_gpus(monkeypatch):
+    """Check what torch checks only on a GPU: sizes, and which dim is contiguous."""
     seen, multiply = [], torch._scaled_mm
 
     def spied(a, b, **options):
@@ -99,7 +99,7 @@ def test_products_are_such_as_gpus_take(monkeypatch):
         assert options["out_dtype"] == torch.bfloat16
 
 
-def test_a_tokens_numbers_do_not_follow_from_its_neighbours():
+def test_a_tokens_output_does_not_depend_on_other_tokens():
     made, (x, other) = ours(layer(bias=True)), torch.randn(2, 5, 64).bfloat16()
     alone = made(x)
     assert torch.equal(made(torch.cat([x, 1e4 * other]))[:5], alone)
@@ -119,7 +119,7 @@ def job(strategy: StrategyConfig, precision: str = "fp8", **changes) -> TrainCon
 
 
 def trained(runtime, config: TrainConfig, steps: int) -> tuple[list[float], int]:
-    """The loss of each step, on the same samples whatever the layout; how many layers have fp8."""
+    """Return each step's loss, on the same samples in any layout, and the number of fp8 layers."""
     state = start(config, runtime)
     batch = make_batch(MODEL, 0, 0, samples(StrategyConfig(pipeline=2)) - 1)
     losses = []
@@ -145,10 +145,10 @@ def test_the_loss_falls_as_in_bf16(runtime, alone):
 
 
 @pytest.mark.parametrize("name", tiny.TWO_RANKS)
-def test_a_layout_takes_the_steps_of_one_process(ranks, alone, name):
-    """The first forward is the same, where the ranks of `tensor` round no parts of sums.
+def test_a_layout_has_the_losses_of_one_process(ranks, alone, name):
+    """The first loss is equal, except that tensor ranks round partial sums.
 
-    From then on updates differ by what rounding makes of gradients that are added up otherwise.
+    Later updates differ by the rounding of gradients that are summed in another order.
     """
     strategy = tiny.TWO_RANKS[name]
     results = ranks.run(world_size(strategy), trained, job(strategy), 4)
@@ -160,7 +160,7 @@ def test_a_layout_takes_the_steps_of_one_process(ranks, alone, name):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes believe that GPUs of these capabilities are here."""
+    """Pretend that the host has GPUs of these capabilities."""
 
     def pretend(*found: tuple[int, int]) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -174,7 +174,7 @@ def gpus(monkeypatch):
 NEEDS = "precision=fp8 needs NVIDIA GPUs of compute capability 8.9 or more (Ada, Hopper), but "
 
 
-def test_hardware_without_float8_is_refused(gpus):
+def test_hardware_without_float8_is_rejected(gpus):
     gpus()
     for device in ("cpu", "auto"):
         with pytest.raises(UserError) as raised:
@@ -202,7 +202,7 @@ def test_without_torchao_the_extra_is_named(gpus, monkeypatch):
     )
 
 
-def test_a_run_is_refused_before_it_begins_and_read_anywhere(runtime, monkeypatch, tmp_path):
+def test_a_run_is_rejected_before_it_starts_but_loads_anywhere(runtime, monkeypatch, tmp_path):
     open_sizes = replace(MODEL, vocab_size=0, max_positions=0)
     config = job(StrategyConfig(), batch_size=4, data=tiny.text_data(tmp_path / "data"))
     config = replace(config, model=open_sizes, run_dir=str(tmp_path / "run"))

@@ -1,4 +1,4 @@
-"""A language model whose middle blocks see pooled tokens: none of them sees the next."""
+"""A decoder whose middle blocks process pooled tokens: no token attends to a later one."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def stream_of(documents=None) -> Stream:
 @pytest.mark.parametrize("family", ["decoder (Llama)", "decoder (GPT-2)"])
 @pytest.mark.parametrize("stride", [2, 3, 5])
 def test_no_token_sees_a_later_one_or_another_documents(stride, family):
-    """By gradients: logits of a position with respect to the vectors of all tokens."""
+    """Check the gradients of a position's logits with respect to the vectors of all tokens."""
     model = built(stride, family)
     assert model.lengths(LENGTH)[1:5] == [12, -(-12 // stride), -(-12 // stride), 12]
     batch = make_batch(model.config, 1, 0)
@@ -51,7 +51,7 @@ def test_no_token_sees_a_later_one_or_another_documents(stride, family):
         allowed = documents == documents[:, position : position + 1]
         allowed[:, position + 1 :] = False
         assert not (seen & ~allowed).any()
-        assert torch.equal(seen, allowed)  # and all of the others, though through groups
+        assert torch.equal(seen, allowed)  # and depends on all others, through groups
 
 
 @pytest.mark.parametrize("stride", [2, 3])
@@ -81,7 +81,7 @@ def test_groups_are_shifted_means_and_every_position_gets_the_newest(stride):
 
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("prompt", [1, 4, 5])
-def test_what_is_written_token_by_token_is_what_is_read_at_once(stride, prompt):
+def test_cached_decoding_equals_one_forward(stride, prompt):
     model = built(stride).eval()
     tokens = make_batch(model.config, 2, 0)["tokens"]
     cache = DecodingCache(model, LENGTH)
@@ -97,7 +97,7 @@ def test_what_is_written_token_by_token_is_what_is_read_at_once(stride, prompt):
     torch.testing.assert_close(torch.cat(parts, dim=1), model({"tokens": tokens}))
 
 
-def test_it_is_cut_between_any_two_blocks():
+def test_an_hourglass_can_be_split_between_any_two_blocks():
     model = built(3)
     batch, flow = make_batch(model.config, 1, 0), None
     for name in model.blocks:
@@ -109,7 +109,7 @@ def test_it_is_cut_between_any_two_blocks():
     torch.testing.assert_close(flow, model(batch))
 
 
-def test_the_formula_counts_its_flops():
+def test_the_formula_counts_an_hourglass_models_flops():
     with torch.device("meta"):
         model = Transformer(replace(scale_down(FAMILIES["decoder (GPT-2)"], stages=5), dropout=0.0))
     Compression(CompressConfig(pool_after=2, pool_stride=4)).reshape(model)

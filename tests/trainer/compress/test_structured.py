@@ -1,4 +1,4 @@
-"""Pruned heads and channels: the least important go, train as if gone, and are gone on export."""
+"""Structured pruning: the choice of units, training with them masked, removal on export."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -55,14 +55,14 @@ def gradients(model: Transformer, batch) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_pruned_model_learns_as_the_smaller_one(family):
-    """The same logits and gradients, and none at all for what is pruned."""
+def test_a_pruned_model_trains_like_the_smaller_one(family):
+    """Logits and gradients are equal; gradients of pruned units are zero."""
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model, compression = built(config)
     compression.settle(1, 1)
     shape, weights = removed(config, HALF, model)
     small = Transformer(shape, torch.float64).double()
-    small.load_state_dict(weights, strict=False)  # tied ones have one name
+    small.load_state_dict(weights, strict=False)  # tied weights have one name
     groups = config.kv_heads or config.heads
     assert shape.kv_heads == groups // 2 and shape.heads == config.heads // 2
     assert shape.ffn_width == config.ffn_width // 2
@@ -73,7 +73,7 @@ def test_a_pruned_model_learns_as_the_smaller_one(family):
     assert squares[0] == pytest.approx(squares[1], rel=1e-12)
 
 
-def test_the_least_important_go_and_never_come_back():
+def test_the_least_important_are_pruned_and_stay_pruned():
     config = replace(scale_down(FAMILIES["decoder (Llama)"]), kv_heads=4)
     model, compression = built(config, CompressConfig(prune_ffn=0.5, prune_heads=0.25))
     layer = model.blocks["0"].feed_forward
@@ -82,7 +82,7 @@ def test_the_least_important_go_and_never_come_back():
     dead = []
     for step in (0, 9, 10, 29, 50, 100):
         with torch.no_grad():
-            layer.down.weight[:, dead] += 1e-9  # an optimizer's moments outlive their gradients
+            layer.down.weight[:, dead] += 1e-9  # momentum goes on changing pruned weights
         compression.settle(step, 100)
         gone = (layer.down.weight == 0).all(0).nonzero().flatten().tolist()
         ramp = {0: 0, 9: 0, 10: 0, 29: 1 - (1 - 7 / 16) ** 3, 50: 1, 100: 1}[step]
@@ -95,7 +95,7 @@ def test_the_least_important_go_and_never_come_back():
     assert (heads == 0).sum() == 1
 
 
-def test_a_run_that_goes_on_knows_what_it_has_pruned():
+def test_a_resumed_run_keeps_its_pruned_units():
     config = scale_down(FAMILIES["encoder (ViT)"])
     model, compression = built(config)
     compression.settle(30, 100)
@@ -116,7 +116,7 @@ def values(runtime, run_dir: str, strategy: StrategyConfig) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of a pruned run, its export, and the export of a plain run pruned just there."""
+    """Folders of a pruned run, its export, and the export of a plain run pruned at export."""
     folder = tmp_path_factory.mktemp("runs")
     with process_group("cpu", Ranks.alone()) as runtime:
         config = TrainConfig(
@@ -142,13 +142,13 @@ def runs(tmp_path_factory):
         return config.run_dir, *exports
 
 
-def test_half_the_bytes_are_half_the_bytes(runs, runtime, tmp_path):
-    """In 16 bits, on top of what is pruned; and it is read as what it is."""
+def test_sixteen_bits_halve_the_export(runs, runtime, tmp_path):
+    """Exporting in 16 bits halves the weights of a pruned model, and the file can be read."""
     run_dir, small, _ = runs
     half = exporting(ExportConfig(run_dir, str(tmp_path / "half"), precision="bf16"), 1)
     export_run(half, runtime)
     sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.to)]
-    assert sizes[1] < 0.8 * sizes[0]  # names and shapes take as much as ever
+    assert sizes[1] < 0.8 * sizes[0]  # names and shapes take the same space
     whole, rounded = (
         values(runtime, small, LAYOUTS["single"]),
         values(runtime, half.to, LAYOUTS["single"]),
@@ -158,7 +158,7 @@ def test_half_the_bytes_are_half_the_bytes(runs, runtime, tmp_path):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_what_is_exported_is_smaller_and_says_the_same(ranks, runs, layout):
+def test_an_export_without_pruned_units_is_smaller_and_equal(ranks, runs, layout):
     run_dir, small, at_once = runs
     strategy, config = LAYOUTS[layout], load_config(small)
     assert (config.model.heads, config.model.head_width, config.model.ffn_width) == (2, 4, 16)
@@ -201,7 +201,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_what_cannot_be_pruned_is_one_message(message):
+def test_an_unsupported_pruning_is_one_message(message):
     compress, model = BAD[message]
     (found,) = compress_problems(compress, model, StrategyConfig())
     assert message in found

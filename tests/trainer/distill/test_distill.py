@@ -1,4 +1,4 @@
-"""Smaller students: the divergence is torch's, and a run is taught by another one."""
+"""Distillation: the divergence against torch's, and runs with a live teacher."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ STUDENT = replace(tiny.LLAMA, vocab_size=280, dropout=0.1)
 
 @pytest.mark.parametrize("shape", [(3, 5, 11), (7, 11)])
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_the_divergence_is_torchs(shape, temperature):
+def test_the_divergence_equals_torchs(shape, temperature):
     draw = torch.Generator().manual_seed(0)
     ours, said = 3 * torch.randn(2, *shape, dtype=torch.float64, generator=draw)
     targets = torch.randint(0, 11, shape[:-1], generator=draw)
@@ -64,7 +64,7 @@ def test_the_divergence_is_torchs(shape, temperature):
     assert divergence_sum(said, said, targets, temperature).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_logits_of_half_precision_are_raised_first():
+def test_half_precision_logits_are_cast_to_float32():
     said = torch.randn(4, 9).bfloat16()
     found = divergence_sum(said.half(), said, torch.zeros(4, dtype=torch.int64), 2.0)
     assert found.dtype == torch.float32
@@ -72,7 +72,7 @@ def test_logits_of_half_precision_are_raised_first():
 
 @pytest.fixture(scope="module")
 def taught(ranks, tmp_path_factory) -> TrainConfig:
-    """A run that learns from another one, which has one checkpoint."""
+    """A run with a teacher that has one checkpoint."""
     folder = tmp_path_factory.mktemp("taught")
     data = tiny.text_data(folder / "data")
     teacher = ranks.run(1, made, folder, TEACHER, data)[0]
@@ -100,7 +100,7 @@ def trained(runtime: Runtime, config: TrainConfig) -> None:
 
 
 def losses(ranks, config: TrainConfig, name: str, **changes) -> list[float]:
-    """Of a run's three steps."""
+    """Return the losses of a run's three steps."""
     config = replace(config, run_dir=f"{config.run_dir}-{name}", **changes)
     world = world_size(config.strategy)
     ranks.run(world, trained, training(config, world), timeout_seconds=300.0)
@@ -111,7 +111,7 @@ def losses(ranks, config: TrainConfig, name: str, **changes) -> list[float]:
 
 
 @pytest.mark.parametrize("axis", ["replicate", "shard", "tensor", "pipeline", "context"])
-def test_a_run_is_taught_alike_under_every_layout(ranks, taught, axis):
+def test_distillation_is_identical_under_every_layout(ranks, taught, axis):
     one = losses(ranks, taught, f"one-{axis}")
     two = losses(ranks, taught, f"two-{axis}", strategy=StrategyConfig(**{axis: 2}))
     assert two == pytest.approx(one, rel=1e-10)
@@ -121,7 +121,7 @@ def test_a_run_is_taught_alike_under_every_layout(ranks, taught, axis):
 
 @pytest.fixture
 def damaged(taught, tmp_path) -> TrainConfig:
-    """A run whose teacher has one checkpoint, which is not what was saved."""
+    """A run whose teacher has one checkpoint, which is damaged."""
     folder = tmp_path / "teacher"
     shutil.copytree(taught.compress.teacher, folder)
     (file,) = folder.glob("checkpoints/*/*.safetensors")
@@ -130,20 +130,20 @@ def damaged(taught, tmp_path) -> TrainConfig:
     return replace(taught, compress=compress, run_dir=str(tmp_path / "run"))
 
 
-def test_a_teacher_without_weight_changes_no_bit_and_is_not_read(ranks, damaged):
+def test_a_teacher_with_zero_weight_is_not_loaded_and_changes_nothing(ranks, damaged):
     silent = replace(damaged.compress, distill_weight=0.0)
     found = losses(ranks, damaged, "silent", compress=silent)
     assert found == losses(ranks, damaged, "alone", compress=CompressConfig())
 
 
-def test_a_damaged_teacher_is_not_learned_from(ranks, damaged):
+def test_a_damaged_teacher_is_rejected(ranks, damaged):
     message = f"compress.teacher={damaged.compress.teacher} holds no good checkpoint"
     with pytest.raises(RankFailedError, match=message):
         ranks.run(1, trained, training(damaged, 1))
 
 
 def held(runtime: Runtime, config: TrainConfig) -> dict[str, torch.Tensor] | None:
-    """The weights of the teacher that a rank has; those it must have are checked here."""
+    """Return the frozen teacher's weights, or None on a rank that needs no teacher."""
     state = loop.start(config, runtime)
     teacher = state.compression.teacher
     if teacher is None:
@@ -166,7 +166,7 @@ def measured(runtime: Runtime, run_dir: str) -> None:
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-def test_a_teacher_is_whole_and_frozen_where_the_logits_are(ranks, taught, axis):
+def test_ranks_with_logits_hold_the_full_frozen_teacher(ranks, taught, axis):
     config = replace(taught, run_dir=f"{taught.run_dir}-held-{axis}", precision="bf16")
     config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
     first, last = ranks.run(2, held, config)
@@ -176,13 +176,13 @@ def test_a_teacher_is_whole_and_frozen_where_the_logits_are(ranks, taught, axis)
     assert all(torch.equal(last[name], weight.bfloat16()) for name, weight in due.items())
 
 
-def test_states_apart_are_a_mean_over_pairs_of_valid_positions():
+def test_similarity_loss_is_a_mean_over_pairs_of_valid_positions():
     draw = torch.Generator().manual_seed(0)
     ours = torch.randn(3, 5, 6, dtype=torch.float64, generator=draw)
-    theirs = torch.randn(3, 5, 9, dtype=torch.float64, generator=draw)  # of another width
+    theirs = torch.randn(3, 5, 9, dtype=torch.float64, generator=draw)  # another width
     valid = torch.arange(5) < torch.tensor([[5], [3], [0]])
     targets = torch.tensor([4, 2, 0])
-    ours[1, 4] = 0  # is not valid, and has no direction
+    ours[1, 4] = 0  # not valid, and without a direction
     due = 0.0
     for row, places in enumerate((range(5), range(3))):
         pairs = [(i, j) for i in places for j in places]
@@ -202,7 +202,7 @@ def test_states_apart_are_a_mean_over_pairs_of_valid_positions():
 
 @pytest.fixture(scope="module")
 def matched(ranks, taught) -> TrainConfig:
-    """As `taught`, in micro-batches, with states learned from a teacher that is wider."""
+    """Like `taught`, in micro-batches, with hidden states matched to a wider teacher's."""
     folder = Path(taught.run_dir).with_name("wide")
     teacher = ranks.run(1, made, folder, replace(TEACHER, width=24, layers=3), taught.data)[0]
     compress = CompressConfig(teacher=teacher.run_dir, match=[[0, 1], [1, 2]], match_weight=5.0)
@@ -210,7 +210,7 @@ def matched(ranks, taught) -> TrainConfig:
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
-def test_states_are_matched_alike_under_every_layout(ranks, matched, axis):
+def test_matching_is_identical_under_every_layout(ranks, matched, axis):
     one = losses(ranks, matched, f"one-{axis}")
     two = losses(
         ranks,
@@ -226,7 +226,7 @@ def test_states_are_matched_alike_under_every_layout(ranks, matched, axis):
 
 
 def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor]:
-    """Forwards of the teacher in a step and in an evaluation, and what a scale makes of a norm."""
+    """Return the teacher's forwards in a step and an evaluation, and a scaled gradient norm."""
     state, forwards = loop.start(config, runtime), []
     teacher, worker = state.compression.teacher, state.worker
     teacher.register_forward_hook(lambda *_: forwards.append(1))
@@ -246,7 +246,7 @@ def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor
 
 
 @pytest.mark.parametrize("axis", ["replicate", "shard", "pipeline"])
-def test_a_teacher_is_asked_once_by_each_rank_that_learns(ranks, matched, axis):
+def test_each_rank_that_distills_runs_the_teacher_once(ranks, matched, axis):
     config = replace(matched, run_dir=f"{matched.run_dir}-asked-{axis}")
     config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
     micro_batches = 4 if axis == "pipeline" else 2
@@ -300,7 +300,7 @@ def test_states_are_matched_with_those_of_the_same_positions():
 
 @pytest.fixture
 def alone(ranks, taught, tmp_path) -> TrainConfig:
-    """A run with a checkpoint whose teacher is gone."""
+    """A run with a checkpoint whose teacher has been deleted."""
     shutil.copytree(taught.compress.teacher, tmp_path / "teacher")
     compress = replace(taught.compress, teacher=str(tmp_path / "teacher"))
     config = replace(taught, compress=compress, run_dir=str(tmp_path / "student"), steps=1)
@@ -309,8 +309,8 @@ def alone(ranks, taught, tmp_path) -> TrainConfig:
     return config
 
 
-def test_a_run_whose_teacher_is_gone(ranks, runtime, alone):
-    assert ranks.run(1, weights, alone.run_dir)[0]  # is read as any other
+def test_a_run_whose_teacher_was_deleted_can_be_loaded(ranks, runtime, alone):
+    assert ranks.run(1, weights, alone.run_dir)[0]  # it can be loaded like any other
     measured(runtime, alone.run_dir)
     with pytest.raises(AlreadyFinishedError):
         training(alone, 1)
@@ -326,7 +326,7 @@ def test_a_run_whose_teacher_is_gone(ranks, runtime, alone):
     assert checkpoints(alone.run_dir)[-1][0] == 2
 
 
-def test_who_cannot_teach_is_one_message(taught, tmp_path):
+def test_an_incompatible_teacher_is_one_message(taught, tmp_path):
     here, folder = replace(taught, run_dir=str(tmp_path / "run")), Path(taught.compress.teacher)
     other = replace(here, compress=CompressConfig(teacher=str(folder.with_name("rum"))))
     assert (
@@ -368,12 +368,12 @@ def test_a_classifiers_teacher_reads_the_same_images():
         assert f"model.{key}=12, but model.{key}={getattr(ours.model, key)} here" in message
 
 
-def test_pieces_of_the_loss_are_refused(taught):
+def test_a_chunked_loss_is_rejected(taught):
     (message,) = problems(replace(taught, loss=LossConfig(chunks=4)), 1)
     assert "loss.chunks=4 makes them in pieces; set loss.chunks=1" in message
 
 
-def test_a_teacher_that_still_learns_is_warned_about(taught, tmp_path, caplog):
+def test_an_unfinished_teacher_gives_a_warning(taught, tmp_path, caplog):
     with caplog.at_level("WARNING"):
         training(replace(taught, run_dir=str(tmp_path / "run")), 1)
     assert "is at step 0 of 1000: whoever starts later learns from a newer" in caplog.text

@@ -1,4 +1,4 @@
-"""What a teacher has said is kept and learned from: the same rows, whoever reads them."""
+"""Precomputed teacher logits: written and read identically under every layout."""
 
 import json
 import os
@@ -43,7 +43,7 @@ from trainer.nn.sequence import FullContext
 from trainer.run.run_dir import load_config
 
 ROOT = Path(__file__).parents[3]
-# Of each kind: the data, a teacher, and a student of another shape.
+# For each kind of data: the data, a teacher, and a student of another shape.
 KINDS = {
     "text": (tiny.text_data, replace(tiny.GPT, vocab_size=280), {"layers": 1}),
     "images": (tiny.image_data, tiny.CLASSIFIER, {"layers": 1, "pool": "class_token"}),
@@ -68,7 +68,7 @@ def trained(runtime: Runtime, config: TrainConfig) -> None:
 
 @pytest.fixture(scope="module", params=KINDS)
 def teacher(ranks, tmp_path_factory, request) -> TrainConfig:
-    """A run of each kind of data, with one checkpoint."""
+    """A run for each kind of data, with one checkpoint."""
     return ranks.run(1, made, tmp_path_factory.mktemp(request.param), request.param)[0]
 
 
@@ -89,7 +89,7 @@ def keep(ranks, teacher: TrainConfig, name: str, k: int = K, **degrees) -> Path:
 
 
 def student(teacher: TrainConfig, folder: Path, name: str, **changes) -> TrainConfig:
-    """A run of four steps, which learns from what is kept in a folder, or from a run."""
+    """Return a run of four steps, distilled from recorded logits or from a run."""
     kind = teacher.data.kind
     config = TrainConfig(
         data=teacher.data,
@@ -116,7 +116,7 @@ def losses(ranks, config: TrainConfig) -> list[float]:
 
 
 def said(runtime: Runtime, teacher: TrainConfig, folder: Path) -> list:
-    """Of two steps' micro-batches: what the teacher says, what was kept of it, and the targets."""
+    """Return the teacher's logits, the recorded ones and the targets of two steps."""
     config = training(student(teacher, Path(teacher.run_dir), "live"), 1)
     model = loop.start(config, runtime).compression.teacher
     dataset = Answered(open_split(config.data, "train"), Answers(folder))
@@ -128,7 +128,7 @@ def said(runtime: Runtime, teacher: TrainConfig, folder: Path) -> list:
         return [(model(b), kept_answer(b, classes, FullContext()), b["targets"]) for b in batches]
 
 
-def test_what_is_kept_is_the_teachers_of_those_samples(ranks, teacher):
+def test_recorded_logits_are_the_teachers(ranks, teacher):
     folder = keep(ranks, teacher, "answers")
     for logits, kept, targets in ranks.run(1, said, teacher, folder)[0]:
         logits, kept = (x[targets != IGNORED] for x in (logits, kept))
@@ -138,7 +138,7 @@ def test_what_is_kept_is_the_teachers_of_those_samples(ranks, teacher):
         torch.testing.assert_close(kept.gather(-1, classes).double(), due, rtol=1e-3, atol=1e-5)
 
 
-def test_every_layout_keeps_the_same(ranks, teacher):
+def test_every_layout_records_the_same_logits(ranks, teacher):
     axis = {"text": "tensor", "images": "replicate", "pairs": "pipeline"}[teacher.data.kind]
     ours, theirs = (keep(ranks, teacher, "answers"), keep(ranks, teacher, axis, **{axis: 2}))
     one, two = (load_file(folder / "answers-00000.safetensors") for folder in (ours, theirs))
@@ -150,12 +150,12 @@ def test_every_layout_keeps_the_same(ranks, teacher):
     assert Answers(ours).facts == replace(Answers(theirs).facts, files=Answers(ours).facts.files)
 
 
-# Where a run begins and where it goes on: parts of the classes, parts of the positions.
+# Layouts of start and resume: vocabulary shards, then sequence shards.
 LAYOUTS = {"text": ("tensor", "context"), "images": ("shard", "tensor")}
 LAYOUTS["pairs"] = ("pipeline", "replicate")
 
 
-def test_a_run_learns_alike_under_every_layout_and_when_it_goes_on(ranks, teacher):
+def test_recorded_logits_train_identically_under_every_layout_and_on_resume(ranks, teacher):
     folder = keep(ranks, teacher, "answers")
     optim = OptimConfig(lr=1e-2, schedule="constant")
     one = losses(ranks, student(teacher, folder, "one", optim=optim))
@@ -167,8 +167,8 @@ def test_a_run_learns_alike_under_every_layout_and_when_it_goes_on(ranks, teache
     assert two == pytest.approx(one, rel=1e-10)
 
 
-def test_all_classes_teach_as_the_run_itself_does(ranks, teacher):
-    if teacher.data.kind == "text":  # windows of a live teacher begin elsewhere in each epoch
+def test_recorded_logits_of_all_classes_equal_a_live_teacher(ranks, teacher):
+    if teacher.data.kind == "text":  # a live teacher gets other windows in each epoch
         return
     folder = keep(ranks, teacher, "all", k=classes_of(teacher.model))
     live = losses(ranks, student(teacher, Path(teacher.run_dir), "with-teacher", steps=2))
@@ -178,7 +178,7 @@ def test_all_classes_teach_as_the_run_itself_does(ranks, teacher):
     assert abs(losses(ranks, alone)[0] - kept[0]) > 0.02
 
 
-def test_what_is_kept_is_logits_and_their_classes():
+def test_top_k_logits_are_recorded_with_their_classes():
     logits = torch.tensor([[[1.0, 3.0, -1e9, 2.0], [0.0, 0.0, 9.0, 8.5]], [[5.0, 1, 2, 3]] * 2])
     targets = torch.tensor([[1, IGNORED], [0, 2]])
     first, second = largest(logits, targets, k=3)
@@ -189,7 +189,7 @@ def test_what_is_kept_is_logits_and_their_classes():
     assert largest(wide, torch.tensor([0]), k=1)[0][1].tolist() == [[69_999]]
 
 
-def test_classes_that_were_not_kept_count_as_impossible():
+def test_classes_that_were_not_recorded_have_zero_probability():
     inputs = {
         "answer_logits": torch.tensor([[[0.0, -1.0]], [[0.0, 0.0]]]).half(),
         "answer_classes": torch.tensor([[[4, 1]], [[0, 0]]], dtype=torch.int32),
@@ -208,7 +208,7 @@ def test_classes_that_were_not_kept_count_as_impossible():
 
 @pytest.fixture(scope="module")
 def folder(ranks, tmp_path_factory) -> Path:
-    """Answers about text, with the run that gave them beside."""
+    """Teacher logits for text, and the run that they are from."""
     config = ranks.run(1, made, tmp_path_factory.mktemp("refused"), "text")[0]
     return keep(ranks, config, "answers")
 
@@ -218,7 +218,7 @@ def config_of(folder: Path, name: str) -> TrainConfig:
     return student(teacher, folder, name)
 
 
-def test_what_the_answers_are_not_about_is_one_message(folder, tmp_path):
+def test_recorded_logits_of_other_data_are_one_message(folder, tmp_path):
     here = replace(config_of(folder, "run"), run_dir=str(tmp_path / "run"))
     short = replace(here, data=replace(here.data, seq_len=9))
     assert "about data.seq_len=16, but data.seq_len=9 here; set data.seq_len=16" in tiny.no_teacher(
@@ -249,7 +249,7 @@ def test_what_the_answers_are_not_about_is_one_message(folder, tmp_path):
     assert "about data.kind=text, but data.kind=pairs here" in tiny.no_teacher(pairs)
 
 
-def test_images_that_move_are_not_the_ones_that_were_answered(folder):
+def test_augmented_images_are_rejected_with_recorded_logits(folder):
     facts = replace(Answers(folder).facts, kind="images", classes=7)
     compress = CompressConfig(teacher="answers")
     config = TrainConfig(
@@ -261,12 +261,12 @@ def test_images_that_move_are_not_the_ones_that_were_answered(folder):
     assert answers_problems(config, facts) == []
 
 
-def test_damaged_answers_are_one_message(folder, tmp_path):
+def test_damaged_logits_are_one_message(folder, tmp_path):
     here = replace(config_of(folder, "run"), run_dir=str(tmp_path / "run"))
     damaged = tmp_path / "damaged"
     here = replace(here, compress=replace(here.compress, teacher=str(damaged)))
     file = damaged / "answers-00000.safetensors"
-    again = "ask the teacher again: launch/teach.py"
+    again = "precompute the teacher logits again: launch/teach.py"
 
     def anew() -> None:
         shutil.rmtree(damaged, ignore_errors=True)
@@ -274,7 +274,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
 
     anew()
     file.write_bytes(file.read_bytes()[:-1])
-    assert "is damaged (answers-00000.safetensors has not its" in tiny.no_teacher(here)
+    assert "is damaged (answers-00000.safetensors does not have " in tiny.no_teacher(here)
     file.unlink()
     assert tiny.no_teacher(here).endswith(again)
     (damaged / "answers.json").write_text("{")
@@ -283,7 +283,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
     tensors = load_file(file)
     tensors["classes"][3, 0] = 280
     save_file(tensors, file)
-    with pytest.raises(UserError, match=r"is damaged .what it says of sample 0 is no logit"):
+    with pytest.raises(UserError, match=r"is damaged .sample 0 has a non-finite logit or "):
         Answers(damaged).rows(0)
     answers = Answers(damaged)
     file.write_bytes(file.read_bytes()[:2000])
@@ -291,7 +291,7 @@ def test_damaged_answers_are_one_message(folder, tmp_path):
         answers.rows(1)
 
 
-def test_what_cannot_be_asked_is_one_message(folder):
+def test_invalid_precompute_settings_are_one_message(folder):
     run = str(folder.with_name("run"))
     with pytest.raises(UserError, match=r"k=281 is more than the 280 classes .*; set k=280"):
         teaching(TeachConfig(run, "new", k=281), 1)
@@ -302,8 +302,8 @@ def test_what_cannot_be_asked_is_one_message(folder):
         teaching(TeachConfig(run), 1)
 
 
-def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(teach, "FILE_BYTES", 1)  # a file for every sample
+def test_a_folder_is_complete_or_absent(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(teach, "FILE_BYTES", 1)  # one file per sample
     new = tmp_path / "new"
     for fails in (True, False):
         with suppress(KeyboardInterrupt), new_folder(new) as partial:
@@ -323,7 +323,7 @@ def test_a_folder_is_whole_or_not_there(folder, tmp_path, monkeypatch):
     assert answers.rows(1)[1].tolist() == [[7, 7, 7]]
 
 
-def test_the_door(folder, tmp_path):
+def test_the_precompute_command(folder, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "teach.py"), "device=cpu"]
     command += [f"run_dir={folder.with_name('run')}", f"to={tmp_path / 'kept'}", f"k={K}"]
     done = subprocess.run(
@@ -336,7 +336,7 @@ def test_the_door(folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     count = Answers(folder).facts.samples
-    assert f"answers: {tmp_path / 'kept'}, {count} samples, " in done.stdout
+    assert f"teacher logits: {tmp_path / 'kept'}, {count} samples, " in done.stdout
     assert replace(Answers(tmp_path / "kept").facts, files=()) == replace(
         Answers(folder).facts, files=()
     )

@@ -1,4 +1,4 @@
-"""The FLOP formula against torch's own counter on real models, and the table of peaks."""
+"""Compare the FLOP formula with torch's counter on real models; test the table of peaks."""
 
 from dataclasses import replace
 
@@ -37,14 +37,14 @@ MODELS = {
 
 
 def _counted(config: ModelConfig) -> int:
-    """FLOPs that torch counts in one forward and backward of a batch."""
+    """Return the FLOPs that torch counts in one forward and backward of a batch."""
     model = Transformer(config)
     inputs = {
         "tokens": torch.zeros(BATCH, SEQ_LEN, dtype=torch.int64),
         "source": torch.zeros(BATCH, SOURCE_LEN, dtype=torch.int64),
         "images": torch.zeros(BATCH, 3, 8, 8),
     }
-    # Torch does not count the CPU's fused attention; the plain one is products that it does count.
+    # torch does not count the CPU's fused attention; it does count the products of the math one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits = model(inputs)
         assert isinstance(logits, torch.Tensor)

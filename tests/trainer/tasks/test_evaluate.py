@@ -1,4 +1,4 @@
-"""Evaluation against torch's cross-entropy, sacreBLEU and counts by hand, sample by sample."""
+"""Compare evaluation with torch's cross-entropy, sacreBLEU and hand counts by sample."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def runs(runtime, tmp_path_factory):
-    """A run of each family; its loss smooths labels, which evaluation must not."""
+    """A run of each family, with label smoothing, which evaluation must not apply."""
     folder = tmp_path_factory.mktemp("runs")
     made = {}
     for kind, model, data in (
@@ -52,7 +52,7 @@ def runs(runtime, tmp_path_factory):
 
 
 def one_by_one(worker, dataset, samples=None):
-    """Total nats, valid targets and right answers, from batches of one sample."""
+    """Return total nats, valid targets and correct predictions, from batches of one sample."""
     nats, valid, right = 0.0, 0, 0
     for index in map(int, evaluated(len(dataset), samples or 0)):
         batch = dataset.collate([dataset.sample(index, None)])
@@ -90,12 +90,12 @@ def test_text_equals_cross_entropy_by_hand(runtime, runs):
     assert worker.model.training
 
 
-def test_a_part_of_a_text_has_the_split_s_tokens_per_character(runtime, runs):
+def test_some_samples_of_a_text_use_the_split_s_tokens_per_character(runtime, runs):
     worker, dataset = of_one_rank(runs["text"], runtime)
     nats, valid, _ = one_by_one(worker, dataset, samples=5)
     values = evaluate(worker, dataset, micro_batch_size=2, samples=5)
     assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
-    # Whatever is measured, bits per character and nats per token differ by one factor.
+    # Bits per character and nats per token differ by a constant factor.
     whole = evaluate(worker, dataset, micro_batch_size=2)
     factor = whole["bits_per_character"] / whole["eval_loss"]
     assert values["bits_per_character"] == pytest.approx(factor * nats / valid, rel=1e-12)
@@ -110,7 +110,7 @@ def test_images_equal_a_count_by_hand(runtime, runs):
     assert values == pytest.approx(expected, rel=1e-12)
 
 
-def test_a_part_of_pairs_is_measured_by_its_own_references(runtime, runs):
+def test_some_samples_of_pairs_use_their_own_references(runtime, runs):
     worker, dataset = of_one_rank(runs["pairs"], runtime, seed=1)
     tokenizer = open_tokenizer(runs["pairs"].data)
     asked = []
@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_has_no_finite_perplexity(runtime, runs, plant
 
 
 @pytest.mark.parametrize("kind", ["images", "pairs"])
-def test_logits_that_are_nan_are_right_about_nothing(runtime, runs, kind):
+def test_nan_logits_give_nan_metrics(runtime, runs, kind):
     worker, dataset = of_one_rank(runs[kind], runtime)
     forward, tokenizer = worker.forward, open_tokenizer(runs[kind].data)
     with mock.patch.object(worker, "forward", lambda *a: forward(*a) * math.nan):
@@ -161,7 +161,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
         hypotheses.append(tokenizer.decode(ids[0]))
     lines = Path(runs["pairs"].data.path, "test.tsv").read_text().splitlines()
     references = [line.split("\t")[1] for line in lines]
-    # An untrained model gets nothing right: let it have been asked for some of what it says.
+    # An untrained model predicts nothing correctly: take some of its predictions as targets.
     references[::2] = hypotheses[::2]
     dataset.reference = references.__getitem__
     bleu = sacrebleu.corpus_bleu(hypotheses, [references]).score
@@ -173,7 +173,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
 
 
 class Echo:
-    """A tokenizer of two words, so that an untrained model gets some of them right."""
+    """A tokenizer of two words, so that an untrained model predicts some correctly."""
 
     eot_id = 0
 
@@ -182,7 +182,7 @@ class Echo:
 
 
 def evaluate_layout(runtime, configs, strategy, micro_batch_size):
-    """The values of each family on this rank; unequal shares of samples are filled up."""
+    """Return the values of each family on this rank; unequal numbers of samples are padded."""
     found = {}
     for kind, config in configs.items():
         worker = tiny.make_worker(runtime, config.model, strategy, seed=1)
@@ -218,7 +218,7 @@ def test_no_dropout_and_no_gradients_while_evaluating(runtime, runs):
 
 
 def train_around_an_evaluation(runtime, config, strategy, evaluates):
-    """The next step's loss and gradient norm, and whether parameters are as before."""
+    """Return the next step's loss and gradient norm, and whether parameters are unchanged."""
     worker = tiny.make_worker(runtime, config.model, strategy)
     if evaluates:
         evaluate(worker, open_split(config.data, "test"), micro_batch_size=2)
@@ -249,7 +249,7 @@ def test_evaluation_leaves_a_sharded_model_as_it_was(ranks, runs, strategy):
     assert with_it[0][2] == {True}
 
 
-def test_door_shows_the_values_of_the_split(runtime, runs, capsys):
+def test_the_evaluate_command_prints_the_values_of_the_split(runtime, runs, capsys):
     run = runs["pairs"]
     tokenizer, worker = open_tokenizer(run.data), tiny.make_worker(runtime, run.model)
     split = open_split(run.data, "valid")
@@ -263,7 +263,7 @@ def test_door_shows_the_values_of_the_split(runtime, runs, capsys):
     assert f"{run.run_dir}, valid split" in shown and bleu_signature() in shown
     for name, value in values.items():
         assert name in shown and f"{value:.4f}" in shown
-    assert sorted(Path(run.run_dir).rglob("*")) == before  # a run is only read
+    assert sorted(Path(run.run_dir).rglob("*")) == before  # the run directory is unchanged
 
 
 def test_bleu_signature_is_sacrebleu_s():

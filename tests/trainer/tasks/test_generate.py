@@ -1,4 +1,4 @@
-"""Generation against plain forwards without a cache, exhaustive search and transformers."""
+"""Compare generation with forwards without a cache, exhaustive search and transformers."""
 
 import itertools
 from dataclasses import replace
@@ -22,7 +22,7 @@ from trainer.tasks.image_classification import read_image
 
 PROMPT = [3, 1, 4, 1, 5]
 IMAGES = replace(tiny.CLASSIFIER, image_size=8, channels=1, classes=7, max_positions=5)
-NO_END = -1  # an id that no model writes
+NO_END = -1  # an id that no model generates
 BOS = EOS = 0
 PAD = 1
 # The translations of the first six end early, at several lengths: ranks must wait for each other.
@@ -43,7 +43,7 @@ SOURCES = [
 
 
 def greedy(worker, tokens):
-    """The likeliest next token, by a forward without a cache."""
+    """Return the most probable next token, by a forward without a cache."""
     with worker.evaluating():
         return int(worker.model({"tokens": torch.tensor([tokens])})[0, -1].argmax())
 
@@ -63,7 +63,7 @@ def test_cached_text_equals_forwards_without_a_cache(runtime, model, prompt):
 
 
 @pytest.mark.parametrize("model", [tiny.LLAMA, tiny.GPT])
-def test_text_beyond_the_positions_goes_on_from_the_newer_half(runtime, model):
+def test_text_beyond_the_positions_continues_from_the_newer_half(runtime, model):
     worker = tiny.make_worker(runtime, model)
     prompt = [(7 * i) % 23 for i in range(20)]
     history, window = list(prompt), prompt[-16:]
@@ -99,7 +99,7 @@ def test_the_seed_decides_the_text(runtime):
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
-    assert worker.model.training  # as it was
+    assert worker.model.training  # the mode is restored
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.7), (3, 1.0), (40, 0.3), (6, 0.6), (0, 1e-9)])
@@ -133,7 +133,7 @@ def ours(worker, sources, **options):
 
 
 def log_probabilities(worker, source, *translations):
-    """(N,S,V) after each token of each translation of one sentence, without padding or cache."""
+    """Return logits (N,S,V) of N translations of one sentence, without padding or cache."""
     inputs = {
         "source": torch.tensor([source] * len(translations)),
         "tokens": torch.tensor([[BOS, *tokens] for tokens in translations]),
@@ -167,7 +167,7 @@ def test_as_many_beams_as_sentences_find_the_best_of_all(runtime, penalty):
         scores = {}
         longest = list(itertools.product(range(1, 5), repeat=3))
         for row, step_SV in zip(longest, log_probabilities(worker, source, *longest), strict=True):
-            for length in range(4):  # and the end is the fourth token at the latest
+            for length in range(4):  # the end token is the fourth at the latest
                 steps = enumerate([*row[:length], EOS])
                 total = sum(step_SV[i, token].item() for i, token in steps)
                 scores[row[:length]] = total / (length + 1) ** penalty
@@ -178,7 +178,7 @@ def test_as_many_beams_as_sentences_find_the_best_of_all(runtime, penalty):
 
 
 def plain_beam_search(worker, source, beams, penalty, max_tokens):
-    """Beam search on Python lists, one sentence, without any early stop but K finished ones."""
+    """Beam search on Python lists, one sentence; stops early only with K finished ones."""
     alive, finished = [(0.0, [])], []
     for _ in range(max_tokens):
         candidates = []
@@ -199,7 +199,7 @@ def plain_beam_search(worker, source, beams, penalty, max_tokens):
 
 @pytest.mark.parametrize(("beams", "penalty"), [(2, 1.0), (4, 0.6), (3, 0.0)])
 def test_batched_beams_equal_a_plain_beam_search(runtime, beams, penalty):
-    # Of so few tokens the end is often among the best candidates.
+    # With so few tokens the end token is often among the best candidates.
     worker = tiny.make_worker(runtime, replace(tiny.TRANSLATOR, vocab_size=7), seed=2)
     sources = [[1 + token % 6 for token in source] for source in SOURCES]
     expected = [plain_beam_search(worker, source, beams, penalty, 8) for source in sources]
@@ -209,7 +209,7 @@ def test_batched_beams_equal_a_plain_beam_search(runtime, beams, penalty):
 
 
 def use_everywhere(runtime, strategy, layers=2):
-    """Texts, translations and classes of one rank; each rank has sentences of its own."""
+    """Return texts, translations and classes of one rank; each rank has its own sentences."""
     writer, translator, classifier = (
         tiny.make_worker(runtime, replace(model, layers=layers), strategy)
         for model in (tiny.LLAMA, tiny.TRANSLATOR, IMAGES)
@@ -245,7 +245,7 @@ def use_everywhere(runtime, strategy, layers=2):
         StrategyConfig(tensor=2, pipeline=2),
     ],
 )
-def test_any_layout_writes_the_same(ranks, runtime, strategy):
+def test_any_layout_generates_the_same(ranks, runtime, strategy):
     layers = 4 if strategy.pipeline > 1 else 2
     text, classes, greedy_ids, beam_ids = use_everywhere(runtime, StrategyConfig(), layers)
     found = ranks.run(world_size(strategy), use_everywhere, strategy, layers)
@@ -264,7 +264,7 @@ def answer(capsys, runtime, run, prompt, **options):
     return capsys.readouterr().out
 
 
-def test_door_goes_on_from_a_text(tmp_path, capsys, runtime):
+def test_the_generate_command_continues_a_text(tmp_path, capsys, runtime):
     model = replace(tiny.LLAMA, vocab_size=0)
     run = tiny.make_run(tmp_path, runtime, model, tiny.text_data(tmp_path))
     tokenizer = open_tokenizer(run.data)
@@ -279,7 +279,7 @@ def test_door_goes_on_from_a_text(tmp_path, capsys, runtime):
     assert answer(capsys, runtime, run, "", max_tokens=9).strip()
 
 
-def test_door_translates_line_by_line(tmp_path, capsys, runtime):
+def test_the_generate_command_translates_line_by_line(tmp_path, capsys, runtime):
     model = replace(tiny.TRANSLATOR, vocab_size=0)
     run = tiny.make_run(tmp_path, runtime, model, tiny.pairs_data(tmp_path))
     tokenizer = open_tokenizer(run.data)
@@ -298,7 +298,7 @@ def test_door_translates_line_by_line(tmp_path, capsys, runtime):
         answer(capsys, runtime, run, " ")
 
 
-def test_door_classifies_files_and_samples_of_the_data(tmp_path, capsys, runtime):
+def test_the_generate_command_classifies_files_and_samples(tmp_path, capsys, runtime):
     run = tiny.make_run(tmp_path, runtime, tiny.CLASSIFIER, tiny.image_data(tmp_path))
     with np.load(run.data.path) as arrays:
         pixels = arrays["x_test"][3]
@@ -325,7 +325,7 @@ def test_door_classifies_files_and_samples_of_the_data(tmp_path, capsys, runtime
     ("name", "message"),
     [("", "prompt is empty"), ("none.png", "No such file"), ("wide.npy", r"\(8, 9, 1\)")],
 )
-def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
+def test_a_prompt_that_is_not_an_image_is_one_message(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
     np.save("wide.npy", np.zeros((8, 9), np.uint8))
     with pytest.raises(UserError, match=message):
@@ -334,7 +334,7 @@ def test_a_prompt_that_is_no_such_image(tmp_path, monkeypatch, name, message):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_logits_that_are_not_finite_write_nothing(temperature, bad):
+def test_non_finite_logits_are_an_error(temperature, bad):
     logits_V = torch.tensor([0.1, bad, -torch.inf])
     with pytest.raises(UserError, match="logits are not finite"):
         sample_token(logits_V, temperature, 0, 1.0, torch.Generator())
@@ -344,7 +344,7 @@ def test_logits_that_are_not_finite_write_nothing(temperature, bad):
 
 
 @pytest.mark.parametrize("task", ["translation", "classification"])
-def test_a_model_that_has_diverged_answers_nothing(tmp_path, capsys, runtime, monkeypatch, task):
+def test_a_diverged_model_generates_nothing(tmp_path, capsys, runtime, monkeypatch, task):
     if task == "translation":
         model, data = replace(tiny.TRANSLATOR, vocab_size=0), tiny.pairs_data(tmp_path)
     else:

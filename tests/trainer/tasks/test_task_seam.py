@@ -1,4 +1,4 @@
-"""A task that is none of ours comes in as one class and one entry: nothing else knows of it."""
+"""A new task needs one class and one registry entry, and no other change."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from trainer.tasks.task import Task
 from trainer.verify.compare import compare, verdict
 
 MODEL = ModelConfig(family="encoder", inputs="tokens", pool="mean", tied=False)
-NO_ROW = -100.0  # instead of a sample's labels: it is not learned from
+NO_ROW = -100.0  # label of a sample that is ignored
 
 
 class TextClassification(Task):
