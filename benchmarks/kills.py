@@ -79,7 +79,7 @@ def fork(work, *args) -> int:
 
 def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mmap.mmap) -> None:
     """What one rank does: the job, as its doors would start it; rank 0 tells which step is done."""
-    step_done, begin, write = Recorder.step_done, Recorder.start, Saver._run
+    step_done, begin, write = Recorder.step_done, Recorder.start, Saver._write_all
 
     def tell(self: Recorder) -> None:
         step_done(self)
@@ -95,7 +95,7 @@ def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mm
 
     if rank == 0:
         Recorder.step_done, Recorder.start = tell, tell_start  # type: ignore[method-assign]
-        Saver._run = tell_save  # type: ignore[method-assign]
+        Saver._write_all = tell_save  # type: ignore[method-assign]
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
     with process_group("cpu", Ranks(store, rank, ranks)) as runtime:
         loop.train(config, runtime)
@@ -147,6 +147,7 @@ class Campaign:
         children = start(whole, ranks, self.reached)
         began = time.monotonic()
         while not self.reached[8]:
+            assert not os.waitpid(children[0], os.WNOHANG)[0], "the unbroken run never began"
             time.sleep(0.001)
         self.start_seconds, began = time.monotonic() - began, time.monotonic()
         assert wait(children) == {0}, "the unbroken run failed"
