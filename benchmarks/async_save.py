@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import torch
 from workload import llama, random_batch
 
-from parallel.runtime import Ranks, process_group
+from parallel.runtime import JobQueue, process_group
 from trainer import loop
 from trainer.config.train import CheckpointConfig, OptimConfig, TrainConfig
 from trainer.loop import open_saver
@@ -60,7 +60,7 @@ def measure(config: TrainConfig, state: TrainState, rounds: int) -> dict[str, li
 if __name__ == "__main__":
     defaults = [7, 768, 12]
     rounds, width, blocks = [*map(int, sys.argv[1:]), *defaults[len(sys.argv) - 1 :]]
-    with TemporaryDirectory() as folder, process_group("cpu", Ranks.alone()) as runtime:
+    with TemporaryDirectory() as folder, process_group("cpu", JobQueue.single_process()) as runtime:
         model = llama(width, blocks, SEQ_LEN, VOCABULARY)
         config = TrainConfig(
             model=model,
@@ -71,7 +71,7 @@ if __name__ == "__main__":
             checkpoint=CheckpointConfig(keep=1),
             optim=OptimConfig(lr=1e-4),
         )
-        state = loop.start(replace(config), runtime)
+        state = loop.start_run(replace(config), runtime)
         numbers = sum(p.numel() for p in state.worker.parameters().values())
         sys.stdout.write(f"{numbers / 1e6:.0f} M parameters, {3 * 4 * numbers / 1e9:.2f} GB\n")
         found = measure(config, state, rounds)

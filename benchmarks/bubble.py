@@ -14,9 +14,14 @@ from rich.table import Table
 from workload import by_sample, llama, on_ranks, pin, random_batch
 
 from parallel.parallel_model import ParallelModel
-from parallel.pipeline.schedules import SCHEDULES, bubble_formula, stages_per_rank, takes
-from parallel.pipeline.simulator import Action, Span, bubble, simulate
-from parallel.pipeline.torch_schedules import actions
+from parallel.pipeline.schedules import (
+    SCHEDULES,
+    accepts_micro_batches,
+    bubble_formula,
+    stages_per_rank,
+)
+from parallel.pipeline.simulator import Action, Span, bubble_fraction, simulate_schedule
+from parallel.pipeline.torch_schedules import list_actions
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
@@ -38,7 +43,7 @@ def workers(
     return {
         schedule: parallel_model(config, strategy_of(schedule), runtime, PRECISIONS["fp32"])
         for schedule in SCHEDULES
-        if takes(schedule, RANKS, micro_batches)
+        if accepts_micro_batches(schedule, RANKS, micro_batches)
     }
 
 
@@ -53,9 +58,9 @@ def measure(
     for step in range(WARMUP_STEPS + steps):
         for schedule, worker in pipelines.items():
             worker.zero_grad()
-            with worker.recording() as recording:
+            with worker.record_pipeline() as recording:
                 worker.forward_backward(batches)
-            spans = recording.gather()
+            spans = recording.gather_spans()
             if step >= WARMUP_STEPS:
                 found[schedule].append(spans)
     return found
@@ -72,7 +77,9 @@ def simulated(schedule: str, micro_batches: int, steps: list[list[Span]]) -> flo
         return cost[action.stage, action.kind]
 
     stages = stages_per_rank(strategy_of(schedule))
-    return bubble(simulate(actions(schedule, RANKS, stages, micro_batches), cost_of))
+    return bubble_fraction(
+        simulate_schedule(list_actions(schedule, RANKS, stages, micro_batches), cost_of)
+    )
 
 
 if __name__ == "__main__":
@@ -89,7 +96,7 @@ if __name__ == "__main__":
         f"ranks, {steps} steps",
     )
     for schedule, ran in found.items():
-        shares = [100 * bubble(spans) for spans in ran]
+        shares = [100 * bubble_fraction(spans) for spans in ran]
         lengths = [max(span.end for span in spans) for spans in ran]
         stages = stages_per_rank(strategy_of(schedule))
         formula = 100 * bubble_formula(schedule, RANKS, micro_batches, stages)

@@ -18,14 +18,14 @@ from torch import Tensor
 from torch import distributed as dist
 from workload import on_ranks
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import NAME
-from trainer.checkpoint.restore import choose
+from trainer.checkpoint.restore import find_newest_valid
 from trainer.config.train import ConfigError, ModelConfig, TrainConfig
-from trainer.loop import open_saver, resume, start
+from trainer.loop import open_saver, resume, start_run
 from trainer.state import TrainState
 
 KINDS = ("bit", "cut", "missing", "manifest")
@@ -55,7 +55,7 @@ def damage(folder: Path, kind: str, draw: random.Random) -> str:
 
 def here(state: TrainState) -> dict[str, Tensor]:
     """A copy of what this rank has of the state."""
-    return {name: local(t.detach()).clone() for name, t in state.tensors().items()}
+    return {name: local_tensor(t.detach()).clone() for name, t in state.state_tensors().items()}
 
 
 def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
@@ -68,12 +68,12 @@ def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
         device="cpu",
         run_dir=str(folder / "whole"),
     )
-    state = start(config, runtime)
+    state = start_run(config, runtime)
     expected: dict[str, Tensor] = {}
     with open_saver(config, state) as saver:
         for state.step in (10, GOOD, DAMAGED):
             for parameter in state.worker.parameters().values():
-                local(parameter.detach()).add_(0.25)
+                local_tensor(parameter.detach()).add_(0.25)
             saver.save(state)
             expected = here(state) if state.step == GOOD else expected
     config = replace(config, run_dir=str(folder / "hit"))
@@ -85,7 +85,7 @@ def survive(runtime: Runtime, folder: Path, count: int) -> list[str]:
             shutil.copytree(folder / "whole", config.run_dir)
             name = [damage(checkpoint_path(config.run_dir, DAMAGED), kind, draw)]
         dist.broadcast_object_list(name, src=0)
-        found = choose(Path(config.run_dir)).damaged.get(DAMAGED, "not found")
+        found = find_newest_valid(Path(config.run_dir)).damaged.get(DAMAGED, "not found")
         try:
             resume(config, state)
         except ConfigError as error:

@@ -12,7 +12,7 @@ from statistics import median
 import torch
 from torch import nn
 
-from trainer.compress.quantized_linear import CompressedLinear, Lens
+from trainer.compress.quantized_linear import CompressedLinear, QuantizationSpec
 from trainer.inference.export import compute_with_integers
 from trainer.nn.layers import Linear
 
@@ -24,7 +24,7 @@ def layer(kind: type[Linear]) -> nn.Sequential:
     made = nn.Sequential(kind(WIDTH, HIDDEN), nn.GELU(), kind(HIDDEN, WIDTH))
     for module in made:
         if isinstance(module, CompressedLinear):
-            module.lens = Lens(bits=8, input_bits=8)
+            module.lens = QuantizationSpec(bits=8, input_bits=8)
     compute_with_integers(made)
     return made
 

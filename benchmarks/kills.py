@@ -22,13 +22,13 @@ from tempfile import TemporaryDirectory
 
 from torch import distributed as dist
 
-from launch.cli.preflight import training
-from parallel.runtime import Ranks, process_group
+from launch.cli.preflight import prepare_training
+from parallel.runtime import JobQueue, process_group
 from parallel.strategy import StrategyConfig
 from trainer import loop
-from trainer.checkpoint.folder import checkpoints
-from trainer.checkpoint.manifest import DamagedError, check
-from trainer.checkpoint.save import Save, Saver
+from trainer.checkpoint.folder import list_checkpoints
+from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
+from trainer.checkpoint.save import PendingSave, Saver
 from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -79,7 +79,7 @@ def fork(work, *args) -> int:
 
 def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mmap.mmap) -> None:
     """What one rank does: the job, as its doors would start it; rank 0 tells which step is done."""
-    step_done, begin, write = Recorder.step_done, Recorder.start, Saver._write_all
+    step_done, begin, write = Recorder.step_done, Recorder.start_clock, Saver._write_all
 
     def tell(self: Recorder) -> None:
         step_done(self)
@@ -89,21 +89,21 @@ def rank_main(config: TrainConfig, rank: int, ranks: int, port: int, reached: mm
         begin(self, tokens)
         reached[8] = 1
 
-    def tell_save(self: Saver, save: Save) -> None:
+    def tell_save(self: Saver, save: PendingSave) -> None:
         reached[9:17] = save.step.to_bytes(8, "little")
         write(self, save)
 
     if rank == 0:
-        Recorder.step_done, Recorder.start = tell, tell_start  # type: ignore[method-assign]
+        Recorder.step_done, Recorder.start_clock = tell, tell_start  # type: ignore[method-assign]
         Saver._write_all = tell_save  # type: ignore[method-assign]
     store = dist.TCPStore("127.0.0.1", port, ranks, is_master=rank == 0)
-    with process_group("cpu", Ranks(store, rank, ranks)) as runtime:
+    with process_group("cpu", JobQueue(store, rank, ranks)) as runtime:
         loop.train(config, runtime)
 
 
 def start(config: TrainConfig, ranks: int, reached: mmap.mmap) -> list[int]:
     """Prepare as the door does, and start all ranks; their process ids."""
-    config = training(config, ranks)
+    config = prepare_training(config, ranks)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -117,16 +117,16 @@ def wait(children: list[int]) -> set[int]:
 
 def digests(config: TrainConfig) -> dict[str, str]:
     """SHA-256 of each file of the last checkpoint."""
-    step, path = checkpoints(config.run_dir)[-1]
+    step, path = list_checkpoints(config.run_dir)[-1]
     assert step == config.steps, step
-    return {name: entry.sha256 for name, entry in check(path).files.items()}
+    return {name: entry.sha256 for name, entry in check_folder(path).files.items()}
 
 
 def newest_good(config: TrainConfig) -> int:
     """The step of the newest checkpoint, all of which is as it was saved; 0 if there is none."""
-    found = checkpoints(config.run_dir)
+    found = list_checkpoints(config.run_dir)
     if found:
-        check(found[-1][1])
+        check_folder(found[-1][1])
     return found[-1][0] if found else 0
 
 
@@ -203,7 +203,7 @@ class Campaign:
         reached, begun = self.step(0), self.step(9)
         try:
             newest = newest_good(config)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             self.harm(f"unloadable: {error}")
             return
         if newest < max(before, begun - EVERY):

@@ -18,30 +18,32 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from conf import schema
-from conf.validation.validate import complete
-from parallel.runtime import Ranks, Runtime, process_group
+from conf.validation.validate import fill_from_data
+from parallel.runtime import JobQueue, Runtime, process_group
 from trainer import loop
 from trainer.config.train import TrainConfig
-from trainer.data import open_split, prepare
+from trainer.data import open_split, prepare_data
 from trainer.loop import open_saver
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
-from trainer.optim.lr_schedule import lr_at
+from trainer.nn.init import init_rows
+from trainer.optim.lr_schedule import learning_rate_at
 from trainer.optim.parameter_groups import has_weight_decay
 from trainer.precision import resolve_precision
-from trainer.resilience.supervisor import supervised
+from trainer.resilience.supervisor import supervise_run
 from trainer.run.run_dir import open_run_dir
 
 
 def configured(overrides: list[str], run_dir: str) -> TrainConfig:
     """launch/train.py's configuration, without what is not a training step."""
-    schema.register("now")
+    schema.register_schemas("now")
     quiet = ["eval.every=0", "eval.test=false", "checkpoint.every=0", "metrics.sample_tokens=0"]
     with initialize_config_dir(str(Path(schema.__file__).parent), version_base="1.3"):
-        config = schema.load("train", compose("train", [*quiet, *overrides, f"run_dir={run_dir}"]))
+        config = schema.build_config(
+            "train", compose("train", [*quiet, *overrides, f"run_dir={run_dir}"])
+        )
     assert isinstance(config, TrainConfig)
-    config = complete(config, prepare(config.data))
+    config = fill_from_data(config, prepare_data(config.data))
     open_run_dir(config)
     return config
 
@@ -54,7 +56,7 @@ class PlainLoop:
         compute = resolve_precision(config.precision, device).compute
         self.model = Transformer(config.model, compute).to(device)
         for name, p in self.model.named_parameters():
-            rows = draw_rows(config.model, config.seed, name, p.shape, 0, p.shape[0])
+            rows = init_rows(config.model, config.seed, name, p.shape, 0, p.shape[0])
             p.data.copy_(rows)
         named = list(self.model.named_parameters())
         groups = [
@@ -94,7 +96,7 @@ class PlainLoop:
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
             for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(self.step, 10_000, config.optim)
+                group["lr"] = learning_rate_at(self.step, 10_000, config.optim)
             self.optimizer.step()
             self.step += 1
             if self.step % config.metrics.every == 0:
@@ -111,7 +113,7 @@ def synchronise(device: torch.device) -> float:
 def measure(config: TrainConfig, runtime: Runtime, segments: int, steps: int) -> None:
     """Alternate the two loops and print tokens/s of each and the ratio."""
     plain = PlainLoop(config, runtime.device)
-    state = loop.start(config, runtime)
+    state = loop.start_run(config, runtime)
     loader = loop.open_loader(config, state)
     seconds: dict[str, list[float]] = {"plain": [], "samestep": []}
     for segment in range(segments + 1):
@@ -120,22 +122,22 @@ def measure(config: TrainConfig, runtime: Runtime, segments: int, steps: int) ->
         between = synchronise(runtime.device)
         part = replace(config, steps=state.step + steps)  # for the recorder's last line
         with (
-            supervised(part.run_dir, part.steps, part.timeout_seconds, runtime) as supervisor,
+            supervise_run(part.run_dir, part.steps, part.timeout_seconds, runtime) as supervisor,
             open_saver(part, state) as saver,
             loop.open_recorder(part, runtime, state) as recorder,
         ):
             run = loop.Run(part, state, loader, recorder, saver, supervisor)
             began = synchronise(runtime.device)
-            recorder.start(int(state.tokens.item()))
+            recorder.start_clock(int(state.tokens.item()))
             for _ in range(steps):
-                with recorder.waiting():
+                with recorder.track_data_wait():
                     micro_batches = next(loader)
-                with supervisor.watch.training():
+                with supervisor.watch.track_step():
                     step = loop.take_step(config, state, micro_batches)
                 recorder.step_done()
-                supervisor.done(state.step)
-                if recorder.due(state.step):
-                    loop.report(run, step)
+                supervisor.finish_step(state.step)
+                if recorder.is_due(state.step):
+                    loop.log_step(run, step)
             ended = synchronise(runtime.device)
         if segment:  # the first one warms up
             seconds["plain"].append(between - started)
@@ -154,5 +156,5 @@ if __name__ == "__main__":
     segments, steps = (numbers + [10, 20][len(numbers) :])[:2]
     with TemporaryDirectory() as folder:
         config = configured([a for a in sys.argv[1:] if "=" in a], f"{folder}/run")
-        with process_group(config.device, Ranks.alone()) as runtime:
+        with process_group(config.device, JobQueue.single_process()) as runtime:
             measure(config, runtime, segments, steps)

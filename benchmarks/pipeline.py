@@ -25,8 +25,8 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.config.train import ModelConfig
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
-from trainer.nn.sequence import FullSequence, Stream
+from trainer.nn.init import init_rows
+from trainer.nn.sequence import FullSequence, SequenceInfo
 
 RANKS, SEQ_LEN = 2, 128
 TORCH_CLASSES = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
@@ -51,14 +51,14 @@ class Part(nn.Module):
         self.blocks = nn.ModuleDict({name: whole.blocks[name] for name in names})
         self.embed = whole.embed if rank == 0 else None
         self.head = whole.head if rank == RANKS - 1 else None
-        self.angles = whole._rope
+        self.angles = whole._rotary_angles
         with torch.no_grad():
             for name, p in self.named_parameters():
-                p.copy_(draw_rows(config, 0, name, p.shape, 0, p.shape[0]))
+                p.copy_(init_rows(config, 0, name, p.shape, 0, p.shape[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         positions = torch.arange(SEQ_LEN, device=x.device)[None]
-        stream = Stream(SEQ_LEN, FullSequence(), causal=True, rope=self.angles(positions))
+        stream = SequenceInfo(SEQ_LEN, FullSequence(), causal=True, rope=self.angles(positions))
         if self.embed is not None:
             x = self.embed(x, positions, stream, torch.float32)
         for block in self.blocks.values():

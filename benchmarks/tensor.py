@@ -35,11 +35,11 @@ from workload import alternate, llama, on_ranks, random_batch, train_step
 from parallel.mesh import build_mesh
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
-from parallel.tensor.vocab_parallel import Vocabulary
+from parallel.tensor.vocab_parallel import VocabParallel
 from trainer.config.train import ModelConfig
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.nn.sequence import FullSequence
 
 RANKS, SEQ_LEN, LAYERS = 2, 128, 4
@@ -58,7 +58,7 @@ def filled(config: ModelConfig) -> Transformer:
     model = Transformer(config)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            p.copy_(draw_rows(config, 0, name, p.shape, 0, p.shape[0]))
+            p.copy_(init_rows(config, 0, name, p.shape, 0, p.shape[0]))
     return model
 
 
@@ -146,7 +146,7 @@ class _G(torch.autograd.Function):
 
 
 class _FloorLayout(FullSequence):
-    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
         return _F.apply(x_BSD)
 
 
@@ -172,12 +172,12 @@ def floor(config: ModelConfig, runtime: Runtime) -> Step:
     for block in model.blocks.values():
         for row in (block.attention.output, block.feed_forward.down):
             row.register_forward_hook(lambda module, inputs, output: _G.apply(output))
-    vocabulary = Vocabulary(config.vocab_size, dist.group.WORLD)
+    vocabulary = VocabParallel(config.vocab_size, dist.group.WORLD)
     tokens = model.embed.tokens  # type: ignore[union-attr]
     look_up = tokens.forward
 
     def own_rows(ids: Tensor, dtype: torch.dtype) -> Tensor:
-        row, mine = vocabulary.find(ids)
+        row, mine = vocabulary.local_rows(ids)
         return _G.apply(look_up(row, dtype) * mine.unsqueeze(-1))
 
     tokens.forward = own_rows

@@ -9,7 +9,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from parallel.pipeline.schedules import placed
+from parallel.pipeline.schedules import stage_to_rank
 from parallel.rank_pool import RankPool
 from parallel.strategy import world_size
 from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
@@ -21,7 +21,7 @@ if __name__ == "__main__":
     for name, strategy in (STRATEGIES | REDUCED).items():
         if sys.argv[1:] and not any(word in name for word in sys.argv[1:]):
             continue
-        stages = len(placed(strategy, strategy.pipeline))
+        stages = len(stage_to_rank(strategy, strategy.pipeline))
         model = scale_down(FAMILIES["decoder (Llama)"], strategy.tensor, stages)
         counted, due = pool.run(world_size(strategy), step_traffic, strategy, model)[0]
         for collective, dtype in sorted(counted.keys() | due.keys(), key=str):

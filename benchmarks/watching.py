@@ -21,7 +21,7 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.config.train import TrainConfig
 from trainer.resilience.supervisor import Supervisor
-from trainer.run.lock import share
+from trainer.run.lock import share_lock
 
 SEQ_LEN, VOCAB = 128, 1024
 KINDS = ("plain", "watched", "plain, processor", "watched, processor")
@@ -50,15 +50,15 @@ def measure(runtime: Runtime, _ranks: int, segments: int, steps: int, width: int
             for _ in range(steps):
                 step(batch)
             plain = times() - began
-            with share(folder), Supervisor(*watched).watch as watch:
+            with share_lock(folder), Supervisor(*watched).watch as watch:
                 supervisor.watch = watch
                 began = times()
                 for number in range(1, steps + 1):
-                    with watch.training():
+                    with watch.track_step():
                         step(batch)
-                    supervisor.done(number)
+                    supervisor.finish_step(number)
                     if number % 10 == 0:
-                        supervisor.note()
+                        supervisor.write_status()
                 watched = times() - began
             if segment:  # the first one warms up
                 for name, value in zip(

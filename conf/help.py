@@ -75,14 +75,14 @@ Read and tokenise a data set once, ahead of training.
 def help_text(name: str, schema: type, values: DictConfig) -> str:
     """Return what `--help` shows for door `name`: examples, groups and every key of `schema`."""
     plain = OmegaConf.to_container(values)  # unresolved: run_dir is decided when the run starts
-    options = [f"    {group:<12}{' '.join(names)}" for group, names in groups(name).items()]
+    options = [f"    {group:<12}{' '.join(names)}" for group, names in config_groups(name).items()]
     choices = "\n".join(["Groups, as GROUP=OPTION:\n", *options])
-    keys = "Keys, as KEY=VALUE, with their values here:\n\n" + "\n".join(_keys(schema, plain))
+    keys = "Keys, as KEY=VALUE, with their values here:\n\n" + "\n".join(_key_lines(schema, plain))
     more = "Also: -m sweeps over comma-separated values, --cfg job shows the composed values."
     return "\n\n".join([EXAMPLES[name], choices, keys.replace("$", "$$"), more]) + "\n"
 
 
-def groups(name: str) -> dict[str, list[str]]:
+def config_groups(name: str) -> dict[str, list[str]]:
     """Return the groups that door `name` composes, each with its options."""
     defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     return {
@@ -91,7 +91,7 @@ def groups(name: str) -> dict[str, list[str]]:
     }
 
 
-def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
+def _key_lines(schema: type, values: Any, prefix: str = "") -> list[str]:
     sections: list[str] = []
     shown: list[str] = []
     for field in fields(schema):
@@ -99,16 +99,18 @@ def _keys(schema: type, values: Any, prefix: str = "") -> list[str]:
         if isinstance(kind, type) and is_dataclass(kind):
             title = (kind.__doc__ or "").split(";")[0].split("\n")[0].rstrip(".")
             sections += ["", f"  {prefix}{field.name}.*  {title}"]
-            sections += _keys(kind, values[field.name], f"{prefix}{field.name}.")
+            sections += _key_lines(kind, values[field.name], f"{prefix}{field.name}.")
         else:
             facts = facts_of(field)
             allowed = facts.describe_values()
             text = f"{facts.meaning} [{allowed}]" if allowed else facts.meaning
-            shown.append(_line(f"{prefix}{field.name}={value_text(values[field.name])}", text))
+            shown.append(
+                _format_line(f"{prefix}{field.name}={value_text(values[field.name])}", text)
+            )
     return shown + sections
 
 
-def _line(key: str, meaning: str) -> str:
+def _format_line(key: str, meaning: str) -> str:
     wrapped = textwrap.wrap(meaning, 60, break_on_hyphens=False) or [""]
     head = f"    {key:<34}  {wrapped[0]}".rstrip()
     return "\n".join([head, *(" " * 40 + line for line in wrapped[1:])])

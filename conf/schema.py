@@ -22,7 +22,7 @@ from trainer.config.train import (
     TrainConfig,
     VerifyConfig,
 )
-from trainer.run.free_text import protected, revealed
+from trainer.run.free_text import escape_text, unescape_text
 
 # The name of a door's YAML file → the dataclass it must fit.
 SCHEMAS: dict[str, type] = {
@@ -38,7 +38,7 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def register(started: str, scratch: str = "") -> None:
+def register_schemas(started: str, scratch: str = "") -> None:
     """Tell Hydra the schemas and resolvers.
 
     `started` is the time stamp of this launch, `scratch` the folder that Hydra's sweepers write
@@ -57,31 +57,31 @@ def register(started: str, scratch: str = "") -> None:
         OmegaConf.register_new_resolver(key, resolver, replace=True)
 
 
-def load(name: str, values: DictConfig) -> Any:
+def build_config(name: str, values: DictConfig) -> Any:
     """Return the typed configuration of door `name`.
 
     Raises ConfigError for keys that it does not have.
     """
     known = known_keys(SCHEMAS[name])
-    unknown = sorted(_leaves(OmegaConf.to_container(values)) - set(known))
+    unknown = sorted(_leaf_keys(OmegaConf.to_container(values)) - set(known))
     if unknown:
         raise ConfigError(*(f"{key} does not exist; remove +{key}" for key in unknown))
     try:
-        return _typed(name, OmegaConf.to_container(values, resolve=True))
+        return _to_dataclass(name, OmegaConf.to_container(values, resolve=True))
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} needs a value") from error
 
 
-def typed(name: str, values: Any) -> Any:
+def to_dataclass(name: str, values: Any) -> Any:
     """Return the dataclass of door `name`, filled from a plain container, whose texts are just
     that.
     """
-    return _typed(name, protected(values))
+    return _to_dataclass(name, escape_text(values))
 
 
-def _typed(name: str, values: Any) -> Any:
+def _to_dataclass(name: str, values: Any) -> Any:
     merged = OmegaConf.merge(OmegaConf.structured(SCHEMAS[name]), values)
-    return revealed(OmegaConf.to_object(merged))
+    return unescape_text(OmegaConf.to_object(merged))
 
 
 def free_text(name: str) -> set[str]:
@@ -99,7 +99,7 @@ def run_name(started: str) -> str:
     return f"{chosen['experiment' if by_name else 'model']}-{started}"
 
 
-def _leaves(values: Any, prefix: str = "") -> set[str]:
+def _leaf_keys(values: Any, prefix: str = "") -> set[str]:
     if not isinstance(values, dict) or not values:
         return {prefix[:-1]} if prefix else set()
-    return {leaf for key, value in values.items() for leaf in _leaves(value, f"{prefix}{key}.")}
+    return {leaf for key, value in values.items() for leaf in _leaf_keys(value, f"{prefix}{key}.")}

@@ -136,10 +136,10 @@ def cluster_problems(config: SubmitConfig) -> list[str]:
             f"device=cpu leaves cluster.gpus_per_node={cluster.gpus_per_node} idle; set "
             "cluster.gpus_per_node=0, or device=auto"
         )
-    return found + _time(cluster) + _options(cluster.options)
+    return found + _time_problems(cluster) + _option_problems(cluster.options)
 
 
-def _time(cluster: ClusterConfig) -> list[str]:
+def _time_problems(cluster: ClusterConfig) -> list[str]:
     seconds = cluster.hours * 3600
     if not cluster.hours or seconds > cluster.signal_seconds:
         return []
@@ -151,7 +151,7 @@ def _time(cluster: ClusterConfig) -> list[str]:
     ]
 
 
-def _options(options: list[str]) -> list[str]:
+def _option_problems(options: list[str]) -> list[str]:
     found = []
     for option in options:
         name = re.match(r"--?([\w-]+)", option)

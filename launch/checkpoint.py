@@ -4,8 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from launch.cli.errors import answer
-from trainer.checkpoint.inspect import show, verify
+from launch.cli.errors import run_simple_command
+from trainer.checkpoint.inspect import print_checkpoints, verify_checksums
 
 
 def main(arguments: list[str]) -> int:
@@ -23,16 +23,16 @@ def main(arguments: list[str]) -> int:
         comparing.add_argument(name, type=Path, help="a checkpoint, or a run (its newest one)")
     given = parser.parse_args(arguments)
     if given.command == "list":
-        good = show(given.run_dir)
+        good = print_checkpoints(given.run_dir)
     elif given.command == "verify":
-        found = [verify(path) for path in given.path]
+        found = [verify_checksums(path) for path in given.path]
         good = all(found)
     else:  # loads torch
-        from trainer.checkpoint.diff import show_difference
+        from trainer.checkpoint.diff import print_difference
 
-        good = show_difference(given.first, given.second)
+        good = print_difference(given.first, given.second)
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(answer(main, sys.argv[1:]))
+    sys.exit(run_simple_command(main, sys.argv[1:]))

@@ -6,19 +6,19 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 
 
-def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+def check_config(config: Any, world_size: int, held: ExitStack) -> Any:
     """Complete the configuration, or raise ConfigError before any rank works."""
-    from launch.cli.preflight import comparing
+    from launch.cli.preflight import check_compare
 
-    return comparing(config, world_size, held)
+    return check_compare(config, world_size, held)
 
 
-def work(config: Any, runtime: Any) -> None:
+def run_on_rank(config: Any, runtime: Any) -> None:
     """Do the work of one rank."""
-    from trainer.compress_report.report import report
+    from trainer.compress_report.report import write_comparison
 
-    report(config, runtime)
+    write_comparison(config, runtime)
 
 
 if __name__ == "__main__":
-    run_command(Command("compress_report", prepare, work))
+    run_command(Command("compress_report", check_config, run_on_rank))

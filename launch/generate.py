@@ -6,19 +6,19 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 
 
-def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+def check_config(config: Any, world_size: int, held: ExitStack) -> Any:
     """Complete the configuration, or raise ConfigError before any rank works."""
-    from launch.cli.preflight import reading
+    from launch.cli.preflight import check_trained_run
 
-    return reading(config, world_size, held)
+    return check_trained_run(config, world_size, held)
 
 
-def work(config: Any, runtime: Any) -> None:
+def run_on_rank(config: Any, runtime: Any) -> None:
     """Do the work of one rank."""
-    from trainer.tasks.generate import generate
+    from trainer.tasks.generate import print_generation
 
-    generate(config, runtime)
+    print_generation(config, runtime)
 
 
 if __name__ == "__main__":
-    run_command(Command("generate", prepare, work))
+    run_command(Command("generate", check_config, run_on_rank))

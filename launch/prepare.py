@@ -6,14 +6,14 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 
 
-def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+def check_config(config: Any, world_size: int, held: ExitStack) -> Any:
     """Complete the configuration, or raise ConfigError before any rank works."""
-    from launch.cli.preflight import preparation
+    from launch.cli.preflight import check_prepare
 
-    return preparation(config, world_size, held)
+    return check_prepare(config, world_size, held)
 
 
-def alone(config: Any) -> None:
+def run_in_process(config: Any) -> None:
     """Do all of the work in this process."""
     from launch.cli.inputs import prepare_data
 
@@ -21,4 +21,4 @@ def alone(config: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Command("prepare", prepare, alone=alone))
+    run_command(Command("prepare", check_config, run_in_process=run_in_process))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from launch.cli.errors import answer
+from launch.cli.errors import run_simple_command
 from parallel.errors import ConfigError
 from trainer.report.page import NAME, write_report
 
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "given", nargs="+", metavar="RUN", help=f"a run's or a sweep's folder. FILE: {page}"
     )
-    run_dirs, output = understood(parser.parse_args(arguments).given)
+    run_dirs, output = parse_arguments(parser.parse_args(arguments).given)
     path, notes = write_report(run_dirs, output)
     console = Console()
     for line in (*notes, f"report: {path}"):
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def understood(given: list[str]) -> tuple[list[Path], Path | None]:
+def parse_arguments(given: list[str]) -> tuple[list[Path], Path | None]:
     """Return the runs' folders and the page's file.
 
     A folder's name may hold an equals sign itself.
@@ -61,4 +61,4 @@ def understood(given: list[str]) -> tuple[list[Path], Path | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(main, sys.argv[1:]))
+    sys.exit(run_simple_command(main, sys.argv[1:]))

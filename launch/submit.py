@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli.entrypoint import Command, run_command
-from launch.cli.errors import answer, log_to_stderr
+from launch.cli.errors import log_to_stderr, run_simple_command
 from launch.slurm import commands as slurm
 from parallel.errors import ConfigError
 
 ASKED = ("status", "logs", "cancel")
 
 
-def look(arguments: list[str]) -> int:
+def query_jobs(arguments: list[str]) -> int:
     """Answer a question about jobs; 0 = done, 2 = a user's mistake."""
     parser = argparse.ArgumentParser(description="Look after jobs of launch/submit.py.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -29,26 +29,26 @@ def look(arguments: list[str]) -> int:
     if not given.run_dir.is_dir():
         raise ConfigError(f"{given.run_dir} is no folder; name that of a run or sweep")
     if given.command == "logs":
-        return slurm.logs(given.run_dir, given.lines, given.follow)
-    (slurm.show if given.command == "status" else slurm.cancel)(given.run_dir)
+        return slurm.print_logs(given.run_dir, given.lines, given.follow)
+    (slurm.print_jobs if given.command == "status" else slurm.cancel_jobs)(given.run_dir)
     return 0
 
 
-def prepare(config: Any) -> Any:
+def check_config(config: Any) -> Any:
     """Check a job, or raise ConfigError before any is submitted."""
-    from launch.cli.preflight import submission
+    from launch.cli.preflight import prepare_submission
 
-    return submission(config)
+    return prepare_submission(config)
 
 
-def submit(points: list[Any]) -> None:
+def submit_all(points: list[Any]) -> None:
     """Submit all jobs of the command line."""
-    slurm.submit(points)
+    slurm.submit_job(points)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in ASKED:
-        sys.exit(answer(look, sys.argv[1:]))
+        sys.exit(run_simple_command(query_jobs, sys.argv[1:]))
     logging.getLogger("hydra").setLevel(logging.WARNING)  # that it launches a sweep "locally"
     sys.argv[1:] = ["cluster.dry_run=true" if a == "--dry-run" else a for a in sys.argv[1:]]
-    run_command(Command("submit", prepare, together=submit))
+    run_command(Command("submit", check_config, run_on_all_points=submit_all))

@@ -6,14 +6,14 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 
 
-def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+def check_config(config: Any, world_size: int, held: ExitStack) -> Any:
     """Complete the configuration, or raise ConfigError before any rank works."""
-    from launch.cli.preflight import teaching
+    from launch.cli.preflight import check_precompute
 
-    return teaching(config, world_size, held)
+    return check_precompute(config, world_size, held)
 
 
-def work(config: Any, runtime: Any) -> None:
+def run_on_rank(config: Any, runtime: Any) -> None:
     """Do the work of one rank."""
     from trainer.distill.precompute import teach_run
 
@@ -21,4 +21,4 @@ def work(config: Any, runtime: Any) -> None:
 
 
 if __name__ == "__main__":
-    run_command(Command("teach", prepare, work))
+    run_command(Command("teach", check_config, run_on_rank))

@@ -6,26 +6,26 @@ from typing import Any
 from launch.cli.entrypoint import Command, run_command
 
 
-def prepare(config: Any, world_size: int, held: ExitStack) -> Any:
+def check_config(config: Any, world_size: int, held: ExitStack) -> Any:
     """Complete the configuration, or raise ConfigError before any rank works."""
-    from launch.cli.preflight import verification
+    from launch.cli.preflight import check_verify
 
-    return verification(config, world_size, held)
+    return check_verify(config, world_size, held)
 
 
-def work(config: Any, runtime: Any) -> None:
+def run_on_rank(config: Any, runtime: Any) -> None:
     """Do the work of one rank."""
-    from trainer.verify.compare import verify
+    from trainer.verify.compare import verify_layout
 
-    verify(config, runtime)
+    verify_layout(config, runtime)
 
 
-def alone(config: Any) -> None:
+def run_in_process(config: Any) -> None:
     """Do all of the work in this process."""
-    from trainer.verify.compare import walk
+    from trainer.verify.compare import verify_all
 
-    walk(config)
+    verify_all(config)
 
 
 if __name__ == "__main__":
-    run_command(Command("verify", prepare, work, alone=alone))
+    run_command(Command("verify", check_config, run_on_rank, run_in_process=run_in_process))

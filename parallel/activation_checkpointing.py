@@ -50,9 +50,9 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     forward: Callable = block.forward
 
-    def recomputing(*args: Any, **kwargs: Any) -> Any:
+    def make_selective_contexts(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    block.forward = recomputing
+    block.forward = make_selective_contexts

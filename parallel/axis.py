@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.collectives import all_reduce
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.model_protocol import Inputs, ParallelizableModel
 
 LossSum = Callable[..., Tensor]  # (logits, targets, inputs) -> sum over valid targets
@@ -83,7 +83,7 @@ class ParallelAxis:
             return
         parameters = dict(model.named_parameters())
         gradients = [parameters[name].grad for name in self.partial]
-        parts = [local(gradient) for gradient in gradients if gradient is not None]
+        parts = [local_tensor(gradient) for gradient in gradients if gradient is not None]
         if not parts:
             return
         flat = all_reduce(torch.cat([part.flatten() for part in parts]), self.group)

@@ -16,32 +16,32 @@ _ops = torch.ops._c10d_functional
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
-    """Return the sum (or max) over the ranks, not to be read before `wait`."""
+    """Return the sum (or max) over the ranks, not to be read before `wait_tensor`."""
     return _ops.all_reduce(x.contiguous(), how, group.group_name)
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Return the ranks' tensors, all of one shape, behind each other.
 
-    Not to be read before `wait`.
+    Not to be read before `wait_tensor`.
     """
     return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
 
 def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Like `all_to_all`, not to be read before `wait`."""
+    """Like `all_to_all`, not to be read before `wait_tensor`."""
     sizes = [x.shape[0] // group.size()] * group.size()
     return _ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
     """Return the sum (or max) over the ranks."""
-    return wait(start_all_reduce(x, group, how))
+    return wait_tensor(start_all_reduce(x, group, how))
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """Return the ranks' tensors, all of one shape, side by side along `dim`."""
-    gathered = wait(start_all_gather(x, group))
+    gathered = wait_tensor(start_all_gather(x, group))
     # In these very operators inductor finds what it can overlap with a matrix product.
     return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
 
@@ -58,11 +58,11 @@ def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
     The degree divides it.
     """
-    return wait(start_all_to_all(x, group))
+    return wait_tensor(start_all_to_all(x, group))
 
 
 def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the previous rank's tensor, not to be read before `wait`.
+    """Return the previous rank's tensor, not to be read before `wait_tensor`.
 
     This rank's goes to the next.
     """
@@ -74,12 +74,12 @@ def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _ops.all_to_all_single(x.contiguous(), taken, given, group.group_name)
 
 
-def wait(x: Tensor) -> Tensor:
+def wait_tensor(x: Tensor) -> Tensor:
     """Return what has been started, arrived."""
     return _ops.wait_tensor(x)
 
 
-def padded(x: Tensor, dim: int, parts: int) -> Tensor:
+def pad_to_multiple(x: Tensor, dim: int, parts: int) -> Tensor:
     """Return the tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
     lacking = -x.shape[dim] % parts
     return x if not lacking else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking))
@@ -92,7 +92,7 @@ def gather_padded(x: Tensor, length: int, group: dist.ProcessGroup, dim: int) ->
 
 def scatter_padded(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
     """This rank's part of the sum, of the tensor padded to a multiple of the degree."""
-    return reduce_scatter(padded(x, dim, group.size()), group, dim)
+    return reduce_scatter(pad_to_multiple(x, dim, group.size()), group, dim)
 
 
 class Copy(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_tensor(tensor: Tensor) -> Tensor:
     """Return what this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -33,7 +33,7 @@ def global_norm(
     """
     parts: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
-        parts.setdefault(_split_groups(gradient), []).append(local(gradient))
+        parts.setdefault(_split_groups(gradient), []).append(local_tensor(gradient))
     total = torch.zeros((), device=device)
     for groups, tensors in parts.items():
         norms = torch.stack(torch._foreach_norm(tensors))
@@ -47,7 +47,9 @@ def global_norm(
 
 
 @torch.no_grad()
-def clip(gradients: Iterable[Tensor], norm: Tensor, max_norm: float, scale: Tensor) -> None:
+def clip_gradients_(
+    gradients: Iterable[Tensor], norm: Tensor, max_norm: float, scale: Tensor
+) -> None:
     """Divide gradients by `scale` and shrink them to `max_norm` (0 = off), in one pass.
 
     `norm` is that of the gradients after the division. No value is read back from the device.
@@ -55,4 +57,4 @@ def clip(gradients: Iterable[Tensor], norm: Tensor, max_norm: float, scale: Tens
     factor = 1.0 / scale.to(norm.dtype)
     if max_norm > 0:
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([local(gradient) for gradient in gradients], factor)
+    torch._foreach_mul_([local_tensor(gradient) for gradient in gradients], factor)

@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.strategy import AXES, MESH_AXES, StrategyConfig, degrees, world_size
+from parallel.strategy import AXES, MESH_AXES, StrategyConfig, axis_degrees, world_size
 
 # The axes whose ranks see different samples; the innermost varies fastest.
 DATA_AXES = ("replicate", "shard")
@@ -18,7 +18,7 @@ def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
 
     Ranks count up along AXES, the last fastest; the mesh lists the axes as MESH_AXES.
     """
-    ranks = torch.arange(world_size(strategy)).view(*degrees(strategy).values())
+    ranks = torch.arange(world_size(strategy)).view(*axis_degrees(strategy).values())
     permuted = ranks.permute(*(AXES.index(axis) for axis in MESH_AXES)).contiguous()
     return DeviceMesh(device.type, permuted, mesh_dim_names=MESH_AXES)
 
@@ -28,7 +28,7 @@ def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
     return mesh[DATA_AXES]._flatten("data")
 
 
-def copies_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
+def replica_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     """replicate × context as one axis: the ranks with copies of a parameter; None if it has one.
 
     Call it once per mesh.
@@ -39,7 +39,7 @@ def copies_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
     return mesh[names]._flatten("copies") if len(names) > 1 else mesh[names]
 
 
-def shards_mesh(mesh: DeviceMesh, copies: DeviceMesh | None) -> DeviceMesh:
+def fsdp_mesh(mesh: DeviceMesh, copies: DeviceMesh | None) -> DeviceMesh:
     """Return what FSDP shards over: the shard axis, behind that of the copies if there are any."""
     if copies is None:
         return mesh["shard"]

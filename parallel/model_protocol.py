@@ -22,16 +22,16 @@ class SequenceLayout(Protocol):
     def part_length(self, length: int) -> int:
         """Return how many of `length` positions this rank has between blocks."""
 
-    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
         """Return all `length` positions, each rank with a gradient of its own."""
 
-    def own(self, x_BSD: Tensor) -> Tensor:
+    def local_positions(self, x_BSD: Tensor) -> Tensor:
         """Return this rank's positions of all."""
 
-    def collected(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
         """Return all `length` positions, for what every rank computes alike."""
 
-    def share(self, gradient_BSD: Tensor) -> Tensor:
+    def gradient_contribution(self, gradient_BSD: Tensor) -> Tensor:
         """Return what this rank adds to the gradient of a `whole` that every rank knows."""
 
 
@@ -41,19 +41,19 @@ class SequenceContext(Protocol):
     shares: bool
     first: bool  # of the ranks that share a sequence
 
-    def share(self, length: int) -> int:
+    def local_length(self, length: int) -> int:
         """Return how many of `length` positions this rank has."""
 
-    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
+    def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
         """Return which they are, (share,)."""
 
-    def take(self, x: Tensor) -> Tensor:
+    def take_local(self, x: Tensor) -> Tensor:
         """Return this rank's rows of (B, length, …)."""
 
-    def whole(self, x: Tensor, length: int) -> Tensor:
-        """Undo `take`."""
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
+        """Undo `take_local`."""
 
-    def attend(
+    def attend_global(
         self,
         query_BHSK: Tensor,
         key_BGTK: Tensor,
@@ -75,7 +75,7 @@ class ParallelizableModel(Protocol):
     context: SequenceContext
     # Lent for a training step to what learns from other things than logits, an auxiliary loss: it
     # returns what to go back from for a sum over valid targets, and counts it in the loss.
-    share_of_mean: Callable[[Tensor], Tensor] | None
+    scale_auxiliary_loss: Callable[[Tensor], Tensor] | None
     training: bool
 
     def __call__(
@@ -90,7 +90,7 @@ class ParallelizableModel(Protocol):
     def flow_like(self, inputs: Inputs, block: int, cache: Any = None) -> Flow:
         """Return what flows into a block, as meta tensors; behind the last one, the logits."""
 
-    def own_targets(self, targets: Tensor) -> Tensor:
+    def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
 
     def named_parameters(

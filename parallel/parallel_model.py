@@ -11,19 +11,19 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.axis import LossSum, ParallelAxis
-from parallel.grad_norm import clip, global_norm
+from parallel.grad_norm import clip_gradients_, global_norm
 from parallel.mesh import data_mesh
 from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.pipeline.stages import record_step
 from parallel.pipeline.trace import Recording
-from parallel.runtime import everyones
+from parallel.runtime import all_gather_objects
 
 MicroBatch = Inputs
 CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 
 @dataclass(frozen=True)
-class Whole:
+class FullParameters:
     """The parameters of the whole model, wherever they are."""
 
     shapes: Mapping[str, torch.Size]  # by canonical name
@@ -37,14 +37,14 @@ class Whole:
 
 
 @dataclass
-class _Mean:
+class GlobalMean:
     """The mean loss over valid targets, of which this rank adds up what it learns from."""
 
     count: Tensor  # of valid targets, over all ranks
     scale: Tensor | int
     total: Tensor
 
-    def share(self, loss_sum: Tensor) -> Tensor:
+    def scale_loss(self, loss_sum: Tensor) -> Tensor:
         """Return what to go back from for a sum over valid targets, whose part of the mean is
         counted.
         """
@@ -61,7 +61,7 @@ class ParallelModel:
     def __init__(
         self,
         model: ParallelizableModel,
-        whole: Whole,
+        whole: FullParameters,
         mesh: DeviceMesh,
         device: torch.device,
         loss_sum: LossSum,
@@ -104,16 +104,16 @@ class ParallelModel:
         inputs = list(map(self.to_device, micro_batches))
         weights = next(self.model.parameters()).dtype
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(weights, torch.float))
-        mean = _Mean(count, 1 if scale is None else scale, total)
+        mean = GlobalMean(count, 1 if scale is None else scale, total)
 
         def loss_of(logits: Tensor, number: int) -> Tensor:
-            targets = self.model.own_targets(inputs[number]["targets"])
-            return mean.share(self._loss_sum(logits, targets, inputs[number]))
+            targets = self.model.local_targets(inputs[number]["targets"])
+            return mean.scale_loss(self._loss_sum(logits, targets, inputs[number]))
 
         # Whatever learns from other things than logits takes its share where they are.
-        self.model.share_of_mean = mean.share
+        self.model.scale_auxiliary_loss = mean.scale_loss
         self._schedule.run(inputs, loss_of)
-        self.model.share_of_mean = None
+        self.model.scale_auxiliary_loss = None
         for axis in reversed(self.axes):
             axis.finish_gradients(self.model)
         for axis in reversed(self.axes):
@@ -121,7 +121,7 @@ class ParallelModel:
                 dist.all_reduce(mean.total, group=axis.group)
         return mean.total, count
 
-    def recording(self) -> AbstractContextManager[Recording]:
+    def record_pipeline(self) -> AbstractContextManager[Recording]:
         """Return a context in which a step is recorded: what ranks compute when."""
         return record_step(self.axes)
 
@@ -134,7 +134,7 @@ class ParallelModel:
         return logits
 
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluation_mode(self) -> Iterator[None]:
         """`model` has no dropout and no gradients; all ranks must run as many forwards of it.
 
         Not torch's inference mode: weights that FSDP gathers there fail in a later backward.
@@ -153,7 +153,7 @@ class ParallelModel:
         """Return what this rank has of the parameters, by canonical name."""
         return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
 
-    def kept(self) -> dict[str, Tensor]:
+    def error_feedback_state(self) -> dict[str, Tensor]:
         """Return what this rank alone keeps of the gradients' sums so far, by name.
 
         To be loaded into.
@@ -164,7 +164,7 @@ class ParallelModel:
         """Return the gradients, in the order of the parameters."""
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
-    def _counted_gradients(self) -> list[Tensor]:
+    def _gradients_for_norm(self) -> list[Tensor]:
         """Return the gradients that make up the norm: a tied parameter counts where its first name
         is.
         """
@@ -176,9 +176,9 @@ class ParallelModel:
         scale = torch.ones((), device=self.device) if scale is None else scale
         gradients = self.gradients()
         apart = [axis.group for axis in self.axes if axis.splits_parameters]
-        norm = global_norm(self._counted_gradients(), self.device, apart)
+        norm = global_norm(self._gradients_for_norm(), self.device, apart)
         norm = norm / scale.to(norm.dtype)
-        clip(gradients, norm, max_norm, scale)
+        clip_gradients_(gradients, norm, max_norm, scale)
         return norm
 
     def zero_grad(self) -> None:
@@ -191,7 +191,7 @@ class ParallelModel:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
-    def any_over_data(self, flag: bool) -> bool:
+    def any_data_rank(self, flag: bool) -> bool:
         """Return whether the flag is up on any rank that sees different samples.
 
         Waits for all of them.
@@ -200,6 +200,6 @@ class ParallelModel:
             return flag
         return bool(self.sum_over_data(torch.tensor(int(flag), device=self.device)).item())
 
-    def gather_over_data(self, value: object) -> list:
+    def gather_data_ranks(self, value: object) -> list:
         """Return every such rank's (picklable) value, in rank order."""
-        return everyones(value, self.data_group)
+        return all_gather_objects(value, self.data_group)

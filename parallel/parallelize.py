@@ -14,9 +14,9 @@ from parallel.activation_checkpointing import checkpoint_activations
 from parallel.axis import LossSum, ParallelAxis
 from parallel.context.attention import ContextParallel
 from parallel.data.data_parallel import DataParallel
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.model_protocol import ParallelizableModel
-from parallel.parallel_model import CountValid, ParallelModel, Whole
+from parallel.parallel_model import CountValid, FullParameters, ParallelModel
 from parallel.pipeline.stages import PipelineParallel
 from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import TensorParallel
@@ -26,7 +26,7 @@ DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelSpec:
     """Facts that parallelism needs of a model, whose blocks stand in a module named `blocks`."""
 
     draw_rows: DrawRows
@@ -38,7 +38,7 @@ class Facts:
 
 # `parallelize`, or what stands in its place.
 Parallelize = Callable[
-    Concatenate[ParallelizableModel, Facts, DeviceMesh, StrategyConfig, torch.device, ...],
+    Concatenate[ParallelizableModel, ModelSpec, DeviceMesh, StrategyConfig, torch.device, ...],
     ParallelModel,
 ]
 
@@ -61,7 +61,7 @@ def recompute_and_compile(
 
 def parallelize(
     model: ParallelizableModel,
-    facts: Facts,
+    facts: ModelSpec,
     mesh: DeviceMesh,
     strategy: StrategyConfig,
     device: torch.device,
@@ -73,7 +73,9 @@ def parallelize(
 ) -> ParallelModel:
     """Spread a model built on the meta device over the mesh, and give it its weights."""
     assert isinstance(model, nn.Module)
-    whole = Whole({name: p.shape for name, p in model.named_parameters()}, _ties(model))
+    whole = FullParameters(
+        {name: p.shape for name, p in model.named_parameters()}, _tied_names(model)
+    )
     model.to(parameters)  # while no parameter is a DTensor, which would plan this like any layer
     every: list[ParallelAxis] = [
         # 1. Ranks that share sequences have but their positions of each; attention joins them.
@@ -93,7 +95,7 @@ def parallelize(
     data = DataParallel(mesh, strategy, axes, parameters, compute)
     data.prepare(model)
     # 7. Each rank draws the rows that it holds.
-    materialise(model, device, facts.draw_rows, whole.ties)
+    materialize_parameters(model, device, facts.draw_rows, whole.ties)
     # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
     axes.append(data)
     for axis in axes:
@@ -102,30 +104,30 @@ def parallelize(
 
 
 @torch.no_grad()
-def materialise(
+def materialize_parameters(
     model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
 ) -> None:
     """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
-    allocate(model, device)
+    allocate_parameters(model, device)
     for name, parameter in model.named_parameters():
-        held = place(parameter)
+        held = local_slices(parameter)
         if any(dim.start == dim.stop for dim in held):
             continue  # fewer rows than ranks: this one holds none
         name = ties.get(name, name)  # the first of its names may be another rank's
         rows = draw_rows(name, parameter.shape, held[0].start, held[0].stop)
-        local(parameter).copy_(rows[(slice(None), *held[1:])])
+        local_tensor(parameter).copy_(rows[(slice(None), *held[1:])])
 
 
-def allocate(model: nn.Module, device: torch.device) -> None:
+def allocate_parameters(model: nn.Module, device: torch.device) -> None:
     """Give a meta model's parameters room on `device`, and leave it as it is there."""
-    here = _ties(model)  # `to_empty` parts what is shared
+    here = _tied_names(model)  # `to_empty` parts what is shared
     model.to_empty(device=device)
     for alias, name in here.items():
         owner, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
 
 
-def place(tensor: Tensor) -> tuple[slice, ...]:
+def local_slices(tensor: Tensor) -> tuple[slice, ...]:
     """Return where this rank's part of a parameter, or of its gradient, lies in the whole."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
@@ -135,7 +137,7 @@ def place(tensor: Tensor) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
 
 
-def _ties(model: nn.Module) -> dict[str, str]:
+def _tied_names(model: nn.Module) -> dict[str, str]:
     """Second names of shared parameters, with the first."""
     first: dict[int, str] = {}
     every = model.named_parameters(remove_duplicate=False)

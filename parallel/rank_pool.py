@@ -29,7 +29,7 @@ class RankPool:
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
 
-    def _start(self) -> None:
+    def _start_processes(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         # One process imports torch, and each rank is a copy of it.
         context = mp.get_context("forkserver")
@@ -37,7 +37,7 @@ class RankPool:
         for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self._store.port, theirs), daemon=True
+                target=_serve_jobs, args=(rank, self._store.port, theirs), daemon=True
             )
             process.start()
             self._processes.append(process)
@@ -52,7 +52,7 @@ class RankPool:
         that was stuck when the time was up; after that the pool starts anew.
         """
         if not self._processes:
-            self._start()
+            self._start_processes()
         self._tasks += 1
         pipes = self._pipes[:world_size]
         for pipe in pipes:
@@ -69,7 +69,7 @@ class RankPool:
                 break
             for pipe in waiting.keys() & set(ready):
                 rank = waiting[pipe]
-                good, results[rank] = _receive(pipe, rank)
+                good, results[rank] = _receive_result(pipe, rank)
                 if not good:
                     failure = failure or f"rank {rank} of {world_size} failed:\n{results[rank]}"
                     deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
@@ -86,14 +86,14 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
-def _receive(pipe: Connection, rank: int) -> tuple[bool, Any]:
+def _receive_result(pipe: Connection, rank: int) -> tuple[bool, Any]:
     try:
         return pipe.recv()
     except EOFError:
         return False, f"rank {rank} died"
 
 
-def _serve(rank: int, port: int, pipe: Connection) -> None:
+def _serve_jobs(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     record_few_collectives()
     # torch's modules stay: to walk through them after each task, in search of what the task left,

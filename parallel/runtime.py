@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import _collective_utils, _redistribute, debug
 
 from parallel.errors import ConfigError
-from parallel.strategy import restarts
+from parallel.strategy import restart_count
 
 # A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)
@@ -34,7 +34,7 @@ class Runtime:
     store: dist.Store | None = None  # of this job; outlives a rank that is stopped or killed
 
 
-class Ranks:
+class JobQueue:
     """The ranks of one launch: rank 0 posts jobs, the others follow it."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, restart: int = 0):
@@ -49,7 +49,7 @@ class Ranks:
         self.jobs = 0
 
     @classmethod
-    def of_torchrun(cls) -> "Ranks":
+    def from_torchrun(cls) -> "JobQueue":
         """Return the ranks that torchrun (or anything that sets its variables) started."""
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
@@ -62,23 +62,23 @@ class Ranks:
         # The agents' store outlives a restart. Else it is rank 0's own and new; and hosts that have
         # come and gone count their restarts differently.
         kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(store, rank, world_size, restarts(os.environ) if kept else 0)
+        return cls(store, rank, world_size, restart_count(os.environ) if kept else 0)
 
     @classmethod
-    def alone(cls) -> "Ranks":
+    def single_process(cls) -> "JobQueue":
         """One rank in this process, with no network."""
         return cls(dist.HashStore(), 0, 1)
 
-    def started(self, now: float) -> float:
+    def launch_time(self, now: float) -> float:
         """Return when this launch began: the same for every rank and after every restart."""
         return float(self.launch.compare_set("started", "", repr(now)))
 
-    def post(self, job: Any) -> None:
+    def post_job(self, job: Any) -> None:
         """Hand a JSON-able job to the ranks that follow."""
         self.jobs += 1
         self.store.set(f"job{self.jobs}", json.dumps(job))
 
-    def follow(self) -> Iterator[Any]:
+    def receive_jobs(self) -> Iterator[Any]:
         """Yield the jobs that rank 0 posts, as they come."""
         while True:
             self.jobs += 1
@@ -90,25 +90,25 @@ class Ranks:
         with suppress(dist.DistError):
             self.store.add("left", 1)
 
-    def stop(self, seconds: float = 10.0) -> None:
+    def close_queue(self, seconds: float = 10.0) -> None:
         """Tell the ranks that follow to end, and wait until they have heard it.
 
         The store is rank 0's own where there is no torchrun, and would end with it.
         """
-        self.post({"stop": 0})
+        self.post_job({"stop": 0})
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
         deadline = time.monotonic() + seconds
         while self.store.add("left", 0) < self.world_size - 1 and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def first(self, event: str) -> bool:
+    def is_first(self, event: str) -> bool:
         """Return whether this rank is the first to name `event` in the current job."""
         return self.store.add(f"{event}{self.jobs}", 1) == 1
 
 
 @contextmanager
-def process_group(device: str, ranks: Ranks, timeout_seconds: float = 0.0) -> Iterator[Runtime]:
+def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) -> Iterator[Runtime]:
     """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing.
 
     `timeout_seconds`: what a collective may take at least; torch's default where that is longer.
@@ -164,7 +164,7 @@ def end_process_group() -> None:
     gc.collect()
 
 
-def largest(runtime: Runtime, values: list[int]) -> list[int]:
+def all_reduce_max(runtime: Runtime, values: list[int]) -> list[int]:
     """Return the largest of each of a few numbers over all ranks, which must call it together.
 
     On the host, so that no device is waited for.
@@ -176,14 +176,14 @@ def largest(runtime: Runtime, values: list[int]) -> list[int]:
     return numbers.tolist()
 
 
-def agreed(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Rank 0's (picklable) value, on every rank, which must call it together."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list:
+def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
     """Return every rank's (picklable) value, in rank order.
 
     `group`: of these ranks (None = all).
@@ -193,13 +193,13 @@ def everyones(value: Any, group: dist.ProcessGroup | None = None) -> list:
     return values
 
 
-def same_everywhere(runtime: Runtime, facts: dict[str, str]) -> None:
+def check_same_on_all_ranks(runtime: Runtime, facts: dict[str, str]) -> None:
     """Raise ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
 
     Files differ where a folder is not mounted, or another one; all must be the same before ranks
     train as one.
     """
-    everyone = everyones(facts)
+    everyone = all_gather_objects(facts)
     problems = []
     for name in facts:
         found = [theirs[name] for theirs in everyone]

@@ -127,20 +127,20 @@ def check_torchrun(environment: Mapping[str, str]) -> bool:
     return True
 
 
-def restarts(environment: Mapping[str, str]) -> int:
+def restart_count(environment: Mapping[str, str]) -> int:
     """Return how often torchrun has started these ranks again; 0 where it does not say."""
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
 
 
-def degrees(strategy: StrategyConfig) -> dict[str, int]:
+def axis_degrees(strategy: StrategyConfig) -> dict[str, int]:
     """Return the degree of each mesh axis, in the mesh's order."""
     return {axis: getattr(strategy, axis) for axis in AXES}
 
 
 def world_size(strategy: StrategyConfig) -> int:
     """Ranks that a strategy without an open degree takes."""
-    return math.prod(degrees(strategy).values())
+    return math.prod(axis_degrees(strategy).values())
 
 
 def data_degree(strategy: StrategyConfig) -> int:
@@ -148,35 +148,35 @@ def data_degree(strategy: StrategyConfig) -> int:
     return strategy.replicate * strategy.shard
 
 
-def resolve(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
+def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
     """Return the strategy with -1 filled in for `world_size` ranks.
 
     ConfigError if they do not fit.
     """
     problems = []
-    for axis, degree in degrees(strategy).items():
+    for axis, degree in axis_degrees(strategy).items():
         if degree == 0 or degree < -1:
             problems.append(f"strategy.{axis}={degree} must be at least 1, or -1 (all ranks left)")
-    open_axes = [axis for axis, degree in degrees(strategy).items() if degree == -1]
+    open_axes = [axis for axis, degree in axis_degrees(strategy).items() if degree == -1]
     if len(open_axes) > 1:
         keys = ", ".join(f"strategy.{axis}" for axis in open_axes)
         problems.append(f"only one degree can be -1 (all ranks that are left), but {keys} are")
     if problems:
         raise ConfigError(*problems)
     if strategy.elastic and not open_axes:
-        return _refit(strategy, world_size)
-    fixed = math.prod(degree for degree in degrees(strategy).values() if degree != -1)
+        return _refit_degrees(strategy, world_size)
+    fixed = math.prod(degree for degree in axis_degrees(strategy).values() if degree != -1)
     if not open_axes:
         if fixed != world_size:
             raise ConfigError(_wrong_world(strategy, fixed, world_size))
         return strategy
     if world_size % fixed:
-        raise ConfigError(_indivisible(strategy, fixed, world_size))
+        raise ConfigError(_indivisible_message(strategy, fixed, world_size))
     changes: dict[str, Any] = {open_axes[0]: world_size // fixed}
     return replace(strategy, **changes)
 
 
-def _refit(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
+def _refit_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
     """Return the strategy with as many copies and shards as these ranks make.
 
     What one copy of the model is split over stays, so that it still fits; its shards stay if they
@@ -187,35 +187,37 @@ def _refit(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
     if over or not left:
         alone = replace(strategy, replicate=1, shard=1)
         raise ConfigError(
-            f"{world_size} ranks are there, but {_product(alone)} takes a multiple of {model}: "
-            f"{_multiples(world_size, model)}; start (or bring back) hosts until it fits"
+            f"{world_size} ranks are there, but {_format_product(alone)} takes a multiple of "
+            f"{model}: "
+            f"{_nearest_multiples(world_size, model)}; start (or bring back) hosts until it fits"
         )
     if left % strategy.shard == 0 and (strategy.replicate > 1 or strategy.shard == 1):
         return replace(strategy, replicate=left // strategy.shard)
     return replace(strategy, replicate=1, shard=left)
 
 
-def _multiples(number: int, of: int) -> str:
+def _nearest_multiples(number: int, of: int) -> str:
     below = number // of * of
     return f"{below} or {below + of}" if below else str(of)
 
 
-def _product(strategy: StrategyConfig) -> str:
-    shown = [f"strategy.{axis}={d}" for axis, d in degrees(strategy).items() if d != 1]
+def _format_product(strategy: StrategyConfig) -> str:
+    shown = [f"strategy.{axis}={d}" for axis, d in axis_degrees(strategy).items() if d != 1]
     return " × ".join(shown) or "every degree 1 (strategy=single)"
 
 
 def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
     if used == 1:
         return (
-            f"{world_size} ranks were started but {_product(strategy)} uses one; start 1 rank, "
+            f"{world_size} ranks were started but {_format_product(strategy)} uses one; start 1 "
+            f"rank, "
             "or choose strategy=ddp or strategy=fsdp, or set degrees whose product is "
             f"{world_size}, e.g. strategy.shard={world_size}"
         )
     near = _near_layouts(strategy, used, world_size)
     instead = f"; {world_size} ranks fit {' or '.join(near)}" if near else ""
     return (
-        f"{world_size} ranks were started but {_product(strategy)} uses {used}; "
+        f"{world_size} ranks were started but {_format_product(strategy)} uses {used}; "
         f"start {used} ranks {HOW}, or set one degree to -1 (all ranks that are left){instead}"
     )
 
@@ -223,17 +225,17 @@ def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
 def _near_layouts(strategy: StrategyConfig, used: int, world_size: int) -> list[str]:
     """Strategies for these ranks that differ in one degree from the one that was asked for."""
     near = []
-    for axis, degree in degrees(strategy).items():
+    for axis, degree in axis_degrees(strategy).items():
         others = used // degree
         if degree > 1 and world_size % others == 0:
             changes: dict[str, Any] = {axis: world_size // others}
-            near.append(_product(replace(strategy, **changes)))
+            near.append(_format_product(replace(strategy, **changes)))
     return near
 
 
-def _indivisible(strategy: StrategyConfig, fixed: int, world_size: int) -> str:
+def _indivisible_message(strategy: StrategyConfig, fixed: int, world_size: int) -> str:
     fit = sorted({max(fixed, world_size // fixed * fixed), (world_size // fixed + 1) * fixed})
     return (
-        f"{_product(strategy)}: the fixed degrees make {fixed}, which does not divide "
+        f"{_format_product(strategy)}: the fixed degrees make {fixed}, which does not divide "
         f"{world_size} ranks; start {' or '.join(map(str, fit))} ranks {HOW}"
     )

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from parallel.rank_pool import RankPool
-from parallel.runtime import Ranks, process_group
+from parallel.runtime import JobQueue, process_group
 
 # A shell ignores Ctrl-C for what it starts in the background, and so would the runs started here.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -83,5 +83,5 @@ def ranks():
 @pytest.fixture(scope="module")
 def runtime():
     """A group of one rank in this process."""
-    with process_group("cpu", Ranks.alone()) as runtime:
+    with process_group("cpu", JobQueue.single_process()) as runtime:
         yield runtime

@@ -10,14 +10,14 @@ from parallel import parallelize as apply
 from parallel.mesh import build_mesh
 from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
-from parallel.strategy import StrategyConfig, resolve
+from parallel.strategy import StrategyConfig, resolve_degrees
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.loss import CrossEntropy, Objective
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.nn.float8 import multiply_in_float8
 from trainer.nn.flops import flops_per_block
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.precision import Precision, resolve_precision
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def build_worker(
     objective; None = cross-entropy.
     """
     compression = compression or Compression(config.compress)
-    strategy = resolve(config.strategy, runtime.world_size)
+    strategy = resolve_degrees(config.strategy, runtime.world_size)
     if strategy.tensor > runtime.local_world_size:
         log.warning(
             "strategy.tensor=%d is more than the %d ranks of this host: the activations of every "
@@ -66,7 +66,7 @@ def build_meta_model(
     """Build the full model on the meta device, with compressed and float8 layers."""
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
-    compression.reshape(model)
+    compression.reshape_model(model)
     if precision.float8:
         multiply_in_float8(model.blocks)
     return model
@@ -93,12 +93,12 @@ def parallel_model(
     objective, head = objective or CrossEntropy(), model.head
     assert head is not None
     length = config.max_positions
-    facts = apply.Facts(
-        draw_rows=partial(draw_rows, config, seed),
-        loss_sum=compression.loss(objective.build_loss(head, loss or LossConfig()), model),
+    facts = apply.ModelSpec(
+        draw_rows=partial(init_rows, config, seed),
+        loss_sum=compression.wrap_loss(objective.build_loss(head, loss or LossConfig()), model),
         count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
-        costs=flops_per_block(config, length, length, model.lengths(length)),
+        costs=flops_per_block(config, length, length, model.block_lengths(length)),
     )
     return parallelize(
         model,

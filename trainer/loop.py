@@ -15,28 +15,33 @@ from torch import Tensor
 from parallel.errors import NumericalError, UserError
 from parallel.health.watchdog import StoppedError
 from parallel.parallel_model import MicroBatch
-from parallel.runtime import Runtime, same_everywhere
+from parallel.runtime import Runtime, check_same_on_all_ranks
 from trainer.build import build_worker
 from trainer.checkpoint.identity import run_record
-from trainer.checkpoint.restore import restore
-from trainer.checkpoint.save import Saver, seldom_best
+from trainer.checkpoint.restore import restore_checkpoint
+from trainer.checkpoint.save import Saver, warn_rare_evaluation
 from trainer.compress.compression import Compression
 from trainer.config.train import TrainConfig
-from trainer.data import fingerprint, open_split, open_tokenizer
+from trainer.data import data_fingerprint, open_split, open_tokenizer
 from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
-from trainer.distill.logit_dataset import Answered
-from trainer.distill.teacher import load_teacher, open_answers
-from trainer.inference.trained_run import load_first, transformer
+from trainer.distill.logit_dataset import DistillationDataset
+from trainer.distill.teacher import load_teacher, open_recorded_logits
+from trainer.inference.trained_run import load_initial_weights, unwrap_transformer
 from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
-from trainer.optim.lr_schedule import lr_at, schedule_warnings
+from trainer.optim.lr_schedule import learning_rate_at, schedule_warnings
 from trainer.optim.registry import build_optimizer
 from trainer.precision import LossScale, resolve_precision
-from trainer.resilience.bad_steps import BadStepPolicy, Guard, RolledBackError, check_replicas
-from trainer.resilience.supervisor import Supervisor, own_code, supervised
+from trainer.resilience.bad_steps import (
+    BadStepGuard,
+    BadStepPolicy,
+    RolledBackError,
+    check_replicas,
+)
+from trainer.resilience.supervisor import Supervisor, source_digest, supervise_run
 from trainer.state import TrainState, not_finite
-from trainer.tasks.evaluate import evaluate
+from trainer.tasks.evaluate import evaluate_model
 from trainer.tasks.registry import TASKS
 from trainer.tasks.task import Decoding
 
@@ -54,16 +59,16 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
-    with supervised(config.run_dir, config.steps, config.timeout_seconds, runtime) as supervisor:
-        data = fingerprint(data_of(config))
+    with supervise_run(config.run_dir, config.steps, config.timeout_seconds, runtime) as supervisor:
+        data = data_fingerprint(data_of(config))
         if runtime.world_size > 1:
             resolved = blake2b(repr(asdict(config)).encode()).hexdigest()
             facts = {"the configuration": resolved, "the data": data}
-            if answers := open_answers(config.compress):
-                facts["what the teacher has said"] = answers.fingerprint()
-            same_everywhere(runtime, facts | {"this project's code": own_code()})
-        state = start(config, runtime, data)
-        supervisor.begin(state.step)
+            if answers := open_recorded_logits(config.compress):
+                facts["what the teacher has said"] = answers.content_digest()
+            check_same_on_all_ranks(runtime, facts | {"this project's code": source_digest()})
+        state = start_run(config, runtime, data)
+        supervisor.begin_at(state.step)
         with open_saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
                 saver.save(state)  # something to go back to
@@ -74,31 +79,31 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                     with open_recorder(config, runtime, state) as recorder:
                         run = Run(config, state, loader, recorder, saver, supervisor)
                         if not returns:
-                            recorder.begins()
+                            recorder.log_start()
                         take_steps(run)
-                        return finish(run)
+                        return finish_run(run)
                 except RolledBackError:
                     returns += 1
-                    saver.forget()
+                    saver.forget_last_save()
                     resume(config, state, data)  # as a run started again, but for its processes
                 finally:
                     loader.close()
 
 
-def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
+def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
     """Return the run at its first step, or where its newest good checkpoint left it.
 
     `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
     Raises NumericalError where a weight or moment is not finite.
     """
     warnings = schedule_warnings(config.steps, config.optim)
-    warnings += filter(None, [seldom_best(config.checkpoint, config.eval.every)])
+    warnings += filter(None, [warn_rare_evaluation(config.checkpoint, config.eval.every)])
     for warning in warnings if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
     worker = build_worker(config, runtime, compression, TASKS[config.data.kind])
     precision = resolve_precision(config.precision, runtime.device)
-    if compression.distills:
+    if compression.uses_distillation:
         compression.teacher = load_teacher(compression, worker, precision.compute)
     policy = BadStepPolicy(
         config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
@@ -107,14 +112,14 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
         worker,
         build_optimizer(worker.parameters(), config.optim),
         LossScale(precision, runtime.device, config.strategy.reduce),
-        Guard(policy, config.run_dir, runtime.device),
+        BadStepGuard(policy, config.run_dir, runtime.device),
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
         order_batch_size=config.batch_size,
     )
     resume(config, state, data)
     if config.init_from and state.step == 0:
-        load_first(config.init_from, config.run_dir, data_of(config), worker)
+        load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"
         raise NumericalError(f"{name} is not finite before step {state.step + 1}; {remedy}")
@@ -124,7 +129,7 @@ def start(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
 def resume(config: TrainConfig, state: TrainState, data: str = "") -> None:
     """Go on from the checkpoint that `config` asks for, where there is one (restore.py)."""
     record = run_record(config, data)
-    restore(record, state, config.resume_step, scratch=config.resume == "scratch")
+    restore_checkpoint(record, state, config.resume_step, scratch=config.resume == "scratch")
 
 
 def open_saver(config: TrainConfig, state: TrainState, data: str = "") -> Saver:
@@ -135,8 +140,8 @@ def open_saver(config: TrainConfig, state: TrainState, data: str = "") -> Saver:
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
     """This rank's share of the training split's micro-batches, from the run's step on."""
     worker, dataset = state.worker, open_split(data_of(config), "train")
-    if answers := open_answers(config.compress):
-        dataset = Answered(dataset, answers)
+    if answers := open_recorded_logits(config.compress):
+        dataset = DistillationDataset(dataset, answers)
     return TrainLoader(
         dataset,
         config.seed,
@@ -147,7 +152,7 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
         first_step=state.step,
         pin_memory=worker.device.type == "cuda",
         first_sample=state.samples,
-        left_out=state.guard.left_out,
+        left_out=state.guard.skipped_steps,
         order_batch_size=state.order_batch_size,
         repeated=config.overfit_steps * (state.order_batch_size or config.batch_size),
     )
@@ -158,7 +163,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     # Text fills every sample; of sentences the length is that of an average one.
     train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
-    lengths = transformer(state.worker).lengths(length)
+    lengths = unwrap_transformer(state.worker).block_lengths(length)
     flops = flops_per_sample(config.model, length, length, lengths) / length
     run = RunInfo(
         Path(config.run_dir),
@@ -200,16 +205,16 @@ class Step:
 def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroBatch]) -> Step:
     """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
     worker, scale = state.worker, state.loss_scale.scale
-    lr = lr_at(state.step, config.steps, config.optim)
+    lr = learning_rate_at(state.step, config.steps, config.optim)
     worker.zero_grad()
     loss, count = worker.forward_backward(micro_batches, scale)
     grad_norm = worker.clip_grad_norm(config.optim.max_grad_norm, scale)
-    drop, overflow = state.guard.judge(worker, loss, grad_norm, state.loss_scale)
+    drop, overflow = state.guard.check_step(worker, loss, grad_norm, state.loss_scale)
     state.optimizer.step(lr, drop)
     state.tokens += count
     state.step += 1
     state.samples += config.batch_size
-    state.compression.settle(state.step, config.steps)
+    state.compression.prepare_step(state.step, config.steps)
     state.loss_scale.update(overflow)
     return Step(loss, grad_norm, lr)
 
@@ -220,29 +225,30 @@ def take_steps(run: Run) -> None:
     Raises StoppedError after a checkpoint, where a signal has asked for an end.
     """
     config, state, recorder, supervisor = run.config, run.state, run.recorder, run.supervisor
-    recorder.start(int(state.tokens.item()))
-    state.compression.settle(state.step, config.steps)
-    supervisor.go_on()
-    if state.step and supervisor.on_any(recorder.lacks("valid", state.step)):  # stopped in there
+    recorder.start_clock(int(state.tokens.item()))
+    state.compression.prepare_step(state.step, config.steps)
+    supervisor.raise_if_stopping()
+    # stopped in there
+    if state.step and supervisor.any_rank(recorder.needs_evaluation("valid", state.step)):
         evaluate_if_due(run)
-        supervisor.go_on()
+        supervisor.raise_if_stopping()
     while state.step < config.steps:
-        with recorder.waiting():
+        with recorder.track_data_wait():
             micro_batches = next(run.loader)
-        with supervisor.watch.training(), drawn(state, recorder):
+        with supervisor.watch.track_step(), record_timeline(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
-        supervisor.done(state.step)
-        if recorder.due(state.step):
-            report(run, step)
+        supervisor.finish_step(state.step)
+        if recorder.is_due(state.step):
+            log_step(run, step)
         compared = config.checkpoint.check_replicas_every
         if compared and state.step % compared == 0:
-            with recorder.pause("other"):
+            with recorder.pause_training("other"):
                 check_replicas(state.step, state.worker, state.optimizer, recorder, config.run_dir)
         eval_loss = evaluate_if_due(run)
-        if supervisor.stopping or due(state.step, config.checkpoint.every, config.steps):
-            save(run, eval_loss)
-            supervisor.go_on()
+        if supervisor.stopping or is_due(state.step, config.checkpoint.every, config.steps):
+            save_checkpoint(run, eval_loss)
+            supervisor.raise_if_stopping()
 
 
 def evaluate_if_due(run: Run) -> float | None:
@@ -251,35 +257,35 @@ def evaluate_if_due(run: Run) -> float | None:
     Left to the next start if this run stops.
     """
     config, state, supervisor = run.config, run.state, run.supervisor
-    if supervisor.stopping or not due(state.step, config.eval.every, config.steps):
+    if supervisor.stopping or not is_due(state.step, config.eval.every, config.steps):
         return None
-    with run.recorder.pause("evaluation"), suppress(StoppedError):
-        values = measure(run, "valid", config.eval.samples)
-        run.recorder.evaluation(state.step, "valid", values)
+    with run.recorder.pause_training("evaluation"), suppress(StoppedError):
+        values = evaluate_split(run, "valid", config.eval.samples)
+        run.recorder.log_evaluation(state.step, "valid", values)
         return values["eval_loss"]
     return None
 
 
-def save(run: Run, eval_loss: float | None) -> None:
+def save_checkpoint(run: Run, eval_loss: float | None) -> None:
     """A checkpoint, which a run that stops waits for."""
-    with run.recorder.pause("save"), run.supervisor.watch.long():
-        look(run, saving=True)  # no NaN is ever saved
+    with run.recorder.pause_training("save"), run.supervisor.watch.allow_long():
+        process_bad_steps(run, saving=True)  # no NaN is ever saved
         run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
-    tell_saves(run)
+    log_saves(run)
 
 
-def tell_saves(run: Run) -> None:
+def log_saves(run: Run) -> None:
     """A line of metrics for each save that has ended meanwhile."""
-    for record in run.saver.news():
-        run.recorder.saved(record)
+    for record in run.saver.finished_saves():
+        run.recorder.log_save(record)
 
 
-def look(run: Run, saving: bool = False) -> None:
+def process_bad_steps(run: Run, saving: bool = False) -> None:
     """Hear of bad steps since the last time, and do what is to be done about them."""
     state = run.state
-    state.guard.look(
+    state.guard.process_bad_steps(
         state.step,
         state.worker,
         run.loader,
@@ -291,22 +297,22 @@ def look(run: Run, saving: bool = False) -> None:
 
 
 @contextmanager
-def drawn(state: TrainState, recorder: Recorder) -> Iterator[None]:
+def record_timeline(state: TrainState, recorder: Recorder) -> Iterator[None]:
     """Around a step: the one that metrics.timeline asks for is recorded, and drawn."""
-    if not recorder.draws(state.step + 1):
+    if not recorder.records_timeline(state.step + 1):
         yield
         return
-    with state.worker.recording() as recording:
+    with state.worker.record_pipeline() as recording:
         yield
-    with recorder.pause():
-        recorder.timeline(state.step, recording.gather(), recording.schedule)
+    with recorder.pause_training():
+        recorder.draw_timeline(state.step, recording.gather_spans(), recording.schedule)
 
 
-def report(run: Run, step: Step) -> None:
+def log_step(run: Run, step: Step) -> None:
     """A line of metrics; here, and only here, the host waits for the device."""
     state = run.state
-    look(run)
-    run.recorder.training(
+    process_bad_steps(run)
+    run.recorder.log_training(
         state.step,
         state.worker.sum_over_data(step.loss).item(),
         step.grad_norm.item(),
@@ -314,22 +320,22 @@ def report(run: Run, step: Step) -> None:
         int(state.tokens.item()),
         run.loader.wait_seconds,
     )
-    tell_saves(run)
-    run.supervisor.note()
+    log_saves(run)
+    run.supervisor.write_status()
 
 
-def finish(run: Run) -> dict[str, float]:
+def finish_run(run: Run) -> dict[str, float]:
     """Return the test split's values, after a sample of what the model gives has been shown."""
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
-    if config.eval.test and run.supervisor.on_any(recorder.lacks("test", state.step)):
-        with recorder.pause("evaluation"):
-            values = measure(run, "test", samples=0)
-        recorder.evaluation(state.step, "test", values)
+    if config.eval.test and run.supervisor.any_rank(recorder.needs_evaluation("test", state.step)):
+        with recorder.pause_training("evaluation"):
+            values = evaluate_split(run, "test", samples=0)
+        recorder.log_evaluation(state.step, "test", values)
     show_sample(run)
-    with recorder.pause("save"), run.supervisor.watch.long():
+    with recorder.pause_training("save"), run.supervisor.watch.allow_long():
         run.saver.wait(last=True)
-    tell_saves(run)
+    log_saves(run)
     return values
 
 
@@ -337,7 +343,7 @@ def show_sample(run: Run) -> None:
     """Show what the trained model gives, where its task has something to show."""
     config, task = run.config, TASKS[run.config.data.kind]
     try:
-        with run.supervisor.watch.long():
+        with run.supervisor.watch.allow_long():
             text = task.sample_output(
                 run.state.worker,
                 open_tokenizer(data_of(config)),
@@ -345,12 +351,12 @@ def show_sample(run: Run) -> None:
                 config.seed,
             )
         if text:
-            run.recorder.say(f"a sample:\n{text}")
+            run.recorder.print_line(f"a sample:\n{text}")
     except UserError as error:  # of a model that has diverged
-        run.recorder.say(f"no sample: {error}")
+        run.recorder.print_line(f"no sample: {error}")
 
 
-def measure(run: Run, split: str, samples: int) -> dict[str, float]:
+def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
     """Return the values of a split (evaluate.py); of the test split also of what is decoded.
 
     Raises StoppedError where a signal asks for an end meanwhile.
@@ -362,18 +368,18 @@ def measure(run: Run, split: str, samples: int) -> dict[str, float]:
         tokenizer = open_tokenizer(data_of(config))
         assert tokenizer is not None
         decoding = Decoding(tokenizer, config.eval.beams)
-    return evaluate(
+    return evaluate_model(
         worker,
         open_split(data_of(config), split),
         task=task,
         samples=samples,
         decoding=decoding,
         micro_batch_size=config.micro_batch_size or share,
-        between=run.supervisor.go_on,
+        between=run.supervisor.raise_if_stopping,
     )
 
 
-def due(step: int, every: int, steps: int) -> bool:
+def is_due(step: int, every: int, steps: int) -> bool:
     """Return whether something that happens every so many steps (0 = only at the end) happens
     now.
     """

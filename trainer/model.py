@@ -28,8 +28,8 @@ from trainer.nn.sequence import (
     FullSequence,
     Inputs,
     Resize,
+    SequenceInfo,
     SequenceLayout,
-    Stream,
     Watcher,
 )
 
@@ -71,7 +71,7 @@ class DecodingCache:
         """Advance the length by the tokens of these inputs; call it after the last block."""
         self.length += inputs["tokens"].shape[1]
 
-    def reorder(self, rows_B: Tensor) -> None:
+    def reorder_rows(self, rows_B: Tensor) -> None:
         """Select the given rows of the batch."""
         self.memory = None if self.memory is None else self.memory[rows_B]
         self.marks = None if self.marks is None else self.marks[rows_B]
@@ -96,14 +96,16 @@ class Transformer(nn.Module):
         self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = self.embedding_type(config)
-        self.blocks = nn.ModuleDict({str(i): block for i, block in enumerate(_blocks(config))})
+        self.blocks = nn.ModuleDict(
+            {str(i): block for i, block in enumerate(_build_blocks(config))}
+        )
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
-        self.watchers: dict[str, Watcher] = {}
+        self.block_hooks: dict[str, Watcher] = {}
         # Set during a training step: add a loss sum over valid targets to the global mean loss
         # and return it scaled accordingly.
-        self.share_of_mean: Callable[[Tensor], Tensor] | None = None
+        self.scale_auxiliary_loss: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the full model, also on a stage with fewer blocks
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = self.head_type(config)
@@ -134,19 +136,19 @@ class Transformer(nn.Module):
         them; a stage without the last block returns the flow instead of logits.
         """
         resumes = cache is not None and cache.length > 0  # the memory is cached already
-        streams = self._streams(inputs, cache)
+        streams = self._sequence_infos(inputs, cache)
         names = tuple(self.blocks) if blocks is None else blocks
         begins = int(names[0])
         if flow is None:
-            flow = self._embed(inputs, streams, cache)
+            flow = self._embed_inputs(inputs, streams, cache)
             begins = self.encoder_depth if resumes else -1
         elif resumes and cache is not None and self.encoder_depth:
             flow = flow[0], cache.memory, cache.marks
-        streams = self._streams_before(begins, streams, flow)
+        streams = self._sequences_before(begins, streams, flow)
         if begins < 0:
-            flow, streams = self._resized(-1, flow, streams, cache)
+            flow, streams = self._apply_resize(-1, flow, streams, cache)
         for name in names:
-            flow, streams = self._through(name, flow, streams, inputs, cache)
+            flow, streams = self._run_block(name, flow, streams, inputs, cache)
         if cache is not None:
             if 0 < self.encoder_depth <= int(names[-1]) + 1:  # the encoder has finished
                 _, cache.memory, cache.marks = flow
@@ -156,14 +158,14 @@ class Transformer(nn.Module):
             return flow
         return self.head(flow[0], streams[str(self.blocks[names[-1]].stream)])
 
-    def _through(
+    def _run_block(
         self,
         name: str,
         flow: Flow,
-        streams: dict[str, Stream],
+        streams: dict[str, SequenceInfo],
         inputs: Inputs,
         cache: DecodingCache | None,
-    ) -> tuple[Flow, dict[str, Stream]]:
+    ) -> tuple[Flow, dict[str, SequenceInfo]]:
         """Run one block, then its resize and its hook if it has them."""
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
@@ -172,9 +174,9 @@ class Transformer(nn.Module):
         if not (resumes and x.shape[1] == 0):  # a pooled group may not be complete yet
             own = None if cache is None else cache.blocks.get(name)
             flow = *block(x, memory, streams, own), marks
-        flow, streams = self._resized(int(name), flow, streams, cache)
-        if name in self.watchers:
-            flow = self.watchers[name](flow, streams, inputs)
+        flow, streams = self._apply_resize(int(name), flow, streams, cache)
+        if name in self.block_hooks:
+            flow = self.block_hooks[name](flow, streams, inputs)
         return flow, streams
 
     def flow_like(
@@ -188,29 +190,29 @@ class Transformer(nn.Module):
         B, D = len(inputs["tokens" if self.decodes else self.embedding_type.source]), config.width
         lengths = self.sequence_lengths(inputs)
 
-        def like(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
+        def meta_empty(*sizes: int, dtype: torch.dtype = self.dtype) -> Tensor:
             return torch.empty(B, *sizes, dtype=dtype, device="meta")
 
-        def flows(length: int) -> Tensor:
-            return like(self.layout.part_length(context.share(length)), D)
+        def meta_flow(length: int) -> Tensor:
+            return meta_empty(self.layout.part_length(context.local_length(length)), D)
 
         if block == self.depth:
-            last = context.share(lengths["target" if self.decodes else "source"])
-            return (like(*self.head_type.logits_shape(config, last)),)
+            last = context.local_length(lengths["target" if self.decodes else "source"])
+            return (meta_empty(*self.head_type.logits_shape(config, last)),)
         start = 0 if cache is None else cache.length
         if not self.encoder_depth:
             S = lengths["target"]
             ends, _ = self._length_before(block, "target", start + S)
             length = ends - self._length_before(block, "target", start)[0]
-            return flows(length), flows(S) if self._keeps_before(block) else None, None
+            return meta_flow(length), meta_flow(S) if self._keeps_before(block) else None, None
         if self.decodes and start > 0:
-            return flows(lengths["target"]), None, None
+            return meta_flow(lengths["target"]), None, None
         T, marked = self._length_before(block, "source", lengths["source"])
-        marks = like(T, 2, dtype=torch.int32) if marked else None
-        waits = flows(lengths["target"]) if self.decodes else None
+        marks = meta_empty(T, 2, dtype=torch.int32) if marked else None
+        waits = meta_flow(lengths["target"]) if self.decodes else None
         if block < self.encoder_depth:
-            return flows(T), waits, marks
-        return waits, like(context.share(T), D), marks
+            return meta_flow(T), waits, marks
+        return waits, meta_empty(context.local_length(T), D), marks
 
     @property
     def decodes(self) -> bool:
@@ -231,7 +233,7 @@ class Transformer(nn.Module):
         """Return the encoder's input."""
         return inputs["source" if self.decodes else self.embedding_type.source]
 
-    def lengths(self, length: int) -> list[int]:
+    def block_lengths(self, length: int) -> list[int]:
         """Return the sequence length at the input of each block of the encoder or decoder.
 
         An encoder-decoder gives those of its encoder. `length` is in tokens; images ignore it.
@@ -248,53 +250,55 @@ class Transformer(nn.Module):
     def _keeps_before(self, block: int) -> bool:
         """Return whether the full-length sequence enters a block along with the shortened one."""
         found = self._resizes_before(block, "target")
-        return bool(found) and found[-1].keeps
+        return bool(found) and found[-1].keeps_full_sequence
 
     def _length_before(self, block: int, stream: str, length: int) -> tuple[int, bool]:
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            length = total if resize.restores else resize.length(length, self.training)
+            length = (
+                total if resize.restores_length else resize.output_length(length, self.training)
+            )
             marked = marked or resize.marks
         return length, marked
 
-    def _streams_before(
-        self, block: int, streams: dict[str, Stream], flow: Flow
-    ) -> dict[str, Stream]:
+    def _sequences_before(
+        self, block: int, streams: dict[str, SequenceInfo], flow: Flow
+    ) -> dict[str, SequenceInfo]:
         """Return the sequence metadata at the input of a block, given its input flow."""
         for place in sorted(place for place in self.resizes if place < block):
-            streams = self._behind(place, streams, None)
+            streams = self._sequence_after(place, streams, None)
         if flow[2] is None:
             return streams
-        return streams | {"source": streams["source"].marked(flow[2], self.dtype)}
+        return streams | {"source": streams["source"].with_marks(flow[2], self.dtype)}
 
-    def _resized(
-        self, place: int, flow: Flow, streams: dict[str, Stream], cache: DecodingCache | None
-    ) -> tuple[Flow, dict[str, Stream]]:
+    def _apply_resize(
+        self, place: int, flow: Flow, streams: dict[str, SequenceInfo], cache: DecodingCache | None
+    ) -> tuple[Flow, dict[str, SequenceInfo]]:
         """Resize the flow after a block (-1: the embedding) if a module is registered there."""
         if place not in self.resizes:
             return flow, streams
         resize, own = self.resizes[place], {} if cache is None else cache.resizes[place]
         flow = resize(flow, streams[resize.stream], self.training, own)
-        return flow, self._behind(place, streams, flow[2])
+        return flow, self._sequence_after(place, streams, flow[2])
 
-    def _behind(
-        self, place: int, streams: dict[str, Stream], marks: Tensor | None
-    ) -> dict[str, Stream]:
+    def _sequence_after(
+        self, place: int, streams: dict[str, SequenceInfo], marks: Tensor | None
+    ) -> dict[str, SequenceInfo]:
         resize = self.resizes[place]
-        stream = resize.stream_behind(streams[resize.stream], self.training)
+        stream = resize.sequence_after(streams[resize.stream], self.training)
         if marks is not None:
-            stream = stream.marked(marks, self.dtype)
+            stream = stream.with_marks(marks, self.dtype)
         return streams | {resize.stream: stream}
 
-    def _embed(
-        self, inputs: Inputs, streams: dict[str, Stream], cache: DecodingCache | None
+    def _embed_inputs(
+        self, inputs: Inputs, streams: dict[str, SequenceInfo], cache: DecodingCache | None
     ) -> Flow:
         """Return the initial flow; an encoder-decoder embeds the source and the waiting target."""
         assert self.embed is not None
         target: Tensor | None = None
         if self.decodes:
-            positions_BS = _positions(inputs, cache)
+            positions_BS = _token_positions(inputs, cache)
             target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
             if cache is not None and cache.length > 0:
                 return target, cache.memory, cache.marks
@@ -306,14 +310,16 @@ class Transformer(nn.Module):
         assert target is not None
         return target, None, None
 
-    def _streams(self, inputs: Inputs, cache: DecodingCache | None) -> dict[str, Stream]:
+    def _sequence_infos(
+        self, inputs: Inputs, cache: DecodingCache | None
+    ) -> dict[str, SequenceInfo]:
         seeds_B = inputs.get("seeds")
         # Generation does not shard sequences over context ranks.
         context = self.context if cache is None else FullContext()
         lengths, streams = self.sequence_lengths(inputs), {}
         if self.encoder_depth:
             read = self._source(inputs)
-            streams["source"] = self._stream(
+            streams["source"] = self._sequence_info(
                 lengths["source"],
                 context,
                 read.device,
@@ -325,19 +331,19 @@ class Transformer(nn.Module):
             return streams
         # The embedding is shared: the target's dropout mask must differ from the source's.
         seeds_B = None if seeds_B is None else ~seeds_B
-        streams["target"] = self._stream(
+        streams["target"] = self._sequence_info(
             lengths["target"],
             context,
             inputs["tokens"].device,
             seeds_B,
-            _positions(inputs, cache),
+            _token_positions(inputs, cache),
             causal=True,
             documents_BS=inputs.get("documents"),
             start=0 if cache is None else cache.length,
         )
         return streams
 
-    def _stream(
+    def _sequence_info(
         self,
         total: int,
         context: Context,
@@ -349,48 +355,50 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
         start: int = 0,
-    ) -> Stream:
-        rows_S = context.positions(total, device)
-        stream = Stream(
+    ) -> SequenceInfo:
+        rows_S = context.local_positions(total, device)
+        stream = SequenceInfo(
             len(rows_S),
             total,
             self.layout,
             context,
             causal,
-            places_S=self.layout.own(rows_S[None, :, None])[0, :, 0],
+            positions_S=self.layout.local_positions(rows_S[None, :, None])[0, :, 0],
             documents_BS=documents_BS,
             valid_BS=valid_BS,
             seeds_B=seeds_B,
-            rope=None if positions_BS is None else self._rope(context.take(positions_BS)),
-            angles=self._rope,
+            rope=None
+            if positions_BS is None
+            else self._rotary_angles(context.take_local(positions_BS)),
+            angles=self._rotary_angles,
             start=start,
         )
         if not context.shares and (documents_BS is not None or valid_BS is not None):
-            stream.mask = stream.visible(rows_S, rows_S)
+            stream.mask = stream.visible_mask(rows_S, rows_S)
         return stream
 
-    def own_targets(self, targets: Tensor) -> Tensor:
+    def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
         return self.head_type.local_targets(targets, self.context)
 
-    def _rope(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _rotary_angles(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
         if self.config.positions != "rope":
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return rotary_angles(positions_BS, self.config, dtype)
 
 
-def _blocks(config: ModelConfig) -> list[Block]:
+def _build_blocks(config: ModelConfig) -> list[Block]:
     if config.family == "encoder":
         return [Block(config, "source") for _ in range(config.layers)]
     if config.family == "decoder":
         return [Block(config, "target") for _ in range(config.layers)]
     depth = config.encoder_layers or config.layers
-    encoder = [Block(config, "source", turns=i == depth - 1) for i in range(depth)]
+    encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
     return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]
 
 
-def _positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
+def _token_positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
     if "positions" in inputs:
         return inputs["positions"]
     start = 0 if cache is None else cache.length

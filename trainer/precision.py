@@ -66,7 +66,7 @@ class LossScale:
         """Return the state for a checkpoint; not copied, so that it can be loaded in place."""
         return {"scale": self.scale, "good_steps": self.good_steps}
 
-    def loaded(self) -> None:
+    def reset_if_incompatible(self) -> None:
         """Reset the loaded state unless this run and the checkpoint's both scale dynamically."""
         if not self.dynamic or (self.scale == 1.0 and self.good_steps == 0):
             self.scale.fill_(self.first if self.dynamic else 1.0)

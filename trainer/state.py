@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.parallel_model import ParallelModel
-from parallel.runtime import everyones
+from parallel.runtime import all_gather_objects
 from trainer.checkpoint.contents import KEPT
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
-from trainer.resilience.bad_steps import Guard
+from trainer.resilience.bad_steps import BadStepGuard
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TrainState:
     worker: ParallelModel
     optimizer: Optimizer
     loss_scale: LossScale
-    guard: Guard
+    guard: BadStepGuard
     tokens: Tensor  # valid targets learned from so far, int64 on the device
     step: int = 0  # optimizer steps done
     samples: int = 0  # that these steps took, by which the data go on under any batch_size
@@ -42,7 +42,7 @@ class TrainState:
         """Return the shape of each weight by its canonical name."""
         return self.worker.whole.shapes
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by its canonical name."""
         weights = self.worker.parameters()
         found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
@@ -51,15 +51,17 @@ class TrainState:
         found |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()}
         found |= {f"guard.{name}": tensor for name, tensor in self.guard.state().items()}
         own = f"{KEPT}{dist.get_rank()}."
-        found |= {f"{own}{name}": tensor for name, tensor in self.worker.kept().items()}
+        found |= {
+            f"{own}{name}": tensor for name, tensor in self.worker.error_feedback_state().items()
+        }
         found["updates"] = self.optimizer.update_count()
         found["tokens"] = self.tokens
         found["step"] = torch.tensor(self.step)
         return found
 
-    def loaded(self, tensors: Mapping[str, Tensor]) -> None:
+    def after_load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what is no tensor from tensors that a checkpoint has filled."""
-        self.loss_scale.loaded()
+        self.loss_scale.reset_if_incompatible()
         self.optimizer.set_update_count(tensors["updates"].item())
         self.guard.load({name: tensors[f"guard.{name}"] for name in self.guard.state()})
         self.step = int(tensors["step"].item())
@@ -75,9 +77,9 @@ def not_finite(state: TrainState) -> str:
     All ranks call it and get the same. One reduction of each tensor, whose results are read back
     together: for the moments at which the host waits anyway.
     """
-    own = {name: local(tensor.detach()) for name, tensor in state.tensors().items()}
+    own = {name: local_tensor(tensor.detach()) for name, tensor in state.state_tensors().items()}
     own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
     largest = torch._foreach_norm(list(own.values()), torch.inf)
     finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
     first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
-    return next(filter(None, everyones(first)), "")
+    return next(filter(None, all_gather_objects(first)), "")

@@ -2,10 +2,10 @@
 
 import math
 
-from conf.validation.layout import divisors
+from conf.validation.layout import divisors_of
 from parallel.strategy import StrategyConfig
 from trainer.config.train import CompressConfig, ModelConfig, TrainConfig, classes_of
-from trainer.distill.logit_dataset import Facts
+from trainer.distill.logit_dataset import LogitFacts
 
 SHORTENS = ("merge", "pool_after", "drop")
 
@@ -15,9 +15,11 @@ def compress_problems(
 ) -> list[str]:
     """Return why a model cannot be compressed so under a resolved strategy; empty = it can."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
-    found = _shared(asked, compress, strategy) + _pooling(compress, model)
+    found = _sharded_sequence_problems(asked, compress, strategy) + _pooling_problems(
+        compress, model
+    )
     if model.family == "encoder":
-        found += _patches(compress, model)
+        found += _patch_problems(compress, model)
     elif compress.drop:
         found.append(
             f"compress.drop={compress.drop:g} leaves patches of images out, but "
@@ -34,10 +36,12 @@ def compress_problems(
         for key in ("bits", "input_bits")
         if getattr(compress, key) == 1
     ]
-    return found + _widths(compress, model, strategy) + _pruned(compress, model)
+    return found + _width_problems(compress, model, strategy) + _pruning_problems(compress, model)
 
 
-def _shared(asked: list[str], compress: CompressConfig, strategy: StrategyConfig) -> list[str]:
+def _sharded_sequence_problems(
+    asked: list[str], compress: CompressConfig, strategy: StrategyConfig
+) -> list[str]:
     """Sequences that are shortened are whole on every rank."""
     if strategy.context == 1:
         return []
@@ -54,9 +58,9 @@ def _encoder_blocks(model: ModelConfig) -> int:
     return (model.encoder_layers or model.layers) if two else model.layers
 
 
-def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
+def _pooling_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     if model.family == "decoder":
-        return _hourglass(compress, model)
+        return _hourglass_problems(compress, model)
     blocks = _encoder_blocks(model)
     if compress.pool_after >= blocks:
         return [
@@ -66,7 +70,7 @@ def _pooling(compress: CompressConfig, model: ModelConfig) -> list[str]:
     return []
 
 
-def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
+def _hourglass_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Require as many whole blocks in front as behind, and something to shorten between them."""
     found, most = [], (model.layers - 1) // 2
     if compress.pool_after > most:
@@ -83,7 +87,7 @@ def _hourglass(compress: CompressConfig, model: ModelConfig) -> list[str]:
     return found
 
 
-def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
+def _patch_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Return what an image's patches cannot give; nothing where its size is not known yet."""
     side = model.image_size // model.patch_size
     if not side:
@@ -102,7 +106,7 @@ def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
     pooled = -(-side // compress.pool_stride) if compress.pool_after else side
     patches = max(1, round(pooled**2 * (1 - compress.drop)))
     times = model.layers - 1 - compress.pool_after
-    most = _most(patches, times)
+    most = _max_merged(patches, times)
     if compress.merge > most:
         found.append(
             f"compress.merge={compress.merge} is more than half of the vectors that are left "
@@ -111,13 +115,13 @@ def _patches(compress: CompressConfig, model: ModelConfig) -> list[str]:
     return found
 
 
-def _most(vectors: int, times: int) -> int:
+def _max_merged(vectors: int, times: int) -> int:
     """Return the most that can be merged so many times: half of what is left, the last time."""
     # vectors - (times - 1) r >= 2 r
     return vectors // (times + 1) if times > 0 else 0
 
 
-def _neighbours(compress: CompressConfig) -> dict[str, int]:
+def _neighbour_sizes(compress: CompressConfig) -> dict[str, int]:
     """Return how many weights along the inputs belong together, by the key that says so."""
     sizes = {
         "group": compress.group if compress.bits else 0,
@@ -126,21 +130,25 @@ def _neighbours(compress: CompressConfig) -> dict[str, int]:
     return {key: size for key, size in sizes.items() if size}
 
 
-def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+def _width_problems(
+    compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
+) -> list[str]:
     """Neighbouring weights along the inputs of a layer, of which each rank has whole groups."""
     head_width = model.head_width or model.width // model.heads
     inputs = {
         f"model.width={model.width}": model.width,
-        f"{model.heads} heads of {head_width}": _part(model.heads * head_width, strategy.tensor),
-        f"model.ffn_width={model.ffn_width}": _part(model.ffn_width, strategy.tensor),
+        f"{model.heads} heads of {head_width}": _local_width(
+            model.heads * head_width, strategy.tensor
+        ),
+        f"model.ffn_width={model.ffn_width}": _local_width(model.ffn_width, strategy.tensor),
     }
     found = []
-    for key, size in _neighbours(compress).items():
+    for key, size in _neighbour_sizes(compress).items():
         wrong = [name for name, width in inputs.items() if not width or width % size]
         if wrong:
             fit = [
                 d
-                for d in divisors(min(filter(None, inputs.values())))
+                for d in divisors_of(min(filter(None, inputs.values())))
                 if all(width and width % d == 0 for width in inputs.values())
             ]
             each = f" on each of strategy.tensor={strategy.tensor} ranks" * (strategy.tensor > 1)
@@ -157,7 +165,7 @@ def _widths(compress: CompressConfig, model: ModelConfig, strategy: StrategyConf
     return found
 
 
-def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
+def _pruning_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Return what of whole heads and channels cannot be pruned."""
     found, groups = [], model.kv_heads or model.heads
     counts = {"prune_heads": (groups, "heads"), "prune_ffn": (model.ffn_width, "channels")}
@@ -176,14 +184,14 @@ def _pruned(compress: CompressConfig, model: ModelConfig) -> list[str]:
             f"compress.prune_end={compress.prune_end:g} is before compress.prune_start="
             f"{compress.prune_start:g}; set compress.prune_end={compress.prune_start:g} or more"
         )
-    return found + _regrouped(compress, model, model.heads // groups)
+    return found + _regrouping_problems(compress, model, model.heads // groups)
 
 
-def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
+def _regrouping_problems(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
     """Neighbours along the inputs must still be neighbours when inputs are gone."""
     head = queries * (model.head_width or model.width // model.heads)
     found = []
-    for key, size in _neighbours(compress).items():
+    for key, size in _neighbour_sizes(compress).items():
         if compress.prune_ffn:
             found.append(
                 f"compress.prune_ffn={compress.prune_ffn:g} removes channels one by one, and the "
@@ -198,7 +206,7 @@ def _regrouped(compress: CompressConfig, model: ModelConfig, queries: int) -> li
     return found
 
 
-def _part(width: int, degree: int) -> int:
+def _local_width(width: int, degree: int) -> int:
     """Return what each rank has of a width; 0 where they have unequal parts."""
     return width // degree if width % degree == 0 else 0
 
@@ -230,14 +238,14 @@ def match_problems(
         for key in SHORTENS
         if getattr(compress, key)
     ]
-    last = _depth(model) - 1
+    last = _encoder_depth(model) - 1
     if max(ours) > last:
         near = [[min(one, last), other] for one, other in match]
         found.append(f"{named}, but the blocks here are 0 to {last}; try compress.match={near}")
     return found
 
 
-def _depth(model: ModelConfig) -> int:
+def _encoder_depth(model: ModelConfig) -> int:
     return model.layers + (_encoder_blocks(model) if model.family == "encoder_decoder" else 0)
 
 
@@ -261,19 +269,20 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
     ]
     near, turns = [], [_encoder_blocks(model) for model in (ours, theirs)]
     for block, other in compress.match:
-        low, high = (0, turns[1]) if block < turns[0] else (turns[1], _depth(theirs))
+        low, high = (0, turns[1]) if block < turns[0] else (turns[1], _encoder_depth(theirs))
         near.append([block, min(max(other, low), high - 1)])
     if near != compress.match:
         two = f", the first {turns[1]} of its encoder, as are the first {turns[0]} here"
         found.append(
             f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
-            f"{_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; try "
+            f"{_encoder_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; "
+            f"try "
             f"compress.match={near}"
         )
     return found
 
 
-def answers_problems(config: TrainConfig, facts: Facts) -> list[str]:
+def answers_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
     """Return why a completed run cannot learn from the answers in compress.teacher.
 
     Empty = it can.

@@ -24,10 +24,10 @@ def precision_problems(
         for key in ("bits", "sparse_n", "prune_heads", "prune_ffn")
         if getattr(compress, key)
     ]
-    return found + _sizes(model, strategy.tensor)
+    return found + _size_problems(model, strategy.tensor)
 
 
-def _sizes(model: ModelConfig, tensor: int) -> list[str]:
+def _size_problems(model: ModelConfig, tensor: int) -> list[str]:
     """Sizes of weights that float8 kernels do not take."""
     head_width = model.head_width or model.width // model.heads
     groups = model.kv_heads or model.heads

@@ -4,9 +4,15 @@ from math import inf, isqrt
 from typing import Any
 
 from parallel.errors import UserError
-from parallel.pipeline.schedules import CSV_KEY, SCHEDULES, splits_backward, stages_per_rank, takes
-from parallel.pipeline.schedules import problems as schedule_problems
-from parallel.strategy import HOW, StrategyConfig, data_degree, degrees
+from parallel.pipeline.schedules import (
+    CSV_KEY,
+    SCHEDULES,
+    accepts_micro_batches,
+    has_split_backward,
+    stages_per_rank,
+)
+from parallel.pipeline.schedules import find_schedule_problems as schedule_problems
+from parallel.strategy import HOW, StrategyConfig, axis_degrees, data_degree
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
 
@@ -17,7 +23,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """Return what is wrong with a resolved strategy for a door's configuration, but for its
     model.
     """
-    found = _fault(getattr(config, "fault", ""), strategy)
+    found = _fault_problems(getattr(config, "fault", ""), strategy)
     data = getattr(config, "data", None)
     seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
     if seq_len < 2 * strategy.context > 2:
@@ -40,11 +46,11 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
             "strategy=pipeline, or metrics.timeline=false"
         )
     if strategy.pipeline > 1:
-        found += _schedule(config, strategy)
-    return found + _reduction(config, strategy)
+        found += _schedule_problems(config, strategy)
+    return found + _reduction_problems(config, strategy)
 
 
-def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
+def _reduction_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """Return why gradients cannot be summed as strategy.reduce says."""
     given = f"strategy.reduce={strategy.reduce}"
     if isinstance(config, VerifyConfig) and strategy.reduce != "auto":
@@ -56,7 +62,7 @@ def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
         return []
     others = [
         f"strategy.{axis}={degree}"
-        for axis, degree in degrees(strategy).items()
+        for axis, degree in axis_degrees(strategy).items()
         if axis != "replicate" and degree > 1
     ]
     found = []
@@ -78,7 +84,7 @@ def _reduction(config: Any, strategy: StrategyConfig) -> list[str]:
     return found
 
 
-def _schedule(config: Any, strategy: StrategyConfig) -> list[str]:
+def _schedule_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """Return why a schedule does not go with what else is asked for."""
     found: list[str] = []
     # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
@@ -106,7 +112,7 @@ def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
     mode = getattr(config, "activation_checkpointing", "none")
     if mode != "none":
         asked.append(("activation_checkpointing", mode, "none"))
-    if not asked or not splits_backward(strategy):
+    if not asked or not has_split_backward(strategy):
         return []
     fit = " or ".join(n for n, rules in SCHEDULES.items() if not rules.splits_backward)
     name, other = f"strategy.schedule={strategy.schedule}", f"strategy.schedule={fit}"
@@ -121,7 +127,11 @@ def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
 
 def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Return why a model's layers cannot be spread so; empty = they can."""
-    return splits(model, strategy.tensor) + _shares(model, strategy) + _stages(model, strategy)
+    return (
+        tensor_problems(model, strategy.tensor)
+        + _context_problems(model, strategy)
+        + _stage_problems(model, strategy)
+    )
 
 
 def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
@@ -151,22 +161,24 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
     """
     share, given = config.batch_size // data_degree(strategy), config.micro_batch_size
     if given and strategy.elastic:
-        return max(size for size in divisors(share) if size <= given)
+        return max(size for size in divisors_of(share) if size <= given)
     if given or strategy.pipeline == 1:
         return given or share
     counts = [
-        count for count in divisors(share) if takes(strategy.schedule, strategy.pipeline, count)
+        count
+        for count in divisors_of(share)
+        if accepts_micro_batches(strategy.schedule, strategy.pipeline, count)
     ]
     enough = [count for count in counts if count >= 2 * strategy.pipeline]
     return share // (enough[0] if enough else max(counts, default=1))
 
 
-def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+def _context_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Return why attention cannot trade positions for heads over the context axis."""
     heads = model.heads // strategy.tensor
     if strategy.context_method != "ulysses" or heads % strategy.context == 0:
         return []
-    fit = ", ".join(map(str, divisors(heads)))
+    fit = ", ".join(map(str, divisors_of(heads)))
     each = f" on each of strategy.tensor={strategy.tensor} ranks" if strategy.tensor > 1 else ""
     return [
         f"strategy.context={strategy.context} does not divide the {heads} heads{each}, which "
@@ -175,7 +187,7 @@ def _shares(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     ]
 
 
-def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
+def _stage_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     """Return why a model cannot be cut into the pipeline's stages."""
     if strategy.pipeline == 1:
         return []
@@ -196,18 +208,18 @@ def _stages(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     if firsts and (len(firsts) != stages - 1 or not rises):
         even = [round(blocks * stage / stages) for stage in range(1, stages)]
         return [
-            f"strategy.split={_short(firsts)} must be the first blocks of stages 1 to "
+            f"strategy.split={_format_numbers(firsts)} must be the first blocks of stages 1 to "
             f"{stages - 1}: {stages - 1} rising numbers from 1 to {blocks - 1}, e.g. "
-            f"{_short(even)}; or empty, to cut where all stages cost alike"
+            f"{_format_numbers(even)}; or empty, to cut where all stages cost alike"
         ]
     return []
 
 
-def _short(numbers: list[int]) -> str:
+def _format_numbers(numbers: list[int]) -> str:
     return f"[{','.join(map(str, numbers))}]"
 
 
-def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
+def _fault_problems(fault: str, strategy: StrategyConfig) -> list[str]:
     """Return why a fault cannot be planted in this layout."""
     axis = FAULT_AXES.get(fault)
     if axis == "tensor" and strategy.tensor == 1:
@@ -225,9 +237,9 @@ def _fault(fault: str, strategy: StrategyConfig) -> list[str]:
     return []
 
 
-def splits(model: ModelConfig, degree: int) -> list[str]:
+def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
     """Return why the model's layers cannot be split over `degree` ranks; empty = they can."""
-    fit = [d for d in divisors(model.heads) if _splits_heads(model, d)]
+    fit = [d for d in divisors_of(model.heads) if _splits_heads(model, d)]
     found = []
     if degree not in fit:
         given = f"model.heads={model.heads}"
@@ -254,7 +266,7 @@ def _splits_heads(model: ModelConfig, degree: int) -> bool:
     return model.heads % degree == 0 and (groups % degree == 0 or shared)
 
 
-def divisors(number: int) -> list[int]:
+def divisors_of(number: int) -> list[int]:
     """Return the divisors of `number`, rising; of one that no size can have, 1 and itself."""
     if number > 1e12:
         return [1, number]
@@ -264,7 +276,7 @@ def divisors(number: int) -> list[int]:
 
 def near_divisors(number: int, wanted: int) -> str:
     """Return the divisors of `number` just below and above `wanted`."""
-    found = divisors(number)
+    found = divisors_of(number)
     near = [*[d for d in found if d < wanted][-1:], *[d for d in found if d > wanted][:1]]
     return " or ".join(map(str, near))
 

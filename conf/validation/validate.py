@@ -15,7 +15,7 @@ from conf.validation.layout import (
 )
 from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
-from parallel.strategy import resolve
+from parallel.strategy import resolve_degrees
 from trainer.config.train import (
     DataConfig,
     ModelConfig,
@@ -32,27 +32,27 @@ if TYPE_CHECKING:
 LARGEST = 2**63 - 1  # of torch's integers
 
 
-def problems(config: Any, world_size: int) -> list[str]:
+def find_problems(config: Any, world_size: int) -> list[str]:
     """Return every problem of a door's configuration on `world_size` ranks; empty = none."""
-    found = _choices(config) + _ranges(config)
+    found = _choice_problems(config) + _range_problems(config)
     wrong = {problem.split("=", 1)[0] for problem in found}
     broken: list[str] = []
     if hasattr(config, "model"):
-        broken = _model(config.model, wrong)
+        broken = _model_problems(config.model, wrong)
         found += broken
     if reads_data := isinstance(getattr(config, "data", None), DataConfig):
-        found += _data(config.data)
+        found += _data_problems(config.data)
     if hasattr(config, "model") and reads_data:
-        found += _fit(config.model, config.data)
+        found += _fit_problems(config.model, config.data)
     if hasattr(config, "optim"):
-        found += _betas(config.optim.betas)
+        found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
-        found += _checkpoints(config) + _teacher(config)
+        found += _checkpoint_problems(config) + _teacher_problems(config)
     if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
         found += cluster_problems(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
-            strategy = resolve(config.strategy, world_size)
+            strategy = resolve_degrees(config.strategy, world_size)
         except UserError as error:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
@@ -70,7 +70,7 @@ def problems(config: Any, world_size: int) -> list[str]:
     return found
 
 
-def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
+def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     """Return the configuration with model sizes of 0 taken from the data, or raise ConfigError."""
     model, data = config.model, config.data
     filled = replace(
@@ -82,11 +82,11 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         channels=model.channels or facts.channels,
     )
     if inputs_of(model) == "patches":
-        found = _images(filled, facts)
+        found = _image_problems(filled, facts)
         side = filled.image_size // filled.patch_size
         filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
-        found = _tokens(filled, facts)
+        found = _token_problems(filled, facts)
     if outputs_of(model) == "classes":
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
@@ -97,7 +97,7 @@ def complete(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     return replace(config, model=filled)
 
 
-def _choices(config: Any) -> list[str]:
+def _choice_problems(config: Any) -> list[str]:
     found = []
     for key, field in known_keys(type(config)).items():
         value, choices = value_at(config, key), facts_of(field).choices
@@ -108,7 +108,7 @@ def _choices(config: Any) -> list[str]:
     return found
 
 
-def _ranges(config: Any) -> list[str]:
+def _range_problems(config: Any) -> list[str]:
     too_large, outside = [], []
     for key, field in known_keys(type(config)).items():
         value, interval = value_at(config, key), facts_of(field).interval
@@ -119,7 +119,7 @@ def _ranges(config: Any) -> list[str]:
     return too_large + outside
 
 
-def _betas(betas: list[float]) -> list[str]:
+def _beta_problems(betas: list[float]) -> list[str]:
     interval = key_facts(OptimConfig, "betas").interval
     assert interval is not None
     if len(betas) == 2 and all(beta in interval for beta in betas):
@@ -127,7 +127,7 @@ def _betas(betas: list[float]) -> list[str]:
     return [f"optim.betas={betas} must be two numbers, each {interval}, e.g. [0.9,0.95]"]
 
 
-def _checkpoints(config: TrainConfig) -> list[str]:
+def _checkpoint_problems(config: TrainConfig) -> list[str]:
     found = []
     if config.checkpoint.keep_best and not config.eval.every:
         found.append(
@@ -143,7 +143,7 @@ def _checkpoints(config: TrainConfig) -> list[str]:
     return found
 
 
-def _teacher(config: TrainConfig) -> list[str]:
+def _teacher_problems(config: TrainConfig) -> list[str]:
     teacher = config.compress.teacher
     if teacher and config.loss.chunks > 1:
         return [
@@ -154,7 +154,7 @@ def _teacher(config: TrainConfig) -> list[str]:
     return []
 
 
-def _model(model: ModelConfig, wrong: set[str]) -> list[str]:
+def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
     if wrong & {f"model.{key}" for key in ("width", "heads", "kv_heads", "head_width")}:
         return []
     found = []
@@ -175,7 +175,7 @@ def _model(model: ModelConfig, wrong: set[str]) -> list[str]:
             f"model.positions=rope turns pairs of numbers, but a head is {head_width} wide; "
             f"set model.head_width={head_width + 1}, or model.positions=learned"
         )
-    return found + _ends(model) + _patches(model)
+    return found + _ends(model) + _patch_problems(model)
 
 
 def _ends(model: ModelConfig) -> list[str]:
@@ -194,7 +194,7 @@ def _ends(model: ModelConfig) -> list[str]:
     return found
 
 
-def _patches(model: ModelConfig) -> list[str]:
+def _patch_problems(model: ModelConfig) -> list[str]:
     if (
         inputs_of(model) != "patches"
         or model.patch_size < 1
@@ -207,7 +207,7 @@ def _patches(model: ModelConfig) -> list[str]:
     ]
 
 
-def _data(data: DataConfig) -> list[str]:
+def _data_problems(data: DataConfig) -> list[str]:
     if data.path:
         return []
     return [
@@ -216,7 +216,7 @@ def _data(data: DataConfig) -> list[str]:
     ]
 
 
-def _fit(model: ModelConfig, data: DataConfig) -> list[str]:
+def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     reads = " or ".join(kind for kind, r in READERS.items() if model.family in r.families)
     reader = READERS.get(data.kind)
     if reads and reader and model.family not in reader.families:
@@ -232,7 +232,7 @@ def _fit(model: ModelConfig, data: DataConfig) -> list[str]:
     return []
 
 
-def _tokens(model: ModelConfig, facts: "DataFacts") -> list[str]:
+def _token_problems(model: ModelConfig, facts: "DataFacts") -> list[str]:
     if model.vocab_size >= facts.vocab_size:
         return []
     return [
@@ -242,8 +242,8 @@ def _tokens(model: ModelConfig, facts: "DataFacts") -> list[str]:
     ]
 
 
-def _images(model: ModelConfig, facts: "DataFacts") -> list[str]:
-    found = _patches(model)
+def _image_problems(model: ModelConfig, facts: "DataFacts") -> list[str]:
+    found = _patch_problems(model)
     for key in ("image_size", "channels"):
         ours, theirs = getattr(model, key), getattr(facts, key)
         if ours != theirs:

@@ -26,17 +26,17 @@ from launch.cli.environment import torch_problem
 from launch.cli.errors import (
     STOPPED,
     JobFailedError,
+    ensure_standard_streams,
     exit_code,
-    explain,
+    explain_error,
     is_mistake,
     log_to_stderr,
-    occupy_standard_streams,
-    unprinted,
+    stdout_problem,
     write_error,
 )
 from parallel.errors import ConfigError, UserError
-from parallel.strategy import check_torchrun, restarts
-from trainer.run.free_text import MARK, protected
+from parallel.strategy import check_torchrun, restart_count
+from trainer.run.free_text import MARK, escape_text
 from trainer.run.run_dir import AlreadyFinishedError
 
 CONF = str(Path(schema.__file__).parent)
@@ -55,13 +55,13 @@ class Command:
     name: str
     # Runs once, before any rank works: (config, world_size, held) → completed config, where `held`
     # is an ExitStack that is closed when the job has ended. With `together`: (config) → anything.
-    prepare: Callable[..., Any]
-    work: Callable[..., None] | None = None  # runs on every rank: (config, runtime)
+    check_config: Callable[..., Any]
+    run_on_rank: Callable[..., None] | None = None  # runs on every rank: (config, runtime)
     # Runs once in this process in place of ranks, where they were not asked for: (config).
-    alone: Callable[..., None] | None = None
+    run_in_process: Callable[..., None] | None = None
     # Runs once in this process in place of all work: (everything that `prepare` returned), when
     # all jobs of the command line are found to be good.
-    together: Callable[..., None] | None = None
+    run_on_all_points: Callable[..., None] | None = None
     prepared: list[Any] = field(default_factory=list)
 
 
@@ -77,53 +77,53 @@ def run_command(command: Command) -> None:
     # the cores that costs ten times what it spares. libgomp reads this when torch is imported.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    occupy_standard_streams()
-    ranks = _ranks(command.name)
+    ensure_standard_streams()
+    ranks = _torchrun_queue(command.name)
     if ranks and ranks.rank:
-        from launch.cli.rank import follow
+        from launch.cli.rank import run_posted_jobs
 
-        leave(follow(ranks, command.work))
+        exit_process(run_posted_jobs(ranks, command.run_on_rank))
     now = time.time()
-    started = time.localtime(ranks.started(now) if ranks else now)
-    with TemporaryDirectory(prefix="samestep-") if _sweeps() else nullcontext("") as scratch:
-        schema.register(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
-        code = _compose(command, ranks, scratch)
+    started = time.localtime(ranks.launch_time(now) if ranks else now)
+    with TemporaryDirectory(prefix="samestep-") if _is_multirun() else nullcontext("") as scratch:
+        schema.register_schemas(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
+        code = _run_hydra(command, ranks, scratch)
     if ranks:
-        ranks.stop()  # which do not fail with it: a launcher shows the cause alone
-    leave(code)
+        ranks.close_queue()  # which do not fail with it: a launcher shows the cause alone
+    exit_process(code)
 
 
-def _ranks(name: str) -> Any:
+def _torchrun_queue(name: str) -> Any:
     """Return the ranks that torchrun has started, None without it.
 
     Exits where nothing can begin.
     """
-    problem = _unreadable(sys.argv[1:])
+    problem = _why_unreadable(sys.argv[1:])
     if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
         sys.exit(2)  # rank 0 says it
     try:
         if not problem and check_torchrun(os.environ):
-            from parallel.runtime import Ranks
+            from parallel.runtime import JobQueue
 
-            return Ranks.of_torchrun()
+            return JobQueue.from_torchrun()
     except UserError as error:
-        problem = explain(name, error)
+        problem = explain_error(name, error)
     if problem:
         write_error(problem)
         sys.exit(2)
     return None
 
 
-def names_itself(words: Sequence[str]) -> bool:
+def has_own_name(words: Sequence[str]) -> bool:
     """Return whether a new folder is named after the time.
 
     A restart by torchrun goes on in the old.
     """
     given = any(word.lstrip("+").startswith("run_dir=") for word in words)
-    return not given and not restarts(os.environ)
+    return not given and not restart_count(os.environ)
 
 
-def _unreadable(words: Sequence[str]) -> str:
+def _why_unreadable(words: Sequence[str]) -> str:
     """Return what keeps a command from being read at all; empty = nothing.
 
     Python keeps bytes that are not in the locale's encoding as lone surrogates.
@@ -149,19 +149,19 @@ def _unreadable(words: Sequence[str]) -> str:
     return ""
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """Exits, and soon: what is left of threads and groups must not hold a process that is done."""
 
-    def end() -> None:
+    def end_process() -> None:
         threading.main_thread().join()
         time.sleep(EXIT_SECONDS)
         os._exit(code)
 
-    threading.Thread(target=end, daemon=True).start()
+    threading.Thread(target=end_process, daemon=True).start()
     sys.exit(code)
 
 
-def _compose(command: Command, ranks: Any, scratch: str) -> int:
+def _run_hydra(command: Command, ranks: Any, scratch: str) -> int:
     """Let Hydra run every job of the command line; the exit status."""
     log_to_stderr(0)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
@@ -170,19 +170,19 @@ def _compose(command: Command, ranks: Any, scratch: str) -> int:
         words = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
         sys.argv[1:] = [quoted_values(word, keys) for word in words]
     else:
-        sys.argv[1:] = [quoted(word, keys) for word in sys.argv[1:]]
+        sys.argv[1:] = [quote_value(word, keys) for word in sys.argv[1:]]
     opened: Any = nullcontext()
     if scratch and command.name == "train":
         from launch.cli.sweep import Sweep
 
-        opened = Sweep(Path(scratch), names_itself(sys.argv[1:]))
+        opened = Sweep(Path(scratch), has_own_name(sys.argv[1:]))
 
     try:
         with opened as sweep:
-            job = _job_of(command, ranks, bool(scratch), sweep)
+            job = _hydra_task(command, ranks, bool(scratch), sweep)
             hydra.main(version_base="1.3", config_path=CONF, config_name=command.name)(job)()
-        if command.together and command.prepared:
-            command.together(command.prepared)
+        if command.run_on_all_points and command.prepared:
+            command.run_on_all_points(command.prepared)
         return sweep.code if sweep else 0
     except JobFailedError as failed:
         return failed.code
@@ -191,13 +191,15 @@ def _compose(command: Command, ranks: Any, scratch: str) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        return _tell(command, error)
+        return _print_error(command, error)
 
 
-def _job_of(command: Command, ranks: Any, sweeps: bool, sweep: Any) -> Callable[[DictConfig], Any]:
+def _hydra_task(
+    command: Command, ranks: Any, sweeps: bool, sweep: Any
+) -> Callable[[DictConfig], Any]:
     """Return what Hydra calls with each composed configuration."""
 
-    def task(cfg: DictConfig) -> float | None:
+    def run_point(cfg: DictConfig) -> float | None:
         if sweep is not None:
             return sweep.run(cfg, lambda point, console: _run_job(command, point, ranks, console))
         try:
@@ -212,10 +214,10 @@ def _job_of(command: Command, ranks: Any, sweeps: bool, sweep: Any) -> Callable[
             raise
         return None
 
-    return task
+    return run_point
 
 
-def _sweeps() -> bool:
+def _is_multirun() -> bool:
     return any(word in MULTIRUN for word in sys.argv[1:])
 
 
@@ -233,61 +235,63 @@ def _run_held(
     command: Command, cfg: DictConfig, ranks: Any, held: ExitStack, console: Path | None
 ) -> None:
     try:
-        config = schema.load(command.name, cfg)
+        config = schema.build_config(command.name, cfg)
         world_size = _world_size(config, ranks)
-        if command.together:
-            if _sweeps():
-                from launch.cli.sweep import composed
+        if command.run_on_all_points:
+            if _is_multirun():
+                from launch.cli.sweep import composed_job
 
-                config.run_dir = str(Path(config.run_dir) / composed().name)
-            command.prepared.append(command.prepare(config))
+                config.run_dir = str(Path(config.run_dir) / composed_job().folder_name)
+            command.prepared.append(command.check_config(config))
             return
         if getattr(config, "device", "cpu") == "cuda":  # before anything is written
             from parallel.runtime import choose_device
 
             choose_device("cuda", ranks.local_world_size if ranks else world_size)
-        config = command.prepare(config, world_size, held)
-        if command.alone and not ranks and world_size == 1 and not _strategy_given():
-            command.alone(config)
+        config = command.check_config(config, world_size, held)
+        if command.run_in_process and not ranks and world_size == 1 and not _strategy_given():
+            command.run_in_process(config)
             return
     except AlreadyFinishedError as finished:
         log.info("%s", finished)
         return
     except Exception as error:
-        raise JobFailedError(_tell(command, error), str(error).splitlines()[0]) from None
-    _start(command, {"command": command.name, "config": asdict(config)}, ranks, world_size, console)
+        raise JobFailedError(_print_error(command, error), str(error).splitlines()[0]) from None
+    _start_job(
+        command, {"command": command.name, "config": asdict(config)}, ranks, world_size, console
+    )
 
 
-def _start(
+def _start_job(
     command: Command, job: dict[str, Any], ranks: Any, world_size: int, console: Path | None
 ) -> None:
     """Run a job on torchrun's ranks, on new processes, or in this one."""
-    from launch.cli.rank import run, run_alone
+    from launch.cli.rank import run_alone, run_rank
 
     if ranks:
-        ranks.post(job)
-        run(job, ranks, command.work)
+        ranks.post_job(job)
+        run_rank(job, ranks, command.run_on_rank)
     elif world_size > 1 or console:
-        from launch.cli.spawn import spawn
+        from launch.cli.spawn import spawn_ranks
 
-        spawn(job | {"console": str(console or "")}, world_size, command.work)
+        spawn_ranks(job | {"console": str(console or "")}, world_size, command.run_on_rank)
     else:
-        run_alone(job, command.work)
+        run_alone(job, command.run_on_rank)
 
 
-def _tell(command: Command, error: Exception) -> int:
+def _print_error(command: Command, error: Exception) -> int:
     """Write a user's mistake as one message and a bug with its trace; the exit status."""
     if is_mistake(error):
-        write_error(explain(command.name, error))
+        write_error(explain_error(command.name, error))
         return getattr(error, "status", 2)
     if isinstance(error, OSError) and error.filename:
         write_error(f"{error.filename} cannot be used: {error.strerror}")
     else:
-        write_error(unprinted(error) or traceback.format_exc())
+        write_error(stdout_problem(error) or traceback.format_exc())
     return 1
 
 
-def quoted(argument: str, keys: Collection[str]) -> str:
+def quote_value(argument: str, keys: Collection[str]) -> str:
     """KEY=VALUE with the value in quotes, if it is that of a key for text.
 
     It may then hold whatever Hydra and OmegaConf read as more than text. One that is in quotes
@@ -298,23 +302,26 @@ def quoted(argument: str, keys: Collection[str]) -> str:
         return argument
     if QUOTED.fullmatch(text):
         inside = text[1:-1]
-        kept = inside.startswith(MARK) or protected(inside) == inside  # a script's own words
-        return argument if kept else f'{key}="{protected(inside)}"'
+        kept = inside.startswith(MARK) or escape_text(inside) == inside  # a script's own words
+        return argument if kept else f'{key}="{escape_text(inside)}"'
     return f"{key}={_in_quotes(text)}"
 
 
 def quoted_values(argument: str, keys: Collection[str]) -> str:
-    """Like `quoted`, in a sweep: commas part values, and Hydra's own words (choice, glob) stay."""
+    """Like `quote_value`, in a sweep: commas part values, and Hydra's own words (choice, glob)
+    stay."""
     key, equals, text = argument.partition("=")
     if key.lstrip("+") not in keys or not equals or not text or SWEPT.match(text):
         return argument
     values = re.findall(rf"(?:{QUOTED.pattern}|[^,])+", text, re.DOTALL)
-    return f"{key}={','.join(quoted(f'{key}={value}', keys)[len(key) + 1 :] for value in values)}"
+    return (
+        f"{key}={','.join(quote_value(f'{key}={value}', keys)[len(key) + 1 :] for value in values)}"
+    )
 
 
 def _in_quotes(text: str) -> str:
     # Hydra reads \" and, only in front of quotes, \\ inside a quoted value.
-    escaped = re.sub(r'(\\*)(?="|\Z)', r"\1\1", protected(text)).replace('"', '\\"')
+    escaped = re.sub(r'(\\*)(?="|\Z)', r"\1\1", escape_text(text)).replace('"', '\\"')
     return f'"{escaped}"'
 
 

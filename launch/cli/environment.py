@@ -41,14 +41,14 @@ def note_start(run_dir: Path, overrides: list[str]) -> None:
         starts = list(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         starts = []
-    packages = {name: found for name in PACKAGES if (found := _version(name))}
+    packages = {name: found for name in PACKAGES if (found := _package_version(name))}
     start: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "host": socket.gethostname(),
         "command": shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         "overrides": overrides,
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": _git("status", "--porcelain", "--untracked-files=no").splitlines(),
+        "commit": _git_state("rev-parse", "HEAD"),
+        "changed_files": _git_state("status", "--porcelain", "--untracked-files=no").splitlines(),
         "python": platform.python_version(),
         "packages": packages,
     }
@@ -58,14 +58,14 @@ def note_start(run_dir: Path, overrides: list[str]) -> None:
         log.warning("%s cannot be written: %s", path, error)
 
 
-def _version(name: str) -> str:
+def _package_version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
         return ""
 
 
-def _git(*words: str) -> str:
+def _git_state(*words: str) -> str:
     """Return what git says of this project's folder; empty where it is no repository."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), *words]

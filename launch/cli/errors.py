@@ -17,7 +17,7 @@ from pathlib import Path
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.help import groups
+from conf.help import config_groups
 from conf.schema import SCHEMAS
 from parallel.config_fields import known_keys
 from parallel.errors import UserError
@@ -74,7 +74,7 @@ def write_error(text: str) -> None:
                 Path(path).unlink()
 
 
-def occupy_standard_streams() -> None:
+def ensure_standard_streams() -> None:
     """Lead closed stdin, stdout and stderr nowhere, and let the others take any text.
 
     Else the next files get their numbers, and what a library says to stderr lands in a checkpoint;
@@ -88,7 +88,7 @@ def occupy_standard_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def unprinted(error: BaseException) -> str:
+def stdout_problem(error: BaseException) -> str:
     """Return what to say where a result found no room, or no reader, on stdout.
 
     Empty for other errors.
@@ -98,10 +98,10 @@ def unprinted(error: BaseException) -> str:
     return f"what was to be printed cannot be written: {error.strerror}"
 
 
-def answer(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+def run_simple_command(command: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command that needs no ranks; its status, 2 after a user's mistake."""
-    occupy_standard_streams()
-    atexit.register(let_go_of_streams)
+    ensure_standard_streams()
+    atexit.register(release_streams)
     try:
         code = command(arguments)
         if sys.stdout:
@@ -110,7 +110,7 @@ def answer(command: Callable[[list[str]], int], arguments: list[str]) -> int:
         write_error("\n".join(error.problems))
         return error.status
     except OSError as error:
-        if not (said := unprinted(error)):
+        if not (said := stdout_problem(error)):
             raise
         write_error(said)
         return 1
@@ -123,10 +123,10 @@ def log_to_stderr(rank: int) -> None:
         level=logging.WARNING if rank else logging.INFO,
         format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
     )
-    atexit.register(let_go_of_streams)
+    atexit.register(release_streams)
 
 
-class _Forgiving(logging.FileHandler):
+class _TolerantHandler(logging.FileHandler):
     """A log that finds no room is not worth a word, and no run."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
@@ -134,10 +134,10 @@ class _Forgiving(logging.FileHandler):
 
 
 @contextmanager
-def logged_to(path: Path) -> Iterator[None]:
+def log_to_file(path: Path) -> Iterator[None]:
     """Write what is logged, and what the run's console shows as lines, to this file as well."""
     try:
-        handler = _Forgiving(path, encoding="utf-8")
+        handler = _TolerantHandler(path, encoding="utf-8")
     except OSError:
         yield
         return
@@ -156,7 +156,7 @@ def logged_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
-def let_go_of_streams() -> None:
+def release_streams() -> None:
     """Lead a stdout or stderr that cannot take what it was given nowhere.
 
     Python flushes them when it ends, and if that fails the exit status is 120: a launcher would
@@ -171,7 +171,7 @@ def let_go_of_streams() -> None:
             os.close(nowhere)
 
 
-def lead_streams_to(path: str) -> None:
+def redirect_streams(path: str) -> None:
     """Append stdout and stderr to a file from here on."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -181,7 +181,7 @@ def lead_streams_to(path: str) -> None:
     os.close(file)
 
 
-def explain(name: str, error: BaseException) -> str:
+def explain_error(name: str, error: BaseException) -> str:
     """Return the message of a user's mistake at door `name`."""
     if isinstance(error, UserError):
         lines = error.problems
@@ -194,12 +194,12 @@ def explain(name: str, error: BaseException) -> str:
         if reason.startswith("Lexer"):
             reason = "it holds a character that must be quoted"
         return f"cannot read {error.override}: {reason}; write KEY=VALUE, quoted for the shell"
-    for pattern, say in SAID.items():
+    for pattern, say in HYDRA_MESSAGES.items():
         found = re.search(pattern, str(error))
         if found:
             return say(name, *found.groups())
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    return "; ".join(dict.fromkeys([_first(error), _first(cause)]))
+    return "; ".join(dict.fromkeys([_first_line(error), _first_line(cause)]))
 
 
 def is_mistake(error: BaseException) -> bool:
@@ -210,7 +210,7 @@ def is_mistake(error: BaseException) -> bool:
 
 def _unknown_key(name: str, key: str) -> str:
     """Say that `key` does not exist, with the key that was likely meant."""
-    known = [*known_keys(SCHEMAS[name]), *groups(name)]
+    known = [*known_keys(SCHEMAS[name]), *config_groups(name)]
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
     near = difflib.get_close_matches(key, same_leaf, n=1, cutoff=0.0)
@@ -232,7 +232,7 @@ def _refused_value(name: str, key: str, value: str) -> str:
 
 
 # What Hydra and OmegaConf say → what we say: (door, *groups of the pattern) → message.
-SAID: dict[str, Callable[..., str]] = {
+HYDRA_MESSAGES: dict[str, Callable[..., str]] = {
     r"Could not override '([^']+)'": _unknown_key,
     r"Error merging override \+*([^=~]+)=(.*)": _refused_value,
     r"Error merging override (~.+)": lambda _, key: f"{key}: a key cannot be taken away; set it",
@@ -248,11 +248,11 @@ def _missing_option(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     options = sorted(error.options or ())
     if not group or not options:
-        return _first(error)
+        return _first_line(error)
     near = difflib.get_close_matches(option, options, n=1)
     hint = f"; did you mean {group}={near[0]}?" if near else ""
     return f"{group}={option} does not exist; {group} is one of {', '.join(options)}{hint}"
 
 
-def _first(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n", 1)[0]

@@ -8,17 +8,17 @@ import numpy as np
 
 from parallel.errors import ConfigError
 from trainer import data
-from trainer.checkpoint.folder import checkpoints
-from trainer.checkpoint.identity import absolute
-from trainer.checkpoint.vocabulary import carried_rows
+from trainer.checkpoint.folder import list_checkpoints
+from trainer.checkpoint.identity import absolute_path
+from trainer.checkpoint.vocabulary import map_vocabulary
 from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
 from trainer.data.record import (
     FACTS,
     TOKENIZER,
     data_of,
+    format_record,
     has_record,
     read_record,
-    table,
     write_record,
 )
 from trainer.run.run_dir import EXPORTED, load_config
@@ -30,20 +30,23 @@ NEW = "new"  # data.processor: made of the train split
 log = logging.getLogger(__name__)
 
 
-def placed(config: TrainConfig) -> TrainConfig:
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Return the configuration with paths that mean the same in whatever folder it is read
     again.
     """
     reads = config.data
-    processor = reads.processor if reads.processor == NEW else absolute(reads.processor)
+    processor = reads.processor if reads.processor == NEW else absolute_path(reads.processor)
     reads = replace(
-        reads, path=absolute(reads.path), tokenizer=absolute(reads.tokenizer), processor=processor
+        reads,
+        path=absolute_path(reads.path),
+        tokenizer=absolute_path(reads.tokenizer),
+        processor=processor,
     )
-    compress = replace(config.compress, teacher=absolute(config.compress.teacher))
-    return replace(config, data=reads, init_from=absolute(config.init_from), compress=compress)
+    compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
+    return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
 
 
-def processed(config: TrainConfig) -> DataConfig:
+def with_processor(config: TrainConfig) -> DataConfig:
     """Return the data section with the tokenizer or classes that a run goes on with, or begins
     with.
 
@@ -51,7 +54,7 @@ def processed(config: TrainConfig) -> DataConfig:
     of init_from.
     """
     own = config.data
-    if checkpoints(config.run_dir) and has_record(config.run_dir):
+    if list_checkpoints(config.run_dir) and has_record(config.run_dir):
         return data_of(config)
     if own.processor == NEW:
         return replace(own, processor="")
@@ -70,7 +73,7 @@ def processed(config: TrainConfig) -> DataConfig:
     return own
 
 
-def sized(config: TrainConfig) -> TrainConfig:
+def with_sizes(config: TrainConfig) -> TrainConfig:
     """Return the configuration with those sizes of init_from's model that would follow the data."""
     if not config.init_from or config.data.processor or config.data.tokenizer:
         return config
@@ -103,7 +106,7 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
         return
     theirs = load_config(config.init_from, "init_from").model
     check_trained(config.init_from, "init_from")
-    rows = carried_rows(config.init_from, facts, data.open_tokenizer(reads))
+    rows = map_vocabulary(config.init_from, facts, data.open_tokenizer(reads))
     free = FREE_OF_SHAPE if rows is None else (*FREE_OF_SHAPE, "vocab_size", "classes")
     found = [
         f"init_from={config.init_from} holds a model with model.{key}={getattr(theirs, key)}, not "
@@ -120,7 +123,7 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
             "anew",
             config.init_from,
             rows.what,
-            rows.known,
+            rows.known_rows,
             len(rows.theirs),
         )
 
@@ -154,11 +157,11 @@ def _warn_of_other_functions(
 
 def check_trained(run_dir: str, key: str = "run_dir") -> None:
     """Raise ConfigError unless a folder holds a checkpoint, or an exported model."""
-    if not checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
+    if not list_checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
         raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 
 def prepare_data(config: PrepareConfig) -> None:
     """Prepare the data set and show what was read."""
     config.data.processor = config.data.processor.removeprefix(NEW)
-    log.info("%s", table(data.prepare(config.data, progress=True)))
+    log.info("%s", format_record(data.prepare_data(config.data, progress=True)))

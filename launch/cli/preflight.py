@@ -19,23 +19,23 @@ from conf.submit import SubmitConfig, training_part
 from conf.validation.compression import answers_problems, compress_problems, teacher_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import micro_batch_size, model_problems
-from conf.validation.validate import complete, problems
-from launch.cli.entrypoint import names_itself
+from conf.validation.validate import fill_from_data, find_problems
+from launch.cli.entrypoint import has_own_name
 from launch.cli.environment import note_start
 from launch.cli.inputs import (
     check_first_weights,
     check_trained,
     keep_processor,
-    placed,
-    processed,
-    sized,
+    with_absolute_paths,
+    with_processor,
+    with_sizes,
 )
-from launch.slurm.batch_script import Point, ranks_per_node
+from launch.slurm.batch_script import SlurmRun, ranks_per_node
 from parallel.errors import ConfigError, UserError
-from parallel.pipeline.schedules import warnings
-from parallel.strategy import StrategyConfig, data_degree, resolve
+from parallel.pipeline.schedules import find_schedule_warnings
+from parallel.strategy import StrategyConfig, data_degree, resolve_degrees
 from trainer import data
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import (
     CompressReportConfig,
     DataConfig,
@@ -46,13 +46,13 @@ from trainer.config.train import (
     TeachConfig,
     TrainConfig,
     VerifyConfig,
-    asked_for,
     classes_of,
+    non_default_options,
 )
-from trainer.data.record import TOKENIZER, data_of, read_record, table
-from trainer.distill.logit_dataset import Answers, Facts, is_answers
+from trainer.data.record import TOKENIZER, data_of, format_record, read_record
+from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
 from trainer.metrics import goodput
-from trainer.run.run_dir import check_run_dir, claimed, load_config, open_run_dir
+from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 
@@ -60,82 +60,84 @@ TEACHER = "compress.teacher"
 log = logging.getLogger(__name__)
 
 
-def training(config: TrainConfig, world_size: int, held: ExitStack | None = None) -> TrainConfig:
+def prepare_training(
+    config: TrainConfig, world_size: int, held: ExitStack | None = None
+) -> TrainConfig:
     """Return the checked and completed configuration; its data is prepared and its folder open.
 
     No other run is let into the folder until `held` ends (None = that is not looked after).
     """
-    opened = _opened()
-    config = placed(config)
-    _check(config, world_size)
+    opened = _start_time()
+    config = with_absolute_paths(config)
+    _check_config(config, world_size)
     _check_compiler(config)
     _check_kernels(config, world_size)
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    if config.strategy.elastic and given and names_itself(given):
+    if config.strategy.elastic and given and has_own_name(given):
         raise ConfigError(
             "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
             "they must find the run; give it a folder, e.g. run_dir=runs/big"
         )
-    config, reads, facts = _completed(config, world_size)
+    config, reads, facts = _complete_config(config, world_size)
     check_first_weights(config, reads, facts)
-    log.info("%s", table(facts))
-    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and names_itself(given):
-        config = replace(config, run_dir=str(_claimed(config.run_dir)))
+    log.info("%s", format_record(facts))
+    if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and has_own_name(given):
+        config = replace(config, run_dir=str(_claim_folder(config.run_dir)))
     open_run_dir(config, held)
     keep_processor(config, reads, facts)
-    goodput.begin(Path(config.run_dir), opened, time.time())
+    goodput.begin_start(Path(config.run_dir), opened, time.time())
     note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
     return config
 
 
-def _claimed(run_dir: str) -> Path:
+def _claim_folder(run_dir: str) -> Path:
     try:
-        return claimed(run_dir)
+        return claim_folder(run_dir)
     except OSError as error:
         raise ConfigError(
             f"run_dir={run_dir} cannot be written ({error.strerror}); choose another run_dir"
         ) from error
 
 
-def submission(config: SubmitConfig) -> Point:
+def prepare_submission(config: SubmitConfig) -> SlurmRun:
     """Return the checked and completed run of a job, and how the job starts it; nothing is written.
 
     Its data are prepared here, once, where no GPU waits for them.
     """
     world_size = config.cluster.nodes * ranks_per_node(config.cluster)
-    _check(config, world_size)
-    training, _, _ = _completed(placed(training_part(config)), world_size)
+    _check_config(config, world_size)
+    training, _, _ = _complete_config(with_absolute_paths(training_part(config)), world_size)
     check_run_dir(training)
     given = HydraConfig.get().overrides.task
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
     if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
         overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")
-    return Point(training, config.cluster, overrides)
+    return SlurmRun(training, config.cluster, overrides)
 
 
-def _completed(
+def _complete_config(
     config: TrainConfig, world_size: int
 ) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
     """Return the checked configuration with all that ranks and data decide; the data are prepared.
 
     With it, the data section as the run reads it, and what it has read.
     """
-    config = replace(config, strategy=resolve(config.strategy, world_size))
+    config = replace(config, strategy=resolve_degrees(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
-    for warning in warnings(config.strategy, share // config.micro_batch_size):
+    for warning in find_schedule_warnings(config.strategy, share // config.micro_batch_size):
         log.warning("%s", warning)
-    reads = processed(config)
-    facts = data.prepare(reads, progress=True)
-    if facts.samples["train"] < config.batch_size:
+    reads = with_processor(config)
+    facts = data.prepare_data(reads, progress=True)
+    if facts.sample_counts["train"] < config.batch_size:
         log.warning(
             "the train split has %d samples, fewer than batch_size=%d: a step sees some of them "
             "more than once",
-            facts.samples["train"],
+            facts.sample_counts["train"],
             config.batch_size,
         )
-    config = complete(sized(config), facts)
+    config = fill_from_data(with_sizes(config), facts)
     if config.compress.teacher:
         check_teacher(replace(config, data=reads), facts)
     return config, reads, facts
@@ -151,15 +153,15 @@ def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
     folder = config.compress.teacher
     said = None
     try:
-        if is_answers(folder):
-            said = Answers(folder).facts
+        if is_logit_folder(folder):
+            said = RecordedLogits(folder).facts
         found = _run_problems(config) if said is None else answers_problems(config, said)
         found = found or _processor_problems(config, facts)
         if not found and said is not None:
             found = _sample_problems(config, said)
     except UserError as error:
         found = error.problems
-    if found and checkpoints(config.run_dir):
+    if found and list_checkpoints(config.run_dir):
         both = f"{TEACHER}= compress.match=[] resume_changed=[{TEACHER},compress.match]"
         alone = f"{TEACHER}= resume_changed=[{TEACHER}]"
         found[-1] += f"; to go on without it: {both if config.compress.match else alone}"
@@ -171,7 +173,7 @@ def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]
     """Return why a teacher would not read the inputs, or name the classes, as the student does."""
     folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
     own = Path(folder) / TOKENIZER
-    if tokenizer and not (own.is_file() and tokenizer.same(own)):
+    if tokenizer and not (own.is_file() and tokenizer.is_same_file(own)):
         return [
             f"{TEACHER}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
         ]
@@ -192,7 +194,7 @@ def _run_problems(config: TrainConfig) -> list[str]:
     """Return why the run of compress.teacher cannot teach; what may be done about it."""
     folder = config.compress.teacher
     teacher = load_config(folder, TEACHER)
-    steps = [step for step, _ in checkpoints(folder)]
+    steps = [step for step, _ in list_checkpoints(folder)]
     if not steps:
         return [f"{TEACHER}={folder} holds no checkpoint; name a run that has been trained"]
     found = teacher_problems(config, teacher)
@@ -207,9 +209,9 @@ def _run_problems(config: TrainConfig) -> list[str]:
     return found
 
 
-def _sample_problems(config: TrainConfig, facts: Facts) -> list[str]:
+def _sample_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
     """Return whether what is learned from here is what answers were given to."""
-    if facts.data == data.fingerprint(config.data, ["train"]):
+    if facts.data == data.data_fingerprint(config.data, ["train"]):
         return []
     return [
         f"{TEACHER}={config.compress.teacher} is about other samples than those of data.path="
@@ -233,10 +235,10 @@ def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
     if config.precision == "fp8":
         from trainer.nn import float8
 
-        float8.check(config.device, world_size)
+        float8.check_float8(config.device, world_size)
 
 
-def _opened() -> float:
+def _start_time() -> float:
     """Return when this start began, by the monotonic clock: with the process, or later in a
     sweep.
     """
@@ -247,21 +249,21 @@ def _opened() -> float:
     return now - goodput.process_seconds()
 
 
-def verification(
+def check_verify(
     config: VerifyConfig, world_size: int, held: ExitStack | None = None
 ) -> VerifyConfig:
     """Return the checked configuration."""
-    _check(config, world_size)
-    return replace(config, strategy=resolve(config.strategy, world_size))
+    _check_config(config, world_size)
+    return replace(config, strategy=resolve_degrees(config.strategy, world_size))
 
 
-def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
+def check_trained_run(config: Reader, world_size: int, held: ExitStack | None = None) -> Reader:
     """Return the checked configuration of a door that reads a run with at least one checkpoint."""
-    _check(config, world_size)
+    _check_config(config, world_size)
     _check_kernels(config, world_size)
     trained = load_config(config.run_dir)
     check_trained(config.run_dir)
-    strategy = resolve(config.strategy, world_size)
+    strategy = resolve_degrees(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
     found += compress_problems(trained.compress, trained.model, strategy)
     found += precision_problems(config.precision, trained.model, trained.compress, strategy)
@@ -270,34 +272,38 @@ def reading(config: Reader, world_size: int, held: ExitStack | None = None) -> R
     return replace(config, strategy=strategy)
 
 
-def exporting(config: ExportConfig, world_size: int, held: ExitStack | None = None) -> ExportConfig:
+def check_export(
+    config: ExportConfig, world_size: int, held: ExitStack | None = None
+) -> ExportConfig:
     """Return the checked configuration: there is a run, and nothing where it is to go."""
-    _read_alone(config, world_size, [config.run_dir], "exports")
-    _check_new(config.to, f"{config.run_dir}-exported")
+    _check_runs_readable(config, world_size, [config.run_dir], "exports")
+    _check_output_free(config.to, f"{config.run_dir}-exported")
     if config.precision == "fp8":
         raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
     run = load_config(config.run_dir)
-    compress = replace(run.compress, **asked_for(config.compress))
+    compress = replace(run.compress, **non_default_options(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)
 
 
-def teaching(config: TeachConfig, world_size: int, held: ExitStack | None = None) -> TeachConfig:
+def check_precompute(
+    config: TeachConfig, world_size: int, held: ExitStack | None = None
+) -> TeachConfig:
     """Return the checked configuration: there is a run, and nothing where its answers are to go."""
-    config = reading(config, world_size)
-    _check_new(config.to, f"{config.run_dir}-answers")
+    config = check_trained_run(config, world_size)
+    _check_output_free(config.to, f"{config.run_dir}-answers")
     trained = load_config(config.run_dir)
     if config.k > (classes := classes_of(trained.model)):
         raise ConfigError(
             f"k={config.k} is more than the {classes} classes that run_dir={config.run_dir} tells "
             f"apart; set k={classes}"
         )
-    data.prepare(data_of(trained, config.run_dir), progress=True)
+    data.prepare_data(data_of(trained, config.run_dir), progress=True)
     return config
 
 
-def _check_new(to: str, near: str) -> None:
+def _check_output_free(to: str, near: str) -> None:
     if not to or Path(to).exists():
         given = f"to={to} is there already" if to else "to is empty"
         more = (f"{near}-{number}" for number in count(2))
@@ -305,18 +311,18 @@ def _check_new(to: str, near: str) -> None:
         raise ConfigError(f"{given}; name a new folder, e.g. to={near}")
 
 
-def comparing(
+def check_compare(
     config: CompressReportConfig, world_size: int, held: ExitStack | None = None
 ) -> CompressReportConfig:
     """Return the checked configuration: both runs are there."""
     both = [config.run_dir, *filter(None, [config.baseline])]
-    _read_alone(config, world_size, both, "measures")
+    _check_runs_readable(config, world_size, both, "measures")
     return config
 
 
-def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str) -> None:
+def _check_runs_readable(config: object, world_size: int, run_dirs: list[str], does: str) -> None:
     """Raise ConfigError unless there are such runs and one rank, which `does` something."""
-    _check(config, world_size)
+    _check_config(config, world_size)
     for run_dir in run_dirs:
         load_config(run_dir)
         check_trained(run_dir)
@@ -324,15 +330,15 @@ def _read_alone(config: object, world_size: int, run_dirs: list[str], does: str)
         raise ConfigError(f"{world_size} ranks were started, but one {does}; start 1 rank")
 
 
-def preparation(
+def check_prepare(
     config: PrepareConfig, world_size: int, held: ExitStack | None = None
 ) -> PrepareConfig:
     """Return the checked configuration."""
-    _check(config, world_size)
+    _check_config(config, world_size)
     return config
 
 
-def _check(config: object, world_size: int) -> None:
-    found = problems(config, world_size)
+def _check_config(config: object, world_size: int) -> None:
+    found = find_problems(config, world_size)
     if found:
         raise ConfigError(*found)

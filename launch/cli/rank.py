@@ -9,32 +9,32 @@ from typing import Any
 
 import torch.distributed as dist
 
-from conf.schema import typed
+from conf.schema import to_dataclass
 from launch.cli.errors import (
     LOG,
-    explain,
-    lead_streams_to,
-    let_go_of_streams,
+    ensure_standard_streams,
+    explain_error,
+    log_to_file,
     log_to_stderr,
-    logged_to,
-    occupy_standard_streams,
-    unprinted,
+    redirect_streams,
+    release_streams,
+    stdout_problem,
     write_error,
 )
 from parallel.errors import UserError
-from parallel.health.watchdog import LONG, SIGNALS, STOPPED, PeerLostError, StoppedError
-from parallel.runtime import Ranks, process_group
+from parallel.health.watchdog import LONG, SIGNALS, STOPPED, RankLostError, StoppedError
+from parallel.runtime import JobQueue, process_group
 
 Work = Callable[..., None] | None  # (config, runtime), or nothing to do
 
 
-def follow(ranks: Ranks, work: Work) -> int:
+def run_posted_jobs(ranks: JobQueue, work: Work) -> int:
     """Run each job that rank 0 posts; the exit status that it leaves with."""
     try:
-        for job in ranks.follow():
+        for job in ranks.receive_jobs():
             if "stop" in job:
                 return job["stop"]
-            run(job, ranks, work)
+            run_rank(job, ranks, work)
     except dist.DistError:  # rank 0, or the launcher that has the store, is gone
         return 1
     finally:
@@ -44,28 +44,28 @@ def follow(ranks: Ranks, work: Work) -> int:
 
 def run_alone(job: dict[str, Any], work: Work) -> None:
     """Run a job in this process, a group of one."""
-    run(job, Ranks.alone(), work)
+    run_rank(job, JobQueue.single_process(), work)
 
 
 def run_spawned(job: dict[str, Any], work: Work) -> None:
     """Run a job in a process that launch/cli/spawn.py started."""
-    occupy_standard_streams()
+    ensure_standard_streams()
     if job.get("console"):
-        lead_streams_to(job["console"])
+        redirect_streams(job["console"])
     try:
-        run(job, Ranks.of_torchrun(), work)
+        run_rank(job, JobQueue.from_torchrun(), work)
     finally:
-        let_go_of_streams()  # multiprocessing flushes them before anything that is done at exit
+        release_streams()  # multiprocessing flushes them before anything that is done at exit
 
 
-def run(job: dict[str, Any], ranks: Ranks, work: Work) -> None:
+def run_rank(job: dict[str, Any], ranks: JobQueue, work: Work) -> None:
     """Do the work of this rank; SystemExit if it fails, after the first rank has said why."""
     log_to_stderr(ranks.rank)
-    config = typed(job["command"], job["config"])
+    config = to_dataclass(job["command"], job["config"])
     with ExitStack() as stack:
-        log = _log(job)
+        log = _log_path(job)
         if log and ranks.rank == 0:
-            stack.enter_context(logged_to(log))
+            stack.enter_context(log_to_file(log))
         try:
             patience = LONG * getattr(config, "timeout_seconds", 0.0)
             runtime = stack.enter_context(process_group(config.device, ranks, patience))
@@ -79,26 +79,26 @@ def run(job: dict[str, Any], ranks: Ranks, work: Work) -> None:
             raise SystemExit(STOPPED) from None
         except Exception as error:
             # Said before the group ends: its end fails the other ranks, and theirs is no cause.
-            raise SystemExit(_tell(error, job, ranks)) from None
+            raise SystemExit(_print_error(error, job, ranks)) from None
 
 
-def _log(job: dict[str, Any]) -> Path | None:
+def _log_path(job: dict[str, Any]) -> Path | None:
     """Return the file that keeps what a run says, unless all of its console goes there."""
     kept = job["command"] == "train" and not job.get("console")
     return Path(job["config"]["run_dir"]) / LOG if kept else None
 
 
-def _tell(error: Exception, job: dict[str, Any], ranks: Ranks) -> int:
+def _print_error(error: Exception, job: dict[str, Any], ranks: JobQueue) -> int:
     code = getattr(error, "status", 1)
-    if not ranks.first("error"):  # its end is a consequence of the first one's
+    if not ranks.is_first("error"):  # its end is a consequence of the first one's
         return code
-    if isinstance(error, UserError | PeerLostError):
-        text = explain(job["command"], error)
-    elif not (text := unprinted(error)):
+    if isinstance(error, UserError | RankLostError):
+        text = explain_error(job["command"], error)
+    elif not (text := stdout_problem(error)):
         prefix = f"[rank {ranks.rank}] " if ranks.world_size > 1 else ""
         text = "\n".join(prefix + line for line in traceback.format_exc().splitlines())
     write_error(text)
-    if log := _log(job):
+    if log := _log_path(job):
         with suppress(OSError), log.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
     return code

@@ -11,7 +11,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from launch.cli.errors import let_go_of_streams
+from launch.cli.errors import release_streams
 from launch.cli.rank import Work, run_spawned
 from trainer.run.status import read_status
 
@@ -20,7 +20,7 @@ SAVING_SECONDS = 24 * 3600
 HANDLED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 
 
-def spawn(job: dict[str, Any], count: int, work: Work) -> None:
+def spawn_ranks(job: dict[str, Any], count: int, work: Work) -> None:
     """Run a job on `count` new processes; SystemExit if one fails, which has then said why."""
     began = time.time()
     for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
@@ -39,7 +39,7 @@ def spawn(job: dict[str, Any], count: int, work: Work) -> None:
         signals_to_handle=",".join(name for name in HANDLED if not _is_ignored(name)),
         shutdown_timeout=SAVING_SECONDS,
     )
-    let_go_of_streams()  # multiprocessing flushes them where it starts a process
+    release_streams()  # multiprocessing flushes them where it starts a process
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = threads or str(max(1, (os.cpu_count() or 1) // count))
     try:

@@ -31,12 +31,12 @@ from rich.table import Table
 from launch.cli.errors import LOG, STOPPED, JobFailedError, exit_code, write_error
 from parallel.errors import ConfigError, UserError
 from trainer.atomic_files import write_atomically
-from trainer.metrics.console import drawn
+from trainer.metrics.console import live_display
 from trainer.metrics.jsonl import last_values
 from trainer.report.page import write_report
 from trainer.report.run_history import runs_in
-from trainer.run.lock import hold
-from trainer.run.run_dir import claimed
+from trainer.run.lock import hold_lock
+from trainer.run.run_dir import claim_folder
 from trainer.run.status import read_status
 
 NAME_LENGTH = 100
@@ -47,7 +47,7 @@ logging.getLogger("hydra").setLevel(logging.WARNING)  # what it launches is said
 
 
 @dataclass
-class Point:
+class SweepJob:
     """One job of a sweep; `values` are the last ones that its run has measured."""
 
     overrides: dict[str, str]
@@ -58,7 +58,7 @@ class Point:
     values: dict[str, float] = field(default_factory=dict)
 
     @property
-    def name(self) -> str:
+    def folder_name(self) -> str:
         """Its folder's name."""
         whole = ",".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
         plain = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\[\]]", "", whole)) or "point"
@@ -76,7 +76,7 @@ class Sweep:
 
     def __init__(self, scratch: Path, is_new: bool = False) -> None:
         self._scratch, self._is_new = scratch, is_new
-        self._points: dict[str, Point] = {}
+        self._points: dict[str, SweepJob] = {}
         self._total = 0  # points there will be; 0 = only the sweeper knows
         self.code = 0  # exit code of the first point that has failed
         self._folder: Path | None = None
@@ -88,7 +88,7 @@ class Sweep:
     def __exit__(self, *exception: object) -> None:
         with self._held:
             if self._folder is not None:
-                self._conclude(self._folder)
+                self._conclude_job(self._folder)
 
     def run(self, cfg: DictConfig, work: Callable[[DictConfig, Path], None]) -> float | None:
         """Run the composed point, unless that is done; what an optimising sweeper is to see.
@@ -97,55 +97,59 @@ class Sweep:
         optimises gets JobFailedError if the point fails, or has failed before.
         """
         try:
-            point = composed()
+            point = composed_job()
             if self._folder is None:
-                self._open(Path(cfg.run_dir))
+                self._open_folder(Path(cfg.run_dir))
         except (UserError, OSError) as error:  # of the sweep, not of a point
             write_error(str(error))
             raise SystemExit(2) from None
         assert self._folder is not None
-        point = self._points.setdefault(point.name, point)
-        folder = self._folder / point.name
+        point = self._points.setdefault(point.folder_name, point)
+        folder = self._folder / point.folder_name
         cfg.run_dir = str(folder)
         cfg.metrics.wandb_group = cfg.metrics.wandb_group or self._folder.name
         try:
             if point.state == "failed" and not cfg.retry_failed:
-                log.info("%s has failed before; retry_failed=true tries it again", point.name)
+                log.info(
+                    "%s has failed before; retry_failed=true tries it again", point.folder_name
+                )
                 raise JobFailedError(point.code, point.reason)
-            with self._running(point, folder):
+            with self._mark_running(point, folder):
                 work(cfg, folder / LOG)
                 point.values = last_values(folder)
-                return None if self._total else _objective(point.values, cfg.metrics.objective)
+                return (
+                    None if self._total else _objective_value(point.values, cfg.metrics.objective)
+                )
         except JobFailedError as failed:
             self.code = self.code or failed.code
             if self._total:  # Hydra would say it again at the end
                 return None
             raise
 
-    def _open(self, folder: Path) -> None:
+    def _open_folder(self, folder: Path) -> None:
         if self._is_new:
-            folder = claimed(folder)
+            folder = claim_folder(folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
-        self._held.enter_context(hold(folder))
+        self._held.enter_context(hold_lock(folder))
         self._folder = folder
-        known = _read(folder / "sweep.csv")
-        for overrides in _grid(_fixed()):
-            point = Point(overrides)
-            self._points[point.name] = known.pop(point.name, point)
+        known = _read_table(folder / "sweep.csv")
+        for overrides in _swept_grid(_fixed_keys()):
+            point = SweepJob(overrides)
+            self._points[point.folder_name] = known.pop(point.folder_name, point)
         self._total = len(self._points)
         self._points |= known  # of a command with other values, or an optimising sweeper's
         log.info("sweep of %s points: %s", self._total or "unknown", folder)
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():
-            live = Live(console=console, get_renderable=self._table, refresh_per_second=1)
-            self._held.enter_context(drawn(live))
+            live = Live(console=console, get_renderable=self._results_table, refresh_per_second=1)
+            self._held.enter_context(live_display(live))
 
     @contextmanager
-    def _running(self, point: Point, folder: Path) -> Iterator[None]:
+    def _mark_running(self, point: SweepJob, folder: Path) -> Iterator[None]:
         began = time.time()
         point.state, point.code, point.reason = "running", 0, ""
-        log.info("%s: %s", point.name, "goes on" if folder.exists() else "begins")
+        log.info("%s: %s", point.folder_name, "goes on" if folder.exists() else "begins")
         try:
             yield
             point.state = "finished"
@@ -155,7 +159,7 @@ class Sweep:
         except SystemExit as stop:
             point.code = exit_code(stop)
             point.state = "stopped" if point.code == STOPPED or point.code > 128 else "failed"
-            point.reason = _reason(folder, began)
+            point.reason = _failure_reason(folder, began)
             if point.state == "failed":
                 raise JobFailedError(point.code, point.reason) from None
             log.info("the same command with run_dir=%s goes on with the sweep", self._folder)
@@ -166,12 +170,12 @@ class Sweep:
         finally:
             point.seconds += time.time() - began
             point.values = last_values(folder)
-            self._save()
-            words = [point.state, *_shown(point.values)]
+            self._save_table()
+            words = [point.state, *_format_values(point.values)]
             words += [f"(exit {point.code}) {point.reason}"] if point.state == "failed" else []
-            log.info("%s: %s", point.name, "  ".join(words))
+            log.info("%s: %s", point.folder_name, "  ".join(words))
 
-    def _save(self) -> None:
+    def _save_table(self) -> None:
         """sweep.csv: a row for each point that was begun."""
         assert self._folder is not None
         begun = [point for point in self._points.values() if point.state != "waiting"]
@@ -181,14 +185,14 @@ class Sweep:
         rows = csv.DictWriter(text, [*COLUMNS, *keys, *measured], lineterminator="\n")
         rows.writeheader()
         for p in begun:
-            own = [p.name, p.state, p.code, p.reason, round(p.seconds, 1)]
+            own = [p.folder_name, p.state, p.code, p.reason, round(p.seconds, 1)]
             rows.writerow(dict(zip(COLUMNS, own, strict=True)) | p.overrides | p.values)
         try:
             write_atomically(self._folder / "sweep.csv", text.getvalue())
         except OSError as error:
             log.warning("%s cannot be written: %s", self._folder / "sweep.csv", error)
 
-    def _conclude(self, folder: Path) -> None:
+    def _conclude_job(self, folder: Path) -> None:
         states = [point.state for point in self._points.values()]
         counts = {state: states.count(state) for state in dict.fromkeys(states)}
         told = ", ".join(f"{number} {state}" for state, number in counts.items())
@@ -204,7 +208,7 @@ class Sweep:
             except (UserError, OSError) as error:
                 log.warning("%s", error)
 
-    def _table(self) -> Table:
+    def _results_table(self) -> Table:
         table = Table(title=f"sweep {self._folder}", title_justify="left")
         for column in ("point", "state", *SHOWN):
             table.add_column(column.replace("_", " "), overflow="fold")
@@ -216,7 +220,7 @@ class Sweep:
         return table
 
 
-def _objective(values: dict[str, float], name: str) -> float:
+def _objective_value(values: dict[str, float], name: str) -> float:
     plain = name.removeprefix("eval_")
     for split in ("valid", "test"):
         if (value := values.get(f"{split}_{plain}")) is not None:
@@ -227,7 +231,7 @@ def _objective(values: dict[str, float], name: str) -> float:
     raise JobFailedError(2, what)
 
 
-def _reason(folder: Path, began: float) -> str:
+def _failure_reason(folder: Path, began: float) -> str:
     """Return why a job has failed: its last word."""
     status = read_status(folder)
     if status and status.reason and status.updated >= began:
@@ -239,13 +243,13 @@ def _reason(folder: Path, began: float) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _shown(values: dict[str, float]) -> list[str]:
+def _format_values(values: dict[str, float]) -> list[str]:
     return [f"{key} {values[key]:.5g}" for key in SHOWN if key in values]
 
 
-def composed() -> Point:
+def composed_job() -> SweepJob:
     """Return the point that Hydra has composed; ConfigError if its folder is swept."""
-    point = Point(_pairs(HydraConfig.get().overrides.task, _fixed()))
+    point = SweepJob(_parse_pairs(HydraConfig.get().overrides.task, _fixed_keys()))
     if "run_dir" in point.overrides:
         raise ConfigError(
             "run_dir cannot be swept: it is the sweep's folder, and each point's is below it; "
@@ -254,14 +258,14 @@ def composed() -> Point:
     return point
 
 
-def _fixed() -> set[str]:
+def _fixed_keys() -> set[str]:
     """Return the keys that have no list of values on the command line: all others are swept."""
-    given = _given()
+    given = _given_overrides()
     swept = {word.key_or_group for word in given if word.is_sweep_override()}
     return {word.key_or_group for word in given} - swept
 
 
-def _given() -> list[Override]:
+def _given_overrides() -> list[Override]:
     """Return the command line's overrides; none if it cannot be read, which Hydra tells about."""
     words = [w for w in sys.argv[1:] if "=" in w and not w.startswith(("-", "hydra"))]
     try:
@@ -270,7 +274,7 @@ def _given() -> list[Override]:
         return []
 
 
-def _grid(fixed: set[str]) -> list[dict[str, str]]:
+def _swept_grid(fixed: set[str]) -> list[dict[str, str]]:
     """Return what is swept in each point, where Hydra's own sweeper is at work.
 
     Else nothing is known.
@@ -279,17 +283,17 @@ def _grid(fixed: set[str]) -> list[dict[str, str]]:
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parsed = _given() + OverridesParser.create().parse_overrides(params)
+    parsed = _given_overrides() + OverridesParser.create().parse_overrides(params)
     (batch,) = BasicSweeper.split_arguments(parsed, None)
-    return [_pairs(words, fixed) for words in batch]
+    return [_parse_pairs(words, fixed) for words in batch]
 
 
-def _pairs(words: Iterable[str], fixed: set[str]) -> dict[str, str]:
+def _parse_pairs(words: Iterable[str], fixed: set[str]) -> dict[str, str]:
     pairs = (word.partition("=") for word in words)
     return {key: value for key, _, value in pairs if key not in fixed}
 
 
-def _read(path: Path) -> dict[str, Point]:
+def _read_table(path: Path) -> dict[str, SweepJob]:
     """Return the points of a sweep.csv by name."""
     if not path.exists():
         return {}
@@ -298,7 +302,7 @@ def _read(path: Path) -> dict[str, Point]:
         for row in csv.DictReader(file):
             values = last_values(path.parent / row["point"])
             overrides = {k: v for k, v in row.items() if k not in (*COLUMNS, *values) and v}
-            found[row["point"]] = Point(
+            found[row["point"]] = SweepJob(
                 overrides,
                 row["state"],
                 int(row["code"]),

@@ -15,7 +15,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 
 @dataclass(frozen=True)
-class Point:
+class SlurmRun:
     """A run of a job: one of its own, or one point of a sweep."""
 
     training: TrainConfig  # checked and completed
@@ -28,7 +28,7 @@ class Job:
     """The job to submit: one run, or the points of a sweep as an array."""
 
     folder: Path  # of the script and the logs
-    points: list[Point]
+    points: list[SlurmRun]
     swept: bool
     here: Path  # the folder that paths in the configuration are relative to
     python: str  # where cluster.python is empty
@@ -58,15 +58,21 @@ def log_pattern(swept: bool) -> str:
     return "slurm-%A_%a.out" if swept else "slurm-%j.out"
 
 
-def script(job: Job) -> str:
+def batch_script(job: Job) -> str:
     """Return the whole batch script; every line of it may be read, changed and run by hand."""
-    parts = [_head(job), _run(job), SETUP, "\n".join([*job.cluster.setup, ""]), _ranks(job)]
-    return "\n".join([*parts, AFTER, _again(job.cluster)])
+    parts = [
+        _sbatch_lines(job),
+        _run_lines(job),
+        SETUP,
+        "\n".join([*job.cluster.setup, ""]),
+        _rank_lines(job),
+    ]
+    return "\n".join([*parts, AFTER, _requeue_lines(job.cluster)])
 
 
-def _head(job: Job) -> str:
+def _sbatch_lines(job: Job) -> str:
     cluster = job.cluster
-    log = _plain(job.folder / "") + "/" + log_pattern(job.swept)
+    log = _escape_pattern(job.folder / "") + "/" + log_pattern(job.swept)
     options = [
         f"--job-name={job_name(job.folder)}",
         f"--nodes={cluster.nodes}",
@@ -102,29 +108,29 @@ def time_limit(hours: float) -> str:
     return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
 
 
-def _plain(path: Path) -> str:
+def _escape_pattern(path: Path) -> str:
     """Return a path in which sbatch finds no pattern of its own."""
     return str(path).replace("%", "%%")
 
 
-def _run(job: Job) -> str:
+def _run_lines(job: Job) -> str:
     """Return what the job trains: its folder, and the arguments of launch/train.py as $1, $2, …."""
     if not job.swept:
-        return "\n".join([*_point(job.points[0]), ""])
+        return "\n".join([*_run_arguments(job.points[0]), ""])
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
     for number, point in enumerate(job.points):
-        folder, arguments = _point(point)
+        folder, arguments = _run_arguments(point)
         lines += [f"{number})", f"  {folder}", f"  {arguments}", "  ;;"]
     return "\n".join([*lines, "esac", ""])
 
 
-def _point(point: Point) -> tuple[str, str]:
+def _run_arguments(point: SlurmRun) -> tuple[str, str]:
     folder = str(Path(point.training.run_dir).absolute())
     arguments = [*point.overrides, f"run_dir={folder}"]
     return f"run_dir={shlex.quote(folder)}", f"set -- {shlex.join(arguments)}"
 
 
-def _ranks(job: Job) -> str:
+def _rank_lines(job: Job) -> str:
     cluster = job.cluster
     cores = cluster.cpus_per_rank
     options = ["--kill-on-bad-exit=1", "--distribution=block"]
@@ -140,7 +146,7 @@ def _ranks(job: Job) -> str:
     )
 
 
-def _again(cluster: ClusterConfig) -> str:
+def _requeue_lines(cluster: ClusterConfig) -> str:
     """Return what the script does with a run that may be gone on with."""
     if not cluster.requeue:
         return 'say "$again: the same command goes on"\nexit "$code"\n'

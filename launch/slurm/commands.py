@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conf.submit import ClusterConfig
-from launch.slurm.batch_script import NAME, Job, Point, job_name, script
+from launch.slurm.batch_script import NAME, Job, SlurmRun, batch_script, job_name
 from parallel.errors import ConfigError
 from trainer.run.run_dir import open_run_dir
 from trainer.run.status import read_status
@@ -40,10 +40,10 @@ REFUSALS = {
 }
 
 
-def submit(points: list[Point]) -> None:
+def submit_job(points: list[SlurmRun]) -> None:
     """Write the script of one run, or of a sweep's points as an array, and submit it."""
-    job = _job(points)
-    text = script(job)
+    job = _build_job(points)
+    text = batch_script(job)
     if job.cluster.dry_run:
         Console(width=10_000).print(text, end="", markup=False, highlight=False, soft_wrap=True)
         return
@@ -56,12 +56,12 @@ def submit(points: list[Point]) -> None:
             open_run_dir(point.training, held)
     path.write_text(text, encoding="utf-8")
     for _ in range(job.cluster.chain):
-        number = _command("sbatch", "--parsable", str(path)).split(";")[0].strip()
+        number = _run_slurm("sbatch", "--parsable", str(path)).split(";")[0].strip()
         log.info("submitted as job %s: run_dir=%s", number, job.folder)
     log.info("python launch/submit.py status %s, or logs, or cancel", job.folder)
 
 
-def _job(points: list[Point]) -> Job:
+def _build_job(points: list[SlurmRun]) -> Job:
     """Return the job of these points; ConfigError if they cannot be one."""
     folders = [Path(point.training.run_dir).absolute() for point in points]
     swept = len(points) > 1
@@ -102,10 +102,10 @@ def _time_problems(cluster: ClusterConfig) -> list[str]:
     if not cluster.hours:
         return []
     of = [f"--partition={cluster.partition}"] * bool(cluster.partition)
-    lines = _command("sinfo", "-h", "-o", "%P|%l", *of).splitlines()
+    lines = _run_slurm("sinfo", "-h", "-o", "%P|%l", *of).splitlines()
     limits = dict(line.split("|") for line in lines)
     limits = {name: limit for name, limit in limits.items() if of or name.endswith("*")}
-    longest = max(map(_minutes, limits.values()), default=float("inf"))
+    longest = max(map(_parse_minutes, limits.values()), default=float("inf"))
     if cluster.hours * 60 <= longest:
         return []
     name = cluster.partition or next(iter(limits)).rstrip("*")
@@ -115,7 +115,7 @@ def _time_problems(cluster: ClusterConfig) -> list[str]:
     ]
 
 
-def _minutes(limit: str) -> float:
+def _parse_minutes(limit: str) -> float:
     """Return a time limit as Slurm shows it: [days-]hours:minutes:seconds, shortened from the
     left.
     """
@@ -141,22 +141,22 @@ def _explain(cluster: ClusterConfig, text: str, options: list[str], reason: str)
         keys = tuple(k for k in asked if not _refusal(text, [*options, LEAST[k]])) or asked
         hint = "; ask for less, or choose another cluster.partition"
     elif keys == ("partition",):
-        names = sorted(set(_command("sinfo", "-h", "-o", "%R").split()))
+        names = sorted(set(_run_slurm("sinfo", "-h", "-o", "%R").split()))
         near = difflib.get_close_matches(cluster.partition, names, n=1)
         hint = f"; it is one of {', '.join(names)}" + "".join(f"; did you mean {n}?" for n in near)
     shown = ", ".join(f"cluster.{key}={getattr(cluster, key)}" for key in keys)
     return f"{shown}: sbatch says: {reason}{hint}" if shown else f"sbatch: {reason}"
 
 
-def queued(folder: Path) -> list[list[str]]:
+def list_queued_jobs(folder: Path) -> list[list[str]]:
     """Return the jobs of a folder that wait or run: number, state, reason or hosts, time left."""
     form = "%i|%T|%R|%L"
-    lines = _command("squeue", "-h", "--me", "-n", job_name(folder), "-o", form).splitlines()
+    lines = _run_slurm("squeue", "-h", "--me", "-n", job_name(folder), "-o", form).splitlines()
     return [line.split("|") for line in lines]
 
 
 def _refuse_a_second(folder: Path) -> None:
-    jobs = queued(folder)
+    jobs = list_queued_jobs(folder)
     if jobs:
         shown = ", ".join(f"{number} ({state})" for number, state, *_ in jobs)
         raise ConfigError(
@@ -165,20 +165,20 @@ def _refuse_a_second(folder: Path) -> None:
         )
 
 
-def cancel(folder: Path) -> None:
+def cancel_jobs(folder: Path) -> None:
     """End the jobs of a folder; those that run save first. ConfigError if there is none."""
-    jobs = queued(folder)
+    jobs = list_queued_jobs(folder)
     if not jobs:
         raise ConfigError(f"{folder} has no job that waits or runs")
-    _command("scancel", "--me", "-n", job_name(folder))
+    _run_slurm("scancel", "--me", "-n", job_name(folder))
     numbers = ", ".join(number for number, *_ in jobs)
     log.info("cancelled: %s; the same command goes on with the run", numbers)
 
 
-def show(folder: Path) -> None:
+def print_jobs(folder: Path) -> None:
     """The jobs of a run or sweep that wait or run, and what its runs have come to."""
     console = Console(soft_wrap=True)
-    for number, state, why, left in queued(folder):
+    for number, state, why, left in list_queued_jobs(folder):
         console.print(f"job {number}: {state} {why}, {left} left", markup=False, highlight=False)
     runs = [folder] if (folder / "config.yaml").exists() else sorted(folder.glob("*/"))
     for run in runs:
@@ -195,7 +195,7 @@ def show(folder: Path) -> None:
         console.print(f"{run}: {told}", markup=False, highlight=False)
 
 
-def logs(folder: Path, lines: int, follow: bool) -> int:
+def print_logs(folder: Path, lines: int, follow: bool) -> int:
     """Show the end of a run's newest log, or of each log of a sweep; the exit status of `tail`."""
     found = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if not found:
@@ -204,7 +204,7 @@ def logs(folder: Path, lines: int, follow: bool) -> int:
     return subprocess.call(["tail", "-n", str(lines), *(["-F"] * follow), *map(str, shown)])
 
 
-def _command(*command: str) -> str:
+def _run_slurm(*command: str) -> str:
     """Return what one of Slurm's commands says.
 
     ConfigError if there is none here, or it refuses.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from parallel.data.int8 import BLOCK, SCALE_BYTES, part_size
-from parallel.data.powersgd import sizes
+from parallel.data.powersgd import factor_sizes
 from parallel.strategy import StrategyConfig
 
 Shape = tuple[int, ...]
@@ -57,8 +57,8 @@ def step_bytes(
     if shards == 1:
         both = [*blocks, *others]
         return sum_bytes(both, strategy, reduce_bytes) if replicas > 1 else StepBytes()
-    inside = sum(_elements(shape, shards) for shape in blocks)
-    outside = sum(_elements(shape, shards) for shape in others)
+    inside = sum(_padded_elements(shape, shards) for shape in blocks)
+    outside = sum(_padded_elements(shape, shards) for shape in others)
     whole = inside + outside
     staged = strategy.pipeline > 1
     times = 1 if staged else micro_batches
@@ -84,7 +84,9 @@ def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: i
         return StepBytes(all_to_all=moved, all_gather=moved)
     numbers = 0
     for shape in shapes:
-        factors = sizes(shape, strategy.powersgd_rank) if strategy.reduce == "powersgd" else ()
+        factors = (
+            factor_sizes(shape, strategy.powersgd_rank) if strategy.reduce == "powersgd" else ()
+        )
         numbers += sum(factors) or math.prod(shape)
     return StepBytes(all_reduce=numbers * reduce_bytes)
 
@@ -105,7 +107,7 @@ def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank
 
 
 @dataclass(frozen=True)
-class SplitSequence:
+class ShardedSequence:
     """A sequence that flows through layers split over the tensor axis, of one micro-batch."""
 
     samples: int
@@ -117,7 +119,7 @@ class SplitSequence:
 
 
 def tensor_bytes(
-    sequences: Iterable[SplitSequence], width: int, strategy: StrategyConfig, compute_bytes: int
+    sequences: Iterable[ShardedSequence], width: int, strategy: StrategyConfig, compute_bytes: int
 ) -> StepBytes:
     """Return what split layers move for activations and their gradients, forward and backward.
 
@@ -170,7 +172,7 @@ def cross_entropy_bytes(targets: int) -> int:
     return 4 * (1 + 3) * targets
 
 
-def _elements(shape: Shape, shards: int) -> int:
+def _padded_elements(shape: Shape, shards: int) -> int:
     """Elements of a parameter whose rows (dim 0) are padded to a multiple of the ranks."""
     return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
 

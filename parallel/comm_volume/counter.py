@@ -19,7 +19,7 @@ NAMES = {
 }
 
 
-class Traffic(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Counts the collectives issued inside a `with`: payload bytes by (collective, dtype).
 
     The payload of an all-reduce is the reduced tensor, of an all-gather the gathered one, of a
@@ -35,17 +35,17 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
         if func.namespace == "c10d" and name != "recv_":  # the sender has counted it
-            self._count(name, _in_place_payload(name, args))
+            self._count_bytes(name, _in_place_payload(name, args))
         elif func.namespace == "_c10d_functional" and name != "wait_tensor":
             gathered = args[1] if name == "all_gather_into_tensor" else 1
             if name == "all_to_all_single" and len(args[2]) > 1 == sum(
                 size > 0 for size in args[2]
             ):
                 name = "send"
-            self._count(name, [args[0]], gathered)
+            self._count_bytes(name, [args[0]], gathered)
         return func(*args, **(kwargs or {}))
 
-    def _count(self, name: str, tensors: list[Tensor], times: int = 1) -> None:
+    def _count_bytes(self, name: str, tensors: list[Tensor], times: int = 1) -> None:
         for tensor in tensors:
             key = NAMES.get(name, name), tensor.dtype
             self.payload_bytes[key] += tensor.numel() * tensor.element_size() * times

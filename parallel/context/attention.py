@@ -1,7 +1,7 @@
 """Context parallelism: every rank has some positions of a sequence, attention sees them all.
 
-Which positions, `zigzag` says. Three ways to the same result: to gather keys and values, to pass
-them round a ring, or to trade positions for heads.
+Which positions, `zigzag_positions` says. Three ways to the same result: to gather keys and values,
+to pass them round a ring, or to trade positions for heads.
 """
 
 # B batch, S query positions here, T key positions here, H query heads, G key/value heads, K width
@@ -18,8 +18,14 @@ from torch.nn import functional as F
 
 from parallel.axis import ParallelAxis
 from parallel.collectives import Exchange, Gather
-from parallel.context.ring import Ring, RingAttention
-from parallel.context.zigzag import Visible, chunk_length, in_order, in_parts, zigzag
+from parallel.context.ring import RingAttention, RingGeometry
+from parallel.context.zigzag import (
+    Visible,
+    chunk_length,
+    merge_zigzag,
+    split_zigzag,
+    zigzag_positions,
+)
 from parallel.model_protocol import Inputs, ParallelizableModel
 
 ALL_GATHER, RING, ULYSSES = METHODS = ("all_gather", "ring", "ulysses")
@@ -31,7 +37,7 @@ class ContextParallel(ParallelAxis):
     """The context axis: which positions a rank has, and attention over those of all ranks."""
 
     shares = True
-    ring = Ring
+    ring = RingGeometry
     splits_loss = True
 
     def __init__(self, mesh: DeviceMesh, method: str):
@@ -48,28 +54,29 @@ class ContextParallel(ParallelAxis):
         """Return the logits of all positions; a token that is written has them anyway."""
         if logits is None or cache is not None or logits.dim() < 3:
             return logits  # a classifier's are of the whole sequence
-        return self.whole(logits, inputs["targets"].shape[1])
+        return self.gather_sequence(logits, inputs["targets"].shape[1])
 
-    def share(self, length: int) -> int:
+    def local_length(self, length: int) -> int:
         """Return how many positions of a sequence are here, with padding."""
         return 2 * chunk_length(length, self.group.size())
 
-    def take(self, x: Tensor) -> Tensor:
+    def take_local(self, x: Tensor) -> Tensor:
         """Return this rank's rows of (B, length, …); after the end the last one is repeated."""
-        rows = self.positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
+        rows = self.local_positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
         return x.index_select(1, rows)
 
-    def whole(self, x: Tensor, length: int) -> Tensor:
-        """Undoes `take`, with gradients: each rank's are of what all have made of the whole."""
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
+        """Undoes `take_local`, with gradients: each rank's are of what all have made of the
+        whole."""
         parts = self.group.size()
         gathered = Gather.apply(x.movedim(1, 0), parts * x.shape[1], self.group, 0)
-        return in_order(gathered.movedim(0, 1).chunk(parts, 1), 1)[:, :length]
+        return merge_zigzag(gathered.movedim(0, 1).chunk(parts, 1), 1)[:, :length]
 
-    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """This rank's positions of a sequence; see `zigzag`."""
-        return zigzag(length, self.group.size(), self.group.rank(), device)
+    def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
+        """This rank's positions of a sequence; see `zigzag_positions`."""
+        return zigzag_positions(length, self.group.size(), self.group.rank(), device)
 
-    def attend(
+    def attend_global(
         self,
         query_BHSK: Tensor,
         key_BGTK: Tensor,
@@ -98,18 +105,18 @@ class ContextParallel(ParallelAxis):
             return RingAttention.apply(query_BHSK, both_2BGTK, ring)
         if self.method == ULYSSES and parts > 1:
             query_BHRK = _to_heads(query_BHSK, self.group)
-            both_2BGCK = _to_heads(_for_ranks(key_BGTK, value_BGTK, parts), self.group)
+            both_2BGCK = _to_heads(_split_for_ranks(key_BGTK, value_BGTK, parts), self.group)
             rows = torch.arange(queries * parts, device=query_BHSK.device)
-            mixed_BHRK = _whole(query_BHRK, rows, both_2BGCK, key_length, visible, causal)
+            mixed_BHRK = _attend_all_keys(query_BHRK, rows, both_2BGCK, key_length, visible, causal)
             return _to_positions(mixed_BHRK, self.group)
-        both_2BGCK = _gathered(key_BGTK, value_BGTK, self.group)
+        both_2BGCK = _gather_keys_values(key_BGTK, value_BGTK, self.group)
         if causal and parts > 1:
             return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
-        rows = zigzag(queries * parts, parts, part, query_BHSK.device)
-        return _whole(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
+        rows = zigzag_positions(queries * parts, parts, part, query_BHSK.device)
+        return _attend_all_keys(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
 
 
-def _whole(
+def _attend_all_keys(
     query_BHRK: Tensor,
     rows_R: Tensor,
     both_2BGCK: Tensor,
@@ -122,12 +129,12 @@ def _whole(
     If causal, these are all queries, in order, of the keys' sequence.
     """
     if causal:
-        return _attention(query_BHRK, both_2BGCK, None, causal=True)
+        return _masked_attention(query_BHRK, both_2BGCK, None, causal=True)
     mask = visible(rows_R, torch.arange(key_length, device=rows_R.device))
-    return _attention(query_BHRK, both_2BGCK[:, :, :, :key_length], mask)
+    return _masked_attention(query_BHRK, both_2BGCK[:, :, :, :key_length], mask)
 
 
-def _attention(
+def _masked_attention(
     query_BHRK: Tensor, both_2BGCK: Tensor, mask: Tensor | None, causal: bool = False
 ) -> Tensor:
     """torch's attention, except that a query that sees nothing gets 0 and has no gradient."""
@@ -148,13 +155,13 @@ def _attention(
     return torch.where(sees, mixed_BHRK, 0.0)
 
 
-def _gathered(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _gather_keys_values(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(2,B,G,C,K): all keys and values, in order (arXiv 2407.21783, section 3.3.2)."""
     parts, both_2BGTK = group.size(), torch.stack((key_BGTK, value_BGTK))
     if parts == 1:
         return both_2BGTK
     gathered = Gather.apply(both_2BGTK, 2 * parts, group, 0).unflatten(0, (parts, 2))
-    return in_order(gathered.unbind(0), 1 + SEQUENCE_DIM)
+    return merge_zigzag(gathered.unbind(0), 1 + SEQUENCE_DIM)
 
 
 def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int) -> Tensor:
@@ -169,11 +176,11 @@ def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int
         # Aligned at the lower right, which `is_causal` is not; torch's `causal_lower_right` breaks
         # torch.compile, selective activation checkpointing and every TorchDispatchMode.
         mask = query.new_ones(1, 1, chunk, end, dtype=torch.bool).tril(end - chunk)
-        mixed.append(_attention(query, both_2BGCK[:, :, :, :end], mask))
+        mixed.append(_masked_attention(query, both_2BGCK[:, :, :, :end], mask))
     return torch.cat(mixed, SEQUENCE_DIM)
 
 
-def _for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor:
+def _split_for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor:
     """(2,B,G',T,K): key/value heads, repeated as little as makes `parts` divide them.
 
     As `parts` divides H, the repeated G' still divides H.
@@ -189,10 +196,10 @@ def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     parts = group.size()
     assert x.shape[-3] % parts == 0
     meant_for = x.unflatten(-3, (parts, -1)).movedim(-4, 0)
-    return in_order(Exchange.apply(meant_for, group).unbind(0), -2)
+    return merge_zigzag(Exchange.apply(meant_for, group).unbind(0), -2)
 
 
 def _to_positions(x_BHRK: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Undoes `_to_heads`."""
-    meant_for = torch.stack(in_parts(x_BHRK, group.size(), SEQUENCE_DIM))
+    meant_for = torch.stack(split_zigzag(x_BHRK, group.size(), SEQUENCE_DIM))
     return Exchange.apply(meant_for, group).movedim(0, 1).flatten(1, 2)

@@ -34,7 +34,11 @@ def tile_forward(
     """
     heads = query_BHRK.shape[1]
     out_BHRK, lse_BHR = kernel_for(query_BHRK, mask).forward(
-        query_BHRK, _repeat(key_BGCK, heads), _repeat(value_BGCK, heads), mask, causal
+        query_BHRK,
+        _repeat_kv_heads(key_BGCK, heads),
+        _repeat_kv_heads(value_BGCK, heads),
+        mask,
+        causal,
     )
     if mask is not None:
         lse_BHR = lse_BHR.masked_fill(~mask.any(-1), -torch.inf)
@@ -60,8 +64,8 @@ def tile_backward(
     query_grad, *shared = kernel_for(query_BHRK, mask).backward(
         grad_BHRK,
         query_BHRK,
-        _repeat(key_BGCK, heads),
-        _repeat(value_BGCK, heads),
+        _repeat_kv_heads(key_BGCK, heads),
+        _repeat_kv_heads(value_BGCK, heads),
         out_BHRK,
         lse_BHR,
         mask,
@@ -71,7 +75,7 @@ def tile_backward(
     return query_grad, key_grad, value_grad
 
 
-def merge(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Tensor) -> None:
+def merge_tile_(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Tensor) -> None:
     """Take one more tile of the same rows into the first two, in place."""
     total_BHR = torch.logaddexp(lse_BHR, more_lse_BHR)
     finite_BHR = total_BHR.masked_fill(total_BHR == -torch.inf, 0.0)
@@ -90,18 +94,20 @@ def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
     return KERNELS.get(device, KERNELS["products"])
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what is summed up over tiles is at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _repeat(x_BGCK: Tensor, heads: int) -> Tensor:
+def _repeat_kv_heads(x_BGCK: Tensor, heads: int) -> Tensor:
     return x_BGCK.repeat_interleave(heads // x_BGCK.shape[1], dim=1)
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tuple[Tensor, float]:
+def _scaled_scores(
+    query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, float]:
     """Scores (B,H,R,C), -inf where nothing is to be seen, and their scale."""
-    scale, dtype = query.shape[-1] ** -0.5, accumulator(query.dtype)
+    scale, dtype = query.shape[-1] ** -0.5, accumulation_dtype(query.dtype)
     scores = query.to(dtype) @ key.to(dtype).mT * scale
     if causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
@@ -111,7 +117,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, causal: bool) -> tu
 def _products_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    scores, _ = _scores(query, key, mask, causal)
+    scores, _ = _scaled_scores(query, key, mask, causal)
     lse = scores.logsumexp(-1)
     share = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
     return share @ value.to(share.dtype), lse
@@ -127,7 +133,7 @@ def _products_backward(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    scores, scale = _scores(query, key, mask, causal)
+    scores, scale = _scaled_scores(query, key, mask, causal)
     share = (scores - lse.unsqueeze(-1)).exp()
     grad = grad.to(share.dtype)
     mean = (grad * out).sum(-1, keepdim=True)
@@ -137,7 +143,7 @@ def _products_backward(
     return query_grad.to(query.dtype), key_grad.to(query.dtype), value_grad.to(query.dtype)
 
 
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """Return a mask as numbers that are added to scores."""
     if mask is None:
         return None
@@ -148,7 +154,7 @@ def _cpu_forward(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
     return _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, causal, attn_mask=_bias(mask, query.dtype)
+        query, key, value, 0.0, causal, attn_mask=_additive_mask(mask, query.dtype)
     )
 
 
@@ -163,7 +169,7 @@ def _cpu_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad, query, key, value, out, lse, 0.0, causal, attn_mask=_bias(mask, query.dtype)
+        grad, query, key, value, out, lse, 0.0, causal, attn_mask=_additive_mask(mask, query.dtype)
     )
 
 

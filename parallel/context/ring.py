@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from parallel.collectives import start_shift, wait
-from parallel.context.block_attention import accumulator, merge, tile_backward, tile_forward
-from parallel.context.zigzag import Visible, zigzag
+from parallel.collectives import start_shift, wait_tensor
+from parallel.context.block_attention import (
+    accumulation_dtype,
+    merge_tile_,
+    tile_backward,
+    tile_forward,
+)
+from parallel.context.zigzag import Visible, zigzag_positions
 
 ALL = slice(None)
 
@@ -33,24 +38,25 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Ring:
-    """One attention around a ring of ranks; `ContextParallel.attend` says what it is asked for."""
+class RingGeometry:
+    """One attention around a ring of ranks; `ContextParallel.attend_global` says what it is asked
+    for."""
 
     group: dist.ProcessGroup
     key_length: int
     visible: Visible
     causal: bool
 
-    def around(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def iterate_owners(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(owner, its tensor) of every rank, this one first; the next one is already under way."""
         parts, held = self.group.size(), own
         for step in range(parts):
             arriving = start_shift(held, self.group) if step < parts - 1 else None
             yield (self.group.rank() - step) % parts, held
             if arriving is not None:
-                held = wait(arriving)
+                held = wait_tensor(arriving)
 
-    def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
+    def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
         """Return what the owner of `keys` positions has to show; None = nothing but padding."""
         parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
         if self.causal:
@@ -66,8 +72,8 @@ class Ring:
         if not real:
             return None
         device = query_BHSK.device
-        positions = zigzag(rows * parts, parts, part, device)
-        columns = zigzag(keys * parts, parts, owner, device)[:real]  # padding comes last
+        positions = zigzag_positions(rows * parts, parts, part, device)
+        columns = zigzag_positions(keys * parts, parts, owner, device)[:real]  # padding comes last
         return Tile(ALL, slice(0, real), self.visible(positions, columns))
 
 
@@ -75,17 +81,17 @@ class RingAttention(torch.autograd.Function):
     """Attention of (B,H,S,K) queries to the (2,B,G,T,K) keys and values of all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, query_BHSK: Tensor, own_2BGTK: Tensor, ring: Ring) -> Tensor:
-        dtype = accumulator(query_BHSK.dtype)
+    def forward(ctx: Any, query_BHSK: Tensor, own_2BGTK: Tensor, ring: RingGeometry) -> Tensor:
+        dtype = accumulation_dtype(query_BHSK.dtype)
         out_BHSK = torch.zeros_like(query_BHSK, dtype=dtype)
         lse_BHS = out_BHSK.new_full(out_BHSK.shape[:-1], -torch.inf)
-        for owner, held_2BGTK in ring.around(own_2BGTK):
-            tile = ring.tile(query_BHSK, held_2BGTK.shape[3], owner)
+        for owner, held_2BGTK in ring.iterate_owners(own_2BGTK):
+            tile = ring.tile_for_owner(query_BHSK, held_2BGTK.shape[3], owner)
             if tile is None:
                 continue
             key, value = held_2BGTK[:, :, :, tile.columns].unbind(0)
             more = tile_forward(query_BHSK[:, :, tile.rows], key, value, tile.mask, tile.causal)
-            merge(out_BHSK[:, :, tile.rows], lse_BHS[:, :, tile.rows], *more)
+            merge_tile_(out_BHSK[:, :, tile.rows], lse_BHS[:, :, tile.rows], *more)
         result_BHSK = out_BHSK.to(query_BHSK.dtype)
         ctx.save_for_backward(query_BHSK, own_2BGTK, result_BHSK, lse_BHS)
         ctx.ring = ring
@@ -94,13 +100,13 @@ class RingAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query_BHSK, own_2BGTK, out_BHSK, lse_BHS = ctx.saved_tensors
-        ring, dtype = ctx.ring, accumulator(query_BHSK.dtype)
+        ring, dtype = ctx.ring, accumulation_dtype(query_BHSK.dtype)
         query_grad_BHSK = torch.zeros_like(query_BHSK, dtype=dtype)
         travelling: Tensor | None = None
-        for owner, held_2BGTK in ring.around(own_2BGTK):
+        for owner, held_2BGTK in ring.iterate_owners(own_2BGTK):
             # In the dtype of the keys, as a reduce-scatter would sum them.
             grad_2BGTK = torch.zeros_like(held_2BGTK)
-            tile = ring.tile(query_BHSK, held_2BGTK.shape[3], owner)
+            tile = ring.tile_for_owner(query_BHSK, held_2BGTK.shape[3], owner)
             if tile is not None:
                 rows, columns = tile.rows, tile.columns
                 key, value = held_2BGTK[:, :, :, columns].unbind(0)
@@ -117,7 +123,7 @@ class RingAttention(torch.autograd.Function):
                 query_grad_BHSK[:, :, rows] += of_query
                 grad_2BGTK[:, :, :, columns] = torch.stack(of_keys)
             if travelling is not None:
-                grad_2BGTK = grad_2BGTK + wait(travelling)
+                grad_2BGTK = grad_2BGTK + wait_tensor(travelling)
             travelling = start_shift(grad_2BGTK, ring.group)  # after the last step: home
         assert travelling is not None
-        return query_grad_BHSK.to(query_BHSK.dtype), wait(travelling), None
+        return query_grad_BHSK.to(query_BHSK.dtype), wait_tensor(travelling), None

@@ -19,7 +19,9 @@ def chunk_length(length: int, parts: int) -> int:
     return -(-length // (2 * parts))
 
 
-def zigzag(length: int, parts: int, part: int, device: torch.device | None = None) -> Tensor:
+def zigzag_positions(
+    length: int, parts: int, part: int, device: torch.device | None = None
+) -> Tensor:
     """(2*ceil(length/(2*parts)),) int64: the positions of a part, ascending.
 
     They are chunks `part` and `2*parts-1-part` of 2*parts equal ones; those ≥ length are padding.
@@ -29,7 +31,7 @@ def zigzag(length: int, parts: int, part: int, device: torch.device | None = Non
     return torch.cat((part * chunk + within, (2 * parts - 1 - part) * chunk + within))
 
 
-def in_order(parts: Sequence[Tensor], dim: int) -> Tensor:
+def merge_zigzag(parts: Sequence[Tensor], dim: int) -> Tensor:
     """Return all positions in their natural order along `dim`, padding last, from the ranks'
     parts.
     """
@@ -37,7 +39,7 @@ def in_order(parts: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat((*first, *reversed(second)), dim)
 
 
-def in_parts(whole: Tensor, parts: int, dim: int) -> list[Tensor]:
-    """Undoes `in_order`: every rank's part along `dim`, whose size 2*parts divides."""
+def split_zigzag(whole: Tensor, parts: int, dim: int) -> list[Tensor]:
+    """Undoes `merge_zigzag`: every rank's part along `dim`, whose size 2*parts divides."""
     chunks = whole.chunk(2 * parts, dim)
     return [torch.cat((chunks[part], chunks[-1 - part]), dim) for part in range(parts)]

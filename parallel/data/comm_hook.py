@@ -8,7 +8,7 @@ from torch import distributed as dist
 from torch.futures import Future
 
 
-class Exchange:
+class CompressedAllReduce:
     """How the ranks with copies of a model sum their gradients, with two collectives a bucket.
 
     What is kept from step to step is kept by parameter, so that DDP may fill its buckets otherwise
@@ -20,7 +20,7 @@ class Exchange:
         self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         self._begun: list[tuple[Iterator[None], Future[Tensor], Tensor]] = []
 
-    def summed(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
+    def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
         """Replace a bucket's gradients, by name, by their sums.
 
         A generator that yields after it has started its first collective and its second.
@@ -30,24 +30,24 @@ class Exchange:
     def end_step(self) -> None:
         """All buckets of a step are summed."""
 
-    def state(self) -> dict[str, Tensor]:
+    def error_feedback_state(self) -> dict[str, Tensor]:
         """Return what this rank keeps, by name.
 
         The tensors themselves, to be saved and to be loaded.
         """
         raise NotImplementedError
 
-    def begin(self, bucket: dist.GradBucket) -> Future[Tensor]:
+    def start_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
         """Start the first collective of a bucket."""
         names = (self._names[parameter] for parameter in bucket.parameters())
-        steps = self.summed(dict(zip(names, bucket.gradients(), strict=True)))
+        steps = self.sum_over_ranks(dict(zip(names, bucket.gradients(), strict=True)))
         next(steps)
         buffer = bucket.buffer()
         future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
         self._begun.append((steps, future, buffer))
         return future
 
-    def finish(self) -> None:
+    def finish_buckets(self) -> None:
         """Bring all buckets to their end, in the order in which they were begun."""
         for steps, _, _ in self._begun:
             next(steps)
@@ -58,20 +58,22 @@ class Exchange:
         self.end_step()
 
 
-def exchange_bucket(exchange: Exchange, bucket: dist.GradBucket) -> Future[Tensor]:
+def compressed_allreduce_hook(
+    exchange: CompressedAllReduce, bucket: dist.GradBucket
+) -> Future[Tensor]:
     """DDP's communication hook: the last bucket's brings all of them to their end.
 
     The first collectives overlap with the backward. The second ones wait for its end, so that all
     ranks start all of them in one order: a callback would start a bucket's as soon as its first one
     is done, which on one rank may be before the next bucket's first, and on another behind it.
     """
-    future = exchange.begin(bucket)
+    future = exchange.start_bucket(bucket)
     if bucket.is_last():
-        exchange.finish()
+        exchange.finish_buckets()
     return future
 
 
-def finite(lost: Tensor) -> Tensor:
+def drop_nonfinite(lost: Tensor) -> Tensor:
     """Return what a sum has lost, and nothing where a gradient was not finite: such a step is
     dropped.
     """

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from parallel.axis import LossOf, ParallelAxis
-from parallel.data.comm_hook import Exchange
-from parallel.data.ddp import reduce_dtype, replicate
-from parallel.data.fsdp import shard
-from parallel.mesh import copies_mesh, shards_mesh
+from parallel.data.comm_hook import CompressedAllReduce
+from parallel.data.ddp import reduce_dtype, wrap_in_ddp
+from parallel.data.fsdp import shard_with_fsdp
+from parallel.mesh import fsdp_mesh, replica_mesh
 from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.strategy import StrategyConfig
 
@@ -37,13 +37,13 @@ class DataParallel(ParallelAxis):
         parameters: torch.dtype,
         compute: torch.dtype,
     ):
-        self._mesh, self._copies, self._strategy = mesh, copies_mesh(mesh), strategy
+        self._mesh, self._copies, self._strategy = mesh, replica_mesh(mesh), strategy
         super().__init__(self._copies or mesh["shard"])
         beyond_ddp = self._copies is not None and not all(axis.allows_ddp for axis in inside)
         self.shards = mesh["shard"].size() > 1 or beyond_ddp
         self._reshards = all(axis.allows_reshard for axis in inside)
         self._parameters, self._compute = parameters, compute
-        self._exchange: Exchange | None = None
+        self._exchange: CompressedAllReduce | None = None
         self.schedule = self
 
     def prepare(self, model: ParallelizableModel) -> None:
@@ -51,16 +51,16 @@ class DataParallel(ParallelAxis):
         if not self.shards:
             return
         assert isinstance(model, nn.Module)
-        mesh, strategy = shards_mesh(self._mesh, self._copies), self._strategy
+        mesh, strategy = fsdp_mesh(self._mesh, self._copies), self._strategy
         reduce = reduce_dtype(strategy.reduce, self._parameters)
         frees = strategy.reshard_after_forward and self._reshards
-        shard(model, mesh, self._compute, reduce, frees)
+        shard_with_fsdp(model, mesh, self._compute, reduce, frees)
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Wrap the finished model in DDP, if it has copies and FSDP does not sum over them."""
         assert isinstance(model, nn.Module)
         self._model, copies = model, None if sharded else self._copies
-        self.wrapped, self._exchange = replicate(model, copies, self._strategy)
+        self.wrapped, self._exchange = wrap_in_ddp(model, copies, self._strategy)
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
         """One micro-batch after another, forward and backward."""
@@ -100,4 +100,4 @@ class DataParallel(ParallelAxis):
 
     def state(self) -> dict[str, Tensor]:
         """Return what compressed sums have lost so far."""
-        return {} if self._exchange is None else self._exchange.state()
+        return {} if self._exchange is None else self._exchange.error_feedback_state()

@@ -6,9 +6,9 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
-from parallel.data.comm_hook import Exchange, exchange_bucket
-from parallel.data.int8 import Int8
-from parallel.data.powersgd import PowerSGD
+from parallel.data.comm_hook import CompressedAllReduce, compressed_allreduce_hook
+from parallel.data.int8 import Int8AllReduce
+from parallel.data.powersgd import PowerSGDAllReduce
 from parallel.strategy import StrategyConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,26 +40,28 @@ def sum_rounded(
     return work.get_future().then(lambda future: gradients.copy_(future.value()[0]))
 
 
-def exchange_of(model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig) -> Exchange | None:
+def build_comm_hook(
+    model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig
+) -> CompressedAllReduce | None:
     """Return what compresses the sums of a materialised model's gradients; None if they are not."""
     if strategy.reduce == "int8":
-        return Int8(model, mesh.get_group())
+        return Int8AllReduce(model, mesh.get_group())
     if strategy.reduce == "powersgd":
         rank, start_step = strategy.powersgd_rank, strategy.powersgd_start_step
-        return PowerSGD(model, mesh.get_group(), rank, start_step)
+        return PowerSGDAllReduce(model, mesh.get_group(), rank, start_step)
     return None
 
 
-def replicate(
+def wrap_in_ddp(
     model: nn.Module, mesh: DeviceMesh | None, strategy: StrategyConfig
-) -> tuple[nn.Module, Exchange | None]:
+) -> tuple[nn.Module, CompressedAllReduce | None]:
     """Wrap a materialised model; one sum per `bucket_mib` MiB of gradients, overlapped.
 
     Returns too what compresses the sums, if something does. Without a mesh nothing is wrapped.
     """
     if mesh is None:
         return model, None
-    group, exchange = mesh.get_group(), exchange_of(model, mesh, strategy)
+    group, exchange = mesh.get_group(), build_comm_hook(model, mesh, strategy)
     wrapped = DistributedDataParallel(
         model,
         process_group=group,
@@ -70,7 +72,7 @@ def replicate(
     weights = next(model.parameters()).dtype
     dtype = reduce_dtype(strategy.reduce, weights)
     if exchange is not None:
-        wrapped.register_comm_hook(exchange, exchange_bucket)
+        wrapped.register_comm_hook(exchange, compressed_allreduce_hook)
     elif dtype != weights:
         wrapped.register_comm_hook((group, dtype), sum_rounded)
     else:

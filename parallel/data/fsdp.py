@@ -1,4 +1,5 @@
-"""FSDP (FSDP2's `fully_shard`): parameters, gradients and optimizer state split over `shard`."""
+"""FSDP (FSDP2's `fully_shard`): parameters, gradients and optimizer state split over
+`shard_with_fsdp`."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
-def shard(
+def shard_with_fsdp(
     model: nn.Module,
     mesh: DeviceMesh,
     compute: torch.dtype,

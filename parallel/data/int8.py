@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from parallel.collectives import start_all_gather, start_all_to_all, wait
-from parallel.data.comm_hook import Exchange, finite
+from parallel.collectives import start_all_gather, start_all_to_all, wait_tensor
+from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite
 
 BLOCK = 128  # numbers that share a scale
 SCALE_BYTES = 4  # of a float32
@@ -28,7 +28,7 @@ def part_size(numbers: int, ranks: int) -> int:
     return math.ceil(numbers / (ranks * BLOCK)) * BLOCK
 
 
-class Int8(Exchange):
+class Int8AllReduce(CompressedAllReduce):
     """An all-to-all of codes, a sum, and an all-gather of its codes."""
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
@@ -41,35 +41,40 @@ class Int8(Exchange):
             self._lost[name] = parameter.new_zeros(ranks, size)
             self._lost_of_sum[name] = parameter.new_zeros(1, size)
 
-    def summed(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
+    def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
         """Replace gradients by their sums, the same bits on every rank."""
         lost = [self._lost[name] for name in gradients]
         lost_of_sum = [self._lost_of_sum[name] for name in gradients]
-        own_RP = torch.cat([_dealt(gradients[name], self._lost[name]) for name in gradients], 1)
+        own_RP = torch.cat(
+            [_rows_per_rank(gradients[name], self._lost[name]) for name in gradients], 1
+        )
         own_RP += torch.cat(lost, 1)
-        sent = pack(own_RP)
+        sent = quantize_rows(own_RP)
         received = start_all_to_all(sent, self.group)
-        _keep(lost, own_RP - unpack(sent, own_RP.dtype))
+        _store_residual(lost, own_RP - dequantize_rows(sent, own_RP.dtype))
         yield
         sum_1P = torch.cat(lost_of_sum, 1)
-        for theirs in wait(received).split(1):  # in the order of the ranks, whatever the bucket
-            sum_1P = sum_1P + unpack(theirs, own_RP.dtype)
-        sent = pack(sum_1P)
+        # in the order of the ranks, whatever the bucket
+        for theirs in wait_tensor(received).split(1):
+            sum_1P = sum_1P + dequantize_rows(theirs, own_RP.dtype)
+        sent = quantize_rows(sum_1P)
         gathered = start_all_gather(sent, self.group)
-        _keep(lost_of_sum, sum_1P - unpack(sent, own_RP.dtype))
+        _store_residual(lost_of_sum, sum_1P - dequantize_rows(sent, own_RP.dtype))
         yield
-        parts = unpack(wait(gathered), own_RP.dtype).split([kept.shape[1] for kept in lost], 1)
+        parts = dequantize_rows(wait_tensor(gathered), own_RP.dtype).split(
+            [kept.shape[1] for kept in lost], 1
+        )
         for gradient, part in zip(gradients.values(), parts, strict=True):
             gradient.copy_(part.reshape(-1)[: gradient.numel()].view(gradient.shape))
 
-    def state(self) -> dict[str, Tensor]:
+    def error_feedback_state(self) -> dict[str, Tensor]:
         """Return what this rank has lost of what it sent, and of what it summed."""
         return {f"{name}.sent": lost for name, lost in self._lost.items()} | {
             f"{name}.summed": lost for name, lost in self._lost_of_sum.items()
         }
 
 
-def pack(x_RP: Tensor) -> Tensor:
+def quantize_rows(x_RP: Tensor) -> Tensor:
     """Return each row's codes and behind them their blocks' float32 scales, as bytes.
 
     A block with a number that is not finite is not finite when it is unpacked.
@@ -83,20 +88,22 @@ def pack(x_RP: Tensor) -> Tensor:
     return torch.cat([codes_RP.view(torch.uint8), scale_RK.view(torch.uint8)], 1)
 
 
-def unpack(packed: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `pack` has packed, rounded: (R, P)."""
+def dequantize_rows(packed: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `quantize_rows` has packed, rounded: (R, P)."""
     rows, size = len(packed), packed.shape[1] // (BLOCK + SCALE_BYTES) * BLOCK
     codes_RKB = packed[:, :size].view(torch.int8).reshape(rows, -1, BLOCK)
     scale_RK = packed[:, size:].contiguous().view(torch.float32)
     return (codes_RKB.to(dtype) * scale_RK.to(dtype)[..., None]).view(rows, size)
 
 
-def _dealt(gradient: Tensor, like_RP: Tensor) -> Tensor:
+def _rows_per_rank(gradient: Tensor, like_RP: Tensor) -> Tensor:
     """Return a gradient with zeros behind its end, of which each rank's part is a row."""
     padding = like_RP.numel() - gradient.numel()
     return F.pad(gradient.reshape(-1), (0, padding)).view(like_RP.shape)
 
 
-def _keep(kept: list[Tensor], lost: Tensor) -> None:
-    for own, part in zip(kept, finite(lost).split([k.shape[1] for k in kept], 1), strict=True):
+def _store_residual(kept: list[Tensor], lost: Tensor) -> None:
+    for own, part in zip(
+        kept, drop_nonfinite(lost).split([k.shape[1] for k in kept], 1), strict=True
+    ):
         own.copy_(part)

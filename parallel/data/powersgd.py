@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from parallel.collectives import start_all_reduce, wait
-from parallel.data.comm_hook import Exchange, finite
+from parallel.collectives import start_all_reduce, wait_tensor
+from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite
 
 LEAST_GAIN = 2  # a matrix is compressed where that makes it so many times smaller
 
 
-def sizes(shape: Sequence[int], rank: int) -> tuple[int, int]:
+def factor_sizes(shape: Sequence[int], rank: int) -> tuple[int, int]:
     """Numbers in the two factors of a matrix; (0, 0) where it is summed as it is."""
     rows, columns = shape[0], prod(shape[1:])
     small = rank * (rows + columns) * LEAST_GAIN < rows * columns
     return (rows * rank, columns * rank) if small else (0, 0)
 
 
-class PowerSGD(Exchange):
+class PowerSGDAllReduce(CompressedAllReduce):
     """One step of the power method per step of training, on the sum over the ranks.
 
     M ≈ P Qᵀ, with P an orthonormal basis of M Q and the next Q = Mᵀ P. What a rank's part of
@@ -39,13 +39,13 @@ class PowerSGD(Exchange):
         self._right: dict[str, Tensor] = {}  # Q, (columns, rank), the same on every rank
         for number, (name, parameter) in enumerate(model.named_parameters()):
             rows = parameter.shape[0]
-            if any(sizes(parameter.shape, rank)):
+            if any(factor_sizes(parameter.shape, rank)):
                 self._lost[name] = parameter.new_zeros(rows, parameter.numel() // rows)
                 draw = torch.Generator().manual_seed(number)
                 first = torch.randn(parameter.numel() // rows, rank, generator=draw)
                 self._right[name] = first.to(parameter.device, parameter.dtype)
 
-    def summed(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
+    def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
         """Replace gradients by their sums, of matrices a product that is close to it."""
         starts = self._steps >= self._start_step
         names = [name for name in gradients if starts and name in self._lost]
@@ -53,31 +53,31 @@ class PowerSGD(Exchange):
         lost, right = ([kept[n] for n in names] for kept in (self._lost, self._right))
         own = [gradients[n].reshape(k.shape) + k for n, k in zip(names, lost, strict=True)]
         for q in right:
-            q.copy_(_orthonormal(q))  # so that rounding spares the small directions
+            q.copy_(_orthonormal_basis(q))  # so that rounding spares the small directions
         left = [m @ q for m, q in zip(own, right, strict=True)]
-        flat = start_all_reduce(_flat(left + others), self.group)
+        flat = start_all_reduce(_flatten_tensors(left + others), self.group)
         yield
-        sums = _parts(wait(flat), left + others)
-        left = [_orthonormal(p) for p in sums[: len(left)]]
+        sums = _unflatten_like(wait_tensor(flat), left + others)
+        left = [_orthonormal_basis(p) for p in sums[: len(left)]]
         for gradient, total in zip(others, sums[len(left) :], strict=True):
             gradient.copy_(total)
         parts = [m.T @ p for m, p in zip(own, left, strict=True)]
         for kept, m, p, q in zip(lost, own, left, parts, strict=True):
-            kept.copy_(finite(m - p @ q.T))
+            kept.copy_(drop_nonfinite(m - p @ q.T))
         if parts:
-            flat = start_all_reduce(_flat(parts), self.group)
+            flat = start_all_reduce(_flatten_tensors(parts), self.group)
         yield
         if not parts:
             return
-        for name, p, q in zip(names, left, _parts(wait(flat), parts), strict=True):
+        for name, p, q in zip(names, left, _unflatten_like(wait_tensor(flat), parts), strict=True):
             gradients[name].copy_((p @ q.T).view(gradients[name].shape))
-            self._right[name].copy_(finite(q))
+            self._right[name].copy_(drop_nonfinite(q))
 
     def end_step(self) -> None:
         """Count."""
         self._steps += 1
 
-    def state(self) -> dict[str, Tensor]:
+    def error_feedback_state(self) -> dict[str, Tensor]:
         """Return what this rank has lost, the factors to go on from, and the steps done."""
         return (
             {f"{name}.lost": lost for name, lost in self._lost.items()}
@@ -86,15 +86,15 @@ class PowerSGD(Exchange):
         )
 
 
-def _orthonormal(x: Tensor) -> Tensor:
+def _orthonormal_basis(x: Tensor) -> Tensor:
     """Return an orthonormal basis of the columns' span; any, where they are zero."""
     return torch.linalg.qr(x).Q
 
 
-def _flat(tensors: list[Tensor]) -> Tensor:
+def _flatten_tensors(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def _parts(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+def _unflatten_like(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     parts = flat.split([tensor.numel() for tensor in like])
     return [part.view(tensor.shape) for part, tensor in zip(parts, like, strict=True)]

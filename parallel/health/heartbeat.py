@@ -8,7 +8,7 @@ SLOW_RATIO = 2.0  # a rank that computes so many times as long as the median is 
 
 
 @dataclass(frozen=True)
-class Beat:
+class Heartbeat:
     """A report of a rank on itself, about every second, as long as its process runs."""
 
     number: int  # so that no two are the same
@@ -28,10 +28,10 @@ class Beat:
 
 
 @dataclass
-class Seen:
+class LastSeen:
     """The last beat of a rank, and when it and its progress changed (the reader's clock)."""
 
-    beat: Beat
+    beat: Heartbeat
     changed: float
     moved: float
     raw: bytes = b""
@@ -48,7 +48,9 @@ class Verdict:
     text: str
 
 
-def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float) -> Verdict | None:
+def diagnose_ranks(
+    seen: Mapping[int, LastSeen], now: float, timeout: float, interval: float
+) -> Verdict | None:
     """Return the verdict on ranks that have been silent, or without progress, for too long.
 
     None = fine.
@@ -64,15 +66,15 @@ def judge(seen: Mapping[int, Seen], now: float, timeout: float, interval: float)
         return None
     # All ranks stand still when one does: whose heart has stopped for a few beats is the cause.
     silent = silent or [rank for rank, seconds in quiet.items() if seconds > 2.5 * interval + 0.5]
-    blamed = silent or _behind({rank: seen[rank].beat for rank in seen})
+    blamed = silent or _lagging_ranks({rank: seen[rank].beat for rank in seen})
     seconds = max([quiet[r] for r in silent] or [now - seen[r].moved for r in blamed])
     what = "silent" if silent else "without progress"
     why = " (no heartbeat: stopped, or its host is gone)" if silent else ""
-    head = f"{named(blamed)} {what} for {seconds:.0f} s{why}; the run ends"
-    return Verdict(blamed, silent, "\n".join([head, *_details(seen, blamed)]))
+    head = f"{format_ranks(blamed)} {what} for {seconds:.0f} s{why}; the run ends"
+    return Verdict(blamed, silent, "\n".join([head, *_blame_details(seen, blamed)]))
 
 
-def _behind(beats: Mapping[int, Beat]) -> list[int]:
+def _lagging_ranks(beats: Mapping[int, Heartbeat]) -> list[int]:
     """Return the ranks that the others wait for; all, if each waits in a collective."""
     computing = [rank for rank, beat in beats.items() if not beat.waiting]
     if computing:
@@ -88,7 +90,7 @@ def _behind(beats: Mapping[int, Beat]) -> list[int]:
     return min(parties.values(), key=len)
 
 
-def _details(seen: Mapping[int, Seen], blamed: list[int]) -> list[str]:
+def _blame_details(seen: Mapping[int, LastSeen], blamed: list[int]) -> list[str]:
     """Return where the ranks to blame are, and what the others wait in."""
     lines = []
     for rank in blamed:
@@ -104,16 +106,18 @@ def _details(seen: Mapping[int, Seen], blamed: list[int]) -> list[str]:
         beat = seen[rank].beat
         doing = f"waiting in {beat.collective}" if beat.waiting else "computing"
         parties.setdefault(f"{doing}, at {beat.place}", []).append(rank)
-    return lines + [f"  {named(ranks)}: {doing}" for doing, ranks in parties.items()]
+    return lines + [f"  {format_ranks(ranks)}: {doing}" for doing, ranks in parties.items()]
 
 
-def named(ranks: list[int]) -> str:
+def format_ranks(ranks: list[int]) -> str:
     """rank 1; ranks 0, 2; a long list is cut."""
     shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
 
-def slow(before: Mapping[int, Beat], after: Mapping[int, Beat]) -> dict[int, float]:
+def find_slow_ranks(
+    before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]
+) -> dict[int, float]:
     """Ranks whose own seconds per step, between two beats, are far above the others': the ratio."""
     own = {}
     for rank in before.keys() & after.keys():

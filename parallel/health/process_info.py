@@ -21,7 +21,7 @@ def main_frame() -> FrameType | None:
     return sys._current_frames().get(threading.main_thread().ident or 0)
 
 
-def place(frame: FrameType | None) -> str:
+def source_line(frame: FrameType | None) -> str:
     """Return the innermost line of this project that a thread is at: trainer/loop.py:97
     (take_step).
     """
@@ -34,7 +34,7 @@ def place(frame: FrameType | None) -> str:
     return "outside of this project"
 
 
-def stack(frame: FrameType | None) -> str:
+def format_stack(frame: FrameType | None) -> str:
     """Return the innermost lines of a thread's stack, as a trace shows them."""
     return "".join(traceback.format_stack(frame)[-STACK_LINES:]).rstrip() if frame else ""
 
@@ -58,7 +58,7 @@ def last_collective(cuda: bool) -> tuple[str, bool]:
     return text, bool(open_ones)
 
 
-def waits(frame: FrameType | None) -> bool:
+def is_in_collective(frame: FrameType | None) -> bool:
     """Return whether a thread is inside torch.distributed."""
     return frame is not None and WAITS in frame.f_code.co_filename
 
@@ -74,7 +74,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def parent_of(pid: int) -> int:
+def parent_pid(pid: int) -> int:
     """Return the parent of a process of this host; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
@@ -82,7 +82,7 @@ def parent_of(pid: int) -> int:
         return 0
 
 
-def oom_kills() -> int:
+def count_oom_kills() -> int:
     """Return how many processes of this control group the kernel has killed for want of memory."""
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -100,7 +100,7 @@ def oom_kills() -> int:
     return 0
 
 
-class OwnTime:
+class BusyTime:
     """Seconds that a thread has computed, or waited for a core to compute on.
 
     What it sleeps in a collective does not count: a slow rank is the one that does not sleep.
@@ -111,7 +111,7 @@ class OwnTime:
         path = f"/proc/self/task/{threading.get_native_id()}/schedstat"
         self._file = os.open(path, os.O_RDONLY) if Path(path).exists() else -1
 
-    def seconds(self) -> float:
+    def busy_seconds(self) -> float:
         """So far; 0.0 where the system does not tell."""
         if self._file < 0:
             return 0.0

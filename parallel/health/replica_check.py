@@ -10,7 +10,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 
 CHUNK = 1 << 20  # numbers that are widened to 64 bits at once
 # Odd multipliers (SplitMix64, Steele et al. 2014) as signed 64-bit integers.
@@ -19,7 +19,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 
 @dataclass(frozen=True)
-class Odd:
+class ReplicaMismatch:
     """A tensor whose copies differ."""
 
     name: str
@@ -27,8 +27,9 @@ class Odd:
     copies: int
 
 
-def digest(tensor: Tensor, weights: Tensor) -> Tensor:
-    """Return an int64 scalar made of a tensor's bits and their order; `weights` are `odd_weights`.
+def tensor_digest(tensor: Tensor, weights: Tensor) -> Tensor:
+    """Return an int64 scalar made of a tensor's bits and their order; `weights` are
+    `digest_weights`.
 
     A sum of products modulo 2**64 with odd factors: any change of a single number changes it.
     """
@@ -41,39 +42,43 @@ def digest(tensor: Tensor, weights: Tensor) -> Tensor:
     return total
 
 
-def odd_weights(device: torch.device) -> Tensor:
+def digest_weights(device: torch.device) -> Tensor:
     """(CHUNK,) int64: a pseudo-random odd number for each place."""
     mixed = torch.arange(1, CHUNK + 1, device=device) * GOLDEN
     mixed = (mixed ^ (mixed >> 30)) * MIXER
     return (mixed ^ (mixed >> 27)) | 1
 
 
-def odd_replicas(tensors: Mapping[str, Tensor], device: torch.device) -> list[Odd]:
+def find_replica_mismatches(
+    tensors: Mapping[str, Tensor], device: torch.device
+) -> list[ReplicaMismatch]:
     """Return the tensors, of this rank and all others, whose copies differ, by name.
 
     Every rank calls it with what it has, and gets the same. Copies are tensors, or parts of them,
     of one name that lie at the same place of all axes that split them, whatever strategy made them.
     """
-    weights = odd_weights(device)
-    keys = {_key(name, tensor): name for name, tensor in tensors.items()}
+    weights = digest_weights(device)
+    keys = {_tensor_key(name, tensor): name for name, tensor in tensors.items()}
     count = torch.tensor(len(tensors), device=device)
     dist.all_reduce(count, op=dist.ReduceOp.MAX)  # ranks of a pipeline have unequal numbers
     own = torch.zeros(int(count.item()), 2, dtype=torch.int64, device=device)
     if tensors:
         own[: len(keys), 0] = torch.tensor(list(keys), device=device)
-        own[: len(keys), 1] = torch.stack([digest(local(t), weights) for t in tensors.values()])
+        own[: len(keys), 1] = torch.stack(
+            [tensor_digest(local_tensor(t), weights) for t in tensors.values()]
+        )
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, own)
-    found = _odd(torch.stack(everyone).tolist())
+    found = _find_odd_ranks(torch.stack(everyone).tolist())
     if not found:
         return []
     every: list = [None] * dist.get_world_size()
     dist.all_gather_object(every, keys)  # a name may be known to ranks of another stage alone
     names = {key: name for theirs in every for key, name in theirs.items()}
-    return [Odd(names[key], ranks, copies) for key, (ranks, copies) in found.items()]
+    return [ReplicaMismatch(names[key], ranks, copies) for key, (ranks, copies) in found.items()]
 
 
-def _odd(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int], int]]:
+def _find_odd_ranks(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int], int]]:
     """By key the odd ranks and the number of copies, from the (key, digest) of every rank."""
     digests: dict[int, dict[int, int]] = {}
     for rank, pairs in enumerate(everyone):
@@ -90,7 +95,7 @@ def _odd(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int], int]]:
     return found
 
 
-def _key(name: str, tensor: Tensor) -> int:
+def _tensor_key(name: str, tensor: Tensor) -> int:
     """63 bits, never 0, of a tensor's name and of which part of it this rank has."""
     part: list[tuple[str, int]] = []
     if isinstance(tensor, DTensor):

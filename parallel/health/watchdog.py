@@ -20,19 +20,25 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
-from parallel.health.heartbeat import Beat, Seen, judge, named, slow
+from parallel.health.heartbeat import (
+    Heartbeat,
+    LastSeen,
+    diagnose_ranks,
+    find_slow_ranks,
+    format_ranks,
+)
 from parallel.health.process_info import (
-    OwnTime,
+    BusyTime,
+    count_oom_kills,
+    format_stack,
     is_alive,
+    is_in_collective,
     last_collective,
     main_frame,
-    oom_kills,
-    parent_of,
-    place,
-    stack,
-    waits,
+    parent_pid,
+    source_line,
 )
-from parallel.runtime import Runtime, largest
+from parallel.runtime import Runtime, all_reduce_max
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A terminal's Ctrl-C reaches launcher and ranks, and the launcher sends it on: the same one again.
@@ -50,11 +56,11 @@ class StoppedError(Exception):
     """The run was asked to stop by a signal; every rank raises it at the same point."""
 
 
-class PeerLostError(Exception):
+class RankLostError(Exception):
     """Another rank's process is gone; the message says which."""
 
 
-class Watch:
+class Watchdog:
     """One rank under watch, from entering to leaving the context, in the main thread.
 
     `timeout_seconds`: 0 = nothing is ended. `tell` is called by one rank before it ends a run.
@@ -77,9 +83,9 @@ class Watch:
         self._own_steps, self._own_seconds = 0, 0.0
         self._parent = os.getppid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ
-        self._oom_kills = oom_kills()
-        self._seen: dict[int, Seen] = {}
-        self._before: dict[int, Beat] = {}  # at the start of the window
+        self._oom_kills = count_oom_kills()
+        self._seen: dict[int, LastSeen] = {}
+        self._before: dict[int, Heartbeat] = {}  # at the start of the window
         self._before_at = 0.0
         self._slow: set[int] = set()  # named already
         self._store: dist.Store | None = None
@@ -90,7 +96,7 @@ class Watch:
             self._store = dist.PrefixStore(f"watch{number}", runtime.store.clone())  # type: ignore[attr-defined]
 
     def __enter__(self) -> Self:
-        self._own = OwnTime()
+        self._own = BusyTime()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._handlers: dict[int, Any] = {}
@@ -99,9 +105,9 @@ class Watch:
             self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants
-                    self._handlers[number] = signal.signal(number, self._asked)
+                    self._handlers[number] = signal.signal(number, self._print_stacks)
         self._ended = False
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
         self._thread.start()
         if self._store is not None and self.timeout:
             threading.Thread(target=self._leave_if_cut_off, name="alone", daemon=True).start()
@@ -113,7 +119,10 @@ class Watch:
         self._thread.join()
         if self._store is not None and self.timeout:
             with suppress(dist.DistError):
-                self._store.set(f"beat{self.runtime.rank}", _raw(replace(self._beat(), left=True)))
+                self._store.set(
+                    f"beat{self.runtime.rank}",
+                    _encode_heartbeat(replace(self._make_heartbeat(), left=True)),
+                )
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._handlers:
@@ -124,22 +133,22 @@ class Watch:
 
     # What the main thread says.
 
-    def moved(self, step: int) -> None:
+    def report_progress(self, step: int) -> None:
         """The run has got something done at this step."""
         self._step = step
         self._progress += 1
 
     @contextmanager
-    def training(self) -> Iterator[None]:
+    def track_step(self) -> Iterator[None]:
         """Around a training step: this rank's own time in it is measured."""
-        began = self._own.seconds()
+        began = self._own.busy_seconds()
         yield
-        self._own_seconds += self._own.seconds() - began
+        self._own_seconds += self._own.busy_seconds() - began
         self._own_steps += 1
         self._long = False
 
     @contextmanager
-    def long(self) -> Iterator[None]:
+    def allow_long(self) -> Iterator[None]:
         """Allow ten times as long as for a step, in this context."""
         self._long, before = True, self._long
         try:
@@ -148,21 +157,21 @@ class Watch:
             self._progress += 1
             self._long = before
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Return whether any rank was asked to stop.
 
         Every rank calls it, and gets the same answer.
         """
-        (found,) = largest(self.runtime, [self.signal])
+        (found,) = all_reduce_max(self.runtime, [self.signal])
         self.signal = self.signal or found
         return bool(found)
 
-    def fail(self) -> None:
+    def announce_failure(self) -> None:
         """This rank fails: the others leave, too."""
         if self._store is not None:
-            self._post({"by": self.runtime.rank, "code": FAILED})
+            self._post_verdict({"by": self.runtime.rank, "code": FAILED})
 
-    def together(self, seconds: float = 60.0) -> None:
+    def wait_for_all(self, seconds: float = 60.0) -> None:
         """Wait until all ranks are here: whoever leaves first ends the others."""
         if self._store is None:
             return
@@ -173,32 +182,32 @@ class Watch:
                 return
             time.sleep(0.02)
 
-    def lost(self) -> PeerLostError | None:
+    def find_lost_ranks(self) -> RankLostError | None:
         """After a collective has failed: the error of ranks whose process is gone, if any is."""
         if self._store is None or self._store.check(["verdict"]):
             return None
-        first = self._beats()
-        beats = {rank: Beat(**json.loads(raw)) for rank, raw in first.items()}
+        first = self._read_heartbeats()
+        beats = {rank: Heartbeat(**json.loads(raw)) for rank, raw in first.items()}
         gone = [rank for rank, beat in beats.items() if self._is_gone(beat)]
         if not gone:
             time.sleep(2.5 * self._interval)
-            gone = [rank for rank, raw in self._beats().items() if raw == first[rank]]
+            gone = [rank for rank, raw in self._read_heartbeats().items() if raw == first[rank]]
         gone = [r for r in gone if r != self.runtime.rank and not beats[r].left]
         if not gone:
             return None
         beats = {rank: beats[rank] for rank in gone}
         steps = ", ".join(f"pid {b.pid} on {b.host}, step {b.step}" for b in beats.values())
-        killed = oom_kills() - self._oom_kills
+        killed = count_oom_kills() - self._oom_kills
         why = f"; out of memory (cgroup oom_kill {killed})" if killed else ""
         verb = "is" if len(gone) == 1 else "are"
-        return PeerLostError(f"{named(gone)} {verb} gone ({steps}): killed, or crashed{why}")
+        return RankLostError(f"{format_ranks(gone)} {verb} gone ({steps}): killed, or crashed{why}")
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _print_stacks(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
 
     # The thread.
 
-    def _run(self) -> None:
+    def _watch_loop(self) -> None:
         watches = self._launched or (self._store is not None and self.timeout > 0)
         due = time.monotonic()
         while not self._ended:
@@ -206,13 +215,13 @@ class Watch:
             ready, _, _ = select.select([self._read], [], [], wait)
             for number in os.read(self._read, 4096) if ready else b"":
                 if number in SIGNALS:
-                    self._signalled(number)
+                    self._on_signal(number)
             if watches and time.monotonic() >= due and not self._ended:
                 due = time.monotonic() + self._interval
                 self._leave_if_orphaned()
-                self._beat_and_look()
+                self._beat_and_check()
 
-    def _signalled(self, number: int) -> None:
+    def _on_signal(self, number: int) -> None:
         self._leave_if_orphaned()  # a launcher's death may come as a signal
         now = time.monotonic()
         name = signal.Signals(number).name
@@ -220,11 +229,13 @@ class Watch:
             self._signalled_at = now
             log.info("%s: the run saves and ends after this step; again = at once", name)
         elif now - self._signalled_at > ECHO_SECONDS:
-            self._end(f"a second signal ({name}): left at once", self.runtime.rank, 128 + number)
+            self._end_process(
+                f"a second signal ({name}): left at once", self.runtime.rank, 128 + number
+            )
 
     def _leave_if_orphaned(self) -> None:
         if self._launched and os.getppid() != self._parent:
-            self._end("its launcher is gone", self.runtime.rank, FAILED)
+            self._end_process("its launcher is gone", self.runtime.rank, FAILED)
 
     def _leave_if_cut_off(self) -> None:
         """End a rank that neither gets on nor reaches the store: no verdict would reach it.
@@ -248,28 +259,28 @@ class Watch:
                 )
                 os._exit(HUNG)
 
-    def _beat_and_look(self) -> None:
+    def _beat_and_check(self) -> None:
         store, rank = self._store, self.runtime.rank
         if store is None or not self.timeout:
             return
         try:
-            store.set(f"beat{rank}", _raw(self._beat()))
+            store.set(f"beat{rank}", _encode_heartbeat(self._make_heartbeat()))
             if rank in (0, 1, self.runtime.world_size - 1):  # no single one decides
-                self._look()
+                self._check_heartbeats()
             if store.check(["verdict"]):
-                self._obey(json.loads(store.get("verdict")))
+                self._act_on_verdict(json.loads(store.get("verdict")))
             self._heard = time.monotonic()
         except dist.DistError:
             # The launcher has ended, or its host is gone: its other children will tell.
             self._store = None
 
-    def _beat(self) -> Beat:
+    def _make_heartbeat(self) -> Heartbeat:
         frame = main_frame()
         stands = self._progress == self._shown
         self._shown = self._progress
         collective, waiting = last_collective(self.runtime.device.type == "cuda")
         self._number += 1
-        return Beat(
+        return Heartbeat(
             self._number,
             socket.gethostname(),
             os.getpid(),
@@ -278,33 +289,33 @@ class Watch:
             self._progress,
             self.timeout * (LONG if self._long else 1),
             collective,
-            waiting or waits(frame),
-            place(frame),
-            stack(frame) if stands else "",
+            waiting or is_in_collective(frame),
+            source_line(frame),
+            format_stack(frame) if stands else "",
             self._own_seconds,
             self._own_steps,
         )
 
-    def _beats(self) -> dict[int, bytes]:
+    def _read_heartbeats(self) -> dict[int, bytes]:
         assert self._store is not None
         ranks = range(self.runtime.world_size)
         ranks_known = [r for r in ranks if r in self._seen or self._store.check([f"beat{r}"])]
         raws = self._store.multi_get([f"beat{rank}" for rank in ranks_known])
         return dict(zip(ranks_known, raws, strict=True))
 
-    def _look(self) -> None:
+    def _check_heartbeats(self) -> None:
         now = time.monotonic()
-        for rank, raw in self._beats().items():
+        for rank, raw in self._read_heartbeats().items():
             old = self._seen.get(rank)
             if old is not None and old.raw == raw:
                 continue
-            beat = Beat(**json.loads(raw))
+            beat = Heartbeat(**json.loads(raw))
             stands = old is not None and old.beat.progress == beat.progress
-            self._seen[rank] = Seen(beat, now, old.moved if old and stands else now, raw)
-        verdict = judge(self._seen, now, self.timeout, self._interval)
+            self._seen[rank] = LastSeen(beat, now, old.moved if old and stands else now, raw)
+        verdict = diagnose_ranks(self._seen, now, self.timeout, self._interval)
         if verdict is not None:
             beats = [self._seen[rank].beat for rank in verdict.silent]
-            self._post(
+            self._post_verdict(
                 {
                     "by": self.runtime.rank,
                     "code": HUNG,
@@ -314,16 +325,16 @@ class Watch:
                 }
             )
         if self.runtime.rank == 0 and self.runtime.device.type == "cpu":
-            self._compare(now)
+            self._warn_slow_ranks(now)
 
-    def _compare(self, now: float) -> None:
+    def _warn_slow_ranks(self, now: float) -> None:
         """Name a rank whose own time in training steps is far above the others', once."""
         beats = {rank: seen.beat for rank, seen in self._seen.items()}
         if self._before:
             steps = beats[0].own_steps - self._before[0].own_steps  # all ranks take the same
             if now - self._before_at < self._window or steps < COMPARED_STEPS:
                 return
-        for rank, ratio in slow(self._before, beats).items():
+        for rank, ratio in find_slow_ranks(self._before, beats).items():
             if rank not in self._slow:
                 log.warning(
                     "rank %d is slow: a step takes it %.1f times as long as the others, which wait "
@@ -335,11 +346,11 @@ class Watch:
                 self._slow.add(rank)
         self._before, self._before_at = beats, now
 
-    def _post(self, verdict: dict[str, Any]) -> None:
+    def _post_verdict(self, verdict: dict[str, Any]) -> None:
         assert self._store is not None
         self._store.compare_set("verdict", "", json.dumps(verdict))  # the first one counts
 
-    def _obey(self, verdict: dict[str, Any]) -> None:
+    def _act_on_verdict(self, verdict: dict[str, Any]) -> None:
         """End this rank, and the stopped ones of this host, which hear no signal but SIGKILL."""
         if verdict["code"] == FAILED:
             self._failed_at = self._failed_at or time.monotonic()
@@ -351,19 +362,19 @@ class Watch:
         if verdict["by"] == self.runtime.rank:
             self._tell(verdict["text"], verdict["rank"], HUNG)
         for host, pid, parent in verdict["kill"]:
-            ours = host == socket.gethostname() and parent == self._parent == parent_of(pid)
+            ours = host == socket.gethostname() and parent == self._parent == parent_pid(pid)
             if ours and pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
         os._exit(HUNG)
 
-    def _end(self, reason: str, rank: int, code: int) -> None:
+    def _end_process(self, reason: str, rank: int, code: int) -> None:
         self._tell(reason, rank, code)
         os._exit(code)
 
-    def _is_gone(self, beat: Beat) -> bool:
+    def _is_gone(self, beat: Heartbeat) -> bool:
         same_host = beat.host == socket.gethostname() and beat.parent == self._parent
         return same_host and not is_alive(beat.pid)
 
 
-def _raw(beat: Beat) -> str:
+def _encode_heartbeat(beat: Heartbeat) -> str:
     return json.dumps(asdict(beat))

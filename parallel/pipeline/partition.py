@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 
-def cut(costs: Sequence[float], stages: int) -> list[int]:
+def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
     """Return the first block of each stage but the first, so that the costliest stage is cheapest.
 
     Among those the cut with the least sum of squares. `costs` are of the blocks, in any unit.
     """
     ends = [0.0, *accumulate(costs)]
 
-    def better(one: tuple, other: tuple) -> tuple:
+    def min_by_cost(one: tuple, other: tuple) -> tuple:
         return min(one, other, key=lambda found: found[:2])
 
     # best[i]: (costliest stage, sum of squares, first blocks) of the blocks before i.
@@ -22,12 +22,14 @@ def cut(costs: Sequence[float], stages: int) -> list[int]:
         for i in range(len(ends)):
             for j in range(1, i):
                 cost, (most, squares, firsts) = ends[i] - ends[j], best[j]
-                longer[i] = better(longer[i], (max(most, cost), squares + cost**2, (*firsts, j)))
+                longer[i] = min_by_cost(
+                    longer[i], (max(most, cost), squares + cost**2, (*firsts, j))
+                )
         best = longer
     return list(best[-1][2])
 
 
-def runs(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:
+def stage_blocks(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:
     """Names of each stage's blocks, cut before the blocks `firsts`."""
     bounds = [0, *firsts, blocks]
     return [tuple(map(str, range(*ends))) for ends in pairwise(bounds)]

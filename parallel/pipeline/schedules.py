@@ -14,7 +14,7 @@ from pathlib import Path
 
 from parallel.config_fields import key_facts
 from parallel.errors import ConfigError, UserError
-from parallel.pipeline.simulator import KINDS, Action, bubble, simulate
+from parallel.pipeline.simulator import KINDS, Action, bubble_fraction, simulate_schedule
 from parallel.strategy import StrategyConfig
 
 CSV_KEY = "strategy.schedule_csv"
@@ -63,7 +63,7 @@ def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tup
     A loop gives rank r the stages r, r + ranks, …; a V the stages r and 2·ranks - 1 - r.
     """
     stages = range(ranks * stages_per_rank)
-    return tuple(stage for stage in stages if rank_of(schedule, stage, ranks) == rank)
+    return tuple(stage for stage in stages if rank_of_stage(schedule, stage, ranks) == rank)
 
 
 def stages_per_rank(strategy: StrategyConfig) -> int:
@@ -71,24 +71,24 @@ def stages_per_rank(strategy: StrategyConfig) -> int:
     return strategy.stages_per_rank or SCHEDULES[strategy.schedule].least_stages
 
 
-def placed(strategy: StrategyConfig, ranks: int) -> list[int]:
+def stage_to_rank(strategy: StrategyConfig, ranks: int) -> list[int]:
     """Return the rank of each stage of a pipeline; an own schedule says it itself."""
     count = ranks * stages_per_rank(strategy)
     if not strategy.schedule_csv:
-        return [rank_of(strategy.schedule, stage, ranks) for stage in range(count)]
-    lists = _lists(strategy.schedule_csv, ranks)
+        return [rank_of_stage(strategy.schedule, stage, ranks) for stage in range(count)]
+    lists = _read_action_lists(strategy.schedule_csv, ranks)
     owner = {action.stage: rank for rank, listed in lists.items() for action in listed}
     return [owner[stage] for stage in range(count)]
 
 
-def rank_of(schedule: str, stage: int, ranks: int) -> int:
+def rank_of_stage(schedule: str, stage: int, ranks: int) -> int:
     """Return the rank of the pipeline that has a stage."""
     if SCHEDULES[schedule].v_shaped:
         return min(stage, 2 * ranks - 1 - stage)
     return stage % ranks
 
 
-def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
+def accepts_micro_batches(schedule: str, ranks: int, micro_batches: int) -> bool:
     """Return whether torch runs the schedule with this number of micro-batches per step."""
     rules = SCHEDULES[schedule]
     if micro_batches < max(1, rules.least_micro_batches * ranks):
@@ -98,14 +98,14 @@ def takes(schedule: str, ranks: int, micro_batches: int) -> bool:
     return not rules.whole_rounds or micro_batches % rounds == 0
 
 
-def splits_backward(strategy: StrategyConfig) -> bool:
+def has_split_backward(strategy: StrategyConfig) -> bool:
     """Return whether gradients of inputs and of weights are computed apart.
 
     ConfigError as `read_csv`.
     """
     if not strategy.schedule_csv:
         return SCHEDULES[strategy.schedule].splits_backward
-    lists = _lists(strategy.schedule_csv, strategy.pipeline)
+    lists = _read_action_lists(strategy.schedule_csv, strategy.pipeline)
     return any(action.kind in "IW" for listed in lists.values() for action in listed)
 
 
@@ -139,12 +139,12 @@ def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_ran
     return idle / (3 * v * m + idle)
 
 
-def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
+def find_schedule_problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
     """Return why this pipeline cannot run; an own schedule stands for the named one."""
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if path:
         try:
-            simulate(read_csv(path, ranks, per_rank, micro_batches))
+            simulate_schedule(read_csv(path, ranks, per_rank, micro_batches))
         except UserError as error:
             start = f"{CSV_KEY}={path}"
             return [p if p.startswith(start) else f"{start}: {p}" for p in error.problems]
@@ -156,23 +156,23 @@ def problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
         must = f"exactly {least}" if least == most else f"at least {least}"
         found.append(
             f"strategy.stages_per_rank={per_rank} must be {must} for strategy.schedule={schedule}; "
-            f"set strategy.stages_per_rank={least}{_other(schedule, per_rank)}"
+            f"set strategy.stages_per_rank={least}{_suggest_schedule(schedule, per_rank)}"
         )
-    if micro_batches < 1 or not takes(schedule, ranks, micro_batches):
+    if micro_batches < 1 or not accepts_micro_batches(schedule, ranks, micro_batches):
         found.append(_wrong_count(schedule, ranks, micro_batches))
     return found
 
 
-def warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
-    """Return what runs, but badly: fewer micro-batches than ranks. For what `problems` lets
-    pass.
+def find_schedule_warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
+    """Return what runs, but badly: fewer micro-batches than ranks. For what
+    `find_schedule_problems` lets pass.
     """
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if micro_batches >= ranks:
         return []
     if path:
         name = f"{CSV_KEY}={path}"
-        share = bubble(simulate(read_csv(path, ranks, per_rank, micro_batches)))
+        share = bubble_fraction(simulate_schedule(read_csv(path, ranks, per_rank, micro_batches)))
     else:
         name = f"strategy.schedule={strategy.schedule}"
         share = bubble_formula(strategy.schedule, ranks, micro_batches, per_rank)
@@ -193,14 +193,16 @@ def read_csv(
     A row per rank of the pipeline, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch),
     empty ones idle. Which rank has which stages is the file's choice.
     """
-    actions = _lists(path, ranks)
-    found = _misplaced(actions, stages_per_rank) or _uncounted(actions, micro_batches)
+    actions = _read_action_lists(path, ranks)
+    found = _find_misplaced_stages(actions, stages_per_rank) or _find_miscounted_actions(
+        actions, micro_batches
+    )
     if found:
         raise ConfigError(*(f"{CSV_KEY}={path}: {problem}" for problem in found))
     return actions
 
 
-def _lists(path: str, ranks: int) -> dict[int, list[Action]]:
+def _read_action_lists(path: str, ranks: int) -> dict[int, list[Action]]:
     try:
         with Path(path).open(newline="", encoding="utf-8") as file:
             rows = list(csv.reader(file))
@@ -213,10 +215,10 @@ def _lists(path: str, ranks: int) -> dict[int, list[Action]]:
             f"{CSV_KEY}={path} has {len(rows)} rows, but strategy.pipeline={ranks}; it must have "
             f"one row per rank: set strategy.pipeline={max(1, len(rows))}"
         )
-    return {rank: _row(path, rank, row) for rank, row in enumerate(rows)}
+    return {rank: _parse_row(path, rank, row) for rank, row in enumerate(rows)}
 
 
-def _other(schedule: str, stages_per_rank: int) -> str:
+def _suggest_schedule(schedule: str, stages_per_rank: int) -> str:
     """Return a hint at the schedules that take so many stages."""
     fit = [
         name
@@ -227,11 +229,14 @@ def _other(schedule: str, stages_per_rank: int) -> str:
 
 
 def _wrong_count(schedule: str, ranks: int, micro_batches: int) -> str:
-    below = next((m for m in range(micro_batches - 1, 0, -1) if takes(schedule, ranks, m)), None)
+    below = next(
+        (m for m in range(micro_batches - 1, 0, -1) if accepts_micro_batches(schedule, ranks, m)),
+        None,
+    )
     above = next(
         m
         for m in range(max(1, micro_batches + 1), 3 * ranks + micro_batches + 3)
-        if takes(schedule, ranks, m)
+        if accepts_micro_batches(schedule, ranks, m)
     )
     rules = SCHEDULES[schedule]
     if micro_batches < max(1, rules.least_micro_batches * ranks):
@@ -247,7 +252,7 @@ def _wrong_count(schedule: str, ranks: int, micro_batches: int) -> str:
     )
 
 
-def _row(path: str, rank: int, row: Sequence[str]) -> list[Action]:
+def _parse_row(path: str, rank: int, row: Sequence[str]) -> list[Action]:
     actions = []
     for number, cell in enumerate(row, 1):
         text = cell.strip()
@@ -266,7 +271,7 @@ def _row(path: str, rank: int, row: Sequence[str]) -> list[Action]:
     return actions
 
 
-def _misplaced(actions: dict[int, list[Action]], stages_per_rank: int) -> list[str]:
+def _find_misplaced_stages(actions: dict[int, list[Action]], stages_per_rank: int) -> list[str]:
     """Stages on two ranks, too few or too many on one, or beyond the last."""
     where = {rank: f"{rank + 1} (rank {rank})" for rank in actions}
     stages = {rank: sorted({a.stage for a in listed}) for rank, listed in actions.items()}
@@ -293,7 +298,7 @@ def _misplaced(actions: dict[int, list[Action]], stages_per_rank: int) -> list[s
     return found
 
 
-def _uncounted(actions: dict[int, list[Action]], micro_batches: int) -> list[str]:
+def _find_miscounted_actions(actions: dict[int, list[Action]], micro_batches: int) -> list[str]:
     """Actions that are missing, doubled or of a micro-batch that there is not."""
     done = {(a.stage, a.micro_batch) for listed in actions.values() for a in listed}
     counts = Counter(Counter(stage for stage, _ in done).values())
@@ -316,12 +321,12 @@ def _uncounted(actions: dict[int, list[Action]], micro_batches: int) -> list[str
         for stage in sorted({a.stage for a in listed}):
             for m in range(micro_batches):
                 kinds = {kind for kind in KINDS if count[stage, kind, m]}
-                found += _incomplete(where, f"{stage}{{}}{m}", kinds)
+                found += _require_both_kinds(where, f"{stage}{{}}{m}", kinds)
     rest = len(found) - SHOWN
     return found[:SHOWN] + ([f"and {rest} more like these"] if rest > 0 else [])
 
 
-def _incomplete(where: str, cell: str, kinds: set[str]) -> list[str]:
+def _require_both_kinds(where: str, cell: str, kinds: set[str]) -> list[str]:
     if kinds in ({"F", "B"}, {"F", "I", "W"}):
         return []
     has = ", ".join(cell.format(kind) for kind in KINDS if kind in kinds)

@@ -49,30 +49,30 @@ def unit_cost(action: Action) -> float:
     return UNIT_COSTS[action.kind]
 
 
-def simulate(actions: Lists, cost: Callable[[Action], float] = unit_cost) -> list[Span]:
+def simulate_schedule(actions: Lists, cost: Callable[[Action], float] = unit_cost) -> list[Span]:
     """Run the lists, each rank strictly in order; what is sent arrives at once.
 
     A forward waits for that of the stage before, a backward for its own forward and for the stage
     behind. Lists that can never go on are a ConfigError that names what each rank waits for.
     """
     last = max(action.stage for listed in actions.values() for action in listed)
-    queues = {rank: deque(_together(listed)) for rank, listed in actions.items()}
+    queues = {rank: deque(_group_joined(listed)) for rank, listed in actions.items()}
     clock: dict[int, float] = dict.fromkeys(actions, 0)
     arrived: dict[Result, float] = {}
     spans: list[Span] = []
     while any(queues.values()):
         before = len(spans)
         for rank, queue in queues.items():
-            while queue and not _missing(queue[0], arrived, last):
-                ran = _run(rank, queue.popleft(), clock[rank], arrived, last, cost)
+            while queue and not _missing_inputs(queue[0], arrived, last):
+                ran = _run_group(rank, queue.popleft(), clock[rank], arrived, last, cost)
                 clock[rank] = ran[-1].end
                 spans += ran
         if len(spans) == before:
-            raise ConfigError(_deadlock(queues, actions, arrived, last))
+            raise ConfigError(_describe_deadlock(queues, actions, arrived, last))
     return spans
 
 
-def bubble(spans: Sequence[Span]) -> float:
+def bubble_fraction(spans: Sequence[Span]) -> float:
     """Share of the ranks' whole time, from the first start to the last end, that they are idle.
 
     GPipe's and 1F1B's is (ranks - 1) / (micro-batches + ranks - 1) by this definition, which is
@@ -98,7 +98,7 @@ def in_flight(actions: Lists) -> dict[int, int]:
     return dict(sorted(most.items()))
 
 
-def _together(listed: Iterable[Action]) -> list[list[Action]]:
+def _group_joined(listed: Iterable[Action]) -> list[list[Action]]:
     """Return the list as groups of what is joined; most are of one action."""
     groups: list[list[Action]] = [[]]
     for action in listed:
@@ -108,11 +108,11 @@ def _together(listed: Iterable[Action]) -> list[list[Action]]:
     return [group for group in groups if group]
 
 
-def _result(action: Action) -> Result:
+def _result_of(action: Action) -> Result:
     return action.stage, "B" if action.kind == "I" else action.kind, action.micro_batch
 
 
-def _needs(action: Action, last: int) -> list[Result]:
+def _inputs_of(action: Action, last: int) -> list[Result]:
     stage, kind, micro_batch, _ = action
     if kind == "F":
         return [(stage - 1, "F", micro_batch)] if stage else []
@@ -122,14 +122,16 @@ def _needs(action: Action, last: int) -> list[Result]:
     return [(stage, "F", micro_batch), *behind]
 
 
-def _missing(group: Sequence[Action], arrived: Mapping[Result, float], last: int) -> list[Result]:
+def _missing_inputs(
+    group: Sequence[Action], arrived: Mapping[Result, float], last: int
+) -> list[Result]:
     """Return what a group needs of others and nobody has run yet."""
-    own = {_result(action) for action in group}
-    needed = (need for action in group for need in _needs(action, last))
+    own = {_result_of(action) for action in group}
+    needed = (need for action in group for need in _inputs_of(action, last))
     return [need for need in needed if need not in arrived and need not in own]
 
 
-def _run(
+def _run_group(
     rank: int,
     group: Sequence[Action],
     clock: float,
@@ -140,26 +142,26 @@ def _run(
     """Run a group whose needs have arrived; note when its results do."""
     spans = []
     for action in group:
-        start = max([clock, *(arrived.get(need, clock) for need in _needs(action, last))])
+        start = max([clock, *(arrived.get(need, clock) for need in _inputs_of(action, last))])
         clock = start + cost(action)
         spans.append(Span(rank, action.stage, action.kind, action.micro_batch, start, clock))
-    arrived |= {_result(action): clock for action in group}
+    arrived |= {_result_of(action): clock for action in group}
     return spans
 
 
-def _deadlock(
+def _describe_deadlock(
     queues: Mapping[int, Sequence[list[Action]]],
     actions: Lists,
     arrived: Mapping[Result, float],
     last: int,
 ) -> str:
-    where = {_result(a): (rank, a) for rank, listed in actions.items() for a in listed}
+    where = {_result_of(a): (rank, a) for rank, listed in actions.items() for a in listed}
     stuck = []
     for rank, queue in queues.items():
         if not queue:
             continue
-        missing = _missing(queue[0], arrived, last)[0]
-        action = next(a for a in queue[0] if missing in _needs(a, last))
+        missing = _missing_inputs(queue[0], arrived, last)[0]
+        action = next(a for a in queue[0] if missing in _inputs_of(a, last))
         if missing in where:
             owner, awaited = where[missing]
             stuck.append(f"rank {rank} at {action} waits for {awaited} of rank {owner}")

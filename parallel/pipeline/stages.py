@@ -20,12 +20,12 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from parallel.axis import LossOf, ParallelAxis, find_axis
 from parallel.collectives import all_reduce
 from parallel.data.fsdp import one_reduction
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.model_protocol import Flow, Inputs, ParallelizableModel
-from parallel.pipeline.partition import cut, runs
-from parallel.pipeline.schedules import SCHEDULES, placed, stages_per_rank
+from parallel.pipeline.partition import balance_stages, stage_blocks
+from parallel.pipeline.schedules import SCHEDULES, stage_to_rank, stages_per_rank
 from parallel.pipeline.simulator import Action
-from parallel.pipeline.torch_schedules import class_of
+from parallel.pipeline.torch_schedules import schedule_class
 from parallel.pipeline.trace import Recording
 from parallel.strategy import StrategyConfig
 
@@ -75,8 +75,8 @@ class Stage:
         if self.is_first:
             return []
         micro_batch = self._pipeline.micro_batches[number]
-        self._inputs[number] = self._pipeline.room(micro_batch, int(self.blocks[0]))
-        return self._pipeline.transfers(dist.irecv, self._inputs[number], self.stage_index - 1)
+        self._inputs[number] = self._pipeline.receive_buffers(micro_batch, int(self.blocks[0]))
+        return self._pipeline.p2p_ops(dist.irecv, self._inputs[number], self.stage_index - 1)
 
     def set_local_fwd_input(self, outputs: Flow, number: int) -> None:
         """Take what flows in from a stage on the same rank."""
@@ -87,10 +87,10 @@ class Stage:
     ) -> Tensor | Flow:
         """Compute; the last stage returns logits."""
         inputs = self._inputs.pop(number, [])
-        for tensor in _learned_from(inputs):
+        for tensor in _differentiable(inputs):
             tensor.requires_grad_()
-        with self._pipeline.recorded(self.stage_index, "F", number):
-            output = self._pipeline.compute(number, self.blocks, inputs)
+        with self._pipeline.record_span(self.stage_index, "F", number):
+            output = self._pipeline.compute_stage(number, self.blocks, inputs)
         flows = (output,) if isinstance(output, Tensor) else output
         self._computed[number] = [tensor for tensor in flows if tensor is not None], inputs
         return output
@@ -100,7 +100,7 @@ class Stage:
         if self.is_last:
             return []
         outputs = [tensor.detach().contiguous() for tensor in self._computed[number][0]]
-        return self._pipeline.transfers(dist.isend, outputs, self.stage_index + 1)
+        return self._pipeline.p2p_ops(dist.isend, outputs, self.stage_index + 1)
 
     def release_fwd_send_outputs(self, number: int) -> None:
         """Nothing: what was sent is kept for the backward; asked for since torch 2.15."""
@@ -109,11 +109,9 @@ class Stage:
         """Post the receipt of the gradients of what has flowed on."""
         if self.is_last:
             return []
-        outputs = _learned_from(self._computed[number][0])
+        outputs = _differentiable(self._computed[number][0])
         self._output_grads[number] = [torch.empty_like(tensor) for tensor in outputs]
-        return self._pipeline.transfers(
-            dist.irecv, self._output_grads[number], self.stage_index + 1
-        )
+        return self._pipeline.p2p_ops(dist.irecv, self._output_grads[number], self.stage_index + 1)
 
     def set_local_bwd_input(self, grads: list[Tensor], number: int) -> None:
         """Take those gradients from a stage on the same rank."""
@@ -127,11 +125,11 @@ class Stage:
         last_backward: bool = False,
     ) -> None:
         """Gradients of inputs and weights; without `full_backward` those of weights come later."""
-        with self._pipeline.recorded(self.stage_index, "B" if full_backward else "I", number):
+        with self._pipeline.record_span(self.stage_index, "B" if full_backward else "I", number):
             self._backward(number, loss, full_backward)
 
     def _backward(self, number: int, loss: Tensor | None, full_backward: bool) -> None:
-        outputs, inputs = map(_learned_from, self._computed.pop(number))
+        outputs, inputs = map(_differentiable, self._computed.pop(number))
         grads = self._output_grads.pop(number, None)
         if loss is not None:
             outputs, grads = [loss], None
@@ -142,7 +140,7 @@ class Stage:
         if full_backward:
             job()
         else:
-            weights: Any = list(self._pipeline.weights(self.blocks))
+            weights: Any = list(self._pipeline.stage_parameters(self.blocks))
             # torch detaches the outputs in place, which it cannot do with views.
             outputs = [tensor.clone() if tensor._is_view() else tensor for tensor in outputs]
             _, groups = stage_backward_input(outputs, grads, inputs, weights)
@@ -153,7 +151,7 @@ class Stage:
 
     def backward_weight_one_chunk(self, number: int, last_backward: bool = False) -> None:
         """The gradients of weights that were left for later."""
-        with self._pipeline.recorded(self.stage_index, "W", number):
+        with self._pipeline.record_span(self.stage_index, "W", number):
             self._weight_jobs.pop(number)()
 
     def get_bwd_send_ops(self, number: int) -> list[dist.P2POp]:
@@ -161,7 +159,7 @@ class Stage:
         if self.is_first:
             return []
         grads = [grad.contiguous() for grad in self._input_grads.pop(number)]
-        return self._pipeline.transfers(dist.isend, grads, self.stage_index - 1)
+        return self._pipeline.p2p_ops(dist.isend, grads, self.stage_index - 1)
 
     def get_local_bwd_output(self, number: int) -> list[Tensor]:
         """Those gradients, for a stage on the same rank."""
@@ -207,32 +205,34 @@ class PipelineParallel(ParallelAxis):
     def prepare(self, model: ParallelizableModel) -> None:
         """Leave in a meta model the layers of this rank's stages alone."""
         count = self.degree * stages_per_rank(self.strategy)
-        self.placement = placed(self.strategy, self.degree)
-        self.runs = runs(len(self._costs), self.strategy.split or cut(self._costs, count))
+        self.placement = stage_to_rank(self.strategy, self.degree)
+        self.runs = stage_blocks(
+            len(self._costs), self.strategy.split or balance_stages(self._costs, count)
+        )
         own = [stage for stage, rank in enumerate(self.placement) if rank == self.rank]
         self.model, self.stages = model, [Stage(index, self) for index in own]
         all_reduce(torch.zeros(1, device=self.device), self.group)  # opens its connections
         blocks = {name for stage in self.stages for name in stage.blocks}
         for name in [name for name in model.blocks if name not in blocks]:
             del model.blocks[name]
-        if not self.holds_embedding:
+        if not self.has_embedding:
             model.embed = None
-        if not self.holds_head:
+        if not self.has_head:
             model.head = None
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Find the tied parameter of which another rank has a copy: with both names none has."""
-        if self.holds_embedding != self.holds_head:
+        if self.has_embedding != self.has_head:
             named = model.named_parameters()
             self.tied = next((p for name, p in named if name in self._tied_names), None)
 
     @property
-    def holds_embedding(self) -> bool:
+    def has_embedding(self) -> bool:
         """Return whether the first stage is here."""
         return any(stage.is_first for stage in self.stages)
 
     @property
-    def holds_head(self) -> bool:
+    def has_head(self) -> bool:
         """Return whether the last stage is here."""
         return any(stage.is_last for stage in self.stages)
 
@@ -252,33 +252,33 @@ class PipelineParallel(ParallelAxis):
         self.micro_batches, self._loss_of = [], None
 
     def _new_schedule(self, micro_batches: int) -> Any:
-        options = {"loss_fn": self._loss, "scale_grads": False}
+        options = {"loss_fn": self._loss_of_micro_batch, "scale_grads": False}
         if self.strategy.schedule_csv:
             own = schedules._PipelineScheduleRuntime(self.stages, micro_batches, **options)
             own._load_csv(self.strategy.schedule_csv)
             return own
         rules = SCHEDULES[self.strategy.schedule]
         stages = self.stages[0] if rules.most_stages == 1 else self.stages
-        return class_of(self.strategy.schedule)(stages, micro_batches, **options)
+        return schedule_class(self.strategy.schedule)(stages, micro_batches, **options)
 
-    def _loss(self, logits: Tensor, number: Tensor) -> Tensor:
+    def _loss_of_micro_batch(self, logits: Tensor, number: Tensor) -> Tensor:
         assert self._loss_of is not None
-        with self.recorded(len(self.runs) - 1, "F", int(number)):  # it is part of that forward
+        with self.record_span(len(self.runs) - 1, "F", int(number)):  # it is part of that forward
             return self._loss_of(logits, int(number))
 
-    def recorded(self, stage: int, kind: str, number: int) -> AbstractContextManager[None]:
+    def record_span(self, stage: int, kind: str, number: int) -> AbstractContextManager[None]:
         """Around what an action computes: a span of the recording, if there is one."""
         if self.recording is None:
             return nullcontext()
-        return self.recording.span(Action(stage, kind, number))
+        return self.recording.record_span(Action(stage, kind, number))
 
-    def compute(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
+    def compute_stage(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
         """One stage's forward of a micro-batch."""
         micro_batch = self.micro_batches[number]
-        flow = self._flow(inputs, micro_batch, int(blocks[0])) if inputs else None
+        flow = self._build_flow(inputs, micro_batch, int(blocks[0])) if inputs else None
         return self.model(micro_batch, flow=flow, blocks=blocks)
 
-    def weights(self, blocks: Sequence[str]) -> Iterator[Tensor]:
+    def stage_parameters(self, blocks: Sequence[str]) -> Iterator[Tensor]:
         """Yield what autograd works on of a stage's parameters: for split layers, their leaves."""
         modules = [self.model.blocks[name] for name in blocks]
         if blocks == self.runs[0] and self.model.embed is not None:
@@ -291,17 +291,19 @@ class PipelineParallel(ParallelAxis):
                 for name, parameter in module.named_parameters(recurse=False):
                     yield leaves.get(name, parameter)
 
-    def room(self, inputs: Inputs, block: int, cache: Any = None) -> list[Tensor]:
+    def receive_buffers(self, inputs: Inputs, block: int, cache: Any = None) -> list[Tensor]:
         """Room for what flows into a block."""
         likes = self.model.flow_like(inputs, block, cache)
         return [torch.empty_like(x, device=self.device) for x in likes if x is not None]
 
-    def _flow(self, tensors: list[Tensor], inputs: Inputs, block: int, cache: Any = None) -> Flow:
+    def _build_flow(
+        self, tensors: list[Tensor], inputs: Inputs, block: int, cache: Any = None
+    ) -> Flow:
         """Return what has been received, each in its place."""
         received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)
         return tuple(None if like is None else next(received) for like in likes)
 
-    def transfers(self, how: Callable, tensors: list[Tensor], stage: int) -> list[dist.P2POp]:
+    def p2p_ops(self, how: Callable, tensors: list[Tensor], stage: int) -> list[dist.P2POp]:
         """Operations that send tensors to, or receive them from, the rank of a stage."""
         peer = dist.get_global_rank(self.group, self.placement[stage])
         return [dist.P2POp(how, tensor, peer, self.group) for tensor in tensors]
@@ -311,7 +313,7 @@ class PipelineParallel(ParallelAxis):
         output: Any = None
         for index, blocks in enumerate(self.runs):
             if index:
-                output = self._hand_on(output, index, inputs, cache)
+                output = self._forward_to_next_stage(output, index, inputs, cache)
             if self.rank == self.placement[index]:
                 output = self.model(inputs, cache, output if index else None, blocks)
         if cache is not None:
@@ -321,12 +323,12 @@ class PipelineParallel(ParallelAxis):
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor:
         """Return the last stage's logits."""
         if logits is None:
-            (logits,) = self.room(inputs, int(self.runs[-1][-1]) + 1, cache)
+            (logits,) = self.receive_buffers(inputs, int(self.runs[-1][-1]) + 1, cache)
         logits, last = logits.contiguous(), self.placement[-1]
         dist.broadcast(logits, dist.get_global_rank(self.group, last), self.group)
         return logits
 
-    def _hand_on(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
+    def _forward_to_next_stage(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
         """Bring what a stage has computed to the rank of the next one."""
         before, owner = self.placement[index - 1], self.placement[index]
         if before == owner or self.rank not in (before, owner):
@@ -336,33 +338,33 @@ class PipelineParallel(ParallelAxis):
         if self.rank == before:
             flows = zip(output, likes, strict=True)
             sent = [tensor.contiguous() for tensor, like in flows if like is not None]
-            _wait(self.transfers(dist.isend, sent, index))
+            _wait_for_ops(self.p2p_ops(dist.isend, sent, index))
             return output
-        room = self.room(inputs, block, cache)
-        _wait(self.transfers(dist.irecv, room, index - 1))
-        return self._flow(room, inputs, block, cache)
+        room = self.receive_buffers(inputs, block, cache)
+        _wait_for_ops(self.p2p_ops(dist.irecv, room, index - 1))
+        return self._build_flow(room, inputs, block, cache)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
         """Give both copies of a tied parameter the sum of their gradients; each adds the same."""
         if self.tied is None or self.tied.grad is None:
             return
-        own = local(self.tied.grad)
-        theirs, other = torch.empty_like(own), len(self.runs) - 1 if self.holds_embedding else 0
-        _wait(
+        own = local_tensor(self.tied.grad)
+        theirs, other = torch.empty_like(own), len(self.runs) - 1 if self.has_embedding else 0
+        _wait_for_ops(
             [
-                *self.transfers(dist.isend, [own.clone()], other),
-                *self.transfers(dist.irecv, [theirs], other),
+                *self.p2p_ops(dist.isend, [own.clone()], other),
+                *self.p2p_ops(dist.irecv, [theirs], other),
             ]
         )
         own += theirs
 
 
-def _learned_from(tensors: list[Tensor]) -> list[Tensor]:
+def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
     """Those that have gradients: not whole numbers."""
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
-def _wait(operations: list[dist.P2POp]) -> None:
+def _wait_for_ops(operations: list[dist.P2POp]) -> None:
     for work in dist.batch_isend_irecv(operations):
         work.wait()
 

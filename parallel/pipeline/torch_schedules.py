@@ -16,7 +16,7 @@ class _OneFOneB(schedules.Schedule1F1B):
         schedules.PipelineScheduleSingle.__init__(self, *args, **options)
 
 
-def class_of(schedule: str) -> Any:
+def schedule_class(schedule: str) -> Any:
     """torch's class of a schedule."""
     return _OneFOneB if schedule == "1f1b" else getattr(schedules, SCHEDULES[schedule].torch_class)
 
@@ -47,7 +47,7 @@ class _Stage:
     release_fwd_send_outputs = no_messages  # asked for since torch 2.15
 
 
-def actions(
+def list_actions(
     schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
     """Return the compute actions of each rank of the pipeline in order.
@@ -56,7 +56,7 @@ def actions(
 
     An overlapped forward and backward of DualPipeV are two actions, of which the first is joined.
     """
-    torch_class = class_of(schedule)
+    torch_class = schedule_class(schedule)
     stages = {
         rank: [
             _Stage(stage, ranks * stages_per_rank, rank, ranks)
@@ -66,7 +66,7 @@ def actions(
     }
     if not issubclass(torch_class, schedules.PipelineScheduleSingle):
         order = torch_class(stages[0], micro_batches).pipeline_order_with_comms
-        return {rank: _flat(order[rank]) for rank in range(ranks)}
+        return {rank: _compute_actions(order[rank]) for rank in range(ranks)}
     # What these classes list beside what they do is wrong for the last rank of 1F1B in torch 2.13
     # (micro-batch 0 is missing, one too many is there); so they run, on a stage that takes notes.
     for (stage,) in stages.values():
@@ -81,7 +81,7 @@ def _dry_run(schedule: Any, micro_batches: int) -> None:
     schedule._step_microbatches(none, [{} for _ in none], none)
 
 
-def _flat(order: Sequence[schedules._Action]) -> list[Action]:
+def _compute_actions(order: Sequence[schedules._Action]) -> list[Action]:
     """Compute actions without the messages between them."""
     flat = []
     for action in order:

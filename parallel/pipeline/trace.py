@@ -32,17 +32,17 @@ class Recording:
         """Call right before the step; the ranks meet here, which makes a common zero."""
         all_reduce(torch.zeros(1, device=self._device), self._group)
         self._synchronize()
-        self._zero = self._mark()
+        self._zero = self._record_event()
         self._zero_seconds = time.perf_counter()
 
     @contextmanager
-    def span(self, action: Action) -> Iterator[None]:
+    def record_span(self, action: Action) -> Iterator[None]:
         """Around what an action computes; what comes in a second piece prolongs it."""
-        start, _ = self._marks.get(action) or (self._mark(), None)
+        start, _ = self._marks.get(action) or (self._record_event(), None)
         yield
-        self._marks[action] = start, self._mark()
+        self._marks[action] = start, self._record_event()
 
-    def gather(self) -> list[Span]:
+    def gather_spans(self) -> list[Span]:
         """Return the spans of all ranks, from the first start on, in seconds.
 
         Empty but on the first rank.
@@ -51,7 +51,13 @@ class Recording:
         """
         self._synchronize()
         own = [
-            Span(self._group.rank(), a.stage, a.kind, a.micro_batch, *map(self._seconds, marks))
+            Span(
+                self._group.rank(),
+                a.stage,
+                a.kind,
+                a.micro_batch,
+                *map(self._seconds_since_start, marks),
+            )
             for a, marks in self._marks.items()
         ]
         first = self._group.rank() == 0
@@ -62,16 +68,16 @@ class Recording:
             group=self._group,
             group_dst=0,
         )
-        return merged(theirs) if first else []
+        return merge_ranks(theirs) if first else []
 
-    def _mark(self) -> Mark:
+    def _record_event(self) -> Mark:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def _seconds(self, mark: Mark) -> float:
+    def _seconds_since_start(self, mark: Mark) -> float:
         """From the zero to a mark."""
         if self._device.type != "cuda":
             return mark - self._zero
@@ -82,7 +88,7 @@ class Recording:
             torch.cuda.synchronize(self._device)
 
 
-def merged(ranks: list[tuple[str, float, list[Span]]]) -> list[Span]:
+def merge_ranks(ranks: list[tuple[str, float, list[Span]]]) -> list[Span]:
     """Return all ranks' spans on one clock.
 
     Of each rank its host, its zero there, and spans from it.

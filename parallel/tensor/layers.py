@@ -26,14 +26,14 @@ from parallel.collectives import (
     Scatter,
     Sum,
     all_reduce,
-    padded,
+    pad_to_multiple,
 )
 from parallel.errors import ConfigError
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.strategy import StrategyConfig
-from parallel.tensor.recompute_gather import Regather
-from parallel.tensor.vocab_parallel import Vocabulary
+from parallel.tensor.recompute_gather import RecomputeGather
+from parallel.tensor.vocab_parallel import VocabParallel
 
 # What a pattern of the model's table can say of a layer.
 COLUMN = "column"  # outputs are split: rows of the weight
@@ -46,7 +46,7 @@ STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
 SEQUENCE_DIM = 1
 
 
-def fits(name: str, pattern: str) -> bool:
+def matches_pattern(name: str, pattern: str) -> bool:
     """Return whether a pattern means this parameter, or the module that it is of."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
@@ -56,7 +56,7 @@ def style_of(name: str, table: Mapping[str, str]) -> str:
 
     Exactly one pattern must match.
     """
-    found = [style for pattern, style in table.items() if fits(name, pattern)]
+    found = [style for pattern, style in table.items() if matches_pattern(name, pattern)]
     assert len(found) == 1, f"{name}: {len(found)} patterns of the tensor layout match"
     return found[0]
 
@@ -81,10 +81,10 @@ class TensorParallel(ParallelAxis):
     ):
         super().__init__(mesh)
         self.splits_sequence = strategy.sequence_parallel
-        self.vocabulary = Vocabulary(classes, self.group)  # of the head's classes
+        self.vocabulary = VocabParallel(classes, self.group)  # of the head's classes
         self.entries = self.vocabulary  # of the token embedding, which may be of other ones
         self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
-        self._regather = Regather(self.group, SEQUENCE_DIM)
+        self._regather = RecomputeGather(self.group, SEQUENCE_DIM)
         self._mesh, self._table = mesh, table
         self._overlaps, self._device = strategy.async_tensor, device
 
@@ -106,17 +106,17 @@ class TensorParallel(ParallelAxis):
                 dim = split_dim(style, name)
                 if dim is not None:
                     if id(parameter) not in shared:
-                        shared[id(parameter)] = _distributed(parameter, self._mesh, dim)
+                        shared[id(parameter)] = _distribute_parameter(parameter, self._mesh, dim)
                     setattr(module, name, shared[id(parameter)])
                 elif self.splits_sequence:
                     self.partial.append(full_name)
             for style in styles - {SEQUENCE}:
                 parent = model.get_submodule(prefix.rpartition(".")[0])
-                _work_on_part(module, style, self, parent)
+                _convert_to_sharded(module, style, self, parent)
         model.layout = self
 
     @property
-    def part(self) -> int:
+    def sequence_part(self) -> int:
         """Return which part of the sequence is this rank's."""
         return self.group.rank() if self.splits_sequence else 0
 
@@ -124,23 +124,23 @@ class TensorParallel(ParallelAxis):
         """Return how many of `length` positions are this rank's, with padding."""
         return -(-length // self.group.size()) if self.splits_sequence else length
 
-    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
         """Return all `length` positions: where the split part of a layer begins."""
         if not self.splits_sequence:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
-        self._regather.remember(whole_BSD, x_BSD)
+        self._regather.remember_gather(whole_BSD, x_BSD)
         return whole_BSD
 
-    def own(self, x_BSD: Tensor) -> Tensor:
+    def local_positions(self, x_BSD: Tensor) -> Tensor:
         """This rank's positions of what every rank has computed."""
         if not self.splits_sequence:
             return x_BSD
-        return padded(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
+        return pad_to_multiple(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
             self.group.size(), SEQUENCE_DIM
         )[self.group.rank()]
 
-    def collected(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
         """Return all `length` positions, for what every rank does alike and then takes its `own`
         of.
         """
@@ -148,13 +148,13 @@ class TensorParallel(ParallelAxis):
             return x_BSD
         return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
 
-    def share(self, gradient_BSD: Tensor) -> Tensor:
+    def gradient_contribution(self, gradient_BSD: Tensor) -> Tensor:
         """Return what this rank adds to the gradient of a `whole`, where every rank knows all of
         it.
         """
         return gradient_BSD if self.group.rank() == 0 else torch.zeros_like(gradient_BSD)
 
-    def sum(self, x_BSD: Tensor) -> Tensor:
+    def reduce_scatter_sequence(self, x_BSD: Tensor) -> Tensor:
         """Return the sum over the ranks, for this rank's positions: where the split part ends."""
         if not self.splits_sequence:
             return Sum.apply(x_BSD, self.group)
@@ -172,7 +172,7 @@ class TensorParallel(ParallelAxis):
     def prepare_block(self, block: nn.Module) -> None:
         """Let a block gather the inputs of split layers again in the backward, not keep them."""
         if self.splits_sequence:
-            block.forward = self._regather.inside(block.forward)
+            block.forward = self._regather.wrap(block.forward)
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Let autograd work on plain tensors, views of the DTensors at rest.
@@ -183,10 +183,10 @@ class TensorParallel(ParallelAxis):
             return
         made: dict[int, Tensor] = {}
         for module in model.modules():
-            if isinstance(module, _Part):
+            if isinstance(module, _ShardedLayer):
                 for name, p in module.named_parameters(recurse=False):
                     if isinstance(p, DTensor):
-                        leaf = made.setdefault(id(p), local(p.detach()).requires_grad_())
+                        leaf = made.setdefault(id(p), local_tensor(p.detach()).requires_grad_())
                         module.leaves[name] = leaf
                         self._leaves[leaf] = p
 
@@ -212,10 +212,10 @@ class TensorParallel(ParallelAxis):
 
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
         """Return the logits of all classes."""
-        return None if logits is None else self.vocabulary.gather(logits)
+        return None if logits is None else self.vocabulary.gather_logits(logits)
 
 
-class _Part(nn.Module):
+class _ShardedLayer(nn.Module):
     """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
 
     split: TensorParallel
@@ -237,7 +237,7 @@ class _Part(nn.Module):
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
-class _SharedHeads(_Part):
+class _SharedKVHeads(_ShardedLayer):
     """Heads of which there are fewer than ranks: the ranks that share one gather it."""
 
     head_width: int
@@ -252,13 +252,13 @@ class _SharedHeads(_Part):
         return whole.narrow(0, head * self.head_width, self.head_width)
 
 
-class _Row(_Part):
+class _RowParallel(_ShardedLayer):
     """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
 
     def forward(self, *args: Any) -> Tensor:
         bias, self._parameters["bias"] = self._parameters["bias"], None
         try:
-            x = self.split.sum(super().forward(*args))
+            x = self.split.reduce_scatter_sequence(super().forward(*args))
         finally:
             self._parameters["bias"] = bias
         return x if bias is None else x + bias.to(x.dtype)
@@ -268,13 +268,13 @@ class _Row(_Part):
         return all_reduce(largest, self.split.group, "max")
 
 
-class _VocabularyEmbedding(_Part):
+class _VocabularyEmbedding(_ShardedLayer):
     """Looks up the entries that this rank has, and zero for the others."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
-        row, mine = self.split.entries.find(input)
+        row, mine = self.split.entries.local_rows(input)
         x = super().forward(row, *args)
-        return self.split.sum(x * mine.unsqueeze(-1))
+        return self.split.reduce_scatter_sequence(x * mine.unsqueeze(-1))
 
 
 def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -302,7 +302,7 @@ def split_dim(style: str, name: str) -> int | None:
     return 1 if style == ROW else 0
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
+def _distribute_parameter(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Parameter:
     parts = parameter.chunk(mesh.size(), dim)
     rank = mesh.get_local_rank()
     own = parts[rank] if rank < len(parts) else parts[0].narrow(dim, 0, 0)
@@ -317,24 +317,24 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -> nn.Para
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
-def _work_on_part(module: nn.Module, style: str, split: TensorParallel, parent: Any) -> None:
+def _convert_to_sharded(module: nn.Module, style: str, split: TensorParallel, parent: Any) -> None:
     """Give a layer the class that computes on its part of the parameters."""
-    part: type = _Row if style == ROW else _Part
+    part: type = _RowParallel if style == ROW else _ShardedLayer
     if isinstance(module, nn.Embedding):
         part = _VocabularyEmbedding
-        split.entries = Vocabulary(module.num_embeddings, split.group)
+        split.entries = VocabParallel(module.num_embeddings, split.group)
     elif style == HEADS and module.get_parameter("weight").shape[0] < (
         split.group.size() * parent.head_width
     ):
-        part = _SharedHeads
+        part = _SharedKVHeads
         module.head_width = parent.head_width
     kind: type = type(module)
-    module.__class__ = _mixed(part, kind)
-    assert isinstance(module, _Part)
+    module.__class__ = _sharded_class(part, kind)
+    assert isinstance(module, _ShardedLayer)
     module.split, module.leaves = split, {}
 
 
 @cache
-def _mixed(part: type, kind: type) -> type[_Part]:
+def _sharded_class(part: type, kind: type) -> type[_ShardedLayer]:
     """One class for all such layers, so that a compiled block serves for all that look alike."""
     return type(f"{kind.__name__}Part", (part, kind), {})

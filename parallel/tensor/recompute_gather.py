@@ -15,22 +15,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from parallel.collectives import gather_padded
 
 
-class Regather:
+class RecomputeGather:
     """Inside the functions that it wraps, what autograd keeps of a gathered tensor is its part."""
 
     def __init__(self, group: dist.ProcessGroup, dim: int):
         self._group, self._dim = group, dim
         self._inside = False
         # The latest gathered tensor; held, so that no other comes to lie at its address.
-        self._latest: tuple[Tensor, _Gathered] | None = None
+        self._latest: tuple[Tensor, _GatheredTensor] | None = None
 
-    def remember(self, whole: Tensor, part: Tensor) -> None:
+    def remember_gather(self, whole: Tensor, part: Tensor) -> None:
         """`whole` has been gathered from the ranks' parts, of which this is one."""
         if self._inside:
             length = whole.shape[self._dim]
-            self._latest = whole, _Gathered(part.detach(), length, self._group, self._dim)
+            self._latest = whole, _GatheredTensor(part.detach(), length, self._group, self._dim)
 
-    def inside(self, function: Callable) -> Callable:
+    def wrap(self, function: Callable) -> Callable:
         """Return the function, keeping parts."""
 
         def keeping_parts(*args: Any, **kwargs: Any) -> Any:
@@ -38,14 +38,14 @@ class Regather:
                 return function(*args, **kwargs)
             self._inside = True
             try:
-                with saved_tensors_hooks(self._pack, _unpack):
+                with saved_tensors_hooks(self._pack_saved, _unpack_saved):
                     return function(*args, **kwargs)
             finally:
                 self._inside, self._latest = False, None
 
         return keeping_parts
 
-    def _pack(self, tensor: Tensor) -> Any:
+    def _pack_saved(self, tensor: Tensor) -> Any:
         if self._latest is None or not _is_view_of_all(self._latest[0], tensor):
             return tensor
         gathered = self._latest[1]
@@ -53,7 +53,7 @@ class Regather:
         return gathered, tensor.shape
 
 
-class _Gathered:
+class _GatheredTensor:
     """The part of a gathered tensor that autograd wanted to keep."""
 
     def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup, dim: int):
@@ -62,7 +62,7 @@ class _Gathered:
         self.uses = 0  # times that it was saved
         self._left = 0  # times that it will still be asked for in this backward
 
-    def again(self) -> Tensor:
+    def regather(self) -> Tensor:
         """Return the whole, gathered once for all that ask for it in a backward."""
         if not self._left:
             self._whole = gather_padded(self._part, self._length, self._group, self._dim)
@@ -82,8 +82,8 @@ def _is_view_of_all(whole: Tensor, tensor: Tensor) -> bool:
     )
 
 
-def _unpack(kept: Any) -> Tensor:
+def _unpack_saved(kept: Any) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
     gathered, shape = kept
-    return gathered.again().view(shape)
+    return gathered.regather().view(shape)

@@ -13,7 +13,7 @@ from torch import distributed as dist
 from parallel.collectives import all_gather, all_reduce
 
 
-class Vocabulary:
+class VocabParallel:
     """`size` classes in rows of ceil(size / degree) per rank, as a DTensor shards them."""
 
     def __init__(self, size: int, group: dist.ProcessGroup):
@@ -42,7 +42,7 @@ class Vocabulary:
             return _SoftCrossEntropy.apply(input, own_NV, target.sum(1), self)
         return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
 
-    def find(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return each entry's local row, and whether it is local at all.
 
         Row 0 for those that are not.
@@ -51,7 +51,7 @@ class Vocabulary:
         mine = (row >= 0) & (row < self.own)
         return row * mine, mine
 
-    def gather(self, logits: Tensor) -> Tensor:
+    def gather_logits(self, logits: Tensor) -> Tensor:
         """(…, size): the logits of all classes, on every rank; without gradients."""
         lacking = self.rows - self.own
         logits = torch.nn.functional.pad(logits, (0, lacking)) if lacking else logits
@@ -66,20 +66,20 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: Any,
         logits_NV: Tensor,
         targets_N: Tensor,
-        vocabulary: Vocabulary,
+        vocabulary: VocabParallel,
         ignored: int,
         smoothing: float,
     ) -> Tensor:
         size = vocabulary.size
         valid_N = targets_N != ignored
-        place_N, mine_N = vocabulary.find(targets_N)  # an ignored one is nowhere
+        place_N, mine_N = vocabulary.local_rows(targets_N)  # an ignored one is nowhere
 
         def sums(shifted_NV: Tensor) -> list[Tensor]:
             if not vocabulary.own:
                 return [shifted_NV.sum(1)] * 2
             return [shifted_NV.gather(1, place_N[:, None])[:, 0] * mine_N, shifted_NV.sum(1)]
 
-        share_NV, log_total_N, (target_N, all_N) = _softmax(logits_NV, vocabulary, sums)
+        share_NV, log_total_N, (target_N, all_N) = _local_softmax(logits_NV, vocabulary, sums)
         loss_N = log_total_N - (1.0 - smoothing) * target_N - smoothing / size * all_N
         ctx.save_for_backward(share_NV, place_N, mine_N, valid_N)
         ctx.smoothing, ctx.size = smoothing, size
@@ -101,9 +101,9 @@ class _SoftCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, likely_NV: Tensor, mass_N: Tensor, vocabulary: Vocabulary
+        ctx: Any, logits_NV: Tensor, likely_NV: Tensor, mass_N: Tensor, vocabulary: VocabParallel
     ) -> Tensor:
-        share_NV, log_total_N, (told_N,) = _softmax(
+        share_NV, log_total_N, (told_N,) = _local_softmax(
             logits_NV, vocabulary, lambda shifted_NV: [(likely_NV * shifted_NV).sum(1)]
         )
         ctx.save_for_backward(share_NV, likely_NV, mass_N)
@@ -115,8 +115,8 @@ class _SoftCrossEntropy(torch.autograd.Function):
         return (mass_N[:, None] * share_NV - likely_NV) * grads[0], None, None, None
 
 
-def _softmax(
-    logits_NV: Tensor, vocabulary: Vocabulary, sums: Callable[[Tensor], list[Tensor]]
+def _local_softmax(
+    logits_NV: Tensor, vocabulary: VocabParallel, sums: Callable[[Tensor], list[Tensor]]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """This rank's part of the softmax, and the logarithm (N,) of what it is divided by.
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from conf import schema
-from conf.validation.validate import complete, problems
+from conf.validation.validate import fill_from_data, find_problems
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig
 from trainer.config.train import VerifyConfig
@@ -39,9 +39,9 @@ PUBLISHED = {
 
 
 def configured(*overrides, name="train"):
-    schema.register("now")
+    schema.register_schemas("now")
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        return schema.load(name, compose(name, list(overrides)))
+        return schema.build_config(name, compose(name, list(overrides)))
 
 
 def options(group):
@@ -49,7 +49,7 @@ def options(group):
 
 
 def found(*overrides, world_size=1, name="train"):
-    return problems(configured(*overrides, name=name), world_size)
+    return find_problems(configured(*overrides, name=name), world_size)
 
 
 def count(model):
@@ -73,8 +73,8 @@ def test_strategy_composes(strategy):
 @pytest.mark.parametrize("debug", [[], *([f"debug={d}"] for d in options("debug"))])
 def test_job_composes_and_fits_its_data(job, debug):
     config = configured(job, *debug)
-    assert problems(config, 1) == []
-    model = complete(config, FACTS[config.data.kind]).model
+    assert find_problems(config, 1) == []
+    model = fill_from_data(config, FACTS[config.data.kind]).model
     assert 0.5e6 < count(model) < 4.5e6
 
 
@@ -82,7 +82,7 @@ def test_job_composes_and_fits_its_data(job, debug):
 def test_model_composes(model):
     config = configured(f"model={model}", "data.seq_len=64")
     config = configured(f"model={model}", f"data={DATA[config.model.family]}")
-    assert problems(config, 1) == []
+    assert find_problems(config, 1) == []
     if model in PUBLISHED:
         assert count(config.model) == PUBLISHED[model]
 
@@ -91,7 +91,7 @@ def test_model_composes(model):
 def test_data_composes(data):
     config = configured(f"data={data}", "data.path=here")
     family = next(f for f, kind in zip(DATA, FACTS, strict=True) if kind == config.data.kind)
-    assert problems(replace(config, model=replace(config.model, family=family)), 1) == []
+    assert find_problems(replace(config, model=replace(config.model, family=family)), 1) == []
 
 
 def test_experiments_give_way_to_the_command_line():
@@ -101,7 +101,7 @@ def test_experiments_give_way_to_the_command_line():
 
 def test_values_round_trip():
     config = configured("strategy=fsdp", "optim.betas=[0.8,0.9]")
-    assert schema.typed("train", OmegaConf.create(OmegaConf.to_yaml(config))) == config
+    assert schema.to_dataclass("train", OmegaConf.create(OmegaConf.to_yaml(config))) == config
 
 
 def test_unknown_keys_are_refused():
@@ -246,22 +246,22 @@ def test_what_compresses_needs_copies():
 
 def test_a_fault_must_have_its_place():
     fault = VerifyConfig(fault="skip_output_sum")
-    assert problems(fault, 1) == [
+    assert find_problems(fault, 1) == [
         "fault=skip_output_sum is one of split layers; set strategy=tensor"
     ]
     whole = StrategyConfig(tensor=2, sequence_parallel=False)
-    assert problems(replace(fault, strategy=whole), 2) == []
+    assert find_problems(replace(fault, strategy=whole), 2) == []
     gather = VerifyConfig(fault="skip_sequence_gather", strategy=whole)
-    assert "set strategy.sequence_parallel=true" in problems(gather, 2)[0]
+    assert "set strategy.sequence_parallel=true" in find_problems(gather, 2)[0]
     ring = StrategyConfig(context=2, context_method="ring")
     step = VerifyConfig(fault="skip_ring_step", strategy=ring)
-    assert problems(step, 2) == []
+    assert find_problems(step, 2) == []
     for strategy in (replace(ring, context_method="all_gather"), StrategyConfig(replicate=2)):
-        assert problems(replace(step, strategy=strategy), 2) == [
+        assert find_problems(replace(step, strategy=strategy), 2) == [
             "fault=skip_ring_step is one of a ring; set strategy=context "
             "strategy.context_method=ring"
         ]
-    assert problems(VerifyConfig(fault="local_loss_scale"), 1) == [
+    assert find_problems(VerifyConfig(fault="local_loss_scale"), 1) == [
         "fault=local_loss_scale is one of a pipeline; set strategy=pipeline"
     ]
 
@@ -297,7 +297,7 @@ def test_image_size_must_be_whole_patches():
     messages = found("experiment=images", "model.image_size=28", "model.patch_size=5")
     assert messages == ["model.patch_size=5 does not divide model.image_size=28; try 4 or 7"]
     with pytest.raises(ConfigError) as raised:
-        complete(configured("experiment=images", "model.patch_size=5"), FACTS["images"])
+        fill_from_data(configured("experiment=images", "model.patch_size=5"), FACTS["images"])
     assert raised.value.problems == messages
 
 
@@ -314,25 +314,25 @@ def test_all_problems_at_once():
 
 
 def test_sizes_left_open_follow_the_data():
-    text = complete(configured("data.seq_len=99"), FACTS["text"]).model
+    text = fill_from_data(configured("data.seq_len=99"), FACTS["text"]).model
     assert (text.vocab_size, text.max_positions) == (1024, 99)
-    images = complete(configured("experiment=images"), FACTS["images"]).model
+    images = fill_from_data(configured("experiment=images"), FACTS["images"]).model
     assert (images.image_size, images.channels, images.classes) == (28, 1, 10)
-    padded = complete(configured("model.vocab_size=1088"), FACTS["text"]).model
+    padded = fill_from_data(configured("model.vocab_size=1088"), FACTS["text"]).model
     assert padded.vocab_size == 1088
 
 
 def test_sizes_that_clash_with_the_data():
     with pytest.raises(ConfigError, match=r"model\.vocab_size=1000 .* token ids from 1000 on"):
-        complete(configured("model.vocab_size=1000"), FACTS["text"])
+        fill_from_data(configured("model.vocab_size=1000"), FACTS["text"])
     with pytest.raises(ConfigError) as raised:
-        complete(configured("experiment=images", "model=vit-b16"), FACTS["images"])
+        fill_from_data(configured("experiment=images", "model=vit-b16"), FACTS["images"])
     assert raised.value.problems == [
         "model.image_size=224, but the data's is 28; set model.image_size=0",
         "model.channels=3, but the data's is 1; set model.channels=0",
     ]
     with pytest.raises(ConfigError, match=r"model\.classes=9 is less than the data's 10"):
-        complete(configured("experiment=images", "model.classes=9"), FACTS["images"])
+        fill_from_data(configured("experiment=images", "model.classes=9"), FACTS["images"])
 
 
 def test_every_field_has_a_reader():

@@ -8,9 +8,9 @@ from dataclasses import fields, is_dataclass
 
 import pytest
 
-from conf.validation.validate import problems
+from conf.validation.validate import find_problems
 from launch.cli.entrypoint import Command, run_command
-from launch.cli.errors import TYPES, explain
+from launch.cli.errors import TYPES, explain_error
 from parallel.config_fields import facts_of, known_keys
 from parallel.errors import ConfigError
 from parallel.strategy import world_size
@@ -35,18 +35,18 @@ def changed(key, value):
 
 def found(config):
     """What is said before step 0: of the configuration, and if that is good of the data's."""
-    messages = problems(config, 1)
+    messages = find_problems(config, 1)
     if messages:
         return messages
     try:
-        data.prepare(config.data)
+        data.prepare_data(config.data)
     except ConfigError as error:
         return error.problems
     return []
 
 
 def test_the_configuration_that_is_spoilt_below_is_good():
-    assert problems(changed("steps", 1), 1) == []
+    assert find_problems(changed("steps", 1), 1) == []
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -55,13 +55,13 @@ def test_a_typo_is_answered_with_the_key(key):
     middle = len(leaf) // 2
     typo = section + dot + leaf[:middle] + leaf[middle + 1 :]
     error = ValueError(f"Could not override '{typo}'. Key is not in struct")
-    assert explain("train", error) == f"{typo} does not exist; did you mean {key}?"
+    assert explain_error("train", error) == f"{typo} does not exist; did you mean {key}?"
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_value_of_another_type_is_answered_with_the_right_one(key):
     error = ValueError(f"Error merging override {key}=?!")
-    message = explain("train", error)
+    message = explain_error("train", error)
     assert message.startswith(f"{key}=?! must be ")
     assert message.removeprefix(f"{key}=?! must be ") in TYPES.values()
 
@@ -101,7 +101,7 @@ def test_any_mixture_of_bad_values_is_said_without_a_trace():
         config = TrainConfig(data=DataConfig(path="bundled:shakespeare"))
         spoil(config, random.Random(seed))
         before = copy.deepcopy(config)
-        messages = problems(config, seed % 9 + 1)
+        messages = find_problems(config, seed % 9 + 1)
         assert config == before
         assert all(message and "\n" not in message for message in messages)
 
@@ -118,12 +118,12 @@ def test_huge_sizes_are_answered_at_once(size):
         for key, value in overrides.items():
             section, _, leaf = key.rpartition(".")
             setattr(getattr(config, section) if section else config, leaf, value)
-        problems(config, world_size(config.strategy))
+        find_problems(config, world_size(config.strategy))
 
 
 def refuse(config, world_size, _held):
     """A preparation that lets nothing through: a run is not what is asked for here."""
-    raise ConfigError(*(problems(config, world_size) or ["nothing wrong"]))
+    raise ConfigError(*(find_problems(config, world_size) or ["nothing wrong"]))
 
 
 NASTY = [

@@ -23,7 +23,7 @@ from trainer.config.train import DataConfig, UserError
 from trainer.data import files as source
 from trainer.data import folders, text
 from trainer.data.dataset import DataFacts
-from trainer.data.record import read_record, table, write_record
+from trainer.data.record import format_record, read_record, write_record
 
 LIMIT_SECONDS = 30
 PATCHED = {"block": (source, "BLOCK"), "piece": (text, "PIECE")}
@@ -151,7 +151,7 @@ class Pairs:
             for index in range(len(dataset)):
                 sample = dataset.sample(index, None)
                 dataset.collate([sample])
-                pair = dataset.source_text(index), dataset.reference(index)
+                pair = dataset.source_text(index), dataset.target_text(index)
                 texts = tokenizer.decode(sample["source"]), tokenizer.decode(sample["targets"][:-1])
                 if texts != pair:
                     return f"{split}: {pair} is learned as {texts}"
@@ -208,21 +208,21 @@ def judge(case: Case, folder: Path) -> Verdict:
 
 
 def _read(case: Case, config: DataConfig, folder: Path, words: list[str]) -> tuple[str, str]:
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     words += [*facts.left_out, *facts.left_out.values(), *facts.notes]
     words += [reason for split in facts.splits.values() for reason in split.left_out]
     (folder / "run").mkdir()
     write_record(folder / "run", facts)
     if read_record(folder / "run") != facts:
         return SILENT, "data.json does not hold the facts"
-    if data.prepare(config) != facts:
+    if data.prepare_data(config) != facts:
         return SILENT, "prepared again, the facts are others"
     difference = case.draft.clean.difference(config, facts)
     if not difference:
         return EQUAL, ""
     if words and case.draft.may_differ:
         return SAID, f"{difference}; said: {words}"
-    return SILENT, f"{difference}; said: {words}\n{table(facts)}"
+    return SILENT, f"{difference}; said: {words}\n{format_record(facts)}"
 
 
 def _flaw(message: str, folder: Path) -> str:

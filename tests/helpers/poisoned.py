@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from parallel.errors import UserError
-from parallel.grad_norm import local
-from parallel.strategy import StrategyConfig, resolve, world_size
+from parallel.grad_norm import local_tensor
+from parallel.strategy import StrategyConfig, resolve_degrees, world_size
 from trainer import loop
 from trainer.config.train import TrainConfig
-from trainer.data.sampler import Order, positions
+from trainer.data.sampler import SampleOrder, order_positions
 from trainer.loss import cross_entropy_sum
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
@@ -58,20 +58,20 @@ def train(
     The state at the end, None after the kill at that step (counted as they are made); and the
     message of the error that ended the run.
     """
-    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    config = replace(config, strategy=resolve_degrees(config.strategy, runtime.world_size))
     pending, states, steps = [], [], iter(range(1, 100))
     take_step, step_done = loop.take_step, Recorder.step_done
 
     def poisoned_step(config, state, micro_batches):
         states[:] = [state]
-        place = positions(state.samples, 1, state.guard.left_out)[0]
+        place = order_positions(state.samples, 1, state.guard.skipped_steps)[0]
         now = place // BATCH in bad and runtime.rank == rank
         pending[:] = [True] * (now and poison in POISONS)
         done = take_step(config, state, micro_batches)
         if now and poison not in POISONS:
             moments = next(iter(state.optimizer.state().values()))
             weight = next(iter(state.worker.parameters().values())).detach()
-            local({"weight": weight, **moments}[poison]).view(-1)[:1] = torch.inf
+            local_tensor({"weight": weight, **moments}[poison]).view(-1)[:1] = torch.inf
         return done
 
     def poisoned_loss(*args, **options):
@@ -102,24 +102,26 @@ def by_hand(runtime, config: TrainConfig, data_steps: list[int | None]) -> Train
     config = replace(
         config,
         run_dir=f"{config.run_dir}/none",
-        strategy=resolve(config.strategy, runtime.world_size),
+        strategy=resolve_degrees(config.strategy, runtime.world_size),
     )
-    state = loop.start(config, runtime)
+    state = loop.start_run(config, runtime)
     loader = loop.open_loader(config, state)
     for step in data_steps:
         if step is None:
             state.step += 1
         else:
-            loop.take_step(config, state, loader._step(step))
+            loop.take_step(config, state, loader._load_step(step))
     loader.close()
     return state
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:
     """This rank's part of weights and moments, and the number of updates."""
-    found = {name: local(p.detach()).clone() for name, p in state.worker.parameters().items()}
+    found = {
+        name: local_tensor(p.detach()).clone() for name, p in state.worker.parameters().items()
+    }
     for name, moments in state.optimizer.state().items():
-        found |= {f"{name}, {key}": local(m).clone() for key, m in moments.items()}
+        found |= {f"{name}, {key}": local_tensor(m).clone() for key, m in moments.items()}
     return found | {"updates": state.optimizer.update_count().clone()}
 
 
@@ -155,7 +157,7 @@ def events(config: TrainConfig) -> list[dict]:
 def samples(config: TrainConfig, step: int, shares: slice = slice(None)) -> list[int]:
     """The samples of a step of the data, by the pure order of samples."""
     size = len(loop.open_split(config.data, "train"))
-    order = Order(config.seed, size)
+    order = SampleOrder(config.seed, size)
     ids = [order(position)[1] for position in range(step * BATCH, (step + 1) * BATCH)]
     return sorted(ids[shares])
 

@@ -7,9 +7,9 @@ from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.loss import cross_entropy_sum
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import FAMILIES, make_batch, samples, scale_down, split
+from trainer.verify.cases import FAMILIES, make_batch, samples_per_step, scale_down, split_batch
 
 MODEL = scale_down(FAMILIES["decoder (GPT-2)"])
 STEPS = 3
@@ -23,7 +23,7 @@ def own_gradients(micro_batches: list[dict], count: torch.Tensor) -> list[Gradie
     """Each micro-batch's share of the mean loss's gradient, by one process with plain torch."""
     model = Transformer(MODEL, torch.float32)
     for name, parameter in model.named_parameters():
-        rows = draw_rows(MODEL, 0, name, parameter.shape, 0, parameter.shape[0])
+        rows = init_rows(MODEL, 0, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
     found = []
     for micro_batch in micro_batches:
@@ -38,10 +38,10 @@ def sums(runtime, strategy: StrategyConfig, steps: int) -> list[tuple[Gradients,
     worker = parallel_model(MODEL, strategy, runtime, PRECISIONS["fp32"])
     found = []
     for step in range(steps):
-        micro_batches = split(make_batch(MODEL, 0, step, samples(strategy)), worker)
+        micro_batches = split_batch(make_batch(MODEL, 0, step, samples_per_step(strategy)), worker)
         worker.zero_grad()
         _, count = worker.forward_backward(micro_batches)
         total = {n: tiny.whole(p.grad) for n, p in worker.parameters().items()}
         own = own_gradients(micro_batches, count)
-        found.append((total, worker.gather_over_data(own)))
+        found.append((total, worker.gather_data_ranks(own)))
     return found

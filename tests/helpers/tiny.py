@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from launch.cli.preflight import training
+from launch.cli.preflight import prepare_training
 from parallel.errors import UserError
 from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
@@ -18,9 +18,9 @@ from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.config.train import CompressConfig, DataConfig, ModelConfig, TrainConfig
-from trainer.loop import open_saver, start
+from trainer.loop import open_saver, start_run
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.state import TrainState
 
 TWO_RANKS = {
@@ -115,8 +115,8 @@ def make_run(folder: Path, runtime: Runtime, model: ModelConfig, data: DataConfi
         batch_size=4,
         run_dir=str(folder / "run"),
     )
-    config = training(config, runtime.world_size)
-    save(config, start(config, runtime))
+    config = prepare_training(config, runtime.world_size)
+    save(config, start_run(config, runtime))
     return config
 
 
@@ -173,7 +173,7 @@ def _word(draw: random.Random) -> str:
 def no_teacher(config: TrainConfig) -> str:
     """The one message that a run is refused with for what it would learn from."""
     with pytest.raises(UserError) as raised:
-        training(config, 1)
+        prepare_training(config, 1)
     (message,) = raised.value.problems
     assert message.startswith(f"compress.teacher={config.compress.teacher} ")
     assert not Path(config.run_dir).exists()
@@ -195,6 +195,6 @@ def whole(tensor: Tensor) -> Tensor:
 def build(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
     model = Transformer(config, dtype).to(dtype)
     for name, parameter in model.named_parameters():
-        rows = draw_rows(config, seed, name, parameter.shape, 0, parameter.shape[0])
+        rows = init_rows(config, seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
     return model

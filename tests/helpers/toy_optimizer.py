@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from parallel.grad_norm import local
-from parallel.parallelize import place
+from parallel.grad_norm import local_tensor
+from parallel.parallelize import local_slices
 from parallel.runtime import Runtime
 from trainer.config.train import OptimConfig
 from trainer.optim.parameter_groups import ParameterGroup, torch_groups
@@ -50,11 +50,11 @@ class WholeMatrixMomentum:
         keep = skip > 0
         for name, parameter in self._parameters.items():
             assert parameter.grad is not None
-            part, momentum = local(parameter), local(self._momentum[name])
-            new = MOMENTUM * momentum + local(parameter.grad)
+            part, momentum = local_tensor(parameter), local_tensor(self._momentum[name])
+            new = MOMENTUM * momentum + local_tensor(parameter.grad)
             momentum.copy_(torch.where(keep, momentum, new))
             matrix = towards_orthogonal(self._gather(self._momentum[name]))
-            update = matrix if matrix.shape == part.shape else matrix[place(parameter)]
+            update = matrix if matrix.shape == part.shape else matrix[local_slices(parameter)]
             new = part * (1 - lr * self._decay[name]) - lr * update
             part.copy_(torch.where(keep, part, new))
         self._count += 1 - skip
@@ -95,7 +95,7 @@ class Reference(torch.optim.Optimizer):
 TOYS = {
     "toy": OptimizerKind(partial(WholeMatrixMomentum, full), Reference, rest="adamw"),
     # Takes what the rank holds for the whole.
-    "local toy": OptimizerKind(partial(WholeMatrixMomentum, local), Reference, rest="adamw"),
+    "local toy": OptimizerKind(partial(WholeMatrixMomentum, local_tensor), Reference, rest="adamw"),
 }
 
 

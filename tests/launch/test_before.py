@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.cli.preflight import reading, training
+from launch.cli.preflight import check_trained_run, prepare_training
 from parallel.strategy import StrategyConfig
 from trainer.config.train import ConfigError, DataConfig, EvaluateConfig, ModelConfig, TrainConfig
 from trainer.data.tokenizer import Tokenizer
@@ -28,18 +28,18 @@ def config(tmp_path) -> TrainConfig:
 
 
 def test_a_run_keeps_its_config_and_tokenizer(config):
-    completed = training(config, 1)
+    completed = prepare_training(config, 1)
     assert completed.model.vocab_size == 300
     assert load_config(config.run_dir) == completed
     tokenizer = Tokenizer.load(Path(config.run_dir) / "tokenizer.json")
     assert tokenizer.decode(tokenizer.encode("Enter Viola")) == "Enter Viola"
-    assert training(config, 1) == completed  # and may be gone on with
+    assert prepare_training(config, 1) == completed  # and may be gone on with
 
 
 def test_a_folder_says_what_each_start_was(config, monkeypatch):
     monkeypatch.setattr(sys, "orig_argv", ["python", "launch/train.py", "steps=3", "run_dir=a b"])
-    training(config, 1)
-    training(config, 1)
+    prepare_training(config, 1)
+    prepare_training(config, 1)
     starts = json.loads((Path(config.run_dir) / "starts.json").read_text())
     assert len(starts) == 2
     assert starts[0]["command"].endswith("launch/train.py steps=3 'run_dir=a b'")
@@ -51,7 +51,7 @@ def test_a_folder_says_what_each_start_was(config, monkeypatch):
 
 def test_more_ranks_than_the_strategy_uses(config):
     with pytest.raises(ConfigError, match="2 ranks"):
-        training(config, 2)
+        prepare_training(config, 2)
     assert not Path(config.run_dir).exists()
 
 
@@ -59,9 +59,9 @@ def test_a_pipeline_that_mostly_waits_is_warned_about(config, caplog):
     deep = replace(config.model, layers=2)
     config = replace(config, model=deep, strategy=StrategyConfig(pipeline=-1), batch_size=4)
     with caplog.at_level("WARNING"):
-        assert training(config, 2).micro_batch_size == 1  # two micro-batches a rank
+        assert prepare_training(config, 2).micro_batch_size == 1  # two micro-batches a rank
         assert caplog.messages == []
-        training(replace(config, micro_batch_size=4, run_dir=config.run_dir + "2"), 2)
+        prepare_training(replace(config, micro_batch_size=4, run_dir=config.run_dir + "2"), 2)
     assert caplog.messages == [
         "strategy.schedule=gpipe: 1 micro-batches (batch_size / (micro_batch_size × ranks that see "
         "different samples)) are fewer than strategy.pipeline=2 ranks, which are idle for 50 % of "
@@ -74,13 +74,13 @@ def test_a_vocabulary_too_small_to_split(config):
     wide = replace(config.model, width=23 * 16, heads=23)
     config = replace(config, model=wide, strategy=StrategyConfig(tensor=23))
     with pytest.raises(ConfigError, match="leaves a rank without any"):
-        training(config, 23)
+        prepare_training(config, 23)
     assert not Path(config.run_dir).exists()
 
 
 def test_reading_a_run_without_a_checkpoint(config):
-    training(config, 1)
+    prepare_training(config, 1)
     with pytest.raises(ConfigError, match="no checkpoint yet"):
-        reading(EvaluateConfig(run_dir=config.run_dir), 1)
+        check_trained_run(EvaluateConfig(run_dir=config.run_dir), 1)
     with pytest.raises(ConfigError, match="did you mean"):
-        reading(replace(EvaluateConfig(), run_dir=config.run_dir + "s"), 1)
+        check_trained_run(replace(EvaluateConfig(), run_dir=config.run_dir + "s"), 1)

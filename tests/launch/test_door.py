@@ -20,12 +20,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from conf import schema
 from conf.schema import SCHEMAS
-from conf.validation.validate import problems
-from launch.cli.entrypoint import Command, names_itself, quoted, run_command
+from conf.validation.validate import find_problems
+from launch.cli.entrypoint import Command, has_own_name, quote_value, run_command
 from parallel.errors import ConfigError
-from parallel.runtime import Ranks, process_group
-from parallel.strategy import resolve
-from trainer.run.free_text import revealed
+from parallel.runtime import JobQueue, process_group
+from parallel.strategy import resolve_degrees
+from trainer.run.free_text import unescape_text
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -41,10 +41,10 @@ if __name__ == "__main__":
 
 
 def check(config, world_size, held):
-    found = problems(config, world_size)
+    found = find_problems(config, world_size)
     if found:
         raise ConfigError(*found)
-    config.strategy = resolve(config.strategy, world_size)
+    config.strategy = resolve_degrees(config.strategy, world_size)
     return config
 
 
@@ -260,42 +260,42 @@ def test_verify_walks_where_no_layout_is_asked_for(monkeypatch, capsys, override
     monkeypatch.setattr(sys, "argv", ["door.py", *overrides])
     ALONE.clear()
     with pytest.raises(SystemExit):
-        run_command(Command("verify", check, broken, alone=walk))
+        run_command(Command("verify", check, broken, run_in_process=walk))
     assert bool(ALONE) == walks
     assert ("ZeroDivisionError" in capsys.readouterr().err) != walks
 
 
 def test_ranks_follow_what_rank_0_posts():
     store = dist.HashStore()
-    first, second = Ranks(store, 0, 2), Ranks(store, 1, 2)
+    first, second = JobQueue(store, 0, 2), JobQueue(store, 1, 2)
     got = []
     thread = threading.Thread(target=lambda: got.extend([next(jobs), next(jobs)]))
-    jobs = second.follow()
+    jobs = second.receive_jobs()
     thread.start()
-    first.post({"lr": 0.1 + 0.2})
-    first.post({"stop": 0})
+    first.post_job({"lr": 0.1 + 0.2})
+    first.post_job({"stop": 0})
     thread.join(10)
     assert got == [{"lr": 0.1 + 0.2}, {"stop": 0}]
 
 
 def test_a_restart_keeps_the_start_time_and_forgets_the_jobs():
     store = dist.HashStore()
-    before, after = Ranks(store, 0, 1, restart="0"), Ranks(store, 0, 1, restart="1")
-    before.post("old")
+    before, after = JobQueue(store, 0, 1, restart="0"), JobQueue(store, 0, 1, restart="1")
+    before.post_job("old")
     assert not after.store.check(["job1"])
-    after.post("new")
-    assert before.started(1.5) == after.started(2.5) == 1.5
-    assert next(Ranks(store, 1, 1, restart="1").follow()) == "new"
+    after.post_job("new")
+    assert before.launch_time(1.5) == after.launch_time(2.5) == 1.5
+    assert next(JobQueue(store, 1, 1, restart="1").receive_jobs()) == "new"
 
 
 def test_only_the_first_rank_tells_an_error():
     store = dist.HashStore()
-    assert [Ranks(store, rank, 2).first("error") for rank in (1, 0)] == [True, False]
+    assert [JobQueue(store, rank, 2).is_first("error") for rank in (1, 0)] == [True, False]
 
 
 def test_one_process_is_a_group_of_one():
     for _ in range(2):  # a second group, as in a sweep
-        with process_group("cpu", Ranks.alone()) as runtime:
+        with process_group("cpu", JobQueue.single_process()) as runtime:
             assert (runtime.rank, runtime.world_size) == (0, 1)
             assert dist.get_world_size() == 1
         assert not dist.is_initialized()
@@ -305,7 +305,7 @@ def test_cuda_without_a_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with (
         pytest.raises(ConfigError, match="there is no CUDA device"),
-        process_group("cuda", Ranks.alone()),
+        process_group("cuda", JobQueue.single_process()),
     ):
         pass
 
@@ -313,7 +313,7 @@ def test_cuda_without_a_device(monkeypatch):
 def test_more_ranks_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    three = Ranks(dist.HashStore(), 0, 3)
+    three = JobQueue(dist.HashStore(), 0, 3)
     with (
         pytest.raises(ConfigError, match="3 ranks on this host, but it has 2 GPUs; start 2 ranks"),
         process_group("auto", three),
@@ -356,8 +356,10 @@ TEXTS = [
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_prompt_may_hold_anything(text):
-    (override,) = OverridesParser.create().parse_overrides([quoted(f"prompt={text}", ["prompt"])])
-    assert revealed(override.value()) == text
+    (override,) = OverridesParser.create().parse_overrides(
+        [quote_value(f"prompt={text}", ["prompt"])]
+    )
+    assert unescape_text(override.value()) == text
 
 
 def test_only_free_text_is_quoted():
@@ -370,12 +372,12 @@ def test_only_free_text_is_quoted():
         "prompt=",
         "compress=[merge,int8]",
     ):
-        assert quoted(word, keys) == word
+        assert quote_value(word, keys) == word
     assert {"run_dir", "init_from", "compress.teacher", "prompt", "data.path"} <= keys
     assert not {"steps", "optim.lr", "data.fields"} & keys
-    assert quoted("++run_dir=a=b", keys) == '++run_dir="a=b"'
+    assert quote_value("++run_dir=a=b", keys) == '++run_dir="a=b"'
     for words, named in (([], True), (["run_dir=x"], False), (["++run_dir=x"], False)):
-        assert names_itself(words) == named
+        assert has_own_name(words) == named
 
 
 def test_a_port_in_use_is_one_line(monkeypatch, capsys):
@@ -405,7 +407,7 @@ def test_a_thread_that_does_not_end_holds_no_process():
         "import threading, time; from launch.cli import entrypoint as door\n"
         "door.EXIT_SECONDS = 0.5\n"
         "threading.Thread(target=time.sleep, args=[600]).start()\n"
-        "door.leave(75)"
+        "door.exit_process(75)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120

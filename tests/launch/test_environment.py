@@ -13,14 +13,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from launched import Launched
 
-from conf.schema import free_text, load, register
-from launch.cli.entrypoint import quoted, quoted_values
-from launch.cli.preflight import training
+from conf.schema import build_config, free_text, register_schemas
+from launch.cli.entrypoint import quote_value, quoted_values
+from launch.cli.preflight import prepare_training
 from parallel.errors import ConfigError
 from parallel.strategy import check_torchrun
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig
-from trainer.run.free_text import revealed
-from trainer.run.run_dir import claimed, load_config
+from trainer.run.free_text import unescape_text
+from trainer.run.run_dir import claim_folder, load_config
 
 ROOT = Path(__file__).parents[2]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
@@ -93,7 +93,7 @@ def test_a_run_keeps_free_text_as_it_was_typed(tmp_path, text):
     data = DataConfig(path=str(folder), vocab_size=300, seq_len=16, cache=str(tmp_path / "cache"))
     data.document_separator = text
     model = ModelConfig(layers=1, width=16, heads=2, ffn_width=16)
-    config = training(TrainConfig(data=data, model=model, run_dir=str(tmp_path / "run")), 1)
+    config = prepare_training(TrainConfig(data=data, model=model, run_dir=str(tmp_path / "run")), 1)
     assert load_config(config.run_dir) == config
     assert load_config(config.run_dir).data.document_separator == text
 
@@ -150,12 +150,12 @@ def test_every_key_for_text_takes_every_punctuation(door):
     """As many inputs as keys times texts: all keys of a door hold a text at once."""
     keys = sorted(free_text(door))
     assert len(keys) >= 5
-    register("now")
+    register_schemas("now")
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         for number, text in enumerate(PUNCTUATION):
             typed = f"a{text}b" if number % 2 else f"{text}c{text}d"
-            words = [quoted(f"{key}={typed}", keys) for key in keys]
-            config = load(door, compose(door, words))
+            words = [quote_value(f"{key}={typed}", keys) for key in keys]
+            config = build_config(door, compose(door, words))
             for key in keys:
                 assert attrgetter(key)(config) == typed, (key, typed)
 
@@ -192,11 +192,11 @@ def test_signals_that_were_ignored_stay_so(monkeypatch):
 
 
 def test_quotes_of_ones_own_keep_what_is_inside():
-    assert quoted("prompt='x y'", ["prompt"]) == "prompt='x y'"
-    assert revealed(quoted("prompt='${x}'", ["prompt"]).partition("=")[2][1:-1]) == "${x}"
+    assert quote_value("prompt='x y'", ["prompt"]) == "prompt='x y'"
+    assert unescape_text(quote_value("prompt='${x}'", ["prompt"]).partition("=")[2][1:-1]) == "${x}"
     for text in ("${x}", 'a"b', "plain"):  # what a job script repeats is quoted already
-        once = quoted(f"prompt={text}", ["prompt"])
-        assert quoted(once, ["prompt"]) == once
+        once = quote_value(f"prompt={text}", ["prompt"])
+        assert quote_value(once, ["prompt"]) == once
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_a_sweep_takes_every_text(typed, values):
         swept = [parser.parse_override(f"k={v}").value() for v in override.sweep_string_iterator()]
     else:
         swept = [override.value()]
-    assert [revealed(value) for value in swept] == values
+    assert [unescape_text(value) for value in swept] == values
 
 
 def test_two_starts_in_one_second_have_a_folder_each(tmp_path):
-    folders = [claimed(tmp_path / "runs" / "job-12:00") for _ in range(3)]
+    folders = [claim_folder(tmp_path / "runs" / "job-12:00") for _ in range(3)]
     assert [folder.name for folder in folders] == ["job-12:00", "job-12:00-2", "job-12:00-3"]
 
 

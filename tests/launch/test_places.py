@@ -20,8 +20,8 @@ from rich.console import Console
 from launch.cli import entrypoint as door
 from launch.cli import environment as versions
 from launch.cli import preflight as before
-from launch.cli.errors import logged_to, write_error
-from launch.cli.preflight import training
+from launch.cli.errors import log_to_file, write_error
+from launch.cli.preflight import prepare_training
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig, UserError
 from trainer.metrics.console import Display
 from trainer.metrics.jsonl import MetricsFile
@@ -61,7 +61,7 @@ def disk(tmp_path):
 
 def refused(config) -> str:
     with pytest.raises(UserError) as raised:
-        training(config, 1)
+        prepare_training(config, 1)
     (problem,) = raised.value.problems
     assert "\n" not in problem
     return problem
@@ -111,7 +111,7 @@ def test_half_a_tokenizer_is_not_taken_for_one(config, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_text", full)
         assert f"cannot be written ({FULL})" in refused(config)
-    assert training(config, 1).model.vocab_size == 300
+    assert prepare_training(config, 1).model.vocab_size == 300
 
 
 def test_metrics_on_a_real_disk_without_room(tmp_path, disk):
@@ -190,11 +190,11 @@ def test_a_console_that_failed_does_not_fail_again_at_the_end():
 
 LOGS = """
 import logging, sys
-from launch.cli.errors import let_go_of_streams, log_to_stderr
+from launch.cli.errors import release_streams, log_to_stderr
 log_to_stderr(0)
 logging.info("a line")
 if "let go" in sys.argv:
-    let_go_of_streams()
+    release_streams()
     sys.stderr.flush()  # as multiprocessing does where it starts and ends a process
 """
 
@@ -209,8 +209,8 @@ def test_a_full_log_changes_no_exit_status(argument):
 
 CLOSED = """
 import os, sys
-from launch.cli.errors import occupy_standard_streams, write_error
-occupy_standard_streams()
+from launch.cli.errors import ensure_standard_streams, write_error
+ensure_standard_streams()
 number = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)
 os.write(2, b"a library complains")
 write_error("a mistake")
@@ -220,14 +220,14 @@ os.write(number, str(number).encode())
 
 def test_a_log_has_what_is_logged_and_shown_and_a_full_one_is_silent(tmp_path, disk, capsys):
     shown = Display(Console(file=io.StringIO()), 10, "tok")
-    with logged_to(tmp_path / "log.txt"):
+    with log_to_file(tmp_path / "log.txt"):
         logging.getLogger("trainer.checkpoint.save").warning("a warning")
-        shown.say("a line")
-    shown.say("too late")
+        shown.print_line("a line")
+    shown.print_line("too late")
     lines = (tmp_path / "log.txt").read_text().splitlines()
     assert [line.split("  ", 1)[1] for line in lines] == ["a warning", "a line"]
     full = disk("size=16k")
-    with logged_to(full / "log.txt"):
+    with log_to_file(full / "log.txt"):
         for _ in range(100):
             logging.getLogger("trainer.checkpoint.save").warning("x" * 1000)
     assert (full / "log.txt").stat().st_size < 20_000
@@ -293,14 +293,14 @@ def test_the_oldest_torch_is_that_of_the_project():
 def test_compiling_without_a_compiler(config, monkeypatch):
     monkeypatch.setattr(before.shutil, "which", lambda name: None)
     assert "compile=true needs a C++ compiler" in refused(replace(config, compile=True))
-    training(config, 1)
+    prepare_training(config, 1)
 
 
 def test_fewer_samples_than_a_step_takes(config, caplog):
-    training(config, 1)
+    prepare_training(config, 1)
     assert caplog.messages == []
     many = replace(config, batch_size=5000, run_dir=config.run_dir + "2")
-    training(many, 1)
+    prepare_training(many, 1)
     (message,) = caplog.messages
     assert message.startswith("the train split has ")
     assert "fewer than batch_size=5000: a step sees some of them more than once" in message

@@ -9,13 +9,13 @@ import pytest
 from launched import ROOT
 
 from conf.submit import ClusterConfig
-from launch.slurm.batch_script import Job, Point, job_name, script, time_limit
+from launch.slurm.batch_script import Job, SlurmRun, batch_script, job_name, time_limit
 from trainer.config.train import TrainConfig
 
 
 def job(*runs: str, overrides: tuple[str, ...] = ("strategy=fsdp",), **cluster) -> Job:
     points = [
-        Point(TrainConfig(run_dir=run), ClusterConfig(**cluster), list(overrides))
+        SlurmRun(TrainConfig(run_dir=run), ClusterConfig(**cluster), list(overrides))
         for run in runs or ("/runs/big",)
     ]
     folder = Path(points[0].training.run_dir)
@@ -49,7 +49,7 @@ def bash(text: str, tmp_path: Path, **commands: str) -> subprocess.CompletedProc
 
 
 def test_the_options_of_a_job():
-    text = script(
+    text = batch_script(
         job(
             nodes=2,
             gpus_per_node=8,
@@ -77,11 +77,13 @@ def test_the_options_of_a_job():
         "--dependency": "singleton",
         "--qos": "high",
     }
-    assert "--gres" not in options(script(job(gpus_per_node=2, options=["--gpus-per-node=a100:2"])))
-    assert "--gres" not in options(script(job()))
-    assert "--time" not in options(script(job(hours=0.0)))
-    assert "--no-requeue" in options(script(job(requeue=False)))
-    assert options(script(job("/r/100% sure")))["--output"] == "/r/100%% sure/slurm-%j.out"
+    assert "--gres" not in options(
+        batch_script(job(gpus_per_node=2, options=["--gpus-per-node=a100:2"]))
+    )
+    assert "--gres" not in options(batch_script(job()))
+    assert "--time" not in options(batch_script(job(hours=0.0)))
+    assert "--no-requeue" in options(batch_script(job(requeue=False)))
+    assert options(batch_script(job("/r/100% sure")))["--output"] == "/r/100%% sure/slurm-%j.out"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_each_rank_gets_what_torchrun_would_set(tmp_path):
         'printf "<%s>\\n" "$@"\n'
     )
     show.chmod(0o755)
-    text = script(
+    text = batch_script(
         job(
             str(run),
             overrides=("strategy=ddp", data),
@@ -137,7 +139,7 @@ def test_each_rank_gets_what_torchrun_would_set(tmp_path):
 
 def test_a_point_of_an_array_is_its_own_run(tmp_path):
     runs = [str(tmp_path / name) for name in ("0-a", "1-b, c")]
-    text = script(job(*runs, parallel=1))
+    text = batch_script(job(*runs, parallel=1))
     assert options(text)["--array"] == "0-1%1"
     assert options(text)["--output"] == f"{tmp_path}/slurm-%A_%a.out"
     done = bash(text, tmp_path, srun='echo "${@: -1}"')
@@ -181,7 +183,7 @@ def test_what_is_queued_again(end, tmp_path):
         "scontrol": f'echo "$@" >> {tmp_path}/asked; echo localhost',
         "sleep": "exit 0",
     }
-    done = bash(script(job(str(run))), tmp_path, **commands)
+    done = bash(batch_script(job(str(run))), tmp_path, **commands)
     asked = (tmp_path / "asked").read_text()
     assert ("requeue 41007" in asked) == bool(again), done.stdout
     assert again in done.stdout
@@ -189,8 +191,8 @@ def test_what_is_queued_again(end, tmp_path):
         assert done.returncode == code
     # One that was cancelled, or belongs to a chain, or may not, is not.
     for text, more in (
-        (script(job(str(run))), {"squeue": "echo COMPLETING"}),
-        (script(job(str(run), requeue=False)), {}),
+        (batch_script(job(str(run))), {"squeue": "echo COMPLETING"}),
+        (batch_script(job(str(run), requeue=False)), {}),
     ):
         write_status(run, before)
         (tmp_path / "asked").write_text("")
@@ -219,7 +221,7 @@ def test_a_chain_goes_on_with_the_next_job_at_its_limit_alone(tmp_path):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / "status.json").unlink(missing_ok=True)
         (tmp_path / "asked").write_text("")
-        done = bash(script(job(str(tmp_path / "run"), chain=2)), tmp_path, **commands)
+        done = bash(batch_script(job(str(tmp_path / "run"), chain=2)), tmp_path, **commands)
         assert done.returncode == code
         assert ("requeue 41007" in (tmp_path / "asked").read_text()) == requeued
 
@@ -233,7 +235,7 @@ def test_starts_that_get_nowhere_end(tmp_path):
         "sleep": "exit 0",
     }
     for _ in range(5):
-        done = bash(script(job(str(run))), tmp_path, **commands)
+        done = bash(batch_script(job(str(run))), tmp_path, **commands)
     assert (tmp_path / "asked").read_text().count("requeue") == 3
     assert "no start came as far as training" in done.stdout
 

@@ -17,9 +17,9 @@ from test_script import options
 
 from conf import schema
 from conf.submit import ClusterConfig, SubmitConfig, training_part
-from conf.validation.validate import problems
+from conf.validation.validate import find_problems
 from launch.slurm import commands as slurm
-from launch.slurm.batch_script import Job, Point, script
+from launch.slurm.batch_script import Job, SlurmRun, batch_script
 from parallel.strategy import StrategyConfig
 from trainer.config.train import DataConfig, TrainConfig
 
@@ -54,12 +54,12 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_job_that_cannot_be_is_refused(message):
-    assert problems(submitted(**BAD[message]), 1) == [message]
+    assert find_problems(submitted(**BAD[message]), 1) == [message]
 
 
 def test_a_sound_job_is_not_refused():
     cluster = ClusterConfig(nodes=2, gpus_per_node=8, options=["--qos=high", "-x n3"])
-    assert problems(submitted(cluster=cluster, batch_size=32), 16) == []
+    assert find_problems(submitted(cluster=cluster, batch_size=32), 16) == []
 
 
 SHAPE = "Requested node configuration is not available"
@@ -110,8 +110,10 @@ def answer_as_slurm(command, text=""):
 
 def cluster_problems(**changes) -> list[str]:
     cluster = ClusterConfig(**changes)
-    point = Point(TrainConfig(run_dir="/runs/a"), cluster, [])
-    return slurm.problems(cluster, script(Job(Path("/runs/a"), [point], False, Path("/"), "py")))
+    point = SlurmRun(TrainConfig(run_dir="/runs/a"), cluster, [])
+    return slurm.problems(
+        cluster, batch_script(Job(Path("/runs/a"), [point], False, Path("/"), "py"))
+    )
 
 
 @pytest.mark.parametrize("message", LACKS)
@@ -124,7 +126,7 @@ def test_what_the_cluster_has(monkeypatch):
     monkeypatch.setattr(slurm, "_run", answer_as_slurm)
     assert cluster_problems(nodes=4, cpus_per_rank=8, hours=48.0, partition="gpu") == []
     assert cluster_problems(hours=24.0) == []
-    monkeypatch.setattr(slurm, "_command", lambda *command: "cpu*|infinite\n")
+    monkeypatch.setattr(slurm, "_run_slurm", lambda *command: "cpu*|infinite\n")
     assert cluster_problems(hours=1e4) == []
 
 
@@ -139,12 +141,12 @@ def test_a_long_time_and_a_shape_are_said_at_once(monkeypatch):
     [("30:00", 30), ("4:30:00", 270), ("1-00:00:00", 1440), ("infinite", float("inf"))],
 )
 def test_time_limits_as_sinfo_shows_them(limit, minutes):
-    assert slurm._minutes(limit) == minutes
+    assert slurm._parse_minutes(limit) == minutes
 
 
 def test_points_that_cannot_be_one_array():
     first, second = (
-        Point(TrainConfig(run_dir=f"/runs/{name}"), ClusterConfig(), []) for name in "ab"
+        SlurmRun(TrainConfig(run_dir=f"/runs/{name}"), ClusterConfig(), []) for name in "ab"
     )
     for points, message in (
         ([first, replace(second, cluster=ClusterConfig(nodes=2))], "cluster.* differs"),
@@ -152,7 +154,7 @@ def test_points_that_cannot_be_one_array():
         ([replace(p, cluster=ClusterConfig(chain=2)) for p in (first, second)], "cluster.chain=2"),
     ):
         with pytest.raises(slurm.ConfigError) as raised:
-            slurm.submit(points)
+            slurm.submit_job(points)
         assert message in str(raised.value)
 
 
@@ -264,6 +266,6 @@ def test_the_kubernetes_example_is_what_a_train_job_may_hold():
     assert read.to_dict() == job  # keys that it does not know are dropped
     trainer = job["spec"]["trainer"]
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        schema.register("now")
-        config = schema.load("train", compose("train", trainer["args"]))
-    assert problems(config, trainer["numNodes"] * trainer["numProcPerNode"]) == []
+        schema.register_schemas("now")
+        config = schema.build_config("train", compose("train", trainer["args"]))
+    assert find_problems(config, trainer["numNodes"] * trainer["numProcPerNode"]) == []

@@ -9,7 +9,7 @@ from launched import Launched, until
 
 from launch.cli import sweep as module
 from launch.cli.errors import JobFailedError
-from launch.cli.sweep import Point, Sweep
+from launch.cli.sweep import Sweep, SweepJob
 from trainer.metrics.jsonl import last_values
 
 
@@ -58,10 +58,12 @@ def test_an_unknown_key_is_refused_before_the_first_point(tmp_path):
 
 
 def test_a_point_is_named_after_what_is_swept():
-    assert Point({"strategy": "ddp", "optim.lr": "0.1"}).name == "optim.lr=0.1,strategy=ddp"
-    assert Point({"data.path": "/a b"}).name == "data.path=_a_b"
-    assert Point({"compress": "[merge,int4]"}).name == "compress=merge,int4"
-    long = [Point({"model.layers": "1" * 200 + end}).name for end in "ab"]
+    assert (
+        SweepJob({"strategy": "ddp", "optim.lr": "0.1"}).folder_name == "optim.lr=0.1,strategy=ddp"
+    )
+    assert SweepJob({"data.path": "/a b"}).folder_name == "data.path=_a_b"
+    assert SweepJob({"compress": "[merge,int4]"}).folder_name == "compress=merge,int4"
+    long = [SweepJob({"model.layers": "1" * 200 + end}).folder_name for end in "ab"]
     assert long[0] != long[1] and all(len(name) < 120 for name in long)
 
 

@@ -10,13 +10,13 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from parallel.mesh import AXES, build_mesh
-from parallel.parallelize import Facts, parallelize
+from parallel.parallelize import ModelSpec, parallelize
 from parallel.strategy import StrategyConfig, world_size
 from trainer.build import build_worker
 from trainer.config.train import TrainConfig
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.model import TENSOR_LAYOUT, Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 
@@ -27,12 +27,12 @@ def drawn(runtime, strategy: StrategyConfig) -> dict:
 
     def draw(name, shape, start, stop):
         asked[name] = stop - start
-        return draw_rows(config, 0, name, shape, start, stop)
+        return init_rows(config, 0, name, shape, start, stop)
 
     mesh = build_mesh(strategy, runtime.device)
     with torch.device("meta"):
         model = Transformer(config)
-    facts = Facts(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT)
+    facts = ModelSpec(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT)
     worker = parallelize(model, facts, mesh, strategy, runtime.device)
     parameters = dict(model.named_parameters())
     local = sum(
@@ -64,12 +64,12 @@ def held_by_stage(runtime) -> set[str]:
 
     def draw(name, shape, start, stop):
         asked.add(name)
-        return draw_rows(config, 0, name, shape, start, stop)
+        return init_rows(config, 0, name, shape, start, stop)
 
     strategy = StrategyConfig(pipeline=2)
     with torch.device("meta"):
         model = Transformer(config)
-    facts = Facts(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT, costs=(1.0, 1.0))
+    facts = ModelSpec(draw, cross_entropy_sum, count_valid, TENSOR_LAYOUT, costs=(1.0, 1.0))
     mesh = build_mesh(strategy, runtime.device)
     worker = parallelize(model, facts, mesh, strategy, runtime.device)
     assert asked == worker.parameters().keys()
@@ -112,7 +112,7 @@ def weights(runtime, strategy: StrategyConfig, dtype: torch.dtype) -> dict[str, 
     config = scale_down(FAMILIES["encoder-decoder"])
     with torch.device("meta"):
         model = Transformer(config)
-    facts = Facts(partial(draw_rows, config, 5), cross_entropy_sum, count_valid, TENSOR_LAYOUT)
+    facts = ModelSpec(partial(init_rows, config, 5), cross_entropy_sum, count_valid, TENSOR_LAYOUT)
     mesh = build_mesh(strategy, runtime.device)
     parallelize(model, facts, mesh, strategy, runtime.device, parameters=dtype)
     return {

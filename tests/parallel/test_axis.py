@@ -6,15 +6,15 @@ import torch
 
 from parallel.axis import ParallelAxis
 from parallel.mesh import build_mesh
-from parallel.parallel_model import ParallelModel, Whole
-from parallel.parallelize import materialise
+from parallel.parallel_model import FullParameters, ParallelModel
+from parallel.parallelize import materialize_parameters
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.loss import count_valid, cross_entropy_sum
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import FAMILIES, make_batch, scale_down, split
+from trainer.verify.cases import FAMILIES, make_batch, scale_down, split_batch
 
 CONFIG = scale_down(FAMILIES["decoder (GPT-2)"])
 STRATEGY = StrategyConfig(replicate=2)
@@ -58,7 +58,7 @@ def loss_sum(logits, targets, inputs):
 
 
 def gradients(worker) -> tuple:
-    loss, count = worker.forward_backward(split(make_batch(CONFIG, 0, 0), worker))
+    loss, count = worker.forward_backward(split_batch(make_batch(CONFIG, 0, 0), worker))
     norm = worker.clip_grad_norm(0.0)
     return loss, count, norm, {n: p.grad.clone() for n, p in worker.parameters().items()}
 
@@ -68,7 +68,7 @@ def both(runtime) -> tuple:
     ours = gradients(parallel_model(CONFIG, STRATEGY, runtime, PRECISIONS["fp64"]))
     with torch.device("meta"):
         model = Transformer(CONFIG, torch.float64)
-    whole = Whole(
+    whole = FullParameters(
         {name: p.shape for name, p in model.named_parameters()},
         {"head.output.weight": "embed.tokens.weight"},
     )
@@ -77,14 +77,14 @@ def both(runtime) -> tuple:
     for axis in axes:
         axis.prepare(model)
     model.to(torch.float64)
-    materialise(model, runtime.device, partial(draw_rows, CONFIG, 0), whole.ties)
+    materialize_parameters(model, runtime.device, partial(init_rows, CONFIG, 0), whole.ties)
     worker = ParallelModel(model, whole, mesh, runtime.device, loss_sum, count_valid, axes)
     theirs = gradients(worker)
-    inputs = split(make_batch(CONFIG, 0, 0), worker)[0]
-    with worker.evaluating():
+    inputs = split_batch(make_batch(CONFIG, 0, 0), worker)[0]
+    with worker.evaluation_mode():
         half = worker.forward(inputs)
         assert torch.equal(half, model(inputs) / 2)
-    assert worker.kept().keys() == {"kept"}
+    assert worker.error_feedback_state().keys() == {"kept"}
     return ours, theirs
 
 

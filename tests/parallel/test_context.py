@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from parallel.activation_checkpointing import checkpoint_activations
 from parallel.comm_volume.closed_form import context_bytes
-from parallel.comm_volume.counter import Payload, Traffic
+from parallel.comm_volume.counter import CollectiveCounter, Payload
 from parallel.context import block_attention as tiles
-from parallel.context.attention import METHODS, ContextParallel, zigzag
+from parallel.context.attention import METHODS, ContextParallel, zigzag_positions
 from parallel.context.block_attention import KERNELS
 from parallel.runtime import Runtime
 
@@ -123,14 +123,14 @@ def mesh_of_all() -> DeviceMesh:
 def gaps(runtime: Runtime, method: str, case: Case) -> list[float]:
     """Largest differences between this rank's part and the whole: output and gradients."""
     split = ContextParallel(mesh_of_all(), method)
-    rows, columns = split.positions(case.length), split.positions(case.keys)
+    rows, columns = split.local_positions(case.length), split.local_positions(case.keys)
     *inputs, weight = whole_tensors(case)
     query, key, value = (
         part_of(x, positions, padding=3.0).to(case.dtype).requires_grad_()
         for x, positions in zip(inputs, (rows, columns, columns), strict=True)
     )
     visible = visible_of(case)
-    out = split.attend(query, key, value, case.keys, visible, causal=case.sees == "causal")
+    out = split.attend_global(query, key, value, case.keys, visible, causal=case.sees == "causal")
     # A query that sees nothing has no gradient, whatever is made of its output.
     unseen = 5.0 if case.sees == "documents" else 0.0
     (out * part_of(weight, rows, padding=unseen).to(case.dtype)).sum().backward()
@@ -178,7 +178,7 @@ def test_lower_precision(ranks, dtype, bound):
 
 def counted_bytes(runtime: Runtime, method: str, case: Case) -> tuple[Payload, Payload]:
     """What one attention moves, forward and backward: counted, and by the closed form."""
-    with Traffic() as traffic:
+    with CollectiveCounter() as traffic:
         gaps(runtime, method, case)
     rows, keys = (2 * math.ceil(n / 2 / runtime.world_size) for n in (case.length, case.keys))
     due = context_bytes(
@@ -206,13 +206,15 @@ class Attending(torch.nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         causal = self.case.sees == "causal"
-        return self.split.attend(query, key, value, self.case.keys, self.visible, causal).sin()
+        return self.split.attend_global(
+            query, key, value, self.case.keys, self.visible, causal
+        ).sin()
 
 
 def recomputed_gap(runtime: Runtime, method: str, case: Case, mode: str) -> float:
     """Largest difference that recomputing or compiling makes to output and gradients."""
     split = ContextParallel(mesh_of_all(), method)
-    columns = split.positions(case.length)
+    columns = split.local_positions(case.length)
     results = []
     for changed in (False, True):
         block = Attending(split, case)
@@ -262,18 +264,21 @@ def test_the_fused_kernel_of_cuda_takes_what_it_is_given():
 
 
 def test_zigzag_by_hand():
-    assert [zigzag(8, 2, part).tolist() for part in range(2)] == [[0, 1, 6, 7], [2, 3, 4, 5]]
+    assert [zigzag_positions(8, 2, part).tolist() for part in range(2)] == [
+        [0, 1, 6, 7],
+        [2, 3, 4, 5],
+    ]
     # 9 positions in chunks of 3: the last chunk is padding.
-    assert [zigzag(9, 2, part).tolist() for part in range(2)] == [
+    assert [zigzag_positions(9, 2, part).tolist() for part in range(2)] == [
         [0, 1, 2, 9, 10, 11],
         [3, 4, 5, 6, 7, 8],
     ]
-    assert zigzag(5, 1, 0).tolist() == [0, 1, 2, 3, 4, 5]
+    assert zigzag_positions(5, 1, 0).tolist() == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 8])
 def test_every_rank_has_the_same_causal_work(parts):
     length = 6 * parts
-    positions = [zigzag(length, parts, part) for part in range(parts)]
+    positions = [zigzag_positions(length, parts, part) for part in range(parts)]
     assert sorted(torch.cat(positions).tolist()) == list(range(length))
     assert {int((p + 1).sum()) for p in positions} == {length * (length + 1) // 2 // parts}

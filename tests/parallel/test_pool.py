@@ -15,7 +15,7 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.config.train import VerifyConfig
 from trainer.verify.cases import FAMILIES
-from trainer.verify.compare import compare
+from trainer.verify.compare import compare_layout
 
 
 @pytest.fixture
@@ -95,6 +95,6 @@ def test_groups_that_have_ended_leave_no_threads(ranks):
             **dict(zip(("pipeline", "shard", "tensor"), degrees, strict=True))
         )
         config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder (Llama)"])
-        ranks.run(4, compare, config)
+        ranks.run(4, compare_layout, config)
     # Those of the last groups may be there: torch lets go of them with the next ones.
     assert max(ranks.run(4, threads)) < before + 30

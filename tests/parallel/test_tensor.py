@@ -14,20 +14,20 @@ from torch import distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from parallel.comm_volume.counter import Traffic
+from parallel.comm_volume.counter import CollectiveCounter
 from parallel.errors import ConfigError
-from parallel.grad_norm import local
-from parallel.runtime import Runtime, same_everywhere
+from parallel.grad_norm import local_tensor
+from parallel.runtime import Runtime, check_same_on_all_ranks
 from parallel.strategy import StrategyConfig
-from parallel.tensor.layers import SEQUENCE, STYLES, fits, style_of
-from parallel.tensor.vocab_parallel import Vocabulary
+from parallel.tensor.layers import SEQUENCE, STYLES, matches_pattern, style_of
+from parallel.tensor.vocab_parallel import VocabParallel
 from trainer import build
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig, TrainConfig
-from trainer.data import fingerprint, prepare
+from trainer.data import data_fingerprint, prepare_data
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.precision import PRECISIONS, Precision
-from trainer.verify.cases import FAMILIES, make_batch, scale_down, split
+from trainer.verify.cases import FAMILIES, make_batch, scale_down, split_batch
 
 GPT = ModelConfig(
     layers=1,
@@ -65,7 +65,7 @@ def test_every_pattern_matches_a_parameter():
         with torch.device("meta"):
             names += [name for name, _ in Transformer(sized).named_parameters()]
     for pattern in TENSOR_LAYOUT:
-        assert any(fits(name, pattern) for name in names), pattern
+        assert any(matches_pattern(name, pattern) for name in names), pattern
 
 
 class Alive(TorchDispatchMode):
@@ -73,7 +73,7 @@ class Alive(TorchDispatchMode):
 
     def __init__(self, model: torch.nn.Module):
         super().__init__()
-        self._weights = {local(p).untyped_storage()._cdata for p in model.parameters()}
+        self._weights = {local_tensor(p).untyped_storage()._cdata for p in model.parameters()}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -127,7 +127,7 @@ def vocabulary_loss(
 
     Without a smoothing the targets are probabilities.
     """
-    vocabulary = Vocabulary(classes, dist.group.WORLD)
+    vocabulary = VocabParallel(classes, dist.group.WORLD)
     generator = torch.Generator().manual_seed(0)
     logits = scale * torch.randn(9, classes, dtype=torch.float64, generator=generator)
     targets = torch.randint(0, classes, (9,), generator=generator)
@@ -144,7 +144,7 @@ def vocabulary_loss(
     (2 * theirs).backward()
     due = logits.grad[:, vocabulary.first : vocabulary.first + vocabulary.own]
     gap = (own.grad - due).abs().max().item() if vocabulary.own else 0.0
-    whole = vocabulary.gather(own.detach())
+    whole = vocabulary.gather_logits(own.detach())
     return [abs(ours.item() - theirs.item()), gap, (whole - logits).abs().max().item()]
 
 
@@ -161,7 +161,7 @@ def shared_key(runtime: Runtime) -> tuple[int, int]:
     config = replace(scale_down(FAMILIES["decoder (Llama)"]), heads=4, kv_heads=1)
     worker = parallel_model(config, StrategyConfig(tensor=4), runtime, PRECISIONS["fp64"])
     weight = dict(worker.model.named_parameters())["blocks.0.attention.key.weight"]
-    return local(weight).shape[0], weight.shape[0]
+    return local_tensor(weight).shape[0], weight.shape[0]
 
 
 def test_a_shared_head_lies_in_parts(ranks):
@@ -178,8 +178,8 @@ def activation_bytes(runtime: Runtime, mode: str) -> dict[str, int]:
         PRECISIONS["bf16"],
         activation_checkpointing=mode,
     )
-    micro_batches = split(make_batch(worker.model.config, 0, 0), worker)
-    with Traffic() as traffic:
+    micro_batches = split_batch(make_batch(worker.model.config, 0, 0), worker)
+    with CollectiveCounter() as traffic:
         worker.forward_backward(micro_batches)
     return {
         name: size
@@ -199,7 +199,7 @@ def test_kept_collectives_are_not_repeated(ranks):
 def differing(runtime: Runtime, odd: int) -> str:
     facts = {"the data": "b" if runtime.rank == odd else "a", "the configuration": "c"}
     try:
-        same_everywhere(runtime, facts)
+        check_same_on_all_ranks(runtime, facts)
     except ConfigError as error:
         return str(error)
     return ""
@@ -213,15 +213,15 @@ def test_a_rank_that_sees_other_files_is_named(ranks):
 
 def test_a_fingerprint_sees_another_file(tmp_path):
     data = tiny.pairs_data(tmp_path)
-    prepare(data)
-    before = fingerprint(data)
-    assert fingerprint(data) == before
+    prepare_data(data)
+    before = data_fingerprint(data)
+    assert data_fingerprint(data) == before
     lines = (tmp_path / "valid.tsv").read_text().splitlines()
     source, target = lines[3].split("\t")
     lines[3] = f"{target[::-1]}\t{source}"  # as many tokens, perhaps; not the same
     (tmp_path / "valid.tsv").write_text("\n".join(lines) + "\n")
-    prepare(data)
-    assert fingerprint(data) != before
+    prepare_data(data)
+    assert data_fingerprint(data) != before
 
 
 def warned(runtime: Runtime, local_world_size: int) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from parallel.comm_volume.closed_form import StepBytes, ring_bytes, stage_bytes, step_bytes
-from parallel.pipeline.schedules import placed
+from parallel.pipeline.schedules import stage_to_rank
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig
 from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
@@ -22,7 +22,7 @@ CASES = [
 
 
 def small(strategy: StrategyConfig, family: str) -> ModelConfig:
-    stages = len(placed(strategy, strategy.pipeline))
+    stages = len(stage_to_rank(strategy, strategy.pipeline))
     return scale_down(FAMILIES[family], strategy.tensor, stages)
 
 

@@ -10,11 +10,11 @@ from unittest import mock
 import pytest
 import torch
 
-from conf.validation.validate import complete
-from parallel.grad_norm import local
-from parallel.strategy import resolve, world_size
+from conf.validation.validate import fill_from_data
+from parallel.grad_norm import local_tensor
+from parallel.strategy import resolve_degrees, world_size
 from trainer import loop
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -27,7 +27,7 @@ from trainer.config.train import (
     TrainConfig,
     UserError,
 )
-from trainer.data import prepare
+from trainer.data import prepare_data
 from trainer.data.loader import TrainLoader
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
@@ -54,12 +54,12 @@ def config(tmp_path_factory) -> TrainConfig:
         steps=7,
         batch_size=8,
     )
-    return complete(draft, prepare(data))
+    return fill_from_data(draft, prepare_data(data))
 
 
 def run(runtime, config: TrainConfig, stop_after: int = 0) -> dict[str, torch.Tensor]:
     """Train on this rank, or until it is killed after a step; this rank's part of the weights."""
-    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    config = replace(config, strategy=resolve_degrees(config.strategy, runtime.world_size))
     steps = iter(range(1, config.steps + 1))
     step_done = Recorder.step_done
 
@@ -73,8 +73,8 @@ def run(runtime, config: TrainConfig, stop_after: int = 0) -> dict[str, torch.Te
             loop.train(config, runtime)
         except KeyboardInterrupt:
             return {}
-    worker = loop.start(config, runtime).worker
-    return {name: local(p.detach()).clone() for name, p in worker.model.named_parameters()}
+    worker = loop.start_run(config, runtime).worker
+    return {name: local_tensor(p.detach()).clone() for name, p in worker.model.named_parameters()}
 
 
 def lines(config: TrainConfig) -> list[dict]:
@@ -213,7 +213,7 @@ def test_a_restart_is_bit_for_bit_the_unbroken_run(ranks, config, tmp_path, stra
     broken, nothing = train(ranks, config, tmp_path / "broken", stop_after=5, **changes)
     assert nothing[0] == {}
     # Of the five steps three are saved; the lines of the others were written and come again.
-    assert [step for step, _ in checkpoints(broken.run_dir)] == [3]
+    assert [step for step, _ in list_checkpoints(broken.run_dir)] == [3]
     assert lines(broken)[-1]["step"] == 4
     broken, again = train(ranks, config, tmp_path / "broken", **changes)
     assert losses(broken) == losses(unbroken)
@@ -241,7 +241,7 @@ def test_another_layout_goes_on_with_the_same_run(ranks, config, single, tmp_pat
 
 
 def test_the_newest_checkpoints_are_kept(single):
-    assert [step for step, _ in checkpoints(single[0].run_dir)] == [6, 7]
+    assert [step for step, _ in list_checkpoints(single[0].run_dir)] == [6, 7]
     left = [p.name for p in (Path(single[0].run_dir) / "checkpoints").iterdir()]
     assert sorted(left) == ["step-00000006", "step-00000007"]
 
@@ -275,7 +275,7 @@ def poisoned(runtime, config: TrainConfig, bad_step: int) -> tuple[str, bool]:
         try:
             loop.train(config, runtime)
         except UserError as error:
-            worker = loop.start(config, runtime).worker
+            worker = loop.start_run(config, runtime).worker
             finite = all(bool(p.isfinite().all()) for p in worker.model.parameters())
             return str(error), finite
     return "", False
@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(ranks, config, tmp_path, world)
         assert "step-00000003" in message
         assert "optim.lr" in message
         assert finite
-    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
 
 
 def stuck_loader(runtime, config: TrainConfig) -> bool:
@@ -305,7 +305,7 @@ def stuck_loader(runtime, config: TrainConfig) -> bool:
     close = TrainLoader.close
     with (
         mock.patch.object(TrainLoader, "close", lambda self: (close(self), closed.append(True))),
-        mock.patch.object(Recorder, "start", side_effect=RuntimeError("planted")),
+        mock.patch.object(Recorder, "start_clock", side_effect=RuntimeError("planted")),
         pytest.raises(RuntimeError, match="planted"),
     ):
         loop.train(config, runtime)
@@ -319,5 +319,5 @@ def test_a_failure_closes_the_loader(ranks, config, tmp_path):
 
 
 def test_due():
-    assert [s for s in range(1, 11) if loop.due(s, 4, 10)] == [4, 8, 10]
-    assert [s for s in range(1, 11) if loop.due(s, 0, 10)] == [10]
+    assert [s for s in range(1, 11) if loop.is_due(s, 4, 10)] == [4, 8, 10]
+    assert [s for s in range(1, 11) if loop.is_due(s, 0, 10)] == [10]

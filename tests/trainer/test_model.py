@@ -13,9 +13,9 @@ from torch import nn
 
 from trainer.config.train import ModelConfig
 from trainer.model import DecodingCache, Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.nn.layers import Dropout, keep_mask
-from trainer.nn.sequence import FullContext, FullSequence, Stream
+from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
@@ -338,28 +338,28 @@ def test_decoding_with_a_cache_equals_the_full_forward(family):
 def test_initial_weights_depend_on_seed_and_name_alone():
     config = replace(FAMILIES["decoder (Llama)"], vocab_size=5000, width=512)
     shape = torch.Size((5000, 512))  # three blocks of rows
-    whole = draw_rows(config, 0, "embed.tokens.weight", shape, 0, 5000)
+    whole = init_rows(config, 0, "embed.tokens.weight", shape, 0, 5000)
     parts = [
-        draw_rows(config, 0, "embed.tokens.weight", shape, a, b)
+        init_rows(config, 0, "embed.tokens.weight", shape, a, b)
         for a, b in ((0, 1), (1, 2047), (2047, 4200), (4200, 5000))
     ]
     assert torch.equal(torch.cat(parts), whole)
-    assert not torch.equal(draw_rows(config, 1, "embed.tokens.weight", shape, 0, 5000), whole)
-    assert not torch.equal(draw_rows(config, 0, "head.output.weight", shape, 0, 5000), whole)
+    assert not torch.equal(init_rows(config, 1, "embed.tokens.weight", shape, 0, 5000), whole)
+    assert not torch.equal(init_rows(config, 0, "head.output.weight", shape, 0, 5000), whole)
     assert whole.std().item() == pytest.approx(0.02, rel=0.01)
     assert whole.mean().item() == pytest.approx(0.0, abs=1e-4)
 
 
 def test_initialisation_per_family():
     gpt = preset("gpt2")
-    output = draw_rows(gpt, 0, "blocks.3.attention.output.weight", torch.Size((768, 768)), 0, 768)
+    output = init_rows(gpt, 0, "blocks.3.attention.output.weight", torch.Size((768, 768)), 0, 768)
     assert output.std().item() == pytest.approx(0.02 / math.sqrt(2 * 12), rel=0.01)
     vit = preset("vit-b16")
-    query = draw_rows(vit, 0, "blocks.3.attention.query.weight", torch.Size((768, 768)), 0, 768)
+    query = init_rows(vit, 0, "blocks.3.attention.query.weight", torch.Size((768, 768)), 0, 768)
     assert query.abs().max().item() <= 0.04
     assert (query.abs() > 0.039).any()
-    assert not draw_rows(vit, 0, "head.output.weight", torch.Size((10, 768)), 0, 10).any()
-    patches = draw_rows(vit, 0, "embed.patches.weight", torch.Size((768, 768)), 0, 768)
+    assert not init_rows(vit, 0, "head.output.weight", torch.Size((10, 768)), 0, 10).any()
+    patches = init_rows(vit, 0, "embed.patches.weight", torch.Size((768, 768)), 0, 768)
     # Truncation at two standard deviations reduces the standard deviation to 0.88 of it.
     assert patches.std().item() == pytest.approx(0.88 / math.sqrt(768), rel=0.01)
 
@@ -386,13 +386,13 @@ def test_dropout_masks_follow_the_sample():
 def test_dropout_keeps_the_expectation_and_is_off_in_evaluation():
     layer = Dropout(0.25)
     x = torch.ones(8, 50, 64)
-    stream = Stream(
+    stream = SequenceInfo(
         50,
         50,
         FullSequence(),
         FullContext(),
         causal=True,
-        places_S=torch.arange(50),
+        positions_S=torch.arange(50),
         seeds_B=torch.arange(8),
     )
     assert layer(x, stream).mean().item() == pytest.approx(1.0, abs=0.02)

@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny import LLAMA, text_data
 
-from launch.cli.preflight import training
-from parallel.grad_norm import local
+from launch.cli.preflight import prepare_training
+from parallel.grad_norm import local_tensor
 from parallel.health.watchdog import StoppedError
 from parallel.strategy import StrategyConfig
 from trainer import loop
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -67,13 +67,13 @@ def run(runtime, config: TrainConfig, signals: str = "", at: int = 0, rank: int 
     finally:
         for patch in patches:
             patch.stop()
-    worker = loop.start(config, runtime).worker
-    return {name: local(p.detach()).clone() for name, p in worker.model.named_parameters()}
+    worker = loop.start_run(config, runtime).worker
+    return {name: local_tensor(p.detach()).clone() for name, p in worker.model.named_parameters()}
 
 
 def opened(config: TrainConfig, run_dir: Path, world: int) -> TrainConfig:
     strategy = StrategyConfig(shard=world)
-    return training(replace(config, run_dir=str(run_dir), strategy=strategy), world)
+    return prepare_training(replace(config, run_dir=str(run_dir), strategy=strategy), world)
 
 
 def lines(config: TrainConfig) -> list[tuple]:
@@ -106,7 +106,7 @@ def test_all_ranks_stop_where_one_was_told_to(ranks, config, unbroken, tmp_path,
     signals, at, step = WHEN[when]
     config = opened(config, tmp_path, 2)
     assert ranks.run(2, run, config, signals, at, 1) == ["stopped", "stopped"]
-    assert checkpoints(tmp_path)[-1][0] == step
+    assert list_checkpoints(tmp_path)[-1][0] == step
     status = read_status(tmp_path)
     assert (status.state, status.step, status.checkpoint) == ("stopped", step, step)
     assert (status.reason, status.code) == (signals.split(":")[1], 75)
@@ -121,7 +121,7 @@ def test_all_ranks_stop_where_one_was_told_to(ranks, config, unbroken, tmp_path,
 def test_one_process_stops_too(ranks, config, tmp_path):
     config = opened(config, tmp_path, 1)
     assert ranks.run(1, run, config, "step:SIGTERM", 2) == ["stopped"]
-    assert [step for step, _ in checkpoints(tmp_path)] == [2]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [2]
 
 
 def test_a_finished_run_is_left_alone(ranks, config, tmp_path):
@@ -137,20 +137,20 @@ def test_a_finished_run_is_left_alone(ranks, config, tmp_path):
 
 
 def told_before_it_starts(runtime, config: TrainConfig) -> str:
-    begin = Recorder.start
+    begin = Recorder.start_clock
 
     def start(self: Recorder, tokens: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         begin(self, tokens)
 
-    with mock.patch.object(Recorder, "start", start):
+    with mock.patch.object(Recorder, "start_clock", start):
         return run(runtime, config)
 
 
 def test_a_signal_before_the_first_step_saves_nothing(ranks, config, tmp_path):
     config = opened(config, tmp_path, 1)
     assert ranks.run(1, told_before_it_starts, config) == ["stopped"]
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def handlers_after(runtime, config: TrainConfig) -> list:
@@ -196,7 +196,7 @@ def test_a_failed_run_leaves_word(ranks, config, tmp_path):
 def other_code(runtime, config: TrainConfig) -> str:
     code = str(runtime.rank) if runtime.rank < 2 else "1"
     with (
-        mock.patch.object(loop, "own_code", lambda: code),
+        mock.patch.object(loop, "source_digest", lambda: code),
         pytest.raises(UserError) as raised,
     ):
         loop.train(config, runtime)
@@ -216,7 +216,7 @@ def test_the_code_is_that_of_the_files(tmp_path, monkeypatch):
         (tmp_path / name / "model.py").write_text("x = 1")
     file = tmp_path / "trainer" / "resilience" / "supervisor.py"
     monkeypatch.setattr(supervisor, "__file__", str(file))
-    before = supervisor.own_code()
-    assert supervisor.own_code() == before
+    before = supervisor.source_digest()
+    assert supervisor.source_digest() == before
     (tmp_path / "parallel" / "model.py").write_text("x = 2")
-    assert supervisor.own_code() != before
+    assert supervisor.source_digest() != before

@@ -21,10 +21,10 @@ class Checkpointed(Protocol):
     def weight_shapes(self) -> Mapping[str, torch.Size]:
         """Return the shape of each weight by its canonical name."""
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """Return every tensor of the state by its canonical name."""
 
-    def loaded(self, tensors: Mapping[str, Tensor]) -> None:
+    def after_load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what is no tensor from tensors that a checkpoint has filled."""
 
     def read_rollbacks(self, run_dir: str, batch_size: int) -> None:

@@ -7,12 +7,12 @@ from rich.console import Console
 from rich.table import Column, Table
 from torch import Tensor
 
-from trainer.checkpoint.inspect import good_checkpoint
+from trainer.checkpoint.inspect import require_valid_checkpoint
 from trainer.checkpoint.shards import read_whole
 from trainer.metrics.console import print_whole
 
 
-def show_difference(first: Path, second: Path) -> bool:
+def print_difference(first: Path, second: Path) -> bool:
     """Show a table of the tensors that differ, with the largest difference of each.
 
     True if none does.
@@ -20,7 +20,7 @@ def show_difference(first: Path, second: Path) -> bool:
     Either may be a checkpoint or a run (its newest one), of any layout. Raises ConfigError if one
     is damaged.
     """
-    (a, a_says), (b, b_says) = good_checkpoint(first), good_checkpoint(second)
+    (a, a_says), (b, b_says) = require_valid_checkpoint(first), require_valid_checkpoint(second)
     console = Console()
     for name in ("run", "step", "layout", "config", "data"):
         ours, theirs = getattr(a_says, name), getattr(b_says, name)
@@ -35,10 +35,10 @@ def show_difference(first: Path, second: Path) -> bool:
             continue
         here, there = read_whole(a, a_says, name), read_whole(b, b_says, name)
         if here.shape != there.shape or here.dtype != there.dtype:
-            table.add_row(name, f"{_kind(here)} and {_kind(there)}", "", "")
-        elif not torch.equal(_bits(here), _bits(there)):
+            table.add_row(name, f"{_dtype_and_shape(here)} and {_dtype_and_shape(there)}", "", "")
+        elif not torch.equal(_raw_bytes(here), _raw_bytes(there)):
             largest, share = largest_difference(here, there)
-            table.add_row(name, _kind(here), f"{largest:.3g}", f"{share:.2g}")
+            table.add_row(name, _dtype_and_shape(here), f"{largest:.3g}", f"{share:.2g}")
     if table.row_count:
         print_whole(table)
     equal = len(names) - table.row_count
@@ -54,10 +54,10 @@ def largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return largest, largest / entry if entry else 0.0
 
 
-def _kind(tensor: Tensor) -> str:
+def _dtype_and_shape(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _raw_bytes(tensor: Tensor) -> Tensor:
     """Return the bytes: a NaN is equal to the same NaN, and 0.0 is not -0.0."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -10,7 +10,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
-def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
+def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """Return the published checkpoints of a run as (step, folder), oldest first by step.
 
     Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
@@ -20,12 +20,12 @@ def checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
 
 
-def leftovers(run_dir: str | Path) -> list[Path]:
+def find_leftovers(run_dir: str | Path) -> list[Path]:
     """Folders of checkpoints that were being written or removed when their run was killed."""
     return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
 
 
-def kept(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
+def steps_to_keep(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
     """Return the steps, of those with their evaluation loss, whose good checkpoints are kept.
 
     The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if

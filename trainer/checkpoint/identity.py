@@ -40,7 +40,7 @@ class RunRecord:
         changed = [
             (key, before[key], value)
             for key, value in self.identity.items()
-            if key in before and not _alike(key, before[key], value)
+            if key in before and not _is_same_value(key, before[key], value)
         ]
         return [
             f"run_dir={self.run_dir} holds a run with {key}={old}, not {new}; set {key}={old}, "
@@ -72,7 +72,7 @@ def run_record(config: TrainConfig, data: str = "") -> RunRecord:
     )
 
 
-def absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
     """Return a path that means the same wherever it is read; other values as they are."""
     if path.startswith("hf:"):
         folder = Path(path.removeprefix("hf:"))
@@ -84,8 +84,8 @@ def absolute(path: str) -> str:
     return str(Path(path).absolute())
 
 
-def _alike(key: str, old: Any, new: Any) -> bool:
-    return old == new or (key in PATHS and absolute(str(old)) == absolute(str(new)))
+def _is_same_value(key: str, old: Any, new: Any) -> bool:
+    return old == new or (key in PATHS and absolute_path(str(old)) == absolute_path(str(new)))
 
 
 def flat_values(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:

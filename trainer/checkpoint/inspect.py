@@ -5,12 +5,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainer.checkpoint.folder import checkpoints, leftovers
+from trainer.checkpoint.folder import find_leftovers, list_checkpoints
 from trainer.checkpoint.manifest import (
     NAME,
-    DamagedError,
+    CorruptCheckpointError,
     Manifest,
-    check,
+    check_folder,
     file_problems,
     read_manifest,
 )
@@ -18,7 +18,7 @@ from trainer.config.train import ConfigError
 from trainer.metrics.console import print_whole
 
 
-def show(run_dir: Path) -> bool:
+def print_checkpoints(run_dir: Path) -> bool:
     """Show a table of all checkpoints of a run, by name and size of their files.
 
     True if all are whole.
@@ -29,24 +29,24 @@ def show(run_dir: Path) -> bool:
     for title in ("checkpoint", "state", "size", "eval_loss", "written by", ""):
         table.add_column(title)
     whole = True
-    for path in _all(run_dir):
+    for path in _all_checkpoints(run_dir):
         try:
-            manifest = check(path, hashed=())
-        except DamagedError as error:
+            manifest = check_folder(path, hashed=())
+        except CorruptCheckpointError as error:
             whole = False
             table.add_row(path.name, "damaged", "", "", "", str(error))
         else:
             loss = "" if manifest.eval_loss is None else f"{manifest.eval_loss:.4f}"
             size = f"{manifest.size / 1e6:,.1f} MB"
-            table.add_row(path.name, "complete", size, loss, _layout(manifest), "")
-    for path in leftovers(run_dir):
+            table.add_row(path.name, "complete", size, loss, _format_layout(manifest), "")
+    for path in find_leftovers(run_dir):
         table.add_row(path.name, "incomplete", "", "", "", "being written, or its run was killed")
     print_whole(table)
     Console().print("`verify` compares every byte", highlight=False)
     return whole
 
 
-def verify(path: Path) -> bool:
+def verify_checksums(path: Path) -> bool:
     """Compare every byte of a checkpoint, or of all of a run, with its manifest.
 
     True if all are good.
@@ -54,11 +54,11 @@ def verify(path: Path) -> bool:
     A line for each, with all that is damaged. Raises ConfigError if there is none.
     """
     console, good = Console(), True
-    for folder in [path] if _is_checkpoint(path) else _all(path):
+    for folder in [path] if _is_checkpoint(path) else _all_checkpoints(path):
         try:
             manifest = read_manifest(folder)
             problems = file_problems(folder, manifest, manifest.files)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             problems = [str(error)]
         good = good and not problems
         what = "; ".join(problems) or f"{len(manifest.files)} files, {manifest.size:,} bytes"
@@ -67,20 +67,20 @@ def verify(path: Path) -> bool:
     return good
 
 
-def good_checkpoint(path: Path) -> tuple[Path, Manifest]:
+def require_valid_checkpoint(path: Path) -> tuple[Path, Manifest]:
     """Return a checkpoint's folder, or a run's newest one, with its manifest.
 
     ConfigError if not good.
     """
     folder = path
     if not _is_checkpoint(path):
-        found = checkpoints(path)
+        found = list_checkpoints(path)
         if not found:
-            raise ConfigError(_none(path))
+            raise ConfigError(_no_checkpoint_message(path))
         folder = found[-1][1]
     try:
-        return folder, check(folder)
-    except DamagedError as error:
+        return folder, check_folder(folder)
+    except CorruptCheckpointError as error:
         raise ConfigError(f"{folder} is damaged: {error}") from error
 
 
@@ -88,19 +88,19 @@ def _is_checkpoint(path: Path) -> bool:
     return (path / NAME).exists() or path.name.startswith("step-")
 
 
-def _all(run_dir: Path) -> list[Path]:
+def _all_checkpoints(run_dir: Path) -> list[Path]:
     """Published checkpoints and those that were set aside, oldest first."""
-    found = [path for _, path in checkpoints(run_dir)]
+    found = [path for _, path in list_checkpoints(run_dir)]
     found += sorted((run_dir / "checkpoints").glob("unused-step-*"))
-    if not found and not leftovers(run_dir):
-        raise ConfigError(_none(run_dir))
+    if not found and not find_leftovers(run_dir):
+        raise ConfigError(_no_checkpoint_message(run_dir))
     return found
 
 
-def _none(path: Path) -> str:
+def _no_checkpoint_message(path: Path) -> str:
     return f"{path} is no checkpoint, and no run's folder that holds one; name either"
 
 
-def _layout(manifest: Manifest) -> str:
+def _format_layout(manifest: Manifest) -> str:
     parts = {axis: degree for axis, degree in manifest.layout.items() if degree != 1}
     return " ".join(f"{axis}={degree}" for axis, degree in parts.items()) or "ranks=1"

@@ -25,11 +25,11 @@ _HEAD = b'{"sha256": "'
 _DIGITS = 64
 
 
-class DamagedError(Exception):
+class CorruptCheckpointError(Exception):
     """A checkpoint that must not be read; the message names the file and what is wrong with it."""
 
 
-class OtherFormatError(DamagedError):
+class UnsupportedFormatError(CorruptCheckpointError):
     """A checkpoint that is perhaps whole, but written by another version."""
 
 
@@ -98,40 +98,40 @@ def read_manifest(folder: Path) -> Manifest:
     """Return a folder's manifest; raises DamagedError if it is not one, and OtherFormatError."""
     path = folder / NAME
     if (folder / ".metadata").exists() and not path.exists():
-        raise OtherFormatError(
+        raise UnsupportedFormatError(
             ".metadata: this is a checkpoint of torch.distributed.checkpoint, as versions before "
             f"format {FORMAT} wrote them; it holds pickled code and is not read"
         )
-    text = _read(path)
+    text = _read_bytes(path)
     head = len(_HEAD)
     digest = text[head : head + _DIGITS]
     zeroed = text[:head] + b"0" * _DIGITS + text[head + _DIGITS :]
     if not text.startswith(_HEAD) or hashlib.sha256(zeroed).hexdigest().encode() != digest:
-        raise DamagedError(f"{NAME} is garbled: it does not fit its own checksum")
+        raise CorruptCheckpointError(f"{NAME} is garbled: it does not fit its own checksum")
     try:
         body = json.loads(text)
         version = body["format"]
         if version != FORMAT:
-            raise OtherFormatError(
+            raise UnsupportedFormatError(
                 f"{NAME} is of format version {version}, this version reads {FORMAT}; use the "
                 "version that wrote it"
             )
-        return _manifest(body)
+        return _parse_manifest(body)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{NAME} is not a manifest: {error!r}") from error
+        raise CorruptCheckpointError(f"{NAME} is not a manifest: {error!r}") from error
 
 
-def _read(path: Path) -> bytes:
-    problem = _unreadable(path)
+def _read_bytes(path: Path) -> bytes:
+    problem = _unreadable_message(path)
     if problem:
-        raise DamagedError(problem)
+        raise CorruptCheckpointError(problem)
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DamagedError(f"{path.name} cannot be read: {error.strerror}") from error
+        raise CorruptCheckpointError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
-def _unreadable(path: Path) -> str:
+def _unreadable_message(path: Path) -> str:
     if path.is_symlink():
         return f"{path.name} is a link, which is not followed"
     if not path.is_file():
@@ -139,15 +139,17 @@ def _unreadable(path: Path) -> str:
     return ""
 
 
-def _manifest(body: dict[str, Any]) -> Manifest:
+def _parse_manifest(body: dict[str, Any]) -> Manifest:
     files = {name: FileEntry(int(f["size"]), str(f["sha256"])) for name, f in body["files"].items()}
-    tensors = {name: _tensor(entry) for name, entry in body["tensors"].items()}
+    tensors = {name: _parse_tensor(entry) for name, entry in body["tensors"].items()}
     for name in files:
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == NAME:
             raise ValueError(f"the file name {name!r} is none that a checkpoint has")
     for name, tensor in tensors.items():
         held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
-        if held != math.prod(tensor.shape) or not all(_fits(c, tensor) for c in tensor.chunks):
+        if held != math.prod(tensor.shape) or not all(
+            _is_chunk_inside(c, tensor) for c in tensor.chunks
+        ):
             raise ValueError(f"the chunks of {name} do not make up {tensor.shape}")
         if not {chunk.file for chunk in tensor.chunks} <= files.keys():
             raise ValueError(f"{name} is in a file that is not listed")
@@ -161,13 +163,13 @@ def _manifest(body: dict[str, Any]) -> Manifest:
         None if loss is None else float(loss),
         tensors,
         files,
-        _known(int, body.get("samples")),
-        _known(int, body.get("order_batch_size")),
-        _known(float, body.get("lr")),
+        _parse_number(int, body.get("samples")),
+        _parse_number(int, body.get("order_batch_size")),
+        _parse_number(float, body.get("lr")),
     )
 
 
-def _known(kind: Callable[[Any], Number], value: Any) -> Number | None:
+def _parse_number(kind: Callable[[Any], Number], value: Any) -> Number | None:
     if value is None:
         return None
     if not kind(value) >= 0:
@@ -175,21 +177,24 @@ def _known(kind: Callable[[Any], Number], value: Any) -> Number | None:
     return kind(value)
 
 
-def _tensor(entry: dict[str, Any]) -> TensorEntry:
-    chunks = (Chunk(_ints(c["offsets"]), _ints(c["sizes"]), c["file"]) for c in entry["chunks"])
-    return TensorEntry(str(entry["dtype"]), _ints(entry["shape"]), tuple(chunks))
+def _parse_tensor(entry: dict[str, Any]) -> TensorEntry:
+    chunks = (
+        Chunk(_parse_ints(c["offsets"]), _parse_ints(c["sizes"]), c["file"])
+        for c in entry["chunks"]
+    )
+    return TensorEntry(str(entry["dtype"]), _parse_ints(entry["shape"]), tuple(chunks))
 
 
-def _ints(values: list) -> tuple[int, ...]:
+def _parse_ints(values: list) -> tuple[int, ...]:
     return tuple(map(int, values))
 
 
-def _fits(chunk: Chunk, tensor: TensorEntry) -> bool:
+def _is_chunk_inside(chunk: Chunk, tensor: TensorEntry) -> bool:
     boxes = zip(chunk.offsets, chunk.sizes, tensor.shape, strict=True)
     return all(begin >= 0 < size and begin + size <= whole for begin, size, whole in boxes)
 
 
-def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
+def check_folder(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
     """Return the manifest of a folder whose files are all there with the right size.
 
     Of the files in `hashed` (None = all) the content is compared too. Raises DamagedError for the
@@ -198,7 +203,7 @@ def check(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
     manifest = read_manifest(folder)
     problems = file_problems(folder, manifest, manifest.files if hashed is None else hashed)
     if problems:
-        raise DamagedError(problems[0])
+        raise CorruptCheckpointError(problems[0])
     return manifest
 
 
@@ -213,14 +218,14 @@ def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> 
         problems.append(f"{NAME} is that of step {manifest.step}")
     for name, entry in manifest.files.items():
         path = folder / name
-        problem = _unreadable(path)
+        problem = _unreadable_message(path)
         try:
             size = 0 if problem else path.stat().st_size
             if problem:
                 problems.append(problem)
             elif size != entry.size:
                 problems.append(f"{name} has {size:,} bytes, not {entry.size:,}")
-            elif name in hashed and _digest(path) != entry.sha256:
+            elif name in hashed and _file_digest(path) != entry.sha256:
                 problems.append(
                     f"{name} is not what was saved: its {size:,} bytes have another SHA-256 than "
                     f"{NAME} says"
@@ -230,6 +235,6 @@ def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> 
     return problems
 
 
-def _digest(path: Path) -> str:
+def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,23 +13,23 @@ from torch import distributed as dist
 
 from parallel.errors import StorageError
 from parallel.parallel_model import ParallelModel
-from parallel.runtime import agreed, everyones
-from parallel.strategy import StrategyConfig, degrees
+from parallel.runtime import all_gather_objects, broadcast_from_rank0
+from parallel.strategy import StrategyConfig, axis_degrees
 from trainer.checkpoint.contents import KEPT, Checkpointed
-from trainer.checkpoint.folder import checkpoint_path, checkpoints, leftovers
+from trainer.checkpoint.folder import checkpoint_path, find_leftovers, list_checkpoints
 from trainer.checkpoint.identity import RunRecord
 from trainer.checkpoint.manifest import (
-    DamagedError,
+    CorruptCheckpointError,
     Manifest,
-    OtherFormatError,
     TensorEntry,
+    UnsupportedFormatError,
     file_problems,
     read_manifest,
 )
-from trainer.checkpoint.shards import DTYPES, read, read_whole, take_rows
+from trainer.checkpoint.shards import DTYPES, read_tensors, read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.config.train import ConfigError
-from trainer.optim.lr_schedule import lr_leap
+from trainer.optim.lr_schedule import lr_jump_message
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +38,11 @@ DIFFERENCES_SHOWN = 5
 
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
     """Return the degrees and the number of ranks, as a manifest has them."""
-    return degrees(strategy) | {"ranks": dist.get_world_size()}
+    return axis_degrees(strategy) | {"ranks": dist.get_world_size()}
 
 
 @dataclass
-class Choice:
+class Candidate:
     """The checkpoint to read, and those newer ones that are passed over."""
 
     path: Path | None = None  # None = none is good
@@ -50,7 +50,7 @@ class Choice:
     damaged: dict[int, str] = field(default_factory=dict)  # why, by step
 
 
-def choose(run_dir: Path, step: int = 0) -> Choice:
+def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
     """Return the newest checkpoint that is what was saved (or that of `step`).
 
     The same on every rank.
@@ -59,15 +59,15 @@ def choose(run_dir: Path, step: int = 0) -> Choice:
     version: older ones are no replacement for it.
     """
     while True:
-        choice, removed = Choice(), False
-        steps = agreed([step for step, _ in checkpoints(run_dir)])
+        choice, removed = Candidate(), False
+        steps = broadcast_from_rank0([step for step, _ in list_checkpoints(run_dir)])
         for candidate in reversed([s for s in steps if step in (0, s)]):
             path = checkpoint_path(run_dir, candidate)
             try:
-                choice.manifest = _checked(path)
-            except OtherFormatError as error:
+                choice.manifest = _check_on_all_ranks(path)
+            except UnsupportedFormatError as error:
                 raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
-            except DamagedError as error:
+            except CorruptCheckpointError as error:
                 choice.damaged[candidate] = str(error)
             except FileNotFoundError:  # by the run that writes here: there is a newer one
                 removed = True
@@ -78,30 +78,32 @@ def choose(run_dir: Path, step: int = 0) -> Choice:
             return choice
 
 
-def _checked(folder: Path) -> Manifest:
+def _check_on_all_ranks(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint, raising on every rank what is wrong in the eyes of any
     rank.
     """
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    problem: DamagedError | None = None
+    problem: CorruptCheckpointError | None = None
     try:
         manifest = read_manifest(folder)
         mine = set(sorted(manifest.files)[rank::ranks])
         found = file_problems(folder, manifest, mine)
-        problem = DamagedError(found[0]) if found else None
-    except DamagedError as error:
+        problem = CorruptCheckpointError(found[0]) if found else None
+    except CorruptCheckpointError as error:
         problem = error
     except OSError as error:
-        problem = DamagedError(f"cannot be read: {error}")
-    everyone = everyones(problem)
+        problem = CorruptCheckpointError(f"cannot be read: {error}")
+    everyone = all_gather_objects(problem)
     if not any(everyone):
         return manifest
-    if not agreed(folder.exists()):
+    if not broadcast_from_rank0(folder.exists()):
         raise FileNotFoundError(folder)
     raise next(error for error in everyone if error)
 
 
-def restore(run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = False) -> None:
+def restore_checkpoint(
+    run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = False
+) -> None:
     """Go on from the newest good checkpoint of run.run_dir, or from that of `step`.
 
     Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
@@ -111,15 +113,15 @@ def restore(run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = 
     """
     run_dir, first = Path(run.run_dir), dist.get_rank() == 0
     if first:
-        _clear(run_dir)
-    state.run = agreed(uuid4().hex)
+        _remove_partial(run_dir)
+    state.run = broadcast_from_rank0(uuid4().hex)
     while True:
-        choice = choose(run_dir, step)
+        choice = find_newest_valid(run_dir, step)
         if choice.path is None:
             break
         assert choice.manifest is not None
-        _same_run(run, choice.manifest)
-        if _load(choice.path, choice.manifest, state, run):
+        _check_same_run(run, choice.manifest)
+        if _load_state(choice.path, choice.manifest, state, run):
             state.run = choice.manifest.run
             break
     batch_size = state.order_batch_size or run.identity["batch_size"]
@@ -139,10 +141,10 @@ def restore(run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = 
         if choice.damaged:
             lost = max(choice.damaged) - state.step
             log.warning("going on from step %d: %d steps are done again", state.step, lost)
-        _set_aside(run_dir, state.step)
+        _retire_newer(run_dir, state.step)
 
 
-def _same_run(run: RunRecord, manifest: Manifest) -> None:
+def _check_same_run(run: RunRecord, manifest: Manifest) -> None:
     problems = run.differences(manifest.config)
     other = run.data and manifest.data and run.data != manifest.data
     if other and not run.may_change("data.path"):
@@ -161,7 +163,7 @@ def _same_run(run: RunRecord, manifest: Manifest) -> None:
                 log.warning("going on with %s=%s, not %s: see resume_changed", key, value, before)
         if other:
             log.warning("going on with other data: see resume_changed")
-        if leap := lr_leap(manifest.step, run.steps, manifest.lr, run.optim):
+        if leap := lr_jump_message(manifest.step, run.steps, manifest.lr, run.optim):
             log.warning(leap)
         elif (before := manifest.config.get("batch_size")) not in (None, batch_size):
             log.warning(
@@ -171,11 +173,11 @@ def _same_run(run: RunRecord, manifest: Manifest) -> None:
             )
 
 
-def _load(path: Path, manifest: Manifest, state: Checkpointed, run: RunRecord) -> bool:
+def _load_state(path: Path, manifest: Manifest, state: Checkpointed, run: RunRecord) -> bool:
     strategy = run.strategy
     _check_shapes(path, manifest, state.weight_shapes)
-    tensors = state.tensors()
-    if not _keeps(manifest, tensors, strategy):
+    tensors = state.state_tensors()
+    if not _has_error_feedback(manifest, tensors, strategy):
         tensors = {n: t for n, t in tensors.items() if not n.startswith(KEPT)}
         if dist.get_rank() == 0:
             log.warning(
@@ -183,10 +185,10 @@ def _load(path: Path, manifest: Manifest, state: Checkpointed, run: RunRecord) -
                 "layout, or with another strategy.reduce",
                 *(strategy.reduce, path),
             )
-    _check_moments(path, manifest, tensors)
-    if not _read(path, manifest, tensors):
+    _check_optimizer_state(path, manifest, tensors)
+    if not _read_on_all_ranks(path, manifest, tensors):
         return False
-    state.loaded(tensors)
+    state.after_load(tensors)
     # Older versions counted the data in steps, all of one batch size.
     batch_size = int(manifest.config.get("batch_size", run.identity["batch_size"]))
     state.order_batch_size = manifest.order_batch_size or batch_size
@@ -194,22 +196,24 @@ def _load(path: Path, manifest: Manifest, state: Checkpointed, run: RunRecord) -
     return True
 
 
-def _keeps(manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig) -> bool:
+def _has_error_feedback(
+    manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig
+) -> bool:
     """Return whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
     own = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(KEPT)}
     there = {name: entry.shape for name, entry in manifest.tensors.items() if name in own}
     return not own or (own == there and manifest.layout == layout_of(strategy))
 
 
-def _read(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
+def _read_on_all_ranks(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
     """Fill the tensors, on all ranks; False if the checkpoint was removed meanwhile."""
     problem = ""
     try:
-        read(path, manifest, tensors)
+        read_tensors(path, manifest, tensors)
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-    problems = [f"rank {r}: {text}" for r, text in enumerate(everyones(problem)) if text]
-    if problems and agreed(path.exists()):
+    problems = [f"rank {r}: {text}" for r, text in enumerate(all_gather_objects(problem)) if text]
+    if problems and broadcast_from_rank0(path.exists()):
         raise RuntimeError(f"{path} is good but cannot be read: {problems[0]}")
     return not problems
 
@@ -245,7 +249,7 @@ def load_parameters(
     """
     weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
     while True:
-        choice = choose(run_dir)
+        choice = find_newest_valid(run_dir)
         if dist.get_rank() == 0:
             for step, reason in choice.damaged.items():
                 log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
@@ -254,7 +258,7 @@ def load_parameters(
             raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
         assert choice.manifest is not None
         _check_shapes(choice.path, choice.manifest, shapes, by_row)
-        if _read(choice.path, choice.manifest, weights):
+        if _read_on_all_ranks(choice.path, choice.manifest, weights):
             return choice.path
 
 
@@ -285,14 +289,15 @@ def _check_shapes(
     )
 
 
-def _check_moments(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
+def _check_optimizer_state(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
     """Raise ConfigError, on every rank, if the optimizer keeps other tensors than were saved."""
     odd = [
         name
         for name, tensor in tensors.items()
-        if name.startswith("optimizer.") and not _alike(manifest.tensors.get(name), tensor)
+        if name.startswith("optimizer.")
+        and not _has_same_layout(manifest.tensors.get(name), tensor)
     ]
-    found = [name for names in everyones(odd[:1]) for name in names]
+    found = [name for names in all_gather_objects(odd[:1]) for name in names]
     if not found:
         return
     name = found[0].removeprefix("optimizer.")
@@ -303,16 +308,16 @@ def _check_moments(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -
     )
 
 
-def _alike(entry: TensorEntry | None, tensor: Tensor) -> bool:
+def _has_same_layout(entry: TensorEntry | None, tensor: Tensor) -> bool:
     if entry is None or entry.shape != tuple(tensor.shape):
         return False
     codes = DTYPES[torch.uint8]
     return (entry.dtype == codes) == (DTYPES[tensor.dtype] == codes)
 
 
-def _clear(run_dir: Path) -> None:
+def _remove_partial(run_dir: Path) -> None:
     """Remove what a save or a removal that was killed has left."""
-    left = leftovers(run_dir)
+    left = find_leftovers(run_dir)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
     if left:
@@ -320,9 +325,9 @@ def _clear(run_dir: Path) -> None:
         log.info("removed what a killed run left unfinished in %s: %s", left[0].parent, names)
 
 
-def _set_aside(run_dir: Path, step: int) -> None:
+def _retire_newer(run_dir: Path, step: int) -> None:
     """Rename checkpoints newer than the step gone on from: from here on the run is another."""
-    for newer, path in checkpoints(run_dir):
+    for newer, path in list_checkpoints(run_dir):
         if newer > step:
             aside = path.with_name(f"unused-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)

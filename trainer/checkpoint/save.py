@@ -24,16 +24,22 @@ from torch import distributed as dist
 
 from parallel.errors import StorageError, UserError
 from parallel.health.watchdog import StoppedError
-from parallel.runtime import agreed
+from parallel.runtime import broadcast_from_rank0
 from trainer.atomic_files import sync_folder
 from trainer.checkpoint.contents import Checkpointed
-from trainer.checkpoint.folder import checkpoint_path, checkpoints, kept
+from trainer.checkpoint.folder import checkpoint_path, list_checkpoints, steps_to_keep
 from trainer.checkpoint.identity import RunRecord
-from trainer.checkpoint.manifest import DamagedError, FileEntry, Manifest, check, write_manifest
+from trainer.checkpoint.manifest import (
+    CorruptCheckpointError,
+    FileEntry,
+    Manifest,
+    check_folder,
+    write_manifest,
+)
 from trainer.checkpoint.restore import layout_of
 from trainer.checkpoint.shards import Shard, file_name
 from trainer.config.train import CheckpointConfig
-from trainer.optim.lr_schedule import lr_at
+from trainer.optim.lr_schedule import learning_rate_at
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +49,7 @@ LEAVING_SECONDS = 10.0  # for a save in flight when training ends by an error
 
 
 @dataclass(frozen=True)
-class Save:
+class PendingSave:
     """One save: its number in this process, and what its manifest says beside the files."""
 
     number: int
@@ -64,10 +70,10 @@ class Saver:
 
         Raises StorageError, on all ranks, if the disk cannot hold one checkpoint more.
         """
-        self._run, self._config = run, config
+        self._run_save, self._config = run, config
         self._folder = checkpoint_path(run.run_dir, 0).parent
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._shard = Shard(state.tensors())
+        self._shard = Shard(state.state_tensors())
         self._record: dict[str, Any] = {
             "run": state.run,
             "config": dict(run.identity),
@@ -77,7 +83,8 @@ class Saver:
         }
         there = checkpoint_path(run.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
-        self._token, there, problem = agreed(facts)  # nobody else writes under the token's names
+        # nobody else writes under the token's names
+        self._token, there, problem = broadcast_from_rank0(facts)
         if problem:
             raise StorageError(problem)
         store = dist.distributed_c10d._get_default_store()
@@ -117,14 +124,14 @@ class Saver:
         self._number += 1
         # What is not finite is no measure of a model; JSON has no word for it either.
         measured = eval_loss is not None and math.isfinite(eval_loss)
-        save = Save(
+        save = PendingSave(
             self._number,
             state.step,
             state.samples,
             eval_loss if measured else None,
             time.monotonic(),
         )
-        self._shard.copy(state.tensors())
+        self._shard.copy_tensors(state.state_tensors())
         self._step_in_flight = state.step
         self._thread = Thread(target=self._write_all, args=(save,), name="checkpoint", daemon=True)
         self._thread.start()
@@ -144,61 +151,63 @@ class Saver:
         if problem and (last or self._config.on_error == "stop"):
             raise StorageError(problem)
 
-    def news(self) -> Iterator[dict[str, Any]]:
+    def finished_saves(self) -> Iterator[dict[str, Any]]:
         """On rank 0, a line of metrics for each save that has ended since the last call."""
         while self._news:
             yield self._news.popleft()
 
-    def forget(self) -> None:
+    def forget_last_save(self) -> None:
         """Wait, before the run goes back: a step that was saved may be saved again."""
         self.wait()
         self._saved_step = -1
 
-    def _write_all(self, save: Save) -> None:
+    def _write_all(self, save: PendingSave) -> None:
         """The background thread: this rank's file, then what became of all of them."""
         try:
-            self._tell(save, self._rank, self._written(save))
-            self._outcome = self._hear(save, "all") if self._rank else self._published(save)
+            self._send(save, self._rank, self._write_shard(save))
+            self._outcome = (
+                self._receive(save, "all") if self._rank else self._publish_outcome(save)
+            )
         except Exception:
             self._outcome = {"bug": traceback.format_exc()}
         if self._rank:
             return
         # Without a store there is nobody left to tell; what ended the others is told elsewhere.
         with suppress(dist.DistError):
-            self._tell(save, "all", self._outcome)
-        self._warn(save)
+            self._send(save, "all", self._outcome)
+        self._warn_not_saved(save)
         if not self._outcome:
-            self._retain(save)
-        self._note(save)
+            self._remove_old(save)
+        self._note_saved(save)
 
-    def _written(self, save: Save) -> dict[str, Any]:
+    def _write_shard(self, save: PendingSave) -> dict[str, Any]:
         """Return what this rank has written, or why it could not."""
-        partial = self._partial(save)
+        partial = self._partial_folder(save)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             free, needed = shutil.disk_usage(partial).free, self._shard.file_bytes()
             if needed > free:  # rather than fill the disk to its last byte, also for others
                 return {"problem": "No space left on device"}
-            entry = self._shard.write(partial / file_name(self._rank))
+            entry = self._shard.write_file(partial / file_name(self._rank))
             return {} if entry is None else asdict(entry)
         except OSError as error:
             return {"problem": error.strerror or str(error)}
         except Exception:
             return {"bug": traceback.format_exc()}
 
-    def _published(self, save: Save) -> dict[str, str]:
+    def _publish_outcome(self, save: PendingSave) -> dict[str, str]:
         """On rank 0, what became of a save: nothing to say if it is there."""
-        reports = [self._hear(save, rank) for rank in range(self._ranks)]
+        reports = [self._receive(save, rank) for rank in range(self._ranks)]
         for key in (
             *(f"{save.number}/{rank}" for rank in range(self._ranks)),
             f"{save.number - 1}/all",
         ):  # all have read it: they are at this save
             self._store.delete_key(key)
-        partial = self._partial(save)
+        partial = self._partial_folder(save)
         try:
             if not any({"problem", "bug"} & report.keys() for report in reports):
                 files = {file_name(r): FileEntry(**f) for r, f in enumerate(reports) if f}
-                self._publish(save, partial, files)
+                self._publish_checkpoint(save, partial, files)
                 return {}
         except OSError as error:
             reports[0] = {"problem": error.strerror or str(error)}
@@ -207,22 +216,24 @@ class Saver:
             if "bug" in report:
                 return {"bug": f"rank {rank}: {report['bug']}"}
         rank, reason = next((r, f["problem"]) for r, f in enumerate(reports) if "problem" in f)
-        return {"problem": self._failure(save, rank, reason)}
+        return {"problem": self._failure_message(save, rank, reason)}
 
-    def _publish(self, save: Save, partial: Path, files: dict[str, FileEntry]) -> None:
+    def _publish_checkpoint(
+        self, save: PendingSave, partial: Path, files: dict[str, FileEntry]
+    ) -> None:
         write_manifest(
             partial,
             Manifest(
                 step=save.step,
                 samples=save.samples,
                 eval_loss=save.eval_loss,
-                lr=lr_at(save.step, self._run.steps, self._run.optim),
+                lr=learning_rate_at(save.step, self._run_save.steps, self._run_save.optim),
                 tensors=self._shard.tensors,
                 files=files,
                 **self._record,
             ),
         )
-        final = checkpoint_path(self._run.run_dir, save.step)
+        final = checkpoint_path(self._run_save.run_dir, save.step)
         replaced = final.with_name(f"unused-{final.name}")
         if final.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -230,22 +241,22 @@ class Saver:
         partial.rename(final)
         sync_folder(self._folder)
 
-    def _retain(self, save: Save) -> None:
+    def _remove_old(self, save: PendingSave) -> None:
         """Remove what checkpoint.keep* do not keep; damaged ones do not count."""
         options = self._config
-        found = checkpoints(self._run.run_dir)
+        found = list_checkpoints(self._run_save.run_dir)
         losses: dict[int, float | None] = {save.step: save.eval_loss}
         for step, path in found:
             try:
-                losses[step] = check(path, hashed=()).eval_loss
-            except DamagedError:
+                losses[step] = check_folder(path, hashed=()).eval_loss
+            except CorruptCheckpointError:
                 log.info("%s is damaged and does not count as kept", path)
-        chosen = kept(losses, options.keep, options.keep_best, options.keep_every)
+        chosen = steps_to_keep(losses, options.keep, options.keep_best, options.keep_every)
         for step, path in found:
             if options.keep and step not in chosen:
-                _remove(path)
+                _remove_checkpoint(path)
 
-    def _note(self, save: Save) -> None:
+    def _note_saved(self, save: PendingSave) -> None:
         if "problem" in self._outcome:
             reason = self._outcome["problem"]
             self._news.append({"event": "save_failed", "step": save.step, "reason": reason})
@@ -254,8 +265,8 @@ class Saver:
             gib = round(self._shard.total_bytes / 2**30, 6)
             self._news.append({"event": "save", "step": save.step, "seconds": seconds, "gib": gib})
 
-    def _warn(self, save: Save) -> None:
-        told = self._config.on_error == "stop" or save.step >= self._run.steps
+    def _warn_not_saved(self, save: PendingSave) -> None:
+        told = self._config.on_error == "stop" or save.step >= self._run_save.steps
         if "problem" in self._outcome and not told:  # as the run's error
             log.warning(
                 "%s; training goes on, and the next save tries again", self._outcome["problem"]
@@ -269,11 +280,12 @@ class Saver:
                 *(save.step, seconds, grace),
             )
 
-    def _failure(self, save: Save, rank: int, reason: str) -> str:
+    def _failure_message(self, save: PendingSave, rank: int, reason: str) -> str:
         return (
             f"the save of step {save.step} failed on rank {rank}: {reason}; it needs "
-            f"{_size(self._shard.total_bytes)} and {_size(_free(self._folder))} are free in "
-            f"run_dir={self._run.run_dir}; older checkpoints are untouched"
+            f"{_format_bytes(self._shard.total_bytes)} and "
+            f"{_format_bytes(_free_bytes(self._folder))} are free in "
+            f"run_dir={self._run_save.run_dir}; older checkpoints are untouched"
         )
 
     def _too_small(self) -> str:
@@ -283,32 +295,33 @@ class Saver:
             if not self._folder.exists():
                 self._folder.mkdir(parents=True)
                 sync_folder(self._folder.parent)
-            free = _free(self._folder)
+            free = _free_bytes(self._folder)
         except OSError as error:
             return (
-                f"run_dir={self._run.run_dir} cannot be written ({error.strerror}); choose "
+                f"run_dir={self._run_save.run_dir} cannot be written ({error.strerror}); choose "
                 "another run_dir"
             )
         if needed <= free:
             return ""
         return (
-            f"a checkpoint needs {_size(needed)}, but {_size(free)} are free in run_dir="
-            f"{self._run.run_dir}; free some space there, or choose another run_dir"
+            f"a checkpoint needs {_format_bytes(needed)}, but {_format_bytes(free)} are free in "
+            f"run_dir="
+            f"{self._run_save.run_dir}; free some space there, or choose another run_dir"
         )
 
-    def _partial(self, save: Save) -> Path:
+    def _partial_folder(self, save: PendingSave) -> Path:
         return self._folder / f".step-{save.step:08d}.{self._token}.partial"
 
-    def _tell(self, save: Save, who: int | str, what: dict[str, Any]) -> None:
+    def _send(self, save: PendingSave, who: int | str, what: dict[str, Any]) -> None:
         self._store.set(f"{save.number}/{who}", json.dumps(what))
 
-    def _hear(self, save: Save, who: int | str) -> dict[str, Any]:
+    def _receive(self, save: PendingSave, who: int | str) -> dict[str, Any]:
         key = f"{save.number}/{who}"
         self._store.wait([key], PATIENCE)
         return json.loads(self._store.get(key))
 
 
-def seldom_best(config: CheckpointConfig, measured: int) -> str:
+def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:
     """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty.
 
     `measured` is eval.every: steps between evaluations.
@@ -324,7 +337,7 @@ def seldom_best(config: CheckpointConfig, measured: int) -> str:
     )
 
 
-def _remove(checkpoint: Path) -> None:
+def _remove_checkpoint(checkpoint: Path) -> None:
     """Remove a checkpoint, first from sight: a reader sees a whole one or none."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
     try:
@@ -334,11 +347,11 @@ def _remove(checkpoint: Path) -> None:
         log.warning("%s could not be removed: %s", checkpoint, error)
 
 
-def _free(folder: Path) -> int:
+def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-def _size(count: float) -> str:
+def _format_bytes(count: float) -> str:
     """812.3 MB, by powers of 1000 as disks are sold."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
-from parallel.grad_norm import local
-from parallel.parallelize import place
+from parallel.grad_norm import local_tensor
+from parallel.parallelize import local_slices
 from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
 
 DTYPES = {
@@ -64,35 +64,39 @@ class Shard:
         """Plan, with all other ranks, who writes what; every rank has each tensor or a part."""
         plan = create_default_local_save_plan(dict(tensors), dist.get_rank() == 0)
         # A rank may hold no row of a small tensor.
-        plan = replace(plan, items=[item for item in plan.items if all(_box(item).sizes)])
+        plan = replace(
+            plan, items=[item for item in plan.items if all(_chunk_metadata(item).sizes)]
+        )
         plans: list[SavePlan] = [plan] * dist.get_world_size()
         dist.all_gather_object(plans, plan)
         # Of what several ranks have, the one with the least to write writes it.
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans, metadata = planner.create_global_plan(plans)
-        self.tensors = _index(plans, metadata)  # of the whole checkpoint
+        self.tensors = _merge_plans(plans, metadata)  # of the whole checkpoint
         self.total_bytes = sum(
             math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize
             for entry in self.tensors.values()
         )
         # Wide dtypes first, so that every tensor of the file begins at a multiple of its width.
-        mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype(i).itemsize)
-        self._parts = {item.index.fqn: (_dtype(item), _box(item).sizes) for item in mine}
+        mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype_of(i).itemsize)
+        self._parts = {
+            item.index.fqn: (_dtype_of(item), _chunk_metadata(item).sizes) for item in mine
+        }
         assert len(self._parts) == len(mine), "a rank has one part of a tensor"
         self._buffer: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def copy(self, tensors: Mapping[str, Tensor]) -> None:
+    def copy_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what the tensors are now; they may change as soon as this returns.
 
         On a GPU that is so for work that is queued later; `write` waits for the copy itself.
         """
         cuda = any(tensors[name].is_cuda for name in self._parts)
         if self._buffer is None:
-            self._buffer = torch.empty(self._ends()[-1], dtype=torch.uint8, pin_memory=cuda)
+            self._buffer = torch.empty(self._part_ends()[-1], dtype=torch.uint8, pin_memory=cuda)
         begin = 0
-        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
-            tensor = local(tensors[name].detach())
+        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._part_ends(), strict=True):
+            tensor = local_tensor(tensors[name].detach())
             assert tensor.shape == sizes and tensor.dtype == dtype, name
             self._buffer[begin:end].view(dtype).view(sizes).copy_(tensor, non_blocking=True)
             begin = end
@@ -100,7 +104,7 @@ class Shard:
             self._copied = torch.cuda.Event()
             self._copied.record()
 
-    def write(self, path: Path) -> FileEntry | None:
+    def write_file(self, path: Path) -> FileEntry | None:
         """Write the copy and wait until it is on the disk; None if this rank has nothing to write.
 
         Raises OSError.
@@ -111,7 +115,7 @@ class Shard:
             self._copied.synchronize()
         digest, size = hashlib.sha256(), 0
         with path.open("xb") as file:
-            for piece in self._pieces():
+            for piece in self._file_pieces():
                 file.write(piece)
                 digest.update(piece)
                 size += len(piece)
@@ -121,22 +125,22 @@ class Shard:
 
     def file_bytes(self) -> int:
         """Size of this rank's file."""
-        return sum(map(len, self._pieces())) if self._buffer is not None else 0
+        return sum(map(len, self._file_pieces())) if self._buffer is not None else 0
 
-    def _ends(self) -> list[int]:
+    def _part_ends(self) -> list[int]:
         """Return where each part ends in the buffer; 0 alone if there is none."""
         ends = [0]
         for dtype, sizes in self._parts.values():
             ends.append(ends[-1] + math.prod(sizes) * dtype.itemsize)
         return ends[1:] or ends
 
-    def _pieces(self) -> Iterator[bytes | memoryview]:
+    def _file_pieces(self) -> Iterator[bytes | memoryview]:
         """Yield the file: length of the header, header, data
         (https://github.com/huggingface/safetensors).
         """
         assert self._buffer is not None
         begin, header = 0, {}
-        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._ends(), strict=True):
+        for (name, (dtype, sizes)), end in zip(self._parts.items(), self._part_ends(), strict=True):
             header[name] = {
                 "dtype": DTYPES[dtype],
                 "shape": list(sizes),
@@ -151,13 +155,13 @@ class Shard:
             yield data[start : start + PIECE_BYTES]
 
 
-def read(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
+def read_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, or this rank's parts of them, from a checkpoint of any layout.
 
     Their names and shapes must be those of the checkpoint, which must have been checked.
     """
     wanted = {name: manifest.tensors[name] for name in tensors}
-    items = create_default_local_load_plan(dict(tensors), _metadata(wanted)).items
+    items = create_default_local_load_plan(dict(tensors), _dcp_metadata(wanted)).items
     by_file: dict[str, list[ReadItem]] = {}
     for item in items:
         chunk = wanted[item.storage_index.fqn].chunks[item.storage_index.index or 0]
@@ -166,9 +170,9 @@ def read(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> Non
         with safe_open(folder / name, framework="pt") as file:
             for item in wanted_items:
                 there = file.get_slice(item.storage_index.fqn)
-                found = there[_slices(item.storage_offsets, item.lengths)]
-                here = local(tensors[item.dest_index.fqn].detach())
-                here[_slices(item.dest_offsets, item.lengths)].copy_(found)
+                found = there[_box_slices(item.storage_offsets, item.lengths)]
+                here = local_tensor(tensors[item.dest_index.fqn].detach())
+                here[_box_slices(item.dest_offsets, item.lengths)].copy_(found)
 
 
 def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
@@ -177,7 +181,7 @@ def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
     whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     for chunk in entry.chunks:
         with safe_open(folder / chunk.file, framework="pt") as file:
-            whole[_slices(chunk.offsets, chunk.sizes)] = file.get_tensor(name)
+            whole[_box_slices(chunk.offsets, chunk.sizes)] = file.get_tensor(name)
     return whole
 
 
@@ -186,34 +190,38 @@ def take_rows(parameter: Tensor, source: Tensor, rows: list[int]) -> None:
 
     `rows`: of each row here its row there, -1 for none.
     """
-    here = place(parameter)
+    here = local_slices(parameter)
     own = torch.tensor([*rows, *[-1] * (parameter.shape[0] - len(rows))][here[0]])
     known = own >= 0
     with torch.no_grad():
-        part = local(parameter)
+        part = local_tensor(parameter)
         part[known.to(part.device)] = source[own[known]][:, *here[1:]].to(part)
 
 
-def _slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
+def _box_slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
 
 
-def _box(item: WriteItem) -> ChunkStorageMetadata:
+def _chunk_metadata(item: WriteItem) -> ChunkStorageMetadata:
     assert item.tensor_data is not None and item.tensor_data.chunk is not None
     return item.tensor_data.chunk
 
 
-def _dtype(item: WriteItem) -> torch.dtype:
+def _dtype_of(item: WriteItem) -> torch.dtype:
     assert item.tensor_data is not None
     return item.tensor_data.properties.dtype
 
 
-def _index(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
+def _merge_plans(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
     """Return what all ranks write together, by name."""
     chunks: dict[str, list[Chunk]] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
-            box = Chunk(tuple(_box(item).offsets), tuple(_box(item).sizes), file_name(rank))
+            box = Chunk(
+                tuple(_chunk_metadata(item).offsets),
+                tuple(_chunk_metadata(item).sizes),
+                file_name(rank),
+            )
             chunks.setdefault(item.index.fqn, []).append(box)
     found = {}
     for name, entry in metadata.state_dict_metadata.items():
@@ -225,7 +233,7 @@ def _index(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
     return found
 
 
-def _metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
+def _dcp_metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
     """Return a manifest's tensors in the words of torch.distributed.checkpoint."""
     return Metadata(
         {

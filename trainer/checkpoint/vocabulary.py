@@ -12,29 +12,29 @@ BY_ROW = ("embed.tokens.weight", "head.output.weight", "head.output.bias")
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowMapping:
     """For each token or class here, its row there; -1 where there is none."""
 
     what: str  # tokens | classes
     theirs: list[int]
 
     @property
-    def known(self) -> int:
+    def known_rows(self) -> int:
         """Return how many rows are brought along."""
         return sum(row >= 0 for row in self.theirs)
 
 
-def carried_rows(there: str, facts: DataFacts, tokenizer: Tokenizer | None) -> Rows | None:
+def map_vocabulary(there: str, facts: DataFacts, tokenizer: Tokenizer | None) -> RowMapping | None:
     """Return which rows of the run in `there` are those of the tokens or classes here.
 
     None where all are, in the same order, or where that run does not say what its rows are.
     """
     if tokenizer is not None:
         path = Path(there) / TOKENIZER
-        if not path.is_file() or tokenizer.same(path):
+        if not path.is_file() or tokenizer.is_same_file(path):
             return None
-        theirs, ours = Tokenizer.load(path).rows(), tokenizer.rows()
-        return Rows("tokens", _matched(ours, theirs, tokenizer.vocab_size))
+        theirs, ours = Tokenizer.load(path).token_ids(), tokenizer.token_ids()
+        return RowMapping("tokens", _match_tokens(ours, theirs, tokenizer.vocab_size))
     record = read_record(there)
     if record is None or record.class_names == facts.class_names:
         return None
@@ -42,10 +42,10 @@ def carried_rows(there: str, facts: DataFacts, tokenizer: Tokenizer | None) -> R
         {name: row for row, name in enumerate(names)}
         for names in (record.class_names, facts.class_names)
     )
-    return Rows("classes", _matched(ours, theirs, len(ours)))
+    return RowMapping("classes", _match_tokens(ours, theirs, len(ours)))
 
 
-def _matched(ours: dict[str, int], theirs: dict[str, int], size: int) -> list[int]:
+def _match_tokens(ours: dict[str, int], theirs: dict[str, int], size: int) -> list[int]:
     rows = [-1] * size
     for name, row in ours.items():
         rows[row] = theirs.get(name, -1)

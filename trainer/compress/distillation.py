@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trainer.compress.hidden_states import states
+from trainer.compress.hidden_states import hidden_states
 from trainer.config.loss import IGNORED
 from trainer.model import Transformer
-from trainer.nn.sequence import Context, Flow, Inputs, Stream
+from trainer.nn.sequence import Context, Flow, Inputs, SequenceInfo
 
 
 @dataclass(frozen=True)
-class Said:
+class TeacherOutput:
     """A teacher's outputs for the micro-batch with these `targets`."""
 
     targets: Tensor
@@ -24,34 +24,39 @@ class Said:
 
 
 @torch.no_grad()
-def ask(teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: bool) -> Said:
+def run_teacher(
+    teacher: Transformer, inputs: Inputs, blocks: Iterable[int], logits: bool
+) -> TeacherOutput:
     """Run the teacher on a micro-batch; return the hidden states of `blocks`, and its logits.
 
     Without `logits` the forward ends after the last of `blocks`.
     """
     recorded: dict[int, Tensor] = {}
 
-    def record(number: int, flow: Flow, _streams: dict[str, Stream], _inputs: Inputs) -> Flow:
-        recorded[number] = states(teacher.blocks[str(number)], flow)
+    def record(number: int, flow: Flow, _streams: dict[str, SequenceInfo], _inputs: Inputs) -> Flow:
+        recorded[number] = hidden_states(teacher.blocks[str(number)], flow)
         return flow
 
-    teacher.watchers = {str(number): partial(record, number) for number in blocks}
+    teacher.block_hooks = {str(number): partial(record, number) for number in blocks}
     last = teacher.depth - 1 if logits else max(blocks)
     output = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
-    return Said(inputs["targets"], output if logits else None, recorded)
+    return TeacherOutput(inputs["targets"], output if logits else None, recorded)
 
 
-def part_of(logits: Tensor, context: Context) -> Tensor:
+def local_logits(logits: Tensor, context: Context) -> Tensor:
     """Return the logits at the local positions, given those at all positions."""
-    return context.take(logits) if logits.dim() > 2 else logits  # a classifier has no positions
+    # a classifier has no positions
+    return context.take_local(logits) if logits.dim() > 2 else logits
 
 
-def kept_answer(inputs: Inputs, classes: int, context: Context) -> Tensor:
+def recorded_teacher_logits(inputs: Inputs, classes: int, context: Context) -> Tensor:
     """Return full logits (…, classes) at the local positions from a teacher's recorded top-k ones.
 
     Classes that were not recorded get -inf.
     """
-    logits, indices = (part_of(inputs[f"answer_{name}"], context) for name in ("logits", "classes"))
+    logits, indices = (
+        local_logits(inputs[f"answer_{name}"], context) for name in ("logits", "classes")
+    )
     all_classes = logits.new_full((*logits.shape[:-1], classes), -torch.inf)
     return all_classes.scatter_(-1, indices.long(), logits)
 

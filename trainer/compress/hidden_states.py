@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from trainer.config.loss import IGNORED
 from trainer.model import Transformer
 from trainer.nn.layers import Block
-from trainer.nn.sequence import Flow, Inputs, Stream
+from trainer.nn.sequence import Flow, Inputs, SequenceInfo
 
 
-def states(block: nn.Module, flow: Flow) -> Tensor:
+def hidden_states(block: nn.Module, flow: Flow) -> Tensor:
     """Return a block's hidden states from its output flow; the memory for the last encoder block.
 
     The last encoder block is that of an encoder-decoder.
@@ -23,7 +23,9 @@ def states(block: nn.Module, flow: Flow) -> Tensor:
     return hidden
 
 
-def apart_sum(ours_BSD: Tensor, theirs_BSE: Tensor, valid_BS: Tensor, targets_B: Tensor) -> Tensor:
+def similarity_loss_sum(
+    ours_BSD: Tensor, theirs_BSE: Tensor, valid_BS: Tensor, targets_B: Tensor
+) -> Tensor:
     """Return the difference between two models' position similarities, summed over valid targets.
 
     Per sample: the mean, over pairs of valid positions, of the squared difference between the
@@ -31,55 +33,61 @@ def apart_sum(ours_BSD: Tensor, theirs_BSE: Tensor, valid_BS: Tensor, targets_B:
     valid targets. Half precision is cast to float32 first. Similarity-preserving distillation
     (arXiv 1907.09682), between the positions of a sample, so that the widths may differ.
     """
-    difference_BSS = (_similar(ours_BSD) - _similar(theirs_BSE)).square()
+    difference_BSS = (_cosine_similarities(ours_BSD) - _cosine_similarities(theirs_BSE)).square()
     both_BSS = valid_BS[:, :, None] & valid_BS[:, None, :]
     pairs_B = both_BSS.sum((1, 2)).clamp(min=1)
     return (torch.where(both_BSS, difference_BSS, 0.0).sum((1, 2)) / pairs_B * targets_B).sum()
 
 
-def _similar(x_BSD: Tensor) -> Tensor:
+def _cosine_similarities(x_BSD: Tensor) -> Tensor:
     x_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
     x_BSD = F.normalize(x_BSD, dim=-1)
     return x_BSD @ x_BSD.mT
 
 
-def learn(
+def add_hidden_state_loss(
     model: Transformer,
     name: str,
     flow: Flow,
-    streams: dict[str, Stream],
+    streams: dict[str, SequenceInfo],
     inputs: Inputs,
     said_BSE: Tensor,
     weight: float,
 ) -> Flow:
     """Add the hidden-state loss after a block; return the flow with its gradient attached.
 
-    The loss is `weight` times `apart_sum`; `said_BSE` are the teacher's hidden states at all
-    positions. It is computed in the forward, since the rank may have no logits: its share of the
-    mean loss is added to the total, and its gradient is added during the backward.
+    The loss is `weight` times `similarity_loss_sum`; `said_BSE` are the teacher's hidden states at
+    all positions. It is computed in the forward, since the rank may have no logits: its share of
+    the mean loss is added to the total, and its gradient is added during the backward.
     """
-    assert model.share_of_mean is not None
+    assert model.scale_auxiliary_loss is not None
     block = model.blocks[name]
     assert isinstance(block, Block)
-    stream, hidden, full = streams[block.stream], states(block, flow), block.turn_norm is not None
+    stream, hidden, full = (
+        streams[block.stream],
+        hidden_states(block, flow),
+        block.turn_norm is not None,
+    )
     all_BSD = hidden.detach()
-    all_BSD = all_BSD if full else stream.layout.collected(all_BSD, stream.length)
+    all_BSD = all_BSD if full else stream.layout.gather_replicated(all_BSD, stream.length)
     targets = inputs["targets"]
     counts = targets != IGNORED
     valid_BS = counts
     if block.stream == "source":
         valid_BS = inputs.get("source_valid", counts.new_ones(all_BSD.shape[:2]))
     with torch.enable_grad():
-        loss_sum = apart_sum(
+        loss_sum = similarity_loss_sum(
             all_BSD.requires_grad_(), said_BSE, valid_BS, counts.reshape(len(counts), -1).sum(1)
         )
-        (gradient_BSD,) = torch.autograd.grad(model.share_of_mean(weight * loss_sum), all_BSD)
-    to_local = stream.layout.share if full else stream.layout.own
-    hidden = _Joined.apply(hidden, to_local(gradient_BSD))
+        (gradient_BSD,) = torch.autograd.grad(
+            model.scale_auxiliary_loss(weight * loss_sum), all_BSD
+        )
+    to_local = stream.layout.gradient_contribution if full else stream.layout.local_positions
+    hidden = _AddGradient.apply(hidden, to_local(gradient_BSD))
     return (hidden, *flow[1:]) if not full else (flow[0], hidden, flow[2])
 
 
-class _Joined(torch.autograd.Function):
+class _AddGradient(torch.autograd.Function):
     """Identity in the forward; adds a given gradient to x's in the backward."""
 
     @staticmethod

@@ -17,7 +17,7 @@ from trainer.nn.layers import Linear
 
 
 @dataclass
-class Lens:
+class QuantizationSpec:
     """Quantization and n:m sparsity of the compressed layers; one object per model."""
 
     bits: int = 0  # bits per weight; 0 = not quantized
@@ -31,53 +31,55 @@ class Lens:
 class CompressedLinear(Linear):
     """A linear layer that computes with quantized and pruned weights, and quantized inputs."""
 
-    lens = Lens()
+    lens = QuantizationSpec()
     alive: Tensor | None = None  # (local inputs,): 0 for pruned inputs, else 1
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        weight, lens = self._pruned(self.weight.to(input.dtype)), self.lens
+        weight, lens = self._prune_inputs(self.weight.to(input.dtype)), self.lens
         if not lens.bits:
             return F.linear(input, weight, bias)
         if lens.group:
-            weight = rounded(weight.unflatten(-1, (-1, lens.group)), lens.bits).view_as(weight)
+            weight = fake_quantize(weight.unflatten(-1, (-1, lens.group)), lens.bits).view_as(
+                weight
+            )
             if lens.input_bits:
-                input = rounded(input, lens.input_bits, self.largest)
+                input = fake_quantize(input, lens.input_bits, self.abs_max)
             return F.linear(input, weight, bias)
         # Multiply integers, then scale: integer sums are exact in any order, so that a sum that is
         # zero is zero under every layout and with integer kernels.
-        weight, scale = whole(weight, lens.bits, self.largest)
+        weight, scale = quantize_to_integers(weight, lens.bits, self.abs_max)
         scale = scale.mT
         if lens.input_bits:
-            input, of_input = whole(input, lens.input_bits, self.largest)
+            input, of_input = quantize_to_integers(input, lens.input_bits, self.abs_max)
             scale = scale * of_input
         x = F.linear(input, weight) * scale
         return x if bias is None else x + bias
 
-    def _pruned(self, weight: Tensor) -> Tensor:
+    def _prune_inputs(self, weight: Tensor) -> Tensor:
         lens = self.lens
         if self.alive is not None:
             weight = weight * self.alive.to(weight.dtype)
         if not (lens.n and lens.prunes):
             return weight
-        return _StraightThrough.apply(weight, pruned(weight.detach(), lens.n, lens.m))
+        return _StraightThrough.apply(weight, nm_pruned(weight.detach(), lens.n, lens.m))
 
-    def largest(self, x: Tensor) -> Tensor:
+    def abs_max(self, x: Tensor) -> Tensor:
         """Return the largest magnitude over all input features, (…,1)."""
-        return self.over_parts(largest(x))
+        return self.over_parts(row_abs_max(x))
 
     def over_parts(self, largest: Tensor) -> Tensor:
         """Return the maximum over the shards of the input features; overridden if sharded."""
         return largest
 
 
-def largest(x: Tensor) -> Tensor:
+def row_abs_max(x: Tensor) -> Tensor:
     """Return the largest magnitude over the last dim, (…,1)."""
     return x.abs().amax(-1, keepdim=True)
 
 
-def whole(
-    x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest
+def quantize_to_integers(
+    x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = row_abs_max
 ) -> tuple[Tensor, Tensor]:
     """Quantize x to integers in ±(2^(bits-1) - 1); return them and the scale (…,1).
 
@@ -90,22 +92,24 @@ def whole(
     return _StraightThrough.apply(steps, steps.detach().round()), scale
 
 
-def rounded(x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = largest) -> Tensor:
+def fake_quantize(
+    x: Tensor, bits: int, largest: Callable[[Tensor], Tensor] = row_abs_max
+) -> Tensor:
     """Fake-quantize x: round each value to the nearest one on the integer grid."""
-    number, scale = whole(x, bits, largest)
+    number, scale = quantize_to_integers(x, bits, largest)
     return number * scale
 
 
-def kept(weight: Tensor, n: int, m: int) -> Tensor:
+def nm_indices(weight: Tensor, n: int, m: int) -> Tensor:
     """Return the indices (…,I/m,n), ascending, of the n largest of every m adjacent inputs."""
     order = weight.unflatten(-1, (-1, m)).abs().argsort(dim=-1, descending=True, stable=True)
     return order[..., :n].sort(-1).values
 
 
-def pruned(weight: Tensor, n: int, m: int) -> Tensor:
+def nm_pruned(weight: Tensor, n: int, m: int) -> Tensor:
     """Return the weight with all but the n largest of every m adjacent inputs set to zero."""
     groups = weight.unflatten(-1, (-1, m))
-    mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, kept(weight, n, m), True)
+    mask = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, nm_indices(weight, n, m), True)
     return torch.where(mask, groups, 0.0).view_as(weight)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.nn.layers import random_bits
-from trainer.nn.sequence import Flow, Resize, Stream
+from trainer.nn.sequence import Flow, Resize, SequenceInfo
 
 
-class Merge(Resize):
+class MergeTokens(Resize):
     """Token merging (arXiv 2210.09461): merge up to `r` vectors into the most similar one.
 
     It runs between blocks and compares the vectors themselves instead of attention's keys: keys
@@ -28,24 +28,26 @@ class Merge(Resize):
     def __init__(self, r: int, kept: int):
         self.r, self.kept = r, kept
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         return length - min(self.r, (length - self.kept) // 2)
 
-    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
+    def resize_sequence(
+        self, x_BSD: Tensor, stream: SequenceInfo, training: bool
+    ) -> tuple[Tensor, Tensor]:
         marks_BS2 = stream.marks_of(len(x_BSD))
-        length = self.length(x_BSD.shape[1], training)
+        length = self.output_length(x_BSD.shape[1], training)
         if length == x_BSD.shape[1]:
             return x_BSD, marks_BS2
-        slot_BS = self._slots(x_BSD.detach(), marks_BS2[..., 0] > 0, length)
+        slot_BS = self._merge_slots(x_BSD.detach(), marks_BS2[..., 0] > 0, length)
         precise = torch.promote_types(x_BSD.dtype, torch.float32)
         sizes_BS1 = marks_BS2[..., :1].to(precise)
-        total_BSD = _gathered(x_BSD.to(precise) * sizes_BS1, slot_BS, length)
-        marks = _gathered(marks_BS2, slot_BS, length)
+        total_BSD = _sum_by_slot(x_BSD.to(precise) * sizes_BS1, slot_BS, length)
+        marks = _sum_by_slot(marks_BS2, slot_BS, length)
         mean_BSD = total_BSD / marks[..., :1].to(precise).clamp(min=1)
         return mean_BSD.to(x_BSD.dtype), marks
 
     @torch.no_grad()
-    def _slots(self, x_BSD: Tensor, valid_BS: Tensor, length: int) -> Tensor:
+    def _merge_slots(self, x_BSD: Tensor, valid_BS: Tensor, length: int) -> Tensor:
         """Return the output index of each vector (B,S); `length` = dropped (surplus padding)."""
         kept = self.kept
         unit_BSD = F.normalize(x_BSD[:, kept:], dim=-1)
@@ -76,10 +78,12 @@ class PoolImage(Resize):
     def __init__(self, stride: int, side: int, kept: int):
         self.stride, self.side, self.kept = stride, side, kept
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         return self.kept + (-(-self.side // self.stride)) ** 2
 
-    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, None]:
+    def resize_sequence(
+        self, x_BSD: Tensor, stream: SequenceInfo, training: bool
+    ) -> tuple[Tensor, None]:
         first_BSD, grid = x_BSD[:, : self.kept], x_BSD[:, self.kept :].mT
         grid = grid.unflatten(-1, (self.side, self.side))
         pooled = F.avg_pool2d(grid, self.stride, ceil_mode=True, count_include_pad=False)
@@ -94,17 +98,21 @@ class PoolText(Resize):
     def __init__(self, stride: int):
         self.stride = stride
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         return -(-length // self.stride)
 
-    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor]:
+    def resize_sequence(
+        self, x_BSD: Tensor, stream: SequenceInfo, training: bool
+    ) -> tuple[Tensor, Tensor]:
         marks_BS2 = stream.marks_of(len(x_BSD))
         sizes_BS1 = marks_BS2[..., :1].to(torch.promote_types(x_BSD.dtype, torch.float32))
-        marks = self._sums(marks_BS2)
-        mean_BSD = self._sums(x_BSD * sizes_BS1) / marks[..., :1].to(sizes_BS1.dtype).clamp(min=1)
+        marks = self._sum_groups(marks_BS2)
+        mean_BSD = self._sum_groups(x_BSD * sizes_BS1) / marks[..., :1].to(sizes_BS1.dtype).clamp(
+            min=1
+        )
         return mean_BSD.to(x_BSD.dtype), marks
 
-    def _sums(self, x_BSD: Tensor) -> Tensor:
+    def _sum_groups(self, x_BSD: Tensor) -> Tensor:
         padding = -x_BSD.shape[1] % self.stride
         return (
             F.pad(x_BSD, (0, 0, 0, padding))
@@ -113,7 +121,7 @@ class PoolText(Resize):
         )
 
 
-class Shorten(Resize):
+class ShortenText(Resize):
     """Average-pool every `stride` tokens of a text, as Hourglass does (arXiv 2110.13711).
 
     Group j is the mean of the positions j·stride - (stride - 1) to j·stride, shifted so that it
@@ -122,40 +130,40 @@ class Shorten(Resize):
     """
 
     stream = "target"
-    keeps = True
+    keeps_full_sequence = True
 
     def __init__(self, stride: int):
         self.stride = stride
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         return -(-length // self.stride)
 
-    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+    def sequence_after(self, stream: SequenceInfo, training: bool) -> SequenceInfo:
         """Return the metadata of the groups; each has its last position's angle and document."""
         last = slice(-stream.start % self.stride, None, self.stride)
         documents_BS, rope = stream.documents_BS, stream.rope
         total = len(range(stream.total)[last])
         shorter = replace(
-            stream.resized(total),
+            stream.with_length(total),
             mask=None,
-            start=self.length(stream.start, training),
+            start=self.output_length(stream.start, training),
             documents_BS=None if documents_BS is None else documents_BS[:, last],
             rope=None if rope is None else (rope[0][:, last], rope[1][:, last]),
             longer=stream,
         )
         if documents_BS is not None:
             rows_S = torch.arange(total, device=documents_BS.device)
-            shorter.mask = shorter.visible(rows_S, rows_S)
+            shorter.mask = shorter.visible_mask(rows_S, rows_S)
         return shorter
 
     def __call__(
-        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+        self, flow: Flow, stream: SequenceInfo, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
         x_BSD = flow[0]
-        all_BSD = stream.layout.collected(x_BSD, stream.length)
-        return stream.layout.own(self._pooled(all_BSD, stream, cache)), x_BSD, None
+        all_BSD = stream.layout.gather_replicated(x_BSD, stream.length)
+        return stream.layout.local_positions(self._pool_groups(all_BSD, stream, cache)), x_BSD, None
 
-    def _pooled(self, x_BSD: Tensor, stream: Stream, cache: dict[str, Tensor]) -> Tensor:
+    def _pool_groups(self, x_BSD: Tensor, stream: SequenceInfo, cache: dict[str, Tensor]) -> Tensor:
         """Return the means (B,G,D) of the groups whose last position is in x."""
         B, S, D = x_BSD.shape
         before = self.stride - 1
@@ -176,40 +184,40 @@ class Shorten(Resize):
         return (groups_BGDK * weight_BGK[:, :, None].to(x_BSD.dtype)).sum(-1)
 
 
-class Lengthen(Resize):
+class LengthenText(Resize):
     """Restore the length after Shorten: add to each position the newest group before or at it."""
 
     stream = "target"
-    restores = True
+    restores_length = True
 
     def __init__(self, stride: int):
         self.stride = stride
 
-    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+    def sequence_after(self, stream: SequenceInfo, training: bool) -> SequenceInfo:
         assert stream.longer is not None
         return stream.longer
 
     def __call__(
-        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+        self, flow: Flow, stream: SequenceInfo, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
         x_BSD, before_BSD, longer = flow[0], flow[1], stream.longer
         assert before_BSD is not None and longer is not None
-        groups_BGD = stream.layout.collected(x_BSD, stream.length)
+        groups_BGD = stream.layout.gather_replicated(x_BSD, stream.length)
         skipped = longer.start % self.stride  # positions of the first group already generated
         if skipped:
             groups_BGD = torch.cat((cache["last"], groups_BGD), dim=1)
         cache["last"] = groups_BGD[:, -1:]
-        long_BSD = self._repeated(groups_BGD)[:, skipped:][:, : longer.total]
+        long_BSD = self._repeat_groups(groups_BGD)[:, skipped:][:, : longer.total]
         if longer.documents_BS is not None and stream.documents_BS is not None:
-            group_ids_BS = self._repeated(stream.documents_BS)[:, : longer.total]
+            group_ids_BS = self._repeat_groups(stream.documents_BS)[:, : longer.total]
             long_BSD = torch.where((group_ids_BS == longer.documents_BS)[..., None], long_BSD, 0.0)
-        return before_BSD + longer.layout.own(long_BSD), None, None
+        return before_BSD + longer.layout.local_positions(long_BSD), None, None
 
-    def _repeated(self, x_BG: Tensor) -> Tensor:
+    def _repeat_groups(self, x_BG: Tensor) -> Tensor:
         return x_BG[:, :, None].expand(-1, -1, self.stride, *x_BG.shape[2:]).flatten(1, 2)
 
 
-class Drop(Resize):
+class DropPatches(Resize):
     """PatchDropout (arXiv 2208.07220): drop random patches of each sample during training."""
 
     SITE = 0x70A7C4  # separates its random numbers from those of Dropout
@@ -217,16 +225,18 @@ class Drop(Resize):
     def __init__(self, share: float, kept: int):
         self.share, self.kept = share, kept
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         if not training:
             return length
         return self.kept + max(1, round((length - self.kept) * (1.0 - self.share)))
 
-    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, None]:
+    def resize_sequence(
+        self, x_BSD: Tensor, stream: SequenceInfo, training: bool
+    ) -> tuple[Tensor, None]:
         if not training or stream.seeds_B is None:
             return x_BSD, None
         S, D = x_BSD.shape[1:]
-        count = self.length(S, training) - self.kept
+        count = self.output_length(S, training) - self.kept
         numbers_S = torch.arange(S - self.kept, device=x_BSD.device)
         bits_BS = random_bits(stream.seeds_B, self.SITE, numbers_S)
         retained_BS = bits_BS.argsort(dim=-1, stable=True)[:, :count].sort(-1).values + self.kept
@@ -235,7 +245,7 @@ class Drop(Resize):
         return x_BSD.gather(1, rows_BS[..., None].expand(-1, -1, D)), None
 
 
-def _gathered(x_BSD: Tensor, slot_BS: Tensor, length: int) -> Tensor:
+def _sum_by_slot(x_BSD: Tensor, slot_BS: Tensor, length: int) -> Tensor:
     """Return the sum of the vectors of each output index, (B,length,D)."""
     B, _, D = x_BSD.shape
     rows_B1 = torch.arange(B, device=x_BSD.device)[:, None] * (length + 1)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from parallel.collectives import all_reduce
-from parallel.grad_norm import local
-from parallel.parallelize import place
+from parallel.grad_norm import local_tensor
+from parallel.parallelize import local_slices
 from trainer.compress.quantized_linear import CompressedLinear
 from trainer.config.train import CompressConfig, ModelConfig
 from trainer.nn.layers import Attention, FeedForward, Linear
@@ -25,7 +25,7 @@ EVENTS = 16  # pruning events between compress.prune_start and compress.prune_en
 
 
 @dataclass(frozen=True)
-class Units:
+class PrunableUnits:
     """Prunable heads of an attention, or channels of a feed-forward layer."""
 
     share: float  # fraction to prune in the end
@@ -33,7 +33,7 @@ class Units:
     reader: Linear  # its inputs are the units' values
     writers: list[Linear]  # their outputs are the units' values
 
-    def pruned(self, ramp: float) -> int:
+    def pruned_count(self, ramp: float) -> int:
         """Return the number of pruned units at a fraction `ramp` of the target; one is retained."""
         return min(self.count - 1, round(self.share * ramp * self.count))
 
@@ -42,17 +42,17 @@ class Units:
 
         It bounds the norm of a head's output relative to the norm of its input.
         """
-        product = self._norms(self.reader, 0)
+        product = self._unit_norms(self.reader, 0)
         for writer in self.writers:
-            product = product * self._norms(writer, 1)
+            product = product * self._unit_norms(writer, 1)
         return product
 
-    def _norms(self, layer: Linear, dim: int) -> Tensor:
+    def _unit_norms(self, layer: Linear, dim: int) -> Tensor:
         return _sum_of_squares(layer.weight, dim).view(self.count, -1).sum(1).sqrt()
 
-    def alive(self, ramp: float) -> Tensor | None:
+    def keep_mask(self, ramp: float) -> Tensor | None:
         """Return the mask (inputs of the reader,), 0 for pruned units; None if none is pruned."""
-        count = self.pruned(ramp)
+        count = self.pruned_count(ramp)
         if not count:
             return None
         importance = self.importance()
@@ -69,14 +69,14 @@ class Pruning:
         self._ramp: float | None = None
         self._blocks = nn.Module()
 
-    def reshape(self, blocks: nn.Module) -> None:
+    def register_masks(self, blocks: nn.Module) -> None:
         """Make the reading layers of the prunable units compressed ones that apply their mask."""
         self._blocks = blocks  # a pipeline stage later removes those of other stages
-        for units in units_of(blocks, self.config):
+        for units in find_prunable_units(blocks, self.config):
             if type(units.reader) is Linear:
                 units.reader.__class__ = CompressedLinear
 
-    def ramp(self, progress: float) -> float:
+    def ramp_fraction(self, progress: float) -> float:
         """Return the fraction of the pruning target that is reached at a fraction of all steps.
 
         The schedule is cubic, steepest at first (arXiv 1710.01878, equation 1), in EVENTS steps.
@@ -88,32 +88,32 @@ class Pruning:
         return 1.0 - (1.0 - int(passed * EVENTS) / EVENTS) ** 3
 
     @torch.no_grad()
-    def settle(self, progress: float) -> None:
+    def prune_due(self, progress: float) -> None:
         """Prune the units that are due, and zero pruned weights again after an optimizer step."""
-        ramp, previous = self.ramp(progress), self._ramp
+        ramp, previous = self.ramp_fraction(progress), self._ramp
         self._ramp = ramp
-        for units in units_of(self._blocks, self.config):
+        for units in find_prunable_units(self._blocks, self.config):
             reader = units.reader
             assert isinstance(reader, CompressedLinear)
             if ramp != previous:  # zeros are the least important: pruned units stay pruned
-                alive = units.alive(ramp)
-                reader.alive = None if alive is None else alive[place(reader.weight)[1]]
+                alive = units.keep_mask(ramp)
+                reader.alive = None if alive is None else alive[local_slices(reader.weight)[1]]
             if reader.alive is not None:
-                local(reader.weight).mul_(reader.alive)
+                local_tensor(reader.weight).mul_(reader.alive)
 
 
-def units_of(blocks: nn.Module, config: CompressConfig) -> Iterator[Units]:
+def find_prunable_units(blocks: nn.Module, config: CompressConfig) -> Iterator[PrunableUnits]:
     """Yield the prunable units of the given blocks or layers."""
     for module in blocks.modules():
         if isinstance(module, Attention) and config.prune_heads:
             groups = module.value.weight.shape[0] // module.head_width
-            yield Units(config.prune_heads, groups, module.output, [module.value])
+            yield PrunableUnits(config.prune_heads, groups, module.output, [module.value])
         if isinstance(module, FeedForward) and config.prune_ffn:
             writers = [layer for layer in (module.up, module.gate) if layer is not None]
-            yield Units(config.prune_ffn, module.up.weight.shape[0], module.down, writers)
+            yield PrunableUnits(config.prune_ffn, module.up.weight.shape[0], module.down, writers)
 
 
-def removed(
+def remove_pruned(
     shape: ModelConfig, compress: CompressConfig, model: nn.Module
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return the shape and weights of a pruned model without its pruned units.
@@ -126,8 +126,8 @@ def removed(
     for prefix, module in model.named_modules():
         if not isinstance(module, Attention | FeedForward):
             continue
-        for units in units_of(module, compress):
-            stay = units.count - units.pruned(1.0)
+        for units in find_prunable_units(module, compress):
+            stay = units.count - units.pruned_count(1.0)
             kept = units.importance().argsort(stable=True, descending=True)[:stay].sort().values
             for name, parameter in module.named_parameters():
                 dim = 1 if module.get_submodule(name.partition(".")[0]) is units.reader else 0
@@ -148,9 +148,11 @@ def removed(
 
 def _sum_of_squares(weight: Tensor, dim: int) -> Tensor:
     """Return a matrix's sums of squares over one dim, reduced over the ranks that shard it."""
-    rest = place(weight)[1 - dim]
-    sums = torch.zeros(weight.shape[1 - dim], device=local(weight).device, dtype=weight.dtype)
-    sums[rest] = local(weight).detach().square().sum(dim)
+    rest = local_slices(weight)[1 - dim]
+    sums = torch.zeros(
+        weight.shape[1 - dim], device=local_tensor(weight).device, dtype=weight.dtype
+    )
+    sums[rest] = local_tensor(weight).detach().square().sum(dim)
     if isinstance(weight, DTensor):
         # One axis after the other: after each, the ranks of that axis have identical bits.
         for axis, placement in enumerate(weight.placements):

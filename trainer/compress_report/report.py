@@ -15,24 +15,30 @@ from rich.table import Table
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.compress.compression import Compression
-from trainer.compress.packing import pack
-from trainer.compress.quantized_linear import CompressedLinear, pruned
-from trainer.compress_report.throughput import forward, in_turn, on_cores, one_batch, step
+from trainer.compress.packing import pack_weight
+from trainer.compress.quantized_linear import CompressedLinear, nm_pruned
+from trainer.compress_report.throughput import (
+    infer_batch,
+    load_batch,
+    on_cores,
+    time_in_turn,
+    train_batch,
+)
 from trainer.config.train import (
     CompressReportConfig,
     ConfigError,
     EvaluateConfig,
     ExportConfig,
-    asked_for,
+    non_default_options,
 )
-from trainer.data import prepare
+from trainer.data import prepare_data
 from trainer.inference.trained_run import (
     TrainedRun,
     export_run,
     is_export,
-    open_run,
-    smaller,
-    transformer,
+    load_trained_run,
+    strip_pruned,
+    unwrap_transformer,
 )
 from trainer.metrics.console import print_whole
 from trainer.metrics.jsonl import last_values
@@ -44,7 +50,7 @@ METRICS = ("test_bleu", "test_accuracy", "test_bits_per_character", "test_loss",
 
 
 @dataclass
-class Facts:
+class RunFigures:
     """Measurements of a run; `training` and `inference` are samples per second, by round."""
 
     name: str
@@ -70,7 +76,7 @@ class Facts:
         return median(self.inference)
 
 
-def report(config: CompressReportConfig, runtime: Runtime) -> None:
+def write_comparison(config: CompressReportConfig, runtime: Runtime) -> None:
     """Print the table and write run_dir/compression.png, from the runs' newest checkpoints.
 
     Rates are measured alternately between the runs, per second of CPU time: a forward and backward
@@ -81,7 +87,9 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
     names = [name for name in (config.baseline, config.run_dir) if name]
     reader = EvaluateConfig(strategy=StrategyConfig(), precision="fp32", device=config.device)
     trains = [
-        smaller(open_run(replace(reader, run_dir=name), runtime, integers=False), runtime)
+        strip_pruned(
+            load_trained_run(replace(reader, run_dir=name), runtime, integers=False), runtime
+        )
         for name in names
     ]
     if trains[0].config.data != trains[-1].config.data:
@@ -89,41 +97,41 @@ def report(config: CompressReportConfig, runtime: Runtime) -> None:
             f"baseline={config.baseline} was trained on other data than run_dir="
             f"{config.run_dir}; name a run that differs only in model and compress"
         )
-    prepare(trains[0].data)
-    found = [_facts(name, run) for name, run in zip(names, trains, strict=True)]
+    prepare_data(trains[0].data_config)
+    found = [_run_figures(name, run) for name, run in zip(names, trains, strict=True)]
     with TemporaryDirectory() as scratch:  # inference is measured on exports
         folders = [
-            _exported(name, Path(scratch) / str(number), runtime)
+            _export_run(name, Path(scratch) / str(number), runtime)
             for number, name in enumerate(names)
         ]
-        reads = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
-        _measure(found, trains, reads, config.rounds)
+        reads = [load_trained_run(replace(reader, run_dir=folder), runtime) for folder in folders]
+        _measure_rates(found, trains, reads, config.rounds)
         if runtime.device.type == "cpu":
             spread = on_cores(folders, [run.config.model for run in reads], config.rounds)
             for number, facts in enumerate(found):
                 facts.spread = {name: rates[number] for name, rates in spread.items()}
     path = Path(config.run_dir) / NAME
-    _draw(found, path)
+    _draw_comparison(found, path)
     console = Console()
-    print_whole(table(found))
+    print_whole(comparison_table(found))
     console.print(f"picture: {path}", markup=False, soft_wrap=True)
 
 
-def _measure(
-    found: list[Facts], trains: list[TrainedRun], reads: list[TrainedRun], rounds: int
+def _measure_rates(
+    found: list[RunFigures], trains: list[TrainedRun], reads: list[TrainedRun], rounds: int
 ) -> None:
     """Measure the rates on one rank, by CPU time, or by wall time on a GPU."""
-    batch = one_batch(trains[-1])
+    batch = load_batch(trains[-1])
     clock = time.perf_counter if batch["targets"].is_cuda else time.process_time
     training, inference = (
-        in_turn(work, [run.worker for run in runs], batch, rounds, clock)
-        for work, runs in ((step, trains), (forward, reads))
+        time_in_turn(work, [run.worker for run in runs], batch, rounds, clock)
+        for work, runs in ((train_batch, trains), (infer_batch, reads))
     )
     for number, facts in enumerate(found):
         facts.training, facts.inference = training[number], inference[number]
 
 
-def _exported(name: str, to: Path, runtime: Runtime) -> str:
+def _export_run(name: str, to: Path, runtime: Runtime) -> str:
     """Return the folder of a run's export; `name` itself if it is an export."""
     if is_export(name):
         return name
@@ -131,21 +139,23 @@ def _exported(name: str, to: Path, runtime: Runtime) -> str:
     return str(to)
 
 
-def _facts(name: str, run: TrainedRun) -> Facts:
-    config, model = run.config, transformer(run.worker)
+def _run_figures(name: str, run: TrainedRun) -> RunFigures:
+    config, model = run.config, unwrap_transformer(run.worker)
     lens = Compression(config.compress).lens
     compressed = [module for module in model.modules() if isinstance(module, CompressedLinear)]
-    parts = [pack(module.weight.detach(), lens) for module in compressed]
+    parts = [pack_weight(module.weight.detach(), lens) for module in compressed]
     inside = sum(module.weight.numel() for module in compressed)
     parameters = sum(p.numel() for p in run.worker.parameters().values())
     size = sum(tensor.nbytes for part in parts for tensor in part.values())
     length = config.data.seq_len
-    lengths = model.lengths(length)
+    lengths = model.block_lengths(length)
     values = last_values(Path(name))
     metric = next((key for key in METRICS if key in values), "")
-    changed = asked_for(load_config(name).compress)  # including pruning, unlike `config`
-    zeros = [pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed]
-    return Facts(
+    changed = non_default_options(load_config(name).compress)  # including pruning, unlike `config`
+    zeros = [
+        nm_pruned(m.weight.detach(), lens.n, lens.m) if lens.n else m.weight for m in compressed
+    ]
+    return RunFigures(
         name,
         " ".join(f"{key}={value}" for key, value in changed.items()) or "none",
         f"{metric.removeprefix('test_')} {values[metric]:.4g}" if metric else "not measured",
@@ -157,12 +167,12 @@ def _facts(name: str, run: TrainedRun) -> Facts:
     )
 
 
-def table(found: list[Facts]) -> Table:
+def comparison_table(found: list[RunFigures]) -> Table:
     """Return a table with a column per run; with two, also the ratio of the second to the first."""
     shown = Table(*["", *(facts.name for facts in found)])
     if len(found) > 1:
         shown.add_column("ratio", justify="right")
-    rows: list[tuple[str, Callable[[Facts], str], Callable[[Facts], float] | None]] = [
+    rows: list[tuple[str, Callable[[RunFigures], str], Callable[[RunFigures], float] | None]] = [
         ("compress", lambda f: f.compress, None),
         ("metric", lambda f: f.metric, None),
         ("parameters", lambda f: f"{f.parameters:,}", lambda f: f.parameters),
@@ -182,15 +192,15 @@ def table(found: list[Facts]) -> Table:
     return shown
 
 
-def _spread_rate(layout: str, facts: Facts) -> float:
+def _spread_rate(layout: str, facts: RunFigures) -> float:
     return facts.spread[layout]
 
 
-def _spread_text(layout: str, facts: Facts) -> str:
+def _spread_text(layout: str, facts: RunFigures) -> str:
     return f"{facts.spread[layout]:.4g}"
 
 
-def _draw(found: list[Facts], path: Path) -> None:
+def _draw_comparison(found: list[RunFigures], path: Path) -> None:
     """Plot sequence lengths by block and the ratios; raises ConfigError if it cannot be written."""
     pyplot = import_module("matplotlib.pyplot")  # imported only here: it takes 0.5 s
     pyplot.switch_backend("agg")

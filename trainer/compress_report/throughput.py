@@ -16,31 +16,31 @@ from parallel.strategy import StrategyConfig
 from trainer.config.train import EvaluateConfig, ModelConfig
 from trainer.data import open_split
 from trainer.data.loader import evaluation_batches
-from trainer.inference.trained_run import TrainedRun, open_run
+from trainer.inference.trained_run import TrainedRun, load_trained_run
 
 Rates = list[list[float]]  # samples per second, by model and round
 
 
-def one_batch(run: TrainedRun) -> MicroBatch:
+def load_batch(run: TrainedRun) -> MicroBatch:
     """Return a batch of the run's size from the train split, with dropout seeds."""
-    dataset = open_split(run.data, "train")
+    dataset = open_split(run.data_config, "train")
     batch = next(iter(evaluation_batches(dataset, run.config.batch_size, 0, 1)))
     return run.worker.to_device(batch | {"seeds": torch.arange(len(batch["targets"]))})
 
 
-def step(worker: ParallelModel, batch: MicroBatch) -> None:
+def train_batch(worker: ParallelModel, batch: MicroBatch) -> None:
     """Run a forward and backward in training mode."""
     worker.zero_grad()
     worker.forward_backward([batch])
 
 
-def forward(worker: ParallelModel, batch: MicroBatch) -> None:
+def infer_batch(worker: ParallelModel, batch: MicroBatch) -> None:
     """Run a forward in evaluation mode."""
-    with worker.evaluating():
+    with worker.evaluation_mode():
         worker.forward(batch)
 
 
-def in_turn(
+def time_in_turn(
     work: Callable[[ParallelModel, MicroBatch], None],
     workers: Sequence[ParallelModel],
     batch: MicroBatch,
@@ -61,7 +61,7 @@ def in_turn(
     return found
 
 
-def layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfig]]:
+def inference_layouts(models: Sequence[ModelConfig]) -> dict[str, tuple[int, StrategyConfig]]:
     """Return the inference layouts of this host by name: threads per rank, and strategy."""
     cores = len(os.sched_getaffinity(0))
     if cores == 1:
@@ -82,7 +82,7 @@ def on_cores(
     """Return the median samples per second of wall time of each model, by layout of this host."""
     pool, found = RankPool(2), {}
     try:
-        for name, (threads, strategy) in layouts(models).items():
+        for name, (threads, strategy) in inference_layouts(models).items():
             ranks = strategy.replicate * strategy.tensor
             rates = pool.run(
                 ranks, spread_rates, folders, strategy, threads, rounds, timeout_seconds=3600.0
@@ -102,8 +102,8 @@ def spread_rates(
     torch.set_num_threads(threads)
     try:
         reader = EvaluateConfig(strategy=strategy, precision="fp32", device="cpu")
-        runs = [open_run(replace(reader, run_dir=folder), runtime) for folder in folders]
+        runs = [load_trained_run(replace(reader, run_dir=folder), runtime) for folder in folders]
         workers = [run.worker for run in runs]
-        return in_turn(forward, workers, one_batch(runs[-1]), rounds, time.perf_counter)
+        return time_in_turn(infer_batch, workers, load_batch(runs[-1]), rounds, time.perf_counter)
     finally:
         torch.set_num_threads(before)

@@ -109,7 +109,7 @@ class CompressConfig:
     )
 
 
-def asked_for(compress: CompressConfig) -> dict[str, Any]:
+def non_default_options(compress: CompressConfig) -> dict[str, Any]:
     """Return the keys with their values that are not as where nothing is compressed."""
     plain = CompressConfig()
     return {k: v for k, v in vars(compress).items() if v != getattr(plain, k)}

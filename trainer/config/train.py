@@ -11,7 +11,7 @@ from parallel.errors import ConfigError, DataError, StorageError, UserError
 from parallel.strategy import StrategyConfig
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.choices import DEVICES, PRECISIONS, RECOMPUTED
-from trainer.config.compress import CompressConfig, asked_for
+from trainer.config.compress import CompressConfig, non_default_options
 from trainer.config.data import DataConfig, PrepareConfig
 from trainer.config.eval import EvalConfig
 from trainer.config.inference import (
@@ -59,10 +59,10 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "VerifyConfig",
-    "asked_for",
     "classes_of",
     "inputs_of",
     "is_encoder_decoder",
+    "non_default_options",
     "outputs_of",
 ]
 

@@ -10,7 +10,7 @@ from trainer.config.train import ConfigError, DataConfig, UserError
 from trainer.data import huggingface as hub
 from trainer.data import images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
-from trainer.data.files import locate
+from trainer.data.files import locate_data
 from trainer.data.folders import SPLITS
 from trainer.data.reader import DataReader
 from trainer.data.tokenizer import Tokenizer
@@ -19,49 +19,49 @@ __all__ = [
     "DataFacts",
     "Dataset",
     "SplitFacts",
-    "fingerprint",
+    "data_fingerprint",
     "open_split",
     "open_tokenizer",
-    "prepare",
+    "prepare_data",
 ]
 
 READERS: dict[str, DataReader] = {
     reader.kind: reader for reader in (text.READER, images.READER, pairs.READER)
 }
-FINGERPRINT_SAMPLES = 64  # read of each split by `fingerprint`, at least
+FINGERPRINT_SAMPLES = 64  # read of each split by `data_fingerprint`, at least
 
 
-def prepare(config: DataConfig, progress: bool = False) -> DataFacts:
+def prepare_data(config: DataConfig, progress: bool = False) -> DataFacts:
     """Check the data and write what `open_split` reads to `data.cache`, unless already done.
 
     Returns the facts that a model needs about the data, and a record of what was read.
     Raises UserError if the settings, the files or their content are invalid.
     """
-    problems = _problems(config)
+    problems = _data_problems(config)
     if problems:
         raise ConfigError(*problems)
     try:
         reader, is_hub = READERS[config.kind], config.path.startswith("hf:")
-        root = hub.export(config, reader.hub) if is_hub else locate(config)
+        root = hub.export_dataset(config, reader.hub) if is_hub else locate_data(config)
         facts = reader.prepare(config, root, progress)
         splits = {
-            name: replace(split, digest=fingerprint(config, [name]))
+            name: replace(split, digest=data_fingerprint(config, [name]))
             for name, split in facts.splits.items()
         }
     except OSError as error:
         raise ConfigError(f"data.path={config.path} cannot be read: {error}") from error
-    left_out = facts.left_out | (hub.unread(config) if is_hub else {})
+    left_out = facts.left_out | (hub.left_out_rows(config) if is_hub else {})
     return replace(facts, kind=config.kind, path=config.path, splits=splits, left_out=left_out)
 
 
 def open_split(config: DataConfig, split: str) -> Dataset:
-    """Return the train, valid or test split after `prepare`; tokens are read lazily."""
+    """Return the train, valid or test split after `prepare_data`; tokens are read lazily."""
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
-    return READERS[config.kind].open_split(config, _root(config), split)
+    return READERS[config.kind].open_split(config, _data_root(config), split)
 
 
-def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
+def data_fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
     """Return a digest of the data that this rank reads: split sizes and evenly spaced samples."""
     digest = blake2b(digest_size=16)
     for split in splits:
@@ -76,16 +76,16 @@ def fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Return the tokenizer that the data were prepared with; None for data without text."""
     opens = READERS[config.kind].open_tokenizer
-    return None if opens is None else opens(config, _root(config))
+    return None if opens is None else opens(config, _data_root(config))
 
 
-def _root(config: DataConfig) -> Path:
+def _data_root(config: DataConfig) -> Path:
     if config.path.startswith("hf:"):
-        return hub.exported(config, READERS[config.kind].hub)
-    return locate(config)
+        return hub.exported_path(config, READERS[config.kind].hub)
+    return locate_data(config)
 
 
-def _problems(config: DataConfig) -> list[str]:
+def _data_problems(config: DataConfig) -> list[str]:
     """Return the problems that can be found without reading the data."""
     problems = []
     if config.kind not in READERS:
@@ -102,7 +102,7 @@ def _problems(config: DataConfig) -> list[str]:
         )
     if not config.path.startswith("hf:"):
         try:
-            locate(config)
+            locate_data(config)
         except UserError as error:
             problems += error.problems
         except OSError as error:  # a name that is too long, a folder without permission

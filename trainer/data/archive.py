@@ -12,9 +12,9 @@ from PIL import Image
 
 from trainer.config.train import DataConfig, DataError
 from trainer.data.folders import FILLERS, SPLITS, split_of
-from trainer.data.image_files import Shape, Table
+from trainer.data.image_files import ImageTable, Shape
 from trainer.data.pictures import pixels_of
-from trainer.data.sampler import permutation
+from trainer.data.sampler import epoch_permutation
 
 ROLES = {
     **dict.fromkeys(("x", "image", "images", "pixels"), "x"),
@@ -26,7 +26,7 @@ ROLES = {
 class Archive:
     """The tables of an archive's splits, and the names of the arrays they are made of."""
 
-    tables: dict[str, Table]
+    tables: dict[str, ImageTable]
     sources: dict[str, tuple[str, str]]
     left_out: dict[str, str]
 
@@ -50,7 +50,7 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
         ) from error
     no_array = {key: "not an array" for key, array in arrays.items() if isinstance(array, bytes)}
     arrays = {key: array for key, array in arrays.items() if key not in no_array}
-    keys, left_out = _roles(where, arrays)
+    keys, left_out = _array_roles(where, arrays)
     if ("x", "train") not in keys or ("y", "train") not in keys:
         raise DataError(
             f"{where} holds {', '.join(sorted(arrays)) or 'nothing'}; it must hold x_train and "
@@ -64,17 +64,17 @@ def read_archive(config: DataConfig, path: Path) -> Archive:
                 f"x_{split}, or remove it"
             )
     names = {split: (keys["x", split], keys.get(("y", split), f"y_{split}")) for split in found}
-    return Archive(_tables(where, arrays, names), names, left_out | no_array)
+    return Archive(_split_tables(where, arrays, names), names, left_out | no_array)
 
 
-def _tables(
+def _split_tables(
     where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
-) -> dict[str, Table]:
+) -> dict[str, ImageTable]:
     """Return the table of each split; `names` has its image and label arrays, train first."""
-    labels, class_names = _labels(where, arrays, names)
-    scale, tables = None, dict[str, Table]()
+    labels, class_names = _class_labels(where, arrays, names)
+    scale, tables = None, dict[str, ImageTable]()
     for split, (x, y) in names.items():
-        pixels, scale = _pixels(f"{where}: {x}", arrays[x], scale)
+        pixels, scale = _to_uint8(f"{where}: {x}", arrays[x], scale)
         if len(pixels) != len(labels[split]) or len(pixels) == 0:
             raise DataError(
                 f"{where}: {x} has shape {arrays[x].shape} but {y} has shape {arrays[y].shape}; "
@@ -87,12 +87,12 @@ def _tables(
                 f"{where}: images of {x} have the shape {shape}, those of {names['train'][0]} "
                 f"{first}; all must be square and of one shape"
             )
-        order = permutation(0, 0, len(pixels))
-        tables[split] = Table(labels[split], order, class_names, shape, pixels=pixels)
+        order = epoch_permutation(0, 0, len(pixels))
+        tables[split] = ImageTable(labels[split], order, class_names, shape, pixels=pixels)
     return tables
 
 
-def _roles(
+def _array_roles(
     where: str, arrays: dict[str, np.ndarray]
 ) -> tuple[dict[tuple[str, str], str], dict[str, str]]:
     """Return the array of each (role x or y, split), and why other arrays are left out."""
@@ -118,7 +118,7 @@ def _roles(
     return keys, left_out
 
 
-def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarray, str]:
+def _to_uint8(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarray, str]:
     """Return the pixels (N, H, W, C) uint8 and their range; `scale` is the range of train."""
     if images.ndim == 4 and images.shape[1] in (1, 3, 4) and images.shape[3] not in (1, 3, 4):
         images = images.transpose(0, 2, 3, 1)
@@ -130,9 +130,9 @@ def _pixels(where: str, images: np.ndarray, scale: str | None) -> tuple[np.ndarr
             f"{where} is {images.dtype} of shape {images.shape}; it must be numbers of shape "
             "(images, rows, columns), or with 1, 3 or 4 channels as well"
         )
-    scale = scale or _scale(images)
+    scale = scale or _pixel_range(images)
     low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
-    top, scales = TOPS[scale], {scale, _scale(images)} if images.size else {scale}
+    top, scales = TOPS[scale], {scale, _pixel_range(images)} if images.size else {scale}
     if scale == "uint16" and images.dtype == np.uint16:
         scales = {scale}  # a dark split of a brighter data set
     compatible = scales <= {"uint8", "whole", "bool"} and images.dtype.kind != "b"
@@ -164,7 +164,7 @@ TOPS = {
 }
 
 
-def _scale(images: np.ndarray) -> str:
+def _pixel_range(images: np.ndarray) -> str:
     """Return the range of an array of pixels, a key of TOPS, by its dtype or its values."""
     if images.dtype.kind in "iu" and images.size and images.min() >= 0 and images.max() == 1:
         return "bool"
@@ -180,7 +180,7 @@ def _scale(images: np.ndarray) -> str:
     return "whole"
 
 
-def _labels(
+def _class_labels(
     where: str, arrays: dict[str, np.ndarray], names: dict[str, tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the labels (N,) int64 of each split, and the class names."""
@@ -188,7 +188,7 @@ def _labels(
     for split, (x, y) in names.items():
         if y not in arrays:
             raise DataError(f"{where}: {x} has shape {arrays[x].shape} but {y} is missing")
-        found[split] = _column(f"{where}: {y}", arrays[y])
+        found[split] = _label_column(f"{where}: {y}", arrays[y])
     if found["train"].dtype.kind == "U":
         class_names = tuple(map(str, np.unique(found["train"])))
         if number := next((s for s, column in found.items() if column.dtype.kind != "U"), None):
@@ -205,7 +205,7 @@ def _labels(
                 f"{len(found['train'])} images; labels must be whole numbers from 0 to less than "
                 "the number of classes: renumber them, or name all of them in `classes`"
             )
-        class_names = tuple(map(str, _text(np.ravel(arrays.get("classes", range(count))))))
+        class_names = tuple(map(str, _decode_names(np.ravel(arrays.get("classes", range(count))))))
     if len(set(class_names)) < len(class_names):
         raise DataError(f"{where}: `classes` names a class twice: {', '.join(class_names)}")
     rows = {name: row for row, name in enumerate(class_names)}
@@ -222,11 +222,11 @@ def _labels(
     return labels, class_names
 
 
-def _column(where: str, labels: np.ndarray) -> np.ndarray:
+def _label_column(where: str, labels: np.ndarray) -> np.ndarray:
     """Return the labels (N,) as int64 or text; raises DataError if they are neither."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    labels = _text(labels)
+    labels = _decode_names(labels)
     is_label = labels.dtype.kind in "biuU" or (
         labels.dtype.kind == "f"
         and bool((labels == np.rint(labels)).all() and (abs(labels) < 1 << 31).all())
@@ -239,7 +239,7 @@ def _column(where: str, labels: np.ndarray) -> np.ndarray:
     return labels if labels.dtype.kind == "U" else labels.astype(np.int64)
 
 
-def _text(names: np.ndarray) -> np.ndarray:
+def _decode_names(names: np.ndarray) -> np.ndarray:
     """Decode bytes as UTF-8, else as Latin-1; return other arrays unchanged."""
     if names.dtype.kind != "S":
         return names

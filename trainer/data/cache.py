@@ -30,19 +30,19 @@ def prepared_folder(config: DataConfig, name: str, ingredients: list[Any]) -> Pa
     return Path(config.cache) / f"{name}-{fingerprint}"
 
 
-def build(folder: Path, write: Callable[[Path], Record]) -> Record:
+def build_folder(folder: Path, write: Callable[[Path], Record]) -> Record:
     """Return the record of a folder; `write` fills it and returns the record if need be.
 
     Several processes may build at once: each fills a temporary folder, and the first to finish
     renames it. Raises StorageError if data.cache cannot be written.
     """
-    record = read(folder)
+    record = read_prepared(folder)
     if record is not None:
         return record
     if folder.exists():
-        log.warning("%s; it is prepared again", damage(folder))
+        log.warning("%s; it is prepared again", find_damage(folder))
     try:
-        return _build(folder, write)
+        return _fill_folder(folder, write)
     except OSError as error:
         raise StorageError(
             f"data.cache={folder.parent} cannot be written: {error}; set data.cache to a "
@@ -50,7 +50,7 @@ def build(folder: Path, write: Callable[[Path], Record]) -> Record:
         ) from error
 
 
-def _build(folder: Path, write: Callable[[Path], Record]) -> Record:
+def _fill_folder(folder: Path, write: Callable[[Path], Record]) -> Record:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -58,31 +58,31 @@ def _build(folder: Path, write: Callable[[Path], Record]) -> Record:
         record["files"] = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
         (temporary / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp denies access to other users
-        if read(folder) is None:
+        if read_prepared(folder) is None:
             shutil.rmtree(folder, ignore_errors=True)  # the existing one is damaged
-            _rename(temporary, folder)
+            _publish_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return record
 
 
-def _rename(temporary: Path, folder: Path) -> None:
+def _publish_folder(temporary: Path, folder: Path) -> None:
     try:
         temporary.replace(folder)
     except OSError:
-        if read(folder) is None:  # else another process has built the same content
+        if read_prepared(folder) is None:  # else another process has built the same content
             raise
 
 
-def read(folder: Path) -> Record | None:
+def read_prepared(folder: Path) -> Record | None:
     """Return the record of an intact prepared folder, or None."""
-    return None if damage(folder) else _record(folder)
+    return None if find_damage(folder) else _parse_record(folder)
 
 
-def damage(folder: Path) -> str:
+def find_damage(folder: Path) -> str:
     """Return what is wrong with a prepared folder, e.g. its sizes in bytes; empty = intact."""
     try:
-        sizes = dict(_record(folder)["files"])
+        sizes = dict(_parse_record(folder)["files"])
     except OSError:
         return f"{folder} is missing or holds no {RECORD}"
     except (ValueError, KeyError, TypeError):
@@ -96,17 +96,17 @@ def damage(folder: Path) -> str:
     return ""
 
 
-def opened(folder: Path) -> Record:
+def load_prepared(folder: Path) -> Record:
     """Return the record of a prepared folder; raises ConfigError if it is no longer intact."""
-    if found := damage(folder):
+    if found := find_damage(folder):
         raise ConfigError(
             f"{found}; data.path or data.cache has changed since it was prepared. Start again: "
             "it is prepared again"
         )
-    return _record(folder)
+    return _parse_record(folder)
 
 
-def _record(folder: Path) -> Record:
+def _parse_record(folder: Path) -> Record:
     record: Record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     return record
 

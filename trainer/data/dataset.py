@@ -44,7 +44,7 @@ class DataFacts:
     notes: tuple[str, ...] = ()  # remarks that the table shows
 
     @property
-    def samples(self) -> dict[str, int]:
+    def sample_counts(self) -> dict[str, int]:
         """Return the number of samples of each split."""
         return {name: split.samples for name, split in self.splits.items()}
 
@@ -68,11 +68,11 @@ class Dataset(Protocol):
         """Return one micro-batch of the samples."""
         ...
 
-    def lengths(self) -> np.ndarray | None:
+    def sample_lengths(self) -> np.ndarray | None:
         """Return each sample's length (len,), by which batches are grouped; None = all equal."""
         return None
 
-    def reference(self, index: int) -> str:
+    def target_text(self, index: int) -> str:
         """Return the target text; pairs only."""
         raise AssertionError("only pairs have a target text")
 

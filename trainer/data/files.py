@@ -18,12 +18,12 @@ from trainer.data.folders import (
     SPLITS,
     Entry,
     Listing,
-    once,
     refuse_inner_splits,
-    scan,
+    scan_folder,
     split_of,
     splits_of,
-    unwrapped,
+    unique_files,
+    unwrap_folders,
 )
 
 BUNDLED = {
@@ -72,14 +72,14 @@ ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # the names t
 
 
 @dataclass(frozen=True)
-class Part:
+class FilePart:
     """Bytes [start, end) of a file."""
 
     path: Path
     start: int
     end: int
 
-    def fingerprint(self) -> list[Any]:
+    def file_fingerprint(self) -> list[Any]:
         """Return path, range, size and modification time, which change when the file does."""
         stat = self.path.stat()
         return [str(self.path.resolve()), self.start, self.end, stat.st_size, stat.st_mtime_ns]
@@ -91,10 +91,10 @@ def name_of(config: DataConfig) -> str:
     return re.sub(r"[^\w.-]+", "-", stem) or "data"
 
 
-def locate(config: DataConfig) -> Path:
+def locate_data(config: DataConfig) -> Path:
     """Return the file or folder of `data.path`; raises UserError if it does not exist."""
     if config.path.startswith("bundled:"):
-        return _bundled(config)
+        return _bundled_path(config)
     path = Path(config.path).expanduser()
     if not config.path:
         names = ", ".join(f"bundled:{name}" for name in BUNDLED)
@@ -107,7 +107,7 @@ def locate(config: DataConfig) -> Path:
     return path
 
 
-def _bundled(config: DataConfig) -> Path:
+def _bundled_path(config: DataConfig) -> Path:
     name = config.path.removeprefix("bundled:")
     if name not in BUNDLED:
         near = get_close_matches(name, BUNDLED, 1, 0) or list(BUNDLED)
@@ -130,8 +130,8 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
     if root.is_file():
         return Listing({"train": [root]})
     where, notes = f"data.path={config.path}", list[str]()
-    top, left_out = scan(root)
-    inner = _unwrapped(config, top, left_out)
+    top, left_out = scan_folder(root)
+    inner = _find_text_folder(config, top, left_out)
     if inner is not top:
         notes.append(f"all of it is in {inner.relative}/")
     files = {entry: _text_files(config, entry, left_out) for entry in inner.inside or ()}
@@ -143,7 +143,7 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
         named, others = {"train": texts}, [entry for entry in others if entry not in texts]
     for entry in others:
         left_out[entry.relative] = DOCUMENT if entry.is_document else BESIDE
-    splits = {split: _chosen(config, named[split], files, left_out) for split in named}
+    splits = {split: _choose_files(config, named[split], files, left_out) for split in named}
     if "train" not in splits:
         first = SUFFIXES[config.kind][0]
         raise DataError(
@@ -151,22 +151,22 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
             "train/"
         )
     if not splits["train"]:
-        raise DataError(f"{where} holds no {_readable(config)} file with text")
+        raise DataError(f"{where} holds no {_readable_suffixes(config)} file with text")
     roles = [(file, f"the {s} split") for s in SPLITS for file in splits.get(s, ())]
-    kept = once(where, roles, left_out)
+    kept = unique_files(where, roles, left_out)
     paths = {s: [file.path for file in splits[s] if file.relative in kept] for s in splits}
     return Listing({s: paths[s] for s in SPLITS if s in paths}, left_out, notes)
 
 
-def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
+def _find_text_folder(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
     """Return the innermost folder with all text; record in `left_out` what lies outside it."""
 
     def with_text(folder: Entry) -> list[Entry]:
         inside = [entry for entry in folder.inside or () if not entry.is_document]
-        named = [e for e in inside if any(split_of(file.name) for file in e.files())]
+        named = [e for e in inside if any(split_of(file.name) for file in e.iter_files())]
         return [entry for entry in inside if _text_files(config, entry, {})] or named
 
-    *around, inner = unwrapped(top, with_text, lambda entry: entry.inside is not None)
+    *around, inner = unwrap_folders(top, with_text, lambda entry: entry.inside is not None)
     for entry in (entry for folder in around for entry in folder.inside or ()):
         if entry.is_document:
             left_out[entry.relative] = DOCUMENT
@@ -178,9 +178,9 @@ def _unwrapped(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entr
 def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
     """Return the readable files of an entry; record in `left_out` why others are not read."""
     found = []
-    for file in entry.files():
+    for file in entry.iter_files():
         if file.suffix not in SUFFIXES[config.kind]:
-            left_out[file.relative] = f"not a {_readable(config)} file"
+            left_out[file.relative] = f"not a {_readable_suffixes(config)} file"
         elif file.size == 0 and not (file is entry and split_of(file.name)):
             left_out[file.relative] = "empty"
         else:
@@ -188,7 +188,7 @@ def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> l
     return found
 
 
-def _chosen(
+def _choose_files(
     config: DataConfig,
     named: list[Entry],
     files: dict[Entry, list[Entry]],
@@ -204,36 +204,39 @@ def _chosen(
     for entry in named:
         if entry.inside is not None:
             raise DataError(
-                f"data.path={config.path}: {entry.location} holds no {_readable(config)} file, "
+                f"data.path={config.path}: {entry.location} holds no {_readable_suffixes(config)} "
+                f"file, "
                 f"which data.kind={config.kind} reads"
             )
         left_out.pop(entry.relative, None)
     return named
 
 
-def _readable(config: DataConfig) -> str:
+def _readable_suffixes(config: DataConfig) -> str:
     return " or ".join(SUFFIXES[config.kind])
 
 
 def split_parts(
     config: DataConfig, root: Path, listing: Listing | None = None
-) -> dict[str, list[Part]]:
+) -> dict[str, list[FilePart]]:
     """Return the file parts of each split; a missing split is cut from the end of train."""
     found = (listing or read_listing(config, root)).splits
-    splits = {split: [_whole(config, path) for path in paths] for split, paths in found.items()}
+    splits = {
+        split: [_whole_file(config, path) for path in paths] for split, paths in found.items()
+    }
     missing = [split for split in ("valid", "test") if split not in splits]
     if missing:
         splits |= _hold_out(config, splits["train"], missing)
     return {split: splits[split] for split in SPLITS}
 
 
-def _whole(config: DataConfig, path: Path) -> Part:
+def _whole_file(config: DataConfig, path: Path) -> FilePart:
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
         instead = (
             "data.kind=images or another data.path"
             if suffix in PICTURES
-            else f"data.path to {_readable(config)} files"
+            else f"data.path to {_readable_suffixes(config)} files"
         )
         raise DataError(
             f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"
@@ -241,10 +244,12 @@ def _whole(config: DataConfig, path: Path) -> Part:
     size = path.stat().st_size
     if size == 0:
         raise DataError(f"data.path={config.path}: {path} is empty; it must hold text")
-    return Part(path, 0, size)
+    return FilePart(path, 0, size)
 
 
-def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict[str, list[Part]]:
+def _hold_out(
+    config: DataConfig, train: list[FilePart], missing: list[str]
+) -> dict[str, list[FilePart]]:
     """Cut the last `held_out` fraction off train and divide it equally among `missing` splits."""
     total = sum(part.end for part in train)
     kept = total * (1 - config.held_out)
@@ -252,7 +257,7 @@ def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict
     cuts = [0, *(round(kept + i * step) for i in range(len(missing))), total]
     splits = {}
     for split, start, end in zip(["train", *missing], cuts[:-1], cuts[1:], strict=True):
-        splits[split] = list(_between(train, start, end))
+        splits[split] = list(_parts_between(train, start, end))
         if not splits[split]:
             raise ConfigError(
                 f"data.held_out={config.held_out}: none of the {total} bytes at data.path="
@@ -261,14 +266,14 @@ def _hold_out(config: DataConfig, train: list[Part], missing: list[str]) -> dict
     return splits
 
 
-def _between(parts: list[Part], start: int, end: int) -> Iterator[Part]:
+def _parts_between(parts: list[FilePart], start: int, end: int) -> Iterator[FilePart]:
     """Yield the parts between two bytes of their concatenation, moved on to starts of lines."""
     offset = 0
     for part in parts:
         low, high = (min(max(0, cut - offset), part.end) for cut in (start, end))
         low, high = (_line_start(part.path, cut) if cut < part.end else cut for cut in (low, high))
         if low < high:
-            yield Part(part.path, low, high)
+            yield FilePart(part.path, low, high)
         offset += part.end
 
 
@@ -286,7 +291,7 @@ def _line_start(path: Path, cut: int) -> int:
     return cut + continuation
 
 
-def read_text(part: Part) -> Iterator[str]:
+def read_text(part: FilePart) -> Iterator[str]:
     """Yield the text of a part block by block, unchanged except for a leading byte order mark.
 
     Raises DataError, with the probable encoding, if it is not UTF-8 or contains NUL bytes.
@@ -311,13 +316,13 @@ def read_text(part: Part) -> Iterator[str]:
         at, byte = position - pending + error.start, error.object[error.start]
         raise DataError(
             f"{part.path} is not UTF-8 at byte {at} (0x{byte:02x}); convert it, "
-            f"e.g. {_likely(error.object, byte)}, or choose another data.path"
+            f"e.g. {_guess_encoding(error.object, byte)}, or choose another data.path"
         ) from error
     except OSError as error:
         raise DataError(f"data.path: {part.path} cannot be read: {error.strerror}") from error
 
 
-def _likely(block: bytes, first: int) -> str:
+def _guess_encoding(block: bytes, first: int) -> str:
     """Return a command that converts a text from its probable encoding to UTF-8."""
     letters = [byte for byte in block[:GUESSED_ON] if byte >= 0x80 or chr(byte).isalpha()]
     guess = None

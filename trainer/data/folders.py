@@ -87,12 +87,12 @@ class Entry:
         """Return whether this file documents the data rather than holding data, e.g. README.md."""
         return self.inside is None and self.name.partition(".")[0].lower() in DOCUMENTS
 
-    def files(self) -> Iterator["Entry"]:
+    def iter_files(self) -> Iterator["Entry"]:
         """Yield the file itself, or all files below the folder, sorted by name."""
         if self.inside is None:
             yield self
         for entry in self.inside or ():
-            yield from entry.files()
+            yield from entry.iter_files()
 
     def fingerprint(self) -> list[Any]:
         """Return values that change when the file, or the target of its link, does."""
@@ -108,18 +108,18 @@ class Listing:
     notes: list[str] = field(default_factory=list)
 
 
-def scan(root: Path) -> tuple[Entry, dict[str, str]]:
+def scan_folder(root: Path) -> tuple[Entry, dict[str, str]]:
     """Return a folder with all entries that may be data, and why each of the others is left out.
 
     Links are followed, except to one of the folders that they are in. Raises OSError.
     """
     left_out: dict[str, str] = {}
     real = os.path.realpath(root)
-    inside = _inside(str(root), "", real, False, {real}, left_out)
+    inside = _scan_inside(str(root), "", real, False, {real}, left_out)
     return Entry(str(root), "", real, False, inside=inside), left_out
 
 
-def _inside(
+def _scan_inside(
     folder: str, relative: str, real: str, linked: bool, above: set[str], left_out: dict[str, str]
 ) -> tuple[Entry, ...]:
     with os.scandir(folder) as found:
@@ -128,12 +128,12 @@ def _inside(
     for entry in inside:
         name = f"{relative}/{entry.name}" if relative else entry.name
         target = os.path.realpath(entry.path) if entry.is_symlink() else f"{real}/{entry.name}"
-        if why := foreign(entry.name) or _unreadable(entry, target, above):
+        if why := why_not_data(entry.name) or _why_unreadable(entry, target, above):
             left_out[name] = why
             continue
         reached = linked or entry.is_symlink()
         if entry.is_dir():
-            below = _inside(entry.path, name, target, reached, {*above, target}, left_out)
+            below = _scan_inside(entry.path, name, target, reached, {*above, target}, left_out)
             entries.append(Entry(entry.path, name, target, reached, inside=below))
         else:
             stat = entry.stat()
@@ -141,7 +141,7 @@ def _inside(
     return tuple(entries)
 
 
-def _unreadable(entry: "os.DirEntry[str]", real: str, above: set[str]) -> str:
+def _why_unreadable(entry: "os.DirEntry[str]", real: str, above: set[str]) -> str:
     """Return why the type of an entry excludes it; empty if it may be data."""
     if entry.is_symlink() and not Path(entry.path).exists():
         return "a broken link"
@@ -150,7 +150,7 @@ def _unreadable(entry: "os.DirEntry[str]", real: str, above: set[str]) -> str:
     return "" if entry.is_file() else "neither a file nor a folder"
 
 
-def foreign(name: str) -> str:
+def why_not_data(name: str) -> str:
     """Return why the name of an entry excludes it; empty if it may be data."""
     if name.startswith("."):
         return "hidden"
@@ -166,30 +166,30 @@ def split_of(name: str) -> str | None:
     x.train.txt, Training, val_2, TestSet; or a word between dots: wiki.train.tokens, data.val.
     """
     stem = name.rpartition(".")[0] or name
-    fields = {split for part in stem.split(".")[1:-1] for split in _spelled(part)}
+    fields = {split for part in stem.split(".")[1:-1] for split in _splits_of_word(part)}
     found = _at_the_ends(stem) or fields or _at_the_ends(name)
     return found.pop() if len(found) == 1 else None
 
 
 def _at_the_ends(stem: str) -> set[str]:
-    words = _words(stem)
-    return {split for word in (words[:1] + words[-1:]) for split in _spelled(word)}
+    words = _name_words(stem)
+    return {split for word in (words[:1] + words[-1:]) for split in _splits_of_word(word)}
 
 
-def _words(stem: str) -> list[str]:
+def _name_words(stem: str) -> list[str]:
     """Return the words of a name in lower case, without numbers and FILLERS."""
     letters = re.findall(r"[^\W\d_]+", stem)
     cased = (re.sub(r"(?<=[a-z])(?=[A-Z])", " ", word).lower().split() for word in letters)
     return [word for found in cased for word in found if word not in FILLERS]
 
 
-def _spelled(word: str) -> set[str]:
+def _splits_of_word(word: str) -> set[str]:
     """Return the splits that a word is a spelling of."""
     bare = JOINED.sub("", word.lower())
     return {split for split, known in SPELLINGS.items() if word.lower() in known or bare in known}
 
 
-def unwrapped(
+def unwrap_folders(
     top: Entry, held: Callable[[Entry], Sequence[Entry]], wraps: Callable[[Entry], bool]
 ) -> list[Entry]:
     """Return the folders from `top` to the one with the data, each the only entry of the last.
@@ -272,7 +272,7 @@ def _refuse_twins(where: str, names: Sequence[str]) -> None:
             )
 
 
-def once(
+def unique_files(
     where: str, files: Sequence[tuple[Entry, str]], left_out: dict[str, str], skip: bool = False
 ) -> set[str]:
     """Return the `relative` of the files to read, each once even if several links lead to it.

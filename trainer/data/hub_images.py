@@ -24,8 +24,8 @@ def write_archive(
     names: Sequence[str] | None,
     left_out: dict[str, str],
 ) -> None:
-    """Write all splits as one .npz; see `_arrays` for damaged pictures."""
-    arrays = _arrays(config, rows, left_out)
+    """Write all splits as one .npz; see `_image_arrays` for damaged pictures."""
+    arrays = _image_arrays(config, rows, left_out)
     if names:
         arrays["classes"] = np.array(names)
     np.savez(folder / ARCHIVE, allow_pickle=False, **arrays)
@@ -38,7 +38,9 @@ FORMAT = HubFormat(
 )
 
 
-def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[str, np.ndarray]:
+def _image_arrays(
+    config: DataConfig, splits: Rows, left_out: dict[str, str]
+) -> dict[str, np.ndarray]:
     """Return the images x and labels y of each split.
 
     Damaged images are counted in `left_out`, or raise DataError if data.on_bad_file=stop.
@@ -48,7 +50,9 @@ def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[
         read[split], damaged = [], []
         for number, (image, label) in enumerate(rows):
             try:
-                read[split].append((_pixels(config, f"image {number} of {split}", image), label))
+                read[split].append(
+                    (_cell_pixels(config, f"image {number} of {split}", image), label)
+                )
             except UserError as error:
                 damaged.append(str(error))
         if damaged and config.on_bad_file == "stop":
@@ -78,12 +82,12 @@ def _arrays(config: DataConfig, splits: Rows, left_out: dict[str, str]) -> dict[
     return arrays
 
 
-def _pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
+def _cell_pixels(config: DataConfig, name: str, image: Any) -> np.ndarray:
     """Return a cell as (H, W, C): uint8 of a picture, or numbers that archive.py checks."""
     if isinstance(image, dict):
         content = BytesIO(image["bytes"]) if image.get("bytes") else None
         name = name if content else str(image.get("path"))
-        with pictures.opened(name, f"data.path={config.path}", content) as picture:
+        with pictures.open_image(name, f"data.path={config.path}", content) as picture:
             return pictures.pixels_of(picture, 1 if pictures.is_grey(picture) else 3)
     try:
         numbers = np.asarray(image)

@@ -7,47 +7,48 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config.train import ConfigError, DataConfig, DataError
-from trainer.data.cache import Record, build, opened, prepared_folder
+from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder
 from trainer.data.files import name_of
-from trainer.data.folders import scan, split_of
+from trainer.data.folders import scan_folder, split_of
 from trainer.data.reader import HubFormat
 
 log = logging.getLogger(__name__)
 
 
-def export(config: DataConfig, format: HubFormat) -> Path:
+def export_dataset(config: DataConfig, format: HubFormat) -> Path:
     """Download and convert `hf:NAME` or `hf:NAME:SUBSET` if need be; return its file or folder."""
-    folder = located(config)
-    build(folder, lambda temporary: _write(config, format, temporary))
+    folder = converted_folder(config)
+    build_folder(folder, lambda temporary: _write_dataset(config, format, temporary))
     return folder / format.file
 
 
-def located(config: DataConfig) -> Path:
+def converted_folder(config: DataConfig) -> Path:
     """Return the cache folder of the converted data set."""
     local = Path(config.path.removeprefix("hf:"))
-    files = scan(local)[0].files() if local.is_dir() else ()
+    files = scan_folder(local)[0].iter_files() if local.is_dir() else ()
     fingerprints = [file.fingerprint() for file in files]
     settings = [config.path, config.fields, config.document_separator, config.on_bad_file]
     ingredients = [*settings, *fingerprints]
     return prepared_folder(config, f"hf-{name_of(config)}", ingredients)
 
 
-def unread(config: DataConfig) -> dict[str, str]:
+def left_out_rows(config: DataConfig) -> dict[str, str]:
     """Return the splits and rows that the conversion left out, and why."""
-    found: dict[str, str] = opened(located(config)).get("left_out", {})
+    found: dict[str, str] = load_prepared(converted_folder(config)).get("left_out", {})
     return found
 
 
-def exported(config: DataConfig, format: HubFormat) -> Path:
-    """Return the file or folder that `export` has made."""
-    return located(config) / format.file
+def exported_path(config: DataConfig, format: HubFormat) -> Path:
+    """Return the file or folder that `export_dataset` has made."""
+    return converted_folder(config) / format.file
 
 
-def _write(config: DataConfig, format: HubFormat, folder: Path) -> Record:
-    splits, left_out = _load(config)
-    columns = _columns(config, format, splits["train"])
+def _write_dataset(config: DataConfig, format: HubFormat, folder: Path) -> Record:
+    splits, left_out = _load_splits(config)
+    columns = _column_names(config, format, splits["train"])
     rows = {
-        split: _complete(config, format, split, found, columns) for split, found in splits.items()
+        split: _complete_rows(config, format, split, found, columns)
+        for split, found in splits.items()
     }
     for split, found in rows.items():
         if missing := len(splits[split]) - len(found):
@@ -58,7 +59,7 @@ def _write(config: DataConfig, format: HubFormat, folder: Path) -> Record:
     return {"left_out": left_out}
 
 
-def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
+def _load_splits(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the data set's splits as train, valid and test, and why others are not read."""
     if find_spec("datasets") is None:
         raise ConfigError(
@@ -83,7 +84,7 @@ def _load(config: DataConfig) -> tuple[dict[str, Any], dict[str, str]]:
     return splits, left_out
 
 
-def _columns(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str, ...]:
+def _column_names(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str, ...]:
     """Return the columns to read; a language of `translation` is `translation.LANGUAGE`."""
     names = _flat_names(rows)
     usual = [columns for columns in format.columns if set(columns) <= set(names)]
@@ -117,7 +118,7 @@ def _flat_names(rows: Any) -> list[str]:
     return [name for name in rows.column_names if name != "translation"] + within
 
 
-def _complete(
+def _complete_rows(
     config: DataConfig, format: HubFormat, split: str, rows: Any, columns: tuple[str, ...]
 ) -> list[tuple[Any, ...]]:
     """Return the cells of the columns of every row in which none of them is empty."""

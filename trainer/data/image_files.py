@@ -13,7 +13,15 @@ import numpy as np
 from trainer.config.train import DataConfig, DataError, UserError
 from trainer.data import pictures
 from trainer.data.cache import progress_bar
-from trainer.data.folders import BESIDE, Entry, Listing, once, split_of, splits_of, unwrapped
+from trainer.data.folders import (
+    BESIDE,
+    Entry,
+    Listing,
+    split_of,
+    splits_of,
+    unique_files,
+    unwrap_folders,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 Shape = tuple[int, int, int]  # H, W, C
@@ -22,7 +30,7 @@ SHOWN = 3  # files or folders named in a message
 
 
 @dataclass(frozen=True)
-class Table:
+class ImageTable:
     """The images of a split with their labels, in memory or as paths."""
 
     labels: np.ndarray  # (N,) int64
@@ -32,19 +40,20 @@ class Table:
     pixels: np.ndarray | None = None  # from an archive: (N, H, W, C) uint8
     paths: tuple[Path, ...] = ()  # from a folder
 
-    def image(self, row: int) -> np.ndarray:
+    def read_image(self, row: int) -> np.ndarray:
         """Return the pixels of a row (H, W, C) uint8; raises DataError if they have changed."""
         if self.pixels is not None:
             return np.asarray(self.pixels[row])
-        pixels = decoded(self.paths[row], self.shape[2])
+        pixels = decode_image(self.paths[row], self.shape[2])
         if pixels.shape != self.shape:
             raise DataError(
-                f"data.path: {self.paths[row]} was {_size(self.shape)} pixels when the run began "
-                f"and is {_size(pixels.shape)}; restore the old image"
+                f"data.path: {self.paths[row]} was {_format_size(self.shape)} pixels when the run "
+                f"began "
+                f"and is {_format_size(pixels.shape)}; restore the old image"
             )
         return pixels
 
-    def rows(self, order: np.ndarray) -> "Table":
+    def select_rows(self, order: np.ndarray) -> "ImageTable":
         """Return a table of these rows, in this order."""
         return replace(
             self,
@@ -55,18 +64,18 @@ class Table:
         )
 
 
-def _size(shape: Sequence[int]) -> str:
+def _format_size(shape: Sequence[int]) -> str:
     return f"{shape[1]} × {shape[0]}"
 
 
-def decoded(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
+def decode_image(path: Path, channels: int, key: str = "data.path") -> np.ndarray:
     """Return the pixels of a file (H, W, channels) uint8; raises DataError if it is damaged."""
-    with pictures.opened(path, key) as image:
+    with pictures.open_image(path, key) as image:
         return pictures.pixels_of(image, channels)
 
 
 @dataclass(frozen=True)
-class Gallery:
+class ImageFolder:
     """The picture files of each split with their classes, and the folders that hold them."""
 
     files: dict[str, list[tuple[Entry, str]]]
@@ -78,7 +87,7 @@ class Gallery:
         return tuple(sorted({name for _, name in self.files["train"]}))
 
 
-def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> Gallery:
+def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> ImageFolder:
     """List the pictures of train/<class>/*.png, ..., or of unsplit <class>/*.png.
 
     Raises DataError if there are none, or if the folders can be read in two ways.
@@ -86,7 +95,7 @@ def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> G
     where, notes = f"data.path={config.path}", list[str]()
     top, left_out = scanned[0], dict(scanned[1])
     # A folder with pictures directly in it is a class, even if it is the only one.
-    *around, inner = unwrapped(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
+    *around, inner = unwrap_folders(top, _with_pictures, lambda entry: bool(_with_pictures(entry)))
     if around:
         notes.append(f"all of it is in {inner.relative}/")
     for folder in (*around, inner):
@@ -94,12 +103,12 @@ def list_gallery(config: DataConfig, scanned: tuple[Entry, dict[str, str]]) -> G
     named = _split_folders(where, inner, left_out)
     files = {}
     for split, folders in named.items():
-        files[split] = [p for folder in folders for p in _of_classes(where, folder, left_out)]
+        files[split] = [p for folder in folders for p in _list_classes(where, folder, left_out)]
     roles = [(p, f"class {name} of the {s} split") for s in files for p, name in files[s]]
-    kept = once(where, roles, left_out, skip=config.on_bad_file == "skip")
+    kept = unique_files(where, roles, left_out, skip=config.on_bad_file == "skip")
     files = {s: [found for found in files[s] if found[0].relative in kept] for s in files}
     read_from = {split: [folder.path for folder in named[split]] for split in named}
-    gallery = Gallery(files, Listing(read_from, left_out, notes))
+    gallery = ImageFolder(files, Listing(read_from, left_out, notes))
     _same_classes(where, gallery)
     return gallery
 
@@ -111,7 +120,7 @@ def _split_folders(where: str, inner: Entry, left_out: dict[str, str]) -> dict[s
     named, others = splits_of(where, tops, nested.__contains__)
     if not named:  # all are classes
         if nested:
-            raise _nested(where, next(entry for entry in tops if entry in nested))
+            raise _nested_error(where, next(entry for entry in tops if entry in nested))
         _refuse_flat_splits(where, tops)
         named, others = {"train": [inner]} if tops else {}, []
     for name in list(left_out) if nested else []:
@@ -144,7 +153,7 @@ def _refuse_flat_splits(where: str, classes: list[Entry]) -> None:
 
 
 def _holds_pictures(entry: Entry) -> bool:
-    return any(file.suffix in SUFFIXES for file in entry.files())
+    return any(file.suffix in SUFFIXES for file in entry.iter_files())
 
 
 def _with_pictures(folder: Entry) -> list[Entry]:
@@ -162,13 +171,13 @@ def _leave_out(folder: Entry, left_out: dict[str, str]) -> None:
             left_out[entry.relative] = EMPTY
 
 
-def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
+def _list_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tuple[Entry, str]]:
     """Return the pictures of all class folders in a folder, each with its class name."""
     found = []
     _leave_out(folder, left_out)
     for entry in _with_pictures(folder):
         if _with_pictures(entry):
-            raise _nested(where, entry)
+            raise _nested_error(where, entry)
         for file in (inside for inside in entry.inside or () if inside.inside is None):
             if file.suffix in SUFFIXES:
                 found.append((file, entry.name))
@@ -179,7 +188,7 @@ def _of_classes(where: str, folder: Entry, left_out: dict[str, str]) -> list[tup
     return found
 
 
-def _nested(where: str, entry: Entry) -> DataError:
+def _nested_error(where: str, entry: Entry) -> DataError:
     inside = ", ".join(folder.name for folder in _with_pictures(entry)[:SHOWN])
     return DataError(
         f"{where}: {entry.relative} is read as a class, but it holds folders with pictures "
@@ -188,7 +197,7 @@ def _nested(where: str, entry: Entry) -> DataError:
     )
 
 
-def _same_classes(where: str, gallery: Gallery) -> None:
+def _same_classes(where: str, gallery: ImageFolder) -> None:
     known = gallery.class_names
     for split, files in gallery.files.items():
         if other := sorted({name for _, name in files} - set(known)):
@@ -199,7 +208,7 @@ def _same_classes(where: str, gallery: Gallery) -> None:
 
 
 @dataclass(frozen=True)
-class Checked:
+class CheckedImages:
     """The result of decoding every picture once."""
 
     shape: Shape
@@ -207,7 +216,7 @@ class Checked:
     notes: list[str] = field(default_factory=list)
 
 
-def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Checked:
+def check_gallery(config: DataConfig, gallery: ImageFolder, progress: bool) -> CheckedImages:
     """Decode every picture once on all cores.
 
     Raises DataError if they are not all of one square size, or if one is damaged and
@@ -220,14 +229,14 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
         ThreadPoolExecutor(cpu_count()) as pool,
     ):
         looks = []
-        for look in pool.map(_look, paths):
+        for look in pool.map(_check_image, paths):
             looks.append(look)
             advance(1)
     both = list(zip(found, looks, strict=True))
     good = [(entry.path, look) for entry, look in both if not look.problem]
     damaged = {entry.relative: look.problem for entry, look in both if look.problem}
     if damaged and config.on_bad_file == "stop":
-        raise _damaged(damaged)
+        raise _damaged_error(damaged)
     if not good:
         raise DataError(f"data.path={config.path}: no picture of {len(paths)} can be read")
     notes = []
@@ -237,12 +246,12 @@ def check_gallery(config: DataConfig, gallery: Gallery, progress: bool) -> Check
         left = {name for entry, name in files if entry.relative not in damaged}
         lost = sorted({name for _, name in files} - left)
         notes += [f"every picture of class {name} in the {split} split is damaged" for name in lost]
-    return Checked(
+    return CheckedImages(
         _common_shape(good), {name: f"damaged: {why}" for name, why in damaged.items()}, notes
     )
 
 
-def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
+def _common_shape(good: list[tuple[Path, "_ImageCheck"]]) -> Shape:
     """Return the shape of all pictures; raises DataError naming one that differs."""
     sizes = Counter(look.size for _, look in good)
     (width, height), _ = sizes.most_common(1)[0]
@@ -260,24 +269,24 @@ def _common_shape(good: list[tuple[Path, "_Look"]]) -> Shape:
 
 
 @dataclass(frozen=True)
-class _Look:
+class _ImageCheck:
     size: tuple[int, int] = (0, 0)
     grey: bool = False
     animated: bool = False
     problem: str = ""
 
 
-def _look(path: Path) -> _Look:
+def _check_image(path: Path) -> _ImageCheck:
     try:
-        with pictures.opened(path) as image:
+        with pictures.open_image(path) as image:
             grey, animated = pictures.is_grey(image), pictures.is_animated(image)
             pixels = pictures.pixels_of(image, 1 if grey else 3)
     except UserError as error:
-        return _Look(problem=str(error).partition("read as an image: ")[2] or str(error))
-    return _Look((pixels.shape[1], pixels.shape[0]), grey, animated)
+        return _ImageCheck(problem=str(error).partition("read as an image: ")[2] or str(error))
+    return _ImageCheck((pixels.shape[1], pixels.shape[0]), grey, animated)
 
 
-def _damaged(damaged: dict[str, str]) -> DataError:
+def _damaged_error(damaged: dict[str, str]) -> DataError:
     shown = "; ".join(f"{name} ({why})" for name, why in list(damaged.items())[:SHOWN])
     more = f"; and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
     return DataError(
@@ -286,7 +295,7 @@ def _damaged(damaged: dict[str, str]) -> DataError:
     )
 
 
-def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[str, Table]:
+def tables_of(gallery: ImageFolder, shape: Shape, damaged: dict[str, str]) -> dict[str, ImageTable]:
     """Return a table of each split's undamaged pictures."""
     names, tables = gallery.class_names, {}
     numbers = {name: number for number, name in enumerate(names)}
@@ -297,7 +306,7 @@ def tables_of(gallery: Gallery, shape: Shape, damaged: dict[str, str]) -> dict[s
             blake2b(entry.relative.encode("utf-8", "surrogateescape"), digest_size=8).digest()
             for entry, _ in kept
         ]
-        tables[split] = Table(
+        tables[split] = ImageTable(
             labels=np.array([numbers[label] for _, label in kept], np.int64),
             order=np.array(sorted(range(len(kept)), key=hashes.__getitem__), np.int64),
             class_names=names,

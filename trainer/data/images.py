@@ -12,24 +12,32 @@ import numpy as np
 from trainer.config.train import ConfigError, DataConfig
 from trainer.data import hub_images
 from trainer.data.archive import read_archive
-from trainer.data.cache import Record, build, opened, prepared_folder
+from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.files import Part, name_of
-from trainer.data.folders import SPLITS, Entry, scan
-from trainer.data.image_files import Checked, Table, check_gallery, list_gallery, tables_of
+from trainer.data.files import FilePart, name_of
+from trainer.data.folders import SPLITS, Entry, scan_folder
+from trainer.data.image_files import (
+    CheckedImages,
+    ImageTable,
+    check_gallery,
+    list_gallery,
+    tables_of,
+)
 from trainer.data.reader import DataReader
 from trainer.data.record import read_record
-from trainer.data.sampler import mixed
+from trainer.data.sampler import hash_to_seed
 
 STATISTICS = 10_000  # training images used for mean and standard deviation
 
 
-def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
+def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Check all images and compute train's statistics, unless already done; raises UserError."""
-    scanned = _scanned(root)
-    folder = _folder(config, root, scanned)
-    record = build(folder, lambda temporary: _measure(config, root, scanned, progress))
-    known = _known(config, record)
+    scanned = _scan_root(root)
+    folder = _images_folder(config, root, scanned)
+    record = build_folder(
+        folder, lambda temporary: _measure_images(config, root, scanned, progress)
+    )
+    known = _with_processor(config, record)
     splits = {
         split: SplitFacts(sources=tuple(entry["sources"]), samples=entry["samples"])
         for split, entry in record["splits"].items()
@@ -49,15 +57,15 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     """Return a split: an archive's images are in memory, a folder's are decoded on access."""
-    scanned = _scanned(root)
-    record = opened(_folder(config, root, scanned))
-    table = _read(config, root, scanned, record).tables[split]
-    known = _known(config, record)
+    scanned = _scan_root(root)
+    record = load_prepared(_images_folder(config, root, scanned))
+    table = _read_tables(config, root, scanned, record).tables[split]
+    known = _with_processor(config, record)
     rows = np.array([known["class_names"].index(name) for name in table.class_names])
     return Images(replace(table, labels=rows[table.labels]), known, config.augment)
 
 
-def _known(config: DataConfig, record: Record) -> Record:
+def _with_processor(config: DataConfig, record: Record) -> Record:
     """Return the record with the classes and statistics of data.processor, if it is set."""
     if not config.processor:
         return record
@@ -87,7 +95,7 @@ def _known(config: DataConfig, record: Record) -> Record:
 class Images(Dataset):
     """A split of labelled square images; training shifts and mirrors each at random."""
 
-    def __init__(self, table: Table, record: Record, augment: bool):
+    def __init__(self, table: ImageTable, record: Record, augment: bool):
         self._table = table
         self._augment = augment
         self._mean, self._std = record["mean"], record["std"]
@@ -99,21 +107,21 @@ class Images(Dataset):
 
     def sample(self, index: int, seed: int | None) -> Sample:
         """Return images (C, H, W) uint8 and targets () int64."""
-        image_HWC = self._table.image(index)
+        image_HWC = self._table.read_image(index)
         if seed is not None and self._augment:
-            image_HWC = _moved(image_HWC, mixed(seed, index), self._reach)
+            image_HWC = _augment_image(image_HWC, hash_to_seed(seed, index), self._reach)
         return {"images": image_HWC.transpose(2, 0, 1), "targets": self._table.labels[index]}
 
     def collate(self, samples: Sequence[Sample]) -> Sample:
         """Return images (B, C, H, W) float32, standardized by train's statistics; targets (B,)."""
         images_BCHW = np.stack([sample["images"] for sample in samples])
         return {
-            "images": standardized(images_BCHW, self._mean, self._std),
+            "images": standardize_images(images_BCHW, self._mean, self._std),
             "targets": np.stack([sample["targets"] for sample in samples]),
         }
 
 
-def standardized(
+def standardize_images(
     images_BCHW: np.ndarray, mean: Sequence[float], std: Sequence[float]
 ) -> np.ndarray:
     """Return uint8 pixels as float32, standardized by mean and deviation per channel (C,)."""
@@ -121,7 +129,7 @@ def standardized(
     return np.asarray((images_BCHW.astype(np.float32) / 255 - mean_C11) / std_C11)
 
 
-def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
+def _augment_image(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
     """Return the image mirrored or not, shifted by up to ±`reach` pixels, padded with zeros.
 
     `bits` are random and choose the mirroring and the shift.
@@ -134,57 +142,58 @@ def _moved(image_HWC: np.ndarray, bits: int, reach: int) -> np.ndarray:
     return padded[down : down + height, right : right + width]
 
 
-Scanned = tuple[Entry, dict[str, str]] | None  # result of `scan` for a folder; None = an archive
+# result of `scan_folder` for a folder; None = an archive
+Scanned = tuple[Entry, dict[str, str]] | None
 
 
-def _scanned(root: Path) -> Scanned:
-    return None if root.is_file() else scan(root)
+def _scan_root(root: Path) -> Scanned:
+    return None if root.is_file() else scan_folder(root)
 
 
-def _folder(config: DataConfig, root: Path, scanned: Scanned) -> Path:
+def _images_folder(config: DataConfig, root: Path, scanned: Scanned) -> Path:
     fingerprints = (
-        [Part(root, 0, 0).fingerprint()]
+        [FilePart(root, 0, 0).file_fingerprint()]
         if scanned is None
-        else [file.fingerprint() for file in scanned[0].files()]
+        else [file.fingerprint() for file in scanned[0].iter_files()]
     )
     ingredients = [*fingerprints, config.held_out, config.on_bad_file]
     return prepared_folder(config, name_of(config), ingredients)
 
 
 @dataclass(frozen=True)
-class _Found:
-    tables: dict[str, Table]
+class _FoundTables:
+    tables: dict[str, ImageTable]
     sources: dict[str, tuple[str, ...]]
     left_out: dict[str, str]
     notes: list[str]
 
 
-def _read(
+def _read_tables(
     config: DataConfig,
     root: Path,
     scanned: Scanned,
     record: Record | None = None,
     progress: bool = False,
-) -> _Found:
+) -> _FoundTables:
     """Return the tables of all splits; a missing one is cut from train.
 
     `record` is that of files checked before; None = check them now.
     """
     if scanned is None:
         archive = read_archive(config, root)
-        found = _Found(archive.tables, dict(archive.sources), archive.left_out, [])
+        found = _FoundTables(archive.tables, dict(archive.sources), archive.left_out, [])
     else:
         gallery = list_gallery(config, scanned)
         checked = (
             check_gallery(config, gallery, progress)
             if record is None
-            else Checked(tuple(record["shape"]), record["damaged"])
+            else CheckedImages(tuple(record["shape"]), record["damaged"])
         )
         sources = {
             split: tuple(f"{folder.relative_to(root)}/" for folder in folders)
             for split, folders in gallery.listing.splits.items()
         }
-        found = _Found(
+        found = _FoundTables(
             tables_of(gallery, checked.shape, checked.damaged),
             sources,
             gallery.listing.left_out | checked.damaged,
@@ -194,7 +203,7 @@ def _read(
     return replace(found, tables={split: found.tables[split] for split in SPLITS})
 
 
-def _hold_out(config: DataConfig, found: _Found) -> None:
+def _hold_out(config: DataConfig, found: _FoundTables) -> None:
     """Cut the missing splits from the end of train, in the order of its table."""
     tables = found.tables
     missing = [split for split in ("valid", "test") if split not in tables]
@@ -206,19 +215,19 @@ def _hold_out(config: DataConfig, found: _Found) -> None:
             f"train, {', '.join(missing)}; change data.held_out or give more images"
         )
     for split in missing:
-        tables[split] = train.rows(train.order[-count:])
-        train = tables["train"] = train.rows(train.order[:-count])
+        tables[split] = train.select_rows(train.order[-count:])
+        train = tables["train"] = train.select_rows(train.order[:-count])
         found.sources[split] = (f"{count:,} images of train",)
 
 
-def _measure(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -> Record:
-    found = _read(config, root, scanned, None, progress)
+def _measure_images(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -> Record:
+    found = _read_tables(config, root, scanned, None, progress)
     train = found.tables["train"]
     count = len(train.labels)
     rows = np.linspace(0, count - 1, min(count, STATISTICS)).astype(int)
     pixels, total_C, square_C = 0, np.zeros(train.shape[2]), np.zeros(train.shape[2])
     for row in rows:
-        image_PC = train.image(row).reshape(-1, train.shape[2]) / 255
+        image_PC = train.read_image(row).reshape(-1, train.shape[2]) / 255
         pixels += len(image_PC)
         total_C, square_C = total_C + image_PC.sum(0), square_C + (image_PC**2).sum(0)
     mean_C = total_C / pixels
@@ -244,4 +253,6 @@ def find_problems(config: DataConfig) -> list[str]:
     return []
 
 
-READER = DataReader("images", ("encoder",), prepare, open_split, find_problems, hub_images.FORMAT)
+READER = DataReader(
+    "images", ("encoder",), prepare_splits, open_split, find_problems, hub_images.FORMAT
+)

@@ -10,7 +10,7 @@ import torch
 
 from trainer.config.loss import IGNORED
 from trainer.data.dataset import Dataset, Sample
-from trainer.data.sampler import Order, mixed, permutation, positions
+from trainer.data.sampler import SampleOrder, epoch_permutation, hash_to_seed, order_positions
 
 Batch = dict[str, torch.Tensor]
 EVALUATION_SEED = 2026  # fixed: runs to compare are evaluated on the same samples
@@ -23,8 +23,8 @@ class TrainLoader:
     a position depends on the seed alone, so the data state is the number of samples consumed:
     `first_sample` before `first_step` (None = batch_size per step). Besides the data a micro-batch
     has `seeds` (B,) int64, the dropout seed of each sample. `left_out` and `repeated` count
-    samples, as in `positions`; `order_batch_size` is the batch size by which samples were grouped
-    by length when the run started (0 = batch_size).
+    samples, as in `order_positions`; `order_batch_size` is the batch size by which samples were
+    grouped by length when the run started (0 = batch_size).
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TrainLoader:
         self._closed = threading.Event()
         self._error: Exception | None = None
         self._thread = threading.Thread(
-            target=self._fill, args=(first_step,), name="data", daemon=True
+            target=self._fill_queue, args=(first_step,), name="data", daemon=True
         )
         self._thread.start()
 
@@ -84,22 +84,24 @@ class TrainLoader:
         """Return the indices of the samples that a data rank trains on at `step` (from 0)."""
         order = self._new_order()  # self._order belongs to the thread
         local_batch = slice(data_rank * self._share, (data_rank + 1) * self._share)
-        return [order(position)[1] for position in self.positions(step)[local_batch]]
+        return [order(position)[1] for position in self.sample_positions(step)[local_batch]]
 
-    def positions(self, step: int) -> list[int]:
+    def sample_positions(self, step: int) -> list[int]:
         """Return the positions in the order of the global batch of `step` (from 0)."""
         first = self._first_sample + (step - self.first_step) * self._batch_size
-        return positions(first, self._batch_size, self._left_out, self._repeated)
+        return order_positions(first, self._batch_size, self._left_out, self._repeated)
 
-    def _new_order(self) -> Order:
+    def _new_order(self) -> SampleOrder:
         dataset = self._dataset
-        return Order(self._seed, len(dataset), dataset.lengths(), self._order_batch_size)
+        return SampleOrder(
+            self._seed, len(dataset), dataset.sample_lengths(), self._order_batch_size
+        )
 
-    def _fill(self, step: int) -> None:
+    def _fill_queue(self, step: int) -> None:
         item: list[Batch] | Exception
         while not self._closed.is_set() and self._error is None:
             try:
-                item = self._step(step)
+                item = self._load_step(step)
             except Exception as error:  # raised again in the consumer
                 item = error
             while not self._closed.is_set():
@@ -112,24 +114,24 @@ class TrainLoader:
                 return
             step += 1
 
-    def _step(self, step: int) -> list[Batch]:
-        local = self.positions(step)[self._rank * self._share :][: self._share]
-        samples = sorted(map(self._draw, local), key=_size)
+    def _load_step(self, step: int) -> list[Batch]:
+        local = self.sample_positions(step)[self._rank * self._share :][: self._share]
+        samples = sorted(map(self._load_sample, local), key=_padded_size)
         size = self._micro_batch_size
         return [self._micro_batch(samples[i : i + size]) for i in range(0, len(samples), size)]
 
-    def _draw(self, position: int) -> tuple[Sample, int]:
+    def _load_sample(self, position: int) -> tuple[Sample, int]:
         epoch, index = self._order(position)
-        sample = self._dataset.sample(index, mixed(self._seed, epoch))
-        return sample, mixed(self._seed, 0, position)
+        sample = self._dataset.sample(index, hash_to_seed(self._seed, epoch))
+        return sample, hash_to_seed(self._seed, 0, position)
 
     def _micro_batch(self, drawn: Sequence[tuple[Sample, int]]) -> Batch:
         batch = self._dataset.collate([sample for sample, _ in drawn])
         batch["seeds"] = np.array([seed for _, seed in drawn], np.int64)
-        return _tensors(batch, self._pin_memory)
+        return _to_tensors(batch, self._pin_memory)
 
 
-def _size(drawn: tuple[Sample, int]) -> int:
+def _padded_size(drawn: tuple[Sample, int]) -> int:
     """Return the size to sort by: micro-batches of similar lengths have less padding.
 
     The order within a step does not change the loss, which is a sum.
@@ -145,16 +147,16 @@ def evaluation_batches(
     samples: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Yield this rank's micro-batches of the `evaluated` samples of a split, unaugmented.
+    """Yield this rank's micro-batches of the `evaluated_samples` samples of a split, unaugmented.
 
     All ranks get equally many micro-batches of equally many samples, since sharded models
     communicate in every forward. The difference is padded with fillers, samples whose targets are
     all ignored and whose `index` is -1.
     """
-    chosen = evaluated(len(dataset), samples)
+    chosen = evaluated_samples(len(dataset), samples)
     count = len(chosen)
     size = min(micro_batch_size, -(-count // data_degree))
-    for first in range(data_rank * size, _rounded(count, size * data_degree), size * data_degree):
+    for first in range(data_rank * size, _round_up(count, size * data_degree), size * data_degree):
         position_B = np.arange(first, first + size)
         filler_B = position_B >= count
         # A filler repeats the last sample, so that it adds no longer sequence.
@@ -162,10 +164,10 @@ def evaluation_batches(
         batch = dataset.collate([dataset.sample(int(i), None) for i in index_B])
         batch["targets"][filler_B] = IGNORED
         batch["index"] = np.where(filler_B, -1, index_B)
-        yield _tensors(batch, pin_memory)
+        yield _to_tensors(batch, pin_memory)
 
 
-def evaluated(size: int, samples: int) -> np.ndarray:
+def evaluated_samples(size: int, samples: int) -> np.ndarray:
     """Return the sorted indices of the samples of a split to evaluate (≤ samples,); 0 = all.
 
     They are a pseudo-random subset, since splits are often sorted, but identical in every run and
@@ -173,13 +175,13 @@ def evaluated(size: int, samples: int) -> np.ndarray:
     """
     if not 0 < samples < size:
         return np.arange(size)
-    return np.sort(permutation(EVALUATION_SEED, 0, size)[:samples])
+    return np.sort(epoch_permutation(EVALUATION_SEED, 0, size)[:samples])
 
 
-def _rounded(count: int, multiple: int) -> int:
+def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def _tensors(batch: Sample, pin_memory: bool) -> Batch:
+def _to_tensors(batch: Sample, pin_memory: bool) -> Batch:
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
     return {k: t.pin_memory() for k, t in tensors.items()} if pin_memory else tensors

@@ -12,15 +12,14 @@ import numpy as np
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError
-from trainer.data.cache import Record, opened, progress_bar
+from trainer.data.cache import Record, load_prepared, progress_bar
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.files import Part, read_text, split_parts
+from trainer.data.files import FilePart, read_text, split_parts
 from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
-    describe,
-    encoded,
+    encode_texts,
     find_tokenizer,
     open_tokenizer,
     prepare_tokens,
@@ -28,6 +27,7 @@ from trainer.data.tokenized import (
     size_of,
     source_name,
     token_dtype,
+    tokenizer_record,
     tokens_folder,
 )
 from trainer.data.tokenizer import Tokenizer
@@ -36,38 +36,38 @@ LINES = 4096  # lines per batch of the tokenizer
 COLUMNS = ("source", "target")
 
 
-def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
+def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Tokenise the splits into `data.cache`, unless already done; raises UserError."""
 
-    def texts(part: Part) -> Iterator[str]:
+    def iter_texts(part: FilePart) -> Iterator[str]:
         return (side for pair in read_pairs(part) for side in pair)
 
-    def write(parts: Parts, folder: Path) -> Record:
-        return _write(config, parts, folder, progress)
+    def write_folder(parts: Parts, folder: Path) -> Record:
+        return _write_splits(config, parts, folder, progress)
 
-    found = prepare_tokens(config, root, texts, write, progress)
+    found = prepare_tokens(config, root, iter_texts, write_folder, progress)
     splits, notes = {}, _header_notes(found.parts)
     longer = f"longer than data.seq_len={config.seq_len}"
     for split, entry in found.record["splits"].items():
-        spans = _spans(found.folder, split)
-        too_long = int((_lengths(spans) > config.seq_len).any(axis=1).sum())
+        spans = _load_spans(found.folder, split)
+        too_long = int((_pair_lengths(spans) > config.seq_len).any(axis=1).sum())
         if too_long and split != "train":
             notes.append(f"{too_long} pairs of the {split} split are {longer} and cut")
         splits[split] = SplitFacts(
             sources=tuple(source_name(part, root) for part in found.parts[split]),
-            samples=len(_kept(spans, split, config.seq_len)),
+            samples=len(_rows_that_fit(spans, split, config.seq_len)),
             tokens=int(spans[-1, :2].sum()),
             characters=entry["characters"],
             lost=entry["lost"],
             left_out={longer: too_long} if too_long and split == "train" else {},
         )
     if splits["train"].samples == 0:
-        longest = _lengths(_spans(found.folder, "train"))
+        longest = _pair_lengths(_load_spans(found.folder, "train"))
         raise ConfigError(
             f"data.seq_len={config.seq_len}: every pair of the train split is longer; set "
             f"data.seq_len={int(longest.max())} to keep them all"
         )
-    return found.facts(splits, notes)
+    return found.data_facts(splits, notes)
 
 
 # Words of a header line; a word of two letters counts as a language code.
@@ -113,7 +113,7 @@ def _header_notes(parts: Parts) -> list[str]:
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
     """Return a prepared split."""
     folder = tokens_folder(config, split_parts(config, root))
-    return Pairs(folder, opened(folder), split, config.seq_len)
+    return Pairs(folder, load_prepared(folder), split, config.seq_len)
 
 
 class Pairs(Dataset):
@@ -124,14 +124,14 @@ class Pairs(Dataset):
         self._seq_len = seq_len
         self.lost = record["splits"][split]["lost"]
         self._text = folder / f"{split}.tsv"
-        self._spans = _spans(folder, split)
+        self._spans = _load_spans(folder, split)
         self._ids = [
             TokenFile(
                 folder / f"{split}.{column}.bin", record["dtype"], int(count), record["vocab_size"]
             )
             for column, count in zip(COLUMNS, self._spans[-1], strict=False)
         ]
-        self._kept = _kept(self._spans, split, seq_len)
+        self._kept = _rows_that_fit(self._spans, split, seq_len)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -151,26 +151,26 @@ class Pairs(Dataset):
     def collate(self, samples: Sequence[Sample]) -> Sample:
         """Return source (B, T), tokens and targets (B, S) int64; source_valid (B, T) if padded."""
         fill = {"source": self._pad_id, "tokens": self._pad_id, "targets": IGNORED}
-        batch = {key: _padded([s[key] for s in samples], value) for key, value in fill.items()}
+        batch = {key: _pad_rows([s[key] for s in samples], value) for key, value in fill.items()}
         lengths_B = np.array([len(sample["source"]) for sample in samples])
         valid_BT = np.arange(batch["source"].shape[1]) < lengths_B[:, None]
         if not valid_BT.all():
             batch["source_valid"] = valid_BT
         return batch
 
-    def lengths(self) -> np.ndarray:
+    def sample_lengths(self) -> np.ndarray:
         """Return the tokens of source and target together (len,)."""
         return np.diff(self._spans[:, :2].astype(np.int64), axis=0).sum(axis=1)[self._kept]
 
-    def reference(self, index: int) -> str:
+    def target_text(self, index: int) -> str:
         """Return the target text."""
-        return self._line(index)[1]
+        return self._read_line(index)[1]
 
     def source_text(self, index: int) -> str:
         """Return the text to translate."""
-        return self._line(index)[0]
+        return self._read_line(index)[0]
 
-    def _line(self, index: int) -> list[str]:
+    def _read_line(self, index: int) -> list[str]:
         row = self._kept[index]
         start, end = self._spans[row : row + 2, 2].astype(int)
         with self._text.open("rb") as file:
@@ -181,32 +181,32 @@ class Pairs(Dataset):
         return sides
 
 
-def _padded(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+def _pad_rows(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
     padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = row
     return padded
 
 
-def _spans(folder: Path, split: str) -> np.ndarray:
+def _load_spans(folder: Path, split: str) -> np.ndarray:
     """Return the starts of source ids, target ids and text bytes (pairs + 1, 3) int64."""
     spans: np.ndarray = np.load(folder / f"{split}.npy")
     return spans
 
 
-def _kept(spans: np.ndarray, split: str, seq_len: int) -> np.ndarray:
+def _rows_that_fit(spans: np.ndarray, split: str, seq_len: int) -> np.ndarray:
     """Return the rows of the pairs in use: those within `seq_len` in train, else all."""
     if split != "train":
         return np.arange(len(spans) - 1)
-    return np.flatnonzero((_lengths(spans) <= seq_len).all(axis=1))
+    return np.flatnonzero((_pair_lengths(spans) <= seq_len).all(axis=1))
 
 
-def _lengths(spans: np.ndarray) -> np.ndarray:
+def _pair_lengths(spans: np.ndarray) -> np.ndarray:
     """Return the tokens of source and target (pairs, 2), the EOS of the target included."""
     return np.diff(spans[:, :2], axis=0) + np.array([0, 1])
 
 
-def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+def _write_splits(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
     tokenizer = Tokenizer.load(find_tokenizer(config, parts))
     total = sum(map(size_of, parts.values()))
     splits = {}
@@ -216,7 +216,7 @@ def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Re
             splits[split] = _write_split(tokenizer, found, folder, split, advance)
             if splits[split]["pairs"] == 0:
                 raise DataError(f"data.path={config.path}: the {split} split holds no pairs")
-    return describe(tokenizer) | {"splits": splits}
+    return tokenizer_record(tokenizer) | {"splits": splits}
 
 
 def _write_split(
@@ -236,7 +236,7 @@ def _write_split(
         lengths = []
         for column, file in enumerate(files[:2]):
             texts = [pair[column] for pair in batch]
-            ids, lost_in_batch = encoded(tokenizer, texts)
+            ids, lost_in_batch = encode_texts(tokenizer, texts)
             rare.update(rare_characters(texts))
             lost, characters = lost + lost_in_batch, characters + sum(map(len, texts))
             # Attention needs one token, even if the tokenizer has none for the sentence.
@@ -257,9 +257,9 @@ def _write_split(
     return counts | {"characters": characters, "lost": lost, "rare": rare}
 
 
-def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
+def read_pairs(part: FilePart) -> Iterator[tuple[str, str]]:
     """Yield the (source, target) of each line; raises DataError naming a malformed line."""
-    for number, line in enumerate(_lines(part)):
+    for number, line in enumerate(_read_lines(part)):
         sides = [side.strip() for side in line.split("\t")]
         if len(sides) == 2 and all(sides):
             yield sides[0], sides[1]
@@ -271,7 +271,7 @@ def read_pairs(part: Part) -> Iterator[tuple[str, str]]:
         )
 
 
-def _lines(part: Part) -> Iterator[str]:
+def _read_lines(part: FilePart) -> Iterator[str]:
     rest = ""
     for block in read_text(part):
         *lines, rest = (rest + block).split("\n")
@@ -280,7 +280,7 @@ def _lines(part: Part) -> Iterator[str]:
         yield rest
 
 
-def _lines_before(part: Part) -> int:
+def _lines_before(part: FilePart) -> int:
     with part.path.open("rb") as file:
         return file.read(part.start).count(b"\n")
 
@@ -306,7 +306,7 @@ def write_rows(
 READER = DataReader(
     "pairs",
     ("encoder_decoder",),
-    prepare,
+    prepare_splits,
     open_split,
     find_problems,
     HubFormat(

@@ -23,7 +23,7 @@ BACKGROUND = (255, 255, 255)  # composited under transparent pixels
 
 
 @contextmanager
-def opened(
+def open_image(
     path: str | Path, key: str = "data.path", content: IO[bytes] | None = None
 ) -> Iterator[Image.Image]:
     """Open a picture without reading its pixels; raises DataError naming it if that fails.
@@ -41,7 +41,7 @@ def opened(
             most = Image.MAX_IMAGE_PIXELS or 0
             # Pillow only warns up to twice the limit, and threads share the warning filters.
             if 0 < most < image.size[0] * image.size[1]:
-                raise ValueError(f"{_by(image.size)} pixels are more than {most:,}")
+                raise ValueError(f"{_format_size(image.size)} pixels are more than {most:,}")
             yield image
     except UserError:
         raise
@@ -78,7 +78,7 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _by(size: tuple[int, int]) -> str:
+def _format_size(size: tuple[int, int]) -> str:
     return f"{size[0]} × {size[1]}"
 
 
@@ -94,7 +94,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     """Return the picture in a mode of 8 bits per channel, with EXIF and transparent colour."""
     stored, clear = _stored_as(image), image.info.get("transparency")
     if image.mode in SIXTEEN_BIT or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        return _scaled(image, 4095 if stored == "I;12" else 65535, clear)
+        return _scale_to_8_bits(image, 4095 if stored == "I;12" else 65535, clear)
     kinds = getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, 1)
     if image.mode not in ("1", "L", "LA", "La", *CONVERTED) or set(np.ravel(kinds)) - {1, 4}:
         raise ValueError(
@@ -109,7 +109,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
-def _scaled(image: Image.Image, top: int, clear: object) -> Image.Image:
+def _scale_to_8_bits(image: Image.Image, top: int, clear: object) -> Image.Image:
     """Scale values from 0 to `top` to 8 bits; those equal to `clear` become white."""
     orientation, tags = Image.Exif(), getattr(image, "tag_v2", {})
     orientation[ORIENTATION] = image.getexif().get(ORIENTATION, 1)

@@ -25,7 +25,7 @@ def has_record(folder: str | Path) -> bool:
 def write_record(folder: Path, facts: DataFacts) -> None:
     """Write data.json and data.txt; raises OSError."""
     write_atomically(folder / FACTS, json.dumps(asdict(facts), indent=1) + "\n")
-    write_atomically(folder / TABLE, table(facts) + "\n")
+    write_atomically(folder / TABLE, format_record(facts) + "\n")
 
 
 def read_record(folder: str | Path) -> DataFacts | None:
@@ -63,7 +63,7 @@ def data_of(config: TrainConfig, run_dir: str | Path = "") -> DataConfig:
     return replace(config.data, processor=folder) if has_record(folder) else config.data
 
 
-def changes(before: DataFacts, now: DataFacts, split: str) -> str:
+def describe_changes(before: DataFacts, now: DataFacts, split: str) -> str:
     """Describe how a split differs from the one trained on; empty if it does not."""
     old, new = before.splits.get(split), now.splits.get(split)
     if old is None or new is None or (old.digest, old.samples) == (new.digest, new.samples):
@@ -74,13 +74,13 @@ def changes(before: DataFacts, now: DataFacts, split: str) -> str:
     return f"the {split} split at data.path={now.path} is not that of the training run ({count})"
 
 
-def table(facts: DataFacts) -> str:
+def format_record(facts: DataFacts) -> str:
     """Return the facts as a text table: a row per split, then notes and what is left out."""
     head = ["split", "read from", "samples", "tokens", "characters"]
     rows = [
         [
             name,
-            _listed(s.sources),
+            _format_list(s.sources),
             *(f"{n:,}" if n else "" for n in (s.samples, s.tokens, s.characters)),
         ]
         for name, s in facts.splits.items()
@@ -95,16 +95,18 @@ def table(facts: DataFacts) -> str:
         ).rstrip()
         for row in cells
     ]
-    text = "\n".join([f"data.path={facts.path}", *(f"  {line}" for line in lines), *_below(facts)])
+    text = "\n".join(
+        [f"data.path={facts.path}", *(f"  {line}" for line in lines), *_format_left_out(facts)]
+    )
     return text.encode("utf-8", "backslashreplace").decode()  # file names may be any bytes
 
 
-def _below(facts: DataFacts) -> Iterable[str]:
+def _format_left_out(facts: DataFacts) -> Iterable[str]:
     if facts.class_names:
         size = f"{facts.image_size} × {facts.image_size}"
         yield (
             f"  images: {size} pixels, channels: {facts.channels}, classes: "
-            f"{_listed(facts.class_names, 10)}"
+            f"{_format_list(facts.class_names, 10)}"
         )
     if facts.vocab_size:
         yield f"  tokenizer: {facts.vocab_size:,} entries"
@@ -120,6 +122,6 @@ def _below(facts: DataFacts) -> Iterable[str]:
         yield f"  note: {note}"
 
 
-def _listed(names: tuple[str, ...], shown: int = SHOWN) -> str:
+def _format_list(names: tuple[str, ...], shown: int = SHOWN) -> str:
     more = f", … ({len(names):,} in all)" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more

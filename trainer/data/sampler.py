@@ -6,13 +6,13 @@ from hashlib import blake2b
 import numpy as np
 
 
-def mixed(*numbers: int) -> int:
+def hash_to_seed(*numbers: int) -> int:
     """Hash the numbers to 63 bits, identically on every machine and library version."""
     digest = blake2b(repr(numbers).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def positions(
+def order_positions(
     first: int, count: int, left_out: Collection[tuple[int, int]] = (), repeated: int = 0
 ) -> list[int]:
     """Return the positions in the order of a run's samples first, …, first + count - 1.
@@ -28,7 +28,7 @@ def positions(
     return [int(position) for position in found]
 
 
-def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
+def position_ranges(positions: Collection[int]) -> list[tuple[int, int]]:
     """Return the fewest ranges [begin, end) that hold exactly these positions, in order."""
     found: list[tuple[int, int]] = []
     for position in sorted(set(positions)):
@@ -42,7 +42,7 @@ def ranges(positions: Collection[int]) -> list[tuple[int, int]]:
 WINDOW_BATCHES = 50  # batches of a window, within which samples are grouped by length
 
 
-class Order:
+class SampleOrder:
     """The map from a position of the run, counted in samples from 0, to a sample.
 
     Each epoch visits all `size` samples in its own order. With `lengths` (size,), the samples of a
@@ -64,34 +64,37 @@ class Order:
         if epoch not in self._epochs:
             # Two are cached: a batch can contain the end of one epoch and the start of the next.
             self._epochs = {e: o for e, o in self._epochs.items() if e == epoch - 1}
-            self._epochs[epoch] = self._order(epoch)
+            self._epochs[epoch] = self._epoch_order(epoch)
         return epoch, int(self._epochs[epoch][offset])
 
-    def _order(self, epoch: int) -> np.ndarray:
-        order = permutation(self._seed, epoch, self._size)
+    def _epoch_order(self, epoch: int) -> np.ndarray:
+        order = epoch_permutation(self._seed, epoch, self._size)
         if self._lengths is None:
             return order
         window = WINDOW_BATCHES * self._batch_size
-        parts = [self._grouped(order[i : i + window], epoch) for i in range(0, len(order), window)]
+        parts = [
+            self._group_by_length(order[i : i + window], epoch)
+            for i in range(0, len(order), window)
+        ]
         return np.concatenate(parts)
 
-    def _grouped(self, part: np.ndarray, epoch: int) -> np.ndarray:
+    def _group_by_length(self, part: np.ndarray, epoch: int) -> np.ndarray:
         assert self._lengths is not None
         part = part[np.argsort(self._lengths[part], kind="stable")]
         full = len(part) // self._batch_size
         batches = part[: full * self._batch_size].reshape(full, self._batch_size)
-        shuffled = batches[permutation(mixed(self._seed, int(part[0])), epoch, full)]
+        shuffled = batches[epoch_permutation(hash_to_seed(self._seed, int(part[0])), epoch, full)]
         return np.concatenate([shuffled.reshape(-1), part[full * self._batch_size :]])
 
 
-def permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     """Return the order of one epoch (size,) int64, a function of (seed, epoch) only.
 
     Indices are sorted by a hash (splitmix64, Steele et al. 2014) rather than shuffled by numpy's
     generator, whose streams may change between versions, and with them a resumed run.
     """
     z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(mixed(seed, epoch))
+    z += np.uint64(hash_to_seed(seed, epoch))
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")

@@ -11,16 +11,15 @@ import numpy as np
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError
-from trainer.data.cache import Record, opened, progress_bar
+from trainer.data.cache import Record, load_prepared, progress_bar
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
-from trainer.data.files import Part, read_text, split_parts
+from trainer.data.files import FilePart, read_text, split_parts
 from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
-from trainer.data.sampler import mixed
+from trainer.data.sampler import hash_to_seed
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
-    describe,
-    encoded,
+    encode_texts,
     find_tokenizer,
     open_tokenizer,
     prepare_tokens,
@@ -28,6 +27,7 @@ from trainer.data.tokenized import (
     size_of,
     source_name,
     token_dtype,
+    tokenizer_record,
     tokens_folder,
 )
 from trainer.data.tokenizer import Tokenizer
@@ -36,16 +36,16 @@ PIECE = 1 << 16  # characters per string; the tokenizer is slow on longer ones
 PIECES = 32  # strings per batch, tokenised on all cores
 
 
-def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
+def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Tokenise the splits into `data.cache`, unless already done; raises UserError."""
 
-    def texts(part: Part) -> Iterator[str]:
-        return (text for _, text in pieces(part, config.document_separator))
+    def iter_texts(part: FilePart) -> Iterator[str]:
+        return (text for _, text in document_pieces(part, config.document_separator))
 
-    def write(parts: Parts, folder: Path) -> Record:
-        return _write(config, parts, folder, progress)
+    def write_folder(parts: Parts, folder: Path) -> Record:
+        return _write_splits(config, parts, folder, progress)
 
-    found = prepare_tokens(config, root, texts, write, progress)
+    found = prepare_tokens(config, root, iter_texts, write_folder, progress)
     tokens = found.record["splits"]["train"]["tokens"]
     if tokens <= config.seq_len:
         raise ConfigError(
@@ -55,20 +55,20 @@ def prepare(config: DataConfig, root: Path, progress: bool = False) -> DataFacts
     splits = {
         split: SplitFacts(
             sources=tuple(source_name(part, root) for part in found.parts[split]),
-            samples=_windows(entry["tokens"], config.seq_len),
+            samples=_count_windows(entry["tokens"], config.seq_len),
             tokens=entry["tokens"],
             characters=entry["characters"],
             lost=entry["lost"],
         )
         for split, entry in found.record["splits"].items()
     }
-    return found.facts(splits)
+    return found.data_facts(splits)
 
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Text":
     """Return a prepared split."""
     folder = tokens_folder(config, split_parts(config, root))
-    record = opened(folder)
+    record = load_prepared(folder)
     count = record["splits"][split]["tokens"]
     tokens = TokenFile(folder / f"{split}.bin", record["dtype"], count, record["vocab_size"])
     return Text(tokens, config.seq_len, record, split)
@@ -90,13 +90,13 @@ class Text(Dataset):
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
 
     def __len__(self) -> int:
-        return _windows(len(self._tokens), self._seq_len)
+        return _count_windows(len(self._tokens), self._seq_len)
 
     def sample(self, index: int, seed: int | None) -> Sample:
         """Return tokens (S,) and targets (S,) int64."""
         start = index * self._seq_len
         if seed is not None:
-            offset = mixed(seed) % self._seq_len
+            offset = hash_to_seed(seed) % self._seq_len
             start = max(0, min(start + offset, len(self._tokens) - self._seq_len - 1))
         window = self._tokens.read(start, start + self._seq_len + 1)
         tokens_S = np.full(self._seq_len, self._pad_id, np.int64)
@@ -122,33 +122,33 @@ class Text(Dataset):
         return batch
 
 
-def _windows(tokens: int, seq_len: int) -> int:
+def _count_windows(tokens: int, seq_len: int) -> int:
     return -(-(tokens - 1) // seq_len)
 
 
-def pieces(part: Part, separator: str) -> Iterator[tuple[bool, str]]:
+def document_pieces(part: FilePart, separator: str) -> Iterator[tuple[bool, str]]:
     """Yield (begins a document, text): the documents of a part in pieces that fit in memory."""
     begins, rest = True, ""
     for block in read_text(part):
         *ended, rest = (rest + block).split(separator) if separator else [rest + block]
         for document in ended:
-            *cut, last = _cut(document, 0)
+            *cut, last = _cut_text(document, 0)
             for text in [*cut, last] if last else cut:
                 yield begins, text
                 begins = False
             begins = True
-        *cut, rest = _cut(rest, len(separator))  # its end may be the start of a separator
+        *cut, rest = _cut_text(rest, len(separator))  # its end may be the start of a separator
         for text in cut:
             yield begins, text
             begins = False
     if rest:
-        *cut, last = _cut(rest, 0)
+        *cut, last = _cut_text(rest, 0)
         for text in [*cut, last]:
             yield begins, text
             begins = False
 
 
-def _cut(text: str, margin: int) -> list[str]:
+def _cut_text(text: str, margin: int) -> list[str]:
     """Return the text in pieces of at most PIECE characters; the last has at least `margin`.
 
     It is cut between a word and white space, where no pre-tokenizer joins, so that the tokens are
@@ -165,19 +165,21 @@ def _cut(text: str, margin: int) -> list[str]:
     return [*cuts, text[start:]]
 
 
-def _write(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+def _write_splits(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
     tokenizer = Tokenizer.load(find_tokenizer(config, parts))
     total = sum(map(size_of, parts.values()))
     splits = {}
     with progress_bar("Tokenising", total, progress) as advance:
         for split, of_split in parts.items():
             found = (
-                piece for part in of_split for piece in pieces(part, config.document_separator)
+                piece
+                for part in of_split
+                for piece in document_pieces(part, config.document_separator)
             )
             splits[split] = _write_split(tokenizer, found, folder / f"{split}.bin", advance)
             if splits[split]["blank"] or splits[split]["tokens"] < 2:
                 raise DataError(f"data.path={config.path}: the {split} split holds no text")
-    return describe(tokenizer) | {"splits": splits}
+    return tokenizer_record(tokenizer) | {"splits": splits}
 
 
 def _write_split(
@@ -192,7 +194,7 @@ def _write_split(
     with path.open("wb") as file:
         while batch := list(islice(found, PIECES)):
             texts = [text for _, text in batch]
-            ids_of, lost_in_batch = encoded(tokenizer, texts)
+            ids_of, lost_in_batch = encode_texts(tokenizer, texts)
             lost += lost_in_batch
             rare.update(rare_characters(texts))
             for (begins, text), ids in zip(batch, ids_of, strict=True):
@@ -229,7 +231,7 @@ def write_rows(
 READER = DataReader(
     "text",
     ("decoder",),
-    prepare,
+    prepare_splits,
     open_split,
     find_problems,
     HubFormat((("text",), ("content",)), write_rows, cell_types=(str,)),

@@ -16,19 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from trainer.config.train import ConfigError, DataConfig
-from trainer.data.cache import Record, build, opened, prepared_folder, progress_bar
+from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder, progress_bar
 from trainer.data.dataset import DataFacts, SplitFacts
-from trainer.data.files import Listing, Part, name_of, read_listing, split_parts
+from trainer.data.files import FilePart, Listing, name_of, read_listing, split_parts
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer, characters_lost
 
 log = logging.getLogger(__name__)
 
-Parts = dict[str, list[Part]]
+Parts = dict[str, list[FilePart]]
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenizedSplits:
     """The prepared splits: their folder, its record, and the files they were read from."""
 
     folder: Path
@@ -36,7 +36,7 @@ class Tokens:
     parts: Parts
     listing: Listing
 
-    def facts(self, splits: dict[str, SplitFacts], notes: Sequence[str] = ()) -> DataFacts:
+    def data_facts(self, splits: dict[str, SplitFacts], notes: Sequence[str] = ()) -> DataFacts:
         """Return the facts that a model needs about the data, and what was read."""
         return DataFacts(
             vocab_size=self.record["vocab_size"],
@@ -49,10 +49,10 @@ class Tokens:
 def prepare_tokens(
     config: DataConfig,
     root: Path,
-    texts: Callable[[Part], Iterable[str]],
+    texts: Callable[[FilePart], Iterable[str]],
     write: Callable[[Parts, Path], Record],
     progress: bool,
-) -> Tokens:
+) -> TokenizedSplits:
     """Tokenise the splits into `data.cache`, unless already done; raises UserError.
 
     `texts` yields the text that a tokenizer is trained on; `write` fills the folder of the tokens.
@@ -70,10 +70,10 @@ def prepare_tokens(
 
     make_tokenizer(config, parts, of_train)
     folder = tokens_folder(config, parts)
-    record = build(folder, lambda temporary: write(parts, temporary))
+    record = build_folder(folder, lambda temporary: write(parts, temporary))
     check_ids(folder, record)
     warn_of_losses(config, record)
-    return Tokens(folder, record, parts, listing)
+    return TokenizedSplits(folder, record, parts, listing)
 
 
 def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterable[str]]) -> Path:
@@ -84,7 +84,7 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
     if config.processor:
         return _of_run(config)
 
-    def write(folder: Path) -> Record:
+    def write_folder(folder: Path) -> Record:
         if config.tokenizer:
             tokenizer = Tokenizer.load(named_tokenizer(config))
         else:
@@ -93,7 +93,7 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
         return {}
 
     folder = _tokenizer_folder(config, parts)
-    build(folder, write)
+    build_folder(folder, write_folder)
     return folder / TOKENIZER
 
 
@@ -107,7 +107,7 @@ def find_tokenizer(config: DataConfig, parts: Parts) -> Path:
     if config.processor:
         return _of_run(config)
     folder = _tokenizer_folder(config, parts)
-    opened(folder)
+    load_prepared(folder)
     return folder / TOKENIZER
 
 
@@ -119,7 +119,9 @@ def named_tokenizer(config: DataConfig) -> Path:
 
 def tokens_folder(config: DataConfig, parts: Parts) -> Path:
     """Return the folder of the splits' tokens, which depends on the files and the tokenizer."""
-    files = {split: [part.fingerprint() for part in of_split] for split, of_split in parts.items()}
+    files = {
+        split: [part.file_fingerprint() for part in of_split] for split, of_split in parts.items()
+    }
     digest = blake2b(find_tokenizer(config, parts).read_bytes()).hexdigest()
     return prepared_folder(config, name_of(config), [files, digest, config.document_separator])
 
@@ -139,17 +141,17 @@ def _tokenizer_folder(config: DataConfig, parts: Parts) -> Path:
         path = named_tokenizer(config)
         content = blake2b(path.read_bytes()).hexdigest() if path.is_file() else "missing"
         return prepared_folder(config, "tokenizer", [content])
-    train = [part.fingerprint() for part in parts["train"]]
+    train = [part.file_fingerprint() for part in parts["train"]]
     ingredients = ["bpe", train, config.vocab_size, config.document_separator]
     return prepared_folder(config, f"{name_of(config)}-tokenizer", ingredients)
 
 
-def size_of(parts: Iterable[Part]) -> int:
+def size_of(parts: Iterable[FilePart]) -> int:
     """Return the size of the parts in bytes."""
     return sum(part.end - part.start for part in parts)
 
 
-def source_name(part: Part, root: Path) -> str:
+def source_name(part: FilePart, root: Path) -> str:
     """Return a part's file, relative to data.path, with its range in percent unless full."""
     inside = root.is_dir() and part.path.is_relative_to(root)
     name = str(part.path.relative_to(root)) if inside else part.path.name
@@ -164,7 +166,7 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
 
 
-def describe(tokenizer: Tokenizer) -> Record:
+def tokenizer_record(tokenizer: Tokenizer) -> Record:
     """Return the vocabulary size, dtype, end and padding ids of the tokenizer."""
     return {
         "vocab_size": tokenizer.vocab_size,
@@ -174,7 +176,7 @@ def describe(tokenizer: Tokenizer) -> Record:
     }
 
 
-def encoded(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], int]:
+def encode_texts(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[list[list[int]], int]:
     """Return the ids of each text, and the number of characters that decoding them loses."""
     ids = tokenizer.encode_batch(texts)
     if tokenizer.is_lossless:

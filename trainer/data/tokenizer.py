@@ -35,8 +35,8 @@ class Tokenizer:
         backend.encode_special_tokens = True  # text that spells a special token stays text
         if getattr(backend.model, "dropout", None):  # BPE dropout is random
             backend.model.dropout = None
-        self.eot_id = _special(backend, END_NAMES)
-        self.pad_id = _special(backend, PAD_NAMES)
+        self.eot_id = _find_special(backend, END_NAMES)
+        self.pad_id = _find_special(backend, PAD_NAMES)
         # The largest id, not the number of entries: a given vocabulary can have gaps.
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         self.is_lossless = _is_byte_level(backend)  # decoding reproduces any text
@@ -58,7 +58,7 @@ class Tokenizer:
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        backend.train_from_iterator(_beginning(texts), trainer)
+        backend.train_from_iterator(_first_texts(texts), trainer)
         reached = backend.get_vocab_size()
         if reached < vocab_size:
             raise ConfigError(
@@ -95,11 +95,11 @@ class Tokenizer:
         """Write a tokenizer.json atomically; raises OSError."""
         write_atomically(Path(path), self._backend.to_str(pretty=True))
 
-    def same(self, path: str | Path) -> bool:
+    def is_same_file(self, path: str | Path) -> bool:
         """Return whether a file holds an identical tokenizer."""
         return Tokenizer.load(path)._backend.to_str() == self._backend.to_str()
 
-    def rows(self) -> dict[str, int]:
+    def token_ids(self) -> dict[str, int]:
         """Return the id of each token, with the same names of end and padding for any tokenizer."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
@@ -115,7 +115,7 @@ class Tokenizer:
         Raises ConfigError if the tokenizer has neither a token for some of the text nor an unknown
         token.
         """
-        with _explained("encode"):
+        with _explain_errors("encode"):
             # The fast variant skips character offsets, which are not used.
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
@@ -126,13 +126,13 @@ class Tokenizer:
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Return the text of each sequence of ids, decoded on all cores."""
-        with _explained("decode"):
+        with _explain_errors("decode"):
             texts: list[str] = self._backend.decode_batch(list(ids), skip_special_tokens=True)
         return texts
 
 
 @contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explain_errors(what: str) -> Iterator[None]:
     """Convert exceptions and panics of the library to ConfigError."""
     try:
         yield
@@ -196,7 +196,7 @@ def too_small(vocab_size: int) -> str:
     )
 
 
-def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
+def _find_special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
     """Return the id of the first of these names in the vocabulary; add names[0] if none is."""
     name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
     backend.add_special_tokens([name])  # a known one is only marked as special
@@ -205,7 +205,7 @@ def _special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
     return token_id
 
 
-def _beginning(texts: Iterable[str]) -> Iterator[str]:
+def _first_texts(texts: Iterable[str]) -> Iterator[str]:
     characters = 0
     for text in texts:
         if characters > TRAINING_CHARACTERS:

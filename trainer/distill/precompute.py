@@ -15,12 +15,12 @@ from parallel.strategy import data_degree
 from trainer.atomic_files import new_folder
 from trainer.config.loss import IGNORED
 from trainer.config.train import TeachConfig, classes_of
-from trainer.data import fingerprint, open_split, prepare
+from trainer.data import data_fingerprint, open_split, prepare_data
 from trainer.data.cache import progress_bar
 from trainer.data.loader import evaluation_batches
 from trainer.data.record import copy_record, data_of
-from trainer.distill.logit_dataset import Facts, write_facts
-from trainer.inference.trained_run import open_run
+from trainer.distill.logit_dataset import LogitFacts, write_facts
+from trainer.inference.trained_run import load_trained_run
 from trainer.run.run_dir import load_config
 
 FILE_BYTES = 1 << 27  # approximate size of a file
@@ -29,7 +29,7 @@ LEAST = -65504.0  # lowest finite float16
 Answer = tuple[np.ndarray, np.ndarray]  # a sample's logits (N,K) and their classes (N,K)
 
 
-class Writer:
+class LogitWriter:
     """Writes teacher logits into a folder, sample by sample."""
 
     def __init__(self, folder: Path):
@@ -45,7 +45,7 @@ class Writer:
         if self._bytes >= FILE_BYTES:
             self.flush()
 
-    def finish(self, facts: Facts, run_dir: str) -> None:
+    def finish_folder(self, facts: LogitFacts, run_dir: str) -> None:
         """Write the metadata, and copy the run's record of its data."""
         write_facts(self._folder, facts)
         copy_record(run_dir, self._folder)
@@ -66,7 +66,7 @@ class Writer:
         return self._files
 
 
-def largest(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
+def top_k_logits(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
     """Return the top-k logits minus the largest, and their classes, at each valid target.
 
     One pair per sample; logits (B,S,V) or (B,V). The subtraction does not change the softmax, and
@@ -89,8 +89,8 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
     """
     trained = load_config(config.run_dir)
     reads = data_of(trained, config.run_dir)
-    prepare(reads)
-    worker = open_run(config, runtime).worker
+    prepare_data(reads)
+    worker = load_trained_run(config, runtime).worker
     dataset = open_split(reads, "train")
     local_batch = trained.batch_size // data_degree(trained.strategy)
     size = config.micro_batch_size or trained.micro_batch_size or local_batch
@@ -102,27 +102,27 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
         pin_memory=worker.device.type == "cuda",
     )
     facts = partial(
-        Facts,
+        LogitFacts,
         kind=trained.data.kind,
         seq_len=trained.data.seq_len,
         path=trained.data.path,
-        data=fingerprint(reads, ["train"]),
+        data=data_fingerprint(reads, ["train"]),
         classes=classes_of(trained.model),
         k=config.k,
         samples=len(dataset),
     )
-    with writing(config, runtime.rank == 0, facts) as add, worker.evaluating():
+    with open_writer(config, runtime.rank == 0, facts) as add, worker.evaluation_mode():
         for batch in batches:
             inputs = worker.to_device(batch)
-            logits = largest(worker.forward(inputs), inputs["targets"], config.k)
+            logits = top_k_logits(worker.forward(inputs), inputs["targets"], config.k)
             own = [a for a, i in zip(logits, batch["index"].tolist(), strict=True) if i >= 0]
-            for answers in worker.gather_over_data(own):  # in sample order
+            for answers in worker.gather_data_ranks(own):  # in sample order
                 add(answers)
 
 
 @contextmanager
-def writing(
-    config: TeachConfig, first: bool, facts: Callable[..., Facts]
+def open_writer(
+    config: TeachConfig, first: bool, facts: Callable[..., LogitFacts]
 ) -> Iterator[Callable[[list[Answer]], None]]:
     """Yield a function that appends the logits of the next samples; rank 0 writes config.to.
 
@@ -133,17 +133,17 @@ def writing(
         return
     to = Path(config.to)
     with new_folder(to) as folder:
-        writer = Writer(folder)
+        writer = LogitWriter(folder)
         with progress_bar("Teacher logits", facts(files=()).samples, show=True) as advance:
 
-            def add(answers: list[Answer]) -> None:
+            def add_answers(answers: list[Answer]) -> None:
                 for answer in answers:
                     writer.add(answer)
                 advance(len(answers))
 
-            yield add
+            yield add_answers
         written = facts(files=tuple(writer.flush()))
-        writer.finish(written, config.run_dir)
+        writer.finish_folder(written, config.run_dir)
     size = sum(size for _, size, _ in written.files) / 1e6
     Console().print(
         f"teacher logits: {to}, {written.samples} samples, {size:.3g} MB",

@@ -6,12 +6,12 @@ from pathlib import Path
 import torch
 
 from parallel.parallel_model import ParallelModel
-from parallel.parallelize import allocate
+from parallel.parallelize import allocate_parameters
 from trainer.checkpoint.restore import load_parameters
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig
-from trainer.distill.logit_dataset import Answers, is_answers
-from trainer.inference.trained_run import transformer
+from trainer.distill.logit_dataset import RecordedLogits, is_logit_folder
+from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import Transformer
 from trainer.run.run_dir import load_config
 
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 KEY = "compress.teacher"
 
 
-def open_answers(compress: CompressConfig) -> Answers | None:
+def open_recorded_logits(compress: CompressConfig) -> RecordedLogits | None:
     """Open the recorded logits in compress.teacher; None if it is a run or unused.
 
     Raises ConfigError if they are damaged.
     """
     folder = compress.teacher
-    used = Compression(compress).distills and is_answers(folder)
-    return Answers(folder) if used else None
+    used = Compression(compress).uses_distillation and is_logit_folder(folder)
+    return RecordedLogits(folder) if used else None
 
 
 def load_teacher(
@@ -40,17 +40,17 @@ def load_teacher(
     `worker`; the teacher is compressed as in its own run. Raises ConfigError.
     """
     folder = compression.config.teacher
-    if is_answers(folder):
+    if is_logit_folder(folder):
         return None
     run = load_config(folder, KEY)
     with torch.device("meta"):
         model = Transformer(run.model, dtype)
-    Compression(run.compress).reshape(model)
+    Compression(run.compress).reshape_model(model)
     model.eval().requires_grad_(False)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    needed = compression.asks(transformer(worker))
+    needed = compression.needs_teacher(unwrap_transformer(worker))
     if needed:
-        allocate(model.to(dtype), worker.device)
+        allocate_parameters(model.to(dtype), worker.device)
     parameters = dict(model.named_parameters()) if needed else {}
     path = load_parameters(Path(folder), parameters, shapes, KEY)
     if torch.distributed.get_rank() == 0:

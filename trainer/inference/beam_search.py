@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parallel.parallel_model import ParallelModel
-from trainer.inference.trained_run import transformer
+from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import DecodingCache
 
 
@@ -108,7 +108,7 @@ def translate_tokens(
 
     Every data rank must call it, with its own sentences; all stop once the last one is done.
     """
-    model, sentences = transformer(worker), len(source_BT)
+    model, sentences = unwrap_transformer(worker), len(source_BT)
     max_tokens = min(max_tokens, model.config.max_positions or max_tokens)
     search = BeamSearch(sentences, beams, max_tokens, length_penalty, eos_id, worker.device)
     inputs = {"source": source_BT.to(worker.device)}
@@ -116,19 +116,19 @@ def translate_tokens(
         inputs["source_valid"] = source_valid_BT.to(worker.device)
     tokens_B1 = torch.full((sentences, 1), bos_id, device=worker.device)
     row_R = torch.arange(sentences, device=worker.device).repeat_interleave(beams)
-    with worker.evaluating():
+    with worker.evaluation_mode():
         cache = DecodingCache(model, max_tokens)
         # The encoder runs once per sentence; afterwards there is one row per beam.
         logits_RV = worker.forward({**inputs, "tokens": tokens_B1}, cache)[row_R, -1]
         inputs = {name: tensor[row_R] for name, tensor in inputs.items()}
-        cache.reorder(row_R)
+        cache.reorder_rows(row_R)
         row_R = search.advance(logits_RV)
         for _ in range(1, max_tokens):
             # A sharded model communicates in its forward: all ranks must stop together.
-            if not worker.any_over_data(not search.done):
+            if not worker.any_data_rank(not search.done):
                 break
             if beams > 1:
-                cache.reorder(row_R)
+                cache.reorder_rows(row_R)
             logits_RV = worker.forward({**inputs, "tokens": search.last_tokens()}, cache)[:, -1]
             row_R = search.advance(logits_RV)
     return search.sentences()

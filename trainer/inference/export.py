@@ -8,15 +8,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.parallel_model import ParallelModel
-from parallel.parallelize import place
+from parallel.parallelize import local_slices
 from trainer.atomic_files import new_folder
 from trainer.checkpoint.shards import take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.compress.compression import Compression
-from trainer.compress.packing import pack, unpack
-from trainer.compress.quantized_linear import CompressedLinear, Lens, whole
+from trainer.compress.packing import pack_weight, unpack_weight
+from trainer.compress.quantized_linear import (
+    CompressedLinear,
+    QuantizationSpec,
+    quantize_to_integers,
+)
 from trainer.config.train import CompressConfig, ConfigError, TrainConfig
 from trainer.data.record import copy_record
 from trainer.run.run_dir import EXPORTED, to_yaml
@@ -24,7 +28,7 @@ from trainer.run.run_dir import EXPORTED, to_yaml
 VERSION = "1"
 
 
-def write(
+def write_export(
     worker: ParallelModel, config: TrainConfig, dtype: torch.dtype, run_dir: Path, to: Path
 ) -> None:
     """Write the folder `to` from a model on one rank; ConfigError if it cannot be written.
@@ -45,7 +49,7 @@ def write(
             tensors[name] = weight.to(dtype).contiguous()
             continue
         packed.append(name)
-        for part, tensor in pack(weight, lens).items():
+        for part, tensor in pack_weight(weight, lens).items():
             tensors[f"{name}.{part}"] = tensor.to(dtype) if part == "values" else tensor
     about = {"version": VERSION, "packed": json.dumps(packed)}
     with new_folder(to) as partial:
@@ -54,12 +58,12 @@ def write(
         copy_record(run_dir, partial)
 
 
-def load(
+def load_export(
     folder: Path, worker: ParallelModel, compress: CompressConfig, rows: list[int] | None = None
 ) -> None:
     """Load an exported model into the local shards of a worker's parameters.
 
-    `compress` is that of the exported run; `rows` as for `load` in trained_run.py. Raises
+    `compress` is that of the exported run; `rows` as for `load_export` in trained_run.py. Raises
     ConfigError if the file is damaged or belongs to another model.
     """
     path, lens = folder / EXPORTED, Compression(compress).lens
@@ -77,7 +81,7 @@ def load(
                         for key in names
                         if key.startswith(f"{name}.")
                     }
-                    weight = unpack(parts, lens, parameter.shape[1])
+                    weight = unpack_weight(parts, lens, parameter.shape[1])
                 else:
                     weight = file.get_tensor(name)
                 if rows is not None and name in BY_ROW:
@@ -89,7 +93,7 @@ def load(
                         f"{tuple(parameter.shape)}; export the run again"
                     )
                 with torch.no_grad():
-                    local(parameter).copy_(weight[place(parameter)])
+                    local_tensor(parameter).copy_(weight[local_slices(parameter)])
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise ConfigError(f"{path} is damaged ({error}); export the run again") from error
 
@@ -97,8 +101,8 @@ def load(
 def compute_with_integers(model: nn.Module) -> None:
     """Replace the weight of every layer that integer kernels support by int8 values."""
     for module in model.modules():
-        if isinstance(module, CompressedLinear) and IntegerLinear.fits(module.lens):
-            numbers, scale = whole(module.weight.detach(), module.lens.bits)
+        if isinstance(module, CompressedLinear) and IntegerLinear.is_supported(module.lens):
+            numbers, scale = quantize_to_integers(module.weight.detach(), module.lens.bits)
             module.__class__ = IntegerLinear
             module.register_buffer("numbers", numbers.to(torch.int8))
             module.register_buffer("scale", scale.flatten())
@@ -112,12 +116,12 @@ class IntegerLinear(CompressedLinear):
     scale: Tensor
 
     @staticmethod
-    def fits(lens: Lens) -> bool:
+    def is_supported(lens: QuantizationSpec) -> bool:
         """Return whether weights and inputs are quantized, with one weight scale per output."""
         return bool(lens.bits and lens.input_bits and not lens.group)
 
     def forward(self, input: Tensor) -> Tensor:
-        numbers, of_input = whole(input.flatten(0, -2), self.lens.input_bits)
+        numbers, of_input = quantize_to_integers(input.flatten(0, -2), self.lens.input_bits)
         product = torch._int_mm(numbers.to(torch.int8), self.numbers.T)
         x = (product.to(input.dtype) * (of_input * self.scale)).view(*input.shape[:-1], -1)
         return x if self.bias is None else x + self.bias.to(x.dtype)

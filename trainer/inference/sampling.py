@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parallel.errors import NumericalError
 from parallel.parallel_model import ParallelModel
-from trainer.inference.trained_run import transformer
+from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import DecodingCache
 
 
@@ -30,11 +30,11 @@ def sample_tokens(
     than the model's positions is truncated to its end. temperature 0.0 takes the most probable
     token; top_k 0 and top_p 1.0 are off.
     """
-    model, history = transformer(worker), list(prompt_ids) or [eot_id]
+    model, history = unwrap_transformer(worker), list(prompt_ids) or [eot_id]
     start, generator = len(history), torch.Generator().manual_seed(seed)
     limit = model.config.max_positions or start + max_tokens
     capacity = min(limit, start + max_tokens)
-    with worker.evaluating():
+    with worker.evaluation_mode():
         window, cache = history[-limit:], DecodingCache(model, capacity)
         for _ in range(max_tokens):
             tokens_BS = torch.tensor([window], device=worker.device)

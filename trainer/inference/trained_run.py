@@ -11,8 +11,8 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
 from trainer.checkpoint.restore import load_weights
-from trainer.checkpoint.vocabulary import carried_rows
-from trainer.compress.structured_pruning import removed
+from trainer.checkpoint.vocabulary import map_vocabulary
+from trainer.compress.structured_pruning import remove_pruned
 from trainer.config.train import (
     CompressConfig,
     DataConfig,
@@ -38,17 +38,17 @@ class TrainedRun:
     config: TrainConfig
     worker: ParallelModel
 
-    def tokenizer(self) -> Tokenizer:
+    def load_tokenizer(self) -> Tokenizer:
         """Return the tokenizer that the model was trained with."""
         return Tokenizer.load(Path(self.config.run_dir) / TOKENIZER)
 
     @property
-    def data(self) -> DataConfig:
+    def data_config(self) -> DataConfig:
         """Return its data section, with the tokenizer or classes that it was trained with."""
         return data_of(self.config)
 
 
-def open_run(
+def load_trained_run(
     config: GenerateConfig | EvaluateConfig | TeachConfig,
     runtime: Runtime,
     compress: CompressConfig | None = None,
@@ -72,10 +72,10 @@ def open_run(
         compile=False,
     )
     worker = build_worker(loaded, runtime)
-    load(Path(config.run_dir), worker)
+    load_run_weights(Path(config.run_dir), worker)
     replicated = worker.mesh["replicate"].size() == worker.mesh.size()  # full model on each rank
     if integers and replicated and worker.device.type == "cpu" and is_export(config.run_dir):
-        export.compute_with_integers(transformer(worker))
+        export.compute_with_integers(unwrap_transformer(worker))
     return TrainedRun(loaded, worker)
 
 
@@ -84,7 +84,7 @@ def is_export(run_dir: str | Path) -> bool:
     return (Path(run_dir) / EXPORTED).exists()
 
 
-def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> None:
+def load_run_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> None:
     """Load the weights of a run's newest valid checkpoint, or of an export, into a worker's model.
 
     `rows`: for each token or class its row in the checkpoint, -1 = none (checkpoint/vocabulary.py);
@@ -92,27 +92,31 @@ def load(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) ->
     another model.
     """
     if is_export(run_dir):
-        export.load(run_dir, worker, load_config(run_dir).compress, rows)
+        export.load_export(run_dir, worker, load_config(run_dir).compress, rows)
     else:
         load_weights(run_dir, worker, rows)
 
 
-def load_first(init_from: str, run_dir: str, data: DataConfig, worker: ParallelModel) -> None:
+def load_initial_weights(
+    init_from: str, run_dir: str, data: DataConfig, worker: ParallelModel
+) -> None:
     """Load the weights of `init_from`; rows of new tokens or classes stay as initialised.
 
     `data` is the data section of the run in `run_dir`.
     """
     facts, tokenizer = read_record(run_dir), open_tokenizer(data)
     assert facts is not None, run_dir
-    rows = carried_rows(init_from, facts, tokenizer)
-    load(Path(init_from), worker, rows.theirs if rows else None)
+    rows = map_vocabulary(init_from, facts, tokenizer)
+    load_run_weights(Path(init_from), worker, rows.theirs if rows else None)
 
 
-def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
+def strip_pruned(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     """Return the run without the heads and channels that it prunes, on one rank."""
     if run.config.compress.prune_heads == run.config.compress.prune_ffn == 0.0:
         return run
-    model, weights = removed(run.config.model, run.config.compress, transformer(run.worker))
+    model, weights = remove_pruned(
+        run.config.model, run.config.compress, unwrap_transformer(run.worker)
+    )
     compress = replace(run.config.compress, prune_heads=0.0, prune_ffn=0.0)
     config = replace(run.config, model=model, compress=compress)
     worker = build_worker(config, runtime)
@@ -122,7 +126,7 @@ def smaller(run: TrainedRun, runtime: Runtime) -> TrainedRun:
     return TrainedRun(config, worker)
 
 
-def transformer(worker: ParallelModel) -> Transformer:
+def unwrap_transformer(worker: ParallelModel) -> Transformer:
     """Return the worker's model as a Transformer; parallel/ knows its protocol alone."""
     assert isinstance(worker.model, Transformer)
     return worker.model
@@ -136,11 +140,11 @@ def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
     )
-    run = smaller(open_run(reader, runtime, config.compress, integers=False), runtime)
+    run = strip_pruned(load_trained_run(reader, runtime, config.compress, integers=False), runtime)
     asked = load_config(config.run_dir)
     asked = replace(asked, model=run.config.model, compress=run.config.compress)
     dtype = resolve_precision(config.precision, run.worker.device).compute
-    export.write(run.worker, asked, dtype, Path(config.run_dir), Path(config.to))
+    export.write_export(run.worker, asked, dtype, Path(config.run_dir), Path(config.to))
     size = (Path(config.to) / EXPORTED).stat().st_size
     if say:
         Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)

@@ -29,7 +29,7 @@ _lines = logging.getLogger(CONSOLE)
 _lines.propagate = False
 
 
-class Lasting:
+class TolerantStream:
     """A stream that outlives its reader: once it cannot be written, it is switched off.
 
     Everything else is the stream's own.
@@ -69,7 +69,7 @@ class Lasting:
 
 def open_console() -> Console:
     """Return the console on stdout; whoever reads it may leave."""
-    return Console(file=cast(IO[str], Lasting(sys.stdout)) if sys.stdout else None)
+    return Console(file=cast(IO[str], TolerantStream(sys.stdout)) if sys.stdout else None)
 
 
 def print_whole(table: Table) -> None:
@@ -81,7 +81,7 @@ def print_whole(table: Table) -> None:
 
 
 @contextmanager
-def drawn(live: Live) -> Iterator[None]:
+def live_display(live: Live) -> Iterator[None]:
     """While it is on the terminal, what is logged goes above it rather than through it."""
     before, moved = sys.stderr, []
     try:
@@ -117,7 +117,7 @@ class Display:
         """Show the panel."""
         self._step, self._saved = step, step or None
         if self._live is not None:
-            self._drawn.enter_context(drawn(self._live))
+            self._drawn.enter_context(live_display(self._live))
 
     def close(self) -> None:
         """Leave the terminal as it was, the panel at its last state."""
@@ -127,11 +127,11 @@ class Display:
         """A step is done."""
         self._step = step
 
-    def saved(self, step: int) -> None:
+    def show_saved(self, step: int) -> None:
         """A checkpoint is there."""
         self._saved = step
 
-    def training(self, record: dict[str, Any], seconds_left: float) -> None:
+    def show_training(self, record: dict[str, Any], seconds_left: float) -> None:
         """Show a training record; `seconds_left` of the whole run."""
         self._record, self._seconds_left, self._step = record, seconds_left, record["step"]
         self._losses.append(record["loss"])
@@ -140,30 +140,30 @@ class Display:
             f"loss {record['loss']:.4g}",
             f"grad {record['grad_norm']:.2g}",
             f"lr {record['lr']:.1e}",
-            *self._speed("wait"),
-            f"eta {duration(seconds_left)}",
+            *self._speed_parts("wait"),
+            f"eta {format_duration(seconds_left)}",
         ]
         if self._live is None:
-            self.say("  ".join(parts))
+            self.print_line("  ".join(parts))
         else:
             _lines.info("  ".join(parts))
 
-    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+    def show_evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """Show an evaluation."""
         parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items()]
         text = f"{split}: {'  '.join(parts)}"
         self._evaluation = f"{text}  at step {step}"
-        self.say(f"step {step}  {text}")
+        self.print_line(f"step {step}  {text}")
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """One line, never wrapped nor coloured by its content; above the panel."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         _lines.info(text)
 
-    def _speed(self, wait: str) -> list[str]:
+    def _speed_parts(self, wait: str) -> list[str]:
         record = self._record
         mfu = [f"mfu {100 * record['mfu']:.0f} %"] if "mfu" in record else []
-        rate = f"{short(record['tokens_per_second'])} {self._unit}/s"
+        rate = f"{format_number(record['tokens_per_second'])} {self._unit}/s"
         return [rate, *mfu, f"{wait} {100 * record['data_wait_share']:.1f} %"]
 
     def _panel_of(self, console: Console) -> Live:
@@ -179,7 +179,7 @@ class Display:
         rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)
-        for title, value in self._rows().items():
+        for title, value in self._panel_rows().items():
             rows.add_row(title, value)
         return Panel(
             rows,
@@ -189,19 +189,19 @@ class Display:
             box=box.ROUNDED,
         )
 
-    def _rows(self) -> dict[str, RenderableType]:
+    def _panel_rows(self) -> dict[str, RenderableType]:
         record = self._record
-        rows: dict[str, RenderableType] = {"step": self._progress()}
+        rows: dict[str, RenderableType] = {"step": self._progress_table()}
         if record:
             finite = math.isfinite(record["loss"])
             loss = Text(f"{record['loss']:.4g}  ", style="bold" if finite else "bold red")
             if not self._console.options.ascii_only:
                 room = max(8, self._console.width - MARGIN)
-                loss.append(sparkline(list(self._losses)[-room:]), style="cyan")
+                loss.append(draw_sparkline(list(self._losses)[-room:]), style="cyan")
             rows["loss"] = loss
             norm, lr = f"{record['grad_norm']:.2g}", f"{record['lr']:.1e}"
             rows["gradient"] = Text(f"norm {norm}  lr {lr}")
-            rows["speed"] = Text("  ".join(self._speed("data wait")))
+            rows["speed"] = Text("  ".join(self._speed_parts("data wait")))
             rows["memory"] = Text(f"{record['memory_gib']:.2f} GiB")
         if self._evaluation:
             rows["eval"] = Text(self._evaluation)
@@ -209,12 +209,14 @@ class Display:
         rows["checkpoint"] = Text(there)
         return rows
 
-    def _progress(self) -> Table:
+    def _progress_table(self) -> Table:
         line = Table.grid(padding=(0, 2), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True, justify="right")
-        left = "" if math.isnan(self._seconds_left) else f"  eta {duration(self._seconds_left)}"
+        left = (
+            "" if math.isnan(self._seconds_left) else f"  eta {format_duration(self._seconds_left)}"
+        )
         line.add_row(
             f"{self._step}/{self._steps}",
             ProgressBar(self._steps, self._step),
@@ -223,7 +225,7 @@ class Display:
         return line
 
 
-def sparkline(values: Sequence[float]) -> str:
+def draw_sparkline(values: Sequence[float]) -> str:
     """Blocks of eight heights between the least and the largest value; a gap for no number."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
@@ -233,7 +235,7 @@ def sparkline(values: Sequence[float]) -> str:
     )
 
 
-def short(number: float) -> str:
+def format_number(number: float) -> str:
     """Three digits and a unit: 12345 is 12.3k."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
@@ -241,7 +243,7 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """4:10, 1:02:03, 2d 3:04:05."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)

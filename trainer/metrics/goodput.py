@@ -30,7 +30,7 @@ KINDS = ("useful", *LOST)
 
 
 @dataclass
-class Ledger:
+class TimeLedger:
     """The sums of a run; the content of goodput.json."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
@@ -41,18 +41,18 @@ class Ledger:
     opened: float | None = None  # what was not booked yet began here, by the monotonic clock
 
 
-def read(run_dir: Path) -> Ledger:
+def read_ledger(run_dir: Path) -> TimeLedger:
     """Return the ledger of a run; an empty one where there is none or it cannot be understood."""
     try:
         values = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
-        ledger = Ledger(**values)
+        ledger = TimeLedger(**values)
         ledger.seconds = {kind: float(ledger.seconds[kind]) for kind in KINDS}
     except (OSError, ValueError, TypeError, KeyError):
-        return Ledger()
+        return TimeLedger()
     return ledger
 
 
-def write(run_dir: Path, ledger: Ledger, now: float) -> None:
+def write_ledger(run_dir: Path, ledger: TimeLedger, now: float) -> None:
     """Replace goodput.json, whole at any moment; `now` is seconds since the epoch.
 
     A disk that is full costs the figures of one line, never the run.
@@ -62,15 +62,15 @@ def write(run_dir: Path, ledger: Ledger, now: float) -> None:
         write_atomically(run_dir / NAME, json.dumps(asdict(ledger)))
 
 
-def begin(run_dir: Path, opened: float, now: float) -> None:
+def begin_start(run_dir: Path, opened: float, now: float) -> None:
     """Enter a new start that began at `opened` by the monotonic clock; `now` is of the epoch."""
-    ledger = read(run_dir)
+    ledger = read_ledger(run_dir)
     ledger.starts += 1
     if ledger.written:
         age_seconds = max(0.0, time.monotonic() - opened)
         ledger.down_seconds += max(0.0, now - age_seconds - ledger.written)
     ledger.opened = opened
-    write(run_dir, ledger, now)
+    write_ledger(run_dir, ledger, now)
 
 
 def process_seconds() -> float:
@@ -90,7 +90,7 @@ class Goodput:
     def __init__(self, run_dir: Path, clock: Callable[[], float]):
         """`clock` is the monotonic one; tests have their own."""
         self._run_dir, self._clock = run_dir, clock
-        self.ledger = read(run_dir)
+        self.ledger = read_ledger(run_dir)
         self.ledger.starts = max(1, self.ledger.starts)
         self._mark = clock() if self.ledger.opened is None else self.ledger.opened
         self.ledger.opened = None
@@ -99,38 +99,38 @@ class Goodput:
         self._restarting = True  # until the first step is done
 
     @contextmanager
-    def during(self, kind: str) -> Iterator[None]:
+    def track(self, kind: str) -> Iterator[None]:
         """Time in here is of this kind and no part of a step; may be nested."""
         assert kind in KINDS, kind
-        self._book()
+        self._account()
         outer, self._kind = self._kind, kind
         try:
             yield
         finally:
-            self._book()
+            self._account()
             self._kind = outer
 
     def step_done(self, step: int) -> None:
         """Book the time of a step: useful the first time that the run has done it."""
-        self._book()
+        self._account()
         kind = "useful" if step > self.ledger.step else "repeated"
-        self._add("restart" if self._restarting else kind)
+        self._add_seconds("restart" if self._restarting else kind)
         self.ledger.step = max(self.ledger.step, step)
         self._restarting = False
 
     def save(self) -> None:
         """Make what is booked survive a kill."""
-        write(self._run_dir, self.ledger, time.time())
+        write_ledger(self._run_dir, self.ledger, time.time())
 
     def close(self) -> dict[str, Any]:
         """Book the rest, save, and return the line of metrics.jsonl but for its step."""
-        self._book()
-        self._add("restart" if self._restarting else "other")
+        self._account()
+        self._add_seconds("restart" if self._restarting else "other")
         self.ledger.opened = self._mark  # this process may go on: back from a rollback
         self.save()
-        return record(self.ledger)
+        return goodput_record(self.ledger)
 
-    def _book(self) -> None:
+    def _account(self) -> None:
         now = self._clock()
         seconds, self._mark = max(0.0, now - self._mark), now
         if self._kind is None or self._restarting:
@@ -138,12 +138,12 @@ class Goodput:
         else:
             self.ledger.seconds[self._kind] += seconds
 
-    def _add(self, kind: str) -> None:
+    def _add_seconds(self, kind: str) -> None:
         self.ledger.seconds[kind] += self._step_seconds
         self._step_seconds = 0.0
 
 
-def record(ledger: Ledger) -> dict[str, Any]:
+def goodput_record(ledger: TimeLedger) -> dict[str, Any]:
     """Return the figures of a ledger: seconds and, but for `down`, shares of their sum."""
     total_seconds = sum(ledger.seconds.values())
     shares = {f"{k}_share": s / (total_seconds or 1.0) for k, s in ledger.seconds.items()}
@@ -158,7 +158,7 @@ def record(ledger: Ledger) -> dict[str, Any]:
     }
 
 
-def sentence(values: dict[str, Any]) -> str:
+def goodput_sentence(values: dict[str, Any]) -> str:
     """Return a record in one line for the console."""
     starts = f"{values['starts']} start{'s' * (values['starts'] > 1)}"
     lost = [f"{name} {100 * values[f'{kind}_share']:.1f} %" for kind, name in LOST.items()]

@@ -30,7 +30,7 @@ class MetricsFile:
         self._waiting = b""  # lines that found no room yet
         self._full = False
         try:
-            kept, self.dropped = _parted(path, start_step) if path.exists() else ([], [])
+            kept, self.dropped = _split_lines(path, start_step) if path.exists() else ([], [])
             self._file = path.open("ab", buffering=0)
         except OSError as error:
             raise StorageError(
@@ -48,7 +48,7 @@ class MetricsFile:
         finite = {k: None if _is_bad(value) else value for k, value in record.items()}
         self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
         try:
-            self._write()
+            self._write_pending()
         except OSError as error:
             if not self._full:
                 self._say(
@@ -62,13 +62,13 @@ class MetricsFile:
     def close(self) -> None:
         """Close the file, after a last try to write what waits."""
         with suppress(OSError):
-            self._write()
+            self._write_pending()
         if self._waiting:
             count = self._waiting.count(b"\n")
             self._say(f"{self._path}: there was no room for the last {count} lines")
         self._file.close()
 
-    def _write(self) -> None:
+    def _write_pending(self) -> None:
         whole = os.fstat(self._file.fileno()).st_size
         left = memoryview(self._waiting)
         try:
@@ -80,7 +80,7 @@ class MetricsFile:
         self._waiting = b""
 
 
-def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
+def _split_lines(path: Path, start_step: int) -> tuple[list[str], list[str]]:
     """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
 
     Returns the lines that stay and those dropped.
@@ -89,13 +89,13 @@ def _parted(path: Path, start_step: int) -> tuple[list[str], list[str]]:
     kept: list[str] = []
     dropped: list[str] = []
     for line in lines:
-        (kept if _stays(line, start_step) else dropped).append(line)
+        (kept if _is_kept(line, start_step) else dropped).append(line)
     if dropped:
         write_atomically(path, "".join(kept))
     return kept, dropped
 
 
-def _stays(line: str, start_step: int) -> bool:
+def _is_kept(line: str, start_step: int) -> bool:
     if not line.endswith("\n"):
         return False
     try:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from parallel.pipeline.simulator import Span
 from trainer.config.train import MetricsConfig
 from trainer.metrics.console import Display, open_console
-from trainer.metrics.goodput import Goodput, sentence
+from trainer.metrics.goodput import Goodput, goodput_sentence
 from trainer.metrics.jsonl import NAME, MetricsFile
 from trainer.metrics.trackers import TOOLS, Tracker
 from trainer.nn.flops import peak_flops
@@ -107,7 +107,7 @@ class Recorder:
         if first:
             name = run.run_dir.resolve().name
             self._display = Display(console or open_console(), run.steps, run.unit, name)
-            self._file = MetricsFile(run.run_dir / NAME, run.start_step, self.say)
+            self._file = MetricsFile(run.run_dir / NAME, run.start_step, self.print_line)
             self._trackers = [self._open_tracker(tool) for tool in TOOLS]
             self._goodput = Goodput(run.run_dir, clock)
 
@@ -116,7 +116,7 @@ class Recorder:
             self._config,
             self._run.run_dir,
             dict(self._run.resolved),
-            self.say,
+            self.print_line,
             tool=tool,
             start_step=self._run.start_step,
             dropped=self._file.dropped,
@@ -132,14 +132,14 @@ class Recorder:
             if self.profiler is not None:
                 self.profiler.stop()
             if self._started:
-                self._tell_goodput()
+                self._log_goodput()
         finally:
             self._display.close()
             self._file.close()
             for tracker in self._trackers:
-                tracker.close()
+                tracker.close_tool()
 
-    def begins(self) -> None:
+    def log_start(self) -> None:
         """A line of this start of the run: from which step, on how many ranks, and when.
 
         Not of a return to a checkpoint within the process.
@@ -150,7 +150,7 @@ class Recorder:
             record |= {"ranks": self._run.devices, "time": now, "unit": self._run.unit}
             self._file.append(record)
 
-    def start(self, tokens: int) -> None:
+    def start_clock(self, tokens: int) -> None:
         """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""
         self._line_tokens = tokens
         self._started = True
@@ -159,7 +159,7 @@ class Recorder:
             self._start_profiler()
         self._stopwatch.start()
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         """Return whether a training line is written after this step: every metrics.every-th and the
         last.
 
@@ -167,16 +167,16 @@ class Recorder:
         """
         return step % self._config.every == 0 or step == self._run.steps
 
-    def lacks(self, split: str, step: int) -> bool:
+    def needs_evaluation(self, split: str, step: int) -> bool:
         """Return whether a step's evaluation is not in the file from before this run went on."""
         return self._first and not (step == self._run.start_step and split in self._file.evaluated)
 
-    def draws(self, step: int) -> bool:
+    def records_timeline(self, step: int) -> bool:
         """Return whether this step is the one whose timeline is drawn; the same on every rank."""
         drawn = min(self._run.start_step + DRAWN_STEP, self._run.steps)
         return self._config.timeline and step == drawn
 
-    def training(
+    def log_training(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, wait_seconds: float
     ) -> None:
         """A training line; `wait_seconds` that this rank has waited for data since the start."""
@@ -202,66 +202,66 @@ class Recorder:
         # Evaluations and checkpoints to come take their share of the remaining time too.
         paused_seconds = self._stopwatch.paused_seconds / max(1, step - self._run.start_step)
         seconds_left = (self._run.steps - step) * (record["step_seconds"] + paused_seconds)
-        self._display.training(record, seconds_left)
+        self._display.show_training(record, seconds_left)
         for tracker in self._trackers:
-            tracker.poll()
+            tracker.poll_messages()
         self._goodput.save()
 
-    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+    def log_evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
         """An evaluation line; `values` holds `eval_loss` and the task's metrics."""
         if self._first:
             self._file.append({"step": step, "split": split, **values})
-            self._display.evaluation(step, split, values)
+            self._display.show_evaluation(step, split, values)
 
-    def event(self, record: dict[str, Any], text: str) -> None:
+    def log_event(self, record: dict[str, Any], text: str) -> None:
         """A line with `event` and `step` of something that has happened; `text` on the console."""
         if self._first:
             self._file.append(record)
-            self.say(text)
+            self.print_line(text)
 
-    def saved(self, record: dict[str, Any]) -> None:
+    def log_save(self, record: dict[str, Any]) -> None:
         """The line of a save that has ended (saver.py)."""
         if self._first:
             self._file.append(record)
             if record["event"] == "save":
-                self._display.saved(record["step"])
+                self._display.show_saved(record["step"])
 
-    def timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
+    def draw_timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
         """Draw a pipeline's step as it ran."""
         if not self._first:
             return
-        from trainer.metrics.timeline_plot import draw, heading  # noqa: PLC0415 (loads matplotlib: 0.5 s)
+        from trainer.metrics.timeline_plot import draw_timeline, timeline_title  # noqa: PLC0415 (loads matplotlib: 0.5 s)
 
-        path, title = self._run.run_dir / "timeline.png", heading(spans, schedule)
-        with self._forgiving(path):
-            draw(spans, path, f"step {step}, {title}")
-            self.say(f"timeline of step {step}: {path} ({title})")
+        path, title = self._run.run_dir / "timeline.png", timeline_title(spans, schedule)
+        with self._tolerate_write_errors(path):
+            draw_timeline(spans, path, f"step {step}, {title}")
+            self.print_line(f"timeline of step {step}: {path} ({title})")
 
-    def goes_back(self, text: str) -> None:
+    def log_rollback(self, text: str) -> None:
         """Say that the run goes back to a checkpoint; its next recorder goes on with the sums."""
         self._started = False
         if self._first:
             self._goodput.close()
-        self.say(text)
+        self.print_line(text)
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """One line on the console."""
         if self._first:
-            self._display.say(text)
+            self._display.print_line(text)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def track_data_wait(self) -> Iterator[None]:
         """Around what waits for the next step's data."""
-        with self._goodput.during("data_wait") if self._first else nullcontext():
+        with self._goodput.track("data_wait") if self._first else nullcontext():
             yield
 
     @contextmanager
-    def pause(self, kind: str = "other") -> Iterator[None]:
+    def pause_training(self, kind: str = "other") -> Iterator[None]:
         """Count what happens in this context not as training but as `kind` (goodput.py)."""
         self._synchronize()  # steps that the device still works on are training
         with (
             self._stopwatch.pause(),
-            self._goodput.during(kind) if self._first else nullcontext(),
+            self._goodput.track(kind) if self._first else nullcontext(),
         ):
             try:
                 yield
@@ -276,21 +276,23 @@ class Recorder:
             self._display.advance(self._step)
         if self.profiler is not None:
             # Writing the trace takes seconds.
-            with self._stopwatch.pause(), self._goodput.during("other"):
+            with self._stopwatch.pause(), self._goodput.track("other"):
                 self.profiler.step()
 
-    def _tell_goodput(self) -> None:
+    def _log_goodput(self) -> None:
         values = self._goodput.close()
         self._file.append({"step": self._step, **values})
-        self.say(sentence(values))
+        self.print_line(goodput_sentence(values))
 
     @contextmanager
-    def _forgiving(self, path: Path) -> Iterator[None]:
+    def _tolerate_write_errors(self, path: Path) -> Iterator[None]:
         """A file that is nice to have: if it cannot be written, that is said."""
         try:
             yield
         except OSError as error:
-            self.say(f"{path} cannot be written ({error.strerror or error}); training goes on")
+            self.print_line(
+                f"{path} cannot be written ({error.strerror or error}); training goes on"
+            )
 
     def _synchronize(self) -> None:
         if self._first and self._run.device.type == "cuda":
@@ -315,9 +317,9 @@ class Recorder:
 
     def _write_trace(self, profiler: profile) -> None:
         path = self._run.run_dir / "trace.json"
-        with self._forgiving(path):
+        with self._tolerate_write_errors(path):
             profiler.export_chrome_trace(str(path))
-            self.say(f"profiler trace: {path}; open it at https://ui.perfetto.dev")
+            self.print_line(f"profiler trace: {path}; open it at https://ui.perfetto.dev")
 
 
 def _known_peak(device: torch.device, precision_name: str) -> float | None:

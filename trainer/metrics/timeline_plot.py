@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from parallel.pipeline.schedules import SCHEDULES, bubble_formula
-from parallel.pipeline.simulator import KINDS, Span, bubble
+from parallel.pipeline.simulator import KINDS, Span, bubble_fraction
 
 COLOURS = {"F": "#3F6FA8", "B": "#E8923A", "I": "#C25B78", "W": "#7FB290"}
 WAITING, EDGE, DARK, LIGHT = "#E3E3E3", "#FFFFFF", "#1F1F1F", "#FFFFFF"
@@ -25,7 +25,7 @@ DIGIT = 0.7  # a digit and its share of the margin, of a font's size
 BRIGHT = 0.5  # from this luminance on a number is dark
 
 
-def heading(spans: Sequence[Span], schedule: str) -> str:
+def timeline_title(spans: Sequence[Span], schedule: str) -> str:
     """Return what a picture shows: the bubble as it was, beside the formula of a schedule by
     name.
     """
@@ -35,20 +35,21 @@ def heading(spans: Sequence[Span], schedule: str) -> str:
     per_rank = stages // ranks
     each = f" × {per_rank} stages" if per_rank > 1 else ""
     parts = [f"{schedule}: {ranks} ranks{each}, {micro_batches} micro-batches"]
-    parts.append(f"bubble {100 * bubble(spans):.1f} %")
+    parts.append(f"bubble {100 * bubble_fraction(spans):.1f} %")
     if schedule in SCHEDULES:
         formula = bubble_formula(schedule, ranks, micro_batches, per_rank)
         parts.append(f"by formula {100 * formula:.1f} %")
     return ", ".join(parts)
 
 
-def draw(spans: Sequence[Span], path: Path, title: str) -> None:
+def draw_timeline(spans: Sequence[Span], path: Path, title: str) -> None:
     """Draw the spans of a step, start and end in seconds, to a .png or .svg file."""
-    picture(spans, title).savefig(path, dpi=160)
+    timeline_figure(spans, title).savefig(path, dpi=160)
 
 
-def picture(spans: Sequence[Span], title: str) -> Figure:
-    """Return the figure that `draw` saves; no window system and no state of pyplot is needed."""
+def timeline_figure(spans: Sequence[Span], title: str) -> Figure:
+    """Return the figure that `draw_timeline` saves; no window system and no state of pyplot is
+    needed."""
     stages: dict[int, list[int]] = {}
     for rank, stage in sorted({(span.rank, span.stage) for span in spans}):
         stages.setdefault(rank, []).append(stage)
@@ -66,22 +67,22 @@ def picture(spans: Sequence[Span], title: str) -> Figure:
         axes.broken_barh([(0, milliseconds)], (row - ROW / 2, ROW), color=WAITING, zorder=0)
     points = POINTS_PER_INCH * (width - INCHES_BESIDE) / milliseconds
     digits = len(str(max(span.micro_batch for span in spans)))
-    font = min(LARGEST_FONT, _font(forward * points, digits))  # one size for most boxes
+    font = min(LARGEST_FONT, _font_size(forward * points, digits))  # one size for most boxes
     for span in spans:
         own = stages[span.rank]
         paler = PALER * own.index(span.stage) / max(1, len(own) - 1)
-        _box(axes, span, rows[span.rank], begin, paler, points, font)
-    _frame(axes, stages, milliseconds, title)
-    _legend(figure, {span.kind for span in spans}, stages)
+        _draw_action(axes, span, rows[span.rank], begin, paler, points, font)
+    _draw_frame(axes, stages, milliseconds, title)
+    _draw_legend(figure, {span.kind for span in spans}, stages)
     return figure
 
 
-def _font(points: float, digits: int) -> float:
+def _font_size(points: float, digits: int) -> float:
     """Return the font size at which a number fits into a box."""
     return points / (DIGIT * digits)
 
 
-def _box(
+def _draw_action(
     axes: Axes, span: Span, row: int, begin: float, paler: float, points: float, font: float
 ) -> None:
     """An action's box, with its micro-batch inside where it fits; `points` of one millisecond."""
@@ -93,7 +94,7 @@ def _box(
     box.set(facecolor=colour, edgecolor=EDGE, linewidth=line)
     axes.add_patch(box)
     number = str(span.micro_batch)
-    size = min(font, _font(duration * points, len(number)))
+    size = min(font, _font_size(duration * points, len(number)))
     if size >= SMALLEST_FONT:
         luminance = sum(w * c for w, c in zip((0.3, 0.59, 0.11), colour, strict=True))
         axes.text(
@@ -107,7 +108,7 @@ def _box(
         )
 
 
-def _frame(axes: Axes, stages: dict[int, list[int]], milliseconds: float, title: str) -> None:
+def _draw_frame(axes: Axes, stages: dict[int, list[int]], milliseconds: float, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=11, pad=9)
     axes.set_xlabel("milliseconds", fontsize=9)
     axes.set_xlim(0, milliseconds)
@@ -123,7 +124,7 @@ def _frame(axes: Axes, stages: dict[int, list[int]], milliseconds: float, title:
         axes.spines[side].set_visible(False)
 
 
-def _legend(figure: Figure, kinds: set[str], stages: dict[int, list[int]]) -> None:
+def _draw_legend(figure: Figure, kinds: set[str], stages: dict[int, list[int]]) -> None:
     entries = [Patch(color=COLOURS[kind], label=KINDS[kind]) for kind in KINDS if kind in kinds]
     entries.append(Patch(color=WAITING, label="waiting"))
     several = any(len(own) > 1 for own in stages.values())

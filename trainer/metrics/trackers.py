@@ -70,18 +70,18 @@ class Tracker:
         if not (config.tensorboard if tool == "tensorboard" else config.wandb != "off"):
             return
         offset = (run_dir / NAME).stat().st_size
-        if tool == "tensorboard" and not curves(run_dir).exists():
+        if tool == "tensorboard" and not tensorboard_dir(run_dir).exists():
             offset = 0  # what was written before it was asked for belongs to the curves
-        sent = furthest(dropped) if run_id_path(run_dir).exists() else []
+        sent = latest_lines(dropped) if run_id_path(run_dir).exists() else []
         names = (config.wandb, config.wandb_project, config.wandb_group, config.wandb_tags)
         place = (str(run_dir), start_step, offset)
         mirror = Mirror(tool, *names, *place, sent, resolved, grace_seconds)
         try:
-            self._process = _start(mirror)
+            self._process = _start_process(mirror)
         except (OSError, TypeError) as error:  # no process to be had; config that is not JSON
             say(f"{tool} cannot be started ({error}); {KEPT}")
 
-    def poll(self) -> None:
+    def poll_messages(self) -> None:
         """Pass on what the process has to say; never waits."""
         process = self._process
         if process is None or process.stdout is None:
@@ -96,7 +96,7 @@ class Tracker:
             if status != 0 and not lines:
                 self._say(f"{self._tool} ended with status {status}; {KEPT}")
 
-    def close(self) -> None:
+    def close_tool(self) -> None:
         """Let the tool finish, for a few seconds; then leave it to itself."""
         process = self._process
         if process is None or process.stdin is None:
@@ -111,10 +111,10 @@ class Tracker:
             self._say(f"{self._tool} is not done after {waited}: left to itself")
         except OSError:
             pass  # it has ended already; poll says so
-        self.poll()
+        self.poll_messages()
 
 
-def _start(mirror: Mirror) -> subprocess.Popen:
+def _start_process(mirror: Mirror) -> subprocess.Popen:
     root = str(Path(__file__).resolve().parents[2])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
@@ -131,7 +131,7 @@ def _start(mirror: Mirror) -> subprocess.Popen:
     return process
 
 
-def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str, Any]]:
+def follow_records(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str, Any]]:
     """Yield the records of a growing metrics.jsonl from byte `offset` on, until `ended` is set."""
     with path.open("rb") as file:
         file.seek(offset)
@@ -147,7 +147,7 @@ def follow(path: Path, offset: int, ended: threading.Event) -> Iterator[dict[str
             ended.wait(POLL_SECONDS)
 
 
-def furthest(lines: Sequence[str]) -> list[list[Any]]:
+def latest_lines(lines: Sequence[str]) -> list[list[Any]]:
     """Return the (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
     found: list[list[Any]] = []
     for line in lines:
@@ -179,7 +179,7 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
     return {prefix + k: v for k, v in numbers.items() if k not in hidden}
 
 
-def curves(run_dir: Path) -> Path:
+def tensorboard_dir(run_dir: Path) -> Path:
     """Return where TensorBoard's event files are."""
     return run_dir / "tensorboard"
 
@@ -229,7 +229,7 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
     except Exception as error:
         if options["mode"] == "offline":
             raise
-        say(f"wandb is out of reach ({_brief(error)}), so the run is tracked offline")
+        say(f"wandb is out of reach ({_brief_error(error)}), so the run is tracked offline")
         wandb.teardown()  # else its own half-made run is in the way
         return wandb.init(**{**options, "mode": "offline"})
 
@@ -241,7 +241,7 @@ class Wandb:
         self._run, self._mirrored, self._step = _open_run(mirror, say), mirror.mirrored, 0
         self.finish = self._run.finish
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log_record(self, record: dict[str, Any]) -> None:
         """Pass on a line, unless an earlier start has; a save's comes when it has ended."""
         if not is_mirrored(record, self._mirrored):
             self._step = max(self._step, record["step"])
@@ -251,18 +251,18 @@ class Wandb:
 def _open_tensorboard(mirror: Mirror) -> Any:
     from trainer.metrics.tensorboard_mirror import TensorBoard  # noqa: PLC0415 (loads torch)
 
-    return TensorBoard(curves(Path(mirror.run_dir)), mirror.start_step, mirror.resolved)
+    return TensorBoard(tensorboard_dir(Path(mirror.run_dir)), mirror.start_step, mirror.resolved)
 
 
-def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
+def _mirror_records(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) -> None:
     run = _open_tensorboard(mirror) if mirror.tool == "tensorboard" else Wandb(mirror, say)
     failed = False
-    for record in follow(Path(mirror.run_dir) / NAME, mirror.offset, ended):
+    for record in follow_records(Path(mirror.run_dir) / NAME, mirror.offset, ended):
         try:
-            run.log(record)
+            run.log_record(record)
         except Exception as error:
             if not failed:
-                say(f"{mirror.tool} does not take all records ({_brief(error)}); {KEPT}")
+                say(f"{mirror.tool} does not take all records ({_brief_error(error)}); {KEPT}")
             failed = True
     try:
         run.finish()
@@ -271,35 +271,35 @@ def _mirror(mirror: Mirror, ended: threading.Event, say: Callable[[str], None]) 
             raise
 
 
-def _brief(error: BaseException) -> str:
+def _brief_error(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _main(text: str) -> None:
+def _run_process(text: str) -> None:
     mirror = Mirror(**json.loads(text))
     told = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what wandb writes is not for the run's console
     ended = threading.Event()
 
-    def say(line: str) -> None:
+    def send_line(line: str) -> None:
         told.write(line + "\n")
         told.flush()
 
-    def listen() -> None:
+    def listen_for_end() -> None:
         sys.stdin.readline()  # a line, or nothing when the trainer is gone
         ended.set()
         threading.Event().wait(mirror.grace_seconds)
         os._exit(1)
 
-    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=listen_for_end, daemon=True).start()
     try:
-        _mirror(mirror, ended, say)
+        _mirror_records(mirror, ended, send_line)
     except ImportError as error:
         install = f'pip install "{TOOLS[mirror.tool]}"'
-        say(f"{mirror.tool} cannot be imported ({_brief(error)}): {install}; {KEPT}")
+        send_line(f"{mirror.tool} cannot be imported ({_brief_error(error)}): {install}; {KEPT}")
     except Exception as error:
-        say(f"{mirror.tool} gave up ({_brief(error)}); {KEPT}")
+        send_line(f"{mirror.tool} gave up ({_brief_error(error)}); {KEPT}")
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1])
+    _run_process(sys.argv[1])

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from trainer.config.train import ModelConfig, inputs_of
 from trainer.nn.layers import Dropout, Embedding, Linear
-from trainer.nn.sequence import Stream
+from trainer.nn.sequence import SequenceInfo
 
 
 class TokenEmbedding(nn.Module):
@@ -34,12 +34,12 @@ class TokenEmbedding(nn.Module):
         return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
 
     def forward(
-        self, tokens_BS: Tensor, positions_BS: Tensor, stream: Stream, dtype: torch.dtype
+        self, tokens_BS: Tensor, positions_BS: Tensor, stream: SequenceInfo, dtype: torch.dtype
     ) -> Tensor:
-        x_BSD = self.tokens(stream.context.take(tokens_BS), dtype)
+        x_BSD = self.tokens(stream.context.take_local(tokens_BS), dtype)
         if self.positions is not None:
-            own_BS = stream.context.take(positions_BS)
-            x_BSD = x_BSD + stream.layout.own(self.positions(own_BS, dtype))
+            own_BS = stream.context.take_local(positions_BS)
+            x_BSD = x_BSD + stream.layout.local_positions(self.positions(own_BS, dtype))
         return self.dropout(x_BSD, stream)
 
 
@@ -68,15 +68,15 @@ class PatchEmbedding(nn.Module):
         return None
 
     def forward(
-        self, images_BCHW: Tensor, positions_BS: None, stream: Stream, dtype: torch.dtype
+        self, images_BCHW: Tensor, positions_BS: None, stream: SequenceInfo, dtype: torch.dtype
     ) -> Tensor:
         patches = F.unfold(images_BCHW.to(dtype), self.patch_size, stride=self.patch_size)
         x_BPD = self.patches(patches.transpose(1, 2))
         if self.class_token is not None:
             first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
             x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
-        x_BPD = stream.context.take(x_BPD + self.positions.weight.to(dtype))
-        return self.dropout(stream.layout.own(x_BPD), stream)
+        x_BPD = stream.context.take_local(x_BPD + self.positions.weight.to(dtype))
+        return self.dropout(stream.layout.local_positions(x_BPD), stream)
 
 
 INPUTS: dict[str, type[TokenEmbedding] | type[PatchEmbedding]] = {

@@ -47,21 +47,21 @@ class Float8Linear(Linear):
 def multiply_in_float8(blocks: nn.Module) -> None:
     """Replace the linear layers of blocks by float8 ones; call it before parallelism is applied.
 
-    torch runs the same code on a CPU too, slowly: only tests use that, since `check` rejects such
-    a run.
+    torch runs the same code on a CPU too, slowly: only tests use that, since `check_float8` rejects
+    such a run.
     """
-    recipe = _recipe()
+    recipe = _float8_recipe()
 
-    def swap(module: nn.Module) -> None:
+    def swap_linear(module: nn.Module) -> None:
         if type(module) is Linear:
             module.__class__ = Float8Linear
             assert isinstance(module, Float8Linear)
             module.recipe = recipe
 
-    blocks.apply(swap)
+    blocks.apply(swap_linear)
 
 
-def check(device: str, ranks: int) -> None:
+def check_float8(device: str, ranks: int) -> None:
     """Raise ConfigError if up to `ranks` ranks of this host cannot multiply in float8.
 
     `device` is auto, cpu or cuda.
@@ -82,7 +82,7 @@ def check(device: str, ranks: int) -> None:
         )
 
 
-def _recipe() -> Recipe:
+def _float8_recipe() -> Recipe:
     """Build torchao's `rowwise` recipe: one scale per row of an operand, a power of two.
 
     With the faster `tensorwise` recipe (one scale per operand) the rounding of a sample would

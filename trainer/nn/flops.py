@@ -97,29 +97,34 @@ def flops_per_block(
         patches = (config.image_size // config.patch_size) ** 2
         embedding = 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
     if config.family == "decoder":
-        costs = [_block(config, length) for length in lengths or config.layers * [seq_len]]
+        costs = [
+            _block_multiply_adds(config, length) for length in lengths or config.layers * [seq_len]
+        ]
     elif config.family == "encoder":
-        costs = [_block(config, length) for length in lengths or config.layers * [source_len]]
+        costs = [
+            _block_multiply_adds(config, length)
+            for length in lengths or config.layers * [source_len]
+        ]
     else:
         depth = config.encoder_layers or config.layers
         lengths = lengths or depth * [source_len]
-        cross = _attention(config, seq_len, lengths[-1])
-        encoder = [_block(config, length) for length in lengths]
-        costs = encoder + config.layers * [_block(config, seq_len) + cross]
+        cross = _attention_multiply_adds(config, seq_len, lengths[-1])
+        encoder = [_block_multiply_adds(config, length) for length in lengths]
+        costs = encoder + config.layers * [_block_multiply_adds(config, seq_len) + cross]
     classified = 1 if outputs_of(config) == "classes" else seq_len
     costs[-1] += classified * config.width * classes_of(config)
     # A multiply-add is two FLOPs; forward and backward together are three products.
     return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 
 
-def _block(config: ModelConfig, length: int) -> int:
+def _block_multiply_adds(config: ModelConfig, length: int) -> int:
     """Return the multiply-adds of one block's forward, without cross-attention."""
     matrices = 3 if config.activation in ("swiglu", "geglu") else 2
     feed_forward = matrices * length * config.width * config.ffn_width
-    return _attention(config, length, length) + feed_forward
+    return _attention_multiply_adds(config, length, length) + feed_forward
 
 
-def _attention(config: ModelConfig, length: int, seen: int) -> int:
+def _attention_multiply_adds(config: ModelConfig, length: int, seen: int) -> int:
     """Return the multiply-adds of an attention forward from `length` queries to `seen` keys."""
     head_width = config.head_width or config.width // config.heads
     query_width = config.heads * head_width

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from trainer.config.loss import IGNORED
 from trainer.config.train import ModelConfig, classes_of, outputs_of
 from trainer.nn.layers import Linear, Norm
-from trainer.nn.sequence import Context, Stream
+from trainer.nn.sequence import Context, SequenceInfo
 
 
 class Head(nn.Module):
@@ -25,11 +25,11 @@ class Head(nn.Module):
         self.norm = Norm(config)
         self.output = Linear(config.width, classes_of(config), bias=self.bias)
 
-    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
-        x_BSD = self.pooled(stream.whole(self.norm(x_BSD)), stream)
+    def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
+        x_BSD = self.pooled(stream.gather_local(self.norm(x_BSD)), stream)
         return x_BSD if self.defers_output and self.training else self.output(x_BSD)
 
-    def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+    def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return the hidden states to project: those of the local positions, unpooled."""
         return x_BSD
 
@@ -43,8 +43,10 @@ class Head(nn.Module):
         """Return the targets of the local positions; IGNORED where this rank's slice is padding."""
         if not context.shares:
             return targets_BS
-        real_S = context.positions(targets_BS.shape[1], targets_BS.device) < targets_BS.shape[1]
-        return torch.where(real_S, context.take(targets_BS), IGNORED)
+        real_S = (
+            context.local_positions(targets_BS.shape[1], targets_BS.device) < targets_BS.shape[1]
+        )
+        return torch.where(real_S, context.take_local(targets_BS), IGNORED)
 
 
 class ClassifierHead(Head):
@@ -56,9 +58,9 @@ class ClassifierHead(Head):
         super().__init__(config)
         self.pool = config.pool
 
-    def pooled(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+    def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return one vector per sample, (B,D): the class token or the (size-weighted) mean."""
-        x_BSD = stream.context.whole(x_BSD, stream.total)
+        x_BSD = stream.context.gather_sequence(x_BSD, stream.total)
         if self.pool == "class_token":
             return x_BSD[:, 0]
         if stream.marks_BS2 is not None or stream.valid_BS is not None:

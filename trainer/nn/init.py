@@ -17,7 +17,7 @@ def stable_hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") >> 2
 
 
-def _spread(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
+def _init_std(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
     """Return the standard deviation of a parameter's initial values; None = ones, 0 = zeros."""
     if name.endswith("norm.weight"):
         return None
@@ -35,7 +35,7 @@ def _spread(config: ModelConfig, name: str, shape: torch.Size) -> float | None:
     return config.init_std
 
 
-def draw_rows(
+def init_rows(
     config: ModelConfig, seed: int, name: str, shape: torch.Size, start: int, stop: int
 ) -> Tensor:
     """Return rows start:stop (dim 0) of a parameter's initial value, in float32 on the CPU.
@@ -44,7 +44,7 @@ def draw_rows(
     its local rows and the values do not depend on the layout. gpt2: normal; vit: normal truncated
     at two standard deviations; both as in the published models.
     """
-    std = _spread(config, name, shape)
+    std = _init_std(config, name, shape)
     if std is None or std == 0.0:
         return torch.full((stop - start, *shape[1:]), 1.0 if std is None else 0.0)
     rows = max(1, ROWS_ELEMENTS // max(1, shape[1:].numel()))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config.train import ModelConfig
-from trainer.nn.sequence import Stream
+from trainer.nn.sequence import SequenceInfo
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -92,7 +92,7 @@ class Norm(nn.Module):
         return F.layer_norm(x_BSD, weight.shape, weight, bias, self.eps)
 
 
-def _signed(value: int) -> int:
+def _to_signed(value: int) -> int:
     """Return the int64 with the same bits as a 64-bit unsigned value."""
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -100,10 +100,10 @@ def _signed(value: int) -> int:
 # 32 bits of the golden ratio: torch.compile folds counter × stride into an index, which must not
 # overflow. The other two constants are those of SplitMix64.
 _STRIDE = 0x9E3779B9
-_MIX_1, _MIX_2 = map(_signed, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_MIX_1, _MIX_2 = map(_to_signed, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def _fold(bits: Tensor, shift: int) -> Tensor:
+def _mix_bits(bits: Tensor, shift: int) -> Tensor:
     # torch's right shift is arithmetic; SplitMix64 needs a logical one.
     return bits ^ ((bits >> shift) & ((1 << (64 - shift)) - 1))
 
@@ -111,9 +111,9 @@ def _fold(bits: Tensor, shift: int) -> Tensor:
 def random_bits(seeds_B: Tensor, site: int | Tensor, counter_N: Tensor) -> Tensor:
     """Return 64 random bits (B,N) per counter value, by SplitMix64's mixer (Steele et al. 2014)."""
     bits = (seeds_B + site)[:, None] + counter_N * _STRIDE
-    bits = _fold(bits, 30) * _MIX_1
-    bits = _fold(bits, 27) * _MIX_2
-    return _fold(bits, 31)
+    bits = _mix_bits(bits, 30) * _MIX_1
+    bits = _mix_bits(bits, 27) * _MIX_2
+    return _mix_bits(bits, 31)
 
 
 def keep_mask(
@@ -143,11 +143,11 @@ class Dropout(nn.Module):
         # with a Python int each block would be recompiled.
         self.site = torch.zeros((), dtype=torch.int64, device="cpu")
 
-    def forward(self, x_BSD: Tensor, stream: Stream) -> Tensor:
+    def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         if not self.training or self.share == 0.0 or stream.seeds_B is None:
             return x_BSD
         width = x_BSD.shape[-1]
-        keep = keep_mask(stream.seeds_B, self.site, width, self.share, stream.places_S)
+        keep = keep_mask(stream.seeds_B, self.site, width, self.share, stream.positions_S)
         # `where` saves one byte per element for the backward; a product would save a float mask.
         return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
 
@@ -169,7 +169,7 @@ def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype)
     return angle.cos(), angle.sin()
 
 
-def rotate(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def apply_rope(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate each pair (k, k + K/2) of a head by its position's angle, in the angles' dtype."""
     cos, sin = rope
     left, right = x_BSHK.chunk(2, dim=-1)
@@ -190,50 +190,62 @@ class Attention(nn.Module):
         self.value = Linear(config.width, group_width, bias=config.bias)
         self.output = Linear(query_width, config.width, bias=config.bias)
 
-    def _heads(self, x_BSD: Tensor) -> Tensor:
+    def _split_heads(self, x_BSD: Tensor) -> Tensor:
         # The number of heads is inferred from the tensor, so that a shard of the heads works too.
         return x_BSD.unflatten(-1, (-1, self.head_width))
 
-    def forward(self, x_BSD: Tensor, stream: Stream, cache: AttentionCache | None = None) -> Tensor:
+    def forward(
+        self, x_BSD: Tensor, stream: SequenceInfo, cache: AttentionCache | None = None
+    ) -> Tensor:
         """Apply self-attention to x (B,S,D)."""
-        query_BSHK, key_BSGK = self._heads(self.query(x_BSD)), self._heads(self.key(x_BSD))
+        query_BSHK, key_BSGK = (
+            self._split_heads(self.query(x_BSD)),
+            self._split_heads(self.key(x_BSD)),
+        )
         if stream.rope is not None:
-            query_BSHK, key_BSGK = rotate(query_BSHK, stream.rope), rotate(key_BSGK, stream.rope)
+            query_BSHK, key_BSGK = (
+                apply_rope(query_BSHK, stream.rope),
+                apply_rope(key_BSGK, stream.rope),
+            )
         key_BGSK = key_BSGK.transpose(1, 2)
-        value_BGSK = self._heads(self.value(x_BSD)).transpose(1, 2)
+        value_BGSK = self._split_heads(self.value(x_BSD)).transpose(1, 2)
         causal = stream.causal and stream.documents_BS is None and stream.valid_BS is None
         if cache is not None:
             causal = causal and cache.length == 0  # a later token attends to all cached ones
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
-        return self._attend(query_BSHK, key_BGSK, value_BGSK, stream, causal)
+        return self._attend_global(query_BSHK, key_BGSK, value_BGSK, stream, causal)
 
-    def cross(
-        self, x_BSD: Tensor, memory_BTD: Tensor, memory: Stream, cache: AttentionCache | None = None
+    def cross_attention(
+        self,
+        x_BSD: Tensor,
+        memory_BTD: Tensor,
+        memory: SequenceInfo,
+        cache: AttentionCache | None = None,
     ) -> Tensor:
         """Apply cross-attention from x (B,S,D) to the encoder's memory (B,T,D)."""
         if cache is not None and cache.key is not None and cache.value is not None:
             key_BGTK, value_BGTK = cache.key, cache.value
         else:
-            key_BGTK = self._heads(self.key(memory_BTD)).transpose(1, 2)
-            value_BGTK = self._heads(self.value(memory_BTD)).transpose(1, 2)
+            key_BGTK = self._split_heads(self.key(memory_BTD)).transpose(1, 2)
+            value_BGTK = self._split_heads(self.value(memory_BTD)).transpose(1, 2)
             if cache is not None:
                 cache.key, cache.value = key_BGTK, value_BGTK
-        return self._attend(
-            self._heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory, causal=False
+        return self._attend_global(
+            self._split_heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory, causal=False
         )
 
-    def _attend(
+    def _attend_global(
         self,
         query_BSHK: Tensor,
         key_BGSK: Tensor,
         value_BGSK: Tensor,
-        keys: Stream,
+        keys: SequenceInfo,
         causal: bool,
     ) -> Tensor:
         query_BHSK, mask = query_BSHK.transpose(1, 2), keys.mask
         if keys.context.shares:
-            mixed_BHSK = keys.context.attend(
-                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible, causal
+            mixed_BHSK = keys.context.attend_global(
+                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible_mask, causal
             )
             return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
         group = query_BHSK.shape[1] // key_BGSK.shape[1]
@@ -278,7 +290,13 @@ class Block(nn.Module):
     split the model between any two blocks.
     """
 
-    def __init__(self, config: ModelConfig, stream: str, cross: bool = False, turns: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        stream: str,
+        cross: bool = False,
+        is_last_encoder_block: bool = False,
+    ):
         super().__init__()
         self.stream = stream  # source | target: the sequence of x
         self.attention_norm = Norm(config)
@@ -287,7 +305,7 @@ class Block(nn.Module):
         self.cross_attention = Attention(config) if cross else None
         self.feed_forward_norm = Norm(config)
         self.feed_forward = FeedForward(config)
-        self.turn_norm = Norm(config) if turns else None
+        self.turn_norm = Norm(config) if is_last_encoder_block else None
         self.attention_dropout = Dropout(config.dropout)
         self.cross_dropout = Dropout(config.dropout) if cross else None
         self.feed_forward_dropout = Dropout(config.dropout)
@@ -296,26 +314,26 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         memory_BTD: Tensor | None,
-        streams: dict[str, Stream],
+        streams: dict[str, SequenceInfo],
         cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]
         branch_BSD = self.attention(
-            own.whole(self.attention_norm(x_BSD)), own, cache.attention if cache else None
+            own.gather_local(self.attention_norm(x_BSD)), own, cache.attention if cache else None
         )
         x_BSD = x_BSD + self.attention_dropout(branch_BSD, own)
         if self.cross_attention and self.cross_norm and self.cross_dropout:
             assert memory_BTD is not None
-            branch_BSD = self.cross_attention.cross(
-                own.whole(self.cross_norm(x_BSD)),
+            branch_BSD = self.cross_attention.cross_attention(
+                own.gather_local(self.cross_norm(x_BSD)),
                 memory_BTD,
                 streams["source"],
                 cache.cross if cache else None,
             )
             x_BSD = x_BSD + self.cross_dropout(branch_BSD, own)
-        branch_BSD = self.feed_forward(own.whole(self.feed_forward_norm(x_BSD)))
+        branch_BSD = self.feed_forward(own.gather_local(self.feed_forward_norm(x_BSD)))
         x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own)
         if self.turn_norm is not None:
             assert memory_BTD is not None
-            return memory_BTD, own.whole(self.turn_norm(x_BSD))
+            return memory_BTD, own.gather_local(self.turn_norm(x_BSD))
         return x_BSD, memory_BTD

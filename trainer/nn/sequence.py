@@ -15,7 +15,7 @@ Inputs = dict[str, Tensor]
 # of their positions.
 Flow = tuple[Tensor, Tensor | None, Tensor | None]
 # (flow after a block, metadata of the sequences by name, inputs) -> flow.
-Watcher = Callable[[Flow, dict[str, "Stream"], Inputs], Flow]
+Watcher = Callable[[Flow, dict[str, "SequenceInfo"], Inputs], Flow]
 
 
 class SequenceLayout(Protocol):
@@ -28,22 +28,22 @@ class SequenceLayout(Protocol):
         """Return how many of `length` positions are local between blocks."""
         return length
 
-    def whole(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
         """All-gather the `length` positions for layers that mix them or are column-parallel."""
         return x_BSD
 
-    def own(self, x_BSD: Tensor) -> Tensor:
+    def local_positions(self, x_BSD: Tensor) -> Tensor:
         """Return the local positions of a tensor that has all of them."""
         return x_BSD
 
-    def collected(self, x_BSD: Tensor, length: int) -> Tensor:
+    def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
         """All-gather the `length` positions for a computation that every rank repeats.
 
         Each rank then continues with the local positions of the result (`own`).
         """
         return x_BSD
 
-    def share(self, gradient_BSD: Tensor) -> Tensor:
+    def gradient_contribution(self, gradient_BSD: Tensor) -> Tensor:
         """Return this rank's contribution to the gradient of a gathered sequence.
 
         Every rank has the full gradient; the sum over tensor ranks must count it once.
@@ -61,23 +61,23 @@ class Context(Protocol):
     shares: bool
     first: bool  # first rank of the context axis
 
-    def share(self, length: int) -> int:
+    def local_length(self, length: int) -> int:
         """Return the number of local positions of a sequence of `length`."""
         return length
 
-    def positions(self, length: int, device: torch.device | None = None) -> Tensor:
+    def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
         """Return the local positions of a sequence of `length`, (local length,)."""
         return torch.arange(length, device=device)
 
-    def take(self, x: Tensor) -> Tensor:
+    def take_local(self, x: Tensor) -> Tensor:
         """Return the local positions of a tensor (B, length, …)."""
         return x
 
-    def whole(self, x: Tensor, length: int) -> Tensor:
-        """All-gather the sequence: the inverse of `take`."""
+    def gather_sequence(self, x: Tensor, length: int) -> Tensor:
+        """All-gather the sequence: the inverse of `take_local`."""
         return x
 
-    def attend(
+    def attend_global(
         self,
         query_BHSK: Tensor,
         key_BGTK: Tensor,
@@ -98,7 +98,7 @@ class FullContext(Context):
 
 
 @dataclass
-class Stream:
+class SequenceInfo:
     """Metadata of one sequence; computed once per forward and shared by all blocks."""
 
     length: int  # local positions, of `total`
@@ -106,7 +106,7 @@ class Stream:
     layout: SequenceLayout
     context: Context
     causal: bool  # position i attends to positions ≤ i only
-    places_S: Tensor  # positions of the activations between blocks on this rank, for dropout
+    positions_S: Tensor  # positions of the activations between blocks on this rank, for dropout
     documents_BS: Tensor | None = None  # all positions: document id; attention stays within one
     valid_BS: Tensor | None = None  # all positions, as keys: False = padding
     mask: Tensor | None = None  # `visible` of all positions; None = full, causal or sharded
@@ -115,29 +115,29 @@ class Stream:
     angles: Callable[[Tensor], Any] | None = None  # positions (B,S) -> rope
     marks_BS2: Tensor | None = None  # marks of a shortened sequence; see Flow
     start: int = 0  # number of cached positions before these
-    longer: "Stream | None" = None  # metadata before shortening, restored by Lengthen
+    longer: "SequenceInfo | None" = None  # metadata before shortening, restored by Lengthen
 
-    def whole(self, x_BSD: Tensor) -> Tensor:
+    def gather_local(self, x_BSD: Tensor) -> Tensor:
         """All-gather the activations between blocks over the `length` positions of this rank."""
-        return self.layout.whole(x_BSD, self.length)
+        return self.layout.gather_sequence(x_BSD, self.length)
 
     def marks_of(self, batch: int) -> Tensor:
         """Return the marks (B,S,2); an unshortened sequence has size 1 per vector, 0 at padding."""
         if self.marks_BS2 is not None:
             return self.marks_BS2
-        positions_S = torch.arange(self.total, dtype=torch.int32, device=self.places_S.device)
+        positions_S = torch.arange(self.total, dtype=torch.int32, device=self.positions_S.device)
         sizes_BS = torch.ones_like(positions_S).expand(batch, -1)
         if self.valid_BS is not None:
             sizes_BS = self.valid_BS.to(sizes_BS.dtype)
         return torch.stack((sizes_BS, sizes_BS * positions_S), dim=-1)
 
-    def resized(self, length: int) -> "Stream":
+    def with_length(self, length: int) -> "SequenceInfo":
         """Return a copy for a sequence resized to `length` vectors, without marks."""
-        rows_S = torch.arange(length, device=self.places_S.device)
-        places_S = self.layout.own(rows_S[None, :, None])[0, :, 0]
-        return replace(self, length=length, total=length, places_S=places_S)
+        rows_S = torch.arange(length, device=self.positions_S.device)
+        places_S = self.layout.local_positions(rows_S[None, :, None])[0, :, 0]
+        return replace(self, length=length, total=length, positions_S=places_S)
 
-    def marked(self, marks_BS2: Tensor, dtype: torch.dtype) -> "Stream":
+    def with_marks(self, marks_BS2: Tensor, dtype: torch.dtype) -> "SequenceInfo":
         """Return a copy with these marks: proportional attention by size (arXiv 2210.09461)."""
         sizes_BS, sums_BS = marks_BS2.unbind(-1)
         precise = torch.promote_types(dtype, torch.float32)
@@ -146,7 +146,7 @@ class Stream:
         rope = None if self.angles is None else self.angles(positions_BS)
         return replace(self, mask=mask, rope=rope, valid_BS=sizes_BS > 0, marks_BS2=marks_BS2)
 
-    def visible(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
+    def visible_mask(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
         """Return the mask (B or 1, 1, R or 1, C), True = query attends to key; None = all do."""
         mask = None
         if self.causal:
@@ -166,26 +166,29 @@ class Resize:
 
     stream = "source"
     marks = False  # whether its output has marks
-    keeps = False  # whether the full-length sequence is passed on too, in place of the memory
-    restores = False  # whether it restores the original length
+    # whether the full-length sequence is passed on too, in place of the memory
+    keeps_full_sequence = False
+    restores_length = False  # whether it restores the original length
 
-    def length(self, length: int, training: bool) -> int:
+    def output_length(self, length: int, training: bool) -> int:
         """Return the sequence length after resizing `length` vectors."""
         raise NotImplementedError
 
-    def resize(self, x_BSD: Tensor, stream: Stream, training: bool) -> tuple[Tensor, Tensor | None]:
+    def resize_sequence(
+        self, x_BSD: Tensor, stream: SequenceInfo, training: bool
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the resized sequence, from all positions, and its marks."""
         raise NotImplementedError
 
-    def stream_behind(self, stream: Stream, training: bool) -> Stream:
+    def sequence_after(self, stream: SequenceInfo, training: bool) -> SequenceInfo:
         """Return the metadata of the resized sequence, without marks."""
-        return stream.resized(self.length(stream.total, training))
+        return stream.with_length(self.output_length(stream.total, training))
 
     def __call__(
-        self, flow: Flow, stream: Stream, training: bool, cache: dict[str, Tensor]
+        self, flow: Flow, stream: SequenceInfo, training: bool, cache: dict[str, Tensor]
     ) -> Flow:
         """Return the resized flow; `cache` holds this module's state during generation."""
         x_BSD, memory, _ = flow
-        whole_BSD = stream.layout.collected(x_BSD, stream.length)
-        whole_BSD, marks = self.resize(whole_BSD, stream, training)
-        return stream.layout.own(whole_BSD), memory, marks
+        whole_BSD = stream.layout.gather_replicated(x_BSD, stream.length)
+        whole_BSD, marks = self.resize_sequence(whole_BSD, stream, training)
+        return stream.layout.local_positions(whole_BSD), memory, marks

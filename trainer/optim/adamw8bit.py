@@ -51,7 +51,7 @@ def dynamic_map(signed: bool) -> Tensor:
     return torch.cat(values).sort().values.float()
 
 
-def quantise(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def quantize_blocks(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """Codes (uint8, of x's shape) and the blocks' scales (float32; the last dim is shorter)."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1).float()
@@ -61,7 +61,7 @@ def quantise(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return codes.to(torch.uint8).flatten(-2), scale
 
 
-def dequantise(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
+def dequantize_blocks(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
     """Return the numbers that codes and scales stand for, float32."""
     blocks = values[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     return (blocks * scale[..., None]).flatten(-2)
@@ -86,20 +86,22 @@ class AdamW8bit(torch.optim.Optimizer):
         for tensor in blocks:
             self.state[tensor] = {"step": torch.zeros((), device=device)}
             for moment in maps:
-                self._set(tensor, moment, torch.zeros_like(tensor))
+                self._store_moment(tensor, moment, torch.zeros_like(tensor))
 
-    def _get(self, tensor: Tensor, moment: str) -> Tensor:
+    def _load_moment(self, tensor: Tensor, moment: str) -> Tensor:
         state = self.state[tensor]
         if not self._blocks[tensor]:
             return state[moment]
-        whole = dequantise(state[moment], state[moment + SCALE], self._maps[moment])
+        whole = dequantize_blocks(state[moment], state[moment + SCALE], self._maps[moment])
         return whole.to(tensor.dtype)
 
-    def _set(self, tensor: Tensor, moment: str, value: Tensor, keep: Tensor | None = None) -> None:
+    def _store_moment(
+        self, tensor: Tensor, moment: str, value: Tensor, keep: Tensor | None = None
+    ) -> None:
         """Store a moment in place, or nothing where `keep` is true."""
         new = {moment: value}
         if block := self._blocks[tensor]:
-            codes, scale = quantise(value, self._maps[moment], block)
+            codes, scale = quantize_blocks(value, self._maps[moment], block)
             new = {moment: codes, moment + SCALE: scale}
         for name, content in new.items():
             if keep is None:
@@ -114,20 +116,22 @@ class AdamW8bit(torch.optim.Optimizer):
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
-                    self._update(tensor, tensor.grad, group["lr"], group["weight_decay"])
+                    self._update_parameter(tensor, tensor.grad, group["lr"], group["weight_decay"])
 
-    def _update(self, tensor: Tensor, gradient: Tensor, lr: float, weight_decay: float) -> None:
+    def _update_parameter(
+        self, tensor: Tensor, gradient: Tensor, lr: float, weight_decay: float
+    ) -> None:
         assert self.found_inf is not None
         keep, count = self.found_inf > 0, self.state[tensor]["step"]
         count += 1 - self.found_inf
         first, second = self._betas
-        average = self._get(tensor, "exp_avg").lerp(gradient, 1 - first)
-        square = self._get(tensor, "exp_avg_sq").lerp(gradient.square(), 1 - second)
+        average = self._load_moment(tensor, "exp_avg").lerp(gradient, 1 - first)
+        square = self._load_moment(tensor, "exp_avg_sq").lerp(gradient.square(), 1 - second)
         root = (square / (1 - second**count)).sqrt() + self._eps
         new = tensor * (1 - lr * weight_decay) - lr * average / (1 - first**count) / root
         tensor.copy_(torch.where(keep, tensor, new))
-        self._set(tensor, "exp_avg", average, keep)
-        self._set(tensor, "exp_avg_sq", square, keep)
+        self._store_moment(tensor, "exp_avg", average, keep)
+        self._store_moment(tensor, "exp_avg_sq", square, keep)
 
 
 def build_adamw8bit(

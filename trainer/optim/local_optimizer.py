@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 def local_parts(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
     """Return detached views of this rank's parts: what is written there, the model sees."""
-    return {name: _local(parameter.detach()) for name, parameter in parameters.items()}
+    return {name: _local_view(parameter.detach()) for name, parameter in parameters.items()}
 
 
 def laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class LocalOptimizer:
         for name, tensor in self._local.items():
             gradient = self._parameters[name].grad
             # A rank may hold no rows of a small parameter: the kernel refuses empty tensors.
-            tensor.grad = None if gradient is None or not tensor.numel() else _local(gradient)
+            tensor.grad = None if gradient is None or not tensor.numel() else _local_view(gradient)
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         self._optimizer.grad_scale, self._optimizer.found_inf = None, skip  # type: ignore[attr-defined]
@@ -86,5 +86,5 @@ class LocalOptimizer:
             state["step"].fill_(count)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local_view(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

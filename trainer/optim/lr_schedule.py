@@ -7,7 +7,7 @@ from trainer.config.train import OptimConfig
 LEAP = 0.01  # share by which a learning rate may differ from what it was, unsaid
 
 
-def lr_at(step: int, steps: int, config: OptimConfig) -> float:
+def learning_rate_at(step: int, steps: int, config: OptimConfig) -> float:
     """Learning rate of `step` (from 0) in a run of `steps`.
 
     Linear warm-up, then cosine (arXiv 1608.03983), or stable and a linear decay at the end (wsd,
@@ -26,13 +26,13 @@ def lr_at(step: int, steps: int, config: OptimConfig) -> float:
     return config.lr
 
 
-def lr_leap(step: int, steps: int, before: float | None, config: OptimConfig) -> str:
+def lr_jump_message(step: int, steps: int, before: float | None, config: OptimConfig) -> str:
     """Return a warning if the learning rate of `step` (from 0) is not what it was `before`.
 
     Empty if it is, or if it is not known (None). A run that goes on with other steps or another
     schedule leaps there.
     """
-    now = lr_at(step, steps, config)
+    now = learning_rate_at(step, steps, config)
     if before is None or abs(now - before) <= LEAP * max(now, before):
         return ""
     return (
@@ -44,7 +44,7 @@ def lr_leap(step: int, steps: int, before: float | None, config: OptimConfig) ->
 
 def schedule_warnings(steps: int, config: OptimConfig) -> list[str]:
     """Return what a schedule does that its keys do not say at once; empty = nothing."""
-    last, warmup = lr_at(steps - 1, steps, config), config.warmup_steps
+    last, warmup = learning_rate_at(steps - 1, steps, config), config.warmup_steps
     if warmup >= steps:
         return [
             f"optim.warmup_steps={warmup} is not below steps={steps}: the learning rate rises to "
@@ -53,7 +53,7 @@ def schedule_warnings(steps: int, config: OptimConfig) -> list[str]:
         ]
     decay_steps = round(steps * config.decay_share)
     if config.schedule == "wsd" and warmup + decay_steps > steps and warmup:
-        peak, after = f"{config.lr:.3g}", f"{lr_at(warmup, steps, config):.3g}"
+        peak, after = f"{config.lr:.3g}", f"{learning_rate_at(warmup, steps, config):.3g}"
         return [
             f"optim.warmup_steps={warmup} ends behind step {steps - decay_steps}, where "
             f"optim.decay_share={config.decay_share:g} of steps={steps} begin to fall: the "

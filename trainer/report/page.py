@@ -16,11 +16,11 @@ from markupsafe import Markup
 
 from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError
-from trainer.metrics.console import duration, short
+from trainer.metrics.console import format_duration, format_number
 from trainer.metrics.goodput import LOST
 from trainer.metrics.jsonl import is_number
-from trainer.report.run_history import History, moment, read_history, runs_in
-from trainer.report.svg_chart import COLOURS, Curve, Mark, chart, lanes
+from trainer.report.run_history import History, format_time, read_history, runs_in
+from trainer.report.svg_chart import COLOURS, Curve, Mark, curve_figure, event_lanes
 
 NAME = "report.html"
 TEMPLATES = Environment(
@@ -73,7 +73,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[P
     histories = [read_history(run_dir) for run_dir in run_dirs]
     path = output or folders[0] / NAME
     # A name that is no text, as a file system allows it, is shown as far as it is.
-    text = page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
+    text = render_page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
@@ -86,16 +86,16 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[P
     return path, [f"{n}: {note}" for n, h in zip(names, histories, strict=True) for note in h.notes]
 
 
-def page(histories: Sequence[History], now: float) -> str:
+def render_page(histories: Sequence[History], now: float) -> str:
     """Return the page as text; `now` in seconds since 1970."""
     names = names_of(histories)
     more = f" and {len(names) - TITLED} more" if len(names) > TITLED else ""
-    rows = [summary(history) for history in histories]
-    different = differing(histories)
-    configs = [{k: _plain(v) for k, v in history.values.items()} for history in histories]
+    rows = [run_summary(history) for history in histories]
+    different = differing_keys(histories)
+    configs = [{k: _format_value(v) for k, v in history.values.items()} for history in histories]
     return TEMPLATES.get_template(f"{NAME}.j2").render(
         title=", ".join(names[:TITLED]) + more,
-        written=moment(now),
+        written=format_time(now),
         names=names,
         colours=COLOURS,
         absent=ABSENT,
@@ -120,50 +120,50 @@ def names_of(histories: Sequence[History]) -> list[str]:
     return [str(history.run_dir) for history in histories]
 
 
-def differing(histories: Sequence[History]) -> list[str]:
+def differing_keys(histories: Sequence[History]) -> list[str]:
     """Return the keys whose values are not the same in all configs, in the order of the configs."""
     keys = dict.fromkeys(key for history in histories for key in history.values)
     values = {key: [history.values.get(key, ABSENT) for history in histories] for key in keys}
     return [key for key in keys if key not in OWN and any(v != values[key][0] for v in values[key])]
 
 
-def summary(history: History) -> dict[str, str]:
+def run_summary(history: History) -> dict[str, str]:
     """Return what is said of a run in one row, by title."""
     status, steps = history.status, [line["step"] for line in history.training]
-    row = {"status": _state(history)}
+    row = {"status": _run_state(history)}
     last = status.step if status else max(steps, default=0)
     row["steps"] = f"{last:,} of {status.steps:,}" if status else f"{last:,}"
-    if loss := history.curve("loss"):
+    if loss := history.metric_curve("loss"):
         row["last loss"] = f"{loss[-1][1]:.4g}"
-    if valid := history.curve("eval_loss", "valid"):
+    if valid := history.metric_curve("eval_loss", "valid"):
         row["valid loss, least"] = f"{min(value for _, value in valid):.4g}"
     for line in [line for line in history.evaluations if line["split"] == "test"][-1:]:
         shown = {key: value for key, value in line.items() if is_number(value) and key != "step"}
         row |= {f"test {key.removeprefix('eval_')}": f"{v:.4g}" for key, v in shown.items()}
-    if rates := [rate for _, rate in history.curve("tokens_per_second")]:
-        row[f"{history.unit}/s, median"] = short(median(rates))
-    if mfu := [value for _, value in history.curve("mfu")]:
+    if rates := [rate for _, rate in history.metric_curve("tokens_per_second")]:
+        row[f"{history.unit}/s, median"] = format_number(median(rates))
+    if mfu := [value for _, value in history.metric_curve("mfu")]:
         row["MFU, median"] = f"{100 * median(mfu):.1f} %"
-    if memory := [value for _, value in history.curve("memory_gib")]:
+    if memory := [value for _, value in history.metric_curve("memory_gib")]:
         row["memory"] = f"{max(memory):.2f} GiB"
     ledger = history.goodput
     if seconds := sum(ledger.seconds.values()):
-        row["time"] = duration(seconds + ledger.down_seconds)
+        row["time"] = format_duration(seconds + ledger.down_seconds)
         row["starts"] = str(ledger.starts)
         row["goodput"] = f"{100 * ledger.seconds['useful'] / seconds:.1f} %"
     return row
 
 
-def _state(history: History) -> str:
+def _run_state(history: History) -> str:
     status = history.status
     if status is None:
         return "unknown: no status.json"
     if status.state == "running":
-        return f"running, heard of {moment(status.updated)}"
+        return f"running, heard of {format_time(status.updated)}"
     return f"{status.state}: {status.reason}" if status.reason else status.state
 
 
-def _plain(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "" if value is None else str(value)
 
 
@@ -176,30 +176,32 @@ def _figures(names: list[str], histories: Sequence[History]) -> list[Markup]:
     ]
     drawn = [line["step"] for history in histories for line in history.training]
     steps = (0, max([*drawn, *(mark.step for mark in marks)], default=0) or 1)
-    figures = [_losses(names, histories, marks, steps)]
+    figures = [_loss_figure(names, histories, marks, steps)]
     unit = {"tok": "tokens", "img": "images"}.get(histories[0].unit, histories[0].unit)
     for key, (title, style, scale) in CURVES.items():
         curves = [
-            Curve(name, run, history.curve(key), style)
+            Curve(name, run, history.metric_curve(key), style)
             for run, (name, history) in enumerate(zip(names, histories, strict=True))
         ]
-        figures.append(chart(title.format(unit=unit), curves, marks, steps, scale))
-    figures += _measured(names, histories, marks, steps)
-    figures.append(lanes("What happened", names, marks, steps))
+        figures.append(curve_figure(title.format(unit=unit), curves, marks, steps, scale))
+    figures += _metric_figures(names, histories, marks, steps)
+    figures.append(event_lanes("What happened", names, marks, steps))
     return [figure for figure in figures if figure]
 
 
-def _losses(
+def _loss_figure(
     names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
 ) -> Markup:
     curves = []
     for run, (name, history) in enumerate(zip(names, histories, strict=True)):
-        curves.append(Curve(name, run, history.curve("loss"), "smooth"))
-        curves.append(Curve(f"{name}, valid", run, history.curve("eval_loss", "valid"), "dots"))
-    return chart("Loss, nats; dots: valid split", curves, marks, steps, scale="log")
+        curves.append(Curve(name, run, history.metric_curve("loss"), "smooth"))
+        curves.append(
+            Curve(f"{name}, valid", run, history.metric_curve("eval_loss", "valid"), "dots")
+        )
+    return curve_figure("Loss, nats; dots: valid split", curves, marks, steps, scale="log")
 
 
-def _measured(
+def _metric_figures(
     names: list[str], histories: Sequence[History], marks: list[Mark], steps: tuple[int, int]
 ) -> list[Markup]:
     """Return a figure for each of the task's metrics on the valid split."""
@@ -212,10 +214,10 @@ def _measured(
         if key not in ("step", "split", "eval_loss")
     )
     return [
-        chart(
+        curve_figure(
             f"{key.replace('_', ' ').capitalize()}, valid split",
             [
-                Curve(n, run, h.curve(key, "valid"), "dots")
+                Curve(n, run, h.metric_curve(key, "valid"), "dots")
                 for run, (n, h) in enumerate(zip(names, histories, strict=True))
             ],
             marks,
@@ -236,10 +238,10 @@ def _bars(run: int, history: History) -> list[Bar]:
         f"{KINDS[k]} {_percent(share)}" for k, share in shares.items() if share >= 0.0005
     )
     parts = [
-        BarPart(kind, share, f"{KINDS[kind]}: {duration(seconds[kind])}, {_percent(share)}")
+        BarPart(kind, share, f"{KINDS[kind]}: {format_duration(seconds[kind])}, {_percent(share)}")
         for kind, share in shares.items()
     ]
-    return [Bar(run, duration(total), told, parts)]
+    return [Bar(run, format_duration(total), told, parts)]
 
 
 def _percent(share: float) -> str:

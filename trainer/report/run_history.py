@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import UserError
-from trainer.checkpoint.folder import checkpoints
-from trainer.checkpoint.manifest import DamagedError, check
-from trainer.metrics.goodput import Ledger
-from trainer.metrics.goodput import read as read_goodput
+from trainer.checkpoint.folder import list_checkpoints
+from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
+from trainer.metrics.goodput import TimeLedger
+from trainer.metrics.goodput import read_ledger as read_goodput
 from trainer.metrics.jsonl import NAME, is_number, read_lines
 from trainer.run.run_dir import saved_values
 from trainer.run.status import Status, read_status
@@ -44,11 +44,11 @@ class History:
     evaluations: list[Line] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)  # by step
     status: Status | None = None
-    goodput: Ledger = field(default_factory=Ledger)
+    goodput: TimeLedger = field(default_factory=TimeLedger)
     notes: list[str] = field(default_factory=list)  # what could not be read
     unit: str = "tok"  # of throughput, as the run's task calls it: tok or img
 
-    def curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
+    def metric_curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
         """Return the finite values of one key by step: of training, or of a split's evaluations."""
         lines = [line for line in self.evaluations if line["split"] == split]
         return [
@@ -77,13 +77,13 @@ def read_history(run_dir: Path) -> History:
         if not (run_dir / "config.yaml").is_file():
             raise
         history.notes += error.problems
-    for line in _lines(history):
+    for line in _read_metric_lines(history):
         if "event" in line:
             history.unit = str(line.get("unit", history.unit))
-            history.events += _event(line)
+            history.events += _parse_event(line)
         elif "split" in line:
             history.evaluations.append(line | {"split": str(line["split"])})
-            history.events.append(_evaluation(line))
+            history.events.append(_evaluation_event(line))
         else:
             history.training.append(line)
     _read_checkpoints(history)
@@ -92,7 +92,7 @@ def read_history(run_dir: Path) -> History:
     return history
 
 
-def _lines(history: History) -> list[Line]:
+def _read_metric_lines(history: History) -> list[Line]:
     path = history.run_dir / NAME
     try:
         lines, damaged = read_lines(path) if path.exists() else ([], [])
@@ -108,14 +108,14 @@ def _lines(history: History) -> list[Line]:
     return lines
 
 
-def _event(line: Line) -> list[Event]:
+def _parse_event(line: Line) -> list[Event]:
     """One event, or none of a line that is told elsewhere."""
     step, kind = line["step"], str(line["event"])
     if kind == "goodput":
         return []
     if kind == "start":
         ranks = f"{line.get('ranks')} rank{'s' * (line.get('ranks') != 1)}"
-        when = f", {moment(line['time'])}" if is_number(line.get("time")) else ""
+        when = f", {format_time(line['time'])}" if is_number(line.get("time")) else ""
         again = line.get("start") != 1
         text = f"start {line.get('start')}, from step {step} on {ranks}{when}"
         return [Event(step, "restart" if again else "start", text)]
@@ -129,7 +129,7 @@ def _event(line: Line) -> list[Event]:
     return [Event(step, kind.replace("_", " "), told)]
 
 
-def _evaluation(line: Line) -> Event:
+def _evaluation_event(line: Line) -> Event:
     values = {key: value for key, value in line.items() if is_number(value) and key != "step"}
     text = "  ".join(f"{key.removeprefix('eval_')} {value:.4g}" for key, value in values.items())
     return Event(line["step"], "evaluation", f"{line['split']}: {text}")
@@ -138,10 +138,10 @@ def _evaluation(line: Line) -> Event:
 def _read_checkpoints(history: History) -> None:
     """Damaged ones are noted; a save that a kill kept from metrics.jsonl is told by its folder."""
     told = {event.step for event in history.events if event.kind == "save"}
-    for step, path in checkpoints(history.run_dir):
+    for step, path in list_checkpoints(history.run_dir):
         try:
-            check(path, hashed=())
-        except DamagedError as error:
+            check_folder(path, hashed=())
+        except CorruptCheckpointError as error:
             history.notes.append(f"{path.name} is damaged: {error}")
         else:
             if step not in told:
@@ -165,7 +165,7 @@ def _read_rollbacks(history: History) -> None:
         history.notes.append(f"{path.name} is damaged")
 
 
-def moment(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Seconds since 1970 as local time: 2026-11-23 06:04."""
     try:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")

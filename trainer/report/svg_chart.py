@@ -12,7 +12,7 @@ from itertools import pairwise
 
 from markupsafe import Markup
 
-from trainer.metrics.console import short
+from trainer.metrics.console import format_number
 
 WIDTH, HEIGHT, WIDE = 600, 280, 1240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 10, 36  # margins
@@ -94,7 +94,7 @@ class Axis:
         share = (at - self.low) / ((self.high - self.low) or 1.0)
         return self.begin + share * (self.end - self.begin)
 
-    def ticks(self) -> list[float]:
+    def axis_ticks(self) -> list[float]:
         """Round values within."""
         if not self.log:
             return round_values(self.low, self.high)
@@ -122,7 +122,7 @@ def round_values(low: float, high: float) -> list[float]:
     return [n * size for n in range(first, math.floor(high / size + 1e-9) + 1)]
 
 
-def chart(
+def curve_figure(
     title: str,
     curves: Sequence[Curve],
     marks: Sequence[Mark],
@@ -140,9 +140,14 @@ def chart(
     values = [value for curve in drawn for _, value in curve.points]
     values += [0.0] * (scale == "zero")
     up = Axis(values, HEIGHT - BOTTOM, TOP + 6, log=scale == "log")
-    parts = [_grid(across, up), *(_line(mark, across) for mark in marks if mark.kind in LINES_FOR)]
-    parts += [_curve(curve, across, up) for curve in drawn]
-    told = [{"name": c.name, "run": c.run, "points": rounded(thinned(c.points))} for c in drawn]
+    parts = [
+        _grid_svg(across, up),
+        *(_mark_line(mark, across) for mark in marks if mark.kind in LINES_FOR),
+    ]
+    parts += [_curve_svg(curve, across, up) for curve in drawn]
+    told = [
+        {"name": c.name, "run": c.run, "points": round_points(thin_points(c.points))} for c in drawn
+    ]
     frame = {
         "x": [across.low, across.high],
         "left": LEFT,
@@ -162,7 +167,7 @@ def chart(
     )
 
 
-def lanes(
+def event_lanes(
     title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]
 ) -> Markup:
     """Return a figure of what happened, by step: a lane for each run; empty if nothing has."""
@@ -176,19 +181,21 @@ def lanes(
         parts.append(_stroke("axis", f"M{LEFT},{y}H{WIDE - RIGHT}"))
         label = '<text class="c{}" x="{}" y="{}" text-anchor="end">●<title>{}</title></text>'
         parts.append(Markup(label).format(run % COLOURS, LEFT - 12, y + 4, names[run]))
-        parts += [_glyph(mark, across(mark.step), y) for mark in spread(marks, run, across)]
+        parts += [
+            _mark_glyph(mark, across(mark.step), y) for mark in spread_marks(marks, run, across)
+        ]
     parts.append(_steps_below(across, height))
     kinds = list(dict.fromkeys(mark.kind for mark in marks))
     return LANES.format(
         title=title,
-        key=_joined(KEY.format(shape=_shape(kind), kind=kind) for kind in kinds),
+        key=_joined(KEY.format(shape=_glyph_shape(kind), kind=kind) for kind in kinds),
         width=WIDE,
         height=height + BOTTOM - 4,
         parts=_joined(parts),
     )
 
 
-def spread(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
+def spread_marks(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
     """Return the marks of a run, less those that would lie on the one before of their kind."""
     found: list[Mark] = []
     last: dict[str, float] = {}
@@ -200,7 +207,7 @@ def spread(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
     return found
 
 
-def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
+def thin_points(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     """At most so many points: the least and the largest of each stretch, so that spikes stay."""
     if len(points) <= most:
         return list(points)
@@ -214,7 +221,7 @@ def thinned(points: Sequence[Point], most: int = POINTS) -> list[Point]:
     return found
 
 
-def smoothed(points: Sequence[Point]) -> list[Point]:
+def smooth_points(points: Sequence[Point]) -> list[Point]:
     """Return the mean around each point, over a small share of all of them."""
     reach = max(1, round(len(points) * SMOOTHED_SHARE / 2))
     sums = [0.0]
@@ -227,7 +234,7 @@ def smoothed(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def rounded(points: Sequence[Point]) -> list[list[float]]:
+def round_points(points: Sequence[Point]) -> list[list[float]]:
     """Values with the digits that are read."""
     return [[step, float(f"{value:.5g}")] for step, value in points]
 
@@ -236,39 +243,39 @@ def _joined(parts: Iterable[Markup]) -> Markup:
     return Markup().join(parts)
 
 
-def _curve(curve: Curve, across: Axis, up: Axis) -> Markup:
-    parts = [_path(curve.points, across, up, "dotted" if curve.style == "dots" else "")]
+def _curve_svg(curve: Curve, across: Axis, up: Axis) -> Markup:
+    parts = [_path_svg(curve.points, across, up, "dotted" if curve.style == "dots" else "")]
     if curve.style == "dots":
         spot = Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3"/>')
-        parts += [spot.format(across(x), up(y)) for x, y in thinned(curve.points, 60)]
+        parts += [spot.format(across(x), up(y)) for x, y in thin_points(curve.points, 60)]
     elif curve.style == "smooth" and len(curve.points) >= SMOOTHED_FROM:
-        faint = _path(curve.points, across, up, "faint")
-        parts = [faint, _path(smoothed(curve.points), across, up, "")]
+        faint = _path_svg(curve.points, across, up, "faint")
+        parts = [faint, _path_svg(smooth_points(curve.points), across, up, "")]
     dashed = " dashed" if curve.run >= COLOURS else ""
     group = Markup('<g class="curve c{}{}" data-run="{}">{}</g>')
     return group.format(curve.run % COLOURS, dashed, curve.run, _joined(parts))
 
 
-def _path(points: Sequence[Point], across: Axis, up: Axis, look: str) -> Markup:
-    places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in thinned(points))
+def _path_svg(points: Sequence[Point], across: Axis, up: Axis, look: str) -> Markup:
+    places = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in thin_points(points))
     return Markup('<polyline class="{}" points="{}"/>').format(look, places)
 
 
-def _grid(across: Axis, up: Axis) -> Markup:
+def _grid_svg(across: Axis, up: Axis) -> Markup:
     parts = []
-    for value in up.ticks():
+    for value in up.axis_ticks():
         y = up(value)
         parts.append(_stroke("grid", f"M{LEFT},{y:.1f}H{WIDTH - RIGHT}"))
-        parts.append(_text(LEFT - 7, y + 4, "end", tick(value)))
+        parts.append(_text(LEFT - 7, y + 4, "end", format_tick(value)))
     return _joined([*parts, _steps_below(across, HEIGHT - BOTTOM)])
 
 
 def _steps_below(across: Axis, y: float) -> Markup:
     parts = [_stroke("axis", f"M{across.begin},{y:.1f}H{across.end}")]
-    for value in across.ticks():
+    for value in across.axis_ticks():
         x = across(value)
         parts.append(_stroke("axis", f"M{x:.1f},{y:.1f}v4"))
-        parts.append(_text(x, y + 17, "middle", tick(value)))
+        parts.append(_text(x, y + 17, "middle", format_tick(value)))
     parts.append(_text((across.begin + across.end) / 2, y + 31, "middle", "step"))
     return _joined(parts)
 
@@ -282,24 +289,28 @@ def _text(x: float, y: float, anchor: str, text: str) -> Markup:
     return shown.format(x, y, anchor, text)
 
 
-def _line(mark: Mark, across: Axis) -> Markup:
+def _mark_line(mark: Mark, across: Axis) -> Markup:
     x = across(mark.step)
-    return MARK.format(mark=mark, colour=mark.run % COLOURS, told=_told(mark), x=x, text_x=x + 3)
+    return MARK.format(
+        mark=mark, colour=mark.run % COLOURS, told=_mark_tooltip(mark), x=x, text_x=x + 3
+    )
 
 
-def _glyph(mark: Mark, x: float, y: float) -> Markup:
-    return GLYPH.format(mark=mark, told=_told(mark), x=x, y=y, shape=_shape(mark.kind))
+def _mark_glyph(mark: Mark, x: float, y: float) -> Markup:
+    return GLYPH.format(
+        mark=mark, told=_mark_tooltip(mark), x=x, y=y, shape=_glyph_shape(mark.kind)
+    )
 
 
-def _shape(kind: str) -> Markup:
+def _glyph_shape(kind: str) -> Markup:
     look = kind.replace(" ", "-") if kind in GLYPHS else "other"
     return _stroke(look, GLYPHS.get(kind, OTHER))
 
 
-def _told(mark: Mark) -> str:
+def _mark_tooltip(mark: Mark) -> str:
     return f"step {mark.step}: {mark.kind}\n{mark.text}"
 
 
-def tick(value: float) -> str:
+def format_tick(value: float) -> str:
     """Return a round value, as short as can be."""
-    return short(value) if abs(value) >= 1000 else f"{value:.4g}"
+    return format_number(value) if abs(value) >= 1000 else f"{value:.4g}"

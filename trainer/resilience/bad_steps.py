@@ -18,14 +18,14 @@ from torch import Tensor
 from torch import distributed as dist
 
 from parallel.errors import NumericalError
-from parallel.health.replica_check import odd_replicas
+from parallel.health.replica_check import find_replica_mismatches
 from parallel.parallel_model import ParallelModel
-from parallel.runtime import agreed, everyones
+from parallel.runtime import all_gather_objects, broadcast_from_rank0
 from trainer.atomic_files import write_atomically
-from trainer.checkpoint.folder import checkpoint_path, checkpoints
+from trainer.checkpoint.folder import checkpoint_path, list_checkpoints
 from trainer.config.train import LONGEST_WINDOW, ConfigError
 from trainer.data.loader import TrainLoader
-from trainer.data.sampler import ranges
+from trainer.data.sampler import position_ranges
 from trainer.metrics.recorder import Recorder
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
@@ -69,7 +69,7 @@ class Rollback:
     samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the order of samples
 
 
-class Guard:
+class BadStepGuard:
     """Judges every step on the device, and remembers what it has to: part of the run's state.
 
     All ranks come to the same verdicts, since the gradient's norm and the mean loss are the same
@@ -86,7 +86,7 @@ class Guard:
         self._flags: list[Tensor] = []  # of the steps since then, each an int64 scalar
 
     @property
-    def left_out(self) -> set[tuple[int, int]]:
+    def skipped_steps(self) -> set[tuple[int, int]]:
         """Ranges of positions in the order of samples that are not learned from."""
         return {samples for rollback in self.rollbacks for samples in rollback.samples}
 
@@ -97,7 +97,7 @@ class Guard:
         """
         self.rollbacks = _read_rollbacks(run_dir, batch_size)
 
-    def judge(
+    def check_step(
         self, worker: ParallelModel, loss: Tensor, grad_norm: Tensor, scale: LossScale
     ) -> tuple[Tensor, Tensor]:
         """Return whether to drop the step's update, and whether its gradient overflowed: 1.0 or
@@ -121,7 +121,7 @@ class Guard:
         if spike_sigma:
             spike = self._is_spike(mean_loss) & ~drop
             flags, drop = flags + SPIKE * spike, drop | spike
-            self._remember(mean_loss, ~drop)
+            self._remember_loss(mean_loss, ~drop)
         self._flags.append(flags)
         return drop.float(), overflow.float()
 
@@ -135,7 +135,7 @@ class Guard:
         limit = median + self._policy.spike_sigma * deviation
         return (self._known >= size) & (loss > limit)
 
-    def _remember(self, loss: Tensor, good: Tensor) -> None:
+    def _remember_loss(self, loss: Tensor, good: Tensor) -> None:
         longer = torch.cat((self._losses[1:], loss[None].to(self._losses.dtype)))
         self._losses = torch.where(good, longer, self._losses)
         self._known = self._known + good
@@ -155,12 +155,12 @@ class Guard:
 
     def _leave_out(self, good: int, found: list[BadStep], loader: TrainLoader) -> None:
         """Leave out the samples of bad steps from step `good` on, and write that down."""
-        places = [place for bad in found for place in loader.positions(bad.step - 1)]
-        self.rollbacks.append(Rollback(good, ranges(places)))
+        places = [place for bad in found for place in loader.sample_positions(bad.step - 1)]
+        self.rollbacks.append(Rollback(good, position_ranges(places)))
         if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
             _write_rollbacks(self._run_dir, self.rollbacks)
 
-    def look(
+    def process_bad_steps(
         self,
         step: int,
         worker: ParallelModel,
@@ -178,34 +178,36 @@ class Guard:
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
-        numbers = self._bad(flags)
+        numbers = self._bad_steps(flags)
         tensor = not_finite() if saving or numbers else ""
         if not (numbers or tensor):
             return
         settle()
-        saved = checkpoints(self._run_dir)
-        everyone = everyones((worker.data_rank, flags, saved[-1][0] if saved else None))
+        saved = list_checkpoints(self._run_dir)
+        everyone = all_gather_objects((worker.data_rank, flags, saved[-1][0] if saved else None))
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
-            update = BadStep(_culprit(step, flags), "update", None, _shares(everyone), tensor)
+            update = BadStep(
+                _first_bad_update(step, flags), "update", None, _data_ranks(everyone), tensor
+            )
             found = self._with_update(found, update)
-        policy, why = self._policy.on_bad_step, self._why_stop(good, found[-1])
+        policy, why = self._policy.on_bad_step, self._stop_reason(good, found[-1])
         if policy == "rollback" and not why:
             self._leave_out(good, found, loader)
         _record_all(found, policy, why, loader, recorder)
         if why:
             made = "nothing was saved since" if found[-1].tensor else "no update was made with it"
-            raise NumericalError(f"{_what(found[-1])}; {made}, {why}")
+            raise NumericalError(f"{_describe_steps(found[-1])}; {made}, {why}")
         if policy == "rollback":
-            recorder.goes_back(f"going back to the checkpoint of step {good}")
+            recorder.log_rollback(f"going back to the checkpoint of step {good}")
             raise RolledBackError
 
     @property
-    def _patience(self) -> int:
+    def _steps_allowed(self) -> int:
         return 1 if self._policy.on_bad_step == "stop" else self._policy.max_bad_steps
 
-    def _bad(self, flags: list[int]) -> list[int]:
+    def _bad_steps(self, flags: list[int]) -> list[int]:
         """Return which steps were bad, up to the one that ends the run; counts those in a row."""
         numbers = []
         for number, flag in enumerate(flags):
@@ -213,7 +215,7 @@ class Guard:
             self._bad_in_row = self._bad_in_row + 1 if bad else 0
             if bad:
                 numbers.append(number)
-            if self._bad_in_row == self._patience:
+            if self._bad_in_row == self._steps_allowed:
                 break
         return numbers
 
@@ -225,7 +227,7 @@ class Guard:
         self._bad_in_row = 1  # those behind it do not count
         return [*before, update]
 
-    def _why_stop(self, good: int | None, last: BadStep) -> str:
+    def _stop_reason(self, good: int | None, last: BadStep) -> str:
         """Return what ends the run, the last good checkpoint, and what to try.
 
         Empty = it goes on.
@@ -238,9 +240,9 @@ class Guard:
             remedy = f"Set on_bad_step=rollback to leave the step out, or {REMEDY}"
         elif policy == "stop":
             remedy = f"Set on_bad_step=skip or rollback to leave such steps out, or {REMEDY}"
-        elif self._bad_in_row >= self._patience:
+        elif self._bad_in_row >= self._steps_allowed:
             remedy = f"It is the last of {most} in a row: {REMEDY}"
-        elif policy == "rollback" and (tries >= self._patience or good is None):
+        elif policy == "rollback" and (tries >= self._steps_allowed or good is None):
             remedy = f"Going on from there has failed {most} times: {REMEDY}"
         else:
             return ""
@@ -259,17 +261,17 @@ def _bad_step(
     kind = "spike" if flag & SPIKE else "loss" if ranks else "gradient"
     shares = sorted({everyone[rank][0] for rank in ranks})
     if kind != "loss":
-        shares = _shares(everyone)
+        shares = _data_ranks(everyone)
     rank = ranks[0] if kind == "loss" and len(shares) == 1 else None
     return BadStep(first + number, kind, rank, shares)
 
 
-def _shares(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
+def _data_ranks(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
     """Return the data ranks of all."""
     return sorted({data_rank for data_rank, *_ in everyone})
 
 
-def _culprit(step: int, flags: list[int]) -> int:
+def _first_bad_update(step: int, flags: list[int]) -> int:
     """Return the step, up to `step`, whose update has left weights that are not finite.
 
     With them every step is bad: it is the one before the last row of such.
@@ -278,7 +280,7 @@ def _culprit(step: int, flags: list[int]) -> int:
     return step - sum(1 for _ in row)
 
 
-def _what(bad: BadStep) -> str:
+def _describe_steps(bad: BadStep) -> str:
     if bad.tensor:
         return f"{bad.tensor} is not finite after step {bad.step}"
     what = {
@@ -295,10 +297,10 @@ def _record_all(
     """Write an event for each bad step, on rank 0; `why`: what ends the run, if anything."""
     for bad in found if dist.get_rank() == 0 else ():
         stops = why and (policy == "rollback" or bad is found[-1])
-        _record(bad, "stop" if stops else policy, loader, recorder)
+        _record_step(bad, "stop" if stops else policy, loader, recorder)
 
 
-def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
+def _record_step(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
     """A line in metrics.jsonl and one on the console."""
     shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
     samples = sorted(chain.from_iterable(shares))
@@ -315,7 +317,9 @@ def _record(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) 
         "skip": "its update is left out",
         "rollback": "its samples are left out from now on",
     }[action]
-    recorder.event(record, f"{_what(bad)}: {done} ({len(samples)} samples, in metrics.jsonl)")
+    recorder.log_event(
+        record, f"{_describe_steps(bad)}: {done} ({len(samples)} samples, in metrics.jsonl)"
+    )
 
 
 def check_replicas(
@@ -325,7 +329,7 @@ def check_replicas(
     tensors: dict[str, Tensor] = dict(worker.parameters())
     for name, moments in optimizer.state().items():
         tensors |= {f"{name} ({moment})": tensor for moment, tensor in moments.items()}
-    found = odd_replicas(tensors, worker.device)
+    found = find_replica_mismatches(tensors, worker.device)
     if not found:
         return
     first = found[0]
@@ -335,8 +339,8 @@ def check_replicas(
     what += f", and {len(found) - 1} more tensors" if len(found) > 1 else ""
     rank = first.ranks[0] if len(first.ranks) == 1 else None
     record = {"event": "replicas_differ", "step": step, "rank": rank, "tensor": first.name}
-    recorder.event(record, what)
-    saved = checkpoints(run_dir)
+    recorder.log_event(record, what)
+    saved = list_checkpoints(run_dir)
     good = f"from {saved[-1][1]}" if saved else "from the beginning"
     raise NumericalError(
         f"{what}; these ranks no longer train one model. Start again {good}, which is as good as "
@@ -351,9 +355,9 @@ def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
     """
     path = _rollbacks_path(run_dir)
     reads = dist.get_rank() == 0 and path.exists()
-    text = agreed(path.read_text(encoding="utf-8") if reads else "[]")
+    text = broadcast_from_rank0(path.read_text(encoding="utf-8") if reads else "[]")
     try:
-        return [Rollback(int(r["step"]), _ranges(r, batch_size)) for r in json.loads(text)]
+        return [Rollback(int(r["step"]), _skipped_ranges(r, batch_size)) for r in json.loads(text)]
     except (ValueError, TypeError, KeyError):
         raise ConfigError(
             f"{path} is damaged: it says which samples, by their place in the order, are left out; "
@@ -362,7 +366,7 @@ def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
         ) from None
 
 
-def _ranges(rollback: dict[str, Any], batch_size: int) -> list[tuple[int, int]]:
+def _skipped_ranges(rollback: dict[str, Any], batch_size: int) -> list[tuple[int, int]]:
     if "samples" not in rollback:
         steps = map(int, rollback["data_steps"])
         return [(step * batch_size, (step + 1) * batch_size) for step in steps]

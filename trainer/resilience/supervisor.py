@@ -10,12 +10,12 @@ from hashlib import blake2b
 from pathlib import Path
 
 from parallel.errors import UserError
-from parallel.health.watchdog import STOPPED, PeerLostError, StoppedError, Watch
-from parallel.runtime import Runtime, largest
-from parallel.strategy import restarts
-from trainer.checkpoint.folder import checkpoints
+from parallel.health.watchdog import STOPPED, RankLostError, StoppedError, Watchdog
+from parallel.runtime import Runtime, all_reduce_max
+from parallel.strategy import restart_count
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import ConfigError
-from trainer.run.lock import share
+from trainer.run.lock import share_lock
 from trainer.run.status import StatusFile
 
 PACKAGES = ("parallel", "trainer", "conf", "launch")
@@ -32,76 +32,80 @@ class Supervisor:
     def __init__(self, run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime):
         self._run_dir, self._steps, self._runtime = run_dir, steps, runtime
         self._status = StatusFile(run_dir, steps)
-        self.watch = Watch(runtime, timeout_seconds, self._tell)
+        self.watch = Watchdog(runtime, timeout_seconds, self._record_verdict)
         self.stopping = False  # agreed by all ranks
         self.step = 0
 
-    def begin(self, step: int) -> None:
+    def begin_at(self, step: int) -> None:
         """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
         self.step = step
-        attempt = restarts(os.environ)
+        attempt = restart_count(os.environ)
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
-        before = self._status.begin(step, attempt > 0, first=self._runtime.rank == 0)
+        before = self._status.begin_run(step, attempt > 0, first=self._runtime.rank == 0)
         why = f": {before.reason}" if before and before.reason else ""
         if attempt and self._runtime.rank == 0:
             of = f" of {allowed}" if allowed else ""
             log.info("restart %d%s, from step %d%s", attempt, of, step, why)
-        (attempts,) = largest(self._runtime, [self._status.attempts])
+        (attempts,) = all_reduce_max(self._runtime, [self._status.attempts])
         if attempts >= ATTEMPTS:
             raise ConfigError(
                 f"no progress since step {step}: {attempts} attempts from there have failed{why}"
             )
 
-    def note(self, state: str = "running", reason: str = "", code: int | None = None) -> None:
+    def write_status(
+        self, state: str = "running", reason: str = "", code: int | None = None
+    ) -> None:
         """Write status.json, on the first rank."""
         if self._runtime.rank == 0:
-            self._write(state, reason, 0, code)
+            self._write_file(state, reason, 0, code)
 
-    def done(self, step: int) -> bool:
+    def finish_step(self, step: int) -> bool:
         """After each step: whether to stop here, the same on every rank."""
         self.step = step
-        self.watch.moved(step)
-        return self.ask()
+        self.watch.report_progress(step)
+        return self.should_stop()
 
-    def ask(self) -> bool:
+    def should_stop(self) -> bool:
         """Return whether to stop, the same on every rank; all of them call it."""
-        self.stopping = self.stopping or self.watch.stop_asked()
+        self.stopping = self.stopping or self.watch.stop_requested()
         return self.stopping
 
-    def on_any(self, flag: bool) -> bool:
+    def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is up on any rank; all of them call it."""
-        return bool(largest(self._runtime, [int(flag)])[0])
+        return bool(all_reduce_max(self._runtime, [int(flag)])[0])
 
-    def go_on(self) -> None:
+    def raise_if_stopping(self) -> None:
         """Between batches of an evaluation: StoppedError, on every rank, if they are to stop."""
-        self.watch.moved(self.step)
-        if self.ask():
+        self.watch.report_progress(self.step)
+        if self.should_stop():
             raise StoppedError
 
-    def failed(self, error: Exception) -> None:
+    def record_failure(self, error: Exception) -> None:
         """Leave word of what this rank dies of."""
         reason = str(error).splitlines()[0] if str(error) else ""
-        named = isinstance(error, UserError | PeerLostError)
+        named = isinstance(error, UserError | RankLostError)
         text = reason if named else f"{type(error).__name__}: {reason}"
         status, kind = getattr(error, "status", 1), type(error).__name__
-        self._write("failed", text, self._runtime.rank, status, kind)
-        self.watch.fail()
+        self._write_file("failed", text, self._runtime.rank, status, kind)
+        self.watch.announce_failure()
 
-    def stopped(self) -> None:
+    def record_stop(self) -> None:
         """Leave word that the run goes on with the same command; wait for the other ranks."""
-        saved = self._newest()
+        saved = self._newest_checkpoint()
         how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
         if self._runtime.rank == 0:
             log.info("stopped at step %d of %d; %s", self.step, self._steps, how)
-        self.note("stopped", signal.Signals(self.watch.signal).name, STOPPED)
-        self.watch.together()
+        self.write_status("stopped", signal.Signals(self.watch.signal).name, STOPPED)
+        self.watch.wait_for_all()
 
-    def _tell(self, reason: str, rank: int, code: int) -> None:
+    def _record_verdict(self, reason: str, rank: int, code: int) -> None:
         """The watch's last words before it ends this process."""
         log.error("%s", reason)
-        self._write("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
+        self._write_file("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
 
-    def _write(self, state: str, reason: str, rank: int, code: int | None, error: str = "") -> None:
+    def _write_file(
+        self, state: str, reason: str, rank: int, code: int | None, error: str = ""
+    ) -> None:
         self._status.write(
             state,
             self.step,
@@ -109,38 +113,38 @@ class Supervisor:
             error=error,
             rank=rank,
             code=code,
-            checkpoint=self._newest(),
+            checkpoint=self._newest_checkpoint(),
         )
 
-    def _newest(self) -> int | None:
-        saved = checkpoints(self._run_dir)
+    def _newest_checkpoint(self) -> int | None:
+        saved = list_checkpoints(self._run_dir)
         return saved[-1][0] if saved else None
 
 
 @contextmanager
-def supervised(
+def supervise_run(
     run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime
 ) -> Iterator[Supervisor]:
     """A training run on this rank; how it ends is left in status.json and told to other ranks."""
     supervisor = Supervisor(run_dir, steps, timeout_seconds, runtime)
-    with share(run_dir), supervisor.watch:
+    with share_lock(run_dir), supervisor.watch:
         try:
             yield supervisor
-            supervisor.note("finished", code=0)
+            supervisor.write_status("finished", code=0)
         except StoppedError:
-            supervisor.stopped()
+            supervisor.record_stop()
             raise
         except Exception as error:
             lost = None
             if not isinstance(error, UserError) and BROKEN.search(str(error)):
-                lost = supervisor.watch.lost()
-            supervisor.failed(lost or error)
+                lost = supervisor.watch.find_lost_ranks()
+            supervisor.record_failure(lost or error)
             if lost:
                 raise lost from error
             raise
 
 
-def own_code() -> str:
+def source_digest() -> str:
     """Return a digest of this project's own source files: ranks of one run must have the same."""
     root = Path(__file__).parents[2]
     digest = blake2b()

@@ -12,20 +12,20 @@ from typing import Any
 MARK = "text-as-hex:"
 
 
-def protected(value: Any) -> Any:
+def escape_text(value: Any) -> Any:
     """Return a value, or all values in dicts and lists, that OmegaConf takes as they are."""
     if isinstance(value, str) and ("${" in value or value == "???" or value.startswith(MARK)):
         return MARK + value.encode("utf-8", "surrogateescape").hex()
     if isinstance(value, Mapping):
-        return {key: protected(inner) for key, inner in value.items()}
-    return [protected(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: escape_text(inner) for key, inner in value.items()}
+    return [escape_text(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def revealed(value: Any) -> Any:
-    """Return what `protected` was given; also of the fields of dataclasses."""
+def unescape_text(value: Any) -> Any:
+    """Return what `escape_text` was given; also of the fields of dataclasses."""
     if isinstance(value, str) and value.startswith(MARK):
         return bytes.fromhex(value.removeprefix(MARK)).decode("utf-8", "surrogateescape")
     if is_dataclass(value) and not isinstance(value, type):
-        found = {f.name: revealed(getattr(value, f.name)) for f in fields(value) if f.init}
+        found = {f.name: unescape_text(getattr(value, f.name)) for f in fields(value) if f.init}
         return replace(value, **found)
-    return [revealed(inner) for inner in value] if isinstance(value, list) else value
+    return [unescape_text(inner) for inner in value] if isinstance(value, list) else value

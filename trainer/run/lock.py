@@ -26,23 +26,23 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def hold(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[None]:
+def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[None]:
     """This process alone opens runs in the folder; ConfigError names who does so already."""
     path = Path(run_dir) / ".lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _try(file, fcntl.LOCK_EX):
-            raise ConfigError(_in_use(run_dir, _read(path)))
-        holder = _read(path)
+        if not _try_lock(file, fcntl.LOCK_EX):
+            raise ConfigError(_in_use(run_dir, _read_holder(path)))
+        holder = _read_holder(path)
         if holder:  # it has not given the lock back
             _wait_for(path, holder, run_dir, stale_seconds)
-            log.info("the lock of a run that has died is taken over (%s)", _whose(holder))
+            log.info("the lock of a run that has died is taken over (%s)", _describe_holder(holder))
         _wait_for_orphans(run_dir)
         me = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.time()}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(me).encode(), 0)
         try:
-            with _beating(file, path, me):
+            with _touch_regularly(file, path, me):
                 yield
         finally:
             os.ftruncate(file, 0)  # a run that was stopped need not be waited for, either
@@ -51,7 +51,7 @@ def hold(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[
 
 
 @contextmanager
-def share(run_dir: str | Path) -> Iterator[None]:
+def share_lock(run_dir: str | Path) -> Iterator[None]:
     """This process is a rank that works in the folder; no other run begins before it has ended."""
     try:
         file = os.open(Path(run_dir) / ".ranks", os.O_RDWR | os.O_CREAT, 0o644)
@@ -59,7 +59,7 @@ def share(run_dir: str | Path) -> Iterator[None]:
         yield
         return
     try:
-        _try(file, fcntl.LOCK_SH)
+        _try_lock(file, fcntl.LOCK_SH)
         yield
     finally:
         os.close(file)
@@ -72,7 +72,7 @@ def _wait_for_orphans(run_dir: str | Path) -> None:
     file = os.open(path, os.O_RDWR)
     try:
         deadline = time.monotonic() + ORPHAN_SECONDS
-        while not _try(file, fcntl.LOCK_EX):
+        while not _try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise ConfigError(
                     f"run_dir={run_dir} is in use: ranks of an earlier run still work there; end "
@@ -91,25 +91,27 @@ def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: floa
     deadline = time.monotonic() + stale_seconds
     while time.monotonic() < deadline:
         time.sleep(min(0.2, stale_seconds / 10))
-        if path.stat().st_mtime_ns != before or _read(path) != holder:
-            raise ConfigError(_in_use(run_dir, _read(path) or holder))
+        if path.stat().st_mtime_ns != before or _read_holder(path) != holder:
+            raise ConfigError(_in_use(run_dir, _read_holder(path) or holder))
 
 
 @contextmanager
-def _beating(file: int, path: Path, me: dict) -> Iterator[None]:
+def _touch_regularly(file: int, path: Path, me: dict) -> Iterator[None]:
     """Touch the file every few seconds; a process whose lock was taken over ends at once."""
     ended = threading.Event()
 
-    def beat() -> None:
+    def touch_file() -> None:
         while not ended.wait(BEAT_SECONDS):
             with suppress(OSError):
                 os.utime(file)
-                now = _read(path)
+                now = _read_holder(path)
                 if now and now != me:
-                    log.error("this run was silent for so long that %s took over", _whose(now))
+                    log.error(
+                        "this run was silent for so long that %s took over", _describe_holder(now)
+                    )
                     os._exit(1)
 
-    thread = threading.Thread(target=beat, name="lock", daemon=True)
+    thread = threading.Thread(target=touch_file, name="lock", daemon=True)
     thread.start()
     try:
         yield
@@ -118,7 +120,7 @@ def _beating(file: int, path: Path, me: dict) -> Iterator[None]:
         thread.join()
 
 
-def _try(file: int, how: int) -> bool:
+def _try_lock(file: int, how: int) -> bool:
     """Return whether the lock is ours; a file system without locks leaves it to the heartbeat."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
@@ -129,18 +131,18 @@ def _try(file: int, how: int) -> bool:
     return True
 
 
-def _read(path: Path) -> dict:
+def _read_holder(path: Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8") or "{}")
     except (OSError, ValueError):
         return {}
 
 
-def _whose(holder: dict) -> str:
+def _describe_holder(holder: dict) -> str:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(holder["started"]))
     return f"pid {holder['pid']} on {holder['host']}, since {since}"
 
 
 def _in_use(run_dir: str | Path, holder: dict) -> str:
-    who = f" by another run ({_whose(holder)})" if holder else ""
+    who = f" by another run ({_describe_holder(holder)})" if holder else ""
     return f"run_dir={run_dir} is in use{who}; wait for its end, or choose another run_dir"

@@ -13,12 +13,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from parallel.errors import ConfigError, StorageError
 from trainer.atomic_files import write_atomically
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import IDENTITY, flat_values, run_record
-from trainer.checkpoint.manifest import DamagedError, check
+from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
 from trainer.config.train import TrainConfig
-from trainer.run.free_text import protected, revealed
-from trainer.run.lock import hold
+from trainer.run.free_text import escape_text, unescape_text
+from trainer.run.lock import hold_lock
 from trainer.run.status import read_status
 
 EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
@@ -28,7 +28,7 @@ class AlreadyFinishedError(Exception):
     """There is nothing left to do in a run's folder; the message says where it ended."""
 
 
-def claimed(run_dir: str | Path) -> Path:
+def claim_folder(run_dir: str | Path) -> Path:
     """Make a folder that nobody has, of this name or with a number behind it; raises OSError.
 
     For names that are made of the time: two starts may share a second.
@@ -53,10 +53,10 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
     folder = Path(config.run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _refuse(config, folder)
+        _refuse_run(config, folder)
         if held is not None:
-            held.enter_context(hold(folder))
-            _refuse(config, folder)  # what it was a moment ago is another's
+            held.enter_context(hold_lock(folder))
+            _refuse_run(config, folder)  # what it was a moment ago is another's
         write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise StorageError(
@@ -69,7 +69,7 @@ def check_run_dir(config: TrainConfig) -> None:
     folder = Path(config.run_dir)
     try:
         if folder.exists():
-            _refuse(config, folder)
+            _refuse_run(config, folder)
     except OSError as error:
         raise StorageError(
             f"run_dir={folder} cannot be read ({error.strerror}); choose another run_dir"
@@ -85,12 +85,12 @@ def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
     """
     path = _config_path(run_dir, key)
     try:
-        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), protected(_read_yaml(path)))
+        values = OmegaConf.merge(OmegaConf.structured(TrainConfig), escape_text(_read_yaml(path)))
     except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(
             f"{path} does not fit this version: {str(error).splitlines()[0]}"
         ) from error
-    loaded = revealed(OmegaConf.to_object(values))
+    loaded = unescape_text(OmegaConf.to_object(values))
     assert isinstance(loaded, TrainConfig)
     return loaded
 
@@ -133,11 +133,11 @@ def _config_path(run_dir: str | Path, key: str = "run_dir") -> Path:
     return path
 
 
-def _refuse(config: TrainConfig, folder: Path) -> None:
-    problems = _problems(config, folder)
+def _refuse_run(config: TrainConfig, folder: Path) -> None:
+    problems = _run_problems(config, folder)
     if problems:
         raise ConfigError(*problems)
-    found = [c for c in checkpoints(folder) if config.resume_step in (0, c[0])]
+    found = [c for c in list_checkpoints(folder) if config.resume_step in (0, c[0])]
     done = next((s for s, path in reversed(found) if s >= config.steps and _is_good(path)), 0)
     status = read_status(folder)
     # A run that was stopped while it measured the test split goes on with that.
@@ -149,7 +149,7 @@ def _refuse(config: TrainConfig, folder: Path) -> None:
         )
 
 
-def _problems(config: TrainConfig, folder: Path) -> list[str]:
+def _run_problems(config: TrainConfig, folder: Path) -> list[str]:
     record = run_record(config)
     known = [*IDENTITY, *record.identity]
     if unknown := [key for key in config.resume_changed if key not in known]:
@@ -166,7 +166,7 @@ def _problems(config: TrainConfig, folder: Path) -> list[str]:
         if config.resume == "always" or config.resume_step:
             return [f"{_no_run(config.run_dir)}, or set resume=auto to begin one"]
         return []
-    found = checkpoints(folder)
+    found = list_checkpoints(folder)
     if found and config.resume == "never":
         return [
             f"run_dir={folder} holds a run at step {found[-1][0]} and resume=never; "
@@ -193,8 +193,8 @@ def _checkpoint_problems(config: TrainConfig, folder: Path, steps: list[int]) ->
 
 def _is_good(path: Path) -> bool:
     try:
-        check(path)
-    except DamagedError:
+        check_folder(path)
+    except CorruptCheckpointError:
         return False
     return True
 

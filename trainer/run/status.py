@@ -55,7 +55,7 @@ class StatusFile:
         self._from_step = 0
         self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
 
-    def begin(self, from_step: int, restarted: bool, first: bool) -> Status | None:
+    def begin_run(self, from_step: int, restarted: bool, first: bool) -> Status | None:
         """Note that the run starts at this step.
 
         Returns the status that was there before. Only the first rank writes.

@@ -10,12 +10,12 @@ from rich.table import Table
 from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import data_degree
-from trainer.checkpoint.identity import absolute
+from trainer.checkpoint.identity import absolute_path
 from trainer.config.train import EvaluateConfig
-from trainer.data import Dataset, open_split, prepare
+from trainer.data import Dataset, open_split, prepare_data
 from trainer.data.loader import evaluation_batches
-from trainer.data.record import changes, data_of, read_record
-from trainer.inference.trained_run import open_run, transformer
+from trainer.data.record import data_of, describe_changes, read_record
+from trainer.inference.trained_run import load_trained_run, unwrap_transformer
 from trainer.metrics.console import print_whole
 from trainer.run.run_dir import load_config
 from trainer.tasks.registry import TASKS, task_of_model
@@ -24,7 +24,7 @@ from trainer.tasks.task import Decoding, Task
 log = logging.getLogger(__name__)
 
 
-def evaluate(
+def evaluate_model(
     worker: ParallelModel,
     dataset: Dataset,
     *,
@@ -43,11 +43,11 @@ def evaluate(
     `micro_batch_size` is per rank. `between` is called after each micro-batch, on all ranks.
     `task`: None = the task that the model's configuration implies.
     """
-    task = task or task_of_model(transformer(worker).config)
+    task = task or task_of_model(unwrap_transformer(worker).config)
     metrics = task.build_metrics(worker, dataset, decoding)
     shard, pinned = (worker.data_rank, worker.data_degree), worker.device.type == "cuda"
     batches = evaluation_batches(dataset, micro_batch_size, *shard, samples, pin_memory=pinned)
-    with worker.evaluating():
+    with worker.evaluation_mode():
         for batch in batches:
             inputs = worker.to_device(batch)
             metrics.update(worker.forward(inputs), inputs)
@@ -64,15 +64,15 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     """
     trained = load_config(config.run_dir)
     reads = data_of(trained, config.run_dir)
-    reads = replace(reads, path=absolute(config.data.path) or reads.path)
-    facts, before = prepare(reads), read_record(config.run_dir)
-    if runtime.rank == 0 and before and (what := changes(before, facts, config.split)):
+    reads = replace(reads, path=absolute_path(config.data.path) or reads.path)
+    facts, before = prepare_data(reads), read_record(config.run_dir)
+    if runtime.rank == 0 and before and (what := describe_changes(before, facts, config.split)):
         log.warning("%s", what)
-    run = open_run(config, runtime)
+    run = load_trained_run(config, runtime)
     task = TASKS[reads.kind]
-    decoding = Decoding(run.tokenizer(), config.beams) if task.decodes_in_test else None
+    decoding = Decoding(run.load_tokenizer(), config.beams) if task.decodes_in_test else None
     local_batch = trained.batch_size // data_degree(trained.strategy)
-    values = evaluate(
+    values = evaluate_model(
         run.worker,
         open_split(reads, config.split),
         micro_batch_size=config.micro_batch_size or trained.micro_batch_size or local_batch,
@@ -83,12 +83,12 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     if runtime.rank == 0:
         console = Console()
         console.print(f"{config.run_dir}, {config.split} split:", soft_wrap=True, markup=False)
-        print_whole(table(values))
+        print_whole(metrics_table(values))
         for note in task.notes(values):
             console.print(note, soft_wrap=True, highlight=False)
 
 
-def table(values: dict[str, float]) -> Table:
+def metrics_table(values: dict[str, float]) -> Table:
     """Return a table with one row of values, the names as header."""
     shown = Table()
     for name in values:

@@ -5,14 +5,14 @@ from rich.table import Table
 
 from parallel.runtime import Runtime
 from trainer.config.train import GenerateConfig
-from trainer.inference.trained_run import open_run
+from trainer.inference.trained_run import load_trained_run
 from trainer.metrics.console import print_whole
 from trainer.tasks.registry import TASKS
 
 
-def generate(config: GenerateConfig, runtime: Runtime) -> None:
+def print_generation(config: GenerateConfig, runtime: Runtime) -> None:
     """Print the output of a run's newest checkpoint for config.prompt, on rank 0."""
-    run = open_run(config, runtime)
+    run = load_trained_run(config, runtime)
     output = TASKS[run.config.data.kind].generate(config, run)
     if runtime.rank == 0:
         if isinstance(output, Table):

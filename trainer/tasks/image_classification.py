@@ -11,9 +11,9 @@ from rich.table import Table
 from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, GenerateConfig, ModelConfig, inputs_of
-from trainer.data import Dataset, open_split, prepare
-from trainer.data.image_files import decoded
-from trainer.data.images import standardized
+from trainer.data import Dataset, open_split, prepare_data
+from trainer.data.image_files import decode_image
+from trainer.data.images import standardize_images
 from trainer.data.record import read_record
 from trainer.inference.sampling import check_finite
 from trainer.inference.trained_run import TrainedRun
@@ -44,13 +44,13 @@ class ImageClassification(Task):
 
         For an image file only the run's folder is read; a prompt such as `test:0` reads the data.
         """
-        facts = read_record(run.config.run_dir) or prepare(run.data)
+        facts = read_record(run.config.run_dir) or prepare_data(run.data_config)
         names = facts.class_names
         named = re.fullmatch(r"(train|valid|test):(\d+)", config.prompt)
         table = Table("class", "probability", title=config.prompt)
         if named:
-            prepare(run.data)
-            dataset = open_split(run.data, named[1])
+            prepare_data(run.data_config)
+            dataset = open_split(run.data_config, named[1])
             if int(named[2]) >= len(dataset):
                 raise ConfigError(
                     f"prompt={config.prompt}: the {named[1]} split has {len(dataset)} images; "
@@ -61,8 +61,8 @@ class ImageClassification(Task):
             table.caption = f"labelled {names[int(sample['targets'])]}"
         else:
             pixels_CHW = read_image(config.prompt, facts.image_size, facts.channels)
-        images_BCHW = torch.from_numpy(standardized(pixels_CHW[None], facts.mean, facts.std))
-        with run.worker.evaluating():
+        images_BCHW = torch.from_numpy(standardize_images(pixels_CHW[None], facts.mean, facts.std))
+        with run.worker.evaluation_mode():
             logits_BV = run.worker.forward({"images": images_BCHW.to(run.worker.device)})
         check_finite(logits_BV)
         probability_V = logits_BV[0, : len(names)].float().softmax(-1)
@@ -110,7 +110,7 @@ def read_image(name: str, size: int, channels: int) -> NDArray[np.uint8]:
             ) from error
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     else:
-        pixels = decoded(Path(name), channels, "prompt")
+        pixels = decode_image(Path(name), channels, "prompt")
     if pixels.dtype != np.uint8 or pixels.shape != (size, size, channels):
         raise ConfigError(
             f"prompt={name} is {pixels.dtype} of shape {pixels.shape}; the model reads uint8 of "

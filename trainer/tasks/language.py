@@ -32,7 +32,7 @@ class LanguageModeling(Task):
 
     def generate(self, config: GenerateConfig, run: TrainedRun) -> str:
         """Return the prompt with the generated continuation."""
-        tokenizer = run.tokenizer()
+        tokenizer = run.load_tokenizer()
         prompt_ids = tokenizer.encode(config.prompt)
         generated = sample_tokens(
             run.worker,

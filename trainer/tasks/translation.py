@@ -11,7 +11,7 @@ from trainer.config.train import ConfigError, GenerateConfig, ModelConfig
 from trainer.data import Dataset
 from trainer.inference.beam_search import translate_tokens
 from trainer.inference.sampling import check_finite
-from trainer.inference.trained_run import TrainedRun, transformer
+from trainer.inference.trained_run import TrainedRun, unwrap_transformer
 from trainer.tasks.language import random_targets
 from trainer.tasks.metrics import CrossEntropyMetrics, perplexity
 from trainer.tasks.task import Decoding, Task
@@ -39,7 +39,7 @@ class Translation(Task):
 
     def generate(self, config: GenerateConfig, run: TrainedRun) -> str:
         """Return a translation of each line of the prompt."""
-        tokenizer = run.tokenizer()
+        tokenizer = run.load_tokenizer()
         lines = [line.strip() for line in config.prompt.splitlines() if line.strip()]
         if not lines:
             raise ConfigError(
@@ -56,7 +56,7 @@ class Translation(Task):
             source_valid_BT[row, : len(line_ids)] = True
         start_B1 = torch.full((len(ids), 1), tokenizer.eot_id)
         inputs = {"source": source_BT, "source_valid": source_valid_BT, "tokens": start_B1}
-        with run.worker.evaluating():
+        with run.worker.evaluation_mode():
             check_finite(run.worker.forward(run.worker.to_device(inputs)))
         translations = translate_tokens(
             run.worker,
@@ -111,7 +111,7 @@ class TranslationMetrics(CrossEntropyMetrics):
             self._worker,
             inputs["source"],
             inputs.get("source_valid"),
-            max_tokens=transformer(self._worker).config.max_positions,
+            max_tokens=unwrap_transformer(self._worker).config.max_positions,
             bos_id=tokenizer.eot_id,
             eos_id=tokenizer.eot_id,
             beams=decoding.beams,
@@ -123,9 +123,9 @@ class TranslationMetrics(CrossEntropyMetrics):
     def _bleu(self) -> float:
         """Return BLEU over all ranks, as sacreBLEU (arXiv 1804.08771) defines it."""
         found: dict[int, str] = {}
-        for part in self._worker.gather_over_data(self._translations):
+        for part in self._worker.gather_data_ranks(self._translations):
             found |= part
-        references = [self._dataset.reference(index) for index in found]
+        references = [self._dataset.target_text(index) for index in found]
         return float(sacrebleu.corpus_bleu(list(found.values()), [references]).score)
 
 

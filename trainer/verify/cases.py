@@ -109,7 +109,7 @@ REDUCED = {
 }
 
 
-def _multiple(value: float, of: int) -> int:
+def _round_to_multiple(value: float, of: int) -> int:
     return max(8, of * round(value / of))
 
 
@@ -136,7 +136,9 @@ def scale_down(
         heads=heads,
         kv_heads=heads // group,
         head_width=0,
-        ffn_width=_multiple(width * model.ffn_width / model.width, 8 * tensor if groups else 1),
+        ffn_width=_round_to_multiple(
+            width * model.ffn_width / model.width, 8 * tensor if groups else 1
+        ),
         vocab_size=61,
         max_positions=SEQ_LEN,
         dropout=0.1,
@@ -208,20 +210,20 @@ COMPRESSED = {
 }
 
 
-def cases() -> Iterator[tuple[str, str, VerifyConfig]]:
+def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     """(model, strategy, what to verify): every strategy on every family, and compressed models."""
     for family, model in FAMILIES.items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
-            for name in _strategies(compress):
+            for name in _strategy_names(compress):
                 strategy = STRATEGIES.get(name, StrategyConfig())
                 config = VerifyConfig(strategy, FAMILIES[family], compress)
                 yield f"{family}, {technique}", name, config
 
 
-def _strategies(compress: CompressConfig) -> tuple[str, ...]:
+def _strategy_names(compress: CompressConfig) -> tuple[str, ...]:
     if compress.match:
         return MATCHED_STRATEGIES
     return DISTILLED_STRATEGIES if compress.teacher else COMPRESSED_STRATEGIES
@@ -241,7 +243,7 @@ def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressC
     )
 
 
-def samples(strategy: StrategyConfig) -> int:
+def samples_per_step(strategy: StrategyConfig) -> int:
     """Samples per step: enough that the ranks of a pipeline have micro-batches to work on."""
     if strategy.pipeline == 1:
         return SAMPLES
@@ -258,7 +260,7 @@ def make_batch(
     return task_of_model(model).random_batch(model, samples, SEQ_LEN, generator)
 
 
-def split(batch: dict[str, Tensor], worker: ParallelModel) -> list[dict[str, Tensor]]:
+def split_batch(batch: dict[str, Tensor], worker: ParallelModel) -> list[dict[str, Tensor]]:
     """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
     rows = len(batch["targets"]) // worker.data_degree
     own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}

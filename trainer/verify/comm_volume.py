@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.axis import find_axis
 from parallel.comm_volume.closed_form import (
     Shape,
-    SplitSequence,
+    ShardedSequence,
     StepBytes,
     context_bytes,
     cross_entropy_bytes,
@@ -18,24 +18,24 @@ from parallel.comm_volume.closed_form import (
     step_bytes,
     tensor_bytes,
 )
-from parallel.comm_volume.counter import Payload, Traffic
+from parallel.comm_volume.counter import CollectiveCounter, Payload
 from parallel.context.attention import ContextParallel
 from parallel.data.ddp import reduce_dtype
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.parallel_model import MicroBatch, ParallelModel
 from parallel.pipeline.stages import PipelineParallel
-from parallel.pipeline.torch_schedules import actions
+from parallel.pipeline.torch_schedules import list_actions
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import HEADS, TensorParallel, style_of
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig
-from trainer.inference.trained_run import transformer
+from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import TENSOR_LAYOUT, Transformer
 from trainer.nn.embeddings import TokenEmbedding
 from trainer.nn.heads import ClassifierHead
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import make_batch, samples, split
+from trainer.verify.cases import make_batch, samples_per_step, split_batch
 
 COUNT_BYTES, FLOAT_BYTES = 8, 4  # a number of targets (int64); a gradient or a norm (float32)
 COMPUTE_BYTES = 2  # bf16
@@ -46,10 +46,10 @@ def step_traffic(
 ) -> tuple[Payload, Payload]:
     """Bytes of one bf16 step of this rank by collective: counted, and by the closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"])
-    micro_batches = split(make_batch(model_config, 0, 0, samples(strategy)), worker)
+    micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
     for _ in range(3):  # DDP agrees on its buckets once, in the second step
         worker.zero_grad()
-        with Traffic() as traffic:
+        with CollectiveCounter() as traffic:
             worker.forward_backward(micro_batches)
             worker.clip_grad_norm(1.0)
     due = _due_bytes(worker, strategy, micro_batches)
@@ -61,26 +61,26 @@ def _due_bytes(
     worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> Payload:
     """Return the closed form: gradients and weights, activations, and the listed small ones."""
-    model = transformer(worker)
-    moved, floats, heads, tied = StepBytes(), _norms(strategy) * FLOAT_BYTES, 0, 0
+    model = unwrap_transformer(worker)
+    moved, floats, heads, tied = StepBytes(), _norm_reductions(strategy) * FLOAT_BYTES, 0, 0
     if find_axis(worker.axes, TensorParallel) is not None:
-        moved += _activations(worker, strategy, micro_batches)
+        moved += _activation_bytes(worker, strategy, micro_batches)
         floats += _partial_gradients(worker) * FLOAT_BYTES
         heads = len(micro_batches) * _shared_heads(worker)
         if model.head is not None:
-            targets = (model.own_targets(m["targets"]) for m in micro_batches)
+            targets = (model.local_targets(m["targets"]) for m in micro_batches)
             floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
     if find_axis(worker.axes, ContextParallel) is not None:
-        moved += sum((_attentions(model, strategy, m) for m in micro_batches), StepBytes())
+        moved += sum((_attention_bytes(model, strategy, m) for m in micro_batches), StepBytes())
         floats += FLOAT_BYTES  # the loss, of which each rank has a part
     if (pipeline := find_axis(worker.axes, PipelineParallel)) is not None:
-        moved += _flows(pipeline, model, micro_batches)
+        moved += _stage_messages(pipeline, model, micro_batches)
         floats += FLOAT_BYTES  # the loss, which the last stage has
-        tied = 0 if pipeline.tied is None else local(pipeline.tied).numel()
+        tied = 0 if pipeline.tied is None else local_tensor(pipeline.tied).numel()
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
     fsdp = isinstance(worker.model, FSDPModule)
     half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
-    return _reduced(worker, strategy, len(micro_batches)) + Counter(
+    return _reduced_bytes(worker, strategy, len(micro_batches)) + Counter(
         {
             ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
             ("all_reduce", torch.float32): floats,
@@ -96,10 +96,12 @@ def _due_bytes(
     )
 
 
-def _reduced(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
+def _reduced_bytes(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
     """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
     dtype = reduce_dtype(strategy.reduce, torch.float32)
-    due = step_bytes(*_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize)
+    due = step_bytes(
+        *_parameter_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize
+    )
     gathered = torch.uint8 if strategy.reduce == "int8" else torch.bfloat16
     return Counter(
         {
@@ -111,7 +113,7 @@ def _reduced(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int
     )
 
 
-def _shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
+def _parameter_shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
     """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
     blocks: list[Shape] = []
     others: list[Shape] = []
@@ -125,7 +127,7 @@ def _shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
     return blocks, others
 
 
-def _norms(strategy: StrategyConfig) -> int:
+def _norm_reductions(strategy: StrategyConfig) -> int:
     """All-reduces of the gradient norm: one per axis and set of axes that parameters are split on.
 
     Split layers are one set, what every tensor rank has whole is another. One more adds up what the
@@ -138,12 +140,12 @@ def _norms(strategy: StrategyConfig) -> int:
 def _partial_gradients(worker: ParallelModel) -> int:
     """Elements of the gradients that work on a part of the sequence: they are summed once."""
     parameters = dict(worker.model.named_parameters())
-    return sum(local(parameters[n]).numel() for axis in worker.axes for n in axis.partial)
+    return sum(local_tensor(parameters[n]).numel() for axis in worker.axes for n in axis.partial)
 
 
 def _shared_heads(worker: ParallelModel) -> int:
     """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
-    config = transformer(worker).config
+    config = unwrap_transformer(worker).config
     least = worker.mesh["tensor"].size() * config.width // config.heads
     return sum(
         parameter.numel()
@@ -152,11 +154,11 @@ def _shared_heads(worker: ParallelModel) -> int:
     )
 
 
-def _activations(
+def _activation_bytes(
     worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> StepBytes:
     """Return what the split layers move that this rank holds."""
-    model, pipeline = transformer(worker), find_axis(worker.axes, PipelineParallel)
+    model, pipeline = unwrap_transformer(worker), find_axis(worker.axes, PipelineParallel)
     if pipeline is None:
         stages, split_backwards = {0: tuple(model.blocks)}, set()
     else:
@@ -166,7 +168,9 @@ def _activations(
         sequence
         for stage, blocks in stages.items()
         for number, micro_batch in enumerate(micro_batches)
-        for sequence in _sequences(model, blocks, micro_batch, (stage, number) in split_backwards)
+        for sequence in _stage_sequences(
+            model, blocks, micro_batch, (stage, number) in split_backwards
+        )
     ]
     return tensor_bytes(sequences, model.config.width, strategy, COMPUTE_BYTES)
 
@@ -176,24 +180,24 @@ def _split_backwards(
 ) -> set[tuple[int, int]]:
     """Stages and micro-batches whose backward comes in two halves; the first stage's is one."""
     per_rank = len(pipeline.stages)
-    lists = actions(strategy.schedule, strategy.pipeline, per_rank, micro_batches)
+    lists = list_actions(strategy.schedule, strategy.pipeline, per_rank, micro_batches)
     return {(a.stage, a.micro_batch) for own in lists.values() for a in own if a.kind == "I"} - {
         (0, micro_batch) for micro_batch in range(micro_batches)
     }
 
 
-def _sequences(
+def _stage_sequences(
     model: Transformer, blocks: Sequence[str], micro_batch: MicroBatch, splits_backward: bool
-) -> list[SplitSequence]:
+) -> list[ShardedSequence]:
     """Return the sequences that flow through the layers of one stage."""
-    sizes = _sizes(model, micro_batch)
+    sizes = _sequence_sizes(model, micro_batch)
     has_tokens = isinstance(model.embed, TokenEmbedding)
     last = int(blocks[-1]) == model.depth - 1
     found = []
     for stream, (count, length) in sizes.items():
         own = [model.blocks[name] for name in blocks if model.blocks[name].stream == stream]
         found.append(
-            SplitSequence(
+            ShardedSequence(
                 count,
                 length,
                 branches=sum(2 + (b.cross_attention is not None) for b in own),
@@ -206,10 +210,12 @@ def _sequences(
     return found
 
 
-def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch) -> StepBytes:
+def _attention_bytes(
+    model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch
+) -> StepBytes:
     """Return what attention of this rank's blocks moves where sequences are shared."""
     config, degree, moved = model.config, strategy.context, StepBytes()
-    sizes = _sizes(model, micro_batch)
+    sizes = _sequence_sizes(model, micro_batch)
     width = config.head_width or config.width // config.heads
     queries = config.heads // strategy.tensor
     groups = max(1, (config.kv_heads or config.heads) // strategy.tensor)
@@ -231,14 +237,14 @@ def _attentions(model: Transformer, strategy: StrategyConfig, micro_batch: Micro
     return moved
 
 
-def _sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
+def _sequence_sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
     """Samples and positions here of each sequence, in the order in which blocks work on them."""
     count = len(micro_batch["targets"])
     lengths = model.sequence_lengths(micro_batch)
-    return {name: (count, model.context.share(length)) for name, length in lengths.items()}
+    return {name: (count, model.context.local_length(length)) for name, length in lengths.items()}
 
 
-def _flows(
+def _stage_messages(
     pipeline: PipelineParallel, model: Transformer, micro_batches: list[MicroBatch]
 ) -> StepBytes:
     """Return what this rank's stages send."""

@@ -12,33 +12,33 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.mesh import DATA_AXES
 from parallel.parallel_model import ParallelModel
-from parallel.parallelize import parallelize, place
-from parallel.pipeline.schedules import placed
+from parallel.parallelize import local_slices, parallelize
+from parallel.pipeline.schedules import stage_to_rank
 from parallel.rank_pool import RankFailedError, RankPool
 from parallel.runtime import Runtime
-from parallel.strategy import AXES, StrategyConfig, degrees, resolve, world_size
+from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degrees, world_size
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, VerifyConfig
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
-from trainer.optim.lr_schedule import lr_at
+from trainer.nn.init import init_rows
+from trainer.optim.lr_schedule import learning_rate_at
 from trainer.optim.registry import build_optimizer, check_reference, reference_optimizers
 from trainer.precision import PRECISIONS
 from trainer.tasks.registry import task_of_model
 from trainer.verify.cases import (
     STRATEGIES,
-    cases,
+    iter_cases,
     make_batch,
-    samples,
+    samples_per_step,
     scale_compression,
     scale_down,
-    split,
+    split_batch,
 )
 from trainer.verify.faults import FAULTS
 
@@ -72,12 +72,12 @@ class Record:
     places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
 
 
-def drawn_teacher(config: ModelConfig, seed: int) -> Transformer:
+def random_teacher(config: ModelConfig, seed: int) -> Transformer:
     """Return a frozen model of the same shape that has other weights, and opinions."""
     config = replace(config, init="gpt2", init_std=0.3)
     model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
-        parameter.copy_(draw_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
+        parameter.copy_(init_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
     return model
 
 
@@ -89,13 +89,13 @@ def reference_loss(
 ) -> Tensor:
     """Return the mean loss of a whole batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
-    logits, made = _looked_into(model, batch, [ours for ours, _ in compress.match])
+    logits, made = _forward_with_blocks(model, batch, [ours for ours, _ in compress.match])
     loss = task_of_model(model.config).reference_loss(logits, batch, LABEL_SMOOTHING)
     if teacher is None:
         return loss
     valid, temperature = targets != IGNORED, compress.temperature
     with torch.no_grad():
-        told, theirs = _looked_into(teacher, batch, [block for _, block in compress.match])
+        told, theirs = _forward_with_blocks(teacher, batch, [block for _, block in compress.match])
     logits, told = logits.flatten(0, -2), told.flatten(0, -2)
     said = told[valid] / temperature
     apart = functions.kl_div(
@@ -111,7 +111,7 @@ def reference_loss(
     return loss
 
 
-def _looked_into(
+def _forward_with_blocks(
     model: Transformer, batch: dict[str, Tensor], blocks: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
     """Logits, and what these blocks make: an encoder's last one puts it second."""
@@ -152,15 +152,15 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
     compression = Compression(config.compress)
-    compression.reshape(model)
+    compression.reshape_model(model)
     for name, parameter in model.named_parameters():
-        rows = draw_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
+        rows = init_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
-    teacher = drawn_teacher(model_config, config.seed) if config.compress.teacher else None
+    teacher = random_teacher(model_config, config.seed) if config.compress.teacher else None
     names = dict(model.named_parameters())
     optimizers = reference_optimizers(names, optim)
     record = Record([], [], [], {})
-    compression.settle(0, config.steps)
+    compression.prepare_step(0, config.steps)
     for step in range(config.steps):
         batch = make_batch(model_config, config.seed, step, size)
         loss = reference_loss(model, batch, teacher, config.compress)
@@ -172,9 +172,9 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
         record.norms.append(norm.item())
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, config.steps, optim)
+                group["lr"] = learning_rate_at(step, config.steps, optim)
             optimizer.step()
-        compression.settle(step + 1, config.steps)
+        compression.prepare_step(step + 1, config.steps)
     record.weights = {n: p.detach().clone() for n, p in names.items()}
     return record
 
@@ -185,8 +185,8 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
     """
     compression = Compression(config.compress)
-    if compression.distills:
-        compression.teacher = drawn_teacher(config.model, config.seed).to(runtime.device)
+    if compression.uses_distillation:
+        compression.teacher = random_teacher(config.model, config.seed).to(runtime.device)
     worker = parallel_model(
         config.model,
         config.strategy,
@@ -201,25 +201,27 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     )
     optimizer = build_optimizer(worker.parameters(), config.optim)
     record = Record([], [], [], {})
-    compression.settle(0, config.steps)
+    compression.prepare_step(0, config.steps)
     for step in range(config.steps):
-        batch = make_batch(config.model, config.seed, step, samples(config.strategy))
-        micro_batches = split(batch, worker)
+        batch = make_batch(config.model, config.seed, step, samples_per_step(config.strategy))
+        micro_batches = split_batch(batch, worker)
         worker.zero_grad()
         loss, _ = worker.forward_backward(micro_batches)
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         # Copies: clipping changes the gradients in place.
-        record.gradients.append({name: local(g).clone() for name, g in gradients.items()})
+        record.gradients.append({name: local_tensor(g).clone() for name, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(config.optim.max_grad_norm).item())
-        optimizer.step(lr_at(step, config.steps, config.optim), torch.zeros(()))
-        compression.settle(step + 1, config.steps)
-    record.weights = {name: local(p).detach().clone() for name, p in worker.parameters().items()}
-    record.places = {name: place(p) for name, p in worker.parameters().items()}
-    return record, spans(worker)
+        optimizer.step(learning_rate_at(step, config.steps, config.optim), torch.zeros(()))
+        compression.prepare_step(step + 1, config.steps)
+    record.weights = {
+        name: local_tensor(p).detach().clone() for name, p in worker.parameters().items()
+    }
+    record.places = {name: local_slices(p) for name, p in worker.parameters().items()}
+    return record, axes_of_parameters(worker)
 
 
-def spans(worker: ParallelModel) -> dict[str, str]:
+def axes_of_parameters(worker: ParallelModel) -> dict[str, str]:
     """By parameter, the mesh axes that it is split on or its gradient summed over."""
     wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
     found = {}
@@ -232,7 +234,7 @@ def spans(worker: ParallelModel) -> dict[str, str]:
     return found
 
 
-def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
+def compare_records(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
     """Return every number that a rank can compare, in the order in which training makes them.
 
     Gradients and weights are those of `axes`, the parameters that the rank has a part of.
@@ -246,18 +248,22 @@ def differences(ours: Record, reference: Record, axes: dict[str, str]) -> list[D
             scale = max(gradients[name].abs().max().item(), 1e-3 * reference.norms[step])
             theirs = gradients[name][ours.places[name]]
             mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
-            gap = _gap(mine, theirs) / scale
+            gap = _largest_gap(mine, theirs) / scale
             found.append(Difference("gradient", step, gap, name, axes[name]))
-        found.append(Difference("loss", step, _gap(ours.losses[step], reference.losses[step])))
-        found.append(Difference("norm", step, _gap(ours.norms[step], reference.norms[step])))
+        found.append(
+            Difference("loss", step, _largest_gap(ours.losses[step], reference.losses[step]))
+        )
+        found.append(
+            Difference("norm", step, _largest_gap(ours.norms[step], reference.norms[step]))
+        )
     last = len(ours.losses) - 1
     for name in axes:
-        gap = _gap(ours.weights[name], reference.weights[name][ours.places[name]])
+        gap = _largest_gap(ours.weights[name], reference.weights[name][ours.places[name]])
         found.append(Difference("weight", last, gap, name, axes[name]))
     return found
 
 
-def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
+def worst_differences(found: list[list[Difference]], names: list[str]) -> list[Difference]:
     """Return what all ranks have found as one list in training's order, the worst of each."""
     worst: dict[tuple, Difference] = {}
     for difference in chain.from_iterable(found):
@@ -273,21 +279,21 @@ def merged(found: list[list[Difference]], names: list[str]) -> list[Difference]:
     return sorted(worst.values(), key=when)
 
 
-def _gap(mine: Tensor | float, theirs: Tensor | float) -> float:
+def _largest_gap(mine: Tensor | float, theirs: Tensor | float) -> float:
     gaps = torch.as_tensor(mine - theirs, dtype=torch.float64).abs()
     gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no part of it
     return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
 
 
-def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
+def compare_layout(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     """Run layout and reference and compare them; the same list on every rank.
 
     Model and compression are scaled down first, the strategy resolved for the ranks there are.
     Raises ConfigError if config.optim.name has no reference.
     """
     check_reference(config.optim.name)
-    strategy = resolve(config.strategy, runtime.world_size)
-    stages = len(placed(strategy, strategy.pipeline))
+    strategy = resolve_degrees(config.strategy, runtime.world_size)
+    stages = len(stage_to_rank(strategy, strategy.pipeline))
     compressed = config.compress != CompressConfig()
     if compressed:
         stages = max(stages, COMPRESSED)
@@ -297,27 +303,27 @@ def compare(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     record, axes = run_layout(config, runtime)
     reference: list = [None]
     if runtime.rank == 0:
-        reference = [run_reference(config, samples(strategy))]
+        reference = [run_reference(config, samples_per_step(strategy))]
     dist.broadcast_object_list(reference, src=0)
     # Each stage of a pipeline compares what it has; the first ranks of all stages have it all.
     found: list = [None] * runtime.world_size
-    dist.all_gather_object(found, differences(record, reference[0], axes))
-    return merged(found, list(reference[0].weights))
+    dist.all_gather_object(found, compare_records(record, reference[0], axes))
+    return worst_differences(found, list(reference[0].weights))
 
 
-def largest(found: list[Difference], quantity: str) -> float:
+def largest_difference(found: list[Difference], quantity: str) -> float:
     """Return the largest difference of one quantity."""
     return max(difference.value for difference in found if difference.quantity == quantity)
 
 
-def first_fault(found: list[Difference], tolerance: float) -> Difference | None:
+def first_mismatch(found: list[Difference], tolerance: float) -> Difference | None:
     """Return the first difference that is too large, in training's order: nearest to the cause."""
     return next((d for d in found if not d.value <= tolerance), None)
 
 
-def verdict(found: list[Difference], tolerance: float) -> str:
+def format_verdict(found: list[Difference], tolerance: float) -> str:
     """`equal`, or what differs first: the quantity, its parameter and axis, and the step."""
-    fault = first_fault(found, tolerance)
+    fault = first_mismatch(found, tolerance)
     if fault is None:
         return "equal"
     where = f" of {fault.parameter} (axis {fault.axis or 'none'})" if fault.parameter else ""
@@ -327,7 +333,7 @@ def verdict(found: list[Difference], tolerance: float) -> str:
 Rows = dict[tuple[str, str], list[Difference]]  # by model and strategy
 
 
-def report(rows: Rows, tolerance: float) -> bool:
+def print_report(rows: Rows, tolerance: float) -> bool:
     """Show the largest differences, and what differs first where one is too large; true if none."""
     title = f"largest differences from one process in float64; {tolerance:g} pass"
     shown = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
@@ -335,34 +341,36 @@ def report(rows: Rows, tolerance: float) -> bool:
         shown.add_column(column, justify="right" if column in QUANTITIES else "left", no_wrap=True)
     faults = []
     for (model, strategy), found in rows.items():
-        values = [f"{largest(found, quantity):.1e}" for quantity in QUANTITIES]
-        equal = first_fault(found, tolerance) is None
+        values = [f"{largest_difference(found, quantity):.1e}" for quantity in QUANTITIES]
+        equal = first_mismatch(found, tolerance) is None
         shown.add_row(model, strategy, *values, "equal" if equal else "DIFFERS")
         if not equal:
-            faults.append(f"{model}, {strategy}: {verdict(found, tolerance)}")
+            faults.append(f"{model}, {strategy}: {format_verdict(found, tolerance)}")
     print_whole(shown)
     for fault in faults:
         Console().print(fault, soft_wrap=True, highlight=False)
     return not faults
 
 
-def verify(config: VerifyConfig, runtime: Runtime) -> None:
+def verify_layout(config: VerifyConfig, runtime: Runtime) -> None:
     """Verify the config's one strategy and model on the ranks there are; exits 1 if they differ."""
-    found = compare(runtime, config)
+    found = compare_layout(runtime, config)
     if runtime.rank == 0:
         row = (config.model.family, _degrees_text(config.strategy))
-        report({row: found}, config.tolerance)
+        print_report({row: found}, config.tolerance)
     dist.barrier()  # a launcher ends all ranks as soon as one has left
-    if first_fault(found, config.tolerance):
+    if first_mismatch(found, config.tolerance):
         raise SystemExit(1)
 
 
 def _degrees_text(strategy: StrategyConfig) -> str:
-    above_one = (f"{axis} {degree}" for axis, degree in degrees(strategy).items() if degree > 1)
+    above_one = (
+        f"{axis} {degree}" for axis, degree in axis_degrees(strategy).items() if degree > 1
+    )
     return " × ".join(above_one) or "-"
 
 
-def walk(config: VerifyConfig) -> None:
+def verify_all(config: VerifyConfig) -> None:
     """Verify strategies on families and compressions, on CPU ranks started here.
 
     Exits 1 if one differs.
@@ -372,14 +380,14 @@ def walk(config: VerifyConfig) -> None:
     pool = RankPool(max(map(world_size, STRATEGIES.values())))
     rows: Rows = {}
     try:
-        for model, name, case in cases():
+        for model, name, case in iter_cases():
             log.print(f"verifying {model}: {name}", style="dim", highlight=False)
             case = replace(config, strategy=case.strategy, model=case.model, compress=case.compress)
-            rows[model, name] = pool.run(world_size(case.strategy), compare, case)[0]
+            rows[model, name] = pool.run(world_size(case.strategy), compare_layout, case)[0]
     except RankFailedError as failure:
         log.print(str(failure), markup=False)
         raise SystemExit(1) from None
     finally:
         pool.close()
-    if not report(rows, config.tolerance):
+    if not print_report(rows, config.tolerance):
         raise SystemExit(1)

@@ -16,9 +16,9 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 
 from parallel import grad_norm as gradients
 from parallel.axis import LossOf, ParallelAxis, find_axis
-from parallel.collectives import Gather, padded
+from parallel.collectives import Gather, pad_to_multiple
 from parallel.context.attention import ContextParallel
-from parallel.context.ring import Ring, Tile
+from parallel.context.ring import RingGeometry, Tile
 from parallel.data import ddp
 from parallel.data.ddp import sum_gradients
 from parallel.parallel_model import ParallelModel
@@ -120,7 +120,9 @@ class _OwnGradient(Gather):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        parts = padded(grads[0], ctx.dim, ctx.group.size()).chunk(ctx.group.size(), ctx.dim)
+        parts = pad_to_multiple(grads[0], ctx.dim, ctx.group.size()).chunk(
+            ctx.group.size(), ctx.dim
+        )
         return parts[ctx.group.rank()].contiguous(), None, None, None
 
 
@@ -129,12 +131,12 @@ def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
 
-    def whole(x_BSD: Tensor, length: int) -> Tensor:
+    def gather_without_sum(x_BSD: Tensor, length: int) -> Tensor:
         if not split.splits_sequence:
             return x_BSD
         return _OwnGradient.apply(x_BSD, length, split.group, SEQUENCE_DIM)
 
-    replace_method(split.whole, whole)
+    replace_method(split.gather_sequence, gather_without_sum)
     return worker
 
 
@@ -145,10 +147,10 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
 
-    def whole(x_BSD: Tensor, length: int) -> Tensor:
+    def skip_gather(x_BSD: Tensor, length: int) -> Tensor:
         return torch.cat([x_BSD] * split.group.size(), SEQUENCE_DIM)[:, :length]
 
-    replace_method(split.whole, whole)
+    replace_method(split.gather_sequence, skip_gather)
     return worker
 
 
@@ -158,7 +160,7 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     """
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
-    replace_method(split.sum, split.own)
+    replace_method(split.reduce_scatter_sequence, split.local_positions)
     return worker
 
 
@@ -166,7 +168,7 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     """Let a rank add a row of its own for the tokens that other ranks have."""
     worker = parallelize(*args, **kwargs)
     entries = _axis_of(worker, TensorParallel).entries
-    find = entries.find
+    find = entries.local_rows
 
     def all_mine(tokens: Tensor) -> tuple[Tensor, Tensor]:
         row, mine = find(tokens)
@@ -176,12 +178,12 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     return worker
 
 
-class _ShortRing(Ring):
+class _ShortRing(RingGeometry):
     """A ring that stops one step early: a rank never meets its successor's keys."""
 
-    def tile(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
+    def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
         left_out = (self.group.rank() + 1) % self.group.size()
-        return None if owner == left_out else super().tile(query_BHSK, keys, owner)
+        return None if owner == left_out else super().tile_for_owner(query_BHSK, keys, owner)
 
 
 def skip_ring_step(*args: Any, **kwargs: Any) -> ParallelModel:
@@ -197,11 +199,11 @@ def stale_stage_input(*args: Any, **kwargs: Any) -> ParallelModel:
     """
     worker = parallelize(*args, **kwargs)
     for stage in _axis_of(worker, PipelineParallel).stages:
-        _stale(stage)
+        _use_stale_input(stage)
     return worker
 
 
-def _stale(stage: Stage) -> None:
+def _use_stale_input(stage: Stage) -> None:
     compute = stage.forward_one_chunk
     first: list[Tensor] = []
 
@@ -235,11 +237,11 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
         counts = [worker._count_valid(m["targets"]) for m in micro_batches]
         total = torch.stack(counts).sum()
 
-        def scaled(logits: Tensor, number: int) -> Tensor:
+        def scaled_loss(logits: Tensor, number: int) -> Tensor:
             own = counts[number].clamp(min=1) * len(counts)
             return loss_of(logits, number) * (total / own)
 
-        run(micro_batches, scaled)
+        run(micro_batches, scaled_loss)
 
     replace_method(run, mean_of_means)
     return worker

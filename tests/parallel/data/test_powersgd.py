@@ -14,24 +14,26 @@ from parallel.data.data_parallel import DataParallel
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import make_batch, split
+from trainer.verify.cases import make_batch, split_batch
 
 
 def low_rank(runtime, strategy: StrategyConfig, steps: int) -> tuple[list, dict]:
     """As `sums`, with the factors that the first step begins with."""
     first: dict[str, torch.Tensor] = {}
-    built = ddp.exchange_of
+    built = ddp.build_comm_hook
 
     def watched(*args):
         exchange = built(*args)
-        first.update({name: tensor.clone() for name, tensor in exchange.state().items()})
+        first.update(
+            {name: tensor.clone() for name, tensor in exchange.error_feedback_state().items()}
+        )
         return exchange
 
-    ddp.exchange_of = watched
+    ddp.build_comm_hook = watched
     try:
         return sums(runtime, strategy, steps), first
     finally:
-        ddp.exchange_of = built
+        ddp.build_comm_hook = built
 
 
 def test_powersgd_is_the_power_method_on_the_sum(ranks):
@@ -86,7 +88,7 @@ def of_torch(runtime, strategy: StrategyConfig, steps: int) -> tuple[list[Gradie
     found = []
     for step in range(steps):
         worker.zero_grad()
-        worker.forward_backward(split(make_batch(MODEL, 0, step), worker))
+        worker.forward_backward(split_batch(make_batch(MODEL, 0, step), worker))
         found.append({n: p.grad * ranks for n, p in worker.parameters().items()})
     torch.manual_seed(np.random.RandomState(0).randint(1_000_000_000))
     shapes = {name: parameter.shape for parameter, name in names.items()}
@@ -96,13 +98,13 @@ def of_torch(runtime, strategy: StrategyConfig, steps: int) -> tuple[list[Gradie
 
 def from_factors(runtime, strategy: StrategyConfig, steps: int, right: Gradients) -> list:
     worker = parallel_model(MODEL, strategy, runtime, PRECISIONS["fp32"])
-    for name, tensor in worker.kept().items():
+    for name, tensor in worker.error_feedback_state().items():
         if name.endswith(".right"):
             tensor.copy_(right[name.removesuffix(".right")])
     found = []
     for step in range(steps):
         worker.zero_grad()
-        worker.forward_backward(split(make_batch(MODEL, 0, step), worker))
+        worker.forward_backward(split_batch(make_batch(MODEL, 0, step), worker))
         found.append({n: p.grad.clone() for n, p in worker.parameters().items()})
     return found
 
@@ -131,9 +133,9 @@ class Matrices(torch.nn.Module):
 
 def exchanged(runtime, gradients: list[Gradients]) -> Gradients:
     model = Matrices()
-    exchange = ddp.PowerSGD(model, torch.distributed.group.WORLD, rank=4, start_step=0)
+    exchange = ddp.PowerSGDAllReduce(model, torch.distributed.group.WORLD, rank=4, start_step=0)
     own = {name: g.clone() for name, g in gradients[runtime.rank].items()}
-    for _ in exchange.summed(own):
+    for _ in exchange.sum_over_ranks(own):
         pass
     return own
 

@@ -10,15 +10,15 @@ import torch
 from summed import BUCKET_MIB, MODEL, STEPS, Gradients, sums
 from torch.nn import functional as F
 
-from parallel.data.comm_hook import Exchange, exchange_bucket
+from parallel.data.comm_hook import CompressedAllReduce, compressed_allreduce_hook
 from parallel.strategy import StrategyConfig, world_size
 from trainer.build import parallel_model
 from trainer.checkpoint import restore as checkpoint
 from trainer.config.train import OptimConfig, TrainConfig
-from trainer.loop import start, take_step
+from trainer.loop import start_run, take_step
 from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import make_batch, samples, split
+from trainer.verify.cases import make_batch, samples_per_step, split_batch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -79,14 +79,14 @@ def test_int8_equals_a_plain_one_with_error_feedback_on_both_ways(ranks):
                 assert torch.equal(result[step][0][name].flatten(), due), (name, step)
 
 
-class Told(Exchange):
+class Told(CompressedAllReduce):
     """An exchange that tells what is done when."""
 
     def __init__(self, model: torch.nn.Module):
         super().__init__(model, mock.Mock())
         self.told: list[str] = []
 
-    def summed(self, gradients):
+    def sum_over_ranks(self, gradients):
         for collective in ("first", "second"):
             self.told.append(f"{collective} of {', '.join(gradients)}")
             yield
@@ -105,7 +105,7 @@ def test_second_collectives_start_in_the_order_of_the_buckets():
         bucket = mock.Mock()
         bucket.parameters.return_value = bucket.gradients.return_value = list(part.parameters())
         bucket.buffer.return_value, bucket.is_last.return_value = torch.zeros(1), last
-        futures.append(exchange_bucket(exchange, bucket))
+        futures.append(compressed_allreduce_hook(exchange, bucket))
     names = ("1.weight", "0.weight, 0.bias")
     order = [f"{what} of {name}" for what in ("first", "second", "end") for name in names]
     assert exchange.told == [*order, "step"]
@@ -131,7 +131,7 @@ def learn(runtime, strategy: StrategyConfig) -> tuple[list[float], Gradients]:
     worker = parallel_model(MODEL, strategy, runtime, PRECISIONS["fp32"])
     optimizer = build_optimizer(worker.parameters(), OptimConfig())
     losses = []
-    micro_batches = split(make_batch(MODEL, 0, 0, samples(strategy)), worker)
+    micro_batches = split_batch(make_batch(MODEL, 0, 0, samples_per_step(strategy)), worker)
     for _ in range(12):
         worker.zero_grad()
         loss, _ = worker.forward_backward(micro_batches)
@@ -159,7 +159,7 @@ def poisoned(runtime, strategy: StrategyConfig) -> list[bool]:
     for step in range(3):
         worker.zero_grad()
         bad = torch.tensor(torch.nan if (step, runtime.rank) == (1, 1) else 1.0)
-        worker.forward_backward(split(make_batch(MODEL, 0, step), worker), bad)
+        worker.forward_backward(split_batch(make_batch(MODEL, 0, step), worker), bad)
         found.append(bool(worker.clip_grad_norm(1.0).isfinite()))
     return found
 
@@ -173,18 +173,18 @@ def test_a_step_that_is_not_finite_is_seen_by_all_and_leaves_no_trace(ranks, nam
 def trained(runtime, config: TrainConfig, stops: list[int]) -> Gradients:
     """Weights and what is kept at the end, of a run that is saved and started at each stop."""
     for first, last in pairwise([0, *stops]):
-        state = start(config, runtime)
+        state = start_run(config, runtime)
         assert state.step == first
         micro_batches = [split_of(config, state, step) for step in range(first, last)]
         for own in micro_batches:
             take_step(config, state, own)
         tiny.save(config, state)
     found = {n: p.detach().clone() for n, p in state.worker.parameters().items()}
-    return found | {n: t.clone() for n, t in state.worker.kept().items()}
+    return found | {n: t.clone() for n, t in state.worker.error_feedback_state().items()}
 
 
 def split_of(config, state, step: int) -> list[dict]:
-    return split(make_batch(MODEL, 0, step, samples(config.strategy)), state.worker)
+    return split_batch(make_batch(MODEL, 0, step, samples_per_step(config.strategy)), state.worker)
 
 
 KEEPING = {
@@ -225,9 +225,13 @@ def test_a_run_that_goes_on_keeps_what_was_lost_to_the_bit(ranks, tmp_path, name
 def begun_anew(runtime, config: TrainConfig) -> tuple[list[str], int, list[float]]:
     """What is said when a run goes on, its step, and how much of what is kept is not zero."""
     with mock.patch.object(checkpoint.log, "warning") as warning:
-        state = start(config, runtime)
+        state = start_run(config, runtime)
     said = [call.args[0] % call.args[1:] for call in warning.call_args_list]
-    kept = [t.abs().sum().item() for n, t in state.worker.kept().items() if "right" not in n]
+    kept = [
+        t.abs().sum().item()
+        for n, t in state.worker.error_feedback_state().items()
+        if "right" not in n
+    ]
     take_step(config, state, split_of(config, state, 2))
     return said, state.step, kept
 
@@ -247,7 +251,7 @@ def test_under_another_layout_error_feedback_begins_anew_and_says_so(ranks, tmp_
 
 def scaled(runtime, config: TrainConfig) -> tuple[float, float]:
     """The loss scale that a run goes on with, and the largest gradient after a step, unscaled."""
-    state = start(config, runtime)
+    state = start_run(config, runtime)
     scale = state.loss_scale.scale.item()
     take_step(config, state, split_of(config, state, state.step))
     return scale, max(g.abs().max().item() for g in state.worker.gradients())
@@ -263,6 +267,6 @@ def test_sums_in_fp16_scale_the_loss_from_their_first_step_on(ranks, tmp_path):
 
 
 def trained_on(runtime, config: TrainConfig) -> None:
-    state = start(config, runtime)
+    state = start_run(config, runtime)
     take_step(config, state, split_of(config, state, state.step))
     tiny.save(config, state)

@@ -2,10 +2,10 @@
 
 from dataclasses import replace
 
-from parallel.health.heartbeat import Beat, Seen, judge, slow
+from parallel.health.heartbeat import Heartbeat, LastSeen, diagnose_ranks, find_slow_ranks
 
 TIMEOUT, INTERVAL = 10.0, 1.0
-BEAT = Beat(
+BEAT = Heartbeat(
     0,
     "a",
     1,
@@ -22,12 +22,12 @@ BEAT = Beat(
 )
 
 
-def at(now: float, silent: float = 0.5, stuck: float = 0.5, **changes) -> Seen:
-    return Seen(replace(BEAT, **changes), now - silent, now - stuck)
+def at(now: float, silent: float = 0.5, stuck: float = 0.5, **changes) -> LastSeen:
+    return LastSeen(replace(BEAT, **changes), now - silent, now - stuck)
 
 
-def verdict(seen: dict[int, Seen]):
-    return judge(seen, 100.0, TIMEOUT, INTERVAL)
+def verdict(seen: dict[int, LastSeen]):
+    return diagnose_ranks(seen, 100.0, TIMEOUT, INTERVAL)
 
 
 def test_ranks_that_move_are_fine():
@@ -82,7 +82,7 @@ def test_a_slow_rank_and_its_ratio():
     before = dict.fromkeys(range(4), BEAT)
     seconds = {0: 1.0, 1: 5.0, 2: 1.1, 3: 0.9}
     after = {r: replace(BEAT, own_seconds=s, own_steps=10) for r, s in seconds.items()}
-    assert slow(before, after) == {1: 5.0}
-    assert slow(before, {r: replace(b, own_seconds=1.0) for r, b in after.items()}) == {}
-    assert slow(before, before) == {}  # no step in between
-    assert slow({}, after) == {}
+    assert find_slow_ranks(before, after) == {1: 5.0}
+    assert find_slow_ranks(before, {r: replace(b, own_seconds=1.0) for r, b in after.items()}) == {}
+    assert find_slow_ranks(before, before) == {}  # no step in between
+    assert find_slow_ranks({}, after) == {}

@@ -5,60 +5,72 @@ from dataclasses import replace
 import pytest
 import torch
 
-from parallel.grad_norm import local
-from parallel.health.replica_check import CHUNK, digest, odd_replicas, odd_weights
-from parallel.pipeline.schedules import placed
+from parallel.grad_norm import local_tensor
+from parallel.health.replica_check import (
+    CHUNK,
+    digest_weights,
+    find_replica_mismatches,
+    tensor_digest,
+)
+from parallel.pipeline.schedules import stage_to_rank
 from parallel.strategy import StrategyConfig, world_size
 from trainer.build import parallel_model
 from trainer.config.train import VerifyConfig
 from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS
-from trainer.verify.cases import FAMILIES, STRATEGIES, make_batch, samples, scale_down, split
+from trainer.verify.cases import (
+    FAMILIES,
+    STRATEGIES,
+    make_batch,
+    samples_per_step,
+    scale_down,
+    split_batch,
+)
 
-WEIGHTS = odd_weights(torch.device("cpu"))
+WEIGHTS = digest_weights(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.int64])
 def test_any_bit_and_any_order_changes_the_digest(dtype):
     generator = torch.Generator().manual_seed(0)
     tensor = (100 * torch.randn(3, 700, generator=generator)).to(dtype)
-    known = digest(tensor, WEIGHTS)
-    assert known == digest(tensor.clone(), WEIGHTS)
+    known = tensor_digest(tensor, WEIGHTS)
+    assert known == tensor_digest(tensor.clone(), WEIGHTS)
     size = 8 * tensor.element_size()
     bits = tensor.view(-1).view({16: torch.int16, 32: torch.int32, 64: torch.int64}[size])
     for _ in range(100):
         place = int(torch.randint(bits.numel(), (), generator=generator))
         bit = int(torch.randint(size - 1, (), generator=generator))
         bits[place] ^= 1 << bit
-        assert digest(tensor, WEIGHTS) != known
+        assert tensor_digest(tensor, WEIGHTS) != known
         bits[place] ^= 1 << bit
-    assert digest(tensor, WEIGHTS) == known
+    assert tensor_digest(tensor, WEIGHTS) == known
     for other in (tensor.flip(0), tensor.roll(1), tensor[:, torch.randperm(700)]):
-        assert digest(other, WEIGHTS) != known
+        assert tensor_digest(other, WEIGHTS) != known
 
 
 def test_a_large_tensor_is_digested_in_order_too():
     tensor = torch.arange(2 * CHUNK + 3, dtype=torch.float32)
     swapped = torch.cat((tensor[CHUNK : 2 * CHUNK], tensor[:CHUNK], tensor[2 * CHUNK :]))
-    assert digest(tensor, WEIGHTS) != digest(swapped, WEIGHTS)
+    assert tensor_digest(tensor, WEIGHTS) != tensor_digest(swapped, WEIGHTS)
     changed = tensor.clone()
     changed[-1] += 1
-    assert digest(tensor, WEIGHTS) != digest(changed, WEIGHTS)
-    assert digest(torch.zeros(2), WEIGHTS) != digest(-torch.zeros(2), WEIGHTS)
-    assert digest(torch.zeros(0), WEIGHTS) == 0
+    assert tensor_digest(tensor, WEIGHTS) != tensor_digest(changed, WEIGHTS)
+    assert tensor_digest(torch.zeros(2), WEIGHTS) != tensor_digest(-torch.zeros(2), WEIGHTS)
+    assert tensor_digest(torch.zeros(0), WEIGHTS) == 0
 
 
 def tensors_after(runtime, strategy: StrategyConfig, family: str) -> dict[str, torch.Tensor]:
     """Weights and moments after two steps in float32, where rounding would show."""
-    stages = len(placed(strategy, strategy.pipeline))
+    stages = len(stage_to_rank(strategy, strategy.pipeline))
     model = scale_down(FAMILIES[family], strategy.tensor, stages)
     worker = parallel_model(model, strategy, runtime, PRECISIONS["fp32"])
     optimizer = build_optimizer(worker.parameters(), replace(VerifyConfig().optim, eps=1e-8))
     for step in range(2):
-        batch = make_batch(model, 0, step, samples(strategy))
+        batch = make_batch(model, 0, step, samples_per_step(strategy))
         batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
         worker.zero_grad()
-        worker.forward_backward(split(batch, worker))
+        worker.forward_backward(split_batch(batch, worker))
         worker.clip_grad_norm(0.5)
         optimizer.step(1e-2, torch.zeros(()))
     found = dict(worker.parameters())
@@ -71,8 +83,8 @@ def compared(runtime, strategy, family, name="", rank=0) -> list[tuple]:
     """What differs after two steps, where one rank has changed a number in a tensor."""
     tensors = tensors_after(runtime, strategy, family)
     if name and runtime.rank == rank:
-        local(tensors[name].detach()).view(-1)[-1] += 1e-3
-    found = odd_replicas(tensors, runtime.device)
+        local_tensor(tensors[name].detach()).view(-1)[-1] += 1e-3
+    found = find_replica_mismatches(tensors, runtime.device)
     return [(odd.name, odd.ranks, odd.copies) for odd in found]
 
 

@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import distributed as dist
 
-from parallel.health.process_info import oom_kills
-from parallel.health.watchdog import HUNG, PeerLostError, Watch
-from parallel.runtime import Runtime, largest
+from parallel.health.process_info import count_oom_kills
+from parallel.health.watchdog import HUNG, RankLostError, Watchdog
+from parallel.runtime import Runtime, all_reduce_max
 
 TIMEOUT = 2.0
 
@@ -70,7 +70,7 @@ def watched(rank: int, world_size: int, port: int, folder: Path, work: Callable)
     def tell(reason: str, blamed: int, code: int) -> None:
         logging.error("%s [blamed %d, code %d]", reason, blamed, code)
 
-    with Watch(runtime, TIMEOUT, tell, window_seconds=1.0) as watch:
+    with Watchdog(runtime, TIMEOUT, tell, window_seconds=1.0) as watch:
         work(runtime, watch, folder)
 
 
@@ -87,15 +87,15 @@ def start(tmp_path):
         ranks.end()
 
 
-def steps(runtime: Runtime, watch: Watch, number: int, own: Callable = lambda: None) -> None:
+def steps(runtime: Runtime, watch: Watchdog, number: int, own: Callable = lambda: None) -> None:
     for step in range(1, number + 1):
-        with watch.training():
+        with watch.track_step():
             own()
             dist.all_reduce(torch.ones(3))
-        watch.moved(step)
+        watch.report_progress(step)
 
 
-def stopped(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def stopped(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     steps(runtime, watch, 5)
     time.sleep(0.5)  # a beat tells of them
     if runtime.rank == 0:
@@ -116,11 +116,11 @@ def test_a_stopped_rank_is_named_killed_and_ends_the_run(start):
     assert "[blamed 0, code 77]" in text
 
 
-def stuck(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def stuck(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     steps(runtime, watch, 5, lambda: oversleep(runtime, watch))
 
 
-def oversleep(runtime: Runtime, watch: Watch) -> None:
+def oversleep(runtime: Runtime, watch: Watchdog) -> None:
     if runtime.rank == 1 and watch._step == 3:
         time.sleep(600)
 
@@ -135,7 +135,7 @@ def test_a_rank_that_hangs_shows_where(start):
     assert text.count("the run ends") == 1
 
 
-def skips(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def skips(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     steps(runtime, watch, 3)
     if runtime.rank < 2:
         dist.all_reduce(torch.ones(7))
@@ -154,7 +154,7 @@ def test_a_skipped_collective_is_bounded_and_named(start):
         assert "waiting in gloo:" in text
 
 
-def dies(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def dies(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     steps(runtime, watch, 3)
     time.sleep(0.5)
     if runtime.rank == 1:
@@ -162,9 +162,9 @@ def dies(runtime: Runtime, watch: Watch, folder: Path) -> None:
     try:
         steps(runtime, watch, 1000)
     except RuntimeError:
-        with mock.patch("parallel.health.watchdog.oom_kills", lambda: watch._oom_kills + 1):
-            lost = watch.lost()
-        assert isinstance(lost, PeerLostError)
+        with mock.patch("parallel.health.watchdog.count_oom_kills", lambda: watch._oom_kills + 1):
+            lost = watch.find_lost_ranks()
+        assert isinstance(lost, RankLostError)
         logging.error("%s", lost)
 
 
@@ -177,10 +177,10 @@ def test_the_survivors_know_who_is_gone(start):
     assert expected in ranks.said(0)
 
 
-def out_of_memory(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def out_of_memory(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     group = Path((folder / "group").read_text())
     (group / "cgroup.procs").write_text(str(os.getpid()))
-    watch._oom_kills = oom_kills()
+    watch._oom_kills = count_oom_kills()
     steps(runtime, watch, 3)
     time.sleep(0.5)
     try:
@@ -188,7 +188,7 @@ def out_of_memory(runtime: Runtime, watch: Watch, folder: Path) -> None:
             torch.ones(10**9)
         steps(runtime, watch, 1000)
     except RuntimeError:
-        logging.error("%s", watch.lost())
+        logging.error("%s", watch.find_lost_ranks())
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_a_rank_that_the_kernel_kills_for_memory_is_said_so(little_memory, start
     assert "out of memory (cgroup oom_kill 1)" in ranks.said(0)
 
 
-def dawdles(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def dawdles(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     def compute() -> None:
         end = time.thread_time() + (0.05 if runtime.rank == 2 else 0.005)
         while time.thread_time() < end:
@@ -229,7 +229,7 @@ def dawdles(runtime: Runtime, watch: Watch, folder: Path) -> None:
         steps(runtime, watch, 1, compute)
         named = int("is slow" in (folder / "stderr0").read_text())
         late = time.monotonic() - started > 30
-        if largest(runtime, [int(named or late)])[0]:
+        if all_reduce_max(runtime, [int(named or late)])[0]:
             break
     steps(runtime, watch, 40, compute)  # it is named once
 
@@ -243,10 +243,10 @@ def test_a_slow_rank_is_named_once_and_the_run_goes_on(start):
     assert ranks.said(1) == ranks.said(2) == ""
 
 
-def hears(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def hears(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)  # the echo of a terminal's Ctrl-C
-    while not watch.stop_asked():
+    while not watch.stop_requested():
         time.sleep(0.1)
     time.sleep(1.5)
     (folder / "lived").touch()
@@ -262,9 +262,9 @@ def test_a_second_signal_leaves_at_once_and_an_echo_does_not(start, tmp_path):
     assert "a second signal (SIGTERM): left at once" in ranks.said(0)
 
 
-def fails(runtime: Runtime, watch: Watch, folder: Path) -> None:
+def fails(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
     if runtime.rank == 1:
-        watch.fail()
+        watch.announce_failure()
         return
     time.sleep(600)
 

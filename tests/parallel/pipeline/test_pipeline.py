@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from parallel.axis import find_axis
-from parallel.pipeline.partition import cut, runs
+from parallel.pipeline.partition import balance_stages, stage_blocks
 from parallel.pipeline.simulator import in_flight
 from parallel.pipeline.stages import PipelineParallel, Stage
-from parallel.pipeline.torch_schedules import actions
+from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.config.train import LossConfig, VerifyConfig
@@ -20,20 +20,20 @@ from trainer.model import DecodingCache
 from trainer.nn.flops import flops_per_block
 from trainer.precision import PRECISIONS
 from trainer.verify import compare as verify
-from trainer.verify.cases import FAMILIES, make_batch, samples, scale_down, split
-from trainer.verify.compare import compare, verdict
+from trainer.verify.cases import FAMILIES, make_batch, samples_per_step, scale_down, split_batch
+from trainer.verify.compare import compare_layout, format_verdict
 
 LLAMA = FAMILIES["decoder (Llama)"]
 
 
 def test_cuts_by_hand():
-    assert cut([1, 1, 1, 1], 2) == [2]
-    assert cut([1, 1, 1, 1], 1) == []
-    assert cut([5, 1, 1, 1], 2) == [1]
-    assert cut([1, 1, 1, 5], 2) == [3]
-    assert cut([1, 2, 3, 4], 4) == [1, 2, 3]
+    assert balance_stages([1, 1, 1, 1], 2) == [2]
+    assert balance_stages([1, 1, 1, 1], 1) == []
+    assert balance_stages([5, 1, 1, 1], 2) == [1]
+    assert balance_stages([1, 1, 1, 5], 2) == [3]
+    assert balance_stages([1, 2, 3, 4], 4) == [1, 2, 3]
     # Three of two blocks each would cost as much at most as this, but the others are more alike.
-    assert cut([2, 2, 4, 1, 1], 3) == [2, 3]
+    assert balance_stages([2, 2, 4, 1, 1], 3) == [2, 3]
 
 
 def costs_of_stages(costs, firsts):
@@ -46,7 +46,7 @@ def test_no_cut_is_better():
         blocks = draw.randint(1, 8)
         costs = [draw.choice((1, 1, 2, 3, 7)) for _ in range(blocks)]
         stages = draw.randint(1, blocks)
-        found = cut(costs, stages)
+        found = balance_stages(costs, stages)
         every = combinations(range(1, blocks), stages - 1)
 
         def worth(firsts, costs=costs):
@@ -61,12 +61,13 @@ def test_an_encoder_is_cheaper_than_its_decoder():
     config = scale_down(FAMILIES["encoder-decoder"], stages=7)
     costs = flops_per_block(config, 12, 12)
     assert costs[0] == costs[3] < costs[4] == costs[6] < costs[7]  # the last has the head
-    assert cut(costs, 2) == [5]  # the first rank has one block more, the second the costly ones
+    # the first rank has one block more, the second the costly ones
+    assert balance_stages(costs, 2) == [5]
 
 
 def test_runs_of_blocks():
-    assert runs(5, [2, 3]) == [("0", "1"), ("2",), ("3", "4")]
-    assert runs(2, []) == [("0", "1")]
+    assert stage_blocks(5, [2, 3]) == [("0", "1"), ("2",), ("3", "4")]
+    assert stage_blocks(2, []) == [("0", "1")]
 
 
 def most_in_flight(runtime, strategy):
@@ -81,9 +82,9 @@ def most_in_flight(runtime, strategy):
         most[self.stage_index] = max(most[self.stage_index], held)
         return output
 
-    batch = make_batch(worker.model.config, 0, 0, samples(strategy))
+    batch = make_batch(worker.model.config, 0, 0, samples_per_step(strategy))
     with mock.patch.object(Stage, "forward_one_chunk", watched):
-        worker.forward_backward(split(batch, worker))
+        worker.forward_backward(split_batch(batch, worker))
     stages = find_axis(worker.axes, PipelineParallel).stages
     kept = [s for s in stages if s._computed or s._weight_jobs or s._inputs]
     assert not kept  # nothing stays behind a step
@@ -99,7 +100,7 @@ def test_micro_batches_in_flight_are_those_of_the_lists(ranks, schedule, degree)
         found |= own
     count = 2 * degree
     per_rank = len(found) // degree
-    assert found == in_flight(actions(schedule, degree, per_rank, count))
+    assert found == in_flight(list_actions(schedule, degree, per_rank, count))
     if schedule == "gpipe":
         assert found == dict.fromkeys(range(degree), count)
     if schedule == "1f1b":
@@ -119,18 +120,20 @@ def test_an_own_schedule_equals_one_process(ranks, tmp_path, family, degrees):
     path.write_text(OWN)
     strategy = StrategyConfig(pipeline=2, stages_per_rank=2, schedule_csv=str(path), **degrees)
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family])
-    assert verdict(ranks.run(4 if degrees else 2, compare, config)[0], 1e-10) == "equal"
+    assert (
+        format_verdict(ranks.run(4 if degrees else 2, compare_layout, config)[0], 1e-10) == "equal"
+    )
 
 
 def test_stages_that_are_chosen_equal_one_process(ranks):
     strategy = StrategyConfig(pipeline=2, schedule="interleaved", split=[1, 2, 4])
     config = VerifyConfig(strategy=strategy, model=LLAMA)
-    assert verdict(ranks.run(2, compare, config)[0], 1e-10) == "equal"
+    assert format_verdict(ranks.run(2, compare_layout, config)[0], 1e-10) == "equal"
 
 
 def compare_in_pieces(runtime, config):
     with mock.patch.object(verify, "LossConfig", lambda smoothing: LossConfig(smoothing, chunks=3)):
-        return compare(runtime, config)
+        return compare_layout(runtime, config)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "zero_bubble", "zbv"])
@@ -138,25 +141,25 @@ def compare_in_pieces(runtime, config):
 def test_a_loss_in_pieces_equals_one_process(ranks, schedule, family):
     strategy = StrategyConfig(pipeline=2, schedule=schedule)
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family])
-    assert verdict(ranks.run(2, compare_in_pieces, config)[0], 1e-10) == "equal"
+    assert format_verdict(ranks.run(2, compare_in_pieces, config)[0], 1e-10) == "equal"
 
 
 def compare_with_few(runtime, config):
-    with mock.patch.object(verify, "samples", lambda _strategy: 2):
-        return compare(runtime, config)
+    with mock.patch.object(verify, "samples_per_step", lambda _strategy: 2):
+        return compare_layout(runtime, config)
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
 def test_fewer_micro_batches_than_ranks_equal_one_process(ranks, schedule):
     strategy = StrategyConfig(pipeline=3, schedule=schedule)
     config = VerifyConfig(strategy=strategy, model=LLAMA)
-    assert verdict(ranks.run(3, compare_with_few, config)[0], 1e-10) == "equal"
+    assert format_verdict(ranks.run(3, compare_with_few, config)[0], 1e-10) == "equal"
 
 
 def written_logits(runtime, strategy: StrategyConfig) -> list[torch.Tensor]:
     """Logits of three tokens and of one behind them, with a cache."""
     worker = parallel_model(scale_down(LLAMA, stages=2), strategy, runtime, PRECISIONS["fp64"])
-    with worker.evaluating():
+    with worker.evaluation_mode():
         cache = DecodingCache(worker.model, 8)
         tokens = torch.tensor([[1, 2, 3]]), torch.tensor([[4]])
         return [worker.forward({"tokens": own}, cache) for own in tokens]

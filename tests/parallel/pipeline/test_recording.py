@@ -11,11 +11,11 @@ import tiny
 import torch
 from matplotlib.image import imread
 
-from launch.cli.preflight import training
+from launch.cli.preflight import prepare_training
 from parallel.pipeline.schedules import stages_per_rank
-from parallel.pipeline.simulator import Action, Span, bubble
-from parallel.pipeline.torch_schedules import actions
-from parallel.pipeline.trace import Recording, merged
+from parallel.pipeline.simulator import Action, Span, bubble_fraction
+from parallel.pipeline.torch_schedules import list_actions
+from parallel.pipeline.trace import Recording, merge_ranks
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
 from trainer.config.train import CheckpointConfig, EvalConfig, MetricsConfig, TrainConfig
@@ -34,7 +34,7 @@ LAYOUTS = {
 def drawn(runtime, config: TrainConfig) -> tuple[list[tuple[list[Span], Path, str]], int]:
     """What this rank draws in training, and how many steps it records; a loss takes a while."""
     seen, recorded = [], []
-    timeline_draw, start = timeline.draw, Recording.start
+    timeline_draw, start = timeline.draw_timeline, Recording.start
 
     def draw(spans, path, title):
         seen.append((spans, path, title))
@@ -45,7 +45,7 @@ def drawn(runtime, config: TrainConfig) -> tuple[list[tuple[list[Span], Path, st
         return cross_entropy_sum(*args, **options)
 
     with (
-        mock.patch("trainer.metrics.timeline_plot.draw", draw),
+        mock.patch("trainer.metrics.timeline_plot.draw_timeline", draw),
         mock.patch("trainer.loss.cross_entropy_sum", slow_loss),
         mock.patch("trainer.metrics.recorder.DRAWN_STEP", 2),
         mock.patch.object(Recording, "start", lambda self: (start(self), recorded.append(self))),
@@ -71,20 +71,20 @@ def test_a_step_is_drawn_as_it_ran(ranks, tmp_path, layout):
         micro_batch_size=1,
         run_dir=str(tmp_path / "run"),
     )
-    results = ranks.run(world, drawn, training(config, world))
+    results = ranks.run(world, drawn, prepare_training(config, world))
     assert [len(seen) for seen, _ in results] == [1] + [0] * (world - 1)
     assert [recorded for _, recorded in results] == [1] * world
     ((spans, path, title),) = results[0][0]
     assert path == tmp_path / "run" / "timeline.png" and imread(path).shape[0] > 200
     assert title.startswith(f"step 2, {strategy.schedule}: 2 ranks")
-    lists = actions(strategy.schedule, 2, stages_per_rank(strategy), 4)
+    lists = list_actions(strategy.schedule, 2, stages_per_rank(strategy), 4)
     for rank, listed in lists.items():
         own = [span for span in spans if span.rank == rank]
         ran = [Action(span.stage, span.kind, span.micro_batch) for span in own]
         assert ran == [action._replace(joined=False) for action in listed]
         assert all(before.end <= after.start for before, after in pairwise(own))
     assert min(span.start for span in spans) == 0
-    assert 0 < bubble(spans) < 1
+    assert 0 < bubble_fraction(spans) < 1
     ended = {
         (s.stage, "F" if s.kind == "F" else "B", s.micro_batch): s.end
         for s in spans
@@ -104,11 +104,11 @@ def test_ranks_of_one_host_share_its_clock():
     """Rank 1 left the meeting one second after rank 0."""
     first = [Span(0, 0, "F", 0, 2.0, 3.0)]
     second = [Span(1, 1, "F", 0, 4.0, 5.0)]
-    assert merged([("a", 100.0, first), ("a", 101.0, second)]) == [
+    assert merge_ranks([("a", 100.0, first), ("a", 101.0, second)]) == [
         Span(0, 0, "F", 0, 0.0, 1.0),
         Span(1, 1, "F", 0, 3.0, 4.0),
     ]
-    assert merged([("a", 100.0, first), ("b", 5000.0, second)]) == [
+    assert merge_ranks([("a", 100.0, first), ("b", 5000.0, second)]) == [
         Span(0, 0, "F", 0, 0.0, 1.0),
         Span(1, 1, "F", 0, 2.0, 3.0),
     ]
@@ -117,10 +117,10 @@ def test_ranks_of_one_host_share_its_clock():
 def test_a_second_piece_prolongs_a_span():
     recording = Recording("1f1b", None, torch.device("cpu"))
     action = Action(1, "F", 0)
-    with recording.span(action):
+    with recording.record_span(action):
         pass
     between = time.perf_counter()
-    with recording.span(action):
+    with recording.record_span(action):
         pass
     ((start, end),) = recording._marks.values()
     assert start <= between <= end

@@ -10,16 +10,16 @@ from torch.distributed.pipelining._utils import generate_stage_to_rank_mapping
 from parallel.errors import ConfigError
 from parallel.pipeline.schedules import (
     SCHEDULES,
+    accepts_micro_batches,
     bubble_formula,
-    problems,
-    rank_of,
+    find_schedule_problems,
+    find_schedule_warnings,
+    rank_of_stage,
     read_csv,
     stages_of,
-    takes,
-    warnings,
 )
-from parallel.pipeline.simulator import KINDS, Action, bubble, in_flight, simulate
-from parallel.pipeline.torch_schedules import actions
+from parallel.pipeline.simulator import KINDS, Action, bubble_fraction, in_flight, simulate_schedule
+from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
 
 
@@ -35,7 +35,7 @@ def layouts(schedule, per_rank=4):
     for ranks in (1, 2, 3, 4):
         for stages in range(rules.least_stages, (rules.most_stages or per_rank) + 1):
             for micro_batches in (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16):
-                if takes(schedule, ranks, micro_batches):
+                if accepts_micro_batches(schedule, ranks, micro_batches):
                     yield ranks, stages, micro_batches
 
 
@@ -48,7 +48,7 @@ def test_stages_are_where_torch_has_them(schedule, ranks):
         mapping = generate_stage_to_rank_mapping(ranks, ranks * per_rank, style)
         stages = [stages_of(schedule, rank, ranks, per_rank) for rank in range(ranks)]
         assert stages == [tuple(s for s in mapping if mapping[s] == r) for r in range(ranks)]
-        assert {s: rank_of(schedule, s, ranks) for s in mapping} == mapping
+        assert {s: rank_of_stage(schedule, s, ranks) for s in mapping} == mapping
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -57,11 +57,14 @@ def test_micro_batches_are_those_that_torch_takes(schedule):
     for ranks in (1, 2, 3, 4):
         for micro_batches in range(1, 20):
             try:
-                actions(schedule, ranks, stages, micro_batches)
+                list_actions(schedule, ranks, stages, micro_batches)
             except ValueError:
-                assert not takes(schedule, ranks, micro_batches), (ranks, micro_batches)
+                assert not accepts_micro_batches(schedule, ranks, micro_batches), (
+                    ranks,
+                    micro_batches,
+                )
             else:
-                assert takes(schedule, ranks, micro_batches), (ranks, micro_batches)
+                assert accepts_micro_batches(schedule, ranks, micro_batches), (ranks, micro_batches)
 
 
 @pytest.mark.parametrize("schedule", [n for n, rules in SCHEDULES.items() if rules.v_shaped])
@@ -75,7 +78,7 @@ def test_torch_refuses_other_stages_per_rank(schedule, stages):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_stage_does_every_micro_batch_once(schedule):
     for ranks, per_rank, micro_batches in layouts(schedule):
-        lists = actions(schedule, ranks, per_rank, micro_batches)
+        lists = list_actions(schedule, ranks, per_rank, micro_batches)
         for rank, listed in lists.items():
             stages = stages_of(schedule, rank, ranks, per_rank)
             assert {action.stage for action in listed} == set(stages)
@@ -89,9 +92,9 @@ def test_every_stage_does_every_micro_batch_once(schedule):
 def test_bubble_equals_the_formula(schedule):
     for layout in layouts(schedule):
         ranks, per_rank, micro_batches = layout
-        spans = simulate(actions(*(schedule, *layout)))
+        spans = simulate_schedule(list_actions(*(schedule, *layout)))
         formula = bubble_formula(schedule, ranks, micro_batches, per_rank)
-        assert bubble(spans) == formula, layout
+        assert bubble_fraction(spans) == formula, layout
 
 
 def test_published_bubbles_by_hand():
@@ -108,7 +111,7 @@ def test_published_bubbles_by_hand():
 
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 3), (2, 8), (4, 8), (4, 9)])
 def test_ranks_of_zbv_never_wait_once_they_began(ranks, micro_batches):
-    spans = simulate(actions("zbv", ranks, 2, micro_batches))
+    spans = simulate_schedule(list_actions("zbv", ranks, 2, micro_batches))
     for rank in range(ranks):
         own = [span for span in spans if span.rank == rank]
         assert max(s.end for s in own) - min(s.start for s in own) == 6 * micro_batches
@@ -117,12 +120,12 @@ def test_ranks_of_zbv_never_wait_once_they_began(ranks, micro_batches):
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 2), (2, 5), (4, 4), (4, 6), (4, 16)])
 def test_micro_batches_in_flight(ranks, micro_batches):
     stages = range(ranks)
-    gpipe = in_flight(actions("gpipe", ranks, 1, micro_batches))
+    gpipe = in_flight(list_actions("gpipe", ranks, 1, micro_batches))
     assert gpipe == dict.fromkeys(stages, micro_batches)
-    one = in_flight(actions("1f1b", ranks, 1, micro_batches))
+    one = in_flight(list_actions("1f1b", ranks, 1, micro_batches))
     assert one == {stage: min(micro_batches, ranks - stage) for stage in stages}
     # ZB-H1 holds activations until the gradient of the weights: as 1F1B's first rank, on all.
-    zero = in_flight(actions("zero_bubble", ranks, 1, micro_batches - micro_batches % ranks))
+    zero = in_flight(list_actions("zero_bubble", ranks, 1, micro_batches - micro_batches % ranks))
     assert zero == dict.fromkeys(stages, ranks)
 
 
@@ -132,7 +135,9 @@ def test_a_simulation_by_hand():
         1: [Action(1, "F", 0), Action(1, "I", 0), Action(1, "F", 1), Action(1, "I", 1)],
     }
     lists[1] += [Action(1, "W", 0), Action(1, "W", 1)]
-    spans = {f"{s.stage}{s.kind}{s.micro_batch}": (s.start, s.end) for s in simulate(lists)}
+    spans = {
+        f"{s.stage}{s.kind}{s.micro_batch}": (s.start, s.end) for s in simulate_schedule(lists)
+    }
     assert spans == {
         "0F0": (0, 1),
         "0F1": (1, 2),
@@ -145,27 +150,29 @@ def test_a_simulation_by_hand():
         "1W0": (5, 6),
         "1W1": (6, 7),
     }
-    assert bubble(simulate(lists)) == 2 / 14
+    assert bubble_fraction(simulate_schedule(lists)) == 2 / 14
 
-    late = [span._replace(start=span.start + 9, end=span.end + 9) for span in simulate(lists)]
-    assert bubble(late) == 2 / 14
+    late = [
+        span._replace(start=span.start + 9, end=span.end + 9) for span in simulate_schedule(lists)
+    ]
+    assert bubble_fraction(late) == 2 / 14
 
-    slow = simulate(lists, lambda action: 3 if action.stage else 2)
+    slow = simulate_schedule(lists, lambda action: 3 if action.stage else 2)
     assert max(span.end for span in slow) == 20
-    assert bubble(slow) == 1 - (4 * 2 + 6 * 3) / (2 * 20)
+    assert bubble_fraction(slow) == 1 - (4 * 2 + 6 * 3) / (2 * 20)
 
 
 def test_results_of_an_overlapped_pair_leave_together():
     pair = {0: [Action(0, "F", 0), Action(0, "F", 1), Action(0, "B", 0), Action(0, "B", 1)]}
     pair[1] = [Action(1, "F", 0), Action(1, "F", 1, joined=True), Action(1, "B", 0)]
     pair[1].append(Action(1, "B", 1))
-    ends = {span[:4]: span.end for span in simulate(pair)}
+    ends = {span[:4]: span.end for span in simulate_schedule(pair)}
     assert ends[1, 1, "F", 1] == 3 and ends[1, 1, "B", 0] == 5 and ends[0, 0, "B", 0] == 7
     whole = {0: [Action(0, "F", 0, joined=True), Action(0, "B", 0)]}
-    assert [span.end for span in simulate(whole)] == [1, 3]
+    assert [span.end for span in simulate_schedule(whole)] == [1, 3]
     pair[0][1] = Action(0, "F", 1, joined=True)  # now with 0B0: the two wait for each other
     with pytest.raises(ConfigError, match="rank 0 at 0B0 waits for 1B0 of rank 1; rank 1 at 1F1"):
-        simulate(pair)
+        simulate_schedule(pair)
 
 
 def write(path, lists):
@@ -190,10 +197,10 @@ def in_torchs_words(listed):
 def test_own_schedule_is_read_as_torch_writes_it(tmp_path, schedule):
     rules = SCHEDULES[schedule]
     per_rank, ranks, micro_batches = rules.least_stages, 2, 4
-    lists = actions(schedule, ranks, per_rank, micro_batches)
+    lists = list_actions(schedule, ranks, per_rank, micro_batches)
     path = write(tmp_path / "own.csv", lists)
     assert read_csv(path, ranks, per_rank, micro_batches) == lists
-    assert problems(pipeline(schedule, ranks, per_rank, path), micro_batches) == []
+    assert find_schedule_problems(pipeline(schedule, ranks, per_rank, path), micro_batches) == []
     stage = SimpleNamespace(num_stages=ranks * per_rank, group_size=ranks, group_rank=0)
     runtime = schedules._PipelineScheduleRuntime([stage], micro_batches)
     runtime._load_csv(path)
@@ -240,22 +247,25 @@ BAD = {
 def test_own_schedule_that_is_wrong_gets_its_message(tmp_path, rows):
     path = tmp_path / "own.csv"
     path.write_text("\n".join(rows) + "\n")
-    found = problems(pipeline("1f1b", 2, 1, path), 2)
+    found = find_schedule_problems(pipeline("1f1b", 2, 1, path), 2)
     assert len(found) == bool(BAD[rows])
     if found:
         assert found[0].startswith(f"strategy.schedule_csv={path}") and BAD[rows] in found[0]
 
 
 def test_own_schedule_that_cannot_be_read(tmp_path):
-    found = problems(pipeline("1f1b", 2, 1, tmp_path / "none.csv"), 2)
+    found = find_schedule_problems(pipeline("1f1b", 2, 1, tmp_path / "none.csv"), 2)
     assert len(found) == 1 and "none.csv cannot be read: [Errno 2]" in found[0]
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
-    assert "cannot be read" in problems(pipeline("1f1b", 2, 1, tmp_path / "binary.csv"), 2)[0]
+    assert (
+        "cannot be read"
+        in find_schedule_problems(pipeline("1f1b", 2, 1, tmp_path / "binary.csv"), 2)[0]
+    )
 
 
 def test_a_file_that_is_wrong_throughout_is_told_in_short(tmp_path):
     (tmp_path / "own.csv").write_text("\n".join(f"{rank}F0,{rank}F1" for rank in range(8)))
-    found = problems(pipeline("1f1b", 8, 1, tmp_path / "own.csv"), 2)
+    found = find_schedule_problems(pipeline("1f1b", 8, 1, tmp_path / "own.csv"), 2)
     assert len(found) == 4 and found[-1].endswith("and 13 more like these")
 
 
@@ -275,24 +285,24 @@ WRONG = {
 
 @pytest.mark.parametrize("layout", WRONG, ids=str)
 def test_a_layout_that_does_not_run_gets_its_message(layout):
-    found = problems(pipeline(*layout[:3]), layout[3])
+    found = find_schedule_problems(pipeline(*layout[:3]), layout[3])
     assert len(found) == 1 and WRONG[layout] in found[0]
 
 
 def test_what_runs_has_no_problems_and_what_waits_a_warning(tmp_path):
     for schedule in SCHEDULES:
         for layout in layouts(schedule, per_rank=3):
-            assert problems(pipeline(schedule, *layout[:2]), layout[2]) == []
-            told = warnings(pipeline(schedule, *layout[:2]), layout[2])
+            assert find_schedule_problems(pipeline(schedule, *layout[:2]), layout[2]) == []
+            told = find_schedule_warnings(pipeline(schedule, *layout[:2]), layout[2])
             assert len(told) == (layout[2] < layout[0])
-    assert warnings(pipeline("gpipe", 4, 1), 2) == [
+    assert find_schedule_warnings(pipeline("gpipe", 4, 1), 2) == [
         "strategy.schedule=gpipe: 2 micro-batches (batch_size / (micro_batch_size × ranks that see "
         "different samples)) are fewer than strategy.pipeline=4 ranks, which are idle for 60 % of "
         "a step (bubble); change batch_size or micro_batch_size for 4 or more"
     ]
-    path = write(tmp_path / "own.csv", actions("looped_bfs", 4, 2, 2))
-    assert "own.csv: 2 micro-batches" in warnings(pipeline("1f1b", 4, 2, path), 2)[0]
-    assert "idle for 56 % of a step" in warnings(pipeline("1f1b", 4, 2, path), 2)[0]
+    path = write(tmp_path / "own.csv", list_actions("looped_bfs", 4, 2, 2))
+    assert "own.csv: 2 micro-batches" in find_schedule_warnings(pipeline("1f1b", 4, 2, path), 2)[0]
+    assert "idle for 56 % of a step" in find_schedule_warnings(pipeline("1f1b", 4, 2, path), 2)[0]
 
 
 def test_kinds_are_torchs():

@@ -15,7 +15,7 @@ from trainer.config.train import OptimConfig, TrainConfig, UserError
 from trainer.loop import resume
 from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS, LossScale
-from trainer.resilience.bad_steps import BadStepPolicy, Guard
+from trainer.resilience.bad_steps import BadStepGuard, BadStepPolicy
 from trainer.state import TrainState
 
 
@@ -24,7 +24,7 @@ def state_of(runtime, model, seed: int = 0, strategy: StrategyConfig | None = No
     zero = torch.zeros((), dtype=torch.int64)
     scale = LossScale(PRECISIONS["fp16"], runtime.device)
     optimizer = build_optimizer(worker.parameters(), OptimConfig())
-    guard = Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
+    guard = BadStepGuard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
     return TrainState(worker, optimizer, scale, guard, zero)
 
 

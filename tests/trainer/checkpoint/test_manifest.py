@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 
 from trainer.checkpoint import manifest as module
-from trainer.checkpoint.folder import kept
+from trainer.checkpoint.folder import steps_to_keep
 from trainer.checkpoint.manifest import (
     NAME,
     Chunk,
-    DamagedError,
+    CorruptCheckpointError,
     FileEntry,
     Manifest,
-    OtherFormatError,
     TensorEntry,
-    check,
+    UnsupportedFormatError,
+    check_folder,
     read_manifest,
     write_manifest,
 )
@@ -50,7 +50,7 @@ def written(folder, step=7, file=FILE, shape=(4, 6), eval_loss=None):
 
 def test_a_manifest_comes_back(tmp_path):
     manifest = written(tmp_path / "step-00000007", eval_loss=1 / 3)
-    assert check(tmp_path / "step-00000007") == manifest
+    assert check_folder(tmp_path / "step-00000007") == manifest
     assert manifest.size == 200
 
 
@@ -64,8 +64,8 @@ def sealed(folder, **changes):
 
 
 def refusal(folder):
-    with pytest.raises(DamagedError) as raised:
-        check(folder)
+    with pytest.raises(CorruptCheckpointError) as raised:
+        check_folder(folder)
     return str(raised.value)
 
 
@@ -142,7 +142,7 @@ def test_a_manifest_of_another_shape_is_refused(tmp_path, changes):
 def test_another_format_is_named(tmp_path):
     written(tmp_path / "a")
     sealed(tmp_path / "a", format=2)
-    with pytest.raises(OtherFormatError, match="format version 2, this version reads 1"):
+    with pytest.raises(UnsupportedFormatError, match="format version 2, this version reads 1"):
         read_manifest(tmp_path / "a")
 
 
@@ -159,8 +159,8 @@ def test_pickled_metadata_of_an_old_checkpoint_is_not_opened(tmp_path):
     folder.mkdir()
     (folder / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
     (folder / "__0_0.distcp").write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    with pytest.raises(OtherFormatError, match=r"torch\.distributed\.checkpoint"):
-        check(folder)
+    with pytest.raises(UnsupportedFormatError, match=r"torch\.distributed\.checkpoint"):
+        check_folder(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -171,7 +171,7 @@ def test_files_are_compared_byte_by_byte(tmp_path):
     assert refusal(tmp_path / "a") == f"{FILE} has 199 bytes, not 200"
     path.write_bytes(CONTENT[:-1] + b"x")
     assert f"{FILE} is not what was saved" in refusal(tmp_path / "a")
-    assert check(tmp_path / "a", hashed=()).step == 7  # sizes alone
+    assert check_folder(tmp_path / "a", hashed=()).step == 7  # sizes alone
     path.unlink()
     assert refusal(tmp_path / "a") == f"{FILE} is missing"
 
@@ -206,13 +206,13 @@ def test_what_is_written_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch
 )
 def test_what_is_kept(options, expected):
     losses = {10: 3.0, 20: 1.0, 30: None, 40: 1.0, 50: 2.0}
-    assert kept(losses, *options) == expected
+    assert steps_to_keep(losses, *options) == expected
 
 
 def test_what_is_not_finite_is_never_the_best():
     losses = {10: math.nan, 20: 3.0, 30: -math.inf, 40: 2.0, 50: math.nan, 60: math.inf}
-    assert kept(losses, 1, True, 0) == {40, 60}
-    assert kept({10: math.nan, 20: math.inf}, 1, True, 0) == {20}
+    assert steps_to_keep(losses, 1, True, 0) == {40, 60}
+    assert steps_to_keep({10: math.nan, 20: math.inf}, 1, True, 0) == {20}
 
 
 @pytest.mark.parametrize("changes", [{"samples": -1}, {"lr": "nan"}, {"order_batch_size": [8]}])
@@ -225,4 +225,4 @@ def test_a_position_that_is_none_is_refused(tmp_path, changes):
 
 
 def test_the_best_of_none_measured():
-    assert kept({1: None, 2: None}, 1, True, 0) == {2}
+    assert steps_to_keep({1: None, 2: None}, 1, True, 0) == {2}

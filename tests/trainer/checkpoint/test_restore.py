@@ -16,15 +16,15 @@ from test_checkpoint import run_in, state_of
 from test_manifest import Evil
 from test_saver import config_of, heard, here
 
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint import restore as module
-from trainer.checkpoint.folder import checkpoint_path, checkpoints
+from trainer.checkpoint.folder import checkpoint_path, list_checkpoints
 from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.restore import load_weights
 from trainer.config.train import OptimConfig, UserError
 from trainer.loop import open_saver, resume
-from trainer.optim.lr_schedule import lr_at
+from trainer.optim.lr_schedule import learning_rate_at
 
 FSDP = StrategyConfig(shard=2)
 STEPS = (10, 20, 30)
@@ -37,7 +37,7 @@ def saved(runtime, folder, strategy=None, keep=0):
         for state.step in STEPS:
             state.tokens.fill_(state.step)
             for parameter in state.worker.model.parameters():
-                local(parameter.detach()).add_(1.0)
+                local_tensor(parameter.detach()).add_(1.0)
             saver.save(state)
     return state
 
@@ -217,7 +217,7 @@ def heard_from(runtime, config) -> list[str]:
 def test_a_leap_of_the_learning_rate_and_another_batch_size_are_told(ranks, tmp_path):
     same, steps, lr, schedule, batch, both = ranks.run(1, changed_run, tmp_path)[0]
     assert same == []
-    now, before = (lr_at(900, count, OptimConfig()) for count in (4000, 1000))
+    now, before = (learning_rate_at(900, count, OptimConfig()) for count in (4000, 1000))
     for lines, rate in ((steps, now), (lr, 2 * before), (schedule, 1e-3), (both[1:], 2 * before)):
         (line,) = lines
         assert f"step 901 is {rate:.3g}, where" in line and f"had {before:.3g}" in line
@@ -282,7 +282,7 @@ def test_a_run_without_a_good_checkpoint_is_not_used(ranks, tmp_path):
     assert "no checkpoint yet" in ranks.run(1, unread, tmp_path)[0]
     checkpoint_path(tmp_path, 3).mkdir(parents=True)
     assert "holds no good checkpoint" in ranks.run(1, unread, tmp_path)[0]
-    assert [step for step, _ in checkpoints(tmp_path)] == [3]  # and left alone
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]  # and left alone
 
 
 def unread(runtime, folder) -> str:
@@ -298,4 +298,4 @@ def test_the_state_has_no_tensor_that_is_not_saved(ranks, tmp_path):
 
 
 def names_of(runtime) -> list[str]:
-    return list(state_of(runtime, tiny.LLAMA).tensors())
+    return list(state_of(runtime, tiny.LLAMA).state_tensors())

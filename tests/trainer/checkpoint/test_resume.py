@@ -12,8 +12,8 @@ import pytest
 import tiny
 import torch
 
-from conf.validation.validate import complete
-from parallel.strategy import StrategyConfig, resolve, world_size
+from conf.validation.validate import fill_from_data
+from parallel.strategy import StrategyConfig, resolve_degrees, world_size
 from trainer import loop
 from trainer.config.train import (
     CheckpointConfig,
@@ -24,8 +24,8 @@ from trainer.config.train import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.data import open_split, prepare
-from trainer.data.sampler import Order, mixed
+from trainer.data import open_split, prepare_data
+from trainer.data.sampler import SampleOrder, hash_to_seed
 from trainer.loop import resume
 from trainer.metrics.recorder import Recorder
 from trainer.run.run_dir import open_run_dir
@@ -65,13 +65,13 @@ def config(tmp_path_factory) -> TrainConfig:
         batch_size=12,
         micro_batch_size=3,
     )
-    return complete(draft, prepare(data))
+    return fill_from_data(draft, prepare_data(data))
 
 
 def ids_of(config: TrainConfig, micro_batches: list[dict]) -> list[int]:
     """Which samples these are, told from what is in them."""
     train = open_split(config.data, "train")
-    seed = mixed(config.seed, 0)  # of the first epoch, which none of these runs comes out of
+    seed = hash_to_seed(config.seed, 0)  # of the first epoch, which none of these runs comes out of
     every = train.collate([train.sample(i, seed) for i in range(len(train))])
     known = {tuple(row.tolist()): i for i, row in enumerate(every["tokens"])}
     assert len(known) == len(train)
@@ -109,7 +109,7 @@ def gathered(state: TrainState) -> dict[str, torch.Tensor]:
 def begun(runtime, config: TrainConfig, strategy: StrategyConfig, folder: Path) -> tuple:
     """The first half of a run, saved in `folder`; what it did, and its whole state."""
     config = replace(config, strategy=strategy, run_dir=str(folder))
-    state = loop.start(config, runtime)
+    state = loop.start_run(config, runtime)
     told = steps_to(config, state, SAVED)
     tiny.save(config, state)
     return told, gathered(state)
@@ -117,7 +117,7 @@ def begun(runtime, config: TrainConfig, strategy: StrategyConfig, folder: Path) 
 
 def ended(runtime, config: TrainConfig, strategy: StrategyConfig, folders: dict) -> dict:
     """The second half of every run, under one layout; by layout: what it did, the state loaded."""
-    state = loop.start(replace(config, strategy=strategy, run_dir="nowhere"), runtime)
+    state = loop.start_run(replace(config, strategy=strategy, run_dir="nowhere"), runtime)
     found = {}
     for name, folder in folders.items():
         resume(replace(config, run_dir=str(folder)), state)
@@ -139,7 +139,7 @@ def unbroken(ranks, config) -> list[tuple[float, list[int]]]:
 
 
 def one_process(runtime, config: TrainConfig) -> list[tuple[float, list[int]]]:
-    state = loop.start(replace(config, run_dir="nowhere"), runtime)
+    state = loop.start_run(replace(config, run_dir="nowhere"), runtime)
     return steps_to(config, state, config.steps)
 
 
@@ -175,7 +175,7 @@ def test_every_layout_goes_on_with_the_run_of_every_other(ranks, config, halves,
 
 def part(runtime, config: TrainConfig, stop_after: int) -> list[tuple[int, list[int]]]:
     """Train until it is killed behind a step; what this rank has learned from, by step."""
-    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    config = replace(config, strategy=resolve_degrees(config.strategy, runtime.world_size))
     take_step, seen = loop.take_step, []
 
     def watched(config, state, micro_batches):
@@ -272,6 +272,6 @@ def test_a_run_moves_through_batch_sizes(ranks, config, tmp_path, sizes):
             kept[step] = [i for told in results for s, own in told if s == step for i in own]
     seen = [len(kept[step]) for step in range(8)]
     assert seen == [sizes[0]] * 2 + [sizes[1]] * 2 + [sizes[2]] * 4
-    order = Order(config.seed, len(open_split(config.data, "train")))
+    order = SampleOrder(config.seed, len(open_split(config.data, "train")))
     everything = Counter(i for samples in kept.values() for i in samples)
     assert everything == Counter(order(place)[1] for place in range(sum(seen)))

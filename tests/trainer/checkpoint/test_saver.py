@@ -22,9 +22,9 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from parallel.strategy import StrategyConfig
 from trainer.checkpoint import save as module
 from trainer.checkpoint import shards as storage
-from trainer.checkpoint.folder import checkpoint_path, checkpoints
-from trainer.checkpoint.manifest import check
-from trainer.checkpoint.shards import DTYPES, read, read_whole
+from trainer.checkpoint.folder import checkpoint_path, list_checkpoints
+from trainer.checkpoint.manifest import check_folder
+from trainer.checkpoint.shards import DTYPES, read_tensors, read_whole
 from trainer.config.train import CheckpointConfig, UserError
 from trainer.loop import open_saver, resume
 from trainer.state import TrainState
@@ -61,14 +61,16 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
     config = config_of(folder, FSDP, async_save=async_save)
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
     state.step = 5
-    expected = {n: storage.local(t.detach()).clone() for n, t in state.tensors().items()}
-    slow = storage.Shard.write
+    expected = {
+        n: storage.local_tensor(t.detach()).clone() for n, t in state.state_tensors().items()
+    }
+    slow = storage.Shard.write_file
 
     def write(self, path):
         time.sleep(0.2)
         return slow(self, path)
 
-    with mock.patch.object(storage.Shard, "write", write), open_saver(config, state) as saver:
+    with mock.patch.object(storage.Shard, "write_file", write), open_saver(config, state) as saver:
         saver.save(state)
         there = checkpoint_path(folder, 5).exists()
         assert there is not async_save
@@ -76,11 +78,11 @@ def changed_meanwhile(runtime, folder, async_save: bool) -> None:
             for parameter in state.worker.model.parameters():
                 parameter.add_(1.0)
         state.step = 6
-    assert checkpoints(folder) == [(5, checkpoint_path(folder, 5))]
+    assert list_checkpoints(folder) == [(5, checkpoint_path(folder, 5))]
     other = state_of(runtime, tiny.LLAMA, seed=1, strategy=FSDP)
     resume(config, other)
-    for name, tensor in other.tensors().items():
-        assert torch.equal(storage.local(tensor.detach()), expected[name]), name
+    for name, tensor in other.state_tensors().items():
+        assert torch.equal(storage.local_tensor(tensor.detach()), expected[name]), name
 
 
 @pytest.mark.parametrize("async_save", [True, False])
@@ -92,7 +94,7 @@ def failing(runtime, folder, on_error: str) -> tuple:
     """Saves of which the second fails on the last rank: messages, lines, folders and news."""
     config = config_of(folder, FSDP, on_error=on_error, keep=5)
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
-    write, messages, folders = storage.Shard.write, [], []
+    write, messages, folders = storage.Shard.write_file, [], []
 
     def full(self, path):
         entry = write(self, path)  # the half that was written
@@ -102,7 +104,7 @@ def failing(runtime, folder, on_error: str) -> tuple:
 
     with (
         heard(module.log) as lines,
-        mock.patch.object(storage.Shard, "write", full),
+        mock.patch.object(storage.Shard, "write_file", full),
         open_saver(config, state) as saver,
     ):
         for state.step in (10, 20, 30):
@@ -115,8 +117,8 @@ def failing(runtime, folder, on_error: str) -> tuple:
             torch.distributed.barrier()
             folders.append(here(folder))
             torch.distributed.barrier()  # the next save writes there
-        news = list(saver.news())
-        assert list(saver.news()) == []  # told once
+        news = list(saver.finished_saves())
+        assert list(saver.finished_saves()) == []  # told once
     return messages, lines, folders, news
 
 
@@ -144,7 +146,7 @@ def test_a_full_disk_stops_the_run_where_asked(ranks, tmp_path):
 
 def last_fails(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA)
-    full = mock.patch.object(storage.Shard, "write", side_effect=OSError(errno.ENOSPC, "full"))
+    full = mock.patch.object(storage.Shard, "write_file", side_effect=OSError(errno.ENOSPC, "full"))
     with full, pytest.raises(UserError) as raised, open_saver(run_in(folder), state) as saver:
         saver.save(state)
     return str(raised.value)
@@ -171,7 +173,7 @@ def test_a_disk_too_small_is_refused_before_step_0(ranks, tmp_path):
 def crash(runtime, folder) -> tuple[float, bool]:
     """An error of training while the other rank's file is never written; seconds to leave."""
     config, state = run_in(folder, FSDP), state_of(runtime, tiny.LLAMA, strategy=FSDP)
-    write = storage.Shard.write
+    write = storage.Shard.write_file
 
     def stuck(self, path):
         if runtime.rank == 1:
@@ -180,7 +182,7 @@ def crash(runtime, folder) -> tuple[float, bool]:
 
     began = time.monotonic()
     with (
-        mock.patch.object(storage.Shard, "write", stuck),
+        mock.patch.object(storage.Shard, "write_file", stuck),
         mock.patch.object(module, "LEAVING_SECONDS", 0.2),
         pytest.raises(ValueError),
         open_saver(config, state) as saver,
@@ -197,7 +199,7 @@ def test_an_error_does_not_wait_for_a_save_that_never_ends(ranks, tmp_path):
 
 def bug(runtime, folder) -> str:
     state = state_of(runtime, tiny.LLAMA, strategy=FSDP)
-    write = storage.Shard.write
+    write = storage.Shard.write_file
 
     def broken(self, path):
         if runtime.rank == 1:
@@ -205,7 +207,7 @@ def bug(runtime, folder) -> str:
         return write(self, path)
 
     with (
-        mock.patch.object(storage.Shard, "write", broken),
+        mock.patch.object(storage.Shard, "write_file", broken),
         pytest.raises(RuntimeError) as raised,
         open_saver(run_in(folder, FSDP), state) as saver,
     ):
@@ -229,7 +231,7 @@ def retained(runtime, folder) -> list[list[str]]:
             for state.step, loss in losses.items():
                 saver.save(state, loss)
                 saver.wait()
-                folders.append([str(step) for step, _ in checkpoints(folder)])
+                folders.append([str(step) for step, _ in list_checkpoints(folder)])
 
     saves({10: 3.0, 20: 1.0, 30: 2.0, 40: 2.0})
     resume(config, state)
@@ -250,7 +252,7 @@ def test_newest_best_and_every_nth_are_kept_over_a_restart(ranks, tmp_path):
 
 def test_saves_that_are_seldom_measured_are_told():
     def warning(saved, measured, best=True):
-        return module.seldom_best(CheckpointConfig(every=saved, keep_best=best), measured)
+        return module.warn_rare_evaluation(CheckpointConfig(every=saved, keep_best=best), measured)
 
     told = warning(100, 30)
     assert "every 300th step; set eval.every=10 or checkpoint.every=90" in told
@@ -265,13 +267,13 @@ def unmeasurable(runtime, folder) -> list[float | None]:
     with open_saver(config, state) as saver:
         for state.step, loss in {10: math.nan, 20: 2.5, 30: math.inf, 40: -math.inf}.items():
             saver.save(state, loss)
-    texts = [path.joinpath("manifest.json").read_text() for _, path in checkpoints(folder)]
+    texts = [path.joinpath("manifest.json").read_text() for _, path in list_checkpoints(folder)]
     return [json.loads(text, parse_constant=pytest.fail)["eval_loss"] for text in texts]
 
 
 def test_a_loss_that_is_not_finite_is_saved_as_unknown(ranks, tmp_path):
     assert ranks.run(1, unmeasurable, tmp_path) == [[2.5, None]]
-    assert [step for step, _ in checkpoints(tmp_path)] == [20, 40]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 40]
 
 
 def order(runtime, folder) -> list[str]:
@@ -309,7 +311,7 @@ def test_all_is_on_the_disk_before_a_checkpoint_has_its_name(ranks, tmp_path):
 
 def grace(runtime, folder) -> list[str]:
     state = state_of(runtime, tiny.LLAMA)
-    write = storage.Shard.write
+    write = storage.Shard.write_file
 
     def slow(self, path):
         time.sleep(0.05)
@@ -318,7 +320,7 @@ def grace(runtime, folder) -> list[str]:
     config = config_of(folder, grace_seconds=0.04)
     with (
         heard(module.log) as lines,
-        mock.patch.object(storage.Shard, "write", slow),
+        mock.patch.object(storage.Shard, "write_file", slow),
         open_saver(config, state) as saver,
     ):
         for state.step in (1, 2):
@@ -374,16 +376,18 @@ def any_tensor(runtime, folder) -> None:
         state = {**tensors, "own": torch.arange(3.0)}
     tiny_state = state_of(runtime, tiny.LLAMA, strategy=StrategyConfig(replicate=4))
     config = run_in(folder, StrategyConfig(replicate=4))
-    with mock.patch.object(TrainState, "tensors", lambda _: state):
+    with mock.patch.object(TrainState, "state_tensors", lambda _: state):
         tiny.save(config, tiny_state)
     path = checkpoint_path(folder, 0)
-    manifest = check(path)
+    manifest = check_folder(path)
     assert sum(file.size for file in manifest.files.values()) < 2 * 2000 + 4 * 3000
     for first in range(len(layouts)):
         target = spread({name: torch.zeros_like(tensor) for name, tensor in whole.items()}, first)
-        read(path, manifest, target)
+        read_tensors(path, manifest, target)
         for name, tensor in spread(whole, first).items():
-            assert torch.equal(storage.local(target[name]), storage.local(tensor)), name
+            assert torch.equal(storage.local_tensor(target[name]), storage.local_tensor(tensor)), (
+                name
+            )
     for name, tensor in whole.items():
         assert torch.equal(read_whole(path, manifest, name), tensor)
     assert read_whole(path, manifest, "own").tolist() == [0.0, 1.0, 2.0]

@@ -13,22 +13,28 @@ from conf.validation.compression import compress_problems
 from parallel.strategy import StrategyConfig
 from trainer import loop
 from trainer.compress.compression import Compression
-from trainer.compress.quantized_linear import CompressedLinear, Lens, pruned, rounded, whole
-from trainer.compress.sequence_reduction import Drop, Merge, PoolImage, PoolText
+from trainer.compress.quantized_linear import (
+    CompressedLinear,
+    QuantizationSpec,
+    fake_quantize,
+    nm_pruned,
+    quantize_to_integers,
+)
+from trainer.compress.sequence_reduction import DropPatches, MergeTokens, PoolImage, PoolText
 from trainer.config.train import CompressConfig, TrainConfig
 from trainer.model import DecodingCache, Transformer
 from trainer.nn.flops import flops_per_sample
-from trainer.nn.init import draw_rows
-from trainer.nn.sequence import FullContext, FullSequence, Stream
+from trainer.nn.init import init_rows
+from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 VIT, TRANSLATOR = FAMILIES["encoder (ViT)"], FAMILIES["encoder-decoder"]
 SIX = 6  # blocks; an encoder-decoder gets four
 
 
-def stream_of(length: int, valid=None, seeds=None) -> Stream:
+def stream_of(length: int, valid=None, seeds=None) -> SequenceInfo:
     places = torch.arange(length)
-    return Stream(
+    return SequenceInfo(
         length, length, FullSequence(), FullContext(), False, places, valid_BS=valid, seeds_B=seeds
     )
 
@@ -37,8 +43,8 @@ def built(family, compress: CompressConfig, **changes) -> Transformer:
     config = replace(scale_down(family, stages=SIX), dropout=0.0, **changes)
     model = Transformer(config, torch.float64).double()
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(draw_rows(config, 0, name, parameter.shape, 0, len(parameter)) * 4)
-    Compression(compress).reshape(model)
+        parameter.data.copy_(init_rows(config, 0, name, parameter.shape, 0, len(parameter)) * 4)
+    Compression(compress).reshape_model(model)
     return model
 
 
@@ -58,9 +64,9 @@ def merged_by_hand(x, r: int, kept: int):
 @pytest.mark.parametrize(("length", "r", "kept"), [(17, 5, 1), (16, 8, 0), (9, 0, 1), (7, 2, 0)])
 def test_merging_equals_the_papers(length, r, kept):
     x = torch.randn(3, length, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(r))
-    merge = Merge(r, kept)
-    left, marks = merge.resize(x, stream_of(length), training=True)
-    assert left.shape[1] == marks.shape[1] == merge.length(length, True) == length - r
+    merge = MergeTokens(r, kept)
+    left, marks = merge.resize_sequence(x, stream_of(length), training=True)
+    assert left.shape[1] == marks.shape[1] == merge.output_length(length, True) == length - r
     for own, sizes, given in zip(left, marks[..., 0], x, strict=True):
         vectors, counts = merged_by_hand(given, r, kept)
         torch.testing.assert_close(own, vectors)
@@ -71,9 +77,9 @@ def test_merging_equals_the_papers(length, r, kept):
 def test_padding_is_never_merged_and_changes_nothing():
     x = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(1))
     valid = torch.arange(20) < torch.tensor([[9], [20]])
-    merge = Merge(6, 0)
-    left, marks = merge.resize(x, stream_of(20, valid), training=True)
-    alone, own = merge.resize(x[:1, :9], stream_of(9), training=True)
+    merge = MergeTokens(6, 0)
+    left, marks = merge.resize_sequence(x, stream_of(20, valid), training=True)
+    alone, own = merge.resize_sequence(x[:1, :9], stream_of(9), training=True)
     assert (marks[0, :, 0] > 0).sum() == 9 - 4  # at most half of the valid vectors
     torch.testing.assert_close(left[:1, :5], alone)
     assert torch.equal(marks[:1, :5], own)
@@ -93,7 +99,7 @@ def test_merging_identical_vectors_changes_no_logit():
 
 def test_pooling_averages_squares_of_patches_and_valid_tokens():
     x = torch.arange(2 * 10.0).view(1, 10, 2)
-    left, marks = PoolImage(2, side=3, kept=1).resize(x, stream_of(10), training=True)
+    left, marks = PoolImage(2, side=3, kept=1).resize_sequence(x, stream_of(10), training=True)
     grid = x[0, 1:].view(3, 3, 2)
     squares = [grid[:2, :2], grid[:2, 2:], grid[2:, :2], grid[2:, 2:]]
     torch.testing.assert_close(
@@ -101,7 +107,7 @@ def test_pooling_averages_squares_of_patches_and_valid_tokens():
     )
     assert marks is None and torch.equal(left[0, 0], x[0, 0])
     valid = torch.arange(10)[None] < 5
-    left, marks = PoolText(2).resize(x, stream_of(10, valid), training=True)
+    left, marks = PoolText(2).resize_sequence(x, stream_of(10, valid), training=True)
     torch.testing.assert_close(
         left[0, :3], torch.stack([x[0, :2].mean(0), x[0, 2:4].mean(0), x[0, 4]])
     )
@@ -110,16 +116,16 @@ def test_pooling_averages_squares_of_patches_and_valid_tokens():
 
 def test_dropped_patches_depend_on_the_sample_alone():
     x, seeds = torch.randn(4, 17, 8), torch.tensor([3, 1, 4, 1])
-    drop = Drop(0.5, kept=1)
-    left, _ = drop.resize(x, stream_of(17, seeds=seeds), training=True)
-    assert left.shape[1] == drop.length(17, True) == 9
+    drop = DropPatches(0.5, kept=1)
+    left, _ = drop.resize_sequence(x, stream_of(17, seeds=seeds), training=True)
+    assert left.shape[1] == drop.output_length(17, True) == 9
     assert torch.equal(left[:, 0], x[:, 0])
-    again, _ = drop.resize(x[2:], stream_of(17, seeds=seeds[2:]), training=True)
+    again, _ = drop.resize_sequence(x[2:], stream_of(17, seeds=seeds[2:]), training=True)
     assert torch.equal(left[2:], again)
     places = [[x[i].tolist().index(row) for row in left[i].tolist()] for i in range(4)]
     assert all(own == sorted(own) for own in places)
     assert places[1] == places[3] != places[0]
-    assert drop.resize(x, stream_of(17, seeds=seeds), training=False)[0] is x
+    assert drop.resize_sequence(x, stream_of(17, seeds=seeds), training=False)[0] is x
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -129,16 +135,19 @@ def test_fake_quantization_equals_torchs(bits):
     scale = x.abs().amax(-1) / top
     zero = torch.zeros(6, dtype=torch.int32)
     theirs = torch.fake_quantize_per_channel_affine(x, scale, zero, 0, -top, top)
-    torch.testing.assert_close(rounded(x, bits), theirs)
-    assert rounded(x, bits).unique().numel() <= 6 * (2 * top + 1)
+    torch.testing.assert_close(fake_quantize(x, bits), theirs)
+    assert fake_quantize(x, bits).unique().numel() <= 6 * (2 * top + 1)
 
 
 def test_the_forward_multiplies_integers_and_the_gradient_is_straight_through():
     layer = CompressedLinear(32, 16).double()
-    layer.lens = Lens(bits=8, input_bits=8)
+    layer.lens = QuantizationSpec(bits=8, input_bits=8)
     x = torch.randn(5, 32, dtype=torch.float64, requires_grad=True)
     y = layer(x)
-    (qx, sx), (qw, sw) = whole(x.detach(), 8), whole(layer.weight.detach(), 8)
+    (qx, sx), (qw, sw) = (
+        quantize_to_integers(x.detach(), 8),
+        quantize_to_integers(layer.weight.detach(), 8),
+    )
     exact = (qx.to(torch.int32) @ qw.to(torch.int32).T).double() * sx * sw.T
     torch.testing.assert_close(y, exact + layer.bias, rtol=0, atol=1e-12)
     grad = torch.randn_like(y)
@@ -151,13 +160,13 @@ def test_the_forward_multiplies_integers_and_the_gradient_is_straight_through():
 def test_the_largest_two_of_four_are_retained():
     weight = torch.tensor([[1.0, -4, 3, 2, 9, 8, 7, -8.5], [5, 5, 5, 5, 1, 2, 3, 4]])
     expected = [[0, -4, 3, 0, 9, 0, 0, -8.5], [5, 5, 0, 0, 0, 0, 3, 4]]
-    assert pruned(weight, 2, 4).tolist() == expected
+    assert nm_pruned(weight, 2, 4).tolist() == expected
     layer = CompressedLinear(8, 2, bias=False)
     layer.weight.data.copy_(weight)
     compression = Compression(CompressConfig(sparse_n=2, sparse_start=0.5))
     layer.lens = compression.lens
     for step, seen in ((0, weight.tolist()), (4, weight.tolist()), (5, expected), (9, expected)):
-        compression.settle(step, 10)
+        compression.prepare_step(step, 10)
         assert layer(torch.eye(8)).T.tolist() == seen
 
 
@@ -196,11 +205,11 @@ def test_a_shortened_model_can_be_split_between_any_two_blocks(family):
 def test_the_formula_counts_a_pooled_models_flops():
     with torch.device("meta"):
         model = Transformer(replace(scale_down(VIT, stages=SIX), dropout=0.0))
-    Compression(CompressConfig(pool_after=2)).reshape(model)
+    Compression(CompressConfig(pool_after=2)).reshape_model(model)
     inputs = {"images": torch.empty(8, 3, 8, 8, device="meta")}
     with FlopCounterMode(display=False) as counter:
         model(inputs).sum().backward()
-    lengths = model.lengths(0)
+    lengths = model.block_lengths(0)
     assert lengths[1:3] == [17, 5]
     assert counter.get_total_flops() == 8 * flops_per_sample(model.config, 0, 0, lengths)
 
@@ -220,13 +229,13 @@ class Operations(TorchDispatchMode):
 class Nothing(Compression):
     """A compression whose methods do nothing, as reference."""
 
-    def reshape(self, model):
+    def reshape_model(self, model):
         pass
 
-    def loss(self, loss_sum, model):
+    def wrap_loss(self, loss_sum, model):
         return lambda logits, targets, inputs, **options: loss_sum(logits, targets, **options)
 
-    def settle(self, step, steps):
+    def prepare_step(self, step, steps):
         pass
 
 
@@ -235,7 +244,7 @@ def operations(kind: type[Compression], compress: CompressConfig, runtime, famil
     config = TrainConfig(model=scale_down(family, stages=3), steps=2, compress=compress)
     compression = kind(compress)
     with mock.patch("trainer.loop.Compression", lambda _: compression):
-        state = loop.start(config, runtime)
+        state = loop.start_run(config, runtime)
     batch = make_batch(config.model, 0, 0)
     batch = {k: v.float() if v.is_floating_point() else v for k, v in batch.items()}
     with Operations() as counted:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import tiny
 
-from launch.cli.preflight import comparing, exporting, training
+from launch.cli.preflight import check_compare, check_export, prepare_training
 from trainer.compress_report import report as module
-from trainer.compress_report.report import Facts, report, table
+from trainer.compress_report.report import RunFigures, comparison_table, write_comparison
 from trainer.config.train import (
     CompressConfig,
     CompressReportConfig,
@@ -19,7 +19,7 @@ from trainer.config.train import (
     UserError,
 )
 from trainer.inference.trained_run import export_run
-from trainer.loop import start
+from trainer.loop import start_run
 from trainer.run.run_dir import EXPORTED
 
 
@@ -39,8 +39,8 @@ def runs(runtime, tmp_path_factory):
             run_dir=str(folder / name),
             compress=asked,
         )
-        config = training(config, 1)
-        tiny.save(config, start(config, runtime))
+        config = prepare_training(config, 1)
+        tiny.save(config, start_run(config, runtime))
         line = {"step": 1, "split": "test", "eval_loss": 1.5, "accuracy": 0.25}
         (folder / name / "metrics.jsonl").write_text(json.dumps(line) + "\n")
         made.append(config.run_dir)
@@ -49,10 +49,12 @@ def runs(runtime, tmp_path_factory):
 
 def test_the_table_and_the_figure(runtime, runs, monkeypatch, capsys, tmp_path):
     plain, small = runs
-    seen: list[Facts] = []
-    monkeypatch.setattr(module, "table", lambda found: seen.extend(found) or table(found))
-    config = comparing(CompressReportConfig(small, plain, rounds=2), 1)
-    report(config, runtime)
+    seen: list[RunFigures] = []
+    monkeypatch.setattr(
+        module, "comparison_table", lambda found: seen.extend(found) or comparison_table(found)
+    )
+    config = check_compare(CompressReportConfig(small, plain, rounds=2), 1)
+    write_comparison(config, runtime)
     first, second = seen
     assert (first.compress, second.compress) == ("none", "pool_after=1 bits=8 sparse_n=2")
     assert first.metric == second.metric == "accuracy 0.25"
@@ -83,19 +85,19 @@ def test_an_export_is_measured_and_exported_like_a_run(runtime, runs, tmp_path, 
     _, small = runs
     once, twice = str(tmp_path / "once"), str(tmp_path / "twice")
     for run_dir, to in ((small, once), (once, twice)):
-        export_run(exporting(ExportConfig(run_dir, to), 1), runtime)
+        export_run(check_export(ExportConfig(run_dir, to), 1), runtime)
     files = [(Path(folder) / EXPORTED).read_bytes() for folder in (once, twice)]
     assert len(files[0]) == len(files[1])
-    report(comparing(CompressReportConfig(once, rounds=1), 1), runtime)
+    write_comparison(check_compare(CompressReportConfig(once, rounds=1), 1), runtime)
     assert "sparse_n=2" in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_compared_are_one_message(runtime, runs, tmp_path):
     plain, small = runs
     with pytest.raises(UserError, match="holds no run"):
-        comparing(CompressReportConfig(small, str(tmp_path)), 1)
+        check_compare(CompressReportConfig(small, str(tmp_path)), 1)
     with pytest.raises(UserError, match="2 ranks were started, but one measures"):
-        comparing(CompressReportConfig(small, plain), 2)
+        check_compare(CompressReportConfig(small, plain), 2)
     model = replace(tiny.CLASSIFIER, patch_size=2)
     config = TrainConfig(
         model=model,
@@ -105,7 +107,7 @@ def test_runs_that_cannot_be_compared_are_one_message(runtime, runs, tmp_path):
         batch_size=4,
         run_dir=str(tmp_path / "other"),
     )
-    config = training(config, 1)
-    tiny.save(config, start(config, runtime))
+    config = prepare_training(config, 1)
+    tiny.save(config, start_run(config, runtime))
     with pytest.raises(UserError, match="was trained on other data"):
-        report(CompressReportConfig(small, config.run_dir), runtime)
+        write_comparison(CompressReportConfig(small, config.run_dir), runtime)

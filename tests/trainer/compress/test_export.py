@@ -7,11 +7,11 @@ import pytest
 import tiny
 import torch
 
-from launch.cli.preflight import exporting, reading
-from parallel.runtime import Ranks, process_group
+from launch.cli.preflight import check_export, check_trained_run
+from parallel.runtime import JobQueue, process_group
 from parallel.strategy import StrategyConfig, world_size
-from trainer.compress.packing import loosened, pack, squeezed, unpack
-from trainer.compress.quantized_linear import CompressedLinear, Lens
+from trainer.compress.packing import pack_bits, pack_weight, unpack_bits, unpack_weight
+from trainer.compress.quantized_linear import CompressedLinear, QuantizationSpec
 from trainer.config.train import (
     CompressConfig,
     EvaluateConfig,
@@ -21,20 +21,20 @@ from trainer.config.train import (
 )
 from trainer.data import open_split
 from trainer.inference.export import IntegerLinear, compute_with_integers
-from trainer.inference.trained_run import export_run, open_run
-from trainer.loop import start
+from trainer.inference.trained_run import export_run, load_trained_run
+from trainer.loop import start_run
 from trainer.run.run_dir import EXPORTED, AlreadyFinishedError, load_config, open_run_dir
-from trainer.tasks.evaluate import evaluate
+from trainer.tasks.evaluate import evaluate_model
 
 LENSES = {
-    "int8": Lens(bits=8, input_bits=8),
-    "int8, weights alone": Lens(bits=8),
-    "int4 in groups": Lens(bits=4, group=8, input_bits=8),
-    "int3": Lens(bits=3),
-    "int2 in groups": Lens(bits=2, group=16),
-    "2:4": Lens(n=2, m=4),
-    "1:8, int8": Lens(n=1, m=8, bits=8),
-    "3:16, int4": Lens(n=3, m=16, bits=4, group=16),
+    "int8": QuantizationSpec(bits=8, input_bits=8),
+    "int8, weights alone": QuantizationSpec(bits=8),
+    "int4 in groups": QuantizationSpec(bits=4, group=8, input_bits=8),
+    "int3": QuantizationSpec(bits=3),
+    "int2 in groups": QuantizationSpec(bits=2, group=16),
+    "2:4": QuantizationSpec(n=2, m=4),
+    "1:8, int8": QuantizationSpec(n=1, m=8, bits=8),
+    "3:16, int4": QuantizationSpec(n=3, m=16, bits=4, group=16),
 }
 COMPRESSIONS = {
     "none": CompressConfig(),
@@ -50,7 +50,7 @@ LAYOUTS = {
 }
 
 
-def layer(lens: Lens, inputs: int = 64, outputs: int = 24) -> CompressedLinear:
+def layer(lens: QuantizationSpec, inputs: int = 64, outputs: int = 24) -> CompressedLinear:
     made = CompressedLinear(inputs, outputs)
     made.lens = lens
     return made
@@ -59,19 +59,19 @@ def layer(lens: Lens, inputs: int = 64, outputs: int = 24) -> CompressedLinear:
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_integers_are_packed_into_bytes(bits):
     numbers = torch.randint(0, 2**bits, (3, 21))
-    small = squeezed(numbers, bits)
+    small = pack_bits(numbers, bits)
     assert small.shape == (3, -(-21 * {3: 4}.get(bits, bits) // 8))
-    assert torch.equal(loosened(small, bits, 21), numbers)
+    assert torch.equal(unpack_bits(small, bits, 21), numbers)
 
 
 @pytest.mark.parametrize("name", LENSES)
 def test_unpacking_returns_the_weight_of_the_forward(name):
     made = layer(LENSES[name])
     weight = made.weight.detach()
-    parts = pack(weight, made.lens)
+    parts = pack_weight(weight, made.lens)
     made.lens = replace(made.lens, input_bits=0)
     seen = made(torch.eye(64)) - made.bias
-    torch.testing.assert_close(unpack(parts, made.lens, 64).T, seen, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(unpack_weight(parts, made.lens, 64).T, seen, rtol=1e-6, atol=1e-7)
     size = sum(part.nbytes for part in parts.values())
     stored = {3: 4}.get(made.lens.bits, made.lens.bits) or 32
     share = made.lens.n / made.lens.m if made.lens.n else 1
@@ -102,16 +102,16 @@ def trained_run(folder: Path, runtime, compress: CompressConfig) -> TrainConfig:
         run_dir=str(folder / "run"),
         compress=compress,
     )
-    config = tiny.training(config, runtime.world_size)
-    tiny.save(config, start(config, runtime))
+    config = tiny.prepare_training(config, runtime.world_size)
+    tiny.save(config, start_run(config, runtime))
     return config
 
 
 def values(runtime, run_dir: str, strategy: StrategyConfig) -> tuple[dict[str, float], str]:
     config = EvaluateConfig(run_dir, strategy=strategy, precision="fp32", device="cpu")
-    run = open_run(config, runtime)
+    run = load_trained_run(config, runtime)
     kinds = {type(module).__name__ for module in run.worker.model.modules()}
-    found = evaluate(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
+    found = evaluate_model(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
     return found, "integers" if "IntegerLinear" in kinds else "floats"
 
 
@@ -119,10 +119,10 @@ def values(runtime, run_dir: str, strategy: StrategyConfig) -> tuple[dict[str, f
 def runs(request, tmp_path_factory):
     """A run and its export."""
     folder = tmp_path_factory.mktemp("runs")
-    with process_group("cpu", Ranks.alone()) as runtime:
+    with process_group("cpu", JobQueue.single_process()) as runtime:
         config = trained_run(folder, runtime, COMPRESSIONS[request.param])
         small = str(folder / "small")
-        export_run(exporting(ExportConfig(config.run_dir, small), 1), runtime)
+        export_run(check_export(ExportConfig(config.run_dir, small), 1), runtime)
         return (
             request.param,
             config.run_dir,
@@ -150,12 +150,12 @@ def test_invalid_exports_are_one_message(runs, tmp_path):
         (ExportConfig(str(tmp_path), str(tmp_path / "to")), 1, "holds no run"),
     ):
         with pytest.raises(UserError, match=message.replace("(", r"\(")):
-            exporting(config, ranks)
+            check_export(config, ranks)
     trained = replace(load_config(run_dir), run_dir=small)
     with pytest.raises((UserError, AlreadyFinishedError), match="holds an exported model"):
         open_run_dir(trained)
-    assert reading(EvaluateConfig(small), 1).run_dir == small
-    with process_group("cpu", Ranks.alone()) as runtime:
+    assert check_trained_run(EvaluateConfig(small), 1).run_dir == small
+    with process_group("cpu", JobQueue.single_process()) as runtime:
         copy = tmp_path / "copy"
         copy.mkdir()
         for name in ("config.yaml", EXPORTED):
@@ -167,7 +167,7 @@ def test_invalid_exports_are_one_message(runs, tmp_path):
 
 def begun(runtime, config: TrainConfig) -> dict[str, torch.Tensor]:
     """Return the weights with which a run starts or resumes."""
-    worker = start(config, runtime).worker
+    worker = start_run(config, runtime).worker
     return {name: tiny.whole(p).clone() for name, p in worker.parameters().items()}
 
 
@@ -184,7 +184,7 @@ def test_a_run_starts_from_the_weights_of_another(ranks, runs, tmp_path, layout)
         micro_batch_size=0,
         run_dir=str(tmp_path / "new"),
     )
-    other = tiny.training(other, world_size(strategy))
+    other = tiny.prepare_training(other, world_size(strategy))
     theirs = ranks.run(1, begun, config)[0]
     ours = ranks.run(world_size(strategy), begun, other)[0]
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -198,7 +198,7 @@ def test_a_run_starts_from_the_weights_of_another(ranks, runs, tmp_path, layout)
 def test_a_resumed_run_keeps_its_own_weights(ranks, runs, tmp_path):
     _, run_dir, _, _ = runs
     config = replace(load_config(run_dir), seed=5, run_dir=str(tmp_path / "new"))
-    config = tiny.training(config, 1)
+    config = tiny.prepare_training(config, 1)
 
     ranks.run(1, save_a_step, config)
     drawn = ranks.run(1, begun, config)[0]
@@ -207,7 +207,7 @@ def test_a_resumed_run_keeps_its_own_weights(ranks, runs, tmp_path):
 
 
 def save_a_step(runtime, config: TrainConfig) -> None:
-    state = start(config, runtime)
+    state = start_run(config, runtime)
     state.step = 1
     tiny.save(config, state)
 
@@ -222,7 +222,7 @@ def test_weights_of_another_model_are_rejected_at_the_start(runs, tmp_path):
         run_dir=str(tmp_path / "new"),
     )
     with pytest.raises(UserError) as raised:
-        tiny.training(wider, 1)
+        tiny.prepare_training(wider, 1)
     assert raised.value.problems == [
         f"init_from={run_dir} holds a model with model.{key}={theirs}, not {ours}; set "
         f"model.{key}={theirs}, or init_from another run"
@@ -230,4 +230,4 @@ def test_weights_of_another_model_are_rejected_at_the_start(runs, tmp_path):
     ]
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match=f"init_from={tmp_path} holds no run"):
-        tiny.training(replace(config, init_from=str(tmp_path), run_dir=wider.run_dir), 1)
+        tiny.prepare_training(replace(config, init_from=str(tmp_path), run_dir=wider.run_dir), 1)

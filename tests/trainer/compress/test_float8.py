@@ -12,7 +12,7 @@ from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
 from launch.cli import preflight as before
-from launch.cli.preflight import reading, training
+from launch.cli.preflight import check_trained_run, prepare_training
 from parallel.errors import UserError
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import (
@@ -22,12 +22,12 @@ from trainer.config.train import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.inference.trained_run import open_run
-from trainer.loop import start, take_step
+from trainer.inference.trained_run import load_trained_run
+from trainer.loop import start_run, take_step
 from trainer.nn import float8
-from trainer.nn.float8 import Float8Linear, check, multiply_in_float8
+from trainer.nn.float8 import Float8Linear, check_float8, multiply_in_float8
 from trainer.nn.layers import Linear
-from trainer.verify.cases import make_batch, samples, split
+from trainer.verify.cases import make_batch, samples_per_step, split_batch
 
 MODEL = ModelConfig(
     layers=2,
@@ -120,11 +120,11 @@ def job(strategy: StrategyConfig, precision: str = "fp8", **changes) -> TrainCon
 
 def trained(runtime, config: TrainConfig, steps: int) -> tuple[list[float], int]:
     """Return each step's loss, on the same samples in any layout, and the number of fp8 layers."""
-    state = start(config, runtime)
-    batch = make_batch(MODEL, 0, 0, samples(StrategyConfig(pipeline=2)) - 1)
+    state = start_run(config, runtime)
+    batch = make_batch(MODEL, 0, 0, samples_per_step(StrategyConfig(pipeline=2)) - 1)
     losses = []
     for _ in range(steps):
-        step = take_step(config, state, split(batch, state.worker))
+        step = take_step(config, state, split_batch(batch, state.worker))
         losses.append(state.worker.sum_over_data(step.loss).item())
     return losses, sum(isinstance(m, Float8Linear) for m in state.worker.model.modules())
 
@@ -178,25 +178,25 @@ def test_hardware_without_float8_is_rejected(gpus):
     gpus()
     for device in ("cpu", "auto"):
         with pytest.raises(UserError) as raised:
-            check(device, 1)
+            check_float8(device, 1)
         assert str(raised.value) == (
             f"{NEEDS}the ranks compute on a CPU; set precision=fp32, or bf16"
         )
     gpus((9, 0), (8, 6))
-    check("auto", 1)
+    check_float8("auto", 1)
     with pytest.raises(UserError) as raised:
-        check("cuda", 2)
+        check_float8("cuda", 2)
     assert str(raised.value) == f"{NEEDS}GPU 1 has 8.6; set precision=bf16"
     for capability in ((8, 9), (9, 0), (10, 0)):
         gpus(capability)
-        check("cuda", 1)
+        check_float8("cuda", 1)
 
 
 def test_without_torchao_the_extra_is_named(gpus, monkeypatch):
     gpus((9, 0))
     monkeypatch.setattr(float8, "find_spec", lambda name: None)
     with pytest.raises(UserError) as raised:
-        check("cuda", 1)
+        check_float8("cuda", 1)
     assert str(raised.value) == (
         'precision=fp8 needs `torchao`: pip install "samestep[torchao]"; or set precision=bf16'
     )
@@ -207,22 +207,22 @@ def test_a_run_is_rejected_before_it_starts_but_loads_anywhere(runtime, monkeypa
     config = job(StrategyConfig(), batch_size=4, data=tiny.text_data(tmp_path / "data"))
     config = replace(config, model=open_sizes, run_dir=str(tmp_path / "run"))
     with pytest.raises(UserError, match="the ranks compute on a CPU"):
-        training(config, 1)
+        prepare_training(config, 1)
     assert not (tmp_path / "run").exists()
     with monkeypatch.context() as patch:
-        patch.setattr(float8, "check", lambda device, ranks: None)
-        config = training(config, 1)
-    state = start(config, runtime)
+        patch.setattr(float8, "check_float8", lambda device, ranks: None)
+        config = prepare_training(config, 1)
+    state = start_run(config, runtime)
     tiny.save(config, state)
     reader = EvaluateConfig(config.run_dir, strategy=StrategyConfig(), device="cpu")
-    model = open_run(reading(reader, 1), runtime).worker.model
+    model = load_trained_run(check_trained_run(reader, 1), runtime).worker.model
     assert not any(isinstance(m, Float8Linear) for m in model.modules())
     weights = state.worker.parameters()
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
     with pytest.raises(UserError, match="the ranks compute on a CPU"):
-        reading(replace(reader, precision="fp8"), 1)
+        check_trained_run(replace(reader, precision="fp8"), 1)
     small = replace(config, compress=CompressConfig(bits=8))
-    monkeypatch.setattr(float8, "check", lambda device, ranks: None)
+    monkeypatch.setattr(float8, "check_float8", lambda device, ranks: None)
     monkeypatch.setattr(before, "load_config", lambda run_dir: small)
     with pytest.raises(UserError, match=r"precision=fp8 and compress\.bits=8"):
-        reading(replace(reader, precision="fp8"), 1)
+        check_trained_run(replace(reader, precision="fp8"), 1)

@@ -7,12 +7,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.compress.compression import Compression
-from trainer.compress.sequence_reduction import Lengthen, Shorten
+from trainer.compress.sequence_reduction import LengthenText, ShortenText
 from trainer.config.train import CompressConfig
 from trainer.model import DecodingCache, Transformer
 from trainer.nn.flops import flops_per_sample
-from trainer.nn.init import draw_rows
-from trainer.nn.sequence import FullContext, FullSequence, Stream
+from trainer.nn.init import init_rows
+from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 LENGTH, BLOCKS = 12, 6
@@ -22,15 +22,15 @@ def built(stride: int, family: str = "decoder (Llama)") -> Transformer:
     config = replace(scale_down(FAMILIES[family], stages=BLOCKS - 1), dropout=0.0)
     model = Transformer(config, torch.float64).double()
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(draw_rows(config, 0, name, parameter.shape, 0, len(parameter)) * 4)
-    Compression(CompressConfig(pool_after=2, pool_stride=stride)).reshape(model)
+        parameter.data.copy_(init_rows(config, 0, name, parameter.shape, 0, len(parameter)) * 4)
+    Compression(CompressConfig(pool_after=2, pool_stride=stride)).reshape_model(model)
     return model
 
 
-def stream_of(documents=None) -> Stream:
+def stream_of(documents=None) -> SequenceInfo:
     places = torch.arange(LENGTH)
     layout, context = FullSequence(), FullContext()
-    return Stream(LENGTH, LENGTH, layout, context, True, places, documents_BS=documents)
+    return SequenceInfo(LENGTH, LENGTH, layout, context, True, places, documents_BS=documents)
 
 
 @pytest.mark.parametrize("family", ["decoder (Llama)", "decoder (GPT-2)"])
@@ -38,7 +38,7 @@ def stream_of(documents=None) -> Stream:
 def test_no_token_sees_a_later_one_or_another_documents(stride, family):
     """Check the gradients of a position's logits with respect to the vectors of all tokens."""
     model = built(stride, family)
-    assert model.lengths(LENGTH)[1:5] == [12, -(-12 // stride), -(-12 // stride), 12]
+    assert model.block_lengths(LENGTH)[1:5] == [12, -(-12 // stride), -(-12 // stride), 12]
     batch = make_batch(model.config, 1, 0)
     flow, _ = model(batch, blocks=["0"])[:2]
     x_BSD = flow.detach().requires_grad_()
@@ -59,8 +59,8 @@ def test_groups_are_shifted_means_and_every_position_gets_the_newest(stride):
     x = torch.randn(2, LENGTH, 4, dtype=torch.float64)
     documents = (torch.arange(LENGTH) >= torch.tensor([[7], [12]])).long()
     stream = stream_of(documents)
-    flow = Shorten(stride)((x, None, None), stream, True, {})
-    behind = Shorten(stride).stream_behind(stream, True)
+    flow = ShortenText(stride)((x, None, None), stream, True, {})
+    behind = ShortenText(stride).sequence_after(stream, True)
     for b in range(2):
         for j, group in enumerate(flow[0][b]):
             last = j * stride
@@ -70,7 +70,7 @@ def test_groups_are_shifted_means_and_every_position_gets_the_newest(stride):
                 if documents[b, i] == documents[b, last]
             ]
             torch.testing.assert_close(group, x[b, members].mean(0))
-    long, nothing, _ = Lengthen(stride)((flow[0], x, None), behind, True, {})
+    long, nothing, _ = LengthenText(stride)((flow[0], x, None), behind, True, {})
     assert nothing is None
     for b in range(2):
         for i in range(LENGTH):
@@ -112,9 +112,9 @@ def test_an_hourglass_can_be_split_between_any_two_blocks():
 def test_the_formula_counts_an_hourglass_models_flops():
     with torch.device("meta"):
         model = Transformer(replace(scale_down(FAMILIES["decoder (GPT-2)"], stages=5), dropout=0.0))
-    Compression(CompressConfig(pool_after=2, pool_stride=4)).reshape(model)
+    Compression(CompressConfig(pool_after=2, pool_stride=4)).reshape_model(model)
     inputs = {"tokens": torch.zeros(8, LENGTH, dtype=torch.int64, device="meta")}
     with FlopCounterMode(display=False) as counter:
         model(inputs).sum().backward()
-    flops = flops_per_sample(model.config, LENGTH, 0, model.lengths(LENGTH))
+    flops = flops_per_sample(model.config, LENGTH, 0, model.block_lengths(LENGTH))
     assert counter.get_total_flops() == 8 * flops

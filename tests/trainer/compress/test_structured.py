@@ -8,11 +8,11 @@ import tiny
 import torch
 
 from conf.validation.compression import compress_problems
-from launch.cli.preflight import exporting
-from parallel.runtime import Ranks, process_group
+from launch.cli.preflight import check_export
+from parallel.runtime import JobQueue, process_group
 from parallel.strategy import StrategyConfig, world_size
 from trainer.compress.compression import Compression
-from trainer.compress.structured_pruning import Pruning, removed, units_of
+from trainer.compress.structured_pruning import Pruning, find_prunable_units, remove_pruned
 from trainer.config.train import (
     CompressConfig,
     EvaluateConfig,
@@ -21,12 +21,12 @@ from trainer.config.train import (
     TrainConfig,
 )
 from trainer.data import open_split
-from trainer.inference.trained_run import export_run, open_run
-from trainer.loop import start
+from trainer.inference.trained_run import export_run, load_trained_run
+from trainer.loop import start_run
 from trainer.model import Transformer
-from trainer.nn.init import draw_rows
+from trainer.nn.init import init_rows
 from trainer.run.run_dir import EXPORTED, load_config
-from trainer.tasks.evaluate import evaluate
+from trainer.tasks.evaluate import evaluate_model
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
@@ -41,10 +41,10 @@ LAYOUTS = {
 def built(config: ModelConfig, compress: CompressConfig = HALF) -> tuple[Transformer, Compression]:
     model = Transformer(config, torch.float64).double()
     for name, parameter in model.named_parameters():
-        rows = draw_rows(config, 0, name, parameter.shape, 0, len(parameter))
+        rows = init_rows(config, 0, name, parameter.shape, 0, len(parameter))
         parameter.data.copy_(rows * 4 + torch.sin(torch.arange(rows.numel())).view_as(rows) / 10)
     compression = Compression(compress)
-    compression.reshape(model)
+    compression.reshape_model(model)
     return model, compression
 
 
@@ -59,8 +59,8 @@ def test_a_pruned_model_trains_like_the_smaller_one(family):
     """Logits and gradients are equal; gradients of pruned units are zero."""
     config = replace(scale_down(FAMILIES[family]), dropout=0.0)
     model, compression = built(config)
-    compression.settle(1, 1)
-    shape, weights = removed(config, HALF, model)
+    compression.prepare_step(1, 1)
+    shape, weights = remove_pruned(config, HALF, model)
     small = Transformer(shape, torch.float64).double()
     small.load_state_dict(weights, strict=False)  # tied weights have one name
     groups = config.kv_heads or config.heads
@@ -83,7 +83,7 @@ def test_the_least_important_are_pruned_and_stay_pruned():
     for step in (0, 9, 10, 29, 50, 100):
         with torch.no_grad():
             layer.down.weight[:, dead] += 1e-9  # momentum goes on changing pruned weights
-        compression.settle(step, 100)
+        compression.prepare_step(step, 100)
         gone = (layer.down.weight == 0).all(0).nonzero().flatten().tolist()
         ramp = {0: 0, 9: 0, 10: 0, 29: 1 - (1 - 7 / 16) ** 3, 50: 1, 100: 1}[step]
         assert len(gone) == round(0.5 * ramp * config.ffn_width)
@@ -98,27 +98,27 @@ def test_the_least_important_are_pruned_and_stay_pruned():
 def test_a_resumed_run_keeps_its_pruned_units():
     config = scale_down(FAMILIES["encoder (ViT)"])
     model, compression = built(config)
-    compression.settle(30, 100)
-    masks = [units.reader.alive for units in units_of(model.blocks, HALF)]
+    compression.prepare_step(30, 100)
+    masks = [units.reader.alive for units in find_prunable_units(model.blocks, HALF)]
     pruning = Pruning(HALF)
-    pruning.reshape(model.blocks)
-    pruning.settle(0.3)
-    again = [units.reader.alive for units in units_of(model.blocks, HALF)]
+    pruning.register_masks(model.blocks)
+    pruning.prune_due(0.3)
+    again = [units.reader.alive for units in find_prunable_units(model.blocks, HALF)]
     assert len(masks) > 3 and all(map(torch.equal, masks, again))
     assert {0.0, 1.0} == set(torch.cat(masks).tolist())
 
 
 def values(runtime, run_dir: str, strategy: StrategyConfig) -> dict[str, float]:
     reader = EvaluateConfig(run_dir, strategy=strategy, precision="fp64", device="cpu")
-    run = open_run(reader, runtime)
-    return evaluate(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
+    run = load_trained_run(reader, runtime)
+    return evaluate_model(run.worker, open_split(run.config.data, "test"), micro_batch_size=4)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of a pruned run, its export, and the export of a plain run pruned at export."""
     folder = tmp_path_factory.mktemp("runs")
-    with process_group("cpu", Ranks.alone()) as runtime:
+    with process_group("cpu", JobQueue.single_process()) as runtime:
         config = TrainConfig(
             model=tiny.CLASSIFIER,
             data=tiny.image_data(folder),
@@ -128,16 +128,16 @@ def runs(tmp_path_factory):
             run_dir=str(folder / "run"),
             compress=HALF,
         )
-        config = tiny.training(config, 1)
-        state = start(config, runtime)
-        state.compression.settle(1, 1)
+        config = tiny.prepare_training(config, 1)
+        state = start_run(config, runtime)
+        state.compression.prepare_step(1, 1)
         tiny.save(config, state)
         plain = replace(config, compress=CompressConfig(), run_dir=str(folder / "plain"))
-        tiny.save(tiny.training(plain, 1), start(plain, runtime))
+        tiny.save(tiny.prepare_training(plain, 1), start_run(plain, runtime))
         exports = []
         for name, asked in (("run", CompressConfig()), ("plain", HALF)):
             small = str(folder / f"{name}-small")
-            export_run(exporting(ExportConfig(str(folder / name), small, asked), 1), runtime)
+            export_run(check_export(ExportConfig(str(folder / name), small, asked), 1), runtime)
             exports.append(small)
         return config.run_dir, *exports
 
@@ -145,7 +145,7 @@ def runs(tmp_path_factory):
 def test_sixteen_bits_halve_the_export(runs, runtime, tmp_path):
     """Exporting in 16 bits halves the weights of a pruned model, and the file can be read."""
     run_dir, small, _ = runs
-    half = exporting(ExportConfig(run_dir, str(tmp_path / "half"), precision="bf16"), 1)
+    half = check_export(ExportConfig(run_dir, str(tmp_path / "half"), precision="bf16"), 1)
     export_run(half, runtime)
     sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.to)]
     assert sizes[1] < 0.8 * sizes[0]  # names and shapes take the same space

@@ -17,7 +17,7 @@ from trainer import data
 from trainer.config.train import DataConfig, UserError
 from trainer.data import cache as prepared
 from trainer.data import huggingface as hub
-from trainer.data.files import BUNDLED, locate, split_parts
+from trainer.data.files import BUNDLED, locate_data, split_parts
 from trainer.data.pairs import read_pairs
 
 TEXT = "To-morrow, and to-morrow, and to-morrow,\nCreeps in this petty pace from day to day\n" * 20
@@ -41,11 +41,11 @@ def state(config):
 
 
 def test_preparing_again_writes_nothing(config):
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     before = state(config)
-    assert data.prepare(config) == facts and state(config) == before
+    assert data.prepare_data(config) == facts and state(config) == before
     config.seq_len = 8  # windows are cut when they are read
-    assert data.prepare(config).samples["train"] > facts.samples["train"]
+    assert data.prepare_data(config).sample_counts["train"] > facts.sample_counts["train"]
     assert state(config) == before
 
 
@@ -60,10 +60,10 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_any_change_is_prepared_again(config, change):
-    data.prepare(config)
+    data.prepare_data(config)
     before = state(config)
     CHANGES[change](config)
-    data.prepare(config)
+    data.prepare_data(config)
     assert set(before) < set(state(config))
     train = data.open_split(config, "train")
     found = data.open_tokenizer(config).decode(train.sample(1, None)["tokens"])
@@ -71,14 +71,14 @@ def test_any_change_is_prepared_again(config, change):
 
 
 def test_a_damaged_folder_is_made_again(config, caplog):
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     file = next(Path(config.cache).glob("*/train.bin"))
     content = file.read_bytes()
     for damage in (lambda: file.write_bytes(content[:100]), file.unlink):
         damage()
         with pytest.raises(UserError, match=r"is (missing|damaged)"):
             data.open_split(config, "train")
-        assert data.prepare(config) == facts
+        assert data.prepare_data(config) == facts
         assert file.read_bytes() == content
     cut, gone = caplog.messages
     assert f"train.bin is damaged: it has 100 bytes, not {len(content)}; it is prepared" in cut
@@ -87,10 +87,10 @@ def test_a_damaged_folder_is_made_again(config, caplog):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"files": 3}', '{"splits": {}}'])
 def test_a_garbled_record_is_prepared_again(config, caplog, text):
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     record = next(Path(config.cache).glob("*/prepared.json"))
     record.write_text(text)
-    assert data.prepare(config) == facts
+    assert data.prepare_data(config) == facts
     assert "prepared.json is damaged; it is prepared again" in caplog.text
 
 
@@ -100,9 +100,9 @@ def test_a_preparation_that_fails_leaves_nothing_behind(config, monkeypatch):
 
     monkeypatch.setattr("trainer.data.text._write_split", killed)
     with pytest.raises(KeyboardInterrupt):
-        data.prepare(config)
+        data.prepare_data(config)
     (left,) = Path(config.cache).iterdir()  # the previous stage, which is complete
-    assert "-tokenizer-" in left.name and prepared.damage(left) == ""
+    assert "-tokenizer-" in left.name and prepared.find_damage(left) == ""
 
 
 def test_the_first_of_several_builders_wins(tmp_path):
@@ -117,14 +117,16 @@ def test_the_first_of_several_builders_wins(tmp_path):
 
         return fill
 
-    prepared.build(folder, write("slow", lambda: prepared.build(folder, write("fast"))))
+    prepared.build_folder(
+        folder, write("slow", lambda: prepared.build_folder(folder, write("fast")))
+    )
     assert (folder / "data").read_text() == "fast"
     assert [path.name for path in folder.parent.iterdir()] == ["x"]
 
 
 def test_several_processes_at_once(config):
     with ProcessPoolExecutor(3, get_context("fork")) as pool:
-        facts = list(pool.map(data.prepare, [config] * 3))
+        facts = list(pool.map(data.prepare_data, [config] * 3))
     assert facts[0] == facts[1] == facts[2]
     assert len(list(Path(config.cache).iterdir())) == 2  # the tokenizer and the tokens
 
@@ -132,17 +134,17 @@ def test_several_processes_at_once(config):
 def test_an_unwritable_cache_is_named(config, tmp_path):
     config.cache = str(tmp_path / "play.txt" / "cache")
     with pytest.raises(UserError, match=r"data\.cache=.* cannot be written"):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_token_ids_beyond_the_tokenizer_are_refused(config):
-    data.prepare(config)
+    data.prepare_data(config)
     record = next(Path(config.cache).glob("*/train.bin")).with_name("prepared.json")
     content = json.loads(record.read_text())
     content["splits"]["valid"]["largest_id"] = 280
     record.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"valid split .* token id 280 .* has 280 entries"):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_preparing_needs_no_torch():
@@ -154,7 +156,7 @@ def test_all_bundled_data_are_there_and_readable():
     root = Path(data.__file__).parent / "bundled"
     assert all((root / path).exists() for _, path in BUNDLED.values())
     config = DataConfig(kind="pairs", path="bundled:home-assistant")
-    parts = split_parts(config, locate(config))
+    parts = split_parts(config, locate_data(config))
     counts = {s: sum(1 for part in p for _ in read_pairs(part)) for s, p in parts.items()}
     assert counts == {"train": 16_954, "valid": 663, "test": 1053}
 
@@ -181,7 +183,7 @@ def test_settings_that_cannot_be(config, settings, message):
     for key, value in settings.items():
         setattr(config, key, value)
     with pytest.raises(UserError, match=message):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 @pytest.mark.parametrize("method", ["open", "exists"])
@@ -196,14 +198,14 @@ def test_what_may_not_be_read_is_named(config, monkeypatch, method):
 
     monkeypatch.setattr(Path, method, refused)
     with pytest.raises(UserError, match=r"data\.path.*play\.txt cannot be read: .*Permission"):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_all_problems_are_reported_at_once_with_the_nearest_name(config):
     config.path = config.path.replace("play", "plya")
     config.seq_len = config.vocab_size = 0
     with pytest.raises(UserError) as error:
-        data.prepare(config)
+        data.prepare_data(config)
     assert len(error.value.problems) == 3
     assert "play.txt?" in error.value.problems[-1]
 
@@ -212,11 +214,11 @@ def test_data_of_another_kind_are_named(config, tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros(3))
     config.path = str(tmp_path / "x.npz")
     with pytest.raises(UserError, match=r"data\.kind=text reads .*; set data\.kind=images"):
-        data.prepare(config)
+        data.prepare_data(config)
     config.path = str(tmp_path / "folder")
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=r"folder holds no \.txt"):
-        data.prepare(config)
+        data.prepare_data(config)
     with pytest.raises(UserError, match=r"split=dev must be one of train, valid, test"):
         data.open_split(config, "dev")
 
@@ -246,28 +248,28 @@ def test_hugging_face_text(hugging_face, monkeypatch):
     texts = [f"{TEXT[i:]} é" for i in range(9)]
     rows = [{"text": text, "id": i} for i, text in enumerate(texts)]
     config = hugging_face("text", train=rows, validation=rows[:2], test=rows[:1])
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert data.open_split(config, "valid").characters == len(texts[0] + texts[1])
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    assert data.prepare(config) == facts  # converted data no longer need `datasets`
+    assert data.prepare_data(config) == facts  # converted data no longer need `datasets`
     config.path += "x"
     with pytest.raises(UserError, match=r'pip install "samestep\[huggingface\]"'):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_hugging_face_pairs(hugging_face):
     rows = [{"translation": {"en": f"day\t{i}", "de": f"Tag {i}\n{TEXT[:60]}"}} for i in range(40)]
     config = hugging_face("pairs", train=rows, test=rows[:3])
-    assert data.prepare(config).samples == {"train": 37, "valid": 3, "test": 3}
+    assert data.prepare_data(config).sample_counts == {"train": 37, "valid": 3, "test": 3}
     test = data.open_split(config, "test")
-    assert (test.source_text(1), test.reference(1)[:5]) == ("day 1", "Tag 1")
+    assert (test.source_text(1), test.target_text(1)[:5]) == ("day 1", "Tag 1")
     config.fields = ["de", "en"]  # in this order
-    data.prepare(config)
-    assert data.open_split(config, "test").reference(1) == "day 1"
+    data.prepare_data(config)
+    assert data.open_split(config, "test").target_text(1) == "day 1"
     for fields in (["en"], ["en", "fr"], ["en", "de", "en"]):
         config.fields = fields
         with pytest.raises(UserError, match=r"columns translation\.en, .* set data\.fields to 2"):
-            data.prepare(config)
+            data.prepare_data(config)
 
 
 def test_hugging_face_images(hugging_face, tmp_path):
@@ -282,8 +284,8 @@ def test_hugging_face_images(hugging_face, tmp_path):
     (tmp_path / "set" / "train.jsonl").unlink()
     for split in ("train", "valid", "test"):
         rows.to_parquet(str(tmp_path / "set" / f"{split}.parquet"))
-    facts = data.prepare(config)
-    assert facts.class_names == ("cat", "dog") and facts.samples["valid"] == 6
+    facts = data.prepare_data(config)
+    assert facts.class_names == ("cat", "dog") and facts.sample_counts["valid"] == 6
     test = data.open_split(config, "test")
     assert (test.sample(2, None)["images"][0] == pixels[2]).all()
     assert test.sample(3, None)["targets"] == 1

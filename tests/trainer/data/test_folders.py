@@ -9,7 +9,7 @@ from PIL import Image
 from trainer import data
 from trainer.config.train import DataConfig, UserError
 from trainer.data.folders import split_of
-from trainer.data.record import table
+from trainer.data.record import format_record
 
 PLAY = Path(__file__).parents[3] / "trainer/data/bundled/shakespeare/valid.txt"
 LINES = PLAY.read_text().splitlines()[:600]
@@ -101,9 +101,9 @@ def test_text_is_split_by_the_usual_spellings(tmp_path, names):
     config = write(
         tmp_path / "d", **{first: text_of("AA"), second: text_of("BB"), third: text_of("CC")}
     )
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert marks_in(config) == {"train": {"AA"}, "valid": {"BB"}, "test": {"CC"}}
-    shown = table(facts)
+    shown = format_record(facts)
     assert all(name.rpartition("/")[2] in shown for name in names.replace("__", "/").split())
 
 
@@ -120,17 +120,17 @@ def test_images_are_split_by_the_usual_spellings(tmp_path, train, test):
     paint(tmp_path / "d" / train, *CLASSES, mark=1)
     paint(tmp_path / "d" / test, *CLASSES, mark=2)
     config = config_of(tmp_path / "d", "images")
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert facts.class_names == CLASSES
     assert first_pixels(config, "train") == {1} and first_pixels(config, "test") == {2}
-    assert f"{train}/" in table(facts)
+    assert f"{train}/" in format_record(facts)
 
 
 def test_shards_of_images_are_one_split(tmp_path):
     paint(tmp_path / "d/train-1", *CLASSES, mark=1)
     paint(tmp_path / "d/train-2", *CLASSES, mark=2)
     config = config_of(tmp_path / "d", "images")
-    data.prepare(config)
+    data.prepare_data(config)
     assert first_pixels(config, "train") == {1, 2}
 
 
@@ -152,7 +152,7 @@ TWO_READINGS = [
 def test_text_with_two_readings_is_refused_with_both(tmp_path, names):
     config = write(tmp_path / "d", **dict.fromkeys(names, text_of("AA")))
     with pytest.raises(UserError, match=r"two ways: .*(train|test|training_set|x/dev)") as error:
-        data.prepare(config)
+        data.prepare_data(config)
     assert "x/dev" in str(error.value) or names[0].partition("__")[0] in str(error.value)
 
 
@@ -160,19 +160,19 @@ def test_images_with_two_readings_are_refused_with_both(tmp_path):
     paint(tmp_path / "d", *CLASSES)
     paint(tmp_path / "d/train", "steam", "diesel")
     with pytest.raises(UserError, match=r"two ways: train as train split, without bus, car"):
-        data.prepare(config_of(tmp_path / "d", "images"))
+        data.prepare_data(config_of(tmp_path / "d", "images"))
 
 
 @pytest.mark.parametrize("names", [("train", "test"), ("trainA", "trainB", "testA", "testB")])
 def test_splits_without_class_folders_are_not_classes(tmp_path, names):
     paint(tmp_path / "d", *names)
     with pytest.raises(UserError, match=r"splits by their names, but hold pictures without cl"):
-        data.prepare(config_of(tmp_path / "d", "images"))
+        data.prepare_data(config_of(tmp_path / "d", "images"))
 
 
 def test_a_class_may_be_called_train(tmp_path):
     paint(tmp_path / "d", *COLOURS)
-    assert data.prepare(config_of(tmp_path / "d", "images")).class_names == tuple(COLOURS)
+    assert data.prepare_data(config_of(tmp_path / "d", "images")).class_names == tuple(COLOURS)
 
 
 @pytest.mark.parametrize("outer", ["Left", "cats", "fold_a"])
@@ -180,7 +180,7 @@ def test_a_class_that_holds_class_folders_is_refused(tmp_path, outer):
     paint(tmp_path / "d" / outer, *CLASSES)
     paint(tmp_path / "d", "bus")
     with pytest.raises(UserError, match=rf"{outer} is read as a class, .*bus, car.*name it"):
-        data.prepare(config_of(tmp_path / "d", "images"))
+        data.prepare_data(config_of(tmp_path / "d", "images"))
 
 
 # ---- what is left out and recorded
@@ -211,7 +211,7 @@ def test_hidden_and_foreign_files_are_not_read_as_text(tmp_path):
     )
     (tmp_path / "d/_-MACOSX").rename(tmp_path / "d/__MACOSX")
     (tmp_path / "d/gone.txt").symlink_to(tmp_path / "nowhere")
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert marks_in(config) == {"train": {"AA"}, "valid": {"BB"}, "test": {"CC"}}
     left = {
         ".ipynb_checkpoints",
@@ -226,7 +226,7 @@ def test_hidden_and_foreign_files_are_not_read_as_text(tmp_path):
         "gone.txt",
     }
     assert facts.left_out.keys() == left
-    assert "not read: " in table(facts) and "hidden" in table(facts)
+    assert "not read: " in format_record(facts) and "hidden" in format_record(facts)
 
 
 def test_hidden_and_foreign_files_are_not_read_as_images(tmp_path):
@@ -239,8 +239,8 @@ def test_hidden_and_foreign_files_are_not_read_as_images(tmp_path):
     (tmp_path / "d/car/Thumbs.db").write_bytes(b"x")
     (tmp_path / "d/car/notes.txt").write_text("x")
     config = config_of(tmp_path / "d", "images")
-    facts = data.prepare(config)
-    assert facts.class_names == CLASSES and sum(facts.samples.values()) == 24
+    facts = data.prepare_data(config)
+    assert facts.class_names == CLASSES and sum(facts.sample_counts.values()) == 24
     assert all(first_pixels(config, split) == {1} for split in facts.splits)
     assert facts.left_out.keys() == {
         ".ipynb_checkpoints",
@@ -257,21 +257,21 @@ def test_hidden_and_foreign_files_are_not_read_as_images(tmp_path):
 def test_other_formats_are_not_read_as_text(tmp_path, name):
     config = write(tmp_path / "d", **{name: text_of("AA")})
     with pytest.raises(UserError, match=r"reads UTF-8 text but|holds no .* file"):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 @pytest.mark.parametrize("kind", ["text", "images"])
 def test_a_folder_is_data_whatever_its_name(tmp_path, kind):
     if kind == "images":
         paint(tmp_path / "d", "authors", "license")
-        facts = data.prepare(config_of(tmp_path / "d", "images"))
+        facts = data.prepare_data(config_of(tmp_path / "d", "images"))
         assert facts.class_names == ("authors", "license") and not facts.left_out
         return
     config = write(tmp_path / "d", authors__a__x__y__b_txt=text_of("AA"))
     (tmp_path / "d/authors/a/x/y/b_txt").rename(tmp_path / "d/authors/a/x/y/b.txt")
     write(tmp_path / "d", **{"notice board.txt": text_of("BB"), "README.de.md": text_of("CC")})
     config.held_out = 0.5
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert marks_in(config)["train"] | marks_in(config)["test"] == {"AA", "BB"}
     assert facts.left_out == {"README.de.md": "documentation"}
 
@@ -289,13 +289,13 @@ def test_entries_around_a_wrapper_folder_are_recorded(tmp_path):
             "in__.DS_Store": "x",
         },
     )
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     left = {"LICENSE", "notes.pdf", "README.md", "in/.DS_Store"}
-    assert facts.left_out.keys() == left | {"empty.txt"} and "in/" in table(facts)
+    assert facts.left_out.keys() == left | {"empty.txt"} and "in/" in format_record(facts)
     paint(tmp_path / "p/in/train", *CLASSES)
     paint(tmp_path / "p/in/test", *CLASSES)
     write(tmp_path / "p", **{"LICENSE": "x", "sheet.png": "x", "docs__x.pdf": "x"})
-    facts = data.prepare(config_of(tmp_path / "p", "images"))
+    facts = data.prepare_data(config_of(tmp_path / "p", "images"))
     assert facts.left_out.keys() == {"LICENSE", "sheet.png", "docs"}
 
 
@@ -312,7 +312,7 @@ def test_links_are_followed_and_loops_are_left_out(tmp_path):
     (tmp_path / "store/back").symlink_to(tmp_path / "store/deep")
     config = config_of(folder)
     config.held_out = 0.5
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert marks_in(config)["test"] | marks_in(config)["train"] == {"AA", "BB"}
     assert any(why == "a link to a parent folder" for why in facts.left_out.values())
 
@@ -329,25 +329,25 @@ def test_class_folders_that_are_links_share_no_cache(tmp_path):
             (folder / name).symlink_to(tmp_path / "store" / which / target)
         configs.append(config_of(folder, "images"))
         configs[-1].cache = str(tmp_path / "cache")
-        data.prepare(configs[-1])
+        data.prepare_data(configs[-1])
     assert [first_pixels(config, "train") for config in configs] == [{1}, {2}]
-    before = data.prepare(configs[0])
+    before = data.prepare_data(configs[0])
     paint(tmp_path / "store/first", "train", mark=1)
     (tmp_path / "first/d/train").symlink_to(tmp_path / "store/first/train")
-    after = data.prepare(configs[0])
+    after = data.prepare_data(configs[0])
     assert (before.classes, after.classes) == (2, 3)
     # The same files under other names are other classes.
     (tmp_path / "first/d/train").rename(tmp_path / "first/d/tram")
-    assert data.prepare(configs[0]).class_names == ("bus", "car", "tram")
+    assert data.prepare_data(configs[0]).class_names == ("bus", "car", "tram")
 
 
 def test_a_file_that_links_repeat_is_read_once(tmp_path):
     config = write(tmp_path / "d", **{"a.txt": text_of("AA"), "b.txt": text_of("BB")})
-    clean = data.prepare(config).splits["train"]
+    clean = data.prepare_data(config).splits["train"]
     (tmp_path / "d/0latest.txt").symlink_to("b.txt")
     (tmp_path / "d/more").mkdir()
     (tmp_path / "d/more/c.txt").symlink_to("../0latest.txt")
-    found = data.prepare(config)
+    found = data.prepare_data(config)
     assert found.splits["train"].digest == clean.digest
     assert found.left_out == dict.fromkeys(("0latest.txt", "more/c.txt"), "the same file as b.txt")
 
@@ -361,12 +361,12 @@ def test_a_file_that_links_put_into_two_splits_is_refused(tmp_path, link, target
         target = "train"
     (tmp_path / "d" / link).symlink_to(target)
     with pytest.raises(UserError, match=r"train.*\(the train split\) and test.* are the same file"):
-        data.prepare(config_of(tmp_path / "d"))
+        data.prepare_data(config_of(tmp_path / "d"))
 
 
 def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_path):
     paint(tmp_path / "d", *CLASSES)
-    clean = data.prepare(config_of(tmp_path / "d", "images"))
+    clean = data.prepare_data(config_of(tmp_path / "d", "images"))
     (tmp_path / "d/bus/x.png").symlink_to("../car/3.png")
     (tmp_path / "d/car/y.png").symlink_to("3.png")
     config = config_of(tmp_path / "d", "images")
@@ -374,17 +374,17 @@ def test_a_picture_that_links_put_into_two_classes_is_refused_or_skipped(tmp_pat
         r"car/3.png \(class car of the train split\) and bus/x.png \(class bus of .* are the same"
     )
     with pytest.raises(UserError, match=message):
-        data.prepare(config)
+        data.prepare_data(config)
     config.on_bad_file = "skip"
-    found = data.prepare(config)
-    assert found.samples == clean.samples
+    found = data.prepare_data(config)
+    assert found.sample_counts == clean.sample_counts
     assert found.left_out.keys() == {"bus/x.png", "car/y.png"}
     (tmp_path / "d/bus/x.png").unlink()
     (tmp_path / "d/tram").symlink_to("car")
     with pytest.raises(
         UserError, match=r"class car of .*class tram of the train split\) are the same"
     ):
-        data.prepare(config_of(tmp_path / "d", "images"))
+        data.prepare_data(config_of(tmp_path / "d", "images"))
 
 
 def test_loops_of_links_in_class_folders(tmp_path):
@@ -395,7 +395,7 @@ def test_loops_of_links_in_class_folders(tmp_path):
     (tmp_path / "d/none/car").symlink_to(tmp_path / "d/loop")
     (tmp_path / "d/loop").mkdir()
     (tmp_path / "d/loop/none").symlink_to(tmp_path / "d/none")
-    facts = data.prepare(config_of(tmp_path / "d", "images"))
+    facts = data.prepare_data(config_of(tmp_path / "d", "images"))
     assert facts.class_names == CLASSES and "bus/up" in facts.left_out
 
 
@@ -426,7 +426,7 @@ SCRIPTS = [
 def test_encodings_of_other_scripts_are_guessed(tmp_path, encoding, named, text):
     (tmp_path / "d.txt").write_bytes((text * 40).encode(encoding))
     with pytest.raises(UserError, match=rf"not UTF-8 .*`iconv -f {named} -t utf-8` by its looks"):
-        data.prepare(config_of(tmp_path / "d.txt"))
+        data.prepare_data(config_of(tmp_path / "d.txt"))
 
 
 @pytest.mark.parametrize("encoding, message", ENCODED)
@@ -434,10 +434,10 @@ def test_other_encodings_are_named(tmp_path, encoding, message):
     text = text_of("AA").replace("a", "€" if encoding == "cp1252" else "é")
     (tmp_path / "d.txt").write_bytes(text.encode(encoding))
     with pytest.raises(UserError, match=message):
-        data.prepare(config_of(tmp_path / "d.txt"))
+        data.prepare_data(config_of(tmp_path / "d.txt"))
 
 
 def test_nuls_are_not_text(tmp_path):
     (tmp_path / "d.txt").write_bytes(text_of("AA").encode() + b"\0 rest")
     with pytest.raises(UserError, match=r"holds a NUL at byte \d+, so it is not text"):
-        data.prepare(config_of(tmp_path / "d.txt"))
+        data.prepare_data(config_of(tmp_path / "d.txt"))

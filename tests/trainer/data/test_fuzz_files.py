@@ -46,7 +46,7 @@ BROKEN = {
         {s: {f"no-{s}"} for s in SPLITS},
         judge.NEEDLESS,
     ),
-    "int64": ("archives", "trainer.data.archive._labels", failing, judge.TRACEBACK),
+    "int64": ("archives", "trainer.data.archive._class_labels", failing, judge.TRACEBACK),
     "UTF-8 with a mark": ("texts", "trainer.data.text.read_text", unmarked, judge.SILENT),
     "WordLevel": (
         "tokenizers",
@@ -73,6 +73,6 @@ def test_a_hang_ends_and_is_named(tmp_path, monkeypatch):
             np.zeros(1)
 
     monkeypatch.setattr(judge, "LIMIT_SECONDS", 0.2)
-    monkeypatch.setattr("trainer.data.archive._labels", endless)
+    monkeypatch.setattr("trainer.data.archive._class_labels", endless)
     verdict = judge.judge(files.KINDS["archives"][0](0, 0), tmp_path / "case")
     assert verdict.result == judge.HANG and "endless" in verdict.detail

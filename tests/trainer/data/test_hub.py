@@ -35,7 +35,7 @@ def config(tmp_path, monkeypatch):
 
 
 def export(config):
-    return hub.export(config, data.READERS[config.kind].hub)
+    return hub.export_dataset(config, data.READERS[config.kind].hub)
 
 
 def write(tmp_path, rows, split="train"):
@@ -55,7 +55,7 @@ def test_pairs_with_an_empty_cell_are_left_out_and_counted(config, tmp_path, cap
     write(tmp_path, rows)
     found = pairs_of(config("pairs"))
     assert found == [(f"day {i}", f"Tag {i}") for i in (1, 2, 4, 6, 7, 8)]
-    assert hub.unread(config("pairs")) == {"3 rows of train": "a cell is empty"}
+    assert hub.left_out_rows(config("pairs")) == {"3 rows of train": "a cell is empty"}
     assert "3 rows of train have an empty cell" in caplog.text
 
 
@@ -86,7 +86,7 @@ def test_texts_that_are_null_are_left_out(config, tmp_path):
     write(tmp_path, [{"text": "one"}, {"text": None}, {"text": "two"}])
     folder = export(config("text"))
     assert (folder / "train.txt").read_text() == "one<|endoftext|>two"
-    assert hub.unread(config("text")) == {"1 rows of train": "a cell is empty"}
+    assert hub.left_out_rows(config("text")) == {"1 rows of train": "a cell is empty"}
 
 
 def encoded(image, **options):
@@ -121,7 +121,7 @@ def test_pictures_are_decoded_by_the_same_rule(config, tmp_path):
     assert found.shape == (3, SIDE, SIDE, 3) and labels.tolist() == [0, 1, 0]
     assert (found[0] == 255).all() and (found[1] == 128).all()
     assert (found[2, -1] == 200).all() and (found[2, 0] == 0).all()
-    assert hub.unread(config("images")) == {"2 rows of train": "a cell is empty"}
+    assert hub.left_out_rows(config("images")) == {"2 rows of train": "a cell is empty"}
 
 
 def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
@@ -132,11 +132,11 @@ def test_damaged_pictures_stop_or_are_left_out(config, tmp_path):
     message = r"image 5 of train cannot be read .* and 1 more; .*data\.on_bad_file=skip"
     with pytest.raises(UserError, match=message):
         export(config("images"))
-    facts = data.prepare(config("images", on_bad_file="skip", held_out=0.2))
-    assert sum(facts.samples.values()) == 22
+    facts = data.prepare_data(config("images", on_bad_file="skip", held_out=0.2))
+    assert sum(facts.sample_counts.values()) == 22
     assert facts.left_out == {"2 images of train": "damaged"}
     with pytest.raises(UserError, match=message):  # a record of left-out pictures is not reused
-        data.prepare(config("images"))
+        data.prepare_data(config("images"))
 
 
 def test_pictures_of_two_sizes_are_refused(config, tmp_path):

@@ -56,9 +56,9 @@ def raw(dataset):
 
 def test_the_bundled_images_are_those_of_the_archive(tmp_path):
     config = config_for(tmp_path, "bundled:fashion-mnist")
-    facts = data.prepare(config)
-    stored = np.load(source.locate(config))
-    assert facts.samples == {"train": 4500, "valid": 500, "test": 1000}
+    facts = data.prepare_data(config)
+    stored = np.load(source.locate_data(config))
+    assert facts.sample_counts == {"train": 4500, "valid": 500, "test": 1000}
     assert (facts.classes, facts.image_size, facts.channels) == (10, 28, 1)
     assert facts.class_names == tuple(stored["classes"])
     images, labels = raw(data.open_split(config, "test"))
@@ -74,7 +74,7 @@ def test_the_bundled_images_are_those_of_the_archive(tmp_path):
 def test_a_micro_batch_is_normalised_by_the_train_split(archive, shape):
     x, y = arrays(40, shape)
     config = archive(x_train=x, y_train=y, x_test=x[:6], y_test=y[:6])
-    data.prepare(config)
+    data.prepare_data(config)
     train, test = (data.open_split(config, split) for split in ("train", "test"))
     batch = train.collate([train.sample(i, None) for i in range(len(train))])
     assert batch["images"].dtype == np.float32 and batch["targets"].dtype == np.int64
@@ -89,7 +89,7 @@ def test_a_micro_batch_is_normalised_by_the_train_split(archive, shape):
 def test_own_valid_images_are_kept_apart(archive):
     x, y = arrays(12, seed=5)
     config = archive(x_valid=x, y_valid=y)
-    assert data.prepare(config).samples == {"train": 40, "valid": 12, "test": 6}
+    assert data.prepare_data(config).sample_counts == {"train": 40, "valid": 12, "test": 6}
     images, labels = raw(data.open_split(config, "valid"))
     assert (images == x.transpose(0, 3, 1, 2)).all() and (labels == y).all()
 
@@ -98,7 +98,7 @@ def test_own_valid_images_are_kept_apart(archive):
 def test_missing_splits_are_held_out_of_train(archive, missing, splits):
     without = {} if missing == 1 else {"x_test": None, "y_test": None}
     config = archive({"held_out": 0.2}, **without)
-    assert tuple(data.prepare(config).samples.values()) == splits
+    assert tuple(data.prepare_data(config).sample_counts.values()) == splits
     held = [raw(data.open_split(config, s)) for s in ("train", "valid", "test")[: missing + 1]]
     numbers = np.concatenate([images[:, 0, 0, 0] for images, _ in held])
     labels = np.concatenate([labels for _, labels in held])
@@ -109,7 +109,7 @@ def test_missing_splits_are_held_out_of_train(archive, missing, splits):
 
 def test_augmentation_is_a_function_of_seed_and_index(archive):
     config = archive()
-    data.prepare(config)
+    data.prepare_data(config)
     one, other = (data.open_split(config, "train") for _ in range(2))
     for index in range(3):
         images = [one.sample(index, seed)["images"] for seed in range(60)]
@@ -141,7 +141,7 @@ def moves(image, reach=1):
 
 def test_augmentation_can_be_off_and_never_touches_evaluation(archive):
     config = archive({"augment": False})
-    data.prepare(config)
+    data.prepare_data(config)
     train = data.open_split(config, "train")
     assert all((train.sample(i, 1)["images"] == raw(train)[0][i]).all() for i in range(5))
 
@@ -149,8 +149,8 @@ def test_augmentation_can_be_off_and_never_touches_evaluation(archive):
 def test_a_folder_of_split_class_folders(folder):
     for prefix, count in (("train", 40), ("val", 8), ("test", 12)):
         config = folder(prefix, count)
-    facts = data.prepare(config)
-    assert facts.samples == {"train": 40, "valid": 8, "test": 12}
+    facts = data.prepare_data(config)
+    assert facts.sample_counts == {"train": 40, "valid": 8, "test": 12}
     assert facts.class_names == ("class0", "class1", "class2", "class3")
     assert (facts.image_size, facts.channels) == (8, 3)
     images, labels = raw(data.open_split(config, "test"))
@@ -161,24 +161,24 @@ def test_a_folder_of_split_class_folders(folder):
 
 def test_an_unsplit_folder_is_held_out_by_name(folder, tmp_path):
     config = folder(count=80, shape=(8, 8))
-    facts = data.prepare(config)
-    assert facts.samples == {"train": 72, "valid": 4, "test": 4} and facts.channels == 1
+    facts = data.prepare_data(config)
+    assert facts.sample_counts == {"train": 72, "valid": 4, "test": 4} and facts.channels == 1
 
     def numbers(split):
         return {int(image[0, 0, 0]) for image in raw(data.open_split(config, split))[0]}
 
-    before = {split: numbers(split) for split in facts.samples}
+    before = {split: numbers(split) for split in facts.sample_counts}
     assert len({number % 4 for number in before["valid"] | before["test"]}) > 1  # classes
     assert set.union(*before.values()) == set(range(80))
     Image.fromarray(np.full((8, 8), 200, np.uint8)).save(tmp_path / "pictures/class0/zzz.png")
-    data.prepare(config)
+    data.prepare_data(config)
     assert len(before["train"] - numbers("train")) <= 1  # the others stay where they were
 
 
 def test_grey_beside_colour_is_colour(folder, tmp_path):
     config = folder()
     Image.fromarray(np.full((8, 8), 7, np.uint8)).save(tmp_path / "pictures/class1/grey.png")
-    assert data.prepare(config).channels == 3
+    assert data.prepare_data(config).channels == 3
     images = np.concatenate(
         [raw(data.open_split(config, s))[0] for s in ("train", "valid", "test")]
     )
@@ -217,14 +217,14 @@ BAD_ARCHIVES = [
 def test_archives_that_are_refused(archive, changes, message):
     config = archive(**changes)
     with pytest.raises(UserError, match=message):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04broken"])
 def test_files_that_are_no_archive(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.npz is not an \.npz archive .*data\.kind=images"):
-        data.prepare(config_for(tmp_path, tmp_path / "x.npz"))
+        data.prepare_data(config_for(tmp_path, tmp_path / "x.npz"))
 
 
 def test_folders_that_are_refused(folder, tmp_path):
@@ -232,28 +232,28 @@ def test_folders_that_are_refused(folder, tmp_path):
     extra = tmp_path / "pictures/train/class0/zzz.png"
     Image.fromarray(np.zeros((9, 8), np.uint8)).save(extra)
     with pytest.raises(UserError, match=r"zzz\.png is 8 × 9 pixels but 40 others are 8 × 8"):
-        data.prepare(config)
+        data.prepare_data(config)
     extra.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"cannot be read: train/class0/zzz\.png \(cannot"):
-        data.prepare(config)
+        data.prepare_data(config)
     extra.unlink()
     (tmp_path / "pictures/test/clas0").mkdir(parents=True)
     with pytest.raises(UserError, match=r"test/ holds no images in class folders"):
-        data.prepare(config)
+        data.prepare_data(config)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "pictures/test/clas0/0.png")
     with pytest.raises(UserError, match=r"clas0 of the test split is not a class of the train"):
-        data.prepare(config)
+        data.prepare_data(config)
     (tmp_path / "pictures/train").rename(tmp_path / "pictures/valid")
     with pytest.raises(UserError, match=r"has test, valid but no train split|valid, test"):
-        data.prepare(config)
+        data.prepare_data(config)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no images"):
-        data.prepare(config_for(tmp_path, tmp_path / "empty"))
+        data.prepare_data(config_for(tmp_path, tmp_path / "empty"))
 
 
 def test_images_that_change_or_vanish_while_a_run_reads_them(folder, tmp_path):
     config = folder()
-    data.prepare(config)
+    data.prepare_data(config)
     train = data.open_split(config, "train")
     for row, path in enumerate(train._table.paths[:3]):
         train.sample(row, None)

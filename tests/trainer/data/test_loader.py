@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from trainer.data.dataset import Dataset, Sample
-from trainer.data.loader import TrainLoader, evaluated, evaluation_batches
-from trainer.data.sampler import Order, mixed, permutation, positions, ranges
+from trainer.data.loader import TrainLoader, evaluated_samples, evaluation_batches
+from trainer.data.sampler import (
+    SampleOrder,
+    epoch_permutation,
+    hash_to_seed,
+    order_positions,
+    position_ranges,
+)
 
 
 class Numbers(Dataset):
@@ -51,24 +57,24 @@ def joined(micro_batches):
 
 
 def test_an_epoch_is_a_permutation_and_every_epoch_another():
-    orders = [[Order(5, 101)(e * 101 + i) for i in range(101)] for e in range(3)]
+    orders = [[SampleOrder(5, 101)(e * 101 + i) for i in range(101)] for e in range(3)]
     for epoch, order in enumerate(orders):
         assert {e for e, _ in order} == {epoch}
         assert sorted(index for _, index in order) == list(range(101))
     indices = [tuple(index for _, index in order) for order in orders]
     assert len({*indices, tuple(range(101))}) == 4
-    assert tuple(permutation(6, 0, 101)) != indices[0]
+    assert tuple(epoch_permutation(6, 0, 101)) != indices[0]
 
 
 def test_the_order_never_changes():
     """A resumed run must keep its order, also under another version of numpy."""
-    assert permutation(0, 0, 8).tolist() == [7, 0, 2, 4, 1, 6, 3, 5]
-    assert mixed(1, 2, 3) == 2904650318439132554
+    assert epoch_permutation(0, 0, 8).tolist() == [7, 0, 2, 4, 1, 6, 3, 5]
+    assert hash_to_seed(1, 2, 3) == 2904650318439132554
 
 
 def test_the_order_is_uniform():
     """Every sample comes first, and follows every other one, about equally often."""
-    orders = np.stack([permutation(1, epoch, 5) for epoch in range(4000)])
+    orders = np.stack([epoch_permutation(1, epoch, 5) for epoch in range(4000)])
     first = np.bincount(orders[:, 0], minlength=5)
     follows = np.bincount(orders[:, 0] * 5 + orders[:, 1], minlength=25).reshape(5, 5)
     assert abs(first - 800).max() < 5 * np.sqrt(800)
@@ -109,18 +115,18 @@ def test_left_out_steps_are_skipped():
 
 
 def test_positions_skip_left_out_ranges():
-    assert positions(5, 3) == [5, 6, 7]
+    assert order_positions(5, 3) == [5, 6, 7]
     left_out = {(8, 10), (0, 2), (10, 11)}
-    assert positions(0, 9, left_out) == [2, 3, 4, 5, 6, 7, 11, 12, 13]
-    assert positions(4, 9, left_out, repeated=6) == [6, 7, 2, 3, 4, 5, 6, 7, 2]
-    assert ranges(positions(0, 9, left_out)) == [(2, 8), (11, 14)]
-    assert ranges([7, 3, 4, 3]) == [(3, 5), (7, 8)] and ranges([]) == []
+    assert order_positions(0, 9, left_out) == [2, 3, 4, 5, 6, 7, 11, 12, 13]
+    assert order_positions(4, 9, left_out, repeated=6) == [6, 7, 2, 3, 4, 5, 6, 7, 2]
+    assert position_ranges(order_positions(0, 9, left_out)) == [(2, 8), (11, 14)]
+    assert position_ranges([7, 3, 4, 3]) == [(3, 5), (7, 8)] and position_ranges([]) == []
 
 
 class Unequal(Numbers):
     """Samples of known, unequal lengths."""
 
-    def lengths(self) -> np.ndarray:
+    def sample_lengths(self) -> np.ndarray:
         return np.random.default_rng(0).integers(1, 100, self.size)
 
 
@@ -164,7 +170,7 @@ CHANGES = {
 def test_another_batch_size_neither_skips_nor_repeats_a_sample(parts, kind, left_out):
     dataset = kind(1010)  # Unequal: a window of 800 and a partial one
     found = learned(dataset, parts, left_out=left_out)
-    order = Order(3, 1010, dataset.lengths(), parts[0][1])
+    order = SampleOrder(3, 1010, dataset.sample_lengths(), parts[0][1])
     gone = {place for begin, end in left_out for place in range(begin, end)}
     places = [place for place in range(len(found) + len(gone)) if place not in gone]
     assert found == [order(place)[1] for place in places[: len(found)]]
@@ -192,7 +198,7 @@ def test_every_sample_comes_once_per_epoch_with_the_seed_of_the_epoch():
     for epoch in range(2):
         part = rows[epoch * 16 : epoch * 16 + 16]
         assert sorted(part[:, 0].tolist()) == list(range(16))
-        assert set(part[:, 1].tolist()) == {mixed(3, epoch)}
+        assert set(part[:, 1].tolist()) == {hash_to_seed(3, epoch)}
     dropout_seeds = set(rows[:, 2].tolist())
     assert len(dropout_seeds) == 32 and min(dropout_seeds) >= 0  # one per position
 
@@ -262,7 +268,7 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
     index_N = torch.cat([batch["index"] for of_rank in ranks for batch in of_rank])
     target_N = torch.cat([batch["targets"] for of_rank in ranks for batch in of_rank])
     real = index_N >= 0
-    assert sorted(index_N[real].tolist()) == evaluated(23, samples).tolist()
+    assert sorted(index_N[real].tolist()) == evaluated_samples(23, samples).tolist()
     assert torch.equal(target_N[real, 0], index_N[real])
     assert (target_N[real, 1] == -1).all()  # requested without a seed
     assert (index_N[~real] == -1).all() and (target_N[~real] == -100).all()
@@ -271,20 +277,20 @@ def test_evaluation_reads_each_sample_once_on_one_rank(samples, degree):
 
 def test_an_evaluated_subset_is_pseudo_random_and_always_the_same():
     """Splits are often sorted by class, length or author: their first samples are biased."""
-    part = evaluated(1000, 100)
+    part = evaluated_samples(1000, 100)
     assert np.array_equal(part, np.unique(part)) and len(part) == 100
     by_class = np.bincount(part // 100, minlength=10)  # ten classes, in order
     assert by_class.min() >= 4 and by_class.max() <= 18
-    assert set(part) < set(evaluated(1000, 101))
-    assert evaluated(8, 3).tolist() == [0, 3, 7]  # in every version
+    assert set(part) < set(evaluated_samples(1000, 101))
+    assert evaluated_samples(8, 3).tolist() == [0, 3, 7]  # in every version
     for samples in (0, 8, 9):
-        assert evaluated(8, samples).tolist() == list(range(8))
-    assert len(evaluated(8, 1)) == 1 and evaluated(1, 1).tolist() == [0]
+        assert evaluated_samples(8, samples).tolist() == list(range(8))
+    assert len(evaluated_samples(8, 1)) == 1 and evaluated_samples(1, 1).tolist() == [0]
 
 
 def test_few_samples_need_few_fillers():
     ranks = [list(evaluation_batches(Numbers(23), 8, r, 2, samples=5)) for r in range(2)]
-    a, b, c, d, e = evaluated(23, 5).tolist()
+    a, b, c, d, e = evaluated_samples(23, 5).tolist()
     assert [[b["index"].tolist() for b in r] for r in ranks] == [[[a, b, c]], [[d, e, -1]]]
 
 
@@ -323,14 +329,14 @@ def test_samples_of_similar_length_share_a_micro_batch():
 
 def test_samples_of_similar_length_share_a_batch():
     lengths = np.random.default_rng(0).integers(1, 100, 1000)
-    order = Order(4, 1000, lengths, batch_size=10)
+    order = SampleOrder(4, 1000, lengths, batch_size=10)
     epoch = [order(i) for i in range(1000)]
     assert sorted(index for _, index in epoch) == list(range(1000))  # each once
     batches = lengths[[index for _, index in epoch]].reshape(-1, 10)
     assert np.ptp(batches, axis=1).mean() < 5  # in random order: over 80
     # The batches are shuffled, and differ in the next epoch.
     assert abs(np.corrcoef(np.arange(100), batches.mean(axis=1))[0, 1]) < 0.3
-    again = Order(4, 1000, lengths, batch_size=10)
+    again = SampleOrder(4, 1000, lengths, batch_size=10)
     assert [again(i) for i in range(990, 2000)] == [order(i) for i in range(990, 2000)]
     first, second = (
         {frozenset(e[i : i + 10]) for i in range(0, 1000, 10)}

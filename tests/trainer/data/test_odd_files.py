@@ -15,7 +15,7 @@ from trainer import data
 from trainer.config.train import DataConfig, UserError
 from trainer.data.archive import read_archive
 from trainer.data.dataset import DataFacts, SplitFacts
-from trainer.data.files import Part, read_text
+from trainer.data.files import FilePart, read_text
 from trainer.data.folders import split_of
 from trainer.data.pictures import pixels_of
 from trainer.data.record import read_record, write_record
@@ -179,7 +179,7 @@ def prepared(folder, name, content, **settings):
     (folder / "data" / name).write_bytes(content.encode())
     settings = {"seq_len": 8, "vocab_size": 258, "cache": str(folder / "cache")} | settings
     config = DataConfig(path=str(folder / "data"), **settings)
-    return config, data.prepare(config)
+    return config, data.prepare_data(config)
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_a_byte_order_mark_in_any_block_is_not_text(tmp_path, monkeypatch, block
     path = tmp_path / "book.txt"
     path.write_bytes("\ufeffé\ufeff\n".encode())
     size = path.stat().st_size
-    assert "".join(read_text(Part(path, 0, size))) == "é\ufeff\n"
-    assert "".join(read_text(Part(path, 5, size))) == "\ufeff\n"
+    assert "".join(read_text(FilePart(path, 0, size))) == "é\ufeff\n"
+    assert "".join(read_text(FilePart(path, 5, size))) == "\ufeff\n"
 
 
 @pytest.mark.parametrize("name", ["README.md", "LICENSE.txt", "readme.rst"])
@@ -214,7 +214,7 @@ def test_documentation_is_not_read_as_text(tmp_path, name):
     assert facts.left_out == {name: "documentation"}
     (tmp_path / "data/book.txt").unlink()
     (tmp_path / "data" / name).write_text(WORDS)
-    assert data.prepare(config).left_out == {}  # there is no other file
+    assert data.prepare_data(config).left_out == {}  # there is no other file
 
 
 @pytest.mark.parametrize(

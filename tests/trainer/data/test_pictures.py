@@ -10,7 +10,7 @@ from PIL import Image
 
 from trainer import data
 from trainer.config.train import DataConfig, UserError
-from trainer.data.pictures import is_grey, opened, pixels_of
+from trainer.data.pictures import is_grey, open_image, pixels_of
 from trainer.tasks.image_classification import read_image
 
 SIDE = 4
@@ -46,7 +46,7 @@ def png(depth: int, colour: int, row: bytes, clear: bytes = b"") -> bytes:
 
 
 def decoded(content: bytes, channels: int | None = None) -> np.ndarray:
-    with opened("x.png", content=BytesIO(content)) as image:
+    with open_image("x.png", content=BytesIO(content)) as image:
         return pixels_of(image, channels or (1 if is_grey(image) else 3))
 
 
@@ -179,18 +179,18 @@ def test_damaged_files_are_reported_together_or_left_out(tmp_path):
         path.write_bytes(path.read_bytes()[:60])
     message = r"5 images cannot be read: class0/10\.png .* and 2 more; .*data\.on_bad_file=skip"
     with pytest.raises(UserError, match=message):
-        data.prepare(config)
+        data.prepare_data(config)
     config.on_bad_file = "skip"
-    facts = data.prepare(config)
-    assert sum(facts.samples.values()) == 24 - 5 and len(facts.left_out) == 5
+    facts = data.prepare_data(config)
+    assert sum(facts.sample_counts.values()) == 24 - 5 and len(facts.left_out) == 5
     assert all(why.startswith("damaged: ") for why in facts.left_out.values())
     assert str(tmp_path) not in "".join(facts.left_out.values())  # equal reasons are counted
-    assert data.prepare(config) == facts
+    assert data.prepare_data(config) == facts
     config.on_bad_file = "stop"
     with pytest.raises(UserError, match=message):  # a record of left-out pictures is not reused
-        data.prepare(config)
+        data.prepare_data(config)
     config.on_bad_file = "skip"
-    for split in facts.samples:
+    for split in facts.sample_counts:
         dataset = data.open_split(config, split)
         assert all(dataset.sample(i, None) for i in range(len(dataset)))
 
@@ -199,7 +199,7 @@ def test_a_picture_is_the_same_in_training_and_inference(tmp_path):
     config = gallery(tmp_path)
     picture = Image.new("RGBA", (SIDE, SIDE), (9, 8, 7, 128))
     picture.save(tmp_path / "own/class0/odd.png")
-    data.prepare(config)
+    data.prepare_data(config)
     train = [data.open_split(config, split) for split in ("train", "valid", "test")]
     stored = [s.sample(i, None)["images"] for s in train for i in range(len(s))]
     used = read_image(str(tmp_path / "own/class0/odd.png"), SIDE, 3)
@@ -210,7 +210,7 @@ def test_the_first_frame_of_an_animated_file_is_read_and_noted(tmp_path):
     config = gallery(tmp_path)
     first, second = (Image.new("RGB", (SIDE, SIDE), colour) for colour in ("red", "blue"))
     first.save(tmp_path / "own/class0/film.gif", save_all=True, append_images=[second])
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert any("1 animated" in note for note in facts.notes)
     pixels = read_image(str(tmp_path / "own/class0/film.gif"), SIDE, 3)
     assert pixels[:, 0, 0].tolist() == [255, 0, 0]

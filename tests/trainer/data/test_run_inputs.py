@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from launch.cli.preflight import training
-from parallel.runtime import Ranks, process_group
+from launch.cli.preflight import prepare_training
+from parallel.runtime import JobQueue, process_group
 from trainer import data
 from trainer.config.train import (
     DataConfig,
@@ -29,10 +29,10 @@ from trainer.config.train import (
 from trainer.data.record import TOKENIZER, data_of, read_record
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.trained_run import export_run
-from trainer.loop import start
+from trainer.loop import start_run
 from trainer.run.run_dir import load_config
 from trainer.tasks.evaluate import evaluate_run
-from trainer.tasks.generate import generate
+from trainer.tasks.generate import print_generation
 
 PLAY = Path(__file__).parents[3] / "trainer/data/bundled/shakespeare/valid.txt"
 COLOURS = {"ape": (200, 10, 10), "bee": (10, 200, 10), "cat": (10, 10, 200)}
@@ -40,7 +40,7 @@ COLOURS = {"ape": (200, 10, 10), "bee": (10, 200, 10), "cat": (10, 10, 200)}
 
 @pytest.fixture(scope="module")
 def runtime():
-    with process_group("cpu", Ranks.alone()) as alone:
+    with process_group("cpu", JobQueue.single_process()) as alone:
         yield alone
 
 
@@ -80,7 +80,7 @@ def loss_of(config: TrainConfig, runtime, capsys, **changes) -> float:
 
 def guess(config: TrainConfig, prompt: str, runtime, capsys) -> str:
     reader = GenerateConfig(config.run_dir, prompt, precision="fp64", device="cpu")
-    generate(reader, runtime)
+    print_generation(reader, runtime)
     return capsys.readouterr().out.split("┡")[1]
 
 
@@ -140,7 +140,7 @@ def test_a_missing_class_does_not_renumber_the_others(image_run, tmp_path, runti
     shutil.rmtree(tmp_path / "zoo")
     paint(tmp_path / "zoo", ("bee", "cat"))
     reads = data_of(image_run)
-    facts = data.prepare(reads)
+    facts = data.prepare_data(reads)
     assert facts.class_names == ("ape", "bee", "cat")
     labels = {int(data.open_split(reads, "test").sample(i, None)["targets"]) for i in range(4)}
     assert labels == {1, 2}
@@ -165,9 +165,9 @@ def test_paths_in_a_config_hold_in_any_folder(tmp_path, monkeypatch):
     reads = DataConfig(path="book.txt", vocab_size=300, seq_len=16, cache="cache")
     model = ModelConfig(layers=1, width=16, heads=2, ffn_width=16)
     config = TrainConfig(model=model, data=reads, run_dir="run")
-    training(config, 1)
+    prepare_training(config, 1)
     assert load_config("run").data.path == str(tmp_path / "book.txt")
-    training(config, 1)  # and the same command resumes it
+    prepare_training(config, 1)  # and the same command resumes it
 
 
 def test_a_damaged_record_is_named(image_run):
@@ -190,7 +190,7 @@ def test_the_record_of_the_data_is_in_the_run_folder(text_run):
 
 
 def weights(config: TrainConfig, runtime) -> dict[str, Tensor]:
-    parameters = start(training(config, 1), runtime).worker.parameters()
+    parameters = start_run(prepare_training(config, 1), runtime).worker.parameters()
     return {name: tensor.detach().clone() for name, tensor in parameters.items()}
 
 
@@ -202,8 +202,10 @@ def test_another_text_is_read_with_the_tokenizer_of_the_weights(text_run, tmp_pa
     other = tmp_path / "other.txt"
     other.write_text(PLAY.read_text()[40_000:60_000])
     config = begun_from(text_run, tmp_path, data=replace(text_run.data, path=str(other)))
-    training(config, 1)
-    assert Tokenizer.load(tmp_path / "second" / TOKENIZER).same(Path(text_run.run_dir) / TOKENIZER)
+    prepare_training(config, 1)
+    assert Tokenizer.load(tmp_path / "second" / TOKENIZER).is_same_file(
+        Path(text_run.run_dir) / TOKENIZER
+    )
 
 
 @pytest.mark.parametrize("by", ["data.tokenizer", "data.processor", "export"])
@@ -225,8 +227,8 @@ def test_another_tokenizer_that_is_named_takes_rows_by_token(
     here = weights(config, runtime)["embed.tokens.weight"]
     drawn = weights(replace(config, init_from="", run_dir=str(tmp_path / "third")), runtime)
     there = weights(text_run, runtime)["embed.tokens.weight"]
-    rows = Tokenizer.load(tmp_path / "second" / TOKENIZER).rows()
-    theirs = Tokenizer.load(Path(text_run.run_dir) / TOKENIZER).rows()
+    rows = Tokenizer.load(tmp_path / "second" / TOKENIZER).token_ids()
+    theirs = Tokenizer.load(Path(text_run.run_dir) / TOKENIZER).token_ids()
     assert 258 <= len(theirs.keys() & rows.keys()) < len(rows)
     for token, row in rows.items():
         expected = there[theirs[token]] if token in theirs else drawn["embed.tokens.weight"][row]
@@ -240,7 +242,7 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
         (tmp_path / "zoo" / split / "ape").rename(tmp_path / "zoo" / split / "yak")
     config = begun_from(image_run, tmp_path, model=replace(image_run.model, classes=0))
     with pytest.raises(UserError, match=r"yak.*data\.processor=new"):
-        training(config, 1)
+        prepare_training(config, 1)
     config = replace(config, data=replace(config.data, processor="new"))
     here = weights(config, runtime)
     # bee and cat were rows 1 and 2 and are now 0 and 1; yak is initialised.
@@ -254,7 +256,9 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
     "key, value", [("norm_eps", 1.0), ("rope_theta", 100.0), ("rope_scaling", 8.0)]
 )
 def test_keys_that_change_the_function_are_named(text_run, tmp_path, caplog, key, value):
-    training(begun_from(text_run, tmp_path, model=replace(text_run.model, **{key: value})), 1)
+    prepare_training(
+        begun_from(text_run, tmp_path, model=replace(text_run.model, **{key: value})), 1
+    )
     assert f"model.{key}=" in caplog.text and "another function" in caplog.text
 
 
@@ -267,9 +271,9 @@ def test_the_tokenizer_of_a_run_stays_when_its_text_changes(text_run, tmp_path, 
     path = replace(text_run.data, path=str(tmp_path / "other.txt"))
     longer = replace(text_run, steps=5, data=path)
     with pytest.raises(UserError, match=r"resume_changed=\[data\.path\]"):
-        training(longer, 1)
+        prepare_training(longer, 1)
     for changed in (["data"], ["data.path"]):
-        training(replace(longer, resume_changed=changed), 1)
+        prepare_training(replace(longer, resume_changed=changed), 1)
         assert (Path(text_run.run_dir) / TOKENIZER).read_bytes() == kept
     assert read_record(text_run.run_dir).path == str(tmp_path / "other.txt")
 
@@ -280,7 +284,7 @@ def test_a_run_never_changes_its_tokenizer(text_run, tmp_path, key, value):
     value = str(tmp_path / value) if key == "tokenizer" else value
     reads = replace(text_run.data, **{key: value})
     with pytest.raises(UserError, match=rf"data\.{key}=.*init_from={text_run.run_dir}"):
-        training(replace(text_run, data=reads, resume_changed=["data"], steps=5), 1)
+        prepare_training(replace(text_run, data=reads, resume_changed=["data"], steps=5), 1)
 
 
 def test_a_teacher_needs_the_tokenizer_and_classes_of_the_student(image_run, tmp_path):
@@ -290,4 +294,4 @@ def test_a_teacher_needs_the_tokenizer_and_classes_of_the_student(image_run, tmp
     compress = replace(image_run.compress, teacher=image_run.run_dir)
     student = replace(image_run, compress=compress, run_dir=str(tmp_path / "student"))
     with pytest.raises(UserError, match=r"other classes.*set data\.processor="):
-        training(student, 1)
+        prepare_training(student, 1)

@@ -10,7 +10,9 @@ from trainer.data import files as source
 from trainer.data import text as reader
 from trainer.data.tokenizer import Tokenizer
 
-PLAY = (source.locate(DataConfig(path="bundled:shakespeare")) / "test.txt").read_text()[:30_000]
+PLAY = (source.locate_data(DataConfig(path="bundled:shakespeare")) / "test.txt").read_text()[
+    :30_000
+]
 
 
 @pytest.fixture
@@ -51,18 +53,18 @@ def test_evaluation_predicts_every_token_once(corpus, monkeypatch, seq_len):
     monkeypatch.setattr(reader, "PIECE", 1000)  # tokenised in several pieces
     text = "Häuser 🙂\r\n" + PLAY[:3000]
     config = corpus(seq_len, train=PLAY, valid=text, test="x")
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     dataset = data.open_split(config, "valid")
     assert documents_of(config, "valid") == [text]
     assert len(targets_of(dataset)) == dataset.targets
     assert dataset.characters == len(text)
-    assert len(dataset) == facts.samples["valid"] == -(-dataset.targets // seq_len)
+    assert len(dataset) == facts.sample_counts["valid"] == -(-dataset.targets // seq_len)
     assert data.open_tokenizer(config).vocab_size == facts.vocab_size == 300
 
 
 def test_a_split_shorter_than_a_window_is_padded(corpus):
     config = corpus(50, train=PLAY, valid="Out, out!", test="x")
-    data.prepare(config)
+    data.prepare_data(config)
     dataset, tokenizer = data.open_split(config, "valid"), data.open_tokenizer(config)
     ids = tokenizer.encode("Out, out!")
     assert len(dataset) == 1
@@ -74,7 +76,7 @@ def test_a_split_shorter_than_a_window_is_padded(corpus):
 
 def test_training_windows_move_by_one_offset_an_epoch(corpus):
     config = corpus(32, train=PLAY[:6000], valid="x", test="x")
-    data.prepare(config)
+    data.prepare_data(config)
     dataset = data.open_split(config, "train")
     tokenizer = data.open_tokenizer(config)
     stream = np.array([tokenizer.eot_id, *tokenizer.encode(PLAY[:6000])])
@@ -96,7 +98,7 @@ def test_training_windows_move_by_one_offset_an_epoch(corpus):
 
 def test_documents_start_with_the_end_token_of_the_previous_one(corpus):
     config = corpus(8, train=PLAY + "<|endoftext|>" + PLAY, valid="one<|endoftext|>two", test="x")
-    data.prepare(config)
+    data.prepare_data(config)
     tokenizer = data.open_tokenizer(config)
     one, two = tokenizer.encode("one"), tokenizer.encode("two")
     expected = [*one, tokenizer.eot_id, *two]
@@ -107,7 +109,7 @@ def test_documents_start_with_the_end_token_of_the_previous_one(corpus):
 
 def test_documents_and_positions_of_a_micro_batch(corpus):
     config = corpus(8, train=PLAY, valid="x", test="x")
-    data.prepare(config)
+    data.prepare_data(config)
     dataset, eot = data.open_split(config, "train"), data.open_tokenizer(config).eot_id
     rows = [[5, 6, eot, 7, eot, 8, 9, 10], [eot, 5, 6, 7, 8, 9, 10, 11]]
     samples = [{"tokens": np.array(row), "targets": np.array(row)} for row in rows]
@@ -120,7 +122,7 @@ def test_documents_and_positions_of_a_micro_batch(corpus):
 
 def test_one_file_gives_its_end_to_valid_and_test(corpus):
     config = corpus(path="corpus/all.txt", all=PLAY)
-    data.prepare(config)
+    data.prepare_data(config)
     parts = [documents_of(config, split) for split in ("train", "valid", "test")]
     assert "".join(part for split in parts for part in split) == PLAY
     sizes = [len("".join(split)) / len(PLAY) for split in parts]
@@ -131,14 +133,14 @@ def test_one_file_gives_its_end_to_valid_and_test(corpus):
 def test_a_text_without_lines_is_cut_between_characters(corpus):
     text = "日本語" * 3001
     config = corpus(vocab_size=270, path="corpus/all.txt", all=text)
-    data.prepare(config)
+    data.prepare_data(config)
     splits = [documents_of(config, split) for split in ("train", "valid", "test")]
     assert "".join(part for split in splits for part in split) == text
 
 
 def test_an_unsplit_folder_is_one_document_a_file(corpus):
     config = corpus(a=PLAY[:9000], b=PLAY[9000:18000], sub__c=PLAY[18000:])
-    data.prepare(config)
+    data.prepare_data(config)
     train = documents_of(config, "train")
     assert train[:2] == [PLAY[:9000], PLAY[9000:18000]]
     rest = [part for split in ("valid", "test") for part in documents_of(config, split)]
@@ -149,7 +151,7 @@ def test_split_folders_and_other_spellings(corpus):
     config = corpus(
         train__b=PLAY[500:], train__a=PLAY[:500], validation="valid", test__0="te", test__1="st"
     )
-    data.prepare(config)
+    data.prepare_data(config)
     assert documents_of(config, "train") == [PLAY[:500], PLAY[500:]]
     assert documents_of(config, "valid") == ["valid"]
     assert documents_of(config, "test") == ["te", "st"]
@@ -157,7 +159,7 @@ def test_split_folders_and_other_spellings(corpus):
 
 def test_only_the_split_that_is_missing_is_held_out(corpus):
     config = corpus(train=PLAY, valid="valid")
-    data.prepare(config)
+    data.prepare_data(config)
     assert documents_of(config, "valid") == ["valid"]
     assert "".join(documents_of(config, "train") + documents_of(config, "test")) == PLAY
 
@@ -172,10 +174,10 @@ def test_pieces_change_neither_text_nor_tokens(corpus, monkeypatch, piece, block
     tokenizer = Tokenizer.train([PLAY, blank], 400)
     monkeypatch.setattr(reader, "PIECE", piece)
     monkeypatch.setattr(source, "BLOCK", block)
-    path = source.locate(config) / "train.txt"
-    part = source.Part(path, 0, path.stat().st_size)
+    path = source.locate_data(config) / "train.txt"
+    part = source.FilePart(path, 0, path.stat().st_size)
     documents: list[list[str]] = []
-    for begins, found in reader.pieces(part, "<|endoftext|>"):
+    for begins, found in reader.document_pieces(part, "<|endoftext|>"):
         assert 0 < len(found) <= piece
         documents = [*documents, []] if begins else documents
         documents[-1].append(found)
@@ -193,27 +195,27 @@ def test_separators_between_blocks_are_found(corpus, monkeypatch, block):
     config = corpus(train="<|endoftext|>".join(documents))
     monkeypatch.setattr(reader, "PIECE", 100)
     monkeypatch.setattr(source, "BLOCK", block)
-    path = source.locate(config) / "train.txt"
-    part = source.Part(path, 0, path.stat().st_size)
-    found = list(reader.pieces(part, "<|endoftext|>"))
+    path = source.locate_data(config) / "train.txt"
+    part = source.FilePart(path, 0, path.stat().st_size)
+    found = list(reader.document_pieces(part, "<|endoftext|>"))
     assert sum(begins for begins, _ in found) == len(documents)
     assert "".join(text for _, text in found) == "".join(documents)
 
 
 def test_a_byte_order_mark_is_not_text(corpus):
     config = corpus(train=PLAY, valid=b"\xef\xbb\xbfHail", test="x")
-    data.prepare(config)
+    data.prepare_data(config)
     assert documents_of(config, "valid") == ["Hail"]
 
 
 def test_an_own_tokenizer_and_its_changes(corpus, tmp_path):
     config = corpus(train=PLAY, valid="x y", test="x y")
-    data.prepare(config)
+    data.prepare_data(config)
     config.tokenizer = str(tmp_path / "own.json")
     Tokenizer.train([PLAY], 350).save(config.tokenizer)
-    assert data.prepare(config).vocab_size == 350
+    assert data.prepare_data(config).vocab_size == 350
     Tokenizer.train([PLAY], 360).save(config.tokenizer)
-    assert data.prepare(config).vocab_size == 360
+    assert data.prepare_data(config).vocab_size == 360
 
 
 def test_a_large_vocabulary_takes_four_bytes(corpus):
@@ -223,7 +225,7 @@ def test_a_large_vocabulary_takes_four_bytes(corpus):
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     config.tokenizer = f"{config.path}/own.json"
     own.save(config.tokenizer)
-    assert data.prepare(config).vocab_size == 70_001
+    assert data.prepare_data(config).vocab_size == 70_001
     assert targets_of(data.open_split(config, "train")).tolist() == [0, 70_000, 0]
 
 
@@ -242,25 +244,25 @@ MISTAKES = [
 def test_mistakes(corpus, given, message):
     config = corpus(**given)
     with pytest.raises(UserError, match=message):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_the_window_that_the_message_names_works(corpus):
     config = corpus(5000, 258, train=PLAY[:900], valid="x", test="x")
     with pytest.raises(UserError) as error:
-        data.prepare(config)
+        data.prepare_data(config)
     config.seq_len = int(str(error.value).split("set data.seq_len=")[1].split()[0])
-    data.prepare(config)
+    data.prepare_data(config)
     dataset = data.open_split(config, "train")
     assert len(dataset) == 1
     assert (dataset.sample(0, 3)["targets"] != -100).all()
     config.seq_len += 1
     with pytest.raises(UserError):
-        data.prepare(config)
+        data.prepare_data(config)
 
 
 def test_the_byte_that_is_no_utf8_is_named_in_any_block(corpus, monkeypatch):
     monkeypatch.setattr(source, "BLOCK", 5)
     config = corpus(train=b"a" + "äöü".encode() * 7 + b"\xff", valid="x", test="x")
     with pytest.raises(UserError, match=r"byte 43 \(0xff\)"):
-        data.prepare(config)
+        data.prepare_data(config)

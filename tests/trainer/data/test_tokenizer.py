@@ -8,7 +8,7 @@ import tokenizers
 import trainer.data.tokenizer as tokenizer_module
 from trainer import data
 from trainer.config.train import DataConfig, UserError
-from trainer.data.tokenized import encoded
+from trainer.data.tokenized import encode_texts
 from trainer.data.tokenizer import Tokenizer
 from trainer.tasks.language import bits
 
@@ -186,16 +186,16 @@ LOSSY = {
 def test_lost_characters_are_counted(tmp_path, case):
     backend, text = LOSSY[case]
     backend.save(str(tmp_path / "own.json"))
-    lost = encoded(Tokenizer.load(tmp_path / "own.json"), ["", text])[1]
+    lost = encode_texts(Tokenizer.load(tmp_path / "own.json"), ["", text])[1]
     assert 0 < lost <= len(text)
 
 
 def test_no_characters_are_lost_of_text_that_decodes_exactly(tmp_path, tokenizer):
     metaspace().save(str(tmp_path / "own.json"))
     for lossless in (Tokenizer.load(tmp_path / "own.json"), tokenizer):
-        assert encoded(lossless, [" ".join(WORDS), "", "rain"])[1] == 0
+        assert encode_texts(lossless, [" ".join(WORDS), "", "rain"])[1] == 0
     assert tokenizer.is_lossless and not Tokenizer.load(tmp_path / "own.json").is_lossless
-    assert encoded(tokenizer, [ODD])[1] == 0
+    assert encode_texts(tokenizer, [ODD])[1] == 0
 
 
 def test_a_normalizer_makes_a_tokenizer_lossy(tmp_path):
@@ -204,7 +204,7 @@ def test_a_normalizer_makes_a_tokenizer_lossy(tmp_path):
     backend.normalizer = tokenizers.normalizers.NFKC()
     backend.save(str(path))
     assert not Tokenizer.load(path).is_lossless
-    assert encoded(Tokenizer.load(path), ["ﬁn"])[1] > 0
+    assert encode_texts(Tokenizer.load(path), ["ﬁn"])[1] > 0
 
 
 def test_bits_per_character_are_not_reported_for_a_lossy_tokenizer(tmp_path, caplog):
@@ -216,7 +216,7 @@ def test_bits_per_character_are_not_reported_for_a_lossy_tokenizer(tmp_path, cap
         seq_len=16,
         cache=str(tmp_path / "cache"),
     )
-    facts = data.prepare(config)
+    facts = data.prepare_data(config)
     assert facts.splits["train"].lost > 500
     assert "bits per token are reported instead" in caplog.text
     dataset = data.open_split(config, "test")
@@ -248,6 +248,6 @@ def test_dropout_of_merges_is_off(tmp_path):
 
 
 def test_a_text_without_spaces_is_learned_from_in_pieces():
-    words = list(tokenizer_module._beginning(["日" * 100 + " and " + "ab" * 40]))
+    words = list(tokenizer_module._first_texts(["日" * 100 + " and " + "ab" * 40]))
     assert max(map(len, words[0].split())) <= 32
     assert words[0].replace("\n", "") == "日" * 100 + " and " + "ab" * 40

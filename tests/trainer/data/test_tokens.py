@@ -89,7 +89,7 @@ def test_a_file_that_vanishes_is_read_on(path: Path) -> None:
 @pytest.mark.parametrize("make", [tiny.text_data, tiny.pairs_data])
 def test_a_split_that_shrinks_is_an_error_in_any_kind_of_data(tmp_path: Path, make) -> None:
     config = make(tmp_path)
-    data.prepare(config)
+    data.prepare_data(config)
     split = data.open_split(config, "train")
     last = len(split) - 1
     split.sample(last, None)

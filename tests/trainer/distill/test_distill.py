@@ -11,16 +11,16 @@ import torch
 from torch.nn import functional as F
 
 from conf.validation.compression import match_problems, teacher_problems
-from conf.validation.validate import problems
-from launch.cli.preflight import training
+from conf.validation.validate import find_problems
+from launch.cli.preflight import prepare_training
 from parallel.rank_pool import RankFailedError
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.compress.distillation import divergence_sum
-from trainer.compress.hidden_states import apart_sum
-from trainer.compress_report.report import report
+from trainer.compress.hidden_states import similarity_loss_sum
+from trainer.compress_report.report import write_comparison
 from trainer.config.loss import IGNORED
 from trainer.config.train import (
     CompressConfig,
@@ -34,7 +34,7 @@ from trainer.config.train import (
     TrainConfig,
     UserError,
 )
-from trainer.inference.trained_run import open_run
+from trainer.inference.trained_run import load_trained_run
 from trainer.run.run_dir import AlreadyFinishedError
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)
@@ -103,7 +103,7 @@ def losses(ranks, config: TrainConfig, name: str, **changes) -> list[float]:
     """Return the losses of a run's three steps."""
     config = replace(config, run_dir=f"{config.run_dir}-{name}", **changes)
     world = world_size(config.strategy)
-    ranks.run(world, trained, training(config, world), timeout_seconds=300.0)
+    ranks.run(world, trained, prepare_training(config, world), timeout_seconds=300.0)
     text = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     found = [line["loss"] for line in map(json.loads, text) if "loss" in line]
     assert len(found) == 3
@@ -139,12 +139,12 @@ def test_a_teacher_with_zero_weight_is_not_loaded_and_changes_nothing(ranks, dam
 def test_a_damaged_teacher_is_rejected(ranks, damaged):
     message = f"compress.teacher={damaged.compress.teacher} holds no good checkpoint"
     with pytest.raises(RankFailedError, match=message):
-        ranks.run(1, trained, training(damaged, 1))
+        ranks.run(1, trained, prepare_training(damaged, 1))
 
 
 def held(runtime: Runtime, config: TrainConfig) -> dict[str, torch.Tensor] | None:
     """Return the frozen teacher's weights, or None on a rank that needs no teacher."""
-    state = loop.start(config, runtime)
+    state = loop.start_run(config, runtime)
     teacher = state.compression.teacher
     if teacher is None:
         return None
@@ -157,18 +157,20 @@ def held(runtime: Runtime, config: TrainConfig) -> dict[str, torch.Tensor] | Non
 
 
 def weights(runtime: Runtime, run_dir: str) -> dict[str, torch.Tensor]:
-    worker = open_run(EvaluateConfig(run_dir=run_dir, precision="fp64", device="cpu"), runtime)
+    worker = load_trained_run(
+        EvaluateConfig(run_dir=run_dir, precision="fp64", device="cpu"), runtime
+    )
     return {name: p.detach() for name, p in worker.worker.parameters().items()}
 
 
 def measured(runtime: Runtime, run_dir: str) -> None:
-    report(CompressReportConfig(run_dir=run_dir, rounds=1), runtime)
+    write_comparison(CompressReportConfig(run_dir=run_dir, rounds=1), runtime)
 
 
 @pytest.mark.parametrize("axis", ["tensor", "pipeline"])
 def test_ranks_with_logits_hold_the_full_frozen_teacher(ranks, taught, axis):
     config = replace(taught, run_dir=f"{taught.run_dir}-held-{axis}", precision="bf16")
-    config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
+    config = prepare_training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
     first, last = ranks.run(2, held, config)
     assert (first is None) == (axis == "pipeline")
     (due,) = ranks.run(1, weights, taught.compress.teacher)
@@ -192,12 +194,14 @@ def test_similarity_loss_is_a_mean_over_pairs_of_valid_positions():
         gaps = [(one - other) ** 2 for one, other in zip(*sides, strict=True)]
         due = due + targets[row] * sum(gaps) / len(gaps)
     leaf = ours.requires_grad_()
-    found = apart_sum(leaf, theirs, valid, targets)
+    found = similarity_loss_sum(leaf, theirs, valid, targets)
     torch.testing.assert_close(found, due)
     found.backward()
     assert leaf.grad[0].abs().min() > 0 and not leaf.grad[~valid].any()
-    assert apart_sum(3 * theirs, theirs, valid, targets).item() == pytest.approx(0, abs=1e-12)
-    assert apart_sum(leaf.half(), theirs.half(), valid, targets).dtype == torch.float32
+    assert similarity_loss_sum(3 * theirs, theirs, valid, targets).item() == pytest.approx(
+        0, abs=1e-12
+    )
+    assert similarity_loss_sum(leaf.half(), theirs.half(), valid, targets).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +231,7 @@ def test_matching_is_identical_under_every_layout(ranks, matched, axis):
 
 def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor]:
     """Return the teacher's forwards in a step and an evaluation, and a scaled gradient norm."""
-    state, forwards = loop.start(config, runtime), []
+    state, forwards = loop.start_run(config, runtime), []
     teacher, worker = state.compression.teacher, state.worker
     teacher.register_forward_hook(lambda *_: forwards.append(1))
     loader = loop.open_loader(config, state)
@@ -239,7 +243,7 @@ def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor
     worker.zero_grad()
     worker.forward_backward(batches, torch.tensor(1024.0, dtype=torch.float64))
     twice = len(forwards)
-    with worker.evaluating():
+    with worker.evaluation_mode():
         worker.forward(worker.to_device(batches[0]))
     assert twice == 2 * once
     return once, len(forwards) - twice, worker.clip_grad_norm(0.0) / plain
@@ -248,7 +252,7 @@ def asked(runtime: Runtime, config: TrainConfig) -> tuple[int, int, torch.Tensor
 @pytest.mark.parametrize("axis", ["replicate", "shard", "pipeline"])
 def test_each_rank_that_distills_runs_the_teacher_once(ranks, matched, axis):
     config = replace(matched, run_dir=f"{matched.run_dir}-asked-{axis}")
-    config = training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
+    config = prepare_training(replace(config, strategy=StrategyConfig(**{axis: 2})), 2)
     micro_batches = 4 if axis == "pipeline" else 2
     for once, evaluated, scaled in ranks.run(2, asked, config):
         assert (once, evaluated) == (micro_batches, 0)
@@ -304,7 +308,7 @@ def alone(ranks, taught, tmp_path) -> TrainConfig:
     shutil.copytree(taught.compress.teacher, tmp_path / "teacher")
     compress = replace(taught.compress, teacher=str(tmp_path / "teacher"))
     config = replace(taught, compress=compress, run_dir=str(tmp_path / "student"), steps=1)
-    ranks.run(1, trained, training(config, 1), timeout_seconds=300.0)
+    ranks.run(1, trained, prepare_training(config, 1), timeout_seconds=300.0)
     shutil.rmtree(tmp_path / "teacher")
     return config
 
@@ -313,17 +317,17 @@ def test_a_run_whose_teacher_was_deleted_can_be_loaded(ranks, runtime, alone):
     assert ranks.run(1, weights, alone.run_dir)[0]  # it can be loaded like any other
     measured(runtime, alone.run_dir)
     with pytest.raises(AlreadyFinishedError):
-        training(alone, 1)
+        prepare_training(alone, 1)
     longer = replace(alone, steps=2)
     with pytest.raises(UserError) as raised:
-        training(longer, 1)
+        prepare_training(longer, 1)
     (message,) = raised.value.problems
     assert message.startswith(f"compress.teacher={alone.compress.teacher} holds no run")
     assert message.endswith("without it: compress.teacher= resume_changed=[compress.teacher]")
     without = replace(longer.compress, teacher="")
     gone_on = replace(longer, compress=without, resume_changed=["compress.teacher"])
-    ranks.run(1, trained, training(gone_on, 1), timeout_seconds=300.0)
-    assert checkpoints(alone.run_dir)[-1][0] == 2
+    ranks.run(1, trained, prepare_training(gone_on, 1), timeout_seconds=300.0)
+    assert list_checkpoints(alone.run_dir)[-1][0] == 2
 
 
 def test_an_incompatible_teacher_is_one_message(taught, tmp_path):
@@ -369,11 +373,11 @@ def test_a_classifiers_teacher_reads_the_same_images():
 
 
 def test_a_chunked_loss_is_rejected(taught):
-    (message,) = problems(replace(taught, loss=LossConfig(chunks=4)), 1)
+    (message,) = find_problems(replace(taught, loss=LossConfig(chunks=4)), 1)
     assert "loss.chunks=4 makes them in pieces; set loss.chunks=1" in message
 
 
 def test_an_unfinished_teacher_gives_a_warning(taught, tmp_path, caplog):
     with caplog.at_level("WARNING"):
-        training(replace(taught, run_dir=str(tmp_path / "run")), 1)
+        prepare_training(replace(taught, run_dir=str(tmp_path / "run")), 1)
     assert "is at step 0 of 1000: whoever starts later learns from a newer" in caplog.text

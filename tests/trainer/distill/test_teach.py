@@ -16,12 +16,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from conf.validation.compression import answers_problems
-from launch.cli.preflight import teaching, training
+from launch.cli.preflight import check_precompute, prepare_training
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
 from trainer.atomic_files import new_folder
-from trainer.compress.distillation import divergence_sum, kept_answer
+from trainer.compress.distillation import divergence_sum, recorded_teacher_logits
 from trainer.config.loss import IGNORED
 from trainer.config.train import (
     CompressConfig,
@@ -37,8 +37,8 @@ from trainer.config.train import (
 from trainer.data import open_split
 from trainer.data.loader import TrainLoader
 from trainer.distill import precompute as teach
-from trainer.distill.logit_dataset import Answered, Answers
-from trainer.distill.precompute import largest, teach_run
+from trainer.distill.logit_dataset import DistillationDataset, RecordedLogits
+from trainer.distill.precompute import teach_run, top_k_logits
 from trainer.nn.sequence import FullContext
 from trainer.run.run_dir import load_config
 
@@ -59,7 +59,7 @@ def made(runtime: Runtime, folder: Path, kind: str) -> TrainConfig:
 
 
 def asked(runtime: Runtime, config: TeachConfig) -> None:
-    teach_run(teaching(config, runtime.world_size), runtime)
+    teach_run(check_precompute(config, runtime.world_size), runtime)
 
 
 def trained(runtime: Runtime, config: TrainConfig) -> None:
@@ -110,22 +110,25 @@ def student(teacher: TrainConfig, folder: Path, name: str, **changes) -> TrainCo
 
 def losses(ranks, config: TrainConfig) -> list[float]:
     world = world_size(config.strategy)
-    ranks.run(world, trained, training(config, world), timeout_seconds=300.0)
+    ranks.run(world, trained, prepare_training(config, world), timeout_seconds=300.0)
     text = (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()
     return [line["loss"] for line in map(json.loads, text) if "loss" in line]
 
 
 def said(runtime: Runtime, teacher: TrainConfig, folder: Path) -> list:
     """Return the teacher's logits, the recorded ones and the targets of two steps."""
-    config = training(student(teacher, Path(teacher.run_dir), "live"), 1)
-    model = loop.start(config, runtime).compression.teacher
-    dataset = Answered(open_split(config.data, "train"), Answers(folder))
+    config = prepare_training(student(teacher, Path(teacher.run_dir), "live"), 1)
+    model = loop.start_run(config, runtime).compression.teacher
+    dataset = DistillationDataset(open_split(config.data, "train"), RecordedLogits(folder))
     loader = TrainLoader(dataset, 3, 4, 2, 0, 1, first_step=0)
     batches = [batch for _ in range(2) for batch in next(loader)]
     loader.close()
     classes = model.head.output.weight.shape[0]
     with torch.no_grad():
-        return [(model(b), kept_answer(b, classes, FullContext()), b["targets"]) for b in batches]
+        return [
+            (model(b), recorded_teacher_logits(b, classes, FullContext()), b["targets"])
+            for b in batches
+        ]
 
 
 def test_recorded_logits_are_the_teachers(ranks, teacher):
@@ -147,7 +150,9 @@ def test_every_layout_records_the_same_logits(ranks, teacher):
     )
     for name, tensor in one.items():
         assert np.allclose(tensor.astype(float), two[name].astype(float), atol=2e-3), name
-    assert Answers(ours).facts == replace(Answers(theirs).facts, files=Answers(ours).facts.files)
+    assert RecordedLogits(ours).facts == replace(
+        RecordedLogits(theirs).facts, files=RecordedLogits(ours).facts.files
+    )
 
 
 # Layouts of start and resume: vocabulary shards, then sequence shards.
@@ -181,12 +186,12 @@ def test_recorded_logits_of_all_classes_equal_a_live_teacher(ranks, teacher):
 def test_top_k_logits_are_recorded_with_their_classes():
     logits = torch.tensor([[[1.0, 3.0, -1e9, 2.0], [0.0, 0.0, 9.0, 8.5]], [[5.0, 1, 2, 3]] * 2])
     targets = torch.tensor([[1, IGNORED], [0, 2]])
-    first, second = largest(logits, targets, k=3)
+    first, second = top_k_logits(logits, targets, k=3)
     assert first[0].tolist() == [[0.0, -1.0, -2.0]] and first[1].tolist() == [[1, 3, 0]]
     assert second[0].tolist() == [[0.0, -2.0, -3.0]] * 2 and second[1].dtype == np.uint16
-    assert largest(logits, targets, k=4)[0][0].min() == np.finfo(np.float16).min
+    assert top_k_logits(logits, targets, k=4)[0][0].min() == np.finfo(np.float16).min
     wide = torch.zeros(1, 70_000).index_fill(1, torch.tensor([69_999]), 1.0)
-    assert largest(wide, torch.tensor([0]), k=1)[0][1].tolist() == [[69_999]]
+    assert top_k_logits(wide, torch.tensor([0]), k=1)[0][1].tolist() == [[69_999]]
 
 
 def test_classes_that_were_not_recorded_have_zero_probability():
@@ -194,7 +199,7 @@ def test_classes_that_were_not_recorded_have_zero_probability():
         "answer_logits": torch.tensor([[[0.0, -1.0]], [[0.0, 0.0]]]).half(),
         "answer_classes": torch.tensor([[[4, 1]], [[0, 0]]], dtype=torch.int32),
     }
-    dense = kept_answer(inputs, 5, FullContext())
+    dense = recorded_teacher_logits(inputs, 5, FullContext())
     assert dense[0, 0].tolist() == [-torch.inf, -1.0, -torch.inf, -torch.inf, 0.0]
     targets = torch.tensor([[4], [IGNORED]])
     student = torch.randn(2, 1, 5, dtype=torch.float64, requires_grad=True)
@@ -250,7 +255,7 @@ def test_recorded_logits_of_other_data_are_one_message(folder, tmp_path):
 
 
 def test_augmented_images_are_rejected_with_recorded_logits(folder):
-    facts = replace(Answers(folder).facts, kind="images", classes=7)
+    facts = replace(RecordedLogits(folder).facts, kind="images", classes=7)
     compress = CompressConfig(teacher="answers")
     config = TrainConfig(
         data=DataConfig("images"), compress=compress, model=replace(tiny.CLASSIFIER, classes=7)
@@ -284,22 +289,22 @@ def test_damaged_logits_are_one_message(folder, tmp_path):
     tensors["classes"][3, 0] = 280
     save_file(tensors, file)
     with pytest.raises(UserError, match=r"is damaged .sample 0 has a non-finite logit or "):
-        Answers(damaged).rows(0)
-    answers = Answers(damaged)
+        RecordedLogits(damaged).sample_logits(0)
+    answers = RecordedLogits(damaged)
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(UserError, match=r"is damaged .answers-00000.safetensors ends before"):
-        answers.rows(1)
+        answers.sample_logits(1)
 
 
 def test_invalid_precompute_settings_are_one_message(folder):
     run = str(folder.with_name("run"))
     with pytest.raises(UserError, match=r"k=281 is more than the 280 classes .*; set k=280"):
-        teaching(TeachConfig(run, "new", k=281), 1)
+        check_precompute(TeachConfig(run, "new", k=281), 1)
     with pytest.raises(UserError, match=rf"is there already; .* to={run}-answers$"):
-        teaching(TeachConfig(run, str(folder)), 1)
+        check_precompute(TeachConfig(run, str(folder)), 1)
     shutil.copytree(folder, f"{run}-answers")
     with pytest.raises(UserError, match=rf"to is empty; .* to={run}-answers-2$"):
-        teaching(TeachConfig(run), 1)
+        check_precompute(TeachConfig(run), 1)
 
 
 def test_a_folder_is_complete_or_absent(folder, tmp_path, monkeypatch):
@@ -307,20 +312,22 @@ def test_a_folder_is_complete_or_absent(folder, tmp_path, monkeypatch):
     new = tmp_path / "new"
     for fails in (True, False):
         with suppress(KeyboardInterrupt), new_folder(new) as partial:
-            writer = teach.Writer(partial)
+            writer = teach.LogitWriter(partial)
             writer.add((np.zeros((2, 3), np.float16), np.arange(6, dtype=np.uint16).reshape(2, 3)))
             writer.add((np.zeros((1, 3), np.float16), np.full((1, 3), 7, np.uint16)))
             assert not new.exists()
             if fails:
                 raise KeyboardInterrupt
-            facts = replace(Answers(folder).facts, files=tuple(writer.flush()), samples=2, k=3)
-            writer.finish(facts, tmp_path / "none")
+            facts = replace(
+                RecordedLogits(folder).facts, files=tuple(writer.flush()), samples=2, k=3
+            )
+            writer.finish_folder(facts, tmp_path / "none")
         if fails:
             assert not list(tmp_path.iterdir())
-    answers = Answers(new)
+    answers = RecordedLogits(new)
     assert len(facts.files) == 2
-    assert answers.rows(0)[1].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert answers.rows(1)[1].tolist() == [[7, 7, 7]]
+    assert answers.sample_logits(0)[1].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert answers.sample_logits(1)[1].tolist() == [[7, 7, 7]]
 
 
 def test_the_precompute_command(folder, tmp_path):
@@ -335,8 +342,8 @@ def test_the_precompute_command(folder, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
-    count = Answers(folder).facts.samples
+    count = RecordedLogits(folder).facts.samples
     assert f"teacher logits: {tmp_path / 'kept'}, {count} samples, " in done.stdout
-    assert replace(Answers(tmp_path / "kept").facts, files=()) == replace(
-        Answers(folder).facts, files=()
+    assert replace(RecordedLogits(tmp_path / "kept").facts, files=()) == replace(
+        RecordedLogits(folder).facts, files=()
     )

@@ -12,7 +12,7 @@ import pytest
 from recorders import FakeClock, lines, make, shown
 from rich.console import Console
 
-from trainer.metrics.console import Display, Lasting, sparkline
+from trainer.metrics.console import Display, TolerantStream, draw_sparkline
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
@@ -20,12 +20,12 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
     # Colours forced on, as some CI does: still no bar, and no wrapping at the console's width.
     console = Console(file=io.StringIO(), width=20, force_terminal=True, color_system=None)
     with make(tmp_path, clock=clock, console=console, steps=120, unit="samples") as recorder:
-        recorder.start(0)
+        recorder.start_clock(0)
         clock.seconds += 10
-        with recorder.pause():
+        with recorder.pause_training():
             clock.seconds += 20
-        recorder.training(20, 3.2144, 0.812, 1e-3, tokens=123_456, wait_seconds=0.02)
-        recorder.say("[bold]any text[/bold]")
+        recorder.log_training(20, 3.2144, 0.812, 1e-3, tokens=123_456, wait_seconds=0.02)
+        recorder.print_line("[bold]any text[/bold]")
         text = shown(recorder)
     assert text == (
         "step 20/120  loss 3.214  grad 0.81  lr 1.0e-03  12.3k samples/s  wait 0.2 %  eta 2:30\n"
@@ -52,11 +52,11 @@ def test_a_live_panel_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         logging.getLogger().addHandler(handler)
         console = Console(file=file, width=110, force_interactive=True, force_terminal=True)
         with make(tmp_path, clock=clock, console=console) as recorder:
-            recorder.start(0)
+            recorder.start_clock(0)
             assert handler.stream is not file  # it writes above the panel, not through it
             clock.seconds += 10
-            recorder.training(2, 3.2, 0.8, 1e-3, tokens=12_300, wait_seconds=1.0)
-            recorder.saved({"event": "save", "step": 2})
+            recorder.log_training(2, 3.2, 0.8, 1e-3, tokens=12_300, wait_seconds=1.0)
+            recorder.log_save({"event": "save", "step": 2})
             recorder.step_done()
         logging.getLogger().removeHandler(handler)
         assert handler.stream is file
@@ -94,11 +94,11 @@ def test_what_the_panel_tells() -> None:
     text = panel(display, console)
     assert "a run [bold]" in text and "0/120" in text and "none yet" in text and "loss" not in text
     for loss in (4.0, float("nan"), 3.0, 3.5):
-        display.training(RECORD | {"loss": loss}, seconds_left=150.0)
-    display.training(RECORD, seconds_left=150.0)
+        display.show_training(RECORD | {"loss": loss}, seconds_left=150.0)
+    display.show_training(RECORD, seconds_left=150.0)
     display.advance(23)
-    display.saved(10)
-    display.evaluation(20, "valid", {"eval_loss": 3.4, "perplexity": 29.96})
+    display.show_saved(10)
+    display.show_evaluation(20, "valid", {"eval_loss": 3.4, "perplexity": 29.96})
     text = panel(display, console)
     for told in (
         "23/120",
@@ -120,9 +120,9 @@ def test_what_the_panel_tells() -> None:
 
 
 def test_sparklines() -> None:
-    assert sparkline([1.0, 2.0, 3.0]) == "▁▅█"
-    assert sparkline([5.0, float("inf"), 5.0]) == "▁ ▁"
-    assert sparkline([]) == sparkline([])[:0] == ""
+    assert draw_sparkline([1.0, 2.0, 3.0]) == "▁▅█"
+    assert draw_sparkline([5.0, float("inf"), 5.0]) == "▁ ▁"
+    assert draw_sparkline([]) == draw_sparkline([])[:0] == ""
 
 
 class Broken(io.StringIO):
@@ -133,8 +133,8 @@ class Broken(io.StringIO):
 
 
 def test_a_console_without_a_reader_is_switched_off(tmp_path: Path) -> None:
-    with make(tmp_path, console=Console(file=Lasting(Broken()))) as recorder:  # type: ignore[arg-type]
-        recorder.start(0)
+    with make(tmp_path, console=Console(file=TolerantStream(Broken()))) as recorder:  # type: ignore[arg-type]
+        recorder.start_clock(0)
         for step in (2, 4):
-            recorder.training(step, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+            recorder.log_training(step, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]

@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from trainer.metrics import goodput
-from trainer.metrics.goodput import KINDS, Goodput, Ledger, begin, read, record, sentence, write
+from trainer.metrics.goodput import (
+    KINDS,
+    Goodput,
+    TimeLedger,
+    begin_start,
+    goodput_record,
+    goodput_sentence,
+    read_ledger,
+    write_ledger,
+)
 
 
 class FakeClock:
@@ -33,16 +42,16 @@ def test_every_second_has_one_name(tmp_path: Path) -> None:
     clock = FakeClock(50.0)
     meter = Goodput(tmp_path, clock)
     clock.seconds += 10  # loading
-    with meter.during("data_wait"):  # for the first batch
+    with meter.track("data_wait"):  # for the first batch
         clock.seconds += 1
     steps(meter, clock, range(1, 2))  # compiles
     steps(meter, clock, range(2, 6))
-    with meter.during("data_wait"):
+    with meter.track("data_wait"):
         clock.seconds += 3
     clock.seconds += 0.5  # half a step, an evaluation, the other half
-    with meter.during("evaluation"):
+    with meter.track("evaluation"):
         clock.seconds += 4
-        with meter.during("save"):
+        with meter.track("save"):
             clock.seconds += 5
         clock.seconds += 1
     clock.seconds += 0.5
@@ -80,22 +89,22 @@ def test_the_sums_outlive_a_kill_and_steps_done_again_are_lost(tmp_path: Path) -
 
 def test_a_start_counts_from_its_process_on(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(goodput.time, "monotonic", lambda: 103.0)
-    begin(tmp_path, opened=100.0, now=5000.0)
+    begin_start(tmp_path, opened=100.0, now=5000.0)
     clock = FakeClock(110.0)  # another process of the host goes on with it
     meter = Goodput(tmp_path, clock)
     clock.seconds += 1
     meter.step_done(1)
     meter.save()
     assert kinds(meter) == {"restart": 11.0}
-    written = read(tmp_path)
+    written = read_ledger(tmp_path)
     assert (written.starts, written.down_seconds, written.opened) == (1, 0.0, None)
     # The next start begins 60 s later, 3 s before it says so.
-    begin(tmp_path, opened=100.0, now=written.written + 63.0)
-    assert read(tmp_path).starts == 2
-    assert read(tmp_path).down_seconds == pytest.approx(60.0)
+    begin_start(tmp_path, opened=100.0, now=written.written + 63.0)
+    assert read_ledger(tmp_path).starts == 2
+    assert read_ledger(tmp_path).down_seconds == pytest.approx(60.0)
     # A clock that was set back takes nothing away.
-    begin(tmp_path, opened=100.0, now=0.0)
-    assert read(tmp_path).down_seconds == pytest.approx(60.0)
+    begin_start(tmp_path, opened=100.0, now=0.0)
+    assert read_ledger(tmp_path).down_seconds == pytest.approx(60.0)
 
 
 def test_what_comes_between_two_meters_of_a_process_is_booked(tmp_path: Path) -> None:
@@ -115,27 +124,27 @@ def test_what_comes_between_two_meters_of_a_process_is_booked(tmp_path: Path) ->
 )
 def test_a_ledger_that_cannot_be_understood_is_begun_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / goodput.NAME).write_text(content)
-    assert read(tmp_path) == Ledger()
+    assert read_ledger(tmp_path) == TimeLedger()
 
 
 def test_a_ledger_is_replaced_whole_and_a_full_disk_costs_no_run(tmp_path: Path) -> None:
-    write(tmp_path, Ledger(step=3), now=1.0)
-    assert read(tmp_path) == Ledger(step=3, written=1.0)
+    write_ledger(tmp_path, TimeLedger(step=3), now=1.0)
+    assert read_ledger(tmp_path) == TimeLedger(step=3, written=1.0)
     assert [path.name for path in tmp_path.iterdir()] == [goodput.NAME]
-    write(tmp_path / "gone", Ledger(), now=2.0)
+    write_ledger(tmp_path / "gone", TimeLedger(), now=2.0)
 
 
 def test_the_line_and_the_sentence() -> None:
-    ledger = Ledger(starts=2, step=9)
+    ledger = TimeLedger(starts=2, step=9)
     ledger.seconds |= {"useful": 90.0, "restart": 6.0, "repeated": 4.0}
-    values = record(ledger)
+    values = goodput_record(ledger)
     assert json.loads(json.dumps(values))["event"] == "goodput"
     assert (values["useful_share"], values["repeated_seconds"]) == (0.9, 4.0)
-    assert sentence(values) == (
+    assert goodput_sentence(values) == (
         "goodput 90.0 % of 100 s in 2 starts; lost: restart 6.0 %, save 0.0 %, data wait 0.0 %, "
         "evaluation 0.0 %, steps done again 4.0 %, other 0.0 %"
     )
-    assert record(Ledger())["useful_share"] == 0.0
+    assert goodput_record(TimeLedger())["useful_share"] == 0.0
 
 
 def test_the_age_of_a_process() -> None:

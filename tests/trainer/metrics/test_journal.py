@@ -20,8 +20,8 @@ def test_a_resumed_run_repeats_no_step(tmp_path: Path, start_step: int, kept: li
     whole = "".join(json.dumps({"step": step}) + "\n" for step in steps)
     (tmp_path / "metrics.jsonl").write_text(whole + '{"step": 1, "lo')  # killed while writing
     with make(tmp_path, start_step=start_step) as recorder:
-        recorder.start(0)
-        recorder.evaluation(8, "test", {"eval_loss": 1.0})
+        recorder.start_clock(0)
+        recorder.log_evaluation(8, "test", {"eval_loss": 1.0})
     assert [line["step"] for line in lines(tmp_path)] == [*kept, 8]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["goodput.json", "metrics.jsonl"]
 
@@ -34,7 +34,7 @@ def test_what_was_left_out_of_the_data_stays_said(
     with make(tmp_path) as recorder:
         for step, action in ((3, "skip"), (5, "rollback"), (6, "skip"), (7, "stop")):
             record = {"event": "bad_step", "step": step, "rank": None, "action": action}
-            recorder.event(record, f"step {step} is bad")
+            recorder.log_event(record, f"step {step} is bad")
         assert "step 7 is bad\n" in shown(recorder)
     with make(tmp_path, start_step=start_step):
         pass
@@ -47,11 +47,11 @@ def test_starts_and_saves_are_lines(tmp_path: Path) -> None:
         (tmp_path / "goodput.json").write_text(json.dumps({"starts": starts}))
         with make(tmp_path, start_step=start_step) as recorder:
             recorder._goodput.ledger.starts = starts
-            recorder.begins()
-            recorder.saved(save | {"step": start_step + 4})
+            recorder.log_start()
+            recorder.log_save(save | {"step": start_step + 4})
         with make(tmp_path, first=False) as recorder:
-            recorder.begins()
-            recorder.saved(save)
+            recorder.log_start()
+            recorder.log_save(save)
     found = lines(tmp_path)
     kept = [(line["event"], line["step"], line.get("start")) for line in found]
     # Every start is told, however far the run went back; a save only if the run still has it.
@@ -67,9 +67,9 @@ def test_starts_and_saves_are_lines(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
-        recorder.start(0)
-        recorder.training(2, float("nan"), float("inf"), 1e-3, tokens=10, wait_seconds=0.0)
-        recorder.evaluation(2, "valid", {"eval_loss": float("-inf")})
+        recorder.start_clock(0)
+        recorder.log_training(2, float("nan"), float("inf"), 1e-3, tokens=10, wait_seconds=0.0)
+        recorder.log_evaluation(2, "valid", {"eval_loss": float("-inf")})
         console = shown(recorder)
     training, evaluation = lines(tmp_path)
     assert training["loss"] is training["grad_norm"] is evaluation["eval_loss"] is None
@@ -78,7 +78,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 def test_a_line_is_in_the_file_at_once(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
-        recorder.evaluation(1, "valid", {"eval_loss": 1.0})
+        recorder.log_evaluation(1, "valid", {"eval_loss": 1.0})
         assert len(lines(tmp_path)) == 1
 
 
@@ -104,13 +104,13 @@ def test_lines_wait_for_room_on_a_full_disk(tmp_path: Path) -> None:
         disk = FullDisk(recorder._file._file, room=70)
         recorder._file._file = disk
         for step in (1, 2, 3):  # the second is cut in the middle
-            recorder.evaluation(step, "valid", {"eval_loss": 1.0})
+            recorder.log_evaluation(step, "valid", {"eval_loss": 1.0})
             assert [line["step"] for line in lines(tmp_path)] == [1]
         disk.room = 10_000
-        recorder.evaluation(4, "valid", {"eval_loss": 1.0})
+        recorder.log_evaluation(4, "valid", {"eval_loss": 1.0})
         assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
         disk.room = 0
-        recorder.evaluation(5, "valid", {"eval_loss": 1.0})
+        recorder.log_evaluation(5, "valid", {"eval_loss": 1.0})
     said = [line for line in shown(recorder).splitlines() if "metrics.jsonl" in line]
     assert len(said) == 3  # once for each time that it was full, and at the end
     assert "cannot be written (No space left on device); training goes on" in said[0]

@@ -18,16 +18,16 @@ def test_rates_are_those_since_the_last_line_without_pauses(tmp_path: Path) -> N
     clock = FakeClock()
     with make(tmp_path, clock=clock) as recorder:
         clock.seconds += 50  # building the model
-        recorder.start(0)
+        recorder.start_clock(0)
         clock.seconds += 4
-        recorder.training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+        recorder.log_training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
         clock.seconds += 1
-        with recorder.pause():
+        with recorder.pause_training():
             clock.seconds += 30
-            with recorder.pause():
+            with recorder.pause_training():
                 clock.seconds += 5
         clock.seconds += 1
-        recorder.training(6, 2.5, 0.5, 1e-4, tokens=600, wait_seconds=1.5)
+        recorder.log_training(6, 2.5, 0.5, 1e-4, tokens=600, wait_seconds=1.5)
     first, second = lines(tmp_path)
     assert (first["step_seconds"], first["tokens_per_second"]) == (2.0, 50.0)
     assert first["data_wait_share"] == 0.25
@@ -47,9 +47,9 @@ def test_rates_are_those_since_the_last_line_without_pauses(tmp_path: Path) -> N
 def test_a_resumed_run_does_not_count_the_tokens_before(tmp_path: Path) -> None:
     clock = FakeClock()
     with make(tmp_path, clock=clock, start_step=500) as recorder:
-        recorder.start(50_000)
+        recorder.start_clock(50_000)
         clock.seconds += 4
-        recorder.training(502, 3.0, 1.0, 1e-3, tokens=50_200, wait_seconds=0.0)
+        recorder.log_training(502, 3.0, 1.0, 1e-3, tokens=50_200, wait_seconds=0.0)
     assert lines(tmp_path)[0]["step_seconds"] == 2.0
     assert lines(tmp_path)[0]["tokens_per_second"] == 50.0
 
@@ -58,9 +58,9 @@ def test_mfu_is_of_all_devices(tmp_path: Path) -> None:
     clock = FakeClock()
     config = MetricsConfig(peak_tflops=1.0)
     with make(tmp_path, clock=clock, config=config) as recorder:
-        recorder.start(0)
+        recorder.start_clock(0)
         clock.seconds += 1
-        recorder.training(10, 3.0, 1.0, 1e-3, tokens=250, wait_seconds=0.0)
+        recorder.log_training(10, 3.0, 1.0, 1e-3, tokens=250, wait_seconds=0.0)
     # 2 GFLOP a token, 250 tokens/s: half a TFLOP/s, on two devices of one.
     assert lines(tmp_path)[0]["mfu"] == pytest.approx(0.25)
 
@@ -68,18 +68,18 @@ def test_mfu_is_of_all_devices(tmp_path: Path) -> None:
 def test_a_pause_that_raises_ends_too(tmp_path: Path) -> None:
     clock = FakeClock()
     with make(tmp_path, clock=clock) as recorder:
-        recorder.start(0)
-        with pytest.raises(KeyboardInterrupt), recorder.pause():
+        recorder.start_clock(0)
+        with pytest.raises(KeyboardInterrupt), recorder.pause_training():
             clock.seconds += 9
             raise KeyboardInterrupt
         clock.seconds += 1
-        recorder.training(1, 3.0, 1.0, 1e-3, tokens=10, wait_seconds=0.0)
+        recorder.log_training(1, 3.0, 1.0, 1e-3, tokens=10, wait_seconds=0.0)
     assert lines(tmp_path)[0]["step_seconds"] == 1.0
 
 
 def test_an_evaluation_line(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
-        recorder.evaluation(250, "valid", {"eval_loss": 1.6, "bits_per_character": 2.31})
+        recorder.log_evaluation(250, "valid", {"eval_loss": 1.6, "bits_per_character": 2.31})
         console = shown(recorder)
     expected = {"step": 250, "split": "valid", "eval_loss": 1.6, "bits_per_character": 2.31}
     assert lines(tmp_path) == [expected]
@@ -88,7 +88,7 @@ def test_an_evaluation_line(tmp_path: Path) -> None:
 
 def test_an_exception_passes_and_closes_everything(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), make(tmp_path) as recorder:
-        recorder.start(0)
+        recorder.start_clock(0)
         raise KeyboardInterrupt
     assert recorder._file._file.closed
 
@@ -97,11 +97,11 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path) -> None:
     console = Console(file=io.StringIO())
     config = MetricsConfig(profile_steps=2, wandb="offline")
     with make(tmp_path, first=False, console=console, config=config) as recorder:
-        recorder.start(0)
-        recorder.training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
-        with recorder.pause():
-            recorder.evaluation(2, "valid", {"eval_loss": 1.0})
-        recorder.say("text")
+        recorder.start_clock(0)
+        recorder.log_training(2, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=1.0)
+        with recorder.pause_training():
+            recorder.log_evaluation(2, "valid", {"eval_loss": 1.0})
+        recorder.print_line("text")
         recorder.step_done()
         assert recorder.profiler is None
     assert list(tmp_path.iterdir()) == []
@@ -111,7 +111,7 @@ def test_other_ranks_write_and_say_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("first", [True, False])
 def test_due_is_the_same_on_all_ranks(tmp_path: Path, first: bool) -> None:
     with make(tmp_path, first=first, config=MetricsConfig(every=10), steps=25) as recorder:
-        assert [step for step in range(1, 26) if recorder.due(step)] == [10, 20, 25]
+        assert [step for step in range(1, 26) if recorder.is_due(step)] == [10, 20, 25]
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_one_step_is_drawn_after_warm_up(
     taken = range(start_step + 1, steps + 1)
     for first in (True, False):  # the ranks record it together
         with make(tmp_path, config=config, first=first, **options) as recorder:
-            assert [step for step in taken if recorder.draws(step)] == drawn
+            assert [step for step in taken if recorder.records_timeline(step)] == drawn
     with make(tmp_path, **options) as recorder:
-        assert not any(recorder.draws(step) for step in taken)
+        assert not any(recorder.records_timeline(step) for step in taken)
 
 
 @pytest.mark.parametrize(("steps", "first_traced"), [(16, 10), (5, 3)])
@@ -136,7 +136,7 @@ def test_profiler_traces_the_steps_after_warm_up(
 ) -> None:
     config = MetricsConfig(profile_steps=2)
     with make(tmp_path, config=config, steps=steps) as recorder:
-        recorder.start(0)
+        recorder.start_clock(0)
         for step in range(steps):
             with torch.profiler.record_function(f"training step {step}"):
                 torch.ones(2).sum()
@@ -151,17 +151,17 @@ def test_goodput_is_the_last_line_of_a_run(tmp_path: Path) -> None:
     clock = FakeClock()
     with make(tmp_path, clock=clock) as recorder:
         clock.seconds += 10
-        recorder.start(0)
+        recorder.start_clock(0)
         for _ in range(3):
-            with recorder.waiting():
+            with recorder.track_data_wait():
                 clock.seconds += 1
             clock.seconds += 4
             recorder.step_done()
-        recorder.training(3, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=3.0)
+        recorder.log_training(3, 3.0, 1.0, 1e-3, tokens=200, wait_seconds=3.0)
         written = json.loads((tmp_path / "goodput.json").read_text())  # at once: a kill may come
-        with recorder.pause("evaluation"):
+        with recorder.pause_training("evaluation"):
             clock.seconds += 20
-        with recorder.pause("save"):
+        with recorder.pause_training("save"):
             clock.seconds += 5
     assert written["seconds"]["useful"] == 8.0
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
@@ -182,6 +182,6 @@ def test_a_picture_that_finds_no_room_ends_no_run(tmp_path: Path) -> None:
     with make(tmp_path) as recorder:
         run = recorder._run
         recorder._run = replace(run, run_dir=tmp_path / "gone")
-        recorder.timeline(5, [Span(0, 0, "F", 0, 0.0, 1.0)], "gpipe")
+        recorder.draw_timeline(5, [Span(0, 0, "F", 0, 0.0, 1.0)], "gpipe")
         recorder._run = run
     assert "timeline.png cannot be written" in shown(recorder)

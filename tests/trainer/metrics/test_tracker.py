@@ -19,9 +19,9 @@ from rich.console import Console
 from trainer.config.train import MetricsConfig
 from trainer.metrics.trackers import (
     Tracker,
-    follow,
-    furthest,
+    follow_records,
     is_mirrored,
+    latest_lines,
     to_wandb,
 )
 
@@ -119,7 +119,7 @@ def track(
         for tracker in recorder._trackers:
             tracker._patience_seconds = 30.0
         for step in steps:
-            recorder.evaluation(step, "valid", {"eval_loss": 1.0, "accuracy": float("nan")})
+            recorder.log_evaluation(step, "valid", {"eval_loss": 1.0, "accuracy": float("nan")})
     written = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in written] == [*range(1, start_step + 1), *steps]
     return [line for line in said.getvalue().splitlines() if not line.startswith("step ")]
@@ -192,8 +192,8 @@ def test_a_wandb_that_hangs_for_ever_holds_nothing_up(
         file.write(200 * (json.dumps(record) + "\n"))  # more than a pipe holds
     hangs = {"hangs": where}
     wait_until(lambda: fake_wandb.steps() if where == "finish" else hangs in fake_wandb.notes())
-    tracker.poll()
-    tracker.close()
+    tracker.poll_messages()
+    tracker.close_tool()
     assert said == ["wandb is not done after 0.1 s: left to itself"]
     wait_until(lambda: process.poll() is not None)  # and it does not stay for ever
     assert hangs in fake_wandb.notes()
@@ -212,8 +212,8 @@ def test_a_tracker_that_is_killed_is_missed_once(
     process.kill()
     process.wait()
     for _ in range(polls):
-        tracker.poll()
-    tracker.close()
+        tracker.poll_messages()
+    tracker.close_tool()
     assert said == ["wandb ended with status -9; metrics.jsonl has everything"]
 
 
@@ -243,7 +243,7 @@ def test_a_resumed_run_is_mirrored_from_where_it_goes_on(
     tracker = Tracker(config, tmp_path, {}, said.append, patience_seconds=100.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3}\n')
-    tracker.close()
+    tracker.close_tool()
     assert fake_wandb.steps() == [3]
 
 
@@ -266,9 +266,9 @@ def test_what_was_never_mirrored_is_not_left_out(tmp_path: Path, fake_wandb: Fak
 
 def test_the_furthest_lines_say_what_was_mirrored() -> None:
     lines = ['{"step": 4}', '{"step": 5}', '{"step": 5, "event": "skip"}', "{", "[1]", "{}", "5"]
-    assert furthest(lines) == [[5, ""], [5, "skip"]]
-    assert furthest([]) == []
-    seen = furthest(lines)
+    assert latest_lines(lines) == [[5, ""], [5, "skip"]]
+    assert latest_lines([]) == []
+    seen = latest_lines(lines)
     assert is_mirrored({"step": 4, "split": "valid"}, seen)
     assert is_mirrored({"step": 5, "loss": 1.0}, seen)
     assert not is_mirrored({"step": 5, "split": "valid"}, seen)
@@ -289,7 +289,7 @@ def test_half_a_line_is_read_when_it_is_whole(tmp_path: Path) -> None:
             self.set()
             return True
 
-    assert list(follow(path, 0, Ended())) == [{"step": 1}, {"step": 2}]
+    assert list(follow_records(path, 0, Ended())) == [{"step": 1}, {"step": 2}]
 
 
 def test_wandb_names() -> None:
@@ -314,7 +314,7 @@ def test_a_late_line_goes_to_the_newest_step_of_wandb(
     tracker = Tracker(config, tmp_path, {}, print, patience_seconds=100.0)
     with (tmp_path / "metrics.jsonl").open("a") as file:  # wandb takes no step below its last one
         file.write('{"step": 6}\n{"event": "save", "step": 5, "seconds": 0.5}\n')
-    tracker.close()
+    tracker.close_tool()
     assert fake_wandb.steps() == [6, 6]
     assert fake_wandb.notes()[2]["values"] == {"save/step": 5, "save/seconds": 0.5}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainer.config.train import OptimConfig
-from trainer.optim.lr_schedule import lr_at, lr_leap, schedule_warnings
+from trainer.optim.lr_schedule import learning_rate_at, lr_jump_message, schedule_warnings
 from trainer.optim.parameter_groups import has_weight_decay
 from trainer.optim.registry import build_optimizer
 from trainer.precision import PRECISIONS, LossScale, resolve_precision
@@ -20,21 +20,29 @@ def test_cosine_equals_torch():
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     reference = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=90, eta_min=0.05)
     for step in range(10, 100):
-        assert lr_at(step, 100, config) == pytest.approx(reference.get_last_lr()[0], rel=1e-9)
+        assert learning_rate_at(step, 100, config) == pytest.approx(
+            reference.get_last_lr()[0], rel=1e-9
+        )
         optimizer.step()
         reference.step()
 
 
 def test_warm_up_is_linear_and_reaches_the_peak():
     config = OptimConfig(lr=0.5, warmup_steps=10, schedule="constant")
-    assert [lr_at(step, 100, config) for step in (0, 4, 9, 10, 99)] == [0.05, 0.25, 0.5, 0.5, 0.5]
+    assert [learning_rate_at(step, 100, config) for step in (0, 4, 9, 10, 99)] == [
+        0.05,
+        0.25,
+        0.5,
+        0.5,
+        0.5,
+    ]
 
 
 def test_wsd_is_stable_and_then_falls_to_the_floor():
     config = OptimConfig(lr=1.0, warmup_steps=0, schedule="wsd", decay_share=0.2, min_lr_ratio=0.1)
-    assert [lr_at(step, 100, config) for step in (0, 50, 80)] == [1.0, 1.0, 1.0]
-    assert lr_at(90, 100, config) == pytest.approx(0.55)
-    assert lr_at(100, 100, config) == pytest.approx(0.1)
+    assert [learning_rate_at(step, 100, config) for step in (0, 50, 80)] == [1.0, 1.0, 1.0]
+    assert learning_rate_at(90, 100, config) == pytest.approx(0.55)
+    assert learning_rate_at(100, 100, config) == pytest.approx(0.1)
 
 
 class Small(nn.Module):
@@ -171,13 +179,13 @@ def test_a_schedule_that_never_falls_or_leaps_is_told(steps, optim, parts):
     ],
 )
 def test_a_leap_of_the_learning_rate_is_told_with_both_numbers(steps, optim):
-    before = lr_at(50, 60, OptimConfig(lr=1e-2, warmup_steps=5))
+    before = learning_rate_at(50, 60, OptimConfig(lr=1e-2, warmup_steps=5))
     config = schedule(**{"warmup_steps": 5} | optim)
-    now = lr_at(50, steps, config)
-    told = lr_leap(50, steps, before, config)
+    now = learning_rate_at(50, steps, config)
+    told = lr_jump_message(50, steps, before, config)
     assert f"step 51 is {now:.3g}" in told and f"had {before:.3g}" in told
 
 
 @pytest.mark.parametrize("before", [None, 1e-2, 0.995e-2])
 def test_a_learning_rate_that_goes_on_is_not_mentioned(before):
-    assert lr_leap(20, 120, before, schedule(warmup_steps=5, schedule="wsd")) == ""
+    assert lr_jump_message(20, 120, before, schedule(warmup_steps=5, schedule="wsd")) == ""

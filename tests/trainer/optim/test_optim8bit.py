@@ -13,10 +13,10 @@ from torchao.optim.quant_utils import create_dynamic_map
 from parallel.errors import UserError
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig, OptimConfig, TrainConfig
-from trainer.loop import start, take_step
-from trainer.optim.adamw8bit import block_size, dequantise, dynamic_map, quantise
+from trainer.loop import start_run, take_step
+from trainer.optim.adamw8bit import block_size, dequantize_blocks, dynamic_map, quantize_blocks
 from trainer.optim.registry import build_optimizer
-from trainer.verify.cases import make_batch, samples, split
+from trainer.verify.cases import make_batch, samples_per_step, split_batch
 
 CONFIG = OptimConfig(name="adamw8bit", lr=1e-2, warmup_steps=0, weight_decay=0.3)
 # Rows of 512 numbers: whole blocks of 256 also on each of two tensor ranks.
@@ -50,9 +50,9 @@ def test_numbers_are_rounded_to_the_nearest_of_the_map(signed):
     x = x if signed else x.square()
     x[1], x[2, 5] = 0.0, 0.0
     values = dynamic_map(signed)
-    codes, scale = quantise(x, values, 32)
+    codes, scale = quantize_blocks(x, values, 32)
     assert codes.dtype == torch.uint8 and codes.shape == x.shape and scale.shape == (6, 2)
-    for row, blocks in enumerate(dequantise(codes, scale, values).unflatten(-1, (2, 32))):
+    for row, blocks in enumerate(dequantize_blocks(codes, scale, values).unflatten(-1, (2, 32))):
         for number, block in enumerate(blocks):
             own = x[row].view(2, 32)[number]
             choice = values.double() * own.abs().max()
@@ -143,11 +143,13 @@ def trained(runtime, config: TrainConfig, stops: list[int]) -> list[dict[str, Te
     """Whole weights and moments at each stop, where the run is saved, and then loaded again."""
     found = []
     for stop in stops:
-        state = start(config, runtime)
+        state = start_run(config, runtime)
         while state.step < stop:
             # As many samples whatever the layout.
-            batch = make_batch(MODEL, 0, state.step, samples(StrategyConfig(pipeline=2)) - 1)
-            take_step(config, state, split(batch, state.worker))
+            batch = make_batch(
+                MODEL, 0, state.step, samples_per_step(StrategyConfig(pipeline=2)) - 1
+            )
+            take_step(config, state, split_batch(batch, state.worker))
         tiny.save(config, state)
         everything = {n: tiny.whole(p) for n, p in state.worker.parameters().items()}
         for name, moments in state.optimizer.state().items():
@@ -198,7 +200,7 @@ def test_a_checkpoint_loads_under_another_layout_to_the_bit(ranks, tmp_path, nam
 
 def refused(runtime, config: TrainConfig) -> str:
     with pytest.raises(UserError) as raised:
-        start(config, runtime)
+        start_run(config, runtime)
     return str(raised.value)
 
 

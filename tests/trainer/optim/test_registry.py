@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from toy_optimizer import TOYS, with_toys
 
-from conf.validation.validate import problems
+from conf.validation.validate import find_problems
 from parallel.errors import ConfigError
 from parallel.strategy import StrategyConfig, world_size
 from trainer.checkpoint.manifest import read_manifest
 from trainer.config.train import OptimConfig, TrainConfig, VerifyConfig
-from trainer.loop import start, take_step
+from trainer.loop import start_run, take_step
 from trainer.optim.parameter_groups import ParameterGroup, parameter_groups
 from trainer.optim.registry import OPTIMIZERS, build_optimizer
-from trainer.verify.cases import FAMILIES, make_batch, samples, split
-from trainer.verify.compare import compare, first_fault, verdict, walk
+from trainer.verify.cases import FAMILIES, make_batch, samples_per_step, split_batch
+from trainer.verify.compare import compare_layout, first_mismatch, format_verdict, verify_all
 
 OPTIM = OptimConfig(name="toy", lr=1e-2, eps=1e-6, warmup_steps=2, max_grad_norm=0.5)
 LAYOUTS = {
@@ -58,7 +58,7 @@ def test_another_optimizer_takes_the_rest_of_hidden_matrices():
 
 
 def test_optim_name_may_be_each_that_is_registered():
-    found = problems(TrainConfig(optim=OptimConfig(name="none")), 1)
+    found = find_problems(TrainConfig(optim=OptimConfig(name="none")), 1)
     assert f"optim.name=none is not one of {', '.join(OPTIMIZERS)}" in found
 
 
@@ -98,19 +98,19 @@ def test_both_parts_skip_an_update_and_count_the_others():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_an_optimizer_of_whole_matrices_equals_one_process(ranks, name, family):
     config = VerifyConfig(LAYOUTS[name], FAMILIES[family], optim=OPTIM)
-    found = ranks.run(world_size(config.strategy), with_toys, compare, config)[0]
-    assert verdict(found, 1e-10) == "equal"
+    found = ranks.run(world_size(config.strategy), with_toys, compare_layout, config)[0]
+    assert format_verdict(found, 1e-10) == "equal"
 
 
 @pytest.mark.parametrize("name", ["fsdp 2", "tensor 2"])
 def test_verify_catches_one_that_takes_a_part_for_the_whole(ranks, name):
     optim = replace(OPTIM, name="local toy")
     config = VerifyConfig(LAYOUTS[name], FAMILIES["decoder (Llama)"], optim=optim)
-    fault = first_fault(ranks.run(2, with_toys, compare, config)[0], 1e-10)
+    fault = first_mismatch(ranks.run(2, with_toys, compare_layout, config)[0], 1e-10)
     assert fault is not None and fault.step == 1
     wrong = {
         d.parameter
-        for d in ranks.run(2, with_toys, compare, replace(config, steps=1))[0]
+        for d in ranks.run(2, with_toys, compare_layout, replace(config, steps=1))[0]
         if d.quantity == "weight" and d.value > 1e-10
     }
     assert MATRIX in wrong and all(parameter.startswith("blocks.") for parameter in wrong)
@@ -131,11 +131,13 @@ def job(folder: Path, strategy: StrategyConfig) -> TrainConfig:
 def trained(runtime, config: TrainConfig, stops: list[int]) -> dict[str, Tensor]:
     """Whole weights and moments at the last stop; at each the run is saved and then loaded."""
     for stop in stops:
-        state = start(config, runtime)
+        state = start_run(config, runtime)
         while state.step < stop:
             # As many samples whatever the layout.
-            batch = make_batch(tiny.LLAMA, 0, state.step, samples(StrategyConfig(pipeline=2)) - 1)
-            take_step(config, state, split(batch, state.worker))
+            batch = make_batch(
+                tiny.LLAMA, 0, state.step, samples_per_step(StrategyConfig(pipeline=2)) - 1
+            )
+            take_step(config, state, split_batch(batch, state.worker))
         tiny.save(config, state)
     assert state.optimizer.update_count().item() == stops[-1]
     everything = {n: tiny.whole(p) for n, p in state.worker.parameters().items()}
@@ -171,4 +173,4 @@ def test_a_checkpoint_of_one_process_goes_on_under_another_layout(ranks, tmp_pat
 
 def test_verify_refuses_what_it_has_no_reference_for():
     with pytest.raises(ConfigError, match=r"set optim.name to one of adamw$"):
-        walk(VerifyConfig(optim=OptimConfig(name="adamw8bit")))
+        verify_all(VerifyConfig(optim=OptimConfig(name="adamw8bit")))

@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 
-from launch.cli.errors import answer
+from launch.cli.errors import run_simple_command
 from launch.report import main
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import Manifest, write_manifest
 from trainer.config.train import UserError
-from trainer.report.page import differing, page, summary, write_report
+from trainer.report.page import differing_keys, render_page, run_summary, write_report
 from trainer.report.run_history import read_history
 from trainer.report.svg_chart import (
     Axis,
     Curve,
     Mark,
-    chart,
-    lanes,
+    curve_figure,
+    event_lanes,
     round_values,
-    smoothed,
-    thinned,
+    smooth_points,
+    thin_points,
 )
 
 CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
@@ -121,7 +121,7 @@ class Page(HTMLParser):
 def test_a_page_shows_all_that_a_run_tells(tmp_path: Path) -> None:
     history = read_history(run_in(tmp_path / "a <b>run</b>"))
     assert history.notes == []
-    text = page([history], 1.7e9)
+    text = render_page([history], 1.7e9)
     shown = Page(text)
     charts = shown.charts()
     (curve, valid) = charts["Loss, nats; dots: valid split"]["curves"]
@@ -148,7 +148,7 @@ def test_a_page_shows_all_that_a_run_tells(tmp_path: Path) -> None:
 
 
 def test_a_page_needs_nothing_else(tmp_path: Path) -> None:
-    text = page([read_history(run_in(tmp_path / "run"))], 1.7e9)
+    text = render_page([read_history(run_in(tmp_path / "run"))], 1.7e9)
     assert "default-src 'none'" in text
     attributes = {name for _, attrs in Page(text).tags for name in attrs}
     assert not attributes & {"src", "href", "srcset", "action"}
@@ -169,12 +169,12 @@ def test_nothing_that_a_run_tells_is_markup(tmp_path: Path) -> None:
     (runs[1] / "config.yaml").write_text(json.dumps({HOSTILE: 3, "same": HOSTILE}))
     histories = [read_history(run) for run in runs]
     histories[0].notes.append(HOSTILE)
-    text = page(histories, 1.7e9)
+    text = render_page(histories, 1.7e9)
     shown = Page(text)
     assert text.count("<script") == 1 and "<img" not in text
     plain = [read_history(run_in(tmp_path / name)) for name in ("plain", "too")]
     plain[0].notes.append("plain")
-    known = {(tag, name) for tag, attrs in Page(page(plain, 1.7e9)).tags for name in attrs}
+    known = {(tag, name) for tag, attrs in Page(render_page(plain, 1.7e9)).tags for name in attrs}
     assert {(tag, name) for tag, attrs in shown.tags for name in attrs} <= known
     # As text: the title, notes, states, names, keys, values, events and their texts.
     assert shown.text.count(HOSTILE) > 20
@@ -184,7 +184,7 @@ def test_nothing_that_a_run_tells_is_markup(tmp_path: Path) -> None:
 
 
 def test_the_row_of_a_run(tmp_path: Path) -> None:
-    row = summary(read_history(run_in(tmp_path / "run")))
+    row = run_summary(read_history(run_in(tmp_path / "run")))
     assert row == {
         "status": "stopped: SIGTERM",
         "steps": "40 of 60",
@@ -204,13 +204,13 @@ def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
     runs = [run_in(tmp_path / "one"), run_in(tmp_path / "two", lr="0.004")]
     (runs[1] / "config.yaml").write_text((runs[1] / "config.yaml").read_text() + "new: 3\n")
     histories = [read_history(run) for run in runs]
-    assert differing(histories) == ["optim.lr", "new"]  # not run_dir
-    shown = Page(page(histories, 1.7e9))
+    assert differing_keys(histories) == ["optim.lr", "new"]  # not run_dir
+    shown = Page(render_page(histories, 1.7e9))
     table = shown.text[shown.text.index("Where the configurations differ") :]
     assert re.match(r"[^.]*key● one● twooptim\.lr0\.0010\.004new–3", table)
     assert [c["run"] for c in shown.charts()["Learning rate"]["curves"]] == [0, 1]
     same = [read_history(run_in(tmp_path / name / "run")) for name in "ab"]
-    text = Page(page(same, 1.7e9)).text
+    text = Page(render_page(same, 1.7e9)).text
     assert "The same in all runs" in text
     assert str(tmp_path / "a" / "run") in text  # folders of one name go by their path
 
@@ -226,9 +226,9 @@ def test_a_folder_of_runs_is_a_sweep(tmp_path: Path) -> None:
 
 def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = run_in(tmp_path / "one"), run_in(tmp_path / "optim.lr=1" / "two")
-    assert answer(main, [f"run_dir={one}"]) == 0
+    assert run_simple_command(main, [f"run_dir={one}"]) == 0
     assert capsys.readouterr().out == f"report: {one / 'report.html'}\n"
-    assert answer(main, [str(one), str(two), f"output={tmp_path / 'both.html'}"]) == 0
+    assert run_simple_command(main, [str(one), str(two), f"output={tmp_path / 'both.html'}"]) == 0
     assert "<h1>one, two</h1>" in (tmp_path / "both.html").read_text()
     for arguments, message in (
         ([f"run_dir={tmp_path / 'oen'}"], rf"holds no run .*did you mean run_dir={one}\?"),
@@ -237,7 +237,7 @@ def test_the_door(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(one), f"output={tmp_path}"], r"cannot be written \(it is a folder\); name another"),
         ([str(one), f"output={tmp_path}/no/a.html"], r"cannot be written \(No such file or dir"),
     ):
-        assert answer(main, arguments) == 2
+        assert run_simple_command(main, arguments) == 2
         told = capsys.readouterr().err
         assert re.search(message, told) and told.count("\n") == 1, told
     assert sorted(path.name for path in tmp_path.iterdir()) == ["both.html", "one", "optim.lr=1"]
@@ -249,8 +249,8 @@ def test_what_is_missing_or_damaged_is_a_note(tmp_path: Path) -> None:
     (empty / "config.yaml").write_text(CONFIG.format(lr=1))
     history = read_history(empty)
     assert history.notes == ["no metrics yet: metrics.jsonl holds no step"]
-    assert summary(history) == {"status": "unknown: no status.json", "steps": "0"}
-    Page(page([history], 0.0))
+    assert run_summary(history) == {"status": "unknown: no status.json", "steps": "0"}
+    Page(render_page([history], 0.0))
 
     bad = run_in(tmp_path / "bad")
     lines = (bad / "metrics.jsonl").read_text().splitlines()
@@ -266,8 +266,10 @@ def test_what_is_missing_or_damaged_is_a_note(tmp_path: Path) -> None:
     assert "metrics.jsonl: damaged and passed over: line 2, 3, 4, 5, 6 and 1 more" in history.notes
     for part in ("config.yaml cannot be read", "rollbacks.json is damaged", "manifest.json is mis"):
         assert any(part in note for note in history.notes), part
-    assert len(history.curve("loss")) == 20
-    assert all(note.split("&")[0] in Page(page([history], 0.0)).text for note in history.notes)
+    assert len(history.metric_curve("loss")) == 20
+    assert all(
+        note.split("&")[0] in Page(render_page([history], 0.0)).text for note in history.notes
+    )
 
 
 def test_checkpoints_and_rollbacks_are_events(tmp_path: Path) -> None:
@@ -303,29 +305,29 @@ def test_axes() -> None:
     assert round_values(5, 5) == [5]
     axis = Axis([1.0, 1000.0], 100, 0, log=True)
     assert [axis(1), axis(1000)] == [100, 0] and axis(10) == pytest.approx(200 / 3)
-    assert axis.ticks() == pytest.approx([1, 10, 100, 1000])
-    assert Axis([3.0, 70.0], 0, 1, log=True).ticks() == pytest.approx([5, 10, 20, 50])
+    assert axis.axis_ticks() == pytest.approx([1, 10, 100, 1000])
+    assert Axis([3.0, 70.0], 0, 1, log=True).axis_ticks() == pytest.approx([5, 10, 20, 50])
     assert not Axis([0.0, 1000.0], 0, 1, log=True).log
     assert Axis([2.0, 2.0], 0, 100)(2.0) == 50
-    assert Axis([], 0, 1).ticks()
+    assert Axis([], 0, 1).axis_ticks()
 
 
 def test_long_curves_keep_their_spikes() -> None:
     points = [(float(i), 0.0) for i in range(100_000)]
     points[54_321] = (54_321.0, 9.0)
-    few = thinned(points)
+    few = thin_points(points)
     assert len(few) <= 500 and (54_321.0, 9.0) in few and few == sorted(few)
-    assert thinned(points[:3]) == points[:3]
+    assert thin_points(points[:3]) == points[:3]
     line = [(float(i), 2.0 * i) for i in range(100)]
-    means = [value for _, value in smoothed(line)]
+    means = [value for _, value in smooth_points(line)]
     assert means == pytest.approx([value for _, value in line])  # straight stays, ends too
-    assert smoothed(points)[54_321][1] < 9.0
+    assert smooth_points(points)[54_321][1] < 9.0
 
 
 def test_a_chart_places_its_values() -> None:
     curve = Curve("a", 9, [(0, 1.0), (50, 2.0), (100, 3.0)])
     marks = [Mark(50, 9, "restart", "2 < 3"), Mark(50, 9, "save", "")]
-    figure = chart("T & U", [curve, Curve("none", 1, [])], marks, (0, 100))
+    figure = curve_figure("T & U", [curve, Curve("none", 1, [])], marks, (0, 100))
     places = re.search(r'points="([^"]+)"', figure)
     assert places
     (x0, y0), (x1, y1), (x2, y2) = (map(float, p.split(",")) for p in places[1].split())
@@ -333,7 +335,7 @@ def test_a_chart_places_its_values() -> None:
     assert f"M{x1},10V" in figure and "2 &lt; 3" in figure and "T &amp; U" in figure
     assert 'class="curve c1 dashed"' in figure  # colours come again
     assert figure.count('class="mark') == 1  # a save is in the lanes alone
-    assert chart("T", [Curve("none", 1, [])], marks, (0, 100)) == ""
-    assert lanes("T", ["a"], [], (0, 100)) == ""
+    assert curve_figure("T", [Curve("none", 1, [])], marks, (0, 100)) == ""
+    assert event_lanes("T", ["a"], [], (0, 100)) == ""
     many = [Mark(step, 0, "save", "") for step in range(1000)]
-    assert 20 < lanes("T", ["a"], many, (0, 1000)).count('class="glyph"') < 160
+    assert 20 < event_lanes("T", ["a"], many, (0, 1000)).count('class="glyph"') < 160

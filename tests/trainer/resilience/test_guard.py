@@ -24,13 +24,13 @@ from poisoned import (
 )
 from torch import Tensor
 
-from conf.validation.validate import complete
+from conf.validation.validate import fill_from_data
 from parallel.errors import UserError
-from parallel.grad_norm import local
+from parallel.grad_norm import local_tensor
 from parallel.parallel_model import ParallelModel
-from parallel.strategy import StrategyConfig, resolve, world_size
+from parallel.strategy import StrategyConfig, resolve_degrees, world_size
 from trainer import loop
-from trainer.checkpoint.folder import checkpoints
+from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import (
     CheckpointConfig,
     EvalConfig,
@@ -39,13 +39,13 @@ from trainer.config.train import (
     OptimConfig,
     TrainConfig,
 )
-from trainer.data import prepare
+from trainer.data import prepare_data
 from trainer.loop import resume
 from trainer.metrics.jsonl import last_values
 from trainer.metrics.recorder import Recorder
-from trainer.report.page import page
+from trainer.report.page import render_page
 from trainer.report.run_history import read_history
-from trainer.resilience.bad_steps import BadStepPolicy, Guard
+from trainer.resilience.bad_steps import BadStepGuard, BadStepPolicy
 from trainer.run.run_dir import open_run_dir
 from trainer.state import not_finite
 
@@ -66,7 +66,7 @@ def config(tmp_path_factory) -> TrainConfig:
         batch_size=BATCH,
         micro_batch_size=2,
     )
-    return complete(draft, prepare(data))
+    return fill_from_data(draft, prepare_data(data))
 
 
 CASES = [
@@ -151,15 +151,15 @@ def test_by_default_a_bad_step_ends_the_run(ranks, config, tmp_path, layout, poi
         for word in (what, "step-00000003", "on_bad_step=skip or rollback", "optim.lr"):
             assert word in message
     assert [event["action"] for event in events(config)] == ["stop"]
-    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
     assert ranks.run(1, finite, replace(config, strategy=StrategyConfig())) == [True]
 
 
 def finite(runtime, config: TrainConfig) -> bool:
     """Whether all that the checkpoints hold is."""
-    state = loop.start(replace(config, run_dir=f"{config.run_dir}/none"), runtime)
+    state = loop.start_run(replace(config, run_dir=f"{config.run_dir}/none"), runtime)
     good = True
-    for step, _ in reversed(checkpoints(config.run_dir)):
+    for step, _ in reversed(list_checkpoints(config.run_dir)):
         resume(replace(config, resume_step=step), state)
         good &= all(bool(t.isfinite().all()) for t in parts(state).values())
         good &= all(bool(t.isfinite().all()) for t in state.guard.state().values())
@@ -290,19 +290,19 @@ def refused(runtime, config) -> str:
 
 def overflowing(runtime, config: TrainConfig) -> tuple[int, float, str]:
     """fp16 whose loss scale is far too high; and whose loss is never finite."""
-    state = loop.start(config, runtime)
+    state = loop.start_run(config, runtime)
     state.loss_scale.scale.fill_(2.0**40)
     loader = loop.open_loader(config, state)
     recorder = mock.Mock()
     for _ in range(4):
         loop.take_step(config, state, next(loader))
-    state.guard.look(
+    state.guard.process_bad_steps(
         state.step, state.worker, loader, recorder, lambda: None, partial(not_finite, state)
     )
     loader.close()
     scale = state.loss_scale.scale.item()
     message = train(runtime, replace(config, steps=30), "nan", set(range(99)), 0)[1]
-    return recorder.event.call_count, scale, message
+    return recorder.log_event.call_count, scale, message
 
 
 def test_an_overflow_of_fp16_is_healthy_until_its_scale_is_below_one(ranks, config, tmp_path):
@@ -378,7 +378,7 @@ def test_weights_that_are_not_finite_are_never_saved(
         assert "is not finite after step 1; nothing was saved since" in message
         assert message.startswith("model.") and "try a lower optim.lr" in message
         assert ("max_bad_steps=5 times" if policy == "rollback" else "on_bad_step=") in message
-    assert [step for step, _ in checkpoints(tmp_path)] == [0] * (policy == "rollback")
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [0] * (policy == "rollback")
     last = events(config)[-1]
     assert (last["kind"], last["step"], last["action"]) == ("update", 1, "stop")
     assert last["tensor"].startswith("model.") and len(last["samples"]) == BATCH
@@ -398,7 +398,7 @@ def test_any_tensor_of_any_rank_keeps_a_checkpoint_from_being_saved(
         assert message.startswith(tensor) and message == results[0]
         assert "is not finite after step 6" in message and "step-00000003" in message
         assert f".{what} is not finite" in message
-    assert [step for step, _ in checkpoints(tmp_path)] == [3]
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [3]
     assert ranks.run(1, finite, replace(config, strategy=StrategyConfig())) == [True]
 
 
@@ -432,7 +432,7 @@ def unmeasured(runtime, config: TrainConfig, losses: list[float]) -> str:
         loss = next(told)
         return {"eval_loss": loss, "perplexity": loss, "bleu": loss}
 
-    with mock.patch.object(loop, "measure", measure):
+    with mock.patch.object(loop, "evaluate_split", measure):
         return ended(runtime, config, "nan", set(), 0)
 
 
@@ -449,13 +449,13 @@ def test_an_evaluation_that_is_not_finite_ends_no_run(ranks, config, tmp_path, b
         checkpoint=CheckpointConfig(every=3, keep=1, keep_best=True),
     )
     assert results == [""]
-    assert [step for step, _ in checkpoints(tmp_path)] == [6, 7]  # the best, the newest
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [6, 7]  # the best, the newest
     text = (tmp_path / "metrics.jsonl").read_text()
     for line in text.splitlines():
         json.loads(line, parse_constant=pytest.fail)
     history = read_history(tmp_path)
-    assert history.curve("eval_loss", "valid") == [(6, 2.0)] and history.notes == []
-    assert "bleu" in page([history], now=0.0)
+    assert history.metric_curve("eval_loss", "valid") == [(6, 2.0)] and history.notes == []
+    assert "bleu" in render_page([history], now=0.0)
     assert not any(key.startswith("valid") for key in last_values(tmp_path))  # 2.0 is not the last
 
 
@@ -468,7 +468,7 @@ def silent(runtime, config: TrainConfig) -> str:
 
     with (
         mock.patch.object(ParallelModel, "forward", nan),
-        mock.patch.object(Recorder, "say", lambda _, text: said.append(text)),
+        mock.patch.object(Recorder, "print_line", lambda _, text: said.append(text)),
     ):
         assert ended(runtime, config, "nan", set(), 0) == ""
     return " ".join(said)
@@ -484,7 +484,7 @@ def test_a_model_whose_logits_are_nan_writes_no_sample_and_ends_well(ranks, conf
         metrics=MetricsConfig(every=9, sample_tokens=5),
     )
     assert "no sample: the model's logits are not finite" in said
-    assert [step for step, _ in checkpoints(tmp_path)][-1] == 7
+    assert [step for step, _ in list_checkpoints(tmp_path)][-1] == 7
 
 
 def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tmp_path):
@@ -492,14 +492,14 @@ def test_a_run_does_not_begin_with_weights_that_are_not_finite(ranks, config, tm
     open_run_dir(config)
     (message,) = ranks.run(1, spoiled, config)
     assert "is not finite before step 1; choose another init_from" in message
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def spoiled(runtime, config: TrainConfig) -> str:
     def load_first(init_from, run_dir, data, worker):
         next(worker.model.parameters()).detach().fill_(torch.nan)
 
-    with mock.patch.object(loop, "load_first", load_first):
+    with mock.patch.object(loop, "load_initial_weights", load_first):
         return refused(runtime, config)
 
 
@@ -517,16 +517,16 @@ def spoiled(runtime, config: TrainConfig) -> str:
 )
 def test_what_was_left_out_is_read_in_samples(runtime, tmp_path, text, left_out):
     (tmp_path / "rollbacks.json").write_text(text)
-    guard = Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
+    guard = BadStepGuard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device)
     guard.read_rollbacks(str(tmp_path), batch_size=16)
-    assert guard.left_out == left_out
+    assert guard.skipped_steps == left_out
 
 
 @pytest.mark.parametrize("text", ['[{"step": 3, "samples": [[9, 5]]}]', '[{"step": 3}]', "{}3"])
 def test_what_was_left_out_and_cannot_be_read_is_refused(runtime, tmp_path, text):
     (tmp_path / "rollbacks.json").write_text(text)
     with pytest.raises(UserError, match=r"rollbacks\.json is damaged"):
-        Guard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device).read_rollbacks(
+        BadStepGuard(BadStepPolicy("stop", 5, 0.0, 64), "nowhere", runtime.device).read_rollbacks(
             str(tmp_path), batch_size=16
         )
 
@@ -536,8 +536,8 @@ READS = ("item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__float__
 
 def healthy(runtime, config: TrainConfig) -> list[str]:
     """What of the device a healthy step reads back."""
-    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
-    state = loop.start(config, runtime)
+    config = replace(config, strategy=resolve_degrees(config.strategy, runtime.world_size))
+    state = loop.start_run(config, runtime)
     loader = loop.open_loader(config, state)
     loop.take_step(config, state, next(loader))
     micro_batches, read = next(loader), []
@@ -581,13 +581,13 @@ def test_a_healthy_step_reads_nothing_back(ranks, config, tmp_path, layout, prec
 
 def drifting(runtime, config: TrainConfig) -> str:
     """Train where rank 1's weights are changed a little behind the third step."""
-    config = replace(config, strategy=resolve(config.strategy, runtime.world_size))
+    config = replace(config, strategy=resolve_degrees(config.strategy, runtime.world_size))
     take_step = loop.take_step
 
     def step(config, state, micro_batches):
         done = take_step(config, state, micro_batches)
         if runtime.rank == 1 and state.step == 3:
-            local(state.worker.parameters()["head.norm.weight"].detach())[0] += 1e-3
+            local_tensor(state.worker.parameters()["head.norm.weight"].detach())[0] += 1e-3
         return done
 
     with mock.patch.object(loop, "take_step", step):
@@ -609,7 +609,7 @@ def test_replicas_that_differ_end_the_run(ranks, config, tmp_path, layout):
         assert "on ranks 0 and 1 of 2 with a copy" in message
     (event,) = events(config)
     assert (event["event"], event["step"], event["rank"]) == ("replicas_differ", 4, None)
-    assert checkpoints(tmp_path) == []
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_replicas_that_agree_go_unmentioned(ranks, config, tmp_path):
@@ -624,4 +624,4 @@ def test_replicas_that_agree_go_unmentioned(ranks, config, tmp_path):
         run_dir=str(tmp_path),
         checkpoint=CheckpointConfig(every=0, check_replicas_every=1),
     )
-    assert events(config) == [] and len(checkpoints(tmp_path)) == 1
+    assert events(config) == [] and len(list_checkpoints(tmp_path)) == 1

@@ -15,7 +15,7 @@ from launched import until
 from parallel.errors import UserError
 from trainer.config.train import TrainConfig
 from trainer.run import lock
-from trainer.run.lock import hold, share
+from trainer.run.lock import hold_lock, share_lock
 from trainer.run.run_dir import open_run_dir
 from trainer.run.status import StatusFile, read_status
 
@@ -37,7 +37,7 @@ def other(function: str, folder: Path) -> subprocess.Popen:
 
 def test_a_second_run_is_refused_before_anything_is_touched(tmp_path):
     open_run_dir(TrainConfig(run_dir=str(tmp_path)))
-    first = other("hold", tmp_path)
+    first = other("hold_lock", tmp_path)
     before = (tmp_path / "config.yaml").read_bytes()
     with ExitStack() as held, pytest.raises(UserError) as refused:
         open_run_dir(TrainConfig(run_dir=str(tmp_path), steps=7), held)
@@ -53,21 +53,21 @@ def test_a_second_run_is_refused_before_anything_is_touched(tmp_path):
 
 def test_a_folder_is_free_again_after_a_run(tmp_path):
     for _ in range(2):
-        with hold(tmp_path), pytest.raises(UserError, match="in use"), hold(tmp_path):
+        with hold_lock(tmp_path), pytest.raises(UserError, match="in use"), hold_lock(tmp_path):
             pass
 
 
 def test_ranks_of_a_dead_run_are_waited_for(tmp_path, monkeypatch):
-    rank = other("share", tmp_path)
+    rank = other("share_lock", tmp_path)
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 0.3)
     with (
         pytest.raises(UserError, match="ranks of an earlier run still work there"),
-        hold(tmp_path),
+        hold_lock(tmp_path),
     ):
         pass
     monkeypatch.setattr(lock, "ORPHAN_SECONDS", 60.0)
     os.kill(rank.pid, 9)
-    with hold(tmp_path), share(tmp_path), share(tmp_path):
+    with hold_lock(tmp_path), share_lock(tmp_path), share_lock(tmp_path):
         assert rank.wait() == -9
 
 
@@ -75,9 +75,10 @@ def test_another_host_is_believed_as_long_as_its_heart_beats(tmp_path):
     path = tmp_path / ".lock"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
     refused = pytest.raises(UserError, match="pid 1 on elsewhere")
-    with beating(path), refused, hold(tmp_path, stale_seconds=30.0):
+    with beating(path), refused, hold_lock(tmp_path, stale_seconds=30.0):
         pass
-    with hold(tmp_path, stale_seconds=0.5):  # its clock is of no importance, only that it stands
+    # its clock is of no importance, only that it stands
+    with hold_lock(tmp_path, stale_seconds=0.5):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
@@ -93,7 +94,7 @@ def beating(path: Path) -> Iterator[None]:
 
 
 def test_a_run_whose_lock_was_taken_over_ends(tmp_path):
-    process = other("hold", tmp_path)
+    process = other("hold_lock", tmp_path)
     (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
     until(lambda: process.poll() is not None, seconds=30.0)
     assert process.returncode == 1
@@ -102,7 +103,7 @@ def test_a_run_whose_lock_was_taken_over_ends(tmp_path):
 def test_the_status_is_whole_and_says_what_it_must(tmp_path):
     status = StatusFile(tmp_path, steps=100)
     assert read_status(tmp_path) is None
-    assert status.begin(30, restarted=False, first=True) is None
+    assert status.begin_run(30, restarted=False, first=True) is None
     status.write("running", 40, checkpoint=30)
     found = read_status(tmp_path)
     assert (found.state, found.step, found.steps, found.checkpoint) == ("running", 40, 100, 30)
@@ -114,8 +115,8 @@ def test_the_status_is_whole_and_says_what_it_must(tmp_path):
 
 def test_the_first_failure_stands(tmp_path):
     first, second = StatusFile(tmp_path, 100), StatusFile(tmp_path, 100)
-    first.begin(0, restarted=False, first=True)
-    second.begin(0, restarted=False, first=False)
+    first.begin_run(0, restarted=False, first=True)
+    second.begin_run(0, restarted=False, first=False)
     second.write("failed", 3, reason="a bug", rank=1, code=1)
     first.write("running", 4)
     first.write("failed", 4, reason="connection closed by peer", rank=0, code=1)
@@ -123,9 +124,9 @@ def test_the_first_failure_stands(tmp_path):
     assert (found.reason, found.rank, found.state) == ("a bug", 1, "failed")
     assert found.attempts == 1  # which only the first rank knows of
     again = StatusFile(tmp_path, 100)
-    assert again.begin(0, restarted=True, first=True).reason == "a bug"
+    assert again.begin_run(0, restarted=True, first=True).reason == "a bug"
     assert (read_status(tmp_path).state, read_status(tmp_path).attempts) == ("running", 2)
-    again.begin(5, restarted=True, first=True)
+    again.begin_run(5, restarted=True, first=True)
     assert read_status(tmp_path).attempts == 1
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from parallel.errors import UserError
-from trainer.checkpoint.folder import checkpoint_path, checkpoints
+from trainer.checkpoint.folder import checkpoint_path, list_checkpoints
 from trainer.checkpoint.manifest import NAME, Manifest, write_manifest
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 from trainer.run.run_dir import AlreadyFinishedError, load_config, open_run_dir
@@ -37,9 +37,9 @@ def test_config_comes_back(tmp_path):
 def test_checkpoints_are_in_order_and_complete(tmp_path):
     started(tmp_path, 900, 1000, 200)
     (tmp_path / "checkpoints" / ".step-00001100").mkdir()
-    assert [step for step, _ in checkpoints(tmp_path)] == [200, 900, 1000]
-    assert checkpoints(tmp_path)[0][1] == tmp_path / "checkpoints" / "step-00000200"
-    assert checkpoints(tmp_path / "nowhere") == []
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [200, 900, 1000]
+    assert list_checkpoints(tmp_path)[0][1] == tmp_path / "checkpoints" / "step-00000200"
+    assert list_checkpoints(tmp_path / "nowhere") == []
 
 
 def test_a_run_goes_on_under_another_layout(tmp_path):

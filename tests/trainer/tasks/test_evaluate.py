@@ -15,9 +15,9 @@ from torch.distributed.tensor import DTensor
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import EvaluateConfig, TrainConfig
 from trainer.data import open_split, open_tokenizer
-from trainer.data.loader import evaluated
+from trainer.data.loader import evaluated_samples
 from trainer.inference.beam_search import translate_tokens
-from trainer.tasks.evaluate import evaluate, evaluate_run
+from trainer.tasks.evaluate import evaluate_model, evaluate_run
 from trainer.tasks.metrics import CrossEntropyMetrics
 from trainer.tasks.task import Decoding
 from trainer.tasks.translation import bleu_signature
@@ -54,7 +54,7 @@ def runs(runtime, tmp_path_factory):
 def one_by_one(worker, dataset, samples=None):
     """Return total nats, valid targets and correct predictions, from batches of one sample."""
     nats, valid, right = 0.0, 0, 0
-    for index in map(int, evaluated(len(dataset), samples or 0)):
+    for index in map(int, evaluated_samples(len(dataset), samples or 0)):
         batch = dataset.collate([dataset.sample(index, None)])
         batch = {name: torch.from_numpy(value) for name, value in batch.items()}
         worker.model.eval()
@@ -78,7 +78,7 @@ def test_text_equals_cross_entropy_by_hand(runtime, runs):
     nats, valid, _ = one_by_one(worker, dataset)
     text = Path(runs["text"].data.path, "test.txt").read_text()
     characters = len(text.replace("<|endoftext|>", ""))
-    values = evaluate(worker, dataset, micro_batch_size=4)
+    values = evaluate_model(worker, dataset, micro_batch_size=4)
     assert values == pytest.approx(
         {
             "eval_loss": nats / valid,
@@ -93,10 +93,10 @@ def test_text_equals_cross_entropy_by_hand(runtime, runs):
 def test_some_samples_of_a_text_use_the_split_s_tokens_per_character(runtime, runs):
     worker, dataset = of_one_rank(runs["text"], runtime)
     nats, valid, _ = one_by_one(worker, dataset, samples=5)
-    values = evaluate(worker, dataset, micro_batch_size=2, samples=5)
+    values = evaluate_model(worker, dataset, micro_batch_size=2, samples=5)
     assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
     # Bits per character and nats per token differ by a constant factor.
-    whole = evaluate(worker, dataset, micro_batch_size=2)
+    whole = evaluate_model(worker, dataset, micro_batch_size=2)
     factor = whole["bits_per_character"] / whole["eval_loss"]
     assert values["bits_per_character"] == pytest.approx(factor * nats / valid, rel=1e-12)
 
@@ -105,7 +105,7 @@ def test_images_equal_a_count_by_hand(runtime, runs):
     worker, dataset = of_one_rank(runs["images"], runtime, seed=4)
     nats, valid, right = one_by_one(worker, dataset)
     assert 0 < right < valid == len(dataset)
-    values = evaluate(worker, dataset, micro_batch_size=4)
+    values = evaluate_model(worker, dataset, micro_batch_size=4)
     expected = {"eval_loss": nats / valid, "accuracy": right / valid}
     assert values == pytest.approx(expected, rel=1e-12)
 
@@ -114,11 +114,13 @@ def test_some_samples_of_pairs_use_their_own_references(runtime, runs):
     worker, dataset = of_one_rank(runs["pairs"], runtime, seed=1)
     tokenizer = open_tokenizer(runs["pairs"].data)
     asked = []
-    dataset.reference = lambda index: asked.append(index) or "a"
-    values = evaluate(worker, dataset, micro_batch_size=3, samples=4, decoding=Decoding(tokenizer))
+    dataset.target_text = lambda index: asked.append(index) or "a"
+    values = evaluate_model(
+        worker, dataset, micro_batch_size=3, samples=4, decoding=Decoding(tokenizer)
+    )
     nats, valid, _ = one_by_one(worker, dataset, samples=4)
     assert values["eval_loss"] == pytest.approx(nats / valid, rel=1e-12)
-    assert asked == evaluated(len(dataset), 4).tolist() != [0, 1, 2, 3]
+    assert asked == evaluated_samples(len(dataset), 4).tolist() != [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("planted", [math.nan, math.inf])
@@ -129,7 +131,7 @@ def test_a_loss_that_is_not_finite_has_no_finite_perplexity(runtime, runs, plant
         metrics._totals = torch.tensor([planted, 1.0, 0.0], dtype=torch.float64)
 
     with mock.patch.object(CrossEntropyMetrics, "update", update):
-        values = evaluate(worker, dataset, micro_batch_size=4)
+        values = evaluate_model(worker, dataset, micro_batch_size=4)
     assert [repr(value) for value in values.values()] == [repr(planted)] * 3
 
 
@@ -138,7 +140,9 @@ def test_nan_logits_give_nan_metrics(runtime, runs, kind):
     worker, dataset = of_one_rank(runs[kind], runtime)
     forward, tokenizer = worker.forward, open_tokenizer(runs[kind].data)
     with mock.patch.object(worker, "forward", lambda *a: forward(*a) * math.nan):
-        values = evaluate(worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, 2))
+        values = evaluate_model(
+            worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, 2)
+        )
     assert all(map(math.isnan, values.values())) and len(values) == (2 if kind == "images" else 3)
 
 
@@ -163,13 +167,15 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
     references = [line.split("\t")[1] for line in lines]
     # An untrained model predicts nothing correctly: take some of its predictions as targets.
     references[::2] = hypotheses[::2]
-    dataset.reference = references.__getitem__
+    dataset.target_text = references.__getitem__
     bleu = sacrebleu.corpus_bleu(hypotheses, [references]).score
     assert 5 < bleu < 95
-    values = evaluate(worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, beams))
+    values = evaluate_model(
+        worker, dataset, micro_batch_size=4, decoding=Decoding(tokenizer, beams)
+    )
     expected = {"eval_loss": nats / valid, "perplexity": math.exp(nats / valid), "bleu": bleu}
     assert values == pytest.approx(expected, rel=1e-12)
-    assert "bleu" not in evaluate(worker, dataset, micro_batch_size=4)
+    assert "bleu" not in evaluate_model(worker, dataset, micro_batch_size=4)
 
 
 class Echo:
@@ -189,8 +195,8 @@ def evaluate_layout(runtime, configs, strategy, micro_batch_size):
         dataset = open_split(config.data, "test")
         tokenizer = Echo() if kind == "pairs" else None
         if tokenizer:
-            dataset.reference = lambda index: "0 1 1 0 " * (1 + index)
-        found[kind] = evaluate(
+            dataset.target_text = lambda index: "0 1 1 0 " * (1 + index)
+        found[kind] = evaluate_model(
             worker, dataset, micro_batch_size=micro_batch_size, decoding=Decoding(tokenizer)
         )
     return found
@@ -212,7 +218,7 @@ def test_no_dropout_and_no_gradients_while_evaluating(runtime, runs):
     inputs = {name: torch.from_numpy(value) for name, value in batch.items()}
     seeded = {**inputs, "seeds": torch.arange(1)}
     assert not torch.equal(worker.model(inputs), worker.model(seeded))
-    with worker.evaluating():
+    with worker.evaluation_mode():
         assert torch.equal(worker.model(inputs), worker.model(seeded))
         assert not worker.model(inputs).requires_grad
 
@@ -221,7 +227,7 @@ def train_around_an_evaluation(runtime, config, strategy, evaluates):
     """Return the next step's loss and gradient norm, and whether parameters are unchanged."""
     worker = tiny.make_worker(runtime, config.model, strategy)
     if evaluates:
-        evaluate(worker, open_split(config.data, "test"), micro_batch_size=2)
+        evaluate_model(worker, open_split(config.data, "test"), micro_batch_size=2)
     kinds = {isinstance(parameter, DTensor) for parameter in worker.model.parameters()}
     tokens_BS = torch.arange(32).view(2, 16)
     batch = {"tokens": tokens_BS, "targets": tokens_BS + 1, "seeds": torch.arange(2)}
@@ -253,7 +259,9 @@ def test_the_evaluate_command_prints_the_values_of_the_split(runtime, runs, caps
     run = runs["pairs"]
     tokenizer, worker = open_tokenizer(run.data), tiny.make_worker(runtime, run.model)
     split = open_split(run.data, "valid")
-    values = evaluate(worker, split, micro_batch_size=2, decoding=Decoding(tokenizer, 2), samples=5)
+    values = evaluate_model(
+        worker, split, micro_batch_size=2, decoding=Decoding(tokenizer, 2), samples=5
+    )
     config = EvaluateConfig(
         run_dir=run.run_dir, split="valid", precision="fp64", device="cpu", beams=2, samples=5
     )

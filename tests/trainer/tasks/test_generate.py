@@ -15,9 +15,9 @@ from trainer.config.train import CompressConfig, GenerateConfig, UserError
 from trainer.data import open_split, open_tokenizer
 from trainer.inference.beam_search import translate_tokens
 from trainer.inference.sampling import filter_logits, sample_token, sample_tokens
-from trainer.inference.trained_run import open_run
+from trainer.inference.trained_run import load_trained_run
 from trainer.tasks import generate as module
-from trainer.tasks.generate import generate
+from trainer.tasks.generate import print_generation
 from trainer.tasks.image_classification import read_image
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -222,7 +222,7 @@ def use_everywhere(runtime, strategy, layers=2):
     ]
     share = len(SOURCES) // translator.data_degree
     own = SOURCES[translator.data_rank * share :][:share]
-    with classifier.evaluating():
+    with classifier.evaluation_mode():
         images = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         classes = classifier.forward({"images": images.double()}).argsort(-1).tolist()
     return text, classes, ours(translator, own), ours(translator, own, beams=3)
@@ -260,7 +260,7 @@ def test_any_layout_generates_the_same(ranks, runtime, strategy):
 
 def answer(capsys, runtime, run, prompt, **options):
     config = GenerateConfig(run_dir=run.run_dir, prompt=prompt, precision="fp64", device="cpu")
-    generate(replace(config, **options), runtime)
+    print_generation(replace(config, **options), runtime)
     return capsys.readouterr().out
 
 
@@ -307,7 +307,7 @@ def test_the_generate_command_classifies_files_and_samples(tmp_path, capsys, run
     batch = open_split(run.data, "test")
     batch = batch.collate([batch.sample(3, None)])
     worker = tiny.make_worker(runtime, run.model)
-    with worker.evaluating():
+    with worker.evaluation_mode():
         share_V = worker.model({"images": torch.from_numpy(batch["images"])})[0].softmax(-1)
     shares, classes = share_V.topk(5)
     for prompt in ("test:3", str(tmp_path / "image.npy"), str(tmp_path / "image.png")):
@@ -352,10 +352,10 @@ def test_a_diverged_model_generates_nothing(tmp_path, capsys, runtime, monkeypat
     run = tiny.make_run(tmp_path, runtime, model, data)
 
     def diverged(config, runtime):
-        opened = open_run(config, runtime)
+        opened = load_trained_run(config, runtime)
         next(iter(opened.worker.parameters().values())).data.fill_(torch.nan)
         return opened
 
-    monkeypatch.setattr(module, "open_run", diverged)
+    monkeypatch.setattr(module, "load_trained_run", diverged)
     with pytest.raises(UserError, match="logits are not finite"):
         answer(capsys, runtime, run, "abc" if task == "translation" else "test:3")

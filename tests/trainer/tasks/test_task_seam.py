@@ -9,7 +9,7 @@ from trainer.config.train import ModelConfig, VerifyConfig
 from trainer.tasks import registry
 from trainer.tasks.metrics import CrossEntropyMetrics
 from trainer.tasks.task import Task
-from trainer.verify.compare import compare, verdict
+from trainer.verify.compare import compare_layout, format_verdict
 
 MODEL = ModelConfig(family="encoder", inputs="tokens", pool="mean", tied=False)
 NO_ROW = -100.0  # label of a sample that is ignored
@@ -76,7 +76,7 @@ class Tagging(TextClassification):
 def verify_task(runtime, task, strategy):
     registry.TASKS["toy"] = task()
     try:
-        return compare(runtime, VerifyConfig(strategy=strategy, model=MODEL))
+        return compare_layout(runtime, VerifyConfig(strategy=strategy, model=MODEL))
     finally:
         del registry.TASKS["toy"]
 
@@ -98,10 +98,10 @@ OF_CLASSES = LAYOUTS | {
 @pytest.mark.parametrize("strategy", OF_CLASSES.values(), ids=OF_CLASSES)
 def test_sentences_with_classes_equal_one_process(ranks, strategy):
     found = ranks.run(world_size(strategy), verify_task, TextClassification, strategy)[0]
-    assert verdict(found, 1e-10) == "equal"
+    assert format_verdict(found, 1e-10) == "equal"
 
 
 @pytest.mark.parametrize("strategy", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_loss_of_sets_equals_one_process(ranks, strategy):
     found = ranks.run(world_size(strategy), verify_task, Tagging, strategy)[0]
-    assert verdict(found, 1e-10) == "equal"
+    assert format_verdict(found, 1e-10) == "equal"

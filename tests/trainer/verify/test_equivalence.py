@@ -10,15 +10,15 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import AXES, StrategyConfig, world_size
 from trainer.config.train import CompressConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
-from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, cases
+from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, iter_cases
 from trainer.verify.compare import (
     QUANTITIES,
     Difference,
-    compare,
-    first_fault,
-    largest,
-    report,
-    verdict,
+    compare_layout,
+    first_mismatch,
+    format_verdict,
+    largest_difference,
+    print_report,
 )
 from trainer.verify.faults import FAULTS
 
@@ -33,13 +33,13 @@ CASES = [(name, list(FAMILIES)[number % 4]) for number, name in enumerate(STRATE
 @pytest.mark.parametrize(("strategy", "family"), CASES)
 def test_strategy_equals_one_process(ranks, strategy, family):
     config = VerifyConfig(strategy=STRATEGIES[strategy], model=FAMILIES[family])
-    found = ranks.run(world_size(config.strategy), compare, config)[0]
-    assert verdict(found, TOLERANCE) == "equal"
+    found = ranks.run(world_size(config.strategy), compare_layout, config)[0]
+    assert format_verdict(found, TOLERANCE) == "equal"
     # The comparison is of something: the gradients of every parameter at every step.
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
 
 
-COMPRESSED = [case for case in cases() if case[2].compress != CompressConfig()]
+COMPRESSED = [case for case in iter_cases() if case[2].compress != CompressConfig()]
 
 
 # Of every compressed model two strategies or more, in turn.
@@ -47,8 +47,8 @@ COMPRESSED = [case for case in cases() if case[2].compress != CompressConfig()]
     "config", [c[2] for c in COMPRESSED[::5]], ids=[f"{m}-{s}" for m, s, _ in COMPRESSED[::5]]
 )
 def test_a_compressed_model_equals_one_process(ranks, config):
-    found = ranks.run(world_size(config.strategy), compare, config)[0]
-    assert verdict(found, TOLERANCE) == "equal"
+    found = ranks.run(world_size(config.strategy), compare_layout, config)[0]
+    assert format_verdict(found, TOLERANCE) == "equal"
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -57,8 +57,8 @@ def test_pipelines_of_tied_and_untied_weights(ranks, schedule, family):
     """STRATEGIES run the families as they are: Llama untied, the others tied."""
     other = replace(FAMILIES[family], tied=not FAMILIES[family].tied)
     config = VerifyConfig(strategy=StrategyConfig(pipeline=2, schedule=schedule), model=other)
-    found = ranks.run(2, compare, config)[0]
-    assert verdict(found, TOLERANCE) == "equal"
+    found = ranks.run(2, compare_layout, config)[0]
+    assert format_verdict(found, TOLERANCE) == "equal"
     assert ("head.output.weight" in {d.parameter for d in found}) is not other.tied
 
 
@@ -71,18 +71,18 @@ def test_pipelines_of_tied_and_untied_weights(ranks, schedule, family):
 )
 def test_recomputation_changes_nothing(ranks, mode, family, strategy):
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family], activation_checkpointing=mode)
-    assert verdict(ranks.run(2, compare, config)[0], TOLERANCE) == "equal"
+    assert format_verdict(ranks.run(2, compare_layout, config)[0], TOLERANCE) == "equal"
 
 
 def test_one_rank_equals_plain_torch(ranks):
     config = VerifyConfig(model=FAMILIES["decoder (Llama)"])
-    assert verdict(ranks.run(1, compare, config)[0], TOLERANCE) == "equal"
+    assert format_verdict(ranks.run(1, compare_layout, config)[0], TOLERANCE) == "equal"
 
 
 def find_fault(ranks, fault, strategy):
     config = VerifyConfig(strategy=strategy, model=FAMILIES["decoder (Llama)"], fault=fault)
-    found = ranks.run(world_size(strategy), compare, config)[0]
-    return found, first_fault(found, TOLERANCE)
+    found = ranks.run(world_size(strategy), compare_layout, config)[0]
+    return found, first_mismatch(found, TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,13 @@ def test_a_local_norm_is_caught(ranks):
     found, fault = find_fault(ranks, "local_gradient_norm", StrategyConfig(shard=2))
     assert fault is not None
     assert fault.quantity == "norm"
-    assert largest(found, "weight") > 1e-4  # clipped by the wrong norm
+    assert largest_difference(found, "weight") > 1e-4  # clipped by the wrong norm
 
 
 def test_no_log_is_too_narrow_for_the_table(capsys):
     found = [Difference(quantity, 0, 1e-15) for quantity in QUANTITIES]
     names = ("encoder-decoder, pool, merge, int4, sparse", "context 2 × tensor 2, whole sequences")
-    assert report({names: found}, TOLERANCE)
+    assert print_report({names: found}, TOLERANCE)
     line = next(line for line in capsys.readouterr().out.splitlines() if names[0] in line)
     assert line.count("1.0e-15") == 4 and line.rstrip().endswith("equal")
 
@@ -147,7 +147,7 @@ def test_the_checks_know_the_micro_batches_of_a_verification():
 def test_a_fault_of_a_split_layer_is_caught_and_named(ranks, fault, sequence_parallel, family):
     strategy = StrategyConfig(tensor=2, sequence_parallel=sequence_parallel)
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family], fault=fault)
-    first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
+    first = first_mismatch(ranks.run(2, compare_layout, config)[0], TOLERANCE)
     assert first is not None
     assert first.parameter and first.axis == "tensor" and first.step == 0
 
@@ -165,7 +165,7 @@ def test_a_fault_of_a_split_layer_is_caught_and_named(ranks, fault, sequence_par
 def test_a_fault_of_a_pipeline_is_caught_and_named(ranks, fault, family, schedule):
     strategy = StrategyConfig(pipeline=2, schedule=schedule)
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family], fault=fault)
-    first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
+    first = first_mismatch(ranks.run(2, compare_layout, config)[0], TOLERANCE)
     assert first is not None and first.step == 0
     if fault == "local_gradient_norm":
         assert first.quantity == "norm"
@@ -179,6 +179,6 @@ def test_a_fault_of_a_pipeline_is_caught_and_named(ranks, fault, family, schedul
 def test_a_skipped_step_of_a_ring_is_caught_and_named(ranks, family):
     strategy = StrategyConfig(context=2, context_method="ring")
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family], fault="skip_ring_step")
-    first = first_fault(ranks.run(2, compare, config)[0], TOLERANCE)
+    first = first_mismatch(ranks.run(2, compare_layout, config)[0], TOLERANCE)
     assert first is not None
     assert (first.quantity, first.axis, first.step) == ("gradient", "context", 0)
