@@ -73,9 +73,8 @@ def parallelize(
 ) -> ParallelModel:
     """Spread a model built on the meta device over the mesh, and give it its weights."""
     assert isinstance(model, nn.Module)
-    whole = FullParameters(
-        {name: p.shape for name, p in model.named_parameters()}, _tied_names(model)
-    )
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    whole = FullParameters(shapes, _tied_names(model))
     model.to(parameters)  # while no parameter is a DTensor, which would plan this like any layer
     every: list[ParallelAxis] = [
         # 1. Ranks that share sequences have but their positions of each; attention joins them.

@@ -22,6 +22,7 @@ from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import AttentionCache, Block, BlockCache, Dropout, rotary_angles
 from trainer.nn.sequence import (
+    BlockHook,
     Context,
     Flow,
     FullContext,
@@ -30,7 +31,7 @@ from trainer.nn.sequence import (
     Resize,
     SequenceInfo,
     SequenceLayout,
-    Watcher,
+    Sequences,
 )
 
 # Tensor-parallel layout of the layers: pattern of parameter names -> style (see
@@ -102,7 +103,7 @@ class Transformer(nn.Module):
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
-        self.block_hooks: dict[str, Watcher] = {}
+        self.block_hooks: dict[str, BlockHook] = {}
         # Set during a training step: add a loss sum over valid targets to the global mean loss
         # and return it scaled accordingly.
         self.scale_auxiliary_loss: Callable[[Tensor], Tensor] | None = None
@@ -162,10 +163,10 @@ class Transformer(nn.Module):
         self,
         name: str,
         flow: Flow,
-        streams: dict[str, SequenceInfo],
+        streams: Sequences,
         inputs: Inputs,
         cache: DecodingCache | None,
-    ) -> tuple[Flow, dict[str, SequenceInfo]]:
+    ) -> tuple[Flow, Sequences]:
         """Run one block, then its resize and its hook if it has them."""
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
@@ -256,15 +257,12 @@ class Transformer(nn.Module):
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            length = (
-                total if resize.restores_length else resize.output_length(length, self.training)
-            )
+            shorter = resize.output_length(length, self.training)
+            length = total if resize.restores_length else shorter
             marked = marked or resize.marks
         return length, marked
 
-    def _sequences_before(
-        self, block: int, streams: dict[str, SequenceInfo], flow: Flow
-    ) -> dict[str, SequenceInfo]:
+    def _sequences_before(self, block: int, streams: Sequences, flow: Flow) -> Sequences:
         """Return the sequence metadata at the input of a block, given its input flow."""
         for place in sorted(place for place in self.resizes if place < block):
             streams = self._sequence_after(place, streams, None)
@@ -273,8 +271,8 @@ class Transformer(nn.Module):
         return streams | {"source": streams["source"].with_marks(flow[2], self.dtype)}
 
     def _apply_resize(
-        self, place: int, flow: Flow, streams: dict[str, SequenceInfo], cache: DecodingCache | None
-    ) -> tuple[Flow, dict[str, SequenceInfo]]:
+        self, place: int, flow: Flow, streams: Sequences, cache: DecodingCache | None
+    ) -> tuple[Flow, Sequences]:
         """Resize the flow after a block (-1: the embedding) if a module is registered there."""
         if place not in self.resizes:
             return flow, streams
@@ -282,9 +280,7 @@ class Transformer(nn.Module):
         flow = resize(flow, streams[resize.stream], self.training, own)
         return flow, self._sequence_after(place, streams, flow[2])
 
-    def _sequence_after(
-        self, place: int, streams: dict[str, SequenceInfo], marks: Tensor | None
-    ) -> dict[str, SequenceInfo]:
+    def _sequence_after(self, place: int, streams: Sequences, marks: Tensor | None) -> Sequences:
         resize = self.resizes[place]
         stream = resize.sequence_after(streams[resize.stream], self.training)
         if marks is not None:
@@ -292,7 +288,7 @@ class Transformer(nn.Module):
         return streams | {resize.stream: stream}
 
     def _embed_inputs(
-        self, inputs: Inputs, streams: dict[str, SequenceInfo], cache: DecodingCache | None
+        self, inputs: Inputs, streams: Sequences, cache: DecodingCache | None
     ) -> Flow:
         """Return the initial flow; an encoder-decoder embeds the source and the waiting target."""
         assert self.embed is not None
@@ -310,9 +306,7 @@ class Transformer(nn.Module):
         assert target is not None
         return target, None, None
 
-    def _sequence_infos(
-        self, inputs: Inputs, cache: DecodingCache | None
-    ) -> dict[str, SequenceInfo]:
+    def _sequence_infos(self, inputs: Inputs, cache: DecodingCache | None) -> Sequences:
         seeds_B = inputs.get("seeds")
         # Generation does not shard sequences over context ranks.
         context = self.context if cache is None else FullContext()

@@ -124,8 +124,7 @@ def restore_checkpoint(
         if _load_state(choice.path, choice.manifest, state, run):
             state.run = choice.manifest.run
             break
-    batch_size = state.order_batch_size or run.identity["batch_size"]
-    state.read_rollbacks(run.run_dir, batch_size)
+    state.read_rollbacks(run.run_dir, state.order_batch_size or run.identity["batch_size"])
     lines = [
         f"{checkpoint_path(run_dir, step)} is damaged: {reason}"
         for step, reason in choice.damaged.items()

@@ -29,7 +29,7 @@ from trainer.config.train import CompressConfig, classes_of
 from trainer.model import Transformer
 from trainer.nn.embeddings import PatchEmbedding
 from trainer.nn.layers import Linear
-from trainer.nn.sequence import Flow, Inputs, Resize, SequenceInfo
+from trainer.nn.sequence import Flow, Inputs, Resize, Sequences
 
 
 @dataclass
@@ -137,7 +137,7 @@ class Compression:
         model: Transformer,
         block: int,
         flow: Flow,
-        streams: dict[str, SequenceInfo],
+        streams: Sequences,
         inputs: Inputs,
     ) -> Flow:
         if self.teacher is None or model.scale_auxiliary_loss is None:

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from trainer.compress.hidden_states import hidden_states
 from trainer.config.loss import IGNORED
 from trainer.model import Transformer
-from trainer.nn.sequence import Context, Flow, Inputs, SequenceInfo
+from trainer.nn.sequence import Context, Flow, Inputs, Sequences
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def run_teacher(
     """
     recorded: dict[int, Tensor] = {}
 
-    def record(number: int, flow: Flow, _streams: dict[str, SequenceInfo], _inputs: Inputs) -> Flow:
+    def record(number: int, flow: Flow, _streams: Sequences, _inputs: Inputs) -> Flow:
         recorded[number] = hidden_states(teacher.blocks[str(number)], flow)
         return flow
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from trainer.config.loss import IGNORED
 from trainer.model import Transformer
 from trainer.nn.layers import Block
-from trainer.nn.sequence import Flow, Inputs, SequenceInfo
+from trainer.nn.sequence import Flow, Inputs, Sequences
 
 
 def hidden_states(block: nn.Module, flow: Flow) -> Tensor:
@@ -49,7 +49,7 @@ def add_hidden_state_loss(
     model: Transformer,
     name: str,
     flow: Flow,
-    streams: dict[str, SequenceInfo],
+    streams: Sequences,
     inputs: Inputs,
     said_BSE: Tensor,
     weight: float,

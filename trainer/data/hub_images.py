@@ -50,9 +50,8 @@ def _image_arrays(
         read[split], damaged = [], []
         for number, (image, label) in enumerate(rows):
             try:
-                read[split].append(
-                    (_cell_pixels(config, f"image {number} of {split}", image), label)
-                )
+                pixels = _cell_pixels(config, f"image {number} of {split}", image)
+                read[split].append((pixels, label))
             except UserError as error:
                 damaged.append(str(error))
         if damaged and config.on_bad_file == "stop":
@@ -77,8 +76,8 @@ def _image_arrays(
                 f"data.path={config.path}: the {split} split has images of the shapes {sizes}; all "
                 "must have one shape"
             )
-        labels = np.array([label for _, label in found])
-        arrays |= {f"x_{split}": np.stack(images), f"y_{split}": labels}
+        arrays[f"x_{split}"] = np.stack(images)
+        arrays[f"y_{split}"] = np.array([label for _, label in found])
     return arrays
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config.train import ModelConfig
-from trainer.nn.sequence import SequenceInfo
+from trainer.nn.sequence import SequenceInfo, Sequences
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -314,7 +314,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         memory_BTD: Tensor | None,
-        streams: dict[str, SequenceInfo],
+        streams: Sequences,
         cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]

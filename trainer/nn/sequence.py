@@ -15,7 +15,8 @@ Inputs = dict[str, Tensor]
 # of their positions.
 Flow = tuple[Tensor, Tensor | None, Tensor | None]
 # (flow after a block, metadata of the sequences by name, inputs) -> flow.
-Watcher = Callable[[Flow, dict[str, "SequenceInfo"], Inputs], Flow]
+Sequences = dict[str, "SequenceInfo"]  # by stream: source, target
+BlockHook = Callable[[Flow, Sequences, Inputs], Flow]
 
 
 class SequenceLayout(Protocol):

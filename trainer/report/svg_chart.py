@@ -140,11 +140,8 @@ def curve_figure(
     values = [value for curve in drawn for _, value in curve.points]
     values += [0.0] * (scale == "zero")
     up = Axis(values, HEIGHT - BOTTOM, TOP + 6, log=scale == "log")
-    parts = [
-        _grid_svg(across, up),
-        *(_mark_line(mark, across) for mark in marks if mark.kind in LINES_FOR),
-    ]
-    parts += [_curve_svg(curve, across, up) for curve in drawn]
+    lines = [_mark_line(mark, across) for mark in marks if mark.kind in LINES_FOR]
+    parts = [_grid_svg(across, up), *lines, *(_curve_svg(curve, across, up) for curve in drawn)]
     told = [
         {"name": c.name, "run": c.run, "points": round_points(thin_points(c.points))} for c in drawn
     ]

@@ -188,10 +188,8 @@ class BadStepGuard:
         good = everyone[0][2]  # what rank 0 sees of the folder counts
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
-            update = BadStep(
-                _first_bad_update(step, flags), "update", None, _data_ranks(everyone), tensor
-            )
-            found = self._with_update(found, update)
+            first, ranks = _first_bad_update(step, flags), _data_ranks(everyone)
+            found = self._with_update(found, BadStep(first, "update", None, ranks, tensor))
         policy, why = self._policy.on_bad_step, self._stop_reason(good, found[-1])
         if policy == "rollback" and not why:
             self._leave_out(good, found, loader)
