@@ -257,8 +257,8 @@ class Transformer(nn.Module):
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            shorter = resize.output_length(length, self.training)
-            length = total if resize.restores_length else shorter
+            shortens = not resize.restores_length
+            length = resize.output_length(length, self.training) if shortens else total
             marked = marked or resize.marks
         return length, marked
 
