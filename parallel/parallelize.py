@@ -84,8 +84,7 @@ def parallelize(
         # 3. Split layers are the innermost: all that follows treats a part as the whole.
         TensorParallel(mesh["tensor"], facts.layout, strategy, device, whole.classes),
     ]
-    axes = [axis for axis in every if axis.degree > 1]  # one rank has nothing to share
-    for axis in axes:
+    for axis in (axes := [axis for axis in every if axis.degree > 1]):
         axis.prepare(model)
     # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
     # 5. One graph per block; all blocks look alike, so it is compiled once.

@@ -65,10 +65,7 @@ def _image_arrays(
     channels = max((image.shape[-1] for rows in read.values() for image, _ in rows), default=1)
     arrays: dict[str, np.ndarray] = {}
     for split, found in read.items():
-        images = [
-            image.repeat(3, -1) if (image.shape[-1], channels) == (1, 3) else image
-            for image, _ in found
-        ]
+        images = [i.repeat(3, -1) if (i.shape[-1], channels) == (1, 3) else i for i, _ in found]
         shapes = {picture.shape for picture in images}
         if len(shapes) != 1:
             sizes = ", ".join(map(str, sorted(shapes))) or "none"
