@@ -42,7 +42,7 @@ from trainer.resilience.bad_steps import (
 from trainer.resilience.supervisor import Supervisor, source_digest, supervise_run
 from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate_model
-from trainer.tasks.registry import TASKS
+from trainer.tasks.registry import task_of
 from trainer.tasks.task import Decoding
 
 log = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
     for warning in warnings if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
-    worker = build_worker(config, runtime, compression, TASKS[config.data.kind])
+    worker = build_worker(config, runtime, compression, task_of(config.data))
     precision = resolve_precision(config.precision, runtime.device)
     if compression.uses_distillation:
         compression.teacher = load_teacher(compression, worker, precision.compute)
@@ -171,7 +171,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
         start_step=state.step,
         resolved=asdict(config),
         flops_per_token=flops,
-        unit=TASKS[config.data.kind].unit,
+        unit=task_of(config.data).unit,
         precision_name=resolve_precision(config.precision, runtime.device).name,
         device=runtime.device,
         devices=runtime.world_size,
@@ -341,7 +341,7 @@ def finish_run(run: Run) -> dict[str, float]:
 
 def show_sample(run: Run) -> None:
     """Show what the trained model gives, where its task has something to show."""
-    config, task = run.config, TASKS[run.config.data.kind]
+    config, task = run.config, task_of(run.config.data)
     try:
         with run.supervisor.watch.allow_long():
             text = task.sample_output(
@@ -361,7 +361,7 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
 
     Raises StoppedError where a signal asks for an end meanwhile.
     """
-    config, worker, task = run.config, run.state.worker, TASKS[run.config.data.kind]
+    config, worker, task = run.config, run.state.worker, task_of(run.config.data)
     share = config.batch_size // worker.data_degree
     decoding = None
     if task.decodes_in_test and split == "test":
