@@ -224,6 +224,11 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"model.family={model.family} learns from {reads}, but data.kind={data.kind}; "
             f"choose a model of family {' or '.join(reader.families)}, or data of kind {reads}"
         ]
+    if reader and inputs_of(model) != reader.inputs:
+        return [
+            f"model.inputs={inputs_of(model)} does not read data.kind={data.kind}, which gives "
+            f"{reader.inputs}; set model.inputs={reader.inputs}, or choose other data"
+        ]
     if data.kind != "images" and 0 < model.max_positions < data.seq_len:
         return [
             f"data.seq_len={data.seq_len} is more than model.max_positions={model.max_positions}; "

@@ -312,6 +312,7 @@ def write_rows(
 READER = DataReader(
     "pairs",
     ("encoder_decoder",),
+    "tokens",
     prepare_splits,
     open_split,
     find_problems,

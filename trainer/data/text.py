@@ -238,6 +238,7 @@ def write_rows(
 READER = DataReader(
     "text",
     ("decoder",),
+    "tokens",
     prepare_splits,
     open_split,
     find_problems,
