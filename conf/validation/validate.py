@@ -224,7 +224,7 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"model.family={model.family} learns from {reads}, but data.kind={data.kind}; "
             f"choose a model of family {' or '.join(reader.families)}, or data of kind {reads}"
         ]
-    if reader and inputs_of(model) != reader.inputs:
+    if reader and inputs_of(model) in {r.inputs for r in READERS.values()} - {reader.inputs}:
         return [
             f"model.inputs={inputs_of(model)} does not read data.kind={data.kind}, which gives "
             f"{reader.inputs}; set model.inputs={reader.inputs}, or choose other data"
