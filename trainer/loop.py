@@ -181,7 +181,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
 
 @dataclass(frozen=True)
 class Run:
-    """A run on this rank, with what serves it."""
+    """A run on this rank, with its data loader, recorder, saver and supervisor."""
 
     config: TrainConfig
     state: TrainState
@@ -203,7 +203,7 @@ class Step:
 
 
 def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroBatch]) -> Step:
-    """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
+    """Take one optimizer step; nothing is read back, so that the host runs ahead of the device."""
     worker, scale = state.worker, state.loss_scale.scale
     lr = learning_rate_at(state.step, config.steps, config.optim)
     worker.zero_grad()
@@ -267,7 +267,7 @@ def evaluate_if_due(run: Run) -> float | None:
 
 
 def save_checkpoint(run: Run, eval_loss: float | None) -> None:
-    """A checkpoint, which a run that stops waits for."""
+    """Save a checkpoint; a stopping run waits for it."""
     with run.recorder.pause_training("save"), run.supervisor.watch.allow_long():
         process_bad_steps(run, saving=True)  # no NaN is ever saved
         run.saver.save(run.state, eval_loss)
@@ -277,7 +277,7 @@ def save_checkpoint(run: Run, eval_loss: float | None) -> None:
 
 
 def log_saves(run: Run) -> None:
-    """A line of metrics for each save that has ended meanwhile."""
+    """Write a metrics record for each save finished since the last call."""
     for record in run.saver.finished_saves():
         run.recorder.log_save(record)
 
@@ -340,7 +340,7 @@ def finish_run(run: Run) -> dict[str, float]:
 
 
 def show_sample(run: Run) -> None:
-    """Show what the trained model gives, where its task has something to show."""
+    """Show samples of the trained model's output, where its task has any."""
     config, task = run.config, task_of(run.config.data)
     try:
         with run.supervisor.watch.allow_long():

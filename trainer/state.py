@@ -60,14 +60,14 @@ class TrainState:
         return found
 
     def after_load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what is no tensor from tensors that a checkpoint has filled."""
+        """Restore the non-tensor state from tensors that a checkpoint has filled."""
         self.loss_scale.reset_if_incompatible()
         self.optimizer.set_update_count(tensors["updates"].item())
         self.guard.load({name: tensors[f"guard.{name}"] for name in self.guard.state()})
         self.step = int(tensors["step"].item())
 
     def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
-        """Take over which samples the run has left out."""
+        """Restore which samples the run has skipped."""
         self.guard.read_rollbacks(run_dir, batch_size)
 
 

@@ -1,4 +1,4 @@
-"""How far two checkpoints are from each other, tensor by tensor."""
+"""Per-tensor differences of two checkpoints."""
 
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def print_difference(first: Path, second: Path) -> bool:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Largest absolute difference of two tensors' entries, and its share of the largest entry."""
+    """Return the largest absolute difference of two tensors, and its ratio to the largest entry."""
     wide_a, wide_b = a.double(), b.double()
     largest = (wide_a - wide_b).abs().max().item()
     entry = max(wide_a.abs().max().item(), wide_b.abs().max().item())

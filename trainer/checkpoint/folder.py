@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints, and the rule which of them are retained."""
+"""Paths of a run's checkpoints, and the retention rule."""
 
 import math
 import re
@@ -21,12 +21,12 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
 
 
 def find_leftovers(run_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints that were being written or removed when their run was killed."""
+    """Return the folders of checkpoints whose writing or removal was interrupted by a kill."""
     return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
 
 
 def steps_to_keep(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
-    """Return the steps, of those with their evaluation loss, whose good checkpoints are kept.
+    """Return the steps whose valid checkpoints are retained, given the evaluation losses.
 
     The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
     `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.

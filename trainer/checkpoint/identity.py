@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 
-# What a run is: these keys must not change when it is continued. Everything else may.
+# The identity of a run: these keys must not change on resume. All others may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
 FREE = ("data.cache", "data.processor")
 # A run keeps these for ever: its weights are those of one tokenizer.
@@ -18,7 +18,7 @@ PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be writt
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the checkpoints of a run say of it, and what they are compared with when it goes on."""
+    """The record of a run in its checkpoints, compared with the configuration on resume."""
 
     run_dir: str
     identity: Mapping[str, Any]  # the values that make the run what it is, by dotted key
@@ -73,7 +73,7 @@ def run_record(config: TrainConfig, data: str = "") -> RunRecord:
 
 
 def absolute_path(path: str) -> str:
-    """Return a path that means the same wherever it is read; other values as they are."""
+    """Return a path independent of the working directory; other values unchanged."""
     if path.startswith("hf:"):
         folder = Path(path.removeprefix("hf:"))
         return f"hf:{folder.absolute()}" if folder.exists() else path
@@ -89,7 +89,7 @@ def _is_same_value(key: str, old: Any, new: Any) -> bool:
 
 
 def flat_values(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of all sections by dotted key."""
+    """Return the values of all sections, by dotted key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Checkpoints shown and checked, without a process group and without torch."""
+"""List and verify checkpoints, without a process group and without torch."""
 
 from pathlib import Path
 

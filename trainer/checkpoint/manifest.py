@@ -30,12 +30,12 @@ class CorruptCheckpointError(Exception):
 
 
 class UnsupportedFormatError(CorruptCheckpointError):
-    """A checkpoint that is perhaps whole, but written by another version."""
+    """A checkpoint in the format of another version; it may be intact."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and the file that has it under the tensor's name."""
+    """A chunk of a tensor, and the file that stores it under the tensor's name."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A whole tensor: dtype as safetensors names it, and the chunks that make it up."""
+    """A full tensor: its safetensors dtype, and its chunks."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class Manifest:
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 

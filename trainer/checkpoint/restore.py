@@ -1,4 +1,4 @@
-"""Checkpoints read: the newest good one is found by all ranks together and loaded into a run."""
+"""Load checkpoints: all ranks agree on the newest valid one and restore the run from it."""
 
 import logging
 import shutil
@@ -315,7 +315,7 @@ def _has_same_layout(entry: TensorEntry | None, tensor: Tensor) -> bool:
 
 
 def _remove_partial(run_dir: Path) -> None:
-    """Remove what a save or a removal that was killed has left."""
+    """Remove the leftovers of an interrupted save or removal."""
     left = find_leftovers(run_dir)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)

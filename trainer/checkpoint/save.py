@@ -103,7 +103,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """End the save in flight, and raise StorageError if it failed."""
+        """Finish the save in flight; raise StorageError if it failed."""
         if kind is None:
             self.wait(last=True)
         elif self._thread is not None:
@@ -152,7 +152,7 @@ class Saver:
             raise StorageError(problem)
 
     def finished_saves(self) -> Iterator[dict[str, Any]]:
-        """On rank 0, a line of metrics for each save that has ended since the last call."""
+        """Yield, on rank 0, a metrics record for each save finished since the last call."""
         while self._news:
             yield self._news.popleft()
 
@@ -162,7 +162,7 @@ class Saver:
         self._saved_step = -1
 
     def _write_all(self, save: PendingSave) -> None:
-        """The background thread: this rank's file, then what became of all of them."""
+        """Write this rank's file and collect all ranks' outcome, in the background thread."""
         try:
             self._send(save, self._rank, self._write_shard(save))
             self._outcome = (
@@ -172,7 +172,7 @@ class Saver:
             self._outcome = {"bug": traceback.format_exc()}
         if self._rank:
             return
-        # Without a store there is nobody left to tell; what ended the others is told elsewhere.
+        # Without a store no rank is left to notify; the cause is reported elsewhere.
         with suppress(dist.DistError):
             self._send(save, "all", self._outcome)
         self._warn_not_saved(save)
@@ -181,7 +181,7 @@ class Saver:
         self._note_saved(save)
 
     def _write_shard(self, save: PendingSave) -> dict[str, Any]:
-        """Return what this rank has written, or why it could not."""
+        """Write this rank's file; return its size and digest, or the error."""
         partial = self._partial_folder(save)
         try:
             partial.mkdir(parents=True, exist_ok=True)

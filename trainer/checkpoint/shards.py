@@ -69,7 +69,7 @@ class Shard:
         )
         plans: list[SavePlan] = [plan] * dist.get_world_size()
         dist.all_gather_object(plans, plan)
-        # Of what several ranks have, the one with the least to write writes it.
+        # A replicated tensor is written by the rank with the fewest bytes to write.
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans, metadata = planner.create_global_plan(plans)
         self.tensors = _merge_plans(plans, metadata)  # of the whole checkpoint
@@ -124,7 +124,7 @@ class Shard:
         return FileEntry(size, digest.hexdigest())
 
     def file_bytes(self) -> int:
-        """Size of this rank's file."""
+        """Return the size of this rank's file in bytes."""
         return sum(map(len, self._file_pieces())) if self._buffer is not None else 0
 
     def _part_ends(self) -> list[int]:
@@ -176,7 +176,7 @@ def read_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
 
 
 def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
-    """One whole tensor of a checkpoint, put together from its chunks."""
+    """Return one full tensor of a checkpoint, assembled from its chunks."""
     entry = manifest.tensors[name]
     whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     for chunk in entry.chunks:

@@ -42,7 +42,7 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or lose the text."""
+        """Write the text; drop it if the stream cannot be written."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError):  # ValueError: the stream is closed
@@ -149,7 +149,7 @@ class Display:
             _lines.info("  ".join(parts))
 
     def show_evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Show an evaluation."""
+        """Show an evaluation record."""
         parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items()]
         text = f"{split}: {'  '.join(parts)}"
         self._evaluation = f"{text}  at step {step}"
@@ -175,7 +175,7 @@ class Display:
         )
 
     def panel(self) -> Panel:
-        """Return the run as it is now."""
+        """Return the panel of the run's current state."""
         rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)

@@ -38,18 +38,18 @@ class Stopwatch:
         self.paused_seconds = 0.0  # since the start
 
     def start(self) -> None:
-        """Begin the first lap."""
+        """Start the first lap."""
         self._mark = self._clock()
         self.paused_seconds = 0.0
 
     def lap(self) -> float:
-        """Seconds since the lap before; the next begins."""
+        """Return the seconds since the previous lap, and start the next."""
         before, self._mark = self._mark, self._clock()
         return self._mark - before
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here does not count; pauses may be nested."""
+        """Exclude the time in this context; pauses may be nested."""
         began, mark, paused = self._clock(), self._mark, self.paused_seconds
         try:
             yield
@@ -168,7 +168,7 @@ class Recorder:
         return step % self._config.every == 0 or step == self._run.steps
 
     def needs_evaluation(self, split: str, step: int) -> bool:
-        """Return whether a step's evaluation is not in the file from before this run went on."""
+        """Return whether metrics.jsonl lacked a step's evaluation when this run resumed."""
         return self._first and not (step == self._run.start_step and split in self._file.evaluated)
 
     def records_timeline(self, step: int) -> bool:
@@ -245,7 +245,7 @@ class Recorder:
         self.print_line(text)
 
     def print_line(self, text: str) -> None:
-        """One line on the console."""
+        """Write one line to the console."""
         if self._first:
             self._display.print_line(text)
 

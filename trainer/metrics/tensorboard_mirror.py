@@ -30,6 +30,6 @@ class TensorBoard:
         self._writer.add_text("config", shown, first)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Pass on a line's numbers."""
+        """Log the numbers of a record."""
         for name, value in to_tensorboard(record).items():
             self._writer.add_scalar(name, value, record["step"])

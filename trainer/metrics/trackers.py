@@ -180,7 +180,7 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensorboard_dir(run_dir: Path) -> Path:
-    """Return where TensorBoard's event files are."""
+    """Return the folder of TensorBoard's event files."""
     return run_dir / "tensorboard"
 
 

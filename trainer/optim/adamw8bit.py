@@ -62,13 +62,13 @@ def quantize_blocks(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tens
 
 
 def dequantize_blocks(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """Return the numbers that codes and scales stand for, float32."""
+    """Return the dequantized values of codes and scales, float32."""
     blocks = values[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     return (blocks * scale[..., None]).flatten(-2)
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with moments of 8 bits where `blocks` gives a parameter's block size."""
+    """`torch.optim.AdamW` with 8-bit moments where `blocks` gives a parameter's block size."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+        """Apply one update (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -137,7 +137,7 @@ class AdamW8bit(torch.optim.Optimizer):
 def build_adamw8bit(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> LocalOptimizer:
-    """Return AdamW with moments of 8 bits on the local part of every parameter."""
+    """Return AdamW with 8-bit moments on the local shard of every parameter."""
     local = local_parts(parameters)
     blocks = {local[name]: block_size(parameter) for name, parameter in parameters.items()}
     betas = (config.betas[0], config.betas[1])

@@ -1,4 +1,4 @@
-"""An optimizer of torch's kind on what this rank holds of each parameter."""
+"""A torch optimizer on the local shard of each parameter."""
 
 from collections.abc import Mapping
 
@@ -81,7 +81,7 @@ class LocalOptimizer:
         return torch.stack([state["step"] for state in self._optimizer.state.values()]).max()
 
     def set_update_count(self, count: float) -> None:
-        """Go on counting from `count`: AdamW's bias correction depends on it."""
+        """Set the number of updates to `count`; AdamW's bias correction depends on it."""
         for state in self._optimizer.state.values():
             state["step"].fill_(count)
 

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and what a schedule does that is easily missed."""
+"""Learning rate schedules, and warnings about their less obvious effects."""
 
 import math
 

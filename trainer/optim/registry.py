@@ -17,7 +17,7 @@ Parameters = Mapping[str, nn.Parameter]  # by canonical name
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One way to update parameters."""
+    """A registered optimizer."""
 
     build: Callable[[Parameters, Sequence[ParameterGroup], OptimConfig], Optimizer]
     # The same updates in one process by plain torch, which `verify` holds every layout to at its

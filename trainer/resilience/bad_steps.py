@@ -146,7 +146,7 @@ class BadStepGuard:
         return {"losses": self._losses, "known": self._known, "bad_in_row": in_row}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's state."""
+        """Restore the state from a checkpoint."""
         self._losses.copy_(state["losses"])
         # Without the rule no loss is remembered, and those from before would be too old later.
         self._known.copy_(state["known"] * (self._policy.spike_sigma > 0))
@@ -265,7 +265,7 @@ def _bad_step(
 
 
 def _data_ranks(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
-    """Return the data ranks of all."""
+    """Return the data ranks of all ranks, sorted."""
     return sorted({data_rank for data_rank, *_ in everyone})
 
 
@@ -299,7 +299,7 @@ def _record_all(
 
 
 def _record_step(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
-    """A line in metrics.jsonl and one on the console."""
+    """Write a record to metrics.jsonl and a line to the console."""
     shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
     samples = sorted(chain.from_iterable(shares))
     record = {
@@ -347,7 +347,7 @@ def check_replicas(
 
 
 def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
-    """Return what rank 0 reads, on every rank.
+    """Return the value read by rank 0, on every rank.
 
     Older versions named steps, of `batch_size` samples.
     """

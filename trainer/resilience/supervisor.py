@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Progress of the loop, as seen from outside, and the decision whether to go on."""
+    """Progress of the loop as published to observers, and the decision to continue or stop."""
 
     def __init__(self, run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime):
         self._run_dir, self._steps, self._runtime = run_dir, steps, runtime
@@ -66,12 +66,12 @@ class Supervisor:
         return self.should_stop()
 
     def should_stop(self) -> bool:
-        """Return whether to stop, the same on every rank; all of them call it."""
+        """Return whether to stop, identical on every rank (collective)."""
         self.stopping = self.stopping or self.watch.stop_requested()
         return self.stopping
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank; all of them call it."""
+        """Return whether the flag is set on any rank (collective)."""
         return bool(all_reduce_max(self._runtime, [int(flag)])[0])
 
     def raise_if_stopping(self) -> None:
@@ -81,7 +81,7 @@ class Supervisor:
             raise StoppedError
 
     def record_failure(self, error: Exception) -> None:
-        """Leave word of what this rank dies of."""
+        """Record the error that ends this rank."""
         reason = str(error).splitlines()[0] if str(error) else ""
         named = isinstance(error, UserError | RankLostError)
         text = reason if named else f"{type(error).__name__}: {reason}"
@@ -90,7 +90,7 @@ class Supervisor:
         self.watch.announce_failure()
 
     def record_stop(self) -> None:
-        """Leave word that the run goes on with the same command; wait for the other ranks."""
+        """Record that the same command resumes the run; wait for the other ranks."""
         saved = self._newest_checkpoint()
         how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
         if self._runtime.rank == 0:
@@ -99,7 +99,7 @@ class Supervisor:
         self.watch.wait_for_all()
 
     def _record_verdict(self, reason: str, rank: int, code: int) -> None:
-        """The watch's last words before it ends this process."""
+        """Record the watchdog's reason before it ends this process."""
         log.error("%s", reason)
         self._write_file("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
 

@@ -247,7 +247,7 @@ def _sequence_sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tu
 def _stage_messages(
     pipeline: PipelineParallel, model: Transformer, micro_batches: list[MicroBatch]
 ) -> StepBytes:
-    """Return what this rank's stages send."""
+    """Return the bytes that this rank's stages send."""
     moved = StepBytes()
     for micro_batch in micro_batches:
         likes = [model.flow_like(micro_batch, int(blocks[0])) for blocks in pipeline.runs]

@@ -45,7 +45,7 @@ def _axis_of(worker: ParallelModel, kind: type[A]) -> A:
 
 
 class _OwnPartOnly(DefaultReduceScatter):
-    """A reduce-scatter that forgets the other ranks."""
+    """A reduce-scatter that ignores the other ranks."""
 
     def __call__(
         self,
@@ -100,7 +100,7 @@ def local_target_count(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Clip on each rank by the norm of what it holds."""
+    """Clip on each rank by the norm of its local gradients."""
     worker = parallelize(*args, **kwargs)
     clip_grad_norm = worker.clip_grad_norm
 
@@ -116,7 +116,7 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 class _OwnGradient(Gather):
-    """An all-gather whose backward forgets the other ranks' gradients."""
+    """An all-gather whose backward ignores the other ranks' gradients."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
