@@ -1,4 +1,4 @@
-"""Activation checkpointing: forget a block's activations and compute them again in the backward."""
+"""Activation checkpointing: recompute a block's activations in the backward."""
 
 from collections.abc import Callable
 from functools import partial

@@ -65,7 +65,7 @@ class ParallelAxis:
         """Change a block whose backward recomputes nothing."""
 
     def split_dim(self, name: str) -> int | None:
-        """Return the dim that a parameter is split along; None = every rank has the whole."""
+        """Return the dim that a parameter is split along; None = it is replicated."""
         return None
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
@@ -76,9 +76,7 @@ class ParallelAxis:
         return loss_sum
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
-        """Complete the gradients after the last backward of a step; those that are partial are
-        summed, all at once.
-        """
+        """Complete the gradients after a step's last backward; sum partial ones, all at once."""
         if not self.partial:
             return
         parameters = dict(model.named_parameters())

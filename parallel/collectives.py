@@ -21,7 +21,7 @@ def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> T
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the ranks' tensors, all of one shape, behind each other.
+    """Start an all-gather of tensors of one shape, concatenated along dim 0.
 
     Not to be read before `wait_tensor`.
     """
@@ -40,14 +40,14 @@ def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Return the ranks' tensors, all of one shape, side by side along `dim`."""
+    """Return the ranks' tensors, all of one shape, concatenated along `dim`."""
     gathered = wait_tensor(start_all_gather(x, group))
     # In these very operators inductor finds what it can overlap with a matrix product.
     return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum over the ranks; the degree divides that dim."""
+    """Return this rank's shard along `dim` of the sum over the ranks; the degree divides it."""
     parts = group.size()
     x = x.contiguous() if dim == 0 else torch.cat(x.chunk(parts, dim))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", parts, group.group_name))
@@ -75,23 +75,23 @@ def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def wait_tensor(x: Tensor) -> Tensor:
-    """Return what has been started, arrived."""
+    """Wait for an asynchronous collective and return its result."""
     return _ops.wait_tensor(x)
 
 
 def pad_to_multiple(x: Tensor, dim: int, parts: int) -> Tensor:
-    """Return the tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
+    """Return the tensor zero-padded at its end along `dim`, so that `parts` divides its size."""
     lacking = -x.shape[dim] % parts
     return x if not lacking else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking))
 
 
 def gather_padded(x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Undoes `scatter_padded`: the first `length` of the gathered tensor along `dim`."""
+    """Invert `scatter_padded`: return the first `length` of the gathered tensor along `dim`."""
     return all_gather(x, group, dim).narrow(dim, 0, length).contiguous()
 
 
 def scatter_padded(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's part of the sum, of the tensor padded to a multiple of the degree."""
+    """Return this rank's part of the sum, of the tensor padded to a multiple of the degree."""
     return reduce_scatter(pad_to_multiple(x, dim, group.size()), group, dim)
 
 

@@ -27,7 +27,7 @@ class DataError(UserError, ValueError):
 
 
 class StorageError(UserError):
-    """A disk or folder that takes no more, or does not give back what was written."""
+    """A disk or folder that cannot be written, or whose files are not as written."""
 
 
 class NumericalError(UserError):

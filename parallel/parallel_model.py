@@ -1,4 +1,4 @@
-"""A model under any strategy behind one interface, so that the loop names none."""
+"""A model under any strategy, behind one interface for the training loop."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -85,9 +85,7 @@ class ParallelModel:
         self._count_valid = count_valid
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Return the micro-batch on this rank's device, copied without waiting where memory is
-        pinned.
-        """
+        """Copy the micro-batch to this rank's device, asynchronously from pinned memory."""
         return {k: v.to(self.device, non_blocking=True) for k, v in micro_batch.items()}
 
     def forward_backward(

@@ -1,4 +1,4 @@
-"""A pool of CPU ranks that stay alive: to start a process that imports torch takes seconds."""
+"""A pool of persistent CPU ranks: starting a process that imports torch takes seconds."""
 
 import gc
 import time
@@ -17,7 +17,7 @@ GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 
 
 class RankFailedError(RuntimeError):
-    """A rank raised, died or got stuck; the message has its number and its traceback."""
+    """A rank raised, exited or hung; the message has its number and its traceback."""
 
 
 class RankPool:
@@ -46,10 +46,10 @@ class RankPool:
     def run(
         self, world_size: int, function: Callable, *args: Any, timeout_seconds: float = 300.0
     ) -> list:
-        """Results of `function(runtime, *args)` in rank order.
+        """Return the results of `function(runtime, *args)` in rank order.
 
         The function must be importable by name. RankFailedError names the rank that raised, or
-        that was stuck when the time was up; after that the pool starts anew.
+        that was stuck at the time-out; after that the pool restarts.
         """
         if not self._processes:
             self._start_processes()

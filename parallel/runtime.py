@@ -24,7 +24,7 @@ PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which rank this is and the device it computes on."""
+    """The rank of this process and the device it computes on."""
 
     rank: int
     world_size: int
@@ -66,11 +66,11 @@ class JobQueue:
 
     @classmethod
     def single_process(cls) -> "JobQueue":
-        """One rank in this process, with no network."""
+        """Return one rank in this process, without a network."""
         return cls(dist.HashStore(), 0, 1)
 
     def launch_time(self, now: float) -> float:
-        """Return when this launch began: the same for every rank and after every restart."""
+        """Return the start time of this launch: the same for every rank and after every restart."""
         return float(self.launch.compare_set("started", "", repr(now)))
 
     def post_job(self, job: Any) -> None:
@@ -86,12 +86,12 @@ class JobQueue:
             yield json.loads(self.store.get(f"job{self.jobs}"))
 
     def leave(self) -> None:
-        """A rank that follows is about to end."""
+        """Announce that this follower rank is about to exit."""
         with suppress(dist.DistError):
             self.store.add("left", 1)
 
     def close_queue(self, seconds: float = 10.0) -> None:
-        """Tell the ranks that follow to end, and wait until they have heard it.
+        """Stop the follower ranks, and wait until they have received it.
 
         The store is rank 0's own where there is no torchrun, and would end with it.
         """
@@ -145,7 +145,7 @@ def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) ->
 
 
 def end_process_group() -> None:
-    """Destroy the process group, and what DTensor remembers of its meshes.
+    """Destroy the process group, and clear DTensor's caches of its meshes.
 
     A later mesh of the same layout counts as equal to the old one: DTensor would take plans from
     its caches that name groups which are gone.
@@ -165,9 +165,9 @@ def end_process_group() -> None:
 
 
 def all_reduce_max(runtime: Runtime, values: list[int]) -> list[int]:
-    """Return the largest of each of a few numbers over all ranks, which must call it together.
+    """Return the elementwise maximum of a few numbers over all ranks; a collective call.
 
-    On the host, so that no device is waited for.
+    Reduced on the host, so that no device is synchronised.
     """
     if runtime.world_size == 1:
         return values
@@ -177,14 +177,14 @@ def all_reduce_max(runtime: Runtime, values: list[int]) -> list[int]:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's (picklable) value, on every rank, which must call it together."""
+    """Broadcast rank 0's (picklable) value; a collective call."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
-    """Return every rank's (picklable) value, in rank order.
+    """Gather every rank's (picklable) value, in rank order.
 
     `group`: of these ranks (None = all).
     """

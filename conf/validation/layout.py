@@ -20,9 +20,7 @@ VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Return what is wrong with a resolved strategy for a door's configuration, but for its
-    model.
-    """
+    """Return the problems of a resolved strategy, except those of the model."""
     found = _fault_problems(getattr(config, "fault", ""), strategy)
     data = getattr(config, "data", None)
     seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf

@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with paths that mean the same in whatever folder it is read
-    again.
-    """
+    """Return the configuration with paths that do not depend on the working directory."""
     reads = config.data
     processor = reads.processor if reads.processor == NEW else absolute_path(reads.processor)
     reads = replace(

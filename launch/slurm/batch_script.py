@@ -52,9 +52,7 @@ def job_name(folder: Path) -> str:
 
 
 def log_pattern(swept: bool) -> str:
-    """Return the name of a job's log, in sbatch's terms: its number, in an array that of the
-    point.
-    """
+    """Return sbatch's pattern of a job's log name: its number, in an array the sweep job's."""
     return "slurm-%A_%a.out" if swept else "slurm-%j.out"
 
 

@@ -116,9 +116,7 @@ def _time_problems(cluster: ClusterConfig) -> list[str]:
 
 
 def _parse_minutes(limit: str) -> float:
-    """Return a time limit as Slurm shows it: [days-]hours:minutes:seconds, shortened from the
-    left.
-    """
+    """Parse Slurm's time limit, [days-]hours:minutes:seconds, shortened from the left."""
     if not re.fullmatch(r"[\d:-]+", limit):
         return float("inf")
     days, _, rest = limit.rpartition("-")

@@ -92,8 +92,7 @@ def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: i
 
 
 def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank: int) -> StepBytes:
-    """Return what a rank of a pipeline sends for one micro-batch to the ranks of neighbouring
-    stages.
+    """Return the bytes that a pipeline rank sends to neighbouring stages per micro-batch.
 
     `flows` are the bytes that flow into each stage and those of the gradients that come back
     (GPipe, arXiv 1811.06965, section 2.2), `placement` is the rank of each. Stages on one rank
@@ -148,8 +147,7 @@ def tensor_bytes(
 def context_bytes(
     method: str, query_BHSK: Shape, key_BGTK: Shape, degree: int, compute_bytes: int
 ) -> StepBytes:
-    """Return what one attention over a split sequence moves, forward and backward, of a rank's
-    shapes.
+    """Return the bytes of one context-parallel attention, forward and backward.
 
     Gathering: keys and values all-gathered, their gradients reduce-scattered (arXiv 2407.21783,
     section 3.3.2). Ring: both sent n-1 times in each direction, and their gradients n times, the

@@ -1,4 +1,4 @@
-"""Context parallelism: every rank has some positions of a sequence, attention sees them all.
+"""Context parallelism: each rank has a part of the positions; attention covers all of them.
 
 Which positions, `zigzag_positions` says. Three ways to the same result: to gather keys and values,
 to pass them round a ring, or to trade positions for heads.
@@ -57,7 +57,7 @@ class ContextParallel(ParallelAxis):
         return self.gather_sequence(logits, inputs["targets"].shape[1])
 
     def local_length(self, length: int) -> int:
-        """Return how many positions of a sequence are here, with padding."""
+        """Return the number of local positions of a sequence, with padding."""
         return 2 * chunk_length(length, self.group.size())
 
     def take_local(self, x: Tensor) -> Tensor:
@@ -190,9 +190,7 @@ def _split_for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return all positions, in order, of this rank's heads, from (…,H,S,K) (Ulysses, arXiv
-    2309.14509).
-    """
+    """Return all positions of local heads, from (…,H,S,K) (Ulysses, arXiv 2309.14509)."""
     parts = group.size()
     assert x.shape[-3] % parts == 0
     meant_for = x.unflatten(-3, (parts, -1)).movedim(-4, 0)
@@ -200,6 +198,6 @@ def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _to_positions(x_BHRK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Undoes `_to_heads`."""
+    """Invert `_to_heads`."""
     meant_for = torch.stack(split_zigzag(x_BHRK, group.size(), SEQUENCE_DIM))
     return Exchange.apply(meant_for, group).movedim(0, 1).flatten(1, 2)

@@ -29,9 +29,7 @@ class Kernel(NamedTuple):
 def tile_forward(
     query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return a tile's output (B,H,R,K) and log-sum-exp (B,H,R), which is -inf where it sees
-    nothing.
-    """
+    """Return a tile's output (B,H,R,K) and log-sum-exp (B,H,R), -inf for fully masked rows."""
     heads = query_BHRK.shape[1]
     out_BHRK, lse_BHR = kernel_for(query_BHRK, mask).forward(
         query_BHRK,
@@ -55,9 +53,7 @@ def tile_backward(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a tile's gradients of query, key and value, from the result and log-sum-exp of all
-    tiles.
-    """
+    """Return a tile's gradients of query, key, value, from the full result and log-sum-exp."""
     heads, groups = query_BHRK.shape[1], key_BGCK.shape[1]
     # Of a row that sees nothing at all every exp(-inf - lse) must be 0.
     lse_BHR = lse_BHR.masked_fill(lse_BHR == -torch.inf, 0.0).contiguous()
@@ -76,7 +72,7 @@ def tile_backward(
 
 
 def merge_tile_(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Tensor) -> None:
-    """Take one more tile of the same rows into the first two, in place."""
+    """Merge another tile of the same rows into the first two tensors, in place."""
     total_BHR = torch.logaddexp(lse_BHR, more_lse_BHR)
     finite_BHR = total_BHR.masked_fill(total_BHR == -torch.inf, 0.0)
     old_BHR1 = (lse_BHR - finite_BHR).exp().unsqueeze(-1)
@@ -144,7 +140,7 @@ def _products_backward(
 
 
 def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask as numbers that are added to scores."""
+    """Return a mask as an additive bias of the scores."""
     if mask is None:
         return None
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)

@@ -1,4 +1,4 @@
-"""Ring attention (arXiv 2310.01889): keys and values go round, every rank's queries meet them all.
+"""Ring attention (arXiv 2310.01889): keys and values are passed around a ring of ranks.
 
 No rank ever has more keys and values than its own and those that arrive. The backward goes round
 once more, and the gradients of keys and values travel with them until they are home.
@@ -29,7 +29,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Tile:
-    """Which of this rank's queries look at which keys of another rank."""
+    """The local queries that attend to another rank's keys, and those keys."""
 
     rows: slice
     columns: slice
@@ -57,7 +57,7 @@ class RingGeometry:
                 held = wait_tensor(arriving)
 
     def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
-        """Return what the owner of `keys` positions has to show; None = nothing but padding."""
+        """Return the tile of local queries and `owner`'s keys; None if those are all padding."""
         parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
         if self.causal:
             if owner == part:

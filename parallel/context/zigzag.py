@@ -32,9 +32,7 @@ def zigzag_positions(
 
 
 def merge_zigzag(parts: Sequence[Tensor], dim: int) -> Tensor:
-    """Return all positions in their natural order along `dim`, padding last, from the ranks'
-    parts.
-    """
+    """Return the ranks' parts in natural order of positions along `dim`, padding last."""
     first, second = zip(*(part.chunk(2, dim) for part in parts), strict=True)
     return torch.cat((*first, *reversed(second)), dim)
 

@@ -1,4 +1,4 @@
-"""Sums of gradients that are compressed on the wire; what that loses is kept for the next step."""
+"""Compressed gradient sums with error feedback: the error is added in the next step."""
 
 from collections.abc import Iterator, Mapping
 
@@ -28,7 +28,7 @@ class CompressedAllReduce:
         raise NotImplementedError
 
     def end_step(self) -> None:
-        """All buckets of a step are summed."""
+        """Finish a step; called after all of its buckets are summed."""
 
     def error_feedback_state(self) -> dict[str, Tensor]:
         """Return what this rank keeps, by name.

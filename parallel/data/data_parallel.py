@@ -99,5 +99,5 @@ class DataParallel(ParallelAxis):
                     module.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """Return what compressed sums have lost so far."""
+        """Return the error-feedback state of the compressed sums."""
         return {} if self._exchange is None else self._exchange.error_feedback_state()

@@ -1,4 +1,4 @@
-"""DDP: every rank holds the whole model and gradients are summed over the replicate axis."""
+"""DDP: every rank has a full replica; gradients are summed over the replicate axis."""
 
 import torch
 from torch import distributed as dist

@@ -68,7 +68,7 @@ class Int8AllReduce(CompressedAllReduce):
             gradient.copy_(part.reshape(-1)[: gradient.numel()].view(gradient.shape))
 
     def error_feedback_state(self) -> dict[str, Tensor]:
-        """Return what this rank has lost of what it sent, and of what it summed."""
+        """Return this rank's error feedback of the values it sent, and of those it summed."""
         return {f"{name}.sent": lost for name, lost in self._lost.items()} | {
             f"{name}.summed": lost for name, lost in self._lost_of_sum.items()
         }

@@ -1,4 +1,4 @@
-"""PowerSGD: matrices of gradients summed as products of two thin ones (arXiv 1905.13727).
+"""PowerSGD: gradient matrices summed as low-rank factors (arXiv 1905.13727).
 
 torch has it as a hook of DDP. Here what is kept is kept by parameter, so that it can be saved and
 goes on in the first step of a process, and all collectives come in one order on gloo too.
@@ -74,11 +74,11 @@ class PowerSGDAllReduce(CompressedAllReduce):
             self._right[name].copy_(drop_nonfinite(q))
 
     def end_step(self) -> None:
-        """Count."""
+        """Count the step."""
         self._steps += 1
 
     def error_feedback_state(self) -> dict[str, Tensor]:
-        """Return what this rank has lost, the factors to go on from, and the steps done."""
+        """Return this rank's error feedback, the factors of the next step, and the step count."""
         return (
             {f"{name}.lost": lost for name, lost in self._lost.items()}
             | {f"{name}.right": q for name, q in self._right.items()}

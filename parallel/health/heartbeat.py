@@ -91,7 +91,7 @@ def _lagging_ranks(beats: Mapping[int, Heartbeat]) -> list[int]:
 
 
 def _blame_details(seen: Mapping[int, LastSeen], blamed: list[int]) -> list[str]:
-    """Return where the ranks to blame are, and what the others wait in."""
+    """Describe where the blamed ranks are, and what the others wait in."""
     lines = []
     for rank in blamed:
         beat = seen[rank].beat

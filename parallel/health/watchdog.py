@@ -1,4 +1,4 @@
-"""A thread that watches over its rank: signals, the launcher, heartbeats, and an end to a hang.
+"""A watchdog thread per rank: signals, launcher, heartbeats, and an end to hangs.
 
 It runs while the main thread is in a collective: those let other threads run, so a rank that hangs
 still beats, and still hears what the others have found.
@@ -53,11 +53,11 @@ Tell = Callable[[str, int, int], None]  # (reason, rank to blame, exit code), ju
 
 
 class StoppedError(Exception):
-    """The run was asked to stop by a signal; every rank raises it at the same point."""
+    """A signal requested a stop; every rank raises this at the same point."""
 
 
 class RankLostError(Exception):
-    """Another rank's process is gone; the message says which."""
+    """Another rank's process has exited; the message names it."""
 
 
 class Watchdog:
@@ -134,13 +134,13 @@ class Watchdog:
     # What the main thread says.
 
     def report_progress(self, step: int) -> None:
-        """The run has got something done at this step."""
+        """Record progress at this step."""
         self._step = step
         self._progress += 1
 
     @contextmanager
     def track_step(self) -> Iterator[None]:
-        """Around a training step: this rank's own time in it is measured."""
+        """Return a context that measures this rank's own time in a training step."""
         began = self._own.busy_seconds()
         yield
         self._own_seconds += self._own.busy_seconds() - began
@@ -149,7 +149,7 @@ class Watchdog:
 
     @contextmanager
     def allow_long(self) -> Iterator[None]:
-        """Allow ten times as long as for a step, in this context."""
+        """Return a context in which ten times the time-out of a step is allowed."""
         self._long, before = True, self._long
         try:
             yield
@@ -158,16 +158,16 @@ class Watchdog:
             self._long = before
 
     def stop_requested(self) -> bool:
-        """Return whether any rank was asked to stop.
+        """Return whether a stop was requested on any rank.
 
-        Every rank calls it, and gets the same answer.
+        A collective call; every rank gets the same result.
         """
         (found,) = all_reduce_max(self.runtime, [self.signal])
         self.signal = self.signal or found
         return bool(found)
 
     def announce_failure(self) -> None:
-        """This rank fails: the others leave, too."""
+        """Record that this rank failed, so that the others exit too."""
         if self._store is not None:
             self._post_verdict({"by": self.runtime.rank, "code": FAILED})
 

@@ -1,4 +1,4 @@
-"""Pipeline parallelism: ranks hold successive runs of blocks, and micro-batches flow through them.
+"""Pipeline parallelism: ranks hold consecutive blocks that micro-batches pass through.
 
 torch's schedules (`torch.distributed.pipelining`) say which rank computes what and when. A `Stage`
 is what they drive: it calls one model with a run of its blocks, and since every rank reads the
@@ -31,7 +31,7 @@ from parallel.strategy import StrategyConfig
 
 
 class Stage:
-    """A run of blocks, as torch's schedules drive it: received, computed and sent by micro-batch.
+    """A stage for torch's schedules: receives, computes and sends, one micro-batch at a time.
 
     Its attributes and methods have the names that the schedules ask for; all that is of one
     micro-batch is kept by its number until it has been used.
@@ -54,7 +54,7 @@ class Stage:
         self.clear_runtime_states()
 
     def clear_runtime_states(self) -> None:
-        """Forget all micro-batches."""
+        """Clear the state of all micro-batches."""
         self._inputs: dict[int, list[Tensor]] = {}
         self._computed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # outputs, inputs
         self._output_grads: dict[int, list[Tensor]] = {}
@@ -71,7 +71,7 @@ class Stage:
     _prepare_backward_infra = _prepare_forward_infra
 
     def get_fwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the receipt of what flows in."""
+        """Return the receives of a micro-batch's inputs."""
         if self.is_first:
             return []
         micro_batch = self._pipeline.micro_batches[number]
@@ -79,13 +79,13 @@ class Stage:
         return self._pipeline.p2p_ops(dist.irecv, self._inputs[number], self.stage_index - 1)
 
     def set_local_fwd_input(self, outputs: Flow, number: int) -> None:
-        """Take what flows in from a stage on the same rank."""
+        """Set a micro-batch's inputs, from a stage on the same rank."""
         self._inputs[number] = [tensor.detach() for tensor in outputs if tensor is not None]
 
     def forward_one_chunk(
         self, number: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = False
     ) -> Tensor | Flow:
-        """Compute; the last stage returns logits."""
+        """Compute a micro-batch's forward; the last stage returns logits."""
         inputs = self._inputs.pop(number, [])
         for tensor in _differentiable(inputs):
             tensor.requires_grad_()
@@ -96,7 +96,7 @@ class Stage:
         return output
 
     def get_fwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the sending of what flows on."""
+        """Return the sends of a micro-batch's outputs."""
         if self.is_last:
             return []
         outputs = [tensor.detach().contiguous() for tensor in self._computed[number][0]]
@@ -106,7 +106,7 @@ class Stage:
         """Nothing: what was sent is kept for the backward; asked for since torch 2.15."""
 
     def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the receipt of the gradients of what has flowed on."""
+        """Return the receives of the gradients of the outputs."""
         if self.is_last:
             return []
         outputs = _differentiable(self._computed[number][0])
@@ -114,7 +114,7 @@ class Stage:
         return self._pipeline.p2p_ops(dist.irecv, self._output_grads[number], self.stage_index + 1)
 
     def set_local_bwd_input(self, grads: list[Tensor], number: int) -> None:
-        """Take those gradients from a stage on the same rank."""
+        """Set the gradients of the outputs, from a stage on the same rank."""
         self._output_grads[number] = grads
 
     def backward_one_chunk(
@@ -150,19 +150,19 @@ class Stage:
         ]
 
     def backward_weight_one_chunk(self, number: int, last_backward: bool = False) -> None:
-        """The gradients of weights that were left for later."""
+        """Compute the deferred gradients of the weights."""
         with self._pipeline.record_span(self.stage_index, "W", number):
             self._weight_jobs.pop(number)()
 
     def get_bwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the sending of the gradients of what has flowed in."""
+        """Return the sends of the gradients of the inputs."""
         if self.is_first:
             return []
         grads = [grad.contiguous() for grad in self._input_grads.pop(number)]
         return self._pipeline.p2p_ops(dist.isend, grads, self.stage_index - 1)
 
     def get_local_bwd_output(self, number: int) -> list[Tensor]:
-        """Those gradients, for a stage on the same rank."""
+        """Return the gradients of the inputs, for a stage on the same rank."""
         return self._input_grads.pop(number)
 
     def perform_reduce_grad(self, _factor: int) -> None:
@@ -170,7 +170,7 @@ class Stage:
 
 
 class PipelineParallel(ParallelAxis):
-    """The stages of one rank, and the schedule that all ranks of the pipeline axis follow.
+    """The pipeline axis: the stages of one rank, and the schedule of all ranks.
 
     `costs` are those of all blocks, by which the model is cut; `ties` the second names of shared
     parameters, with the canonical one.
@@ -203,7 +203,7 @@ class PipelineParallel(ParallelAxis):
         self.recording: Recording | None = None  # of the step that is to come
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Leave in a meta model the layers of this rank's stages alone."""
+        """Remove all layers of a meta model but those of this rank's stages."""
         count = self.degree * stages_per_rank(self.strategy)
         self.placement = stage_to_rank(self.strategy, self.degree)
         self.runs = stage_blocks(
@@ -228,12 +228,12 @@ class PipelineParallel(ParallelAxis):
 
     @property
     def has_embedding(self) -> bool:
-        """Return whether the first stage is here."""
+        """Return whether this rank has the first stage."""
         return any(stage.is_first for stage in self.stages)
 
     @property
     def has_head(self) -> bool:
-        """Return whether the last stage is here."""
+        """Return whether this rank has the last stage."""
         return any(stage.is_last for stage in self.stages)
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
@@ -273,7 +273,7 @@ class PipelineParallel(ParallelAxis):
         return self.recording.record_span(Action(stage, kind, number))
 
     def compute_stage(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
-        """One stage's forward of a micro-batch."""
+        """Compute one stage's forward of a micro-batch."""
         micro_batch = self.micro_batches[number]
         flow = self._build_flow(inputs, micro_batch, int(blocks[0])) if inputs else None
         return self.model(micro_batch, flow=flow, blocks=blocks)
@@ -329,7 +329,7 @@ class PipelineParallel(ParallelAxis):
         return logits
 
     def _forward_to_next_stage(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
-        """Bring what a stage has computed to the rank of the next one."""
+        """Transfer a stage's output to the rank of the next stage."""
         before, owner = self.placement[index - 1], self.placement[index]
         if before == owner or self.rank not in (before, owner):
             return output

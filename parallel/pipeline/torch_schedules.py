@@ -17,7 +17,7 @@ class _OneFOneB(schedules.Schedule1F1B):
 
 
 def schedule_class(schedule: str) -> Any:
-    """torch's class of a schedule."""
+    """Return torch's class of a schedule."""
     return _OneFOneB if schedule == "1f1b" else getattr(schedules, SCHEDULES[schedule].torch_class)
 
 

@@ -1,4 +1,4 @@
-"""When the ranks of a pipeline computed what in one step."""
+"""A timeline of one pipeline step: the actions of each rank with start and end."""
 
 import platform
 import time
@@ -45,7 +45,7 @@ class Recording:
     def gather_spans(self) -> list[Span]:
         """Return the spans of all ranks, from the first start on, in seconds.
 
-        Empty but on the first rank.
+        Empty on all ranks but the first.
 
         All ranks of the pipeline must call it.
         """

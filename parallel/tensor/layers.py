@@ -1,4 +1,4 @@
-"""Tensor parallelism: every layer is split over ranks by columns or rows, as in Megatron-LM.
+"""Tensor parallelism: layers split over ranks by columns or rows, as in Megatron-LM.
 
 Parameters are DTensors at rest, so that checkpoints, FSDP and the optimizer see the whole; a layer
 computes on the plain local part, with collectives (arXiv 1909.08053) where the split begins and
@@ -52,7 +52,7 @@ def matches_pattern(name: str, pattern: str) -> bool:
 
 
 def style_of(name: str, table: Mapping[str, str]) -> str:
-    """Return what the table says of a parameter by its canonical name.
+    """Return the style of a parameter, by its canonical name.
 
     Exactly one pattern must match.
     """
@@ -89,7 +89,7 @@ class TensorParallel(ParallelAxis):
         self._overlaps, self._device = strategy.async_tensor, device
 
     def split_dim(self, name: str) -> int | None:
-        """Return the dim that a parameter is split along; None = every rank has the whole."""
+        """Return the dim that a parameter is split along; None = it is replicated."""
         return split_dim(style_of(name, self._table), name)
 
     def prepare(self, model: ParallelizableModel) -> None:
@@ -133,7 +133,7 @@ class TensorParallel(ParallelAxis):
         return whole_BSD
 
     def local_positions(self, x_BSD: Tensor) -> Tensor:
-        """This rank's positions of what every rank has computed."""
+        """Return this rank's positions of a tensor that every rank has computed."""
         if not self.splits_sequence:
             return x_BSD
         return pad_to_multiple(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
@@ -216,7 +216,7 @@ class TensorParallel(ParallelAxis):
 
 
 class _ShardedLayer(nn.Module):
-    """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
+    """A layer that computes on the local shard of its parameters, which are DTensors at rest."""
 
     split: TensorParallel
     leaves: dict[str, Tensor]  # see `TensorParallel.use_weights`
@@ -238,7 +238,7 @@ class _ShardedLayer(nn.Module):
 
 
 class _SharedKVHeads(_ShardedLayer):
-    """Heads of which there are fewer than ranks: the ranks that share one gather it."""
+    """A projection to fewer heads than ranks: the ranks that share a head gather it."""
 
     head_width: int
 
@@ -253,7 +253,7 @@ class _SharedKVHeads(_ShardedLayer):
 
 
 class _RowParallel(_ShardedLayer):
-    """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
+    """A row-split layer: sums the ranks' outputs and adds the bias once, to the sum."""
 
     def forward(self, *args: Any) -> Tensor:
         bias, self._parameters["bias"] = self._parameters["bias"], None
@@ -269,7 +269,7 @@ class _RowParallel(_ShardedLayer):
 
 
 class _VocabularyEmbedding(_ShardedLayer):
-    """Looks up the entries that this rank has, and zero for the others."""
+    """An embedding that looks up local entries, and returns zero for the others."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         row, mine = self.split.entries.local_rows(input)
@@ -296,7 +296,7 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def split_dim(style: str, name: str) -> int | None:
-    """Return the dim that a parameter is split along; None = every rank has the whole."""
+    """Return the dim that a parameter is split along; None = it is replicated."""
     if style == SEQUENCE or (style == ROW and name.endswith("bias")):
         return None
     return 1 if style == ROW else 0
@@ -318,7 +318,7 @@ def _distribute_parameter(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -
 
 
 def _convert_to_sharded(module: nn.Module, style: str, split: TensorParallel, parent: Any) -> None:
-    """Give a layer the class that computes on its part of the parameters."""
+    """Change a layer's class to one that computes on its shard of the parameters."""
     part: type = _RowParallel if style == ROW else _ShardedLayer
     if isinstance(module, nn.Embedding):
         part = _VocabularyEmbedding

@@ -1,6 +1,6 @@
-"""Gathered sequences are not kept for the backward: a rank's part is, and is gathered once more.
+"""Save a rank's shard of a gathered sequence for the backward, and gather it again there.
 
-Otherwise the inputs of split layers would be kept whole on every rank (arXiv 2205.05198, section
+Otherwise every rank would save the full inputs of split layers (arXiv 2205.05198, section
 4.2.2).
 """
 
@@ -25,7 +25,7 @@ class RecomputeGather:
         self._latest: tuple[Tensor, _GatheredTensor] | None = None
 
     def remember_gather(self, whole: Tensor, part: Tensor) -> None:
-        """`whole` has been gathered from the ranks' parts, of which this is one."""
+        """Record that `whole` was gathered from shards of which `part` is the local one."""
         if self._inside:
             length = whole.shape[self._dim]
             self._latest = whole, _GatheredTensor(part.detach(), length, self._group, self._dim)
@@ -54,7 +54,7 @@ class RecomputeGather:
 
 
 class _GatheredTensor:
-    """The part of a gathered tensor that autograd wanted to keep."""
+    """The local shard of a gathered tensor that autograd saved."""
 
     def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup, dim: int):
         self._part, self._length, self._group, self._dim = part, length, group, dim
@@ -63,7 +63,7 @@ class _GatheredTensor:
         self._left = 0  # times that it will still be asked for in this backward
 
     def regather(self) -> Tensor:
-        """Return the whole, gathered once for all that ask for it in a backward."""
+        """Return the full tensor, gathered once for all its uses in a backward."""
         if not self._left:
             self._whole = gather_padded(self._part, self._length, self._group, self._dim)
             self._left = self.uses

@@ -1,4 +1,4 @@
-"""The cross-entropy of logits whose classes are split over ranks; they are never gathered.
+"""Vocabulary-parallel cross-entropy: classes are split over ranks, logits never gathered.
 
 Megatron-LM (arXiv 1909.08053), section 3: per target one maximum and three sums cross the ranks.
 """
@@ -31,7 +31,7 @@ class VocabParallel:
         reduction: str = "sum",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Like torch's function of that name, of this rank's classes: input (N, own classes).
+        """Vocabulary-parallel `F.cross_entropy`: input (N, local classes).
 
         `target` is (N,) of classes, or (N, size) of the probabilities of all classes.
         """
@@ -45,14 +45,14 @@ class VocabParallel:
     def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return each entry's local row, and whether it is local at all.
 
-        Row 0 for those that are not.
+        Entries of other ranks map to row 0.
         """
         row = tokens - self.first
         mine = (row >= 0) & (row < self.own)
         return row * mine, mine
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """(…, size): the logits of all classes, on every rank; without gradients."""
+        """Return the logits of all classes (…, size) on every rank, without gradients."""
         lacking = self.rows - self.own
         logits = torch.nn.functional.pad(logits, (0, lacking)) if lacking else logits
         return all_gather(logits, self.group, logits.dim() - 1)[..., : self.size]
@@ -97,7 +97,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """The same of targets that are probabilities, whose sum over all classes may be below one."""
+    """The same for soft targets: probabilities whose sum over all classes may be below one."""
 
     @staticmethod
     def forward(
@@ -118,7 +118,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
 def _local_softmax(
     logits_NV: Tensor, vocabulary: VocabParallel, sums: Callable[[Tensor], list[Tensor]]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """This rank's part of the softmax, and the logarithm (N,) of what it is divided by.
+    """Return the local part of the softmax, and the logarithm (N,) of its denominator.
 
     Behind them the sums (N,) over all ranks of what `sums` makes of the logits, whose maximum has
     been taken off.
