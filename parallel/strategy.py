@@ -1,4 +1,4 @@
-"""Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` are fast."""
+"""Strategy degrees and their validation; does not import torch, to keep `--help` fast."""
 
 import math
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 from parallel.config_fields import key
 from parallel.errors import ConfigError
 
-# The five axes, outermost first: ranks count up along them, the last fastest, so that ranks that
-# talk most sit next to each other.
+# The five axes, outermost first: ranks are numbered along them, the last fastest, so that ranks
+# that communicate most are adjacent.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
-# The same in the order of the device mesh: hybrid sharding takes the axes of copies (replicate and
-# context) in front of the sharded one.
+# The same in the order of the device mesh: hybrid sharding needs the axes of replicas (replicate
+# and context) before the shard axis.
 MESH_AXES = ("pipeline", "replicate", "context", "shard", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
 
@@ -132,7 +132,7 @@ def check_torchrun(environment: Mapping[str, str]) -> bool:
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """Return how often torchrun has restarted these ranks; 0 if that is unknown."""
+    """Return the number of restarts of these ranks by torchrun; 0 if unknown."""
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
 
@@ -153,10 +153,7 @@ def data_degree(strategy: StrategyConfig) -> int:
 
 
 def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """Return the strategy with -1 filled in for `world_size` ranks.
-
-    ConfigError if they do not fit.
-    """
+    """Return the strategy with -1 resolved for `world_size` ranks; ConfigError if none fits."""
     problems = []
     for axis, degree in axis_degrees(strategy).items():
         if degree == 0 or degree < -1:
@@ -181,10 +178,11 @@ def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig
 
 
 def _refit_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """Return the strategy with as many copies and shards as these ranks make.
+    """Return the strategy with replicate and shard adapted to `world_size` ranks.
 
-    What one copy of the model is split over stays, so that it still fits; its shards stay if they
-    do, else all ranks share one copy.
+    The pipeline, context and tensor degrees are kept, so that the model still fits; the shard
+    degree is kept if it divides the remaining ranks, otherwise all of them shard one replica.
+    Raises ConfigError if the fixed degrees do not divide `world_size`.
     """
     model = strategy.pipeline * strategy.context * strategy.tensor
     left, over = divmod(world_size, model)
@@ -227,7 +225,7 @@ def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
 
 
 def _near_layouts(strategy: StrategyConfig, used: int, world_size: int) -> list[str]:
-    """Strategies for these ranks that differ in one degree from the one that was asked for."""
+    """Return strategies for `world_size` ranks that differ in one degree from the requested one."""
     near = []
     for axis, degree in axis_degrees(strategy).items():
         others = used // degree
