@@ -1,6 +1,7 @@
 """Paths of a run's checkpoints, and the retention rule."""
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -16,8 +17,12 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
     """
     folder = Path(run_dir) / "checkpoints"
-    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+    while True:
+        named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+        found = sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+        # Retention may remove one between listing and look: then its successor is there too.
+        if all(os.path.lexists(path) for _, path in named):
+            return found
 
 
 def find_leftovers(run_dir: str | Path) -> list[Path]:

@@ -29,7 +29,7 @@ class TensorBoard:
         shown = textwrap.indent(json.dumps(resolved, indent=1), "    ")
         self._writer.add_text("config", shown, first)
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log_record(self, record: dict[str, Any]) -> None:
         """Log the numbers of a record."""
         for name, value in to_tensorboard(record).items():
             self._writer.add_scalar(name, value, record["step"])
