@@ -13,12 +13,10 @@ from trainer.metrics.console import print_whole
 
 
 def print_difference(first: Path, second: Path) -> bool:
-    """Show a table of the tensors that differ, with the largest difference of each.
+    """Print a table of the tensors that differ, with their largest differences; True if none do.
 
-    True if none does.
-
-    Either may be a checkpoint or a run (its newest one), of any layout. Raises ConfigError if one
-    is damaged.
+    Each argument is a checkpoint, or a run (its newest checkpoint), of any layout. Raises
+    ConfigError if one is damaged.
     """
     (a, a_says), (b, b_says) = require_valid_checkpoint(first), require_valid_checkpoint(second)
     console = Console()
@@ -59,5 +57,5 @@ def _dtype_and_shape(tensor: Tensor) -> str:
 
 
 def _raw_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes: a NaN is equal to the same NaN, and 0.0 is not -0.0."""
+    """Return the bytes of a tensor, in which identical NaNs are equal and 0.0 differs from -0.0."""
     return tensor.reshape(-1).view(torch.uint8)

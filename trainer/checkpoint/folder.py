@@ -14,7 +14,7 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """Return the published checkpoints of a run as (step, folder), oldest first by step.
 
-    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
+    The step in the name alone decides which is newest: there is no pointer that could be wrong.
     """
     folder = Path(run_dir) / "checkpoints"
     while True:
@@ -33,8 +33,8 @@ def find_leftovers(run_dir: str | Path) -> list[Path]:
 def steps_to_keep(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
     """Return the steps whose valid checkpoints are retained, given the evaluation losses.
 
-    The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
-    `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.
+    Retained are the newest `keep` (0 = all), every `every`-th step (0 = off) and, with `best`, the
+    one with the smallest finite loss; the oldest of equal ones.
     """
     steps = sorted(losses)
     if not keep:

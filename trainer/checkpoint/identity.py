@@ -1,4 +1,4 @@
-"""Comparing configurations: the keys that make two of them the same training run."""
+"""Comparison of configurations: the keys that identify a training run."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -33,9 +33,9 @@ class RunRecord:
         return key in self.resume_changed or key.split(".")[0] in self.resume_changed
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """Return every key in which the run with the identity `before` was another, as a problem.
+        """Return a problem for each identity key whose value differs from `before`.
 
-        Those that `resume_changed` names are none.
+        Keys named in `resume_changed` are left out.
         """
         changed = [
             (key, before[key], value)
@@ -55,7 +55,7 @@ class RunRecord:
 
 
 def run_record(config: TrainConfig, data: str = "") -> RunRecord:
-    """Return the record of a configured run; `data` is the fingerprint of what it learns from."""
+    """Return the record of a configured run; `data` is the fingerprint of its training data."""
     identity = {
         key: value
         for key, value in flat_values(asdict(config)).items()

@@ -1,7 +1,7 @@
-"""Checkpoints written: copied in the training thread, written and published in the background.
+"""Save checkpoints: copy in the training thread, write and publish in a background thread.
 
-The ranks agree on a save through the process group's store, never by a collective, which could
-come between those of training. So a save that fails on any rank fails on all, and on none later.
+The ranks agree through the process group's store, never by a collective, which could interleave
+with those of training. So a save that fails on one rank fails on all.
 """
 
 import json
@@ -50,7 +50,7 @@ LEAVING_SECONDS = 10.0  # for a save in flight when training ends by an error
 
 @dataclass(frozen=True)
 class PendingSave:
-    """One save: its number in this process, and what its manifest says beside the files."""
+    """A save in progress: its number in this process, and the metadata for its manifest."""
 
     number: int
     step: int
@@ -60,9 +60,9 @@ class PendingSave:
 
 
 class Saver:
-    """Saves a run; all ranks call it at the same steps. Use it as a context manager.
+    """Saves the checkpoints of a run; a context manager whose methods all ranks call in step.
 
-    At most one save is in flight: its copy is the only one in host memory.
+    At most one save is in flight: it holds the only copy in host memory.
     """
 
     def __init__(self, run: RunRecord, config: CheckpointConfig, state: Checkpointed):
@@ -113,10 +113,10 @@ class Saver:
             self._thread.join(None if together else LEAVING_SECONDS)
 
     def save(self, state: Checkpointed, eval_loss: float | None = None) -> None:
-        """Save the run as it is now, with its loss on the valid split where that was measured.
+        """Save the run, with its loss on the valid split if measured.
 
-        Returns when the copy is taken, or, with checkpoint.async_save=false, when the checkpoint is
-        there. Raises StorageError, on all ranks, if a save has failed and checkpoint.on_error=stop.
+        Returns after the copy or, with checkpoint.async_save=false, after publishing. Raises
+        StorageError, on all ranks, if a save has failed and checkpoint.on_error=stop.
         """
         self.wait()
         if state.step == self._saved_step:
@@ -139,7 +139,7 @@ class Saver:
             self.wait()
 
     def wait(self, last: bool = False) -> None:
-        """Wait for the save in flight; of the `last` one a failure is an error in any case."""
+        """Wait for the save in flight; a failure of the `last` one always raises."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -157,12 +157,12 @@ class Saver:
             yield self._news.popleft()
 
     def forget_last_save(self) -> None:
-        """Wait, before the run goes back: a step that was saved may be saved again."""
+        """Wait, and allow a saved step to be saved again after a rollback."""
         self.wait()
         self._saved_step = -1
 
     def _write_all(self, save: PendingSave) -> None:
-        """Write this rank's file and collect all ranks' outcome, in the background thread."""
+        """Write this rank's file and collect the outcome of all ranks, in the background thread."""
         try:
             self._send(save, self._rank, self._write_shard(save))
             self._outcome = (
@@ -196,7 +196,7 @@ class Saver:
             return {"bug": traceback.format_exc()}
 
     def _publish_outcome(self, save: PendingSave) -> dict[str, str]:
-        """On rank 0, what became of a save: nothing to say if it is there."""
+        """Publish a save on rank 0; return an empty dict on success."""
         reports = [self._receive(save, rank) for rank in range(self._ranks)]
         for key in (
             *(f"{save.number}/{rank}" for rank in range(self._ranks)),
@@ -242,7 +242,7 @@ class Saver:
         sync_folder(self._folder)
 
     def _remove_old(self, save: PendingSave) -> None:
-        """Remove what checkpoint.keep* do not keep; damaged ones do not count."""
+        """Remove the checkpoints that checkpoint.keep* do not retain; damaged ones do not count."""
         options = self._config
         found = list_checkpoints(self._run_save.run_dir)
         losses: dict[int, float | None] = {save.step: save.eval_loss}
@@ -289,7 +289,7 @@ class Saver:
         )
 
     def _too_small(self) -> str:
-        """Return why not even one checkpoint fits beside those that are there; empty if it does."""
+        """Return the reason that the disk cannot hold one more checkpoint; empty if it can."""
         needed = self._shard.total_bytes
         try:
             if not self._folder.exists():
@@ -322,9 +322,9 @@ class Saver:
 
 
 def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:
-    """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty.
+    """Return a warning if most checkpoints have no loss for checkpoint.keep_best; otherwise empty.
 
-    `measured` is eval.every: steps between evaluations.
+    `measured` is eval.every, the steps between evaluations.
     """
     saved = config.every
     if not (config.keep_best and saved and measured and saved % measured):
@@ -338,7 +338,7 @@ def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:
 
 
 def _remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, first from sight: a reader sees a whole one or none."""
+    """Remove a checkpoint; rename it first, so that a reader sees all of it or nothing."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
     try:
         checkpoint.rename(hidden)
@@ -352,7 +352,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _format_bytes(count: float) -> str:
-    """812.3 MB, by powers of 1000 as disks are sold."""
+    """Format a size in powers of 1000, such as "812.3 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""A training run under supervision: its signals, heartbeats, status.json, place in the folder."""
+"""Supervision of a training run: signals, heartbeats, status.json and the run folder's lock."""
 
 import logging
 import os
@@ -37,7 +37,7 @@ class Supervisor:
         self.step = 0
 
     def begin_at(self, step: int) -> None:
-        """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
+        """Record the first step; ConfigError if torchrun keeps restarting the run at this step."""
         self.step = step
         attempt = restart_count(os.environ)
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
@@ -60,7 +60,7 @@ class Supervisor:
             self._write_file(state, reason, 0, code)
 
     def finish_step(self, step: int) -> bool:
-        """After each step: whether to stop here, the same on every rank."""
+        """Report a finished step, and decide whether to stop; the same on every rank."""
         self.step = step
         self.watch.report_progress(step)
         return self.should_stop()
@@ -75,7 +75,7 @@ class Supervisor:
         return bool(all_reduce_max(self._runtime, [int(flag)])[0])
 
     def raise_if_stopping(self) -> None:
-        """Between batches of an evaluation: StoppedError, on every rank, if they are to stop."""
+        """Raise StoppedError, on every rank, if the run is to stop; for use between batches."""
         self.watch.report_progress(self.step)
         if self.should_stop():
             raise StoppedError
@@ -125,7 +125,7 @@ class Supervisor:
 def supervise_run(
     run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime
 ) -> Iterator[Supervisor]:
-    """A training run on this rank; how it ends is left in status.json and told to other ranks."""
+    """Supervise a run on this rank; record how it ends in status.json and tell the other ranks."""
     supervisor = Supervisor(run_dir, steps, timeout_seconds, runtime)
     with share_lock(run_dir), supervisor.watch:
         try:
@@ -145,7 +145,7 @@ def supervise_run(
 
 
 def source_digest() -> str:
-    """Return a digest of this project's own source files: ranks of one run must have the same."""
+    """Return a digest of this project's source files, which must be the same on all ranks."""
     root = Path(__file__).parents[2]
     digest = blake2b()
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):

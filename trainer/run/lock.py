@@ -1,8 +1,7 @@
-"""Who works in a run's folder: one run at a time, and none beside the ranks of a dead one.
+"""Exclusive lock on a run directory, on one host (flock) and across hosts (heartbeat).
 
-On one host the system's own lock decides, which ends with the process that holds it. Between hosts
-whose file system does not carry it a heartbeat decides: the file's time of change, of which only
-that it changes is read, so that no two clocks are compared.
+flock ends with its process. Between hosts whose file system does not support it, a heartbeat
+decides: only whether the file's modification time changes is read, so no clocks are compared.
 """
 
 import fcntl
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[None]:
-    """This process alone opens runs in the folder; ConfigError names who does so already."""
+    """Hold the exclusive lock on the folder; ConfigError names the process that has it."""
     path = Path(run_dir) / ".lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -52,7 +51,7 @@ def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iter
 
 @contextmanager
 def share_lock(run_dir: str | Path) -> Iterator[None]:
-    """This process is a rank that works in the folder; no other run begins before it has ended."""
+    """Hold the ranks' shared lock on the folder; no other run starts before all release it."""
     try:
         file = os.open(Path(run_dir) / ".ranks", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError:  # a folder that cannot be written is told about elsewhere
@@ -84,7 +83,7 @@ def _wait_for_orphans(run_dir: str | Path) -> None:
 
 
 def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: float) -> None:
-    """Return once the other host's heartbeat has stopped; ConfigError if it goes on."""
+    """Wait until the other host's heartbeat has stopped; ConfigError if it continues."""
     if holder["host"] == socket.gethostname():
         return  # its lock has ended with it
     before = path.stat().st_mtime_ns
@@ -97,7 +96,7 @@ def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: floa
 
 @contextmanager
 def _touch_regularly(file: int, path: Path, me: dict) -> Iterator[None]:
-    """Touch the file every few seconds; a process whose lock was taken over ends at once."""
+    """Touch the file every few seconds; exit at once if another process took the lock over."""
     ended = threading.Event()
 
     def touch_file() -> None:
@@ -121,7 +120,7 @@ def _touch_regularly(file: int, path: Path, me: dict) -> Iterator[None]:
 
 
 def _try_lock(file: int, how: int) -> bool:
-    """Return whether the lock is ours; a file system without locks leaves it to the heartbeat."""
+    """Return whether the lock was acquired; without flock the heartbeat decides."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
