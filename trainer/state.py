@@ -20,10 +20,10 @@ from trainer.resilience.bad_steps import BadStepGuard
 
 @dataclass
 class TrainState:
-    """All that a training run is at one moment, under whatever layout.
+    """The full state of a training run, under any layout.
 
     Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
-    two numbers are all of the state of the schedule, of the data and of the random numbers.
+    two counters are the whole state of schedule, data and random numbers.
     """
 
     worker: ParallelModel
@@ -72,10 +72,10 @@ class TrainState:
 
 
 def not_finite(state: TrainState) -> str:
-    """Return the first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+    """Return the name of the first tensor of a state with NaN or infinity; empty if there is none.
 
-    All ranks call it and get the same. One reduction of each tensor, whose results are read back
-    together: for the moments at which the host waits anyway.
+    All ranks must call it and get the same. One reduction per tensor, read back together: for use
+    where the host waits anyway.
     """
     own = {name: local_tensor(tensor.detach()) for name, tensor in state.state_tensors().items()}
     own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}

@@ -1,4 +1,4 @@
-"""Validation beyond types: pure functions that find every problem of a config at once."""
+"""Validation beyond types: pure functions that collect all problems of a configuration."""
 
 import difflib
 from dataclasses import replace
@@ -33,7 +33,7 @@ LARGEST = 2**63 - 1  # of torch's integers
 
 
 def find_problems(config: Any, world_size: int) -> list[str]:
-    """Return every problem of a door's configuration on `world_size` ranks; empty = none."""
+    """Return every problem of a command's configuration on `world_size` ranks."""
     found = _choice_problems(config) + _range_problems(config)
     wrong = {problem.split("=", 1)[0] for problem in found}
     broken: list[str] = []
@@ -71,7 +71,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
 
 
 def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
-    """Return the configuration with model sizes of 0 taken from the data, or raise ConfigError."""
+    """Return the configuration with model sizes of 0 taken from the data; raises ConfigError."""
     model, data = config.model, config.data
     filled = replace(
         model,
@@ -179,7 +179,7 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
 
 
 def _ends(model: ModelConfig) -> list[str]:
-    """Return what a family's first and last layer cannot be."""
+    """Return the problems of model.inputs and model.outputs for the model's family."""
     found = []
     if inputs_of(model) == "patches" and model.family != "encoder":
         found.append(
