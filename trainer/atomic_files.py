@@ -32,9 +32,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `to` at the end; StorageError if it cannot be written.
+    """Yield a folder that is renamed to `to` at the end; StorageError if it cannot be written.
 
-    Nothing is left where that fails.
+    If anything fails, no partial folder is left.
     """
     partial = to.with_name(f".{to.name}.partial")
     try:

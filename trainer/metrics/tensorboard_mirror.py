@@ -1,4 +1,4 @@
-"""The TensorBoard mirror of metrics.jsonl; loads torch, so its own process alone imports it."""
+"""The TensorBoard mirror of metrics.jsonl; imports torch, in the mirror's process only."""
 
 import json
 import textwrap
@@ -11,7 +11,7 @@ from trainer.metrics.jsonl import kind_of
 
 
 def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
-    """Return a line's numbers under TensorBoard's names, whose parts make its sections."""
+    """Return a record's numbers by TensorBoard tag, whose prefix makes its section."""
     kind = kind_of(record) or "train"
     hidden = ("step", "time")  # an axis of its own; more digits than it keeps
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
@@ -19,7 +19,7 @@ def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
 
 
 class TensorBoard:
-    """Event files in a folder; readers drop what an earlier start wrote beyond this one's."""
+    """Event files in a folder; steps that an earlier start wrote beyond this one's are purged."""
 
     def __init__(self, folder: Path, start_step: int, resolved: dict[str, Any]):
         # Lines up to the step of the checkpoint stay; those behind it come again.

@@ -1,9 +1,9 @@
-"""AdamW whose moments are kept in 8 bits: a quarter of float32's memory, in each block by a scale.
+"""AdamW with 8-bit moments: a quarter of float32's memory, with a scale per block.
 
-Codes stand for the values of a dynamic map, as in bitsandbytes and torchao (arXiv 2110.02861). Two
-things are otherwise than there. Blocks lie along rows, so that codes and scales can be split as the
-parameter is: a checkpoint loads under another layout. And a flag on the device says whether an
-update is left out, as in torch's fused AdamW, so that the host never waits for it.
+Codes stand for the values of a dynamic map, as in bitsandbytes and torchao (arXiv 2110.02861), with
+two differences. Blocks lie along rows, so that codes and scales are sharded like the parameter and
+a checkpoint loads under another layout. And a flag on the device skips an update, as in torch's
+fused AdamW, so that the host never waits for it.
 """
 
 import math
@@ -24,7 +24,7 @@ SCALE = "_scale"  # behind a moment's name
 
 
 def block_size(parameter: Tensor) -> int:
-    """Numbers of a block, a power of two that divides every rank's part of a row; 0 = no blocks."""
+    """Return the block size, a power of two that divides every shard's rows; 0 = no blocks."""
     if parameter.dim() < 2:
         return 0
     row, parts = parameter.shape[-1], 1
@@ -37,10 +37,9 @@ def block_size(parameter: Tensor) -> int:
 
 
 def dynamic_map(signed: bool) -> Tensor:
-    """Return the 256 values of the codes, rising: twice as many of each power of ten as of the next
-    less.
+    """Return the 256 ascending values of the codes, from nearly -1 (0 if unsigned) to 1.
 
-    From nearly -1, or 0 where they are not signed, to 1.
+    Each power of ten has twice as many values as the next smaller one.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for decade in range(7):
@@ -52,7 +51,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def quantize_blocks(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, of x's shape) and the blocks' scales (float32; the last dim is shorter)."""
+    """Return the codes (uint8, of x's shape) and scales (float32, with a shorter last dim)."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1).float()
     shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]

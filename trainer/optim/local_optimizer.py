@@ -8,12 +8,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local_parts(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return detached views of this rank's parts: what is written there, the model sees."""
+    """Return detached views of the local shards, through which the model's weights are updated."""
     return {name: _local_view(parameter.detach()) for name, parameter in parameters.items()}
 
 
 def laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
-    """Return a state tensor of this rank's part as the DTensor that its parameter is.
+    """Wrap a local state tensor as a DTensor with its parameter's layout.
 
     Its last dim may be shorter than the parameter's, by one factor on every rank.
     """
@@ -34,10 +34,10 @@ def laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 class LocalOptimizer:
-    """Updates that need no other rank's part: of each element, or of blocks within a row.
+    """An optimizer that needs no other rank's shard: it works per element, or per block of a row.
 
-    Working on plain local tensors, it never meets a DTensor's dispatch, mixes sharded and whole
-    parameters freely, and skips an update on the device when told that a gradient is not finite.
+    Working on plain local tensors, it avoids DTensor's dispatch, mixes sharded and replicated
+    parameters, and skips an update on the device if a gradient is not finite.
     """
 
     def __init__(

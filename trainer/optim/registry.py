@@ -1,4 +1,4 @@
-"""The optimizers by `optim.name`: how each is built, and what it is verified against."""
+"""The optimizers by `optim.name`: how each is built, and its reference for `verify`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ OPTIMIZERS = {
 
 
 def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
-    """Return the optimizer of these parameters (DTensors where they are split) by config.name."""
+    """Build the optimizer of these parameters (DTensors if sharded) by config.name."""
     parts = []
     for name, groups in _groups_by_optimizer(parameters, config).items():
         names = {member for group in groups for member in group.names}
@@ -49,7 +49,7 @@ def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
 def reference_optimizers(
     parameters: Parameters, config: OptimConfig
 ) -> list[torch.optim.Optimizer]:
-    """Return optimizers in plain torch that take the same steps of whole parameters.
+    """Return optimizers in plain torch that take the same steps on full parameters.
 
     Raises ConfigError if there are none.
     """

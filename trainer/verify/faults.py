@@ -151,7 +151,7 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Use the local part of a split layer's output, without the all-reduce g or the reduce-scatter."""
+    """Use the local part of a split layer's output: skip its all-reduce or reduce-scatter."""
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
     replace_method(split.reduce_scatter_sequence, split.local_positions)
