@@ -193,7 +193,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """Results of a step, on the device: this rank's part of the mean loss, and the gradient norm."""
+    """Results of a step, on the device: this rank's part of the mean loss, and gradient norm."""
 
     loss: Tensor
     grad_norm: Tensor

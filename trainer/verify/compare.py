@@ -60,10 +60,7 @@ class Difference:
 
 @dataclass
 class Record:
-    """Losses, norms and gradients per step, and the weights after the last.
-
-    For a layout each rank holds its local shards, with their slices of the full tensors.
-    """
+    """Losses, norms and gradients per step, and the last weights; of a layout, the local shards."""
 
     losses: list[float]
     norms: list[float]
@@ -143,10 +140,7 @@ def reference_match(
 
 
 def run_reference(config: VerifyConfig, size: int) -> Record:
-    """Take the same steps in one process with plain torch: no mesh, wrapper or own optimizer.
-
-    A step takes `size` samples.
-    """
+    """Take the same steps, of `size` samples, in one process with plain torch alone."""
     model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
     compression = Compression(config.compress)
