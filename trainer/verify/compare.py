@@ -172,10 +172,9 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
 
 
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
-    """Take the steps under the strategy, with the parallel model and optimizer of training.
+    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
 
-    Returns the record and, by parameter, the mesh axes that it is split on or its gradient summed
-    over.
+    They are the axes that it is split on or its gradient summed over.
     """
     compression = Compression(config.compress)
     if compression.uses_distillation:
