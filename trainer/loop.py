@@ -55,7 +55,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     everything is saved, PeerLostError if another rank is lost.
     """
     if config.deterministic:
-        # cuBLAS wants this before its first call; torch asks for it by this very name.
+        # Must be set before the first cuBLAS call for deterministic results.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
@@ -71,8 +71,8 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         supervisor.begin_at(state.step)
         with open_saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
-                saver.save(state)  # something to go back to
-            returns = 0  # to a checkpoint, within this process
+                saver.save(state)  # so that a rollback has a target
+            returns = 0  # rollbacks within this process
             while True:
                 loader = open_loader(config, state)
                 try:
@@ -85,7 +85,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 except RolledBackError:
                     returns += 1
                     saver.forget_last_save()
-                    resume(config, state, data)  # as a run started again, but for its processes
+                    resume(config, state, data)  # like a restart, in the same processes
                 finally:
                     loader.close()
 
@@ -160,7 +160,7 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
     """Open the recorder of metrics.jsonl and the console, which writes on the first rank."""
-    # Text fills every sample; of sentences the length is that of an average one.
+    # The average targets per sample: text fills its samples, sentences do not.
     train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
     lengths = unwrap_transformer(state.worker).block_lengths(length)
@@ -226,7 +226,7 @@ def take_steps(run: Run) -> None:
     recorder.start_clock(int(state.tokens.item()))
     state.compression.prepare_step(state.step, config.steps)
     supervisor.raise_if_stopping()
-    # stopped in there
+    # the previous start stopped before this evaluation
     if state.step and supervisor.any_rank(recorder.needs_evaluation("valid", state.step)):
         evaluate_if_due(run)
         supervisor.raise_if_stopping()
@@ -267,7 +267,7 @@ def evaluate_if_due(run: Run) -> float | None:
 def save_checkpoint(run: Run, eval_loss: float | None) -> None:
     """Save a checkpoint; a stopping run waits for it."""
     with run.recorder.pause_training("save"), run.supervisor.watch.allow_long():
-        process_bad_steps(run, saving=True)  # no NaN is ever saved
+        process_bad_steps(run, saving=True)  # never save NaN
         run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
@@ -350,7 +350,7 @@ def show_sample(run: Run) -> None:
             )
         if text:
             run.recorder.print_line(f"a sample:\n{text}")
-    except UserError as error:  # of a model that has diverged
+    except UserError as error:  # the model has diverged
         run.recorder.print_line(f"no sample: {error}")
 
 

@@ -30,11 +30,11 @@ class TrainState:
     optimizer: Optimizer
     loss_scale: LossScale
     guard: BadStepGuard
-    tokens: Tensor  # valid targets learned from so far, int64 on the device
+    tokens: Tensor  # valid targets trained on so far, int64 on the device
     step: int = 0  # optimizer steps done
-    samples: int = 0  # that these steps took, by which the data go on under any batch_size
-    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
-    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
+    samples: int = 0  # samples of these steps: the data's position under any batch_size
+    order_batch_size: int = 0  # batch_size when the run started (sampler.py); 0 = the current one
+    run: str = ""  # id of the run in all of its checkpoints
     compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
 
     @property

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
+KEPT = "kept."  # prefix of a rank's error-feedback state, before its number
 
 
 class Checkpointed(Protocol):

@@ -20,7 +20,7 @@ def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     while True:
         named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
         found = sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
-        # Retention may remove one between listing and look: then its successor is there too.
+        # Retention may remove one after it was listed: its successor is published by then.
         if all(os.path.lexists(path) for _, path in named):
             return found
 

@@ -11,9 +11,9 @@ from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 # The identity of a run: these keys must not change on resume. All others may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
 FREE = ("data.cache", "data.processor")
-# A run keeps these for ever: its weights are those of one tokenizer.
+# Never changed on resume: the weights belong to one tokenizer.
 FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
-PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
+PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # compared as absolute paths
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class RunRecord:
     """The record of a run in its checkpoints, compared with the configuration on resume."""
 
     run_dir: str
-    identity: Mapping[str, Any]  # the values that make the run what it is, by dotted key
-    resume_changed: Sequence[str]  # keys of these, or whole sections, that may be others
-    data: str  # fingerprint of what it learns from; empty = not compared
+    identity: Mapping[str, Any]  # values of the identity keys, by dotted key
+    resume_changed: Sequence[str]  # identity keys, or sections, allowed to differ
+    data: str  # fingerprint of the training data; empty = not compared
     strategy: StrategyConfig
     steps: int  # of the whole run
     optim: OptimConfig
@@ -79,7 +79,7 @@ def absolute_path(path: str) -> str:
         return f"hf:{folder.absolute()}" if folder.exists() else path
     if not path or path.startswith("bundled:"):
         return path
-    with suppress(RuntimeError):  # the home of somebody who is not known here
+    with suppress(RuntimeError):  # ~user of an unknown user
         return str(Path(path).expanduser().absolute())
     return str(Path(path).absolute())
 

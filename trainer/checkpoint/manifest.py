@@ -66,14 +66,14 @@ class Manifest:
     run: str  # the same for all checkpoints of a run
     step: int
     layout: dict[str, int]  # the degrees, and the number of ranks, that wrote it
-    config: dict[str, Any]  # the keys that make up a run's identity (run_dir.py)
-    data: str  # fingerprint of what is learned from; empty = not known
+    config: dict[str, Any]  # the identity keys of the run (identity.py)
+    data: str  # fingerprint of the training data; empty = unknown
     eval_loss: float | None  # on the valid split at this very step, if evaluated and finite
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
-    # What versions did not write that counted the data in steps; None = not known.
-    samples: int | None = None  # learned from so far, or left out as a step: the data's position
-    order_batch_size: int | None = None  # batch_size when the run began (order.py)
+    # Not written by versions that counted the data in steps; None = unknown.
+    samples: int | None = None  # samples trained on or skipped so far: the data's position
+    order_batch_size: int | None = None  # batch_size when the run started (sampler.py)
     lr: float | None = None  # of the next step, by the schedule of the run that wrote it
 
     @property

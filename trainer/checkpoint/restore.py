@@ -45,9 +45,9 @@ def layout_of(strategy: StrategyConfig) -> dict[str, int]:
 class Candidate:
     """The checkpoint to load, and the newer damaged ones that are skipped."""
 
-    path: Path | None = None  # None = none is good
+    path: Path | None = None  # None = none is valid
     manifest: Manifest | None = None
-    damaged: dict[int, str] = field(default_factory=dict)  # why, by step
+    damaged: dict[int, str] = field(default_factory=dict)  # reason by step
 
 
 def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
@@ -67,7 +67,7 @@ def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
                 raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
             except CorruptCheckpointError as error:
                 choice.damaged[candidate] = str(error)
-            except FileNotFoundError:  # by the run that writes here: there is a newer one
+            except FileNotFoundError:  # removed by the running run: a newer one exists
                 removed = True
             else:
                 choice.path = path
@@ -183,7 +183,7 @@ def _load_state(path: Path, manifest: Manifest, state: Checkpointed, run: RunRec
     if not _read_on_all_ranks(path, manifest, tensors):
         return False
     state.after_load(tensors)
-    # Older versions counted the data in steps, all of one batch size.
+    # Older versions counted the data in steps of one batch size.
     batch_size = int(manifest.config.get("batch_size", run.identity["batch_size"]))
     state.order_batch_size = manifest.order_batch_size or batch_size
     state.samples = state.step * batch_size if manifest.samples is None else manifest.samples

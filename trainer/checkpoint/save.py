@@ -43,9 +43,9 @@ from trainer.optim.lr_schedule import learning_rate_at
 
 log = logging.getLogger(__name__)
 
-# The other ranks' files may be large and their disk slow; who is dead is the launcher's business.
+# Other ranks' files may be large and their disks slow; lost ranks are the launcher's concern.
 PATIENCE = timedelta(days=30)
-LEAVING_SECONDS = 10.0  # for a save in flight when training ends by an error
+LEAVING_SECONDS = 10.0  # wait for a save in flight when training fails
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class PendingSave:
     number: int
     step: int
     samples: int
-    eval_loss: float | None  # of a number that is finite
+    eval_loss: float | None  # None unless finite
     began: float  # monotonic seconds
 
 
@@ -83,12 +83,12 @@ class Saver:
         }
         there = checkpoint_path(run.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
-        # nobody else writes under the token's names
+        # the token makes the names unique
         self._token, there, problem = broadcast_from_rank0(facts)
         if problem:
             raise StorageError(problem)
         store = dist.distributed_c10d._get_default_store()
-        # A clone has a connection of its own: waiting on it keeps nobody from the store.
+        # A clone has its own connection: waiting on it does not block other users of the store.
         clone = store.clone()  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"saves-{self._token}", clone)
         self._number = 0
@@ -122,7 +122,7 @@ class Saver:
         if state.step == self._saved_step:
             return
         self._number += 1
-        # What is not finite is no measure of a model; JSON has no word for it either.
+        # A loss that is not finite cannot be compared, and JSON cannot represent it.
         measured = eval_loss is not None and math.isfinite(eval_loss)
         save = PendingSave(
             self._number,
@@ -186,7 +186,7 @@ class Saver:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             free, needed = shutil.disk_usage(partial).free, self._shard.file_bytes()
-            if needed > free:  # rather than fill the disk to its last byte, also for others
+            if needed > free:  # never fill the disk completely
                 return {"problem": "No space left on device"}
             entry = self._shard.write_file(partial / file_name(self._rank))
             return {} if entry is None else asdict(entry)
@@ -201,7 +201,7 @@ class Saver:
         for key in (
             *(f"{save.number}/{rank}" for rank in range(self._ranks)),
             f"{save.number - 1}/all",
-        ):  # all have read it: they are at this save
+        ):  # all ranks have read it: they have reached this save
             self._store.delete_key(key)
         partial = self._partial_folder(save)
         try:
@@ -267,7 +267,7 @@ class Saver:
 
     def _warn_not_saved(self, save: PendingSave) -> None:
         told = self._config.on_error == "stop" or save.step >= self._run_save.steps
-        if "problem" in self._outcome and not told:  # as the run's error
+        if "problem" in self._outcome and not told:  # reported as the run's error
             log.warning(
                 "%s; training goes on, and the next save tries again", self._outcome["problem"]
             )

@@ -63,7 +63,7 @@ class Shard:
     def __init__(self, tensors: Mapping[str, Tensor]):
         """Plan, with all other ranks, who writes what; every rank has each tensor or a part."""
         plan = create_default_local_save_plan(dict(tensors), dist.get_rank() == 0)
-        # A rank may hold no row of a small tensor.
+        # A rank may have no rows of a small tensor.
         plan = replace(
             plan, items=[item for item in plan.items if all(_chunk_metadata(item).sizes)]
         )
@@ -72,12 +72,12 @@ class Shard:
         # A replicated tensor is written by the rank with the fewest bytes to write.
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans, metadata = planner.create_global_plan(plans)
-        self.tensors = _merge_plans(plans, metadata)  # of the whole checkpoint
+        self.tensors = _merge_plans(plans, metadata)  # of the full checkpoint
         self.total_bytes = sum(
             math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize
             for entry in self.tensors.values()
         )
-        # Wide dtypes first, so that every tensor of the file begins at a multiple of its width.
+        # Wide dtypes first, so that every tensor in the file is aligned to its width.
         mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype_of(i).itemsize)
         self._parts = {
             item.index.fqn: (_dtype_of(item), _chunk_metadata(item).sizes) for item in mine

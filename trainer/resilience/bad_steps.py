@@ -30,9 +30,9 @@ from trainer.metrics.recorder import Recorder
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
 
-LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
-DEVIATION = 1.4826  # times the median absolute deviation: the standard deviation of a normal law
-LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary are no measure of a spike
+LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; LOSS is local to this rank
+DEVIATION = 1.4826  # standard deviation / median absolute deviation of a normal distribution
+LEAST_DEVIATION = 1e-3  # lower bound relative to the median, for losses that hardly vary
 REMEDY = "try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (or bf16 for fp16)"
 
 
@@ -56,9 +56,9 @@ class BadStep:
 
     step: int  # of the run, from 1
     kind: str  # loss | gradient | spike | update
-    rank: int | None  # the first of those that read the samples at fault; None = not one share
-    shares: list[int]  # data ranks whose samples may have done it
-    tensor: str = ""  # of an update: the first that it has left not finite
+    rank: int | None  # first rank of the data rank at fault; None = several
+    shares: list[int]  # data ranks whose samples may be the cause
+    tensor: str = ""  # first tensor that an update left not finite
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Rollback:
     """A rollback to a checkpoint: its step, and the range of samples skipped from then on."""
 
     step: int
-    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the order of samples
+    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the sample order
 
 
 class BadStepGuard:
@@ -79,10 +79,10 @@ class BadStepGuard:
         """Build a guard with an empty window for the run in `run_dir`."""
         self._policy, self._run_dir = policy, run_dir
         self.rollbacks: list[Rollback] = []
-        self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # good ones, the newest last
-        self._known = torch.zeros((), dtype=torch.int64, device=device)  # of them
-        self._bad_in_row = 0  # until the last look
-        self._flags: list[Tensor] = []  # of the steps since then, each an int64 scalar
+        self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # of good steps, newest last
+        self._known = torch.zeros((), dtype=torch.int64, device=device)  # number of valid entries
+        self._bad_in_row = 0  # consecutive bad steps up to the last call
+        self._flags: list[Tensor] = []  # flags of the steps since then, int64 scalars
 
     @property
     def skipped_steps(self) -> set[tuple[int, int]]:
@@ -111,7 +111,7 @@ class BadStepGuard:
         if scale.dynamic or spike_sigma:
             mean_loss = worker.sum_over_data(loss.clone())
         if scale.dynamic:
-            lost = ~mean_loss.isfinite()  # no matter of the scale, which the loss has not seen
+            lost = ~mean_loss.isfinite()  # independent of the loss scale, which is applied later
             drop = overflow | lost
             overflow = overflow & ~lost
             bad = lost | (overflow & (scale.scale < 1.0))
@@ -146,7 +146,7 @@ class BadStepGuard:
     def load(self, state: dict[str, Tensor]) -> None:
         """Restore the state from a checkpoint."""
         self._losses.copy_(state["losses"])
-        # Without the rule no loss is remembered, and those from before would be too old later.
+        # Without spike detection no losses are kept: they would be outdated when it is enabled.
         self._known.copy_(state["known"] * (self._policy.spike_sigma > 0))
         self._bad_in_row = int(state["bad_in_row"].item())
         self._flags.clear()
@@ -155,7 +155,7 @@ class BadStepGuard:
         """Skip the samples of bad steps from step `good` on, and record that in the run folder."""
         places = [place for bad in found for place in loader.sample_positions(bad.step - 1)]
         self.rollbacks.append(Rollback(good, position_ranges(places)))
-        if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
+        if dist.get_rank() == 0:  # before training continues, so that a kill loses nothing
             _write_rollbacks(self._run_dir, self.rollbacks)
 
     def process_bad_steps(
@@ -183,7 +183,7 @@ class BadStepGuard:
         settle()
         saved = list_checkpoints(self._run_dir)
         everyone = all_gather_objects((worker.data_rank, flags, saved[-1][0] if saved else None))
-        good = everyone[0][2]  # what rank 0 sees of the folder counts
+        good = everyone[0][2]  # rank 0's view of the folder decides
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
             first, ranks = _first_bad_update(step, flags), _data_ranks(everyone)
@@ -219,14 +219,14 @@ class BadStepGuard:
         """Return the bad steps up to and including the one whose update made the later ones bad."""
         before = [bad for bad in found if bad.step < update.step]
         if before and self._policy.on_bad_step == "stop":
-            return before  # which has ended the run already
-        self._bad_in_row = 1  # those behind it do not count
+            return before  # the earlier one stops the run anyway
+        self._bad_in_row = 1  # later steps do not count
         return [*before, update]
 
     def _stop_reason(self, good: int | None, last: BadStep) -> str:
         """Return the reason to stop, with the last valid checkpoint and a remedy; empty = go on."""
         policy, most = self._policy.on_bad_step, f"max_bad_steps={self._policy.max_bad_steps}"
-        tries = 1  # to go on from this checkpoint, the one that has just failed included
+        tries = 1  # attempts from this checkpoint, including the failed one
         while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
             tries += 1
         if last.tensor and policy != "rollback":

@@ -19,8 +19,8 @@ from trainer.run.lock import share_lock
 from trainer.run.status import StatusFile
 
 PACKAGES = ("parallel", "trainer", "conf", "launch")
-ATTEMPTS = 3  # torchrun's restarts from one step that are enough
-# What a collective raises when the process at its other end is gone.
+ATTEMPTS = 3  # torchrun restarts from one step before giving up
+# Messages of a collective whose peer process is gone.
 BROKEN = re.compile(r"gloo|nccl|connection|peer|socket|closed", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Supervisor:
         self._run_dir, self._steps, self._runtime = run_dir, steps, runtime
         self._status = StatusFile(run_dir, steps)
         self.watch = Watchdog(runtime, timeout_seconds, self._record_verdict)
-        self.stopping = False  # agreed by all ranks
+        self.stopping = False  # the same on all ranks
         self.step = 0
 
     def begin_at(self, step: int) -> None:

@@ -18,8 +18,8 @@ from pathlib import Path
 from parallel.errors import ConfigError
 
 BEAT_SECONDS = 2.0
-STALE_SECONDS = 15.0  # without a beat: the host that held the lock is gone
-ORPHAN_SECONDS = 8.0  # that the ranks of a dead launcher take to end, and more
+STALE_SECONDS = 15.0  # without a heartbeat, after which the lock holder is presumed dead
+ORPHAN_SECONDS = 8.0  # upper bound on how long the ranks of a dead launcher take to exit
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iter
         if not _try_lock(file, fcntl.LOCK_EX):
             raise ConfigError(_in_use(run_dir, _read_holder(path)))
         holder = _read_holder(path)
-        if holder:  # it has not given the lock back
+        if holder:  # the holder has not released the lock
             _wait_for(path, holder, run_dir, stale_seconds)
             log.info("the lock of a run that has died is taken over (%s)", _describe_holder(holder))
         _wait_for_orphans(run_dir)
@@ -44,7 +44,7 @@ def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iter
             with _touch_regularly(file, path, me):
                 yield
         finally:
-            os.ftruncate(file, 0)  # a run that was stopped need not be waited for, either
+            os.ftruncate(file, 0)  # a released lock needs no waiting
     finally:
         os.close(file)
 
@@ -54,7 +54,7 @@ def share_lock(run_dir: str | Path) -> Iterator[None]:
     """Hold the ranks' shared lock on the folder; no other run starts before all release it."""
     try:
         file = os.open(Path(run_dir) / ".ranks", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:  # a folder that cannot be written is told about elsewhere
+    except OSError:  # an unwritable folder is reported elsewhere
         yield
         return
     try:
@@ -85,7 +85,7 @@ def _wait_for_orphans(run_dir: str | Path) -> None:
 def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: float) -> None:
     """Wait until the other host's heartbeat has stopped; ConfigError if it continues."""
     if holder["host"] == socket.gethostname():
-        return  # its lock has ended with it
+        return  # the lock ended with its process
     before = path.stat().st_mtime_ns
     deadline = time.monotonic() + stale_seconds
     while time.monotonic() < deadline:

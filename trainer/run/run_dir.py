@@ -21,7 +21,7 @@ from trainer.run.free_text import escape_text, unescape_text
 from trainer.run.lock import hold_lock
 from trainer.run.status import read_status
 
-EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
+EXPORTED = "model.safetensors"  # marks the folder of an exported model
 
 
 class AlreadyFinishedError(Exception):
@@ -56,7 +56,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
         _refuse_run(config, folder)
         if held is not None:
             held.enter_context(hold_lock(folder))
-            _refuse_run(config, folder)  # what it was a moment ago is another's
+            _refuse_run(config, folder)  # another process has just changed it
         write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise StorageError(
@@ -136,7 +136,7 @@ def _refuse_run(config: TrainConfig, folder: Path) -> None:
     found = [c for c in list_checkpoints(folder) if config.resume_step in (0, c[0])]
     done = next((s for s, path in reversed(found) if s >= config.steps and _is_good(path)), 0)
     status = read_status(folder)
-    # A run that was stopped while it measured the test split goes on with that.
+    # A run stopped during the test evaluation resumes with it.
     left = status is not None and status.state != "finished" and done == config.steps
     if done and not left:
         raise AlreadyFinishedError(

@@ -20,20 +20,20 @@ log = logging.getLogger(__name__)
 class Status:
     """The state of a run; times are seconds since 1970."""
 
-    state: str  # running | finished | stopped (the same command goes on) | failed
+    state: str  # running | finished | stopped (the same command resumes) | failed
     step: int  # optimizer steps done
     steps: int  # of the whole run
     checkpoint: int | None  # step of the newest one
     reason: str  # why it stopped or failed
-    rank: int  # that says so, or that is to blame
-    code: int | None  # that the run exits with; None = it runs
-    from_step: int  # where it began, or went on
-    attempts: int  # starts in a row of one launch that went on from there
+    rank: int  # rank that reported it, or that is at fault
+    code: int | None  # exit status; None = running
+    from_step: int  # step of the start or resume
+    attempts: int  # consecutive starts of one launch from that step
     pid: int
     host: str
     started: float
     updated: float
-    error: str = ""  # class of what it failed of: ConfigError, DataError, NumericalError, …
+    error: str = ""  # class of the error: ConfigError, DataError, NumericalError, …
 
 
 def read_status(run_dir: str | Path) -> Status | None:
@@ -53,7 +53,7 @@ class StatusFile:
         self._started = time.time()
         self._begun = self._warned = False
         self._from_step = 0
-        self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
+        self.attempts = 0  # consecutive starts from the same step; 0 = known by the first rank
 
     def begin_run(self, from_step: int, restarted: bool, first: bool) -> Status | None:
         """Record the first step, and return the previous status; only the first rank writes."""
