@@ -24,7 +24,7 @@ from trainer.config.train import (
 )
 from trainer.run.free_text import escape_text, unescape_text
 
-# The name of a door's YAML file → the dataclass it must fit.
+# Name of a command's YAML file → its dataclass.
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,

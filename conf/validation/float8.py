@@ -6,7 +6,7 @@ from conf.validation.layout import near_multiples
 from parallel.strategy import StrategyConfig
 from trainer.config.train import CompressConfig, ModelConfig
 
-STEP = 16  # of the sizes that float8 kernels take
+STEP = 16  # sizes must be multiples of it for float8 kernels
 
 
 def precision_problems(

@@ -85,7 +85,7 @@ def _reduction_problems(config: Any, strategy: StrategyConfig) -> list[str]:
 def _schedule_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """Return the problems of a pipeline schedule with other options."""
     found: list[str] = []
-    # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
+    # `batch_problems` checks the micro-batches of training; other commands have none.
     if isinstance(config, VerifyConfig) or not (
         isinstance(config, TrainConfig) or strategy.schedule_csv
     ):
@@ -93,7 +93,7 @@ def _schedule_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     try:
         return found + _one_pass(config, strategy)
     except UserError:
-        return found  # told where the schedule's lists are checked
+        return found  # reported where the schedule's lists are checked
 
 
 def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
@@ -246,7 +246,7 @@ def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
         found.append(
             f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
         )
-    # The ranks have equally many rows, and the last of them what is left.
+    # All ranks have equally many rows, except that the last ones may have fewer.
     rows = -(-model.vocab_size // degree)
     if 0 < model.vocab_size <= rows * (degree - 1):
         found.append(

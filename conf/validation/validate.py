@@ -29,7 +29,7 @@ from trainer.data import READERS
 if TYPE_CHECKING:
     from trainer.data.dataset import DataFacts
 
-LARGEST = 2**63 - 1  # of torch's integers
+LARGEST = 2**63 - 1  # largest int64
 
 
 def find_problems(config: Any, world_size: int) -> list[str]:
@@ -90,7 +90,7 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     if outputs_of(model) == "classes":
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
-    if config.data.kind == "images":  # all else was told without the data
+    if config.data.kind == "images":  # other problems were found without the data
         found += compress_problems(config.compress, filled, config.strategy)
     if found:
         raise ConfigError(*found)

@@ -43,7 +43,7 @@ CONF = str(Path(schema.__file__).parent)
 MULTIRUN = ("-m", "--multirun")
 QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 SWEPT = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)\Z", re.DOTALL)
-EXIT_SECONDS = 10.0  # that the end of a process may take
+EXIT_SECONDS = 10.0  # limit for the exit of a process
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def run_command(command: Command) -> None:
         schema.register_schemas(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
         code = _run_hydra(command, ranks, scratch)
     if ranks:
-        ranks.close_queue()  # which do not fail with it: a launcher shows the cause alone
+        ranks.close_queue()  # the ranks exit cleanly, so that the launcher shows only the cause
     exit_process(code)
 
 
@@ -97,7 +97,7 @@ def _torchrun_queue(name: str) -> Any:
     """Return the job queue of torchrun's ranks, None without torchrun; exits if it cannot start."""
     problem = _why_unreadable(sys.argv[1:])
     if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
-        sys.exit(2)  # rank 0 says it
+        sys.exit(2)  # rank 0 prints the error
     try:
         if not problem and check_torchrun(os.environ):
             from parallel.runtime import JobQueue
@@ -129,7 +129,7 @@ def _why_unreadable(words: Sequence[str]) -> str:
         return "the working directory is gone; change to one that is there"
     try:
         gettempdir()
-    except FileNotFoundError:  # torch is not even imported without
+    except FileNotFoundError:  # torch cannot be imported without it
         return "no folder takes temporary files; set TMPDIR to one with room"
     for word in words:
         try:
@@ -158,7 +158,7 @@ def exit_process(code: int) -> NoReturn:
 def _run_hydra(command: Command, ranks: Any, scratch: str) -> int:
     """Let Hydra run every job of the command line; return the exit status."""
     log_to_stderr(0)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     keys = schema.free_text(command.name)
     if scratch:  # Hydra reads the flag in front of overrides only; a comma parts values
         words = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)

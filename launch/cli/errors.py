@@ -35,8 +35,8 @@ TYPES = {
 }
 
 
-LOG = "log.txt"  # in a run's folder, what its console has shown
-NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # nor a reader
+LOG = "log.txt"  # copy of a run's console output, in its folder
+NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # disk full, or no reader
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/health/watchdog.py)
 
 
@@ -69,7 +69,7 @@ def write_error(text: str) -> None:
             Path(path).write_text(
                 json.dumps({"message": {"message": text.strip(), "extraInfo": more}})
             )
-        except OSError:  # half of it would end torchrun with an error of its own
+        except OSError:  # a truncated file would make torchrun fail itself
             with suppress(OSError):
                 Path(path).unlink()
 
@@ -228,7 +228,7 @@ def _refused_value(name: str, key: str, value: str) -> str:
     return f"{key}={value}: {key} is a section; set its keys: {', '.join(below)}"
 
 
-# What Hydra and OmegaConf say → what we say: (door, *groups of the pattern) → message.
+# Pattern of a Hydra or OmegaConf error → (command, *groups) → our message.
 HYDRA_MESSAGES: dict[str, Callable[..., str]] = {
     r"Could not override '([^']+)'": _unknown_key,
     r"Error merging override \+*([^=~]+)=(.*)": _refused_value,

@@ -23,7 +23,7 @@ from trainer.data.record import (
 )
 from trainer.run.run_dir import EXPORTED, load_config
 
-# Keys of a model that its weights do not tell.
+# Keys of a model that do not show in the shapes of its weights.
 CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")
 FREE_OF_SHAPE = ("dropout", "init", "init_std", "max_positions", *CHANGE_THE_FUNCTION)
 NEW = "new"  # data.processor: made of the train split

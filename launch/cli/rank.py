@@ -35,7 +35,7 @@ def run_posted_jobs(ranks: JobQueue, work: Work) -> int:
             if "stop" in job:
                 return job["stop"]
             run_rank(job, ranks, work)
-    except dist.DistError:  # rank 0, or the launcher that has the store, is gone
+    except dist.DistError:  # rank 0, or the launcher with the store, has exited
         return 1
     finally:
         ranks.leave()
@@ -90,7 +90,7 @@ def _log_path(job: dict[str, Any]) -> Path | None:
 
 def _print_error(error: Exception, job: dict[str, Any], ranks: JobQueue) -> int:
     code = getattr(error, "status", 1)
-    if not ranks.is_first("error"):  # its end is a consequence of the first one's
+    if not ranks.is_first("error"):  # its failure is a consequence of the first one
         return code
     if isinstance(error, UserError | RankLostError):
         text = explain_error(job["command"], error)

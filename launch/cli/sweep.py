@@ -40,10 +40,10 @@ from trainer.run.run_dir import claim_folder
 from trainer.run.status import read_status
 
 NAME_LENGTH = 100
-COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, in front of the swept
-SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # of a point, in the live table
+COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, before swept keys
+SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # metrics of a job in the live table
 log = logging.getLogger(__name__)
-logging.getLogger("hydra").setLevel(logging.WARNING)  # what it launches is said here
+logging.getLogger("hydra").setLevel(logging.WARNING)  # this module logs the jobs
 
 
 @dataclass
@@ -53,7 +53,7 @@ class SweepJob:
     overrides: dict[str, str]
     state: str = "waiting"  # waiting | running | finished | stopped | failed
     code: int = 0  # exit code of its job
-    reason: str = ""  # why it has failed
+    reason: str = ""  # reason of a failure
     seconds: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
 
@@ -77,8 +77,8 @@ class Sweep:
     def __init__(self, scratch: Path, is_new: bool = False) -> None:
         self._scratch, self._is_new = scratch, is_new
         self._points: dict[str, SweepJob] = {}
-        self._total = 0  # points there will be; 0 = only the sweeper knows
-        self.code = 0  # exit code of the first point that has failed
+        self._total = 0  # number of jobs; 0 = known by the sweeper only
+        self.code = 0  # exit code of the first failed job
         self._folder: Path | None = None
         self._held = ExitStack()
 
@@ -100,7 +100,7 @@ class Sweep:
             point = composed_job()
             if self._folder is None:
                 self._open_folder(Path(cfg.run_dir))
-        except (UserError, OSError) as error:  # of the sweep, not of a point
+        except (UserError, OSError) as error:  # errors of the sweep itself
             write_error(str(error))
             raise SystemExit(2) from None
         assert self._folder is not None
@@ -122,7 +122,7 @@ class Sweep:
                 )
         except JobFailedError as failed:
             self.code = self.code or failed.code
-            if self._total:  # Hydra would say it again at the end
+            if self._total:  # Hydra would print it again at the end
                 return None
             raise
 
@@ -138,7 +138,7 @@ class Sweep:
             point = SweepJob(overrides)
             self._points[point.folder_name] = known.pop(point.folder_name, point)
         self._total = len(self._points)
-        self._points |= known  # of a command with other values, or an optimising sweeper's
+        self._points |= known  # jobs of other values, or of an optimising sweeper
         log.info("sweep of %s points: %s", self._total or "unknown", folder)
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():

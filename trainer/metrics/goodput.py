@@ -17,13 +17,13 @@ from typing import Any
 from trainer.atomic_files import write_atomically
 
 NAME = "goodput.json"
-# Kinds of seconds, and what the console calls those that are lost.
+# Categories of time, with the console's names of the lost ones.
 LOST = {
-    "restart": "restart",  # from the start of the process until its first step is done
-    "save": "save",  # training stood still for a checkpoint
+    "restart": "restart",  # from process start to the end of its first step
+    "save": "save",  # training was blocked by a checkpoint
     "data_wait": "data wait",
     "evaluation": "evaluation",
-    "repeated": "steps done again",  # that an earlier start, or the run before a rollback, had done
+    "repeated": "steps done again",  # already taken by an earlier start or before a rollback
     "other": "other",  # a profiler's trace, a picture, a sample of text
 }
 KINDS = ("useful", *LOST)
@@ -34,10 +34,10 @@ class TimeLedger:
     """The sums of a run, as stored in goodput.json."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    step: int = 0  # the furthest that any start has come
+    step: int = 0  # furthest step of any start
     starts: int = 0
-    down_seconds: float = 0.0  # between what one start last wrote and the next: off, or lost
-    written: float = 0.0  # seconds since the epoch at the last writing; 0.0 = never
+    down_seconds: float = 0.0  # between a start's last write and the next start
+    written: float = 0.0  # seconds since the epoch of the last write; 0.0 = never
     opened: float | None = None  # what was not booked yet began here, by the monotonic clock
 
 
@@ -94,9 +94,9 @@ class Goodput:
         self.ledger.starts = max(1, self.ledger.starts)
         self._mark = clock() if self.ledger.opened is None else self.ledger.opened
         self.ledger.opened = None
-        self._step_seconds = 0.0  # of the step that is being done
-        self._kind: str | None = None  # what goes on instead of a step
-        self._restarting = True  # until the first step is done
+        self._step_seconds = 0.0  # of the current step
+        self._kind: str | None = None  # the current category, if not a step
+        self._restarting = True  # until the first step has finished
 
     @contextmanager
     def track(self, kind: str) -> Iterator[None]:

@@ -26,7 +26,7 @@ class MetricsFile:
         Raises StorageError if the file cannot be written.
         """
         self._path, self._say = path, say
-        self._waiting = b""  # lines that found no room yet
+        self._waiting = b""  # records buffered while the disk is full
         self._full = False
         try:
             kept, self.dropped = _split_lines(path, start_step) if path.exists() else ([], [])
@@ -36,7 +36,7 @@ class MetricsFile:
                 f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
             ) from error
         lines = map(json.loads, kept)
-        # Splits that a run which goes on has measured already.
+        # Splits that were evaluated before this resume.
         self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
 
     def append(self, record: dict[str, Any]) -> None:
@@ -74,7 +74,7 @@ class MetricsFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            os.ftruncate(self._file.fileno(), whole)  # a line is there or it is not
+            os.ftruncate(self._file.fileno(), whole)  # never leave a partial line
             raise
         self._waiting = b""
 

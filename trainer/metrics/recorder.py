@@ -26,7 +26,7 @@ from trainer.metrics.trackers import TOOLS, Tracker
 from trainer.nn.flops import peak_flops
 
 PROFILER_WARMUP_STEPS = 10
-DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
+DRAWN_STEP = 5  # relative to this process's first step; earlier steps warm up
 
 
 class Stopwatch:
@@ -53,7 +53,7 @@ class Stopwatch:
         began, mark, paused = self._clock(), self._mark, self.paused_seconds
         try:
             yield
-        finally:  # set, not added to: a pause inside this one is part of it
+        finally:  # assigned, not added: nested pauses are included
             seconds = self._clock() - began
             self._mark, self.paused_seconds = mark + seconds, paused + seconds
 
@@ -75,7 +75,7 @@ class RunInfo:
     start_step: int
     resolved: Mapping[str, Any]  # the whole configuration
     flops_per_token: float  # of training (flops.py)
-    unit: str  # of what is learned from, on the console
+    unit: str  # unit of throughput on the console
     precision_name: str
     device: torch.device
     devices: int  # over all ranks

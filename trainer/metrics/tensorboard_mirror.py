@@ -13,7 +13,7 @@ from trainer.metrics.jsonl import kind_of
 def to_tensorboard(record: dict[str, Any]) -> dict[str, float]:
     """Return a record's numbers by TensorBoard tag, whose prefix makes its section."""
     kind = kind_of(record) or "train"
-    hidden = ("step", "time")  # an axis of its own; more digits than it keeps
+    hidden = ("step", "time")  # the x axis; a number with too many digits for float32
     numbers = {k: v for k, v in record.items() if isinstance(v, int | float)}
     return {f"{kind}/{k}": v for k, v in numbers.items() if k not in hidden}
 
@@ -22,7 +22,7 @@ class TensorBoard:
     """Event files in a folder; steps that an earlier start wrote beyond this one's are purged."""
 
     def __init__(self, folder: Path, start_step: int, resolved: dict[str, Any]):
-        # Lines up to the step of the checkpoint stay; those behind it come again.
+        # Records up to the resumed step stay; later ones are written again.
         first = start_step + 1 if start_step else 0
         self._writer = SummaryWriter(str(folder), purge_step=first, flush_secs=10)
         self.finish = self._writer.close

@@ -18,9 +18,9 @@ from trainer.config.train import OptimConfig
 from trainer.optim.local_optimizer import LocalOptimizer, local_parts
 from trainer.optim.parameter_groups import ParameterGroup, torch_groups
 
-LARGEST_BLOCK = 256  # numbers of a row that share a scale
-SMALLEST_BLOCK = 32  # with fewer the scales are not worth it: such moments stay as they are
-SCALE = "_scale"  # behind a moment's name
+LARGEST_BLOCK = 256  # maximum numbers per scale
+SMALLEST_BLOCK = 32  # smaller blocks would not save memory: such moments stay in float32
+SCALE = "_scale"  # suffix of a moment's name
 
 
 def block_size(parameter: Tensor) -> int:
@@ -77,7 +77,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float,
     ):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.found_inf: Tensor | None = None  # 1 = leave the update out; a float32 scalar
+        self.found_inf: Tensor | None = None  # 1 = skip the update; a float32 scalar
         self._blocks, self._betas, self._eps = blocks, betas, eps
         device = next(iter(blocks)).device
         maps = {"exp_avg": dynamic_map(signed=True), "exp_avg_sq": dynamic_map(signed=False)}

@@ -4,7 +4,7 @@ import math
 
 from trainer.config.train import OptimConfig
 
-LEAP = 0.01  # share by which a learning rate may differ from what it was, unsaid
+LEAP = 0.01  # relative change of the learning rate on resume that needs no warning
 
 
 def learning_rate_at(step: int, steps: int, config: OptimConfig) -> float:

@@ -31,7 +31,7 @@ class OptimizerKind:
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(build_adamw, reference_adamw),
-    # A moment just between two codes is rounded to either where ranks sum in another order.
+    # Rounding to codes depends on the order of sums, so layouts are close but not equal.
     "adamw8bit": OptimizerKind(build_adamw8bit, reference=None),
 }
 

@@ -31,7 +31,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 ABSENT = "–"
-TITLED = 3  # runs that the title names
+TITLED = 3  # number of runs named in the title
 OWN = ("run_dir",)  # keys that differ between any two runs
 KINDS = {"useful": "useful steps", **LOST, "down": "between starts"}
 # Key of a training line → title of its chart, how it is drawn, and its scale.
@@ -72,7 +72,7 @@ def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[P
     run_dirs = dict.fromkeys(run for folder in folders for run in runs_in(folder) or [folder])
     histories = [read_history(run_dir) for run_dir in run_dirs]
     path = output or folders[0] / NAME
-    # A name that is no text, as a file system allows it, is shown as far as it is.
+    # File names may be any bytes: undecodable ones are replaced.
     text = render_page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
     try:
         if path.is_dir():

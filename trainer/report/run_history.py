@@ -19,8 +19,8 @@ from trainer.metrics.jsonl import NAME, is_number, read_lines
 from trainer.run.run_dir import saved_values
 from trainer.run.status import Status, read_status
 
-LINES_NAMED = 5  # of those that cannot be read
-HIDDEN = ("event", "step")  # of an event that is not known here, what is not shown
+LINES_NAMED = 5  # maximum number of unreadable lines to list
+HIDDEN = ("event", "step")  # keys of an unknown event that are not shown
 
 Line = dict[str, Any]
 
@@ -45,7 +45,7 @@ class History:
     events: list[Event] = field(default_factory=list)  # by step
     status: Status | None = None
     goodput: TimeLedger = field(default_factory=TimeLedger)
-    notes: list[str] = field(default_factory=list)  # what could not be read
+    notes: list[str] = field(default_factory=list)  # problems of reading
     unit: str = "tok"  # of throughput, as the run's task calls it: tok or img
 
     def metric_curve(self, key: str, split: str = "") -> list[tuple[int, float]]:

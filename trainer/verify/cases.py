@@ -14,10 +14,10 @@ from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_e
 from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
-MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
+MICRO_BATCHES = 2  # per rank and step, so that gradients accumulate
 SEQ_LEN = 12
 
-# One model of each kind that the project trains; `walk` proves every strategy on all of them.
+# One model of each kind that the project trains; `verify_all` runs every strategy on all of them.
 FAMILIES = {
     "decoder (Llama)": ModelConfig(heads=8, kv_heads=4, ffn_width=344, tied=False),
     "decoder (GPT-2)": ModelConfig(
@@ -159,14 +159,14 @@ COMPRESSED_STRATEGIES = (
     "fsdp 2 × tensor 2",
     "tensor 2 × pipeline 2",
 )
-# A teacher's answers are cut as the sequences and classes are.
+# A teacher's logits are sharded like sequences and classes.
 DISTILLED_STRATEGIES = (
     *COMPRESSED_STRATEGIES,
     "tensor 2, whole sequences",
     "context 2, ring",
     "context 2 × tensor 2",
 )
-# States are matched where sequences are not shared.
+# Hidden states are matched on full sequences only.
 MATCHED_STRATEGIES = tuple(name for name in DISTILLED_STRATEGIES if "context" not in name)
 # Of six blocks: in front of a pipeline's cut and behind it, of an encoder the last, and the last.
 MATCH = [[1, 0], [2, 2], [5, 4]]

@@ -43,7 +43,7 @@ from trainer.verify.cases import (
 from trainer.verify.faults import FAULTS
 
 LABEL_SMOOTHING = 0.1
-COMPRESSED = 5  # a compressed model has blocks as for so many stages: some behind others
+COMPRESSED = 5  # compressed models have blocks for this many stages
 QUANTITIES = ("loss", "norm", "gradient", "weight")
 
 
@@ -273,7 +273,7 @@ def worst_differences(found: list[list[Difference]], names: list[str]) -> list[D
 
 def _largest_gap(mine: Tensor | float, theirs: Tensor | float) -> float:
     gaps = torch.as_tensor(mine - theirs, dtype=torch.float64).abs()
-    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no part of it
+    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no local shard
     return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
 
 
@@ -350,7 +350,7 @@ def verify_layout(config: VerifyConfig, runtime: Runtime) -> None:
     if runtime.rank == 0:
         row = (config.model.family, _degrees_text(config.strategy))
         print_report({row: found}, config.tolerance)
-    dist.barrier()  # a launcher ends all ranks as soon as one has left
+    dist.barrier()  # a launcher kills all ranks as soon as one has exited
     if first_mismatch(found, config.tolerance):
         raise SystemExit(1)
 

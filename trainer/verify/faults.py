@@ -40,7 +40,7 @@ def replace_method(method: Callable[P, R], replacement: Callable[P, R]) -> None:
 
 def _axis_of(worker: ParallelModel, kind: type[A]) -> A:
     axis = find_axis(worker.axes, kind)
-    assert axis is not None  # the check of the configuration has seen to it
+    assert axis is not None  # checked with the configuration
     return axis
 
 
