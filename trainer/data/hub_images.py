@@ -1,7 +1,6 @@
 """Images of a Hugging Face data set, written as one .npz archive for images.py."""
 
 import logging
-from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -10,25 +9,19 @@ import numpy as np
 
 from trainer.config.train import DataConfig, DataError, UserError
 from trainer.data import pictures
-from trainer.data.reader import HubFormat, Rows
+from trainer.data.reader import HubFormat, HubRows
 
 log = logging.getLogger(__name__)
 
 ARCHIVE = "images.npz"
 
 
-def write_archive(
-    config: DataConfig,
-    folder: Path,
-    rows: Rows,
-    names: Sequence[str] | None,
-    left_out: dict[str, str],
-) -> None:
+def write_archive(config: DataConfig, folder: Path, rows: HubRows) -> None:
     """Write all splits as one .npz; see `_image_arrays` for damaged pictures."""
-    arrays = _image_arrays(config, rows, left_out)
-    if names:
-        arrays["classes"] = np.array(names)
-    np.savez(folder / ARCHIVE, allow_pickle=False, **arrays)
+    arrays = _image_arrays(config, rows)
+    if rows.class_names:
+        arrays["classes"] = np.array(rows.class_names)
+    np.savez(folder / ARCHIVE, **arrays)
 
 
 FORMAT = HubFormat(
@@ -38,17 +31,15 @@ FORMAT = HubFormat(
 )
 
 
-def _image_arrays(
-    config: DataConfig, splits: Rows, left_out: dict[str, str]
-) -> dict[str, np.ndarray]:
+def _image_arrays(config: DataConfig, rows: HubRows) -> dict[str, Any]:
     """Return the images x and labels y of each split.
 
-    Damaged images are counted in `left_out`, or raise DataError if data.on_bad_file=stop.
+    Damaged images are counted in `rows.left_out`, or raise DataError if data.on_bad_file=stop.
     """
     read: dict[str, list[tuple[np.ndarray, Any]]] = {}
-    for split, rows in splits.items():
+    for split, cells in rows.splits.items():
         read[split], damaged = [], []
-        for number, (image, label) in enumerate(rows):
+        for number, (image, label) in enumerate(cells):
             try:
                 pixels = _cell_pixels(config, f"image {number} of {split}", image)
                 read[split].append((pixels, label))
@@ -61,9 +52,9 @@ def _image_arrays(
             )
         if damaged:
             log.warning("%d images of %s are damaged and are left out", len(damaged), split)
-            left_out[f"{len(damaged)} images of {split}"] = "damaged"
-    channels = max((image.shape[-1] for rows in read.values() for image, _ in rows), default=1)
-    arrays: dict[str, np.ndarray] = {}
+            rows.left_out[f"{len(damaged)} images of {split}"] = "damaged"
+    channels = max((image.shape[-1] for found in read.values() for image, _ in found), default=1)
+    arrays: dict[str, Any] = {}
     for split, found in read.items():
         images = [i.repeat(3, -1) if (i.shape[-1], channels) == (1, 3) else i for i, _ in found]
         shapes = {picture.shape for picture in images}

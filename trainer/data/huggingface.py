@@ -10,7 +10,7 @@ from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder
 from trainer.data.files import name_of
 from trainer.data.folders import scan_folder, split_of
-from trainer.data.reader import HubFormat
+from trainer.data.reader import HubFormat, HubRows
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def _write_dataset(config: DataConfig, format: HubFormat, folder: Path) -> Recor
             log.warning("%d rows of %s have an empty cell and are left out", missing, split)
             left_out[f"{missing} rows of {split}"] = "a cell is empty"
     names = getattr(splits["train"].features.get(columns[-1]), "names", None)
-    format.write(config, folder, rows, names, left_out)
+    format.write(config, folder, HubRows(rows, names, left_out))
     return {"left_out": left_out}
 
 

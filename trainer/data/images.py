@@ -248,11 +248,6 @@ def _measure_images(config: DataConfig, root: Path, scanned: Scanned, progress: 
     }
 
 
-def find_problems(config: DataConfig) -> list[str]:
-    """Return no problems: those of images are all in the files."""
-    return []
-
-
 READER = DataReader(
-    "images", ("encoder",), "patches", prepare_splits, open_split, find_problems, hub_images.FORMAT
+    "images", ("encoder",), "patches", prepare_splits, open_split, hub_images.FORMAT
 )

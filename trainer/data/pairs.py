@@ -5,6 +5,7 @@ B pairs of a micro-batch · T tokens of the longest source · S tokens of the lo
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, load_prepared, progress_bar
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import FilePart, read_text, split_parts
-from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
+from trainer.data.reader import DataReader, HubFormat, HubRows, text_problems
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
     Parts,
@@ -286,25 +287,9 @@ def _lines_before(part: FilePart) -> int:
         return file.read(part.start).count(b"\n")
 
 
-def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
-    """Return the tokenizer that the splits were prepared with."""
-    return load_tokenizer(config, root, SUFFIXES)
-
-
-def find_problems(config: DataConfig) -> list[str]:
-    """Return the problems of the data section that need no look at the files."""
-    return text_problems(config, least_tokens=2)  # the target has EOS as well
-
-
-def write_rows(
-    config: DataConfig,
-    folder: Path,
-    rows: Rows,
-    names: Sequence[str] | None,
-    left_out: dict[str, str],
-) -> None:
+def write_rows(config: DataConfig, folder: Path, rows: HubRows) -> None:
     """Write one file per split, one pair per line."""
-    for split, pairs in rows.items():
+    for split, pairs in rows.splits.items():
         lines = ("\t".join(" ".join(str(side).split()) for side in pair) for pair in pairs)
         (folder / f"{split}.tsv").write_text("\n".join(lines), encoding="utf-8", newline="")
 
@@ -315,9 +300,9 @@ READER = DataReader(
     "tokens",
     prepare_splits,
     open_split,
-    find_problems,
     HubFormat(
         (COLUMNS,), write_rows, cell_types=(str, int, float), skips_blank=True, languages=True
     ),
-    open_tokenizer,
+    find_problems=partial(text_problems, least_tokens=2),  # the target has EOS as well
+    open_tokenizer=partial(load_tokenizer, suffixes=SUFFIXES),
 )

@@ -9,8 +9,6 @@ from trainer.config.train import DataConfig
 from trainer.data.dataset import DataFacts, Dataset
 from trainer.data.tokenizer import SMALLEST, Tokenizer, too_small
 
-Rows = Mapping[str, Sequence[tuple[Any, ...]]]  # split -> rows of the selected columns
-
 
 class Prepare(Protocol):
     """Check the data and write what `open_split` reads to `data.cache`, unless already done."""
@@ -21,12 +19,20 @@ class Prepare(Protocol):
 
 
 @dataclass(frozen=True)
+class HubRows:
+    """The rows of a Hugging Face data set."""
+
+    splits: Mapping[str, Sequence[tuple[Any, ...]]]  # cells of the selected columns
+    class_names: Sequence[str] | None  # of the last column; None = it has none
+    left_out: dict[str, str]  # what is left out, and why; a writer adds to it
+
+
+@dataclass(frozen=True)
 class HubFormat:
     """Conversion of the rows of a Hugging Face data set to files that a reader accepts."""
 
     columns: tuple[tuple[str, ...], ...]  # usual column names, most common first
-    # (data section, folder, rows, class names of the last column, reasons for what is left out)
-    write: Callable[[DataConfig, Path, Rows, Sequence[str] | None, dict[str, str]], None]
+    write: Callable[[DataConfig, Path, HubRows], None]  # into the folder
     file: str = ""  # read in place of data.path, inside the folder; empty = the folder
     cell_types: tuple[type, ...] = ()  # allowed types of a cell; empty = any
     skips_blank: bool = False  # leave out rows with a blank cell
@@ -42,8 +48,8 @@ class DataReader:
     inputs: str  # what their first layer embeds: model.inputs
     prepare: Prepare
     open_split: Callable[[DataConfig, Path, str], Dataset]
-    find_problems: Callable[[DataConfig], list[str]]  # in the settings, without reading the data
     hub: HubFormat
+    find_problems: Callable[[DataConfig], list[str]] = lambda config: []  # of the settings alone
     open_tokenizer: Callable[[DataConfig, Path], Tokenizer] | None = None  # None = no text
 
 

@@ -4,6 +4,7 @@ B samples of a micro-batch · S tokens of a sample
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.cache import Record, load_prepared, progress_bar
 from trainer.data.dataset import DataFacts, Dataset, Sample, SplitFacts
 from trainer.data.files import FilePart, read_text, split_parts
-from trainer.data.reader import DataReader, HubFormat, Rows, text_problems
+from trainer.data.reader import DataReader, HubFormat, HubRows, text_problems
 from trainer.data.sampler import hash_to_seed
 from trainer.data.token_file import TokenFile
 from trainer.data.tokenized import (
@@ -212,25 +213,9 @@ def _write_split(
     return counts | {"lost": lost, "rare": rare, "blank": blank}
 
 
-def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
-    """Return the tokenizer that the splits were prepared with."""
-    return load_tokenizer(config, root, SUFFIXES)
-
-
-def find_problems(config: DataConfig) -> list[str]:
-    """Return the problems of the data section that need no look at the files."""
-    return text_problems(config, least_tokens=1)
-
-
-def write_rows(
-    config: DataConfig,
-    folder: Path,
-    rows: Rows,
-    names: Sequence[str] | None,
-    left_out: dict[str, str],
-) -> None:
+def write_rows(config: DataConfig, folder: Path, rows: HubRows) -> None:
     """Write one text file per split, its documents joined by the separator."""
-    for split, documents in rows.items():
+    for split, documents in rows.splits.items():
         text = (config.document_separator or "\n").join(document for (document,) in documents)
         (folder / f"{split}.txt").write_text(text, encoding="utf-8", newline="")
 
@@ -241,7 +226,7 @@ READER = DataReader(
     "tokens",
     prepare_splits,
     open_split,
-    find_problems,
     HubFormat((("text",), ("content",)), write_rows, cell_types=(str,)),
-    open_tokenizer,
+    find_problems=partial(text_problems, least_tokens=1),
+    open_tokenizer=partial(load_tokenizer, suffixes=SUFFIXES),
 )
