@@ -60,24 +60,6 @@ def chunked_cross_entropy_sum(
     return total
 
 
-def cross_entropy_loss(head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-    """Return the loss-sum function; with chunks > 1, `head` defers its projection to it.
-
-    The returned function takes (logits or, with chunks, hidden states; targets; options of
-    `cross_entropy_sum`).
-    """
-    if config.chunks == 1:
-        return partial(cross_entropy_sum, label_smoothing=config.label_smoothing)
-    assert isinstance(head, Head)
-    head.defers_output = True
-    return partial(
-        chunked_cross_entropy_sum,
-        project=head.output,
-        chunks=config.chunks,
-        label_smoothing=config.label_smoothing,
-    )
-
-
 class Objective(Protocol):
     """Training objective of a task: a loss sum over valid targets, and their count."""
 
@@ -94,8 +76,20 @@ class CrossEntropy:
     """Cross-entropy objective for targets that are class indices."""
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-        """Return the cross-entropy sum; see `cross_entropy_loss`."""
-        return cross_entropy_loss(head, config)
+        """Return the loss-sum function; with chunks > 1, `head` defers its projection to it.
+
+        It takes (logits or, with chunks, hidden states; targets; options of `cross_entropy_sum`).
+        """
+        if config.chunks == 1:
+            return partial(cross_entropy_sum, label_smoothing=config.label_smoothing)
+        assert isinstance(head, Head)
+        head.defers_output = True
+        return partial(
+            chunked_cross_entropy_sum,
+            project=head.output,
+            chunks=config.chunks,
+            label_smoothing=config.label_smoothing,
+        )
 
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of targets that are not IGNORED."""
