@@ -52,7 +52,7 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
     """Train one job on this rank to its end; return the values of the last evaluation.
 
     Raises UserError if a bad step or a failed save stops it, StoppedError after a signal when
-    everything is saved, PeerLostError if another rank is lost.
+    everything is saved, RankLostError if another rank is lost.
     """
     if config.deterministic:
         # Must be set before the first cuBLAS call for deterministic results.
@@ -340,11 +340,13 @@ def finish_run(run: Run) -> dict[str, float]:
 def show_sample(run: Run) -> None:
     """Show samples of the trained model's output, where its task has any."""
     config, task = run.config, task_of(run.config.data)
+    if not config.metrics.sample_tokens:
+        return
     try:
         with run.supervisor.watch.allow_long():
             text = task.sample_output(
                 run.state.worker,
-                open_tokenizer(data_of(config)),
+                partial(open_tokenizer, data_of(config)),
                 config.metrics.sample_tokens,
                 config.seed,
             )
@@ -360,7 +362,7 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
     Raises StoppedError if a signal requests it meanwhile.
     """
     config, worker, task = run.config, run.state.worker, task_of(run.config.data)
-    share = config.batch_size // worker.data_degree
+    local_batch = config.batch_size // worker.data_degree
     decoding = None
     if task.decodes_in_test and split == "test":
         tokenizer = open_tokenizer(data_of(config))
@@ -372,7 +374,7 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
         task=task,
         samples=samples,
         decoding=decoding,
-        micro_batch_size=config.micro_batch_size or share,
+        micro_batch_size=config.micro_batch_size or local_batch,
         between=run.supervisor.raise_if_stopping,
     )
 

@@ -1,6 +1,7 @@
 """Language modelling: predict the next token of a text."""
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -58,12 +59,15 @@ class LanguageModeling(Task):
         return batch
 
     def sample_output(
-        self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
+        self,
+        worker: ParallelModel,
+        load_tokenizer: Callable[[], Tokenizer | None],
+        max_tokens: int,
+        seed: int,
     ) -> str:
         """Return a text generated from an empty prompt."""
+        tokenizer = load_tokenizer()
         assert tokenizer is not None
-        if not max_tokens:
-            return ""
         ids = sample_tokens(
             worker,
             [],

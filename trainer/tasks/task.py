@@ -1,6 +1,7 @@
 """Interface of a task: its training objective, its metrics and its use for inference."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -82,7 +83,11 @@ class Task(CrossEntropy, ABC):
         """Return a random global batch with padding and unequal numbers of targets per sample."""
 
     def sample_output(
-        self, worker: ParallelModel, tokenizer: Tokenizer | None, max_tokens: int, seed: int
+        self,
+        worker: ParallelModel,
+        load_tokenizer: Callable[[], Tokenizer | None],
+        max_tokens: int,
+        seed: int,
     ) -> str:
         """Return a sample of the model's output to show at the end of a run; empty = none."""
         return ""
