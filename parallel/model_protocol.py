@@ -96,22 +96,22 @@ class ParallelizableModel(Protocol):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As torch's module does."""
+        """Iterate over (name, parameter), as nn.Module does."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As torch's module does."""
+        """Iterate over the parameters, as nn.Module does."""
 
     def modules(self) -> Iterator[nn.Module]:
-        """As torch's module does."""
+        """Iterate over all submodules, as nn.Module does."""
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """As torch's module does."""
+        """Iterate over (name, submodule), as nn.Module does."""
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As torch's module does."""
+        """Return a submodule by its dotted name, as nn.Module does."""
 
     def train(self, mode: bool = True) -> Self:
-        """As torch's module does."""
+        """Set training or evaluation mode, as nn.Module does."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's module does."""
+        """Reset all gradients, as nn.Module does."""

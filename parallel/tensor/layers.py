@@ -114,11 +114,6 @@ class TensorParallel(ParallelAxis):
                 _convert_to_sharded(module, style, self, parent)
         model.layout = self
 
-    @property
-    def sequence_part(self) -> int:
-        """Return the index of this rank's shard of the sequence."""
-        return self.group.rank() if self.splits_sequence else 0
-
     def part_length(self, length: int) -> int:
         """Return the number of local positions of a sequence of `length`, including padding."""
         return -(-length // self.group.size()) if self.splits_sequence else length

@@ -40,7 +40,7 @@ class SequenceLayout(Protocol):
     def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
         """All-gather the `length` positions for a computation that every rank repeats.
 
-        Each rank then continues with the local positions of the result (`own`).
+        Each rank then continues with the `local_positions` of the result.
         """
         return x_BSD
 
