@@ -4,7 +4,13 @@ import math
 
 from conf.validation.layout import divisors_of
 from parallel.strategy import StrategyConfig
-from trainer.config.train import CompressConfig, ModelConfig, TrainConfig, classes_of
+from trainer.config.train import (
+    CompressConfig,
+    ModelConfig,
+    TrainConfig,
+    classes_of,
+    is_encoder_decoder,
+)
 from trainer.distill.logit_dataset import LogitFacts
 
 SHORTENS = ("merge", "pool_after", "drop")
@@ -54,7 +60,7 @@ def _sharded_sequence_problems(
 
 
 def _encoder_blocks(model: ModelConfig) -> int:
-    two = model.family == "encoder_decoder"
+    two = is_encoder_decoder(model)
     return (model.encoder_layers or model.layers) if two else model.layers
 
 
@@ -246,7 +252,7 @@ def match_problems(
 
 
 def _encoder_depth(model: ModelConfig) -> int:
-    return model.layers + (_encoder_blocks(model) if model.family == "encoder_decoder" else 0)
+    return model.layers + (_encoder_blocks(model) if is_encoder_decoder(model) else 0)
 
 
 def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
@@ -275,7 +281,7 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
         two = f", the first {turns[1]} of its encoder, as are the first {turns[0]} here"
         found.append(
             f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
-            f"{_encoder_depth(theirs)} blocks{two if ours.family == 'encoder_decoder' else ''}; "
+            f"{_encoder_depth(theirs)} blocks{two if is_encoder_decoder(ours) else ''}; "
             f"try "
             f"compress.match={near}"
         )

@@ -13,7 +13,13 @@ from parallel.pipeline.schedules import (
 )
 from parallel.pipeline.schedules import find_schedule_problems as schedule_problems
 from parallel.strategy import HOW, StrategyConfig, axis_degrees, data_degree
-from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
+from trainer.config.train import (
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    VerifyConfig,
+    is_encoder_decoder,
+)
 from trainer.config.verify import FAULT_AXES
 
 VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
@@ -190,7 +196,7 @@ def _stage_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
     if strategy.pipeline == 1:
         return []
     blocks, sizes = model.layers, f"model.layers={model.layers}"
-    if model.family == "encoder_decoder":
+    if is_encoder_decoder(model):
         depth = model.encoder_layers or model.layers
         blocks, sizes = blocks + depth, f"{sizes} and {depth} of the encoder"
     per_rank = stages_per_rank(strategy)

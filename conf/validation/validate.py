@@ -90,7 +90,7 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     if outputs_of(model) == "classes":
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
-    if config.data.kind == "images":  # other problems were found without the data
+    if inputs_of(model) == "patches":  # other problems were found without the data
         found += compress_problems(config.compress, filled, config.strategy)
     if found:
         raise ConfigError(*found)

@@ -6,7 +6,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig
+from trainer.config.train import ModelConfig, is_encoder_decoder
 
 ROWS_ELEMENTS = 1 << 20  # approximate number of elements per independently seeded block of rows
 
@@ -30,7 +30,7 @@ def _init_std(config: ModelConfig, name: str, shape: torch.Size) -> float | None
     residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
     if config.init == "gpt2" and residual:
         # GPT-2 scales by the number of residual branches that the stack adds up.
-        branches = 3 if config.family == "encoder_decoder" else 2
+        branches = 3 if is_encoder_decoder(config) else 2
         return config.init_std / math.sqrt(branches * config.layers)
     return config.init_std
 

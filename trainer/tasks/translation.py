@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from parallel.parallel_model import MicroBatch, ParallelModel
-from trainer.config.train import ConfigError, GenerateConfig, ModelConfig
+from trainer.config.train import (
+    ConfigError,
+    GenerateConfig,
+    ModelConfig,
+    is_encoder_decoder,
+)
 from trainer.data import Dataset
 from trainer.inference.beam_search import translate_tokens
 from trainer.inference.sampling import check_finite
@@ -25,7 +30,7 @@ class Translation(Task):
 
     def fits(self, model: ModelConfig) -> bool:
         """Return whether the model is an encoder-decoder of tokens."""
-        return model.family == "encoder_decoder"
+        return is_encoder_decoder(model)
 
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
