@@ -22,6 +22,7 @@ FIRST = (
 SLOW = frozenset(
     "test_" + name
     for name in [
+        "docs",
         "compress_report",
         "restore",
         "submit",
