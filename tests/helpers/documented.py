@@ -31,6 +31,7 @@ PRELOADED = ["trainer.loop", "launch.cli.preflight", "launch.cli.spawn", __name_
 
 SLURM = "needs Slurm"
 HOSTS = "needs two hosts"
+PRESET = "tests/launch/test_presets.py trains each preset on eight ranks"
 NETWORK = "makes a virtual environment from the network"
 # Commands that are not run → why. The tests refuse entries that no page has.
 NOT_RUN = {
@@ -53,9 +54,14 @@ NOT_RUN = {
 }
 # Commands that are composed and checked as always, but whose work is not started → why.
 ONLY_CHECKED = {
-    "torchrun --nproc_per_node=8 launch/train.py strategy=tensor": "eight ranks",
-    "torchrun --nproc_per_node=8 launch/train.py strategy=hybrid": "eight ranks",
-    "torchrun --nproc_per_node=4 launch/train.py strategy=hsdp": "four ranks",
+    "torchrun --nproc_per_node=8 launch/train.py strategy=tensor": PRESET,
+    "torchrun --nproc_per_node=8 launch/train.py strategy=hybrid": PRESET,
+    "torchrun --nproc_per_node=4 launch/train.py strategy=hsdp": PRESET,
+    "torchrun --nproc_per_node=2 launch/train.py strategy=ddp": PRESET,
+    "torchrun --nproc_per_node=2 launch/train.py strategy=fsdp": PRESET,
+    "torchrun --nproc_per_node=2 launch/train.py strategy=tensor": PRESET,
+    "torchrun --nproc_per_node=2 launch/train.py strategy=pipeline": PRESET,
+    "torchrun --nproc_per_node=2 launch/train.py strategy=context": PRESET,
     "python launch/verify.py": "ten minutes",
 }
 STATUSES = {  # the exit statuses other than 0
@@ -74,16 +80,26 @@ SHORT = {
     "launch/generate.py": ["max_tokens=8"],
     "launch/compress_report.py": ["rounds=1"],
 }
-SHORTER = {"cases=5500": "cases=20", "data.path=FOLDER": "data.path=my-corpus"}
+SHORTER = {
+    "cases=5500": "cases=20",
+    "data.path=FOLDER": "data.path=my-corpus",
+    "optim.lr=1e-3,3e-4": "optim.lr=1e-3",
+}
 SMALL_DATA = ["data.vocab_size=512"]  # for texts as short as those of `make_inputs`
 # The runs that the pages name and no command makes.
 RUNS = {
     "runs/RUN": [],
-    "runs/NAME": [],
+    "runs/BOOK": ["data=text", "data.path=my-book.txt"],
     "runs/B": ["experiment=images"],
     "runs/PAIRS": ["experiment=translation"],
 }
-OTHER_RUNS = {"a translation run": "runs/PAIRS", "an image run": "runs/B"}  # comment → runs/RUN
+# The run that is read, by a part of the command or its comment.
+READ_RUNS = {
+    "a translation run": ("runs/RUN", "runs/PAIRS"),
+    "an image run": ("runs/RUN", "runs/B"),
+    "launch/teach.py": ("runs/RUN", "runs/BOOK"),  # the full play takes a minute
+    "runs/NAME": ("runs/NAME", "runs/RUN"),
+}
 
 
 @dataclass(frozen=True)
@@ -120,9 +136,9 @@ class Documented:
     def short_arguments(self, number: int) -> list[str]:
         """Return the arguments after the script, shortened; `number` names an unnamed run."""
         text = self.text
-        for comment, run in OTHER_RUNS.items():
-            if comment in self.comment:
-                text = text.replace("runs/RUN", run)
+        for part, (name, run) in READ_RUNS.items():
+            if part in f"{self.text} {self.comment}":
+                text = text.replace(name, run)
         words = shlex.split(text)
         given = [SHORTER.get(word, word) for word in words[words.index(self.script) + 1 :]]
         if "--help" in given:
