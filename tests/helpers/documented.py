@@ -184,6 +184,7 @@ class Runner:
 
     def _run(self, command: Documented, number: int) -> Outcome:
         output = self.folder / f"output-{number}.txt"
+        output.touch()
         context = get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         process = context.Process(target=_run_script, args=(command, number, output))
