@@ -1,4 +1,4 @@
-"""The text of `--help`: examples, groups, and what each key's field says of it."""
+"""The text of `--help`: examples, groups, and every key with its meaning."""
 
 import re
 import textwrap
@@ -73,7 +73,7 @@ Read and tokenise a data set once, ahead of training.
 
 
 def help_text(name: str, schema: type, values: DictConfig) -> str:
-    """Return what `--help` shows for door `name`: examples, groups and every key of `schema`."""
+    """Return the help of command `name`: examples, groups and every key of `schema`."""
     plain = OmegaConf.to_container(values)  # unresolved: run_dir is decided when the run starts
     options = [f"    {group:<12}{' '.join(names)}" for group, names in config_groups(name).items()]
     choices = "\n".join(["Groups, as GROUP=OPTION:\n", *options])
@@ -83,7 +83,7 @@ def help_text(name: str, schema: type, values: DictConfig) -> str:
 
 
 def config_groups(name: str) -> dict[str, list[str]]:
-    """Return the groups that door `name` composes, each with its options."""
+    """Return the config groups of command `name`, each with its options."""
     defaults = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
     return {
         group: sorted(path.stem for path in (CONF / group).glob("*.yaml"))

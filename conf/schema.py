@@ -1,4 +1,4 @@
-"""The schema that YAML values must fit, and the way from Hydra's containers to typed objects."""
+"""The schemas of the YAML values, and the conversion of Hydra's containers to typed objects."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ from trainer.config.train import (
 )
 from trainer.run.free_text import escape_text, unescape_text
 
-# The name of a door's YAML file → the dataclass it must fit.
+# Name of a command's YAML file → its dataclass.
 SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "verify": VerifyConfig,
@@ -39,10 +39,10 @@ SCHEMAS: dict[str, type] = {
 
 
 def register_schemas(started: str, scratch: str = "") -> None:
-    """Tell Hydra the schemas and resolvers.
+    """Register the schemas and resolvers with Hydra.
 
-    `started` is the time stamp of this launch, `scratch` the folder that Hydra's sweepers write
-    to before a sweep's own is open (empty = no sweep).
+    `started` is the time stamp of this launch; `scratch` is the folder that Hydra's sweepers write
+    to before the sweep's folder exists (empty = no sweep).
     """
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
@@ -58,10 +58,7 @@ def register_schemas(started: str, scratch: str = "") -> None:
 
 
 def build_config(name: str, values: DictConfig) -> Any:
-    """Return the typed configuration of door `name`.
-
-    Raises ConfigError for keys that it does not have.
-    """
+    """Return the typed configuration of command `name`; ConfigError for unknown keys."""
     known = known_keys(SCHEMAS[name])
     unknown = sorted(_leaf_keys(OmegaConf.to_container(values)) - set(known))
     if unknown:
@@ -73,9 +70,7 @@ def build_config(name: str, values: DictConfig) -> Any:
 
 
 def to_dataclass(name: str, values: Any) -> Any:
-    """Return the dataclass of door `name`, filled from a plain container, whose texts are just
-    that.
-    """
+    """Build the dataclass of command `name` from a plain container with decoded text."""
     return _to_dataclass(name, escape_text(values))
 
 
@@ -85,12 +80,12 @@ def _to_dataclass(name: str, values: Any) -> Any:
 
 
 def free_text(name: str) -> set[str]:
-    """Return the keys of door `name` whose values are text: paths, sentences and words."""
+    """Return the keys of command `name` whose values are free text: paths, sentences and words."""
     return {key for key, field in known_keys(SCHEMAS[name]).items() if field.type is str}
 
 
 def run_name(started: str) -> str:
-    """Return a new folder's name: what is trained and when."""
+    """Return the name of a new run folder, made of the job and the time."""
     if not HydraConfig.initialized():
         return started
     hydra = HydraConfig.get()

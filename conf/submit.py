@@ -1,4 +1,4 @@
-"""A training run as a job of a cluster: its keys, and what must hold of them."""
+"""A training run as a cluster job: its keys and their constraints."""
 
 import re
 from dataclasses import dataclass, field, fields
@@ -24,7 +24,7 @@ OWN_OPTIONS = {
 
 @dataclass
 class ClusterConfig:
-    """A job of Slurm; read by launch/slurm/batch_script.py and launch/slurm/commands.py."""
+    """A Slurm job; read by launch/slurm/batch_script.py and launch/slurm/commands.py."""
 
     nodes: int = key(1, "Hosts of the job", at_least=1)
     gpus_per_node: int = key(
@@ -109,12 +109,12 @@ class SubmitConfig(TrainConfig):
 
 
 def training_part(config: SubmitConfig) -> TrainConfig:
-    """Return the configuration of the run without that of its job."""
+    """Return the training configuration of a job."""
     return TrainConfig(**{part.name: getattr(config, part.name) for part in fields(TrainConfig)})
 
 
 def cluster_problems(config: SubmitConfig) -> list[str]:
-    """Return what is wrong with a job's keys, as far as they tell; empty = nothing."""
+    """Return the problems of a job's keys that need no cluster to find."""
     cluster, found = config.cluster, []
     if config.launch.ranks:
         found.append(

@@ -1,1 +1,1 @@
-"""The doors: one command each, no logic of training."""
+"""The commands, one file each, without training logic."""

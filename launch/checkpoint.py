@@ -9,7 +9,7 @@ from trainer.checkpoint.inspect import print_checkpoints, verify_checksums
 
 
 def main(arguments: list[str]) -> int:
-    """Run one command; 0 = fine, 1 = damaged or different, 2 = a user's mistake."""
+    """Run one command; 0 = valid or equal, 1 = damaged or different, 2 = a user's mistake."""
     parser = argparse.ArgumentParser(description="Show, check and compare checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser(

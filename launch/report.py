@@ -16,7 +16,7 @@ KEYS = ("run_dir", "output")
 
 
 def main(arguments: list[str]) -> int:
-    """Write the page and say where it is; 0 = written, 2 = a user's mistake."""
+    """Write the page and print its path; 0 = written, 2 = a user's mistake."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s run_dir=RUN [RUN ...] [output=FILE]",
         description="Write one HTML page with the curves, events and configuration of a run, or of "
@@ -35,10 +35,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parse_arguments(given: list[str]) -> tuple[list[Path], Path | None]:
-    """Return the runs' folders and the page's file.
-
-    A folder's name may hold an equals sign itself.
-    """
+    """Return the runs' folders and the page's file; a folder's name may contain an equals sign."""
     run_dirs: list[Path] = []
     output: Path | None = None
     for argument in given:

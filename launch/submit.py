@@ -15,7 +15,7 @@ ASKED = ("status", "logs", "cancel")
 
 
 def query_jobs(arguments: list[str]) -> int:
-    """Answer a question about jobs; 0 = done, 2 = a user's mistake."""
+    """Print a folder's jobs or logs; 0 = done, 2 = a user's mistake."""
     parser = argparse.ArgumentParser(description="Look after jobs of launch/submit.py.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ASKED:

@@ -1,1 +1,1 @@
-"""How a model is spread over ranks: the strategies, the mesh and the worker; imports torch only."""
+"""Parallelism of a model over ranks: strategies, device mesh, axes, job queue; torch only."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: forget a block's activations and compute them again in the backward."""
+"""Activation checkpointing: recompute a block's activations in the backward."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +15,9 @@ from torch.utils.checkpoint import (
 
 MODES = ("none", "selective", "block")
 
-# Costly to compute and cheap to keep: the results of matrix products and attention, and what
-# crosses the wire to become a part of the sequence. The whole sequence is gathered again, as it is
-# without recomputation.
+# Operators whose outputs selective mode saves, expensive to recompute and small: matrix products,
+# attention, and the collectives that return a shard of the sequence. The full sequence is gathered
+# again in the backward, as without recomputation.
 _aten, _wire = torch.ops.aten, torch.ops._c10d_functional
 KEPT = {
     _aten.mm.default,
@@ -38,10 +38,10 @@ def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) ->
 
 
 def checkpoint_activations(block: nn.Module, mode: str) -> None:
-    """Let `block` recompute its activations in the backward.
+    """Make `block` recompute its activations in the backward, in place.
 
-    `block` keeps only the block's inputs (arXiv 1604.06174), `selective` also the results of
-    matrix products and attention (arXiv 2205.05198), `none` everything. Names of parameters stay.
+    Mode `block` saves only the block's inputs (arXiv 1604.06174), `selective` also the outputs of
+    matrix products and attention (arXiv 2205.05198), `none` everything. Parameter names are kept.
     """
     if mode == "none":
         return
@@ -50,9 +50,9 @@ def checkpoint_activations(block: nn.Module, mode: str) -> None:
         options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     forward: Callable = block.forward
 
-    def make_selective_contexts(*args: Any, **kwargs: Any) -> Any:
+    def checkpointed_forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, **options, **kwargs)
 
-    block.forward = make_selective_contexts
+    block.forward = checkpointed_forward

@@ -1,7 +1,7 @@
-"""What a mesh axis does to a model and to a training step: one interface for all of them.
+"""The interface of a mesh axis: its changes to a model and to a training step.
 
-`parallelize` lists the axes in the order in which they are applied, outermost first. Whatever a
-step has to undo or bring together, it does from the innermost axis out.
+`parallelize` lists the axes in the order in which they are applied, outermost first. Losses,
+gradients and logits are processed in reverse order, innermost axis first.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,36 +21,35 @@ LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) 
 
 
 class MicroBatchSchedule(Protocol):
-    """In which order a rank computes the micro-batches of a step."""
+    """The order in which a rank computes the micro-batches of a step."""
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
-        """Forward and backward of all micro-batches; gradients are left in the parameters."""
+        """Run forward and backward of all micro-batches, accumulating into `Parameter.grad`."""
 
     def forward(self, inputs: Inputs, cache: Any) -> Tensor | None:
-        """Return the logits as this rank computes them, without gradients; None if it does not."""
+        """Return the logits computed on this rank, without gradients; None if it has none."""
 
 
 class ParallelAxis:
-    """One axis of the mesh, with more than one rank. What an axis leaves as it is here, it does
-    not change.
-    """
+    """One axis of the mesh, with more than one rank; the default methods change nothing."""
 
-    # Whether the mean loss is the sum of what the axis's ranks have counted in.
+    # Whether the mean loss is the sum of the losses computed on the ranks of the axis.
     splits_loss = False
-    # Whether its ranks have other parameters, not parts of the same: DTensor does not tell.
+    # Whether the ranks hold different parameters rather than shards of the same ones (a DTensor's
+    # placements do not show this).
     splits_parameters = False
-    # Whether DDP can wrap what the axis makes of a model; else FSDP sums over copies too.
+    # Whether DDP can wrap the modified model; otherwise FSDP also sums over the replicas.
     allows_ddp = True
     # Whether FSDP may free gathered weights between the forwards of a step.
     allows_reshard = True
-    # In place of one micro-batch after another.
+    # Replaces the sequential loop over micro-batches; None = this axis has no schedule.
     schedule: MicroBatchSchedule | None = None
 
     def __init__(self, mesh: DeviceMesh):
-        """`mesh` has the axis alone."""
+        """`mesh` is the one-dimensional mesh of this axis."""
         (self.name,) = mesh.mesh_dim_names or ()
         self.group = mesh.get_group()
-        # Names of the parameters that every rank has whole, but of whose gradient only a part.
+        # Names of the replicated parameters whose local gradient is a partial sum.
         self.partial: list[str] = []
 
     @property
@@ -59,26 +58,24 @@ class ParallelAxis:
         return self.group.size()
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Change a model on the meta device, in place, to this rank's part of it."""
+        """Replace a meta-device model by this rank's part of it, in place."""
 
     def prepare_block(self, block: nn.Module) -> None:
-        """Change a block whose backward recomputes nothing."""
+        """Modify, in place, a block that is neither compiled nor activation-checkpointed."""
 
     def split_dim(self, name: str) -> int | None:
-        """Return the dim that a parameter is split along; None = every rank has the whole."""
+        """Return the dim that a parameter is split along; None = it is replicated."""
         return None
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
-        """Take notice of the parameters, which are there now; `sharded`: they are FSDP's."""
+        """Set up state that needs materialised parameters; `sharded` = they are FSDP's."""
 
     def split_loss(self, loss_sum: LossSum) -> LossSum:
-        """Return the same sum of logits as the axis's ranks have them."""
+        """Return the same loss as a function of the logits that each rank of the axis holds."""
         return loss_sum
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
-        """Complete the gradients after the last backward of a step; those that are partial are
-        summed, all at once.
-        """
+        """Complete the gradients after a step's last backward; one all-reduce sums `partial`."""
         if not self.partial:
             return
         parameters = dict(model.named_parameters())
@@ -91,17 +88,15 @@ class ParallelAxis:
             part.copy_(total.view_as(part))
 
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
-        """Return the logits that the axis's ranks have together; None where none of them has."""
+        """Return the logits gathered over the ranks of the axis; None if none of them has any."""
         return logits
 
     def evaluating(self) -> AbstractContextManager[None]:
-        """Return a context in which forwards have no backward."""
+        """Return a context for forwards without a backward."""
         return nullcontext()
 
     def state(self) -> dict[str, Tensor]:
-        """Return what this rank alone keeps from step to step, by name: to be saved, and to be
-        loaded into.
-        """
+        """Return the rank-local tensors that a checkpoint saves and loads in place, by name."""
         return {}
 
 
@@ -109,5 +104,5 @@ A = TypeVar("A", bound=ParallelAxis)
 
 
 def find_axis(axes: Iterable[ParallelAxis], kind: type[A]) -> A | None:
-    """Return the axis of this kind; None where it has one rank."""
+    """Return the axis of this class; None if its degree is 1."""
     return next((axis for axis in axes if isinstance(axis, kind)), None)

@@ -1,7 +1,7 @@
-"""Collectives over one axis as functions of tensors, and what autograd makes of them.
+"""Functional collectives over one axis, and autograd functions built from them.
 
-The functional operators of torch, not the in-place ones: activation checkpointing can keep what
-they return, and torch.compile traces them.
+They use torch's functional operators, not the in-place ones: activation checkpointing can save
+their outputs, and torch.compile traces them.
 """
 
 from typing import Any
@@ -16,87 +16,87 @@ _ops = torch.ops._c10d_functional
 
 
 def start_all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
-    """Return the sum (or max) over the ranks, not to be read before `wait_tensor`."""
+    """Start an all-reduce (sum or max); call `wait_tensor` before reading the result."""
     return _ops.all_reduce(x.contiguous(), how, group.group_name)
 
 
 def start_all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the ranks' tensors, all of one shape, behind each other.
+    """Start an all-gather of tensors of equal shape, concatenated along dim 0.
 
-    Not to be read before `wait_tensor`.
+    Call `wait_tensor` before reading the result.
     """
     return _ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name)
 
 
 def start_all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Like `all_to_all`, not to be read before `wait_tensor`."""
+    """Start `all_to_all`; call `wait_tensor` before reading the result."""
     sizes = [x.shape[0] // group.size()] * group.size()
     return _ops.all_to_all_single(x.contiguous(), sizes, sizes, group.group_name)
 
 
 def all_reduce(x: Tensor, group: dist.ProcessGroup, how: str = "sum") -> Tensor:
-    """Return the sum (or max) over the ranks."""
+    """Return the sum (or maximum) over the ranks."""
     return wait_tensor(start_all_reduce(x, group, how))
 
 
 def all_gather(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Return the ranks' tensors, all of one shape, side by side along `dim`."""
+    """Return the ranks' tensors, all of equal shape, concatenated along `dim`."""
     gathered = wait_tensor(start_all_gather(x, group))
-    # In these very operators inductor finds what it can overlap with a matrix product.
+    # inductor matches exactly these operators to overlap the gather with a matrix product.
     return gathered if dim == 0 else torch.cat(gathered.chunk(group.size()), dim)
 
 
 def reduce_scatter(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's part along `dim` of the sum over the ranks; the degree divides that dim."""
+    """Return this rank's shard of the sum along `dim`, whose size the degree must divide."""
     parts = group.size()
     x = x.contiguous() if dim == 0 else torch.cat(x.chunk(parts, dim))
     return _ops.wait_tensor(_ops.reduce_scatter_tensor(x, "sum", parts, group.group_name))
 
 
 def all_to_all(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Exchange parts along dim 0, so that each rank gets those meant for it.
+    """Send chunk i of dim 0 to rank i and concatenate the received chunks in rank order.
 
-    The degree divides it.
+    The degree must divide the size of dim 0.
     """
     return wait_tensor(start_all_to_all(x, group))
 
 
 def start_shift(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return the previous rank's tensor, not to be read before `wait_tensor`.
+    """Start a ring shift: send to the next rank and return the previous rank's tensor.
 
-    This rank's goes to the next.
+    Call `wait_tensor` before reading the result.
     """
     rank, parts = group.rank(), group.size()
-    # An all-to-all with one part: NCCL sends no empty ones, and unlike pairs of send and receive
-    # it is a functional operator, and in no order that could lock.
-    given, taken = [0] * parts, [0] * parts
-    given[(rank + 1) % parts] = taken[(rank - 1) % parts] = x.shape[0]
-    return _ops.all_to_all_single(x.contiguous(), taken, given, group.group_name)
+    # An all-to-all with one non-empty chunk: NCCL sends no empty ones, and unlike a pair of send
+    # and receive it is a functional operator and cannot deadlock by its order.
+    input_sizes, output_sizes = [0] * parts, [0] * parts
+    input_sizes[(rank + 1) % parts] = output_sizes[(rank - 1) % parts] = x.shape[0]
+    return _ops.all_to_all_single(x.contiguous(), output_sizes, input_sizes, group.group_name)
 
 
 def wait_tensor(x: Tensor) -> Tensor:
-    """Return what has been started, arrived."""
+    """Wait for an asynchronous collective and return its result."""
     return _ops.wait_tensor(x)
 
 
 def pad_to_multiple(x: Tensor, dim: int, parts: int) -> Tensor:
-    """Return the tensor with zeros behind its end along `dim`, so that `parts` divides its size."""
-    lacking = -x.shape[dim] % parts
-    return x if not lacking else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, lacking))
+    """Zero-pad the tensor at its end along `dim` to a size that `parts` divides."""
+    padding = -x.shape[dim] % parts
+    return x if not padding else F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, padding))
 
 
 def gather_padded(x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Undoes `scatter_padded`: the first `length` of the gathered tensor along `dim`."""
+    """Invert `scatter_padded`: gather along `dim` and cut the padding off after `length`."""
     return all_gather(x, group, dim).narrow(dim, 0, length).contiguous()
 
 
 def scatter_padded(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """This rank's part of the sum, of the tensor padded to a multiple of the degree."""
+    """Pad `dim` to a multiple of the degree and return this rank's shard of the sum."""
     return reduce_scatter(pad_to_multiple(x, dim, group.size()), group, dim)
 
 
 class Copy(torch.autograd.Function):
-    """Megatron-LM's f: every rank reads the same, so gradients are summed."""
+    """Megatron-LM's f: identity in the forward, all-reduce in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -109,7 +109,7 @@ class Copy(torch.autograd.Function):
 
 
 class Sum(torch.autograd.Function):
-    """Megatron-LM's g: the ranks' parts are summed, and each part has the sum's gradient."""
+    """Megatron-LM's g: all-reduce in the forward, identity in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -121,7 +121,7 @@ class Sum(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """All-gather along `dim`, cut to `length`; the gradients are summed and scattered."""
+    """All-gather along `dim`, cut to `length`; reduce-scatter in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -134,7 +134,7 @@ class Gather(torch.autograd.Function):
 
 
 class Scatter(torch.autograd.Function):
-    """Reduce-scatter along `dim` of the tensor padded; the gradients are gathered."""
+    """Reduce-scatter of the padded tensor along `dim`; all-gather in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
@@ -147,7 +147,7 @@ class Scatter(torch.autograd.Function):
 
 
 class Exchange(torch.autograd.Function):
-    """All-to-all along dim 0, whose gradients go back the way that the parts came."""
+    """All-to-all along dim 0; the inverse all-to-all in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -6,7 +6,7 @@ A field of a configuration's dataclass reads
     kv_heads: int = key(0, "Key/value heads", off=0, off_means="as many as heads", at_least=0)
     schedule: str = key("cosine", "Learning rate over the steps", choices=("cosine", "constant"))
 
-Validation, `--help` and docs/keys.md read what it says from the field; no table repeats it.
+Validation, `--help` and docs/keys.md read the field's metadata; no table repeats it.
 """
 
 import copy
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Interval:
-    """The numbers from `low` to `high`; an end is left out where it is open."""
+    """An interval of finite numbers; `low_open` and `high_open` exclude an end."""
 
     low: float
     high: float = inf
@@ -41,17 +41,17 @@ class Interval:
 
 @dataclass(frozen=True)
 class KeyFacts:
-    """What a key's field says beside its default."""
+    """The metadata of one config key."""
 
     meaning: str
-    unit: str  # empty = the meaning tells it, or it has none
-    off: Any  # the value that turns it off, or leaves it open; None = there is none
-    off_means: str  # what happens then
-    choices: dict[str, str]  # the values it may have, each with its meaning; empty = any
-    interval: Interval | None  # of a number, or of each number in a list; None = any
+    unit: str  # empty = none, or given in `meaning`
+    off: Any  # the value that disables the key or leaves it open; None = there is none
+    off_means: str  # effect of the "off" value
+    choices: dict[str, str]  # allowed values with their meanings; empty = any
+    interval: Interval | None  # allowed range of the number, or of each list item; None = any
 
     def describe_values(self) -> str:
-        """Return unit, choices or range, and "off" value in a few words; empty = any value."""
+        """Format unit, choices or range, and "off" value; empty = any value."""
         shown = [name for name in self.choices if name != self.off]
         choices = " | ".join(
             f"{name} = {self.choices[name]}" if self.choices[name] else name for name in shown
@@ -75,10 +75,10 @@ def key(
     at_most: float = inf,
     below: float = inf,
 ) -> T:
-    """Return the field of one config key.
+    """Return the dataclass field of one config key.
 
-    `choices` are names, or names with their meanings. A range has a lower end: `at_least`, or
-    `above` where the end itself is left out; `at_most` and `below` are its upper end.
+    `choices` are names, or names with their meanings. The range has a lower bound, `at_least`
+    (inclusive) or `above` (exclusive), and optionally an upper one, `at_most` or `below`.
     """
     low = at_least if above is None else above
     interval = None
@@ -93,26 +93,26 @@ def key(
 
 
 def key_facts(schema: type, name: str) -> KeyFacts:
-    """Return what the field `name` of a dataclass says of its key."""
-    return facts_of(next(own for own in fields(schema) if own.name == name))
+    """Return the key metadata of the field `name` of a dataclass."""
+    return facts_of(next(field for field in fields(schema) if field.name == name))
 
 
 def facts_of(field: Field) -> KeyFacts:
-    """Return what a field says of its key."""
+    """Return the key metadata of a field."""
     facts: KeyFacts = field.metadata["key"]
     return facts
 
 
 def known_keys(schema: type, prefix: str = "") -> dict[str, Field]:
-    """Return every key below a dataclass, dotted, with its field; those of sections come last."""
+    """Return all dotted keys of a dataclass with their fields, nested sections last."""
     found: dict[str, Field] = {}
-    below: dict[str, Field] = {}
-    for own in fields(schema):
-        if isinstance(own.type, type) and is_dataclass(own.type):
-            below |= known_keys(own.type, f"{prefix}{own.name}.")
+    nested: dict[str, Field] = {}
+    for entry in fields(schema):
+        if isinstance(entry.type, type) and is_dataclass(entry.type):
+            nested |= known_keys(entry.type, f"{prefix}{entry.name}.")
         else:
-            found[prefix + own.name] = own
-    return found | below
+            found[prefix + entry.name] = entry
+    return found | nested
 
 
 def value_at(config: Any, key: str) -> Any:
@@ -123,7 +123,7 @@ def value_at(config: Any, key: str) -> Any:
 
 
 def value_text(value: Any) -> str:
-    """Return a value as it is written on the command line."""
+    """Format a value as on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):

@@ -1,10 +1,10 @@
-"""Errors that are explained to the user in one message, without a trace."""
+"""Errors reported to the user as one message, without a traceback."""
 
 
 class UserError(Exception):
-    """An error with `problems`: each names what is, what must be, and the nearest valid value.
+    """An error with a list of `problems`: actual value, expected value, nearest valid value.
 
-    A command that ends with one leaves with `status`.
+    A command that raises it exits with `status`.
     """
 
     status = 1
@@ -15,20 +15,20 @@ class UserError(Exception):
 
 
 class ConfigError(UserError, ValueError):
-    """A mistake in the configuration or on the command line."""
+    """An invalid configuration or command line."""
 
     status = 2
 
 
 class DataError(UserError, ValueError):
-    """Data that cannot be read, or that can be read in more than one way."""
+    """Unreadable or ambiguous data."""
 
     status = 2
 
 
 class StorageError(UserError):
-    """A disk or folder that takes no more, or does not give back what was written."""
+    """A disk or folder that cannot be written, or whose files are corrupt."""
 
 
 class NumericalError(UserError):
-    """A loss, gradient, weight or copy of one that is not what it must be."""
+    """A loss, gradient, weight or replica with an invalid value."""

@@ -1,4 +1,4 @@
-"""The global gradient norm, exact over every axis that a parameter is split on."""
+"""The global gradient norm, exact over every axis that shards a parameter."""
 
 from collections.abc import Iterable
 
@@ -9,16 +9,16 @@ from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor."""
+    """Return the local shard of a DTensor; other tensors as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """Groups over which the parts of a gradient make up the whole."""
+    """Return the process groups that a gradient is sharded over."""
     if not isinstance(gradient, DTensor):
         return ()
     mesh = gradient.device_mesh
-    # Not `is_shard`: of the strided shards of FSDP × tensor it says no.
+    # Not `is_shard`, which is False for the strided shards of FSDP × tensor.
     split = (i for i, placement in enumerate(gradient.placements) if not placement.is_replicate())
     return tuple(mesh.get_group(i) for i in split if mesh.size(i) > 1)
 
@@ -27,9 +27,10 @@ def _split_groups(gradient: Tensor) -> tuple[dist.ProcessGroup, ...]:
 def global_norm(
     gradients: Iterable[Tensor], device: torch.device, apart: Iterable[dist.ProcessGroup] = ()
 ) -> Tensor:
-    """Euclidean norm of all gradients together: one small all-reduce per set of split axes.
+    """Return the Euclidean norm of all gradients, a scalar on `device`.
 
-    And one over each group of `apart`, whose ranks have parameters of their own.
+    Issues one scalar all-reduce per set of sharded axes, and one over each group of `apart`,
+    whose ranks hold different parameters.
     """
     parts: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
@@ -50,9 +51,9 @@ def global_norm(
 def clip_gradients_(
     gradients: Iterable[Tensor], norm: Tensor, max_norm: float, scale: Tensor
 ) -> None:
-    """Divide gradients by `scale` and shrink them to `max_norm` (0 = off), in one pass.
+    """Divide gradients by `scale` and clip them to `max_norm` (0 = off), in one pass, in place.
 
-    `norm` is that of the gradients after the division. No value is read back from the device.
+    `norm` is the norm of the gradients after the division. Does not synchronise with the device.
     """
     factor = 1.0 / scale.to(norm.dtype)
     if max_norm > 0:

@@ -1,4 +1,4 @@
-"""The one device mesh of five named axes, and the groups that its users need."""
+"""The device mesh of five named axes, and the submeshes derived from it."""
 
 import warnings
 
@@ -9,14 +9,14 @@ from parallel.strategy import AXES, MESH_AXES, StrategyConfig, axis_degrees, wor
 
 # The axes whose ranks see different samples; the innermost varies fastest.
 DATA_AXES = ("replicate", "shard")
-# The axes whose ranks have copies of one parameter, and gradients of different data.
+# The axes whose ranks hold replicas of a parameter, with gradients of different data.
 COPY_AXES = ("replicate", "context")
 
 
 def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
-    """Return the mesh of a resolved strategy.
+    """Build the mesh of a resolved strategy.
 
-    Ranks count up along AXES, the last fastest; the mesh lists the axes as MESH_AXES.
+    Ranks are numbered along AXES, the last axis fastest; the mesh dims are ordered as MESH_AXES.
     """
     ranks = torch.arange(world_size(strategy)).view(*axis_degrees(strategy).values())
     permuted = ranks.permute(*(AXES.index(axis) for axis in MESH_AXES)).contiguous()
@@ -24,12 +24,12 @@ def build_mesh(strategy: StrategyConfig, device: torch.device) -> DeviceMesh:
 
 
 def data_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """replicate × shard as one axis: the ranks that share one batch. Call it once per mesh."""
+    """Flatten replicate × shard, the ranks with different samples; call it once per mesh."""
     return mesh[DATA_AXES]._flatten("data")
 
 
 def replica_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
-    """replicate × context as one axis: the ranks with copies of a parameter; None if it has one.
+    """Flatten replicate × context, the replicas of a parameter; None if their degree is 1.
 
     Call it once per mesh.
     """
@@ -40,12 +40,12 @@ def replica_mesh(mesh: DeviceMesh) -> DeviceMesh | None:
 
 
 def fsdp_mesh(mesh: DeviceMesh, copies: DeviceMesh | None) -> DeviceMesh:
-    """Return what FSDP shards over: the shard axis, behind that of the copies if there are any."""
+    """Return FSDP's mesh: (shard), or (replicas, shard) for hybrid sharding."""
     if copies is None:
         return mesh["shard"]
     (name,) = copies.mesh_dim_names or ()
     with warnings.catch_warnings():
-        # torch means to ask for the flattened mesh itself, but has no way to put two together:
-        # `_concatenate` makes its groups in an order that differs between ranks, and hangs.
+        # torch recommends slicing the flattened mesh itself, but offers no way to combine two:
+        # `_concatenate` creates its groups in an order that differs between ranks, and hangs.
         warnings.filterwarnings("ignore", message="Slicing a flattened dim")
         return mesh[(name, "shard")]

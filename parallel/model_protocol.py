@@ -1,7 +1,7 @@
-"""What parallel/ asks of a model, and what it gives the model to ask in return.
+"""The protocols between parallel/ and a model, in both directions.
 
-A model imports nothing of this: it fits by its shape, which mypy checks where `trainer/build.py`
-hands one to `parallelize`. A model is an `nn.Module` as well.
+A model imports none of them: typing is structural, and mypy checks it where `trainer/build.py`
+passes a model to `parallelize`. A model is an `nn.Module` as well.
 """
 
 # B batch, S positions of a sequence, D width, H query heads, G key/value heads, K width of a head.
@@ -13,45 +13,45 @@ import torch
 from torch import Tensor, nn
 
 Inputs = dict[str, Tensor]
-Flow = tuple[Tensor | None, ...]  # what travels between blocks
+Flow = tuple[Tensor | None, ...]  # activations passed between blocks
 
 
 class SequenceLayout(Protocol):
-    """How the positions between split layers lie on the ranks of the tensor axis."""
+    """The distribution of positions between split layers over the ranks of the tensor axis."""
 
     def part_length(self, length: int) -> int:
-        """Return how many of `length` positions this rank has between blocks."""
+        """Return the number of local positions of a sequence of `length`, between blocks."""
 
     def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions, each rank with a gradient of its own."""
+        """Gather all `length` positions; the ranks' gradients differ and are summed."""
 
     def local_positions(self, x_BSD: Tensor) -> Tensor:
-        """Return this rank's positions of all."""
+        """Return the local positions of a replicated tensor."""
 
     def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions, for what every rank computes alike."""
+        """Gather all `length` positions for a computation that every rank repeats."""
 
     def gradient_contribution(self, gradient_BSD: Tensor) -> Tensor:
-        """Return what this rank adds to the gradient of a `whole` that every rank knows."""
+        """Return this rank's term of the gradient of a gathered tensor, known on every rank."""
 
 
 class SequenceContext(Protocol):
-    """Which positions of a sequence this rank has, and attention over those of all ranks."""
+    """The local positions of a sequence, and attention over the positions of all ranks."""
 
-    shares: bool
-    first: bool  # of the ranks that share a sequence
+    shares: bool  # whether several ranks share a sequence
+    first: bool  # whether this is the first of the ranks that share a sequence
 
     def local_length(self, length: int) -> int:
-        """Return how many of `length` positions this rank has."""
+        """Return the number of local positions of a sequence of `length`."""
 
     def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """Return which they are, (share,)."""
+        """Return the indices of the local positions, (local_length,)."""
 
     def take_local(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of (B, length, …)."""
+        """Return the local positions of (B, length, …)."""
 
     def gather_sequence(self, x: Tensor, length: int) -> Tensor:
-        """Undo `take_local`."""
+        """Invert `take_local`."""
 
     def attend_global(
         self,
@@ -62,19 +62,19 @@ class SequenceContext(Protocol):
         visible: Callable,
         causal: bool,
     ) -> Tensor:
-        """Return attention from this rank's queries to all keys."""
+        """Return attention of the local queries to the keys of all ranks."""
 
 
 class ParallelizableModel(Protocol):
-    """A Transformer that can be cut, split and shared."""
+    """A Transformer that `parallelize` can split, shard and replicate."""
 
-    blocks: nn.ModuleDict  # "0", "1", …; they keep their names when others are taken out
-    embed: nn.Module | None  # None where the first stage is another rank's
-    head: nn.Module | None  # None where the last stage is another rank's
+    blocks: nn.ModuleDict  # "0", "1", …; names are kept when other blocks are removed
+    embed: nn.Module | None  # None if another rank holds the first stage
+    head: nn.Module | None  # None if another rank holds the last stage
     layout: SequenceLayout
     context: SequenceContext
-    # Lent for a training step to what learns from other things than logits, an auxiliary loss: it
-    # returns what to go back from for a sum over valid targets, and counts it in the loss.
+    # Set during a training step, for auxiliary losses: takes a sum over valid targets, adds it to
+    # the reported mean loss and returns the scaled loss to call `backward` on.
     scale_auxiliary_loss: Callable[[Tensor], Tensor] | None
     training: bool
 
@@ -85,13 +85,13 @@ class ParallelizableModel(Protocol):
         flow: Any = None,
         blocks: Sequence[str] | None = None,
     ) -> Any:
-        """Return logits, or what flows out of the last of `blocks`."""
+        """Return the logits, or the activations after the last of `blocks`."""
 
     def flow_like(self, inputs: Inputs, block: int, cache: Any = None) -> Flow:
-        """Return what flows into a block, as meta tensors; behind the last one, the logits."""
+        """Return a block's inputs as meta tensors; for an index after the last, the logits."""
 
     def local_targets(self, targets: Tensor) -> Tensor:
-        """Return the targets of a micro-batch that this rank trains on."""
+        """Return the targets of a micro-batch at the local positions."""
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True

@@ -1,4 +1,4 @@
-"""A model under any strategy behind one interface, so that the loop names none."""
+"""A parallelised model with one interface for the training loop under any strategy."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -24,39 +24,37 @@ CountValid = Callable[[Tensor], Tensor]  # targets -> number of valid ones
 
 @dataclass(frozen=True)
 class FullParameters:
-    """The parameters of the whole model, wherever they are."""
+    """Global shapes and names of the parameters of the full model."""
 
     shapes: Mapping[str, torch.Size]  # by canonical name
-    ties: Mapping[str, str]  # second names of shared parameters, with the canonical one
+    ties: Mapping[str, str]  # further names of shared parameters, to the canonical one
 
     @property
     def classes(self) -> int:
-        """Return the number of classes of the output, which another rank may have."""
+        """Return the number of output classes, also on ranks without the head."""
         name = "head.output.weight"
         return self.shapes[self.ties.get(name, name)][0]
 
 
 @dataclass
 class GlobalMean:
-    """The mean loss over valid targets, of which this rank adds up what it learns from."""
+    """The mean loss over all valid targets; accumulates this rank's contribution."""
 
-    count: Tensor  # of valid targets, over all ranks
-    scale: Tensor | int
-    total: Tensor
+    count: Tensor  # valid targets on all ranks
+    scale: Tensor | int  # loss scale of fp16; 1 = none
+    total: Tensor  # this rank's contribution so far
 
     def scale_loss(self, loss_sum: Tensor) -> Tensor:
-        """Return what to go back from for a sum over valid targets, whose part of the mean is
-        counted.
-        """
+        """Accumulate a sum over valid targets, and return the scaled loss for `backward`."""
         loss = loss_sum / self.count.clamp(min=1).to(loss_sum.dtype)
         self.total = self.total + loss.detach()
-        # Zero times a loss that is not finite is NaN: its gradient may be finite, and only what is
-        # in the gradient reaches the other ranks.
+        # 0 × a non-finite loss is NaN: the gradient of such a loss may be finite, and only the
+        # gradient is reduced to the other ranks.
         return loss * (loss.detach() * 0 + self.scale)
 
 
 class ParallelModel:
-    """A parallelised model with what a training step asks of it."""
+    """A parallelised model with the operations of a training step."""
 
     def __init__(
         self,
@@ -76,8 +74,8 @@ class ParallelModel:
         self.data_group = data.get_group()
         self.data_rank = data.get_local_rank()
         self.data_degree = data.size()
-        self.axes = axes  # those with work to do, the outermost first
-        # The outermost axis that has an order of its own for micro-batches decides on it.
+        self.axes = axes  # those of degree > 1, outermost first, then data parallelism
+        # The outermost axis with a schedule sets the order of micro-batches.
         self._schedule = next(axis.schedule for axis in axes if axis.schedule is not None)
         for axis in reversed(axes):
             loss_sum = axis.split_loss(loss_sum)
@@ -85,19 +83,17 @@ class ParallelModel:
         self._count_valid = count_valid
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
-        """Return the micro-batch on this rank's device, copied without waiting where memory is
-        pinned.
-        """
+        """Copy the micro-batch to this rank's device, asynchronously from pinned memory."""
         return {k: v.to(self.device, non_blocking=True) for k, v in micro_batch.items()}
 
     def forward_backward(
         self, micro_batches: list[MicroBatch], scale: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of (sum of losses over all ranks) / (valid targets over all ranks).
+        """Compute gradients of (sum of losses over all ranks) / (valid targets on all ranks).
 
-        Gradients are multiplied by `scale` (fp16). Returns this rank's part of the mean loss and
-        the global number of valid targets, both on the device: `sum_over_data` of the first is
-        the loss. Nothing is read back, so the host never waits.
+        Gradients are multiplied by `scale` (fp16). Returns this rank's contribution to the mean
+        loss and the global number of valid targets, both on the device; `sum_over_data` of the
+        first is the loss. Does not synchronise with the device.
         """
         counts = [self._count_valid(m["targets"]) for m in micro_batches]
         count = self.sum_over_data(torch.stack(counts).sum().to(self.device, non_blocking=True))
@@ -110,7 +106,7 @@ class ParallelModel:
             targets = self.model.local_targets(inputs[number]["targets"])
             return mean.scale_loss(self._loss_sum(logits, targets, inputs[number]))
 
-        # Whatever learns from other things than logits takes its share where they are.
+        # Blocks with an auxiliary loss add it where it is computed.
         self.model.scale_auxiliary_loss = mean.scale_loss
         self._schedule.run(inputs, loss_of)
         self.model.scale_auxiliary_loss = None
@@ -122,11 +118,11 @@ class ParallelModel:
         return mean.total, count
 
     def record_pipeline(self) -> AbstractContextManager[Recording]:
-        """Return a context in which a step is recorded: what ranks compute when."""
+        """Return a context that records a timeline of the pipeline's actions in one step."""
         return record_step(self.axes)
 
     def forward(self, inputs: MicroBatch, cache: Any = None) -> Tensor:
-        """Return the model's logits, all classes on every rank; inside `evaluating` only."""
+        """Return the logits of all classes on every rank; only inside `evaluation_mode`."""
         logits = self._schedule.forward(inputs, cache)
         for axis in reversed(self.axes):
             logits = axis.gather_logits(logits, inputs, cache)
@@ -135,9 +131,9 @@ class ParallelModel:
 
     @contextmanager
     def evaluation_mode(self) -> Iterator[None]:
-        """`model` has no dropout and no gradients; all ranks must run as many forwards of it.
+        """Disable dropout and gradients; all ranks must run the same number of forwards.
 
-        Not torch's inference mode: weights that FSDP gathers there fail in a later backward.
+        Not `torch.inference_mode`: weights that FSDP gathers in it fail in a later backward.
         """
         training = self.model.training
         self.model.train(False)
@@ -150,14 +146,11 @@ class ParallelModel:
             self.model.train(training)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return what this rank has of the parameters, by canonical name."""
+        """Return this rank's parameters or shards of them, by canonical name."""
         return {self.whole.ties.get(n, n): p for n, p in self.model.named_parameters()}
 
     def error_feedback_state(self) -> dict[str, Tensor]:
-        """Return what this rank alone keeps of the gradients' sums so far, by name.
-
-        To be loaded into.
-        """
+        """Return this rank's error-feedback tensors by name; a checkpoint loads them in place."""
         return {name: tensor for axis in self.axes for name, tensor in axis.state().items()}
 
     def gradients(self) -> list[Tensor]:
@@ -165,14 +158,12 @@ class ParallelModel:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _gradients_for_norm(self) -> list[Tensor]:
-        """Return the gradients that make up the norm: a tied parameter counts where its first name
-        is.
-        """
+        """Return the gradients that enter the norm; a tied parameter counts once, by first name."""
         named = self.model.named_parameters()
         return [p.grad for n, p in named if p.grad is not None and n not in self.whole.ties]
 
     def clip_grad_norm(self, max_norm: float, scale: Tensor | None = None) -> Tensor:
-        """Undo `scale`, clip to the global norm, and return the norm before clipping."""
+        """Divide by `scale`, clip by the global norm, and return the norm before clipping."""
         scale = torch.ones((), device=self.device) if scale is None else scale
         gradients = self.gradients()
         apart = [axis.group for axis in self.axes if axis.splits_parameters]
@@ -182,24 +173,21 @@ class ParallelModel:
         return norm
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set all gradients to None."""
         self.model.zero_grad(set_to_none=True)
 
     def sum_over_data(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks that see different samples, in place."""
+        """All-reduce `tensor` over the data-parallel ranks, in place, and return it."""
         if self.data_degree > 1:
             dist.all_reduce(tensor, group=self.data_group)
         return tensor
 
     def any_data_rank(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank that sees different samples.
-
-        Waits for all of them.
-        """
+        """Return whether the flag is set on any data-parallel rank; synchronises with them all."""
         if self.data_degree == 1:
             return flag
         return bool(self.sum_over_data(torch.tensor(int(flag), device=self.device)).item())
 
     def gather_data_ranks(self, value: object) -> list:
-        """Return every such rank's (picklable) value, in rank order."""
+        """Return the (picklable) values of all data-parallel ranks, in rank order."""
         return all_gather_objects(value, self.data_group)

@@ -1,4 +1,4 @@
-"""The table of contents of parallelism: what is done to a model, in which order, and why."""
+"""Apply every form of parallelism to a model, in a fixed order."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,22 +21,22 @@ from parallel.pipeline.stages import PipelineParallel
 from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import TensorParallel
 
-# (name, shape, first row, row behind the last) -> initial values of these rows
+# (name, shape, first row, end row) -> initial values of rows [first, end)
 DrawRows = Callable[[str, torch.Size, int, int], Tensor]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Facts that parallelism needs of a model, whose blocks stand in a module named `blocks`."""
+    """The functions and tables that `parallelize` needs of a model with a module `blocks`."""
 
     draw_rows: DrawRows
     loss_sum: LossSum
     count_valid: CountValid
-    layout: Mapping[str, str]  # how tensor parallelism splits the layers, by name
-    costs: Sequence[float] = ()  # of the blocks, by which a pipeline is cut
+    layout: Mapping[str, str]  # tensor-parallel style by pattern of layer names
+    costs: Sequence[float] = ()  # relative cost of each block, to balance pipeline stages
 
 
-# `parallelize`, or what stands in its place.
+# The signature of `parallelize`.
 Parallelize = Callable[
     Concatenate[ParallelizableModel, ModelSpec, DeviceMesh, StrategyConfig, torch.device, ...],
     ParallelModel,
@@ -49,7 +49,7 @@ def recompute_and_compile(
     activation_checkpointing: str,
     compile: bool,
 ) -> None:
-    """Wrap each block for what its backward recomputes, then compile it."""
+    """Apply activation checkpointing to each block, then compile it."""
     for block in model.blocks.values():
         checkpoint_activations(block, activation_checkpointing)
         if activation_checkpointing == "none" and not compile:
@@ -66,35 +66,35 @@ def parallelize(
     strategy: StrategyConfig,
     device: torch.device,
     *,
-    parameters: torch.dtype = torch.float32,  # that weights and gradients are kept in
-    compute: torch.dtype = torch.float32,  # that FSDP gathers weights in
+    parameters: torch.dtype = torch.float32,  # of weights and gradients at rest
+    compute: torch.dtype = torch.float32,  # of the weights that FSDP gathers
     activation_checkpointing: str = "none",
     compile: bool = False,
 ) -> ParallelModel:
-    """Spread a model built on the meta device over the mesh, and give it its weights."""
+    """Distribute a meta-device model over the mesh and initialise its weights."""
     assert isinstance(model, nn.Module)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     whole = FullParameters(shapes, _tied_names(model))
-    model.to(parameters)  # while no parameter is a DTensor, which would plan this like any layer
+    model.to(parameters)  # before any parameter is a DTensor, whose cast goes through dispatch
     every: list[ParallelAxis] = [
-        # 1. Ranks that share sequences have but their positions of each; attention joins them.
+        # 1. Each rank computes its positions of a sequence; attention covers those of all ranks.
         ContextParallel(mesh["context"], strategy.context_method),
-        # 2. A rank of a pipeline keeps the layers of its stages: the others are never made.
+        # 2. Each pipeline rank keeps the layers of its stages; the others are never allocated.
         PipelineParallel(mesh["pipeline"], strategy, facts.costs, whole.ties, device),
-        # 3. Split layers are the innermost: all that follows treats a part as the whole.
+        # 3. Tensor-parallel layers are innermost: the following steps only see local shards.
         TensorParallel(mesh["tensor"], facts.layout, strategy, device, whole.classes),
     ]
     for axis in (axes := [axis for axis in every if axis.degree > 1]):
         axis.prepare(model)
-    # 4. Recomputation repeats what it wraps: the block's own collectives, not FSDP's.
-    # 5. One graph per block; all blocks look alike, so it is compiled once.
+    # 4. Recomputation repeats the collectives inside a block, not FSDP's around it.
+    # 5. One graph per block; the blocks are identical, so it is compiled once.
     recompute_and_compile(model, axes, activation_checkpointing, compile)
-    # 6. Sharding comes before the weights exist, so that no rank ever holds the whole model.
+    # 6. FSDP shards the meta model, so that no rank ever holds the full model.
     data = DataParallel(mesh, strategy, axes, parameters, compute)
     data.prepare(model)
-    # 7. Each rank draws the rows that it holds.
+    # 7. Each rank initialises the rows of its own shards.
     materialize_parameters(model, device, facts.draw_rows, whole.ties)
-    # 8. Plain replication wraps the finished model; with shards, FSDP has summed over copies.
+    # 8. DDP wraps the finished model; with shards, FSDP also sums over the replicas.
     axes.append(data)
     for axis in axes:
         axis.use_weights(model, data.shards)
@@ -105,28 +105,28 @@ def parallelize(
 def materialize_parameters(
     model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
 ) -> None:
-    """Allocate a meta model's parameters on `device` and fill this rank's part of each."""
+    """Allocate a meta model's parameters on `device` and initialise this rank's shards."""
     allocate_parameters(model, device)
     for name, parameter in model.named_parameters():
         held = local_slices(parameter)
         if any(dim.start == dim.stop for dim in held):
-            continue  # fewer rows than ranks: this one holds none
-        name = ties.get(name, name)  # the first of its names may be another rank's
+            continue  # an empty shard: fewer rows than ranks
+        name = ties.get(name, name)  # the canonical name, which may be on another rank
         rows = draw_rows(name, parameter.shape, held[0].start, held[0].stop)
         local_tensor(parameter).copy_(rows[(slice(None), *held[1:])])
 
 
 def allocate_parameters(model: nn.Module, device: torch.device) -> None:
-    """Give a meta model's parameters room on `device`, and leave it as it is there."""
-    here = _tied_names(model)  # `to_empty` parts what is shared
+    """Allocate a meta model's parameters on `device`, uninitialised; tied ones stay tied."""
+    tied = _tied_names(model)  # `to_empty` unties shared parameters
     model.to_empty(device=device)
-    for alias, name in here.items():
+    for alias, name in tied.items():
         owner, _, attribute = alias.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(name))
 
 
 def local_slices(tensor: Tensor) -> tuple[slice, ...]:
-    """Return where this rank's part of a parameter, or of its gradient, lies in the whole."""
+    """Return the global slice of this rank's shard of a parameter or gradient, per dim."""
     shape, offset = tuple(tensor.shape), (0,) * tensor.dim()
     if isinstance(tensor, DTensor):
         shape, offset = compute_local_shape_and_global_offset(
@@ -136,7 +136,7 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Second names of shared parameters, with the first."""
+    """Map the further names of each shared parameter to its first name."""
     first: dict[int, str] = {}
     every = model.named_parameters(remove_duplicate=False)
     names = {name: first.setdefault(id(parameter), name) for name, parameter in every}

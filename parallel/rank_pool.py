@@ -1,4 +1,4 @@
-"""A pool of CPU ranks that stay alive: to start a process that imports torch takes seconds."""
+"""A pool of persistent CPU ranks, as starting a process that imports torch takes seconds."""
 
 import gc
 import time
@@ -17,11 +17,11 @@ GRACE_SECONDS = 5.0  # for the other ranks, after one has failed
 
 
 class RankFailedError(RuntimeError):
-    """A rank raised, died or got stuck; the message has its number and its traceback."""
+    """A rank raised, exited or timed out; the message has its number and its traceback."""
 
 
 class RankPool:
-    """`size` processes; `run` calls a function on the first `world_size` of them as one group."""
+    """A pool of `size` processes; `run` calls a function on a group of the first `world_size`."""
 
     def __init__(self, size: int):
         self.size = size
@@ -31,7 +31,7 @@ class RankPool:
 
     def _start_processes(self) -> None:
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        # One process imports torch, and each rank is a copy of it.
+        # The fork server imports torch once, and each rank is forked from it.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload([__name__])
         for rank in range(self.size):
@@ -46,10 +46,10 @@ class RankPool:
     def run(
         self, world_size: int, function: Callable, *args: Any, timeout_seconds: float = 300.0
     ) -> list:
-        """Results of `function(runtime, *args)` in rank order.
+        """Return the results of `function(runtime, *args)` in rank order.
 
-        The function must be importable by name. RankFailedError names the rank that raised, or
-        that was stuck when the time was up; after that the pool starts anew.
+        The function must be importable by name. Raises RankFailedError naming the rank that
+        raised or was stuck at the time-out; the next call restarts the processes.
         """
         if not self._processes:
             self._start_processes()
@@ -79,7 +79,7 @@ class RankPool:
         return [results[rank] for rank in range(world_size)]
 
     def close(self) -> None:
-        """End all processes."""
+        """Kill all processes."""
         for process in self._processes:
             process.kill()
             process.join()
@@ -96,8 +96,8 @@ def _receive_result(pipe: Connection, rank: int) -> tuple[bool, Any]:
 def _serve_jobs(rank: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     record_few_collectives()
-    # torch's modules stay: to walk through them after each task, in search of what the task left,
-    # would take longer than a small task itself.
+    # Exclude torch's modules from garbage collection: traversing them after each task would take
+    # longer than a small task itself.
     gc.freeze()
     launch_store = dist.TCPStore("127.0.0.1", port, is_master=False)
     while True:
@@ -108,7 +108,7 @@ def _serve_jobs(rank: int, port: int, pipe: Connection) -> None:
         store = dist.PrefixStore(f"task{task}", launch_store)
         try:
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
-            # A function without a collective would end its group while others still connect.
+            # A function without a collective would destroy its group while others still connect.
             dist.barrier()
             runtime = Runtime(rank, world_size, rank, world_size, torch.device("cpu"), store)
             pipe.send((True, function(runtime, *args)))

@@ -1,4 +1,4 @@
-"""Ranks, their device and their process group; one process is a group of one."""
+"""Ranks, their device and process group; a single process is a group of size 1."""
 
 import gc
 import json
@@ -18,39 +18,39 @@ from torch.distributed.tensor import _collective_utils, _redistribute, debug
 from parallel.errors import ConfigError
 from parallel.strategy import restart_count
 
-# A follower waits for as long as rank 0 prepares: tokenising a large data set takes hours.
+# Followers wait while rank 0 prepares: tokenising a large data set takes hours.
 PATIENCE = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """Which rank this is and the device it computes on."""
+    """The rank of this process and the device it computes on."""
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
     device: torch.device
-    store: dist.Store | None = None  # of this job; outlives a rank that is stopped or killed
+    store: dist.Store | None = None  # of this job; outlives a stopped or killed rank
 
 
 class JobQueue:
-    """The ranks of one launch: rank 0 posts jobs, the others follow it."""
+    """The job queue of one launch: rank 0 posts jobs, the other ranks receive them."""
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, restart: int = 0):
         self.launch = store  # outlives a restart of the ranks
-        # Keys of the attempt before a restart are still there; a prefix keeps them apart.
+        # The store still has the keys of the attempt before a restart; a prefix separates them.
         self.store = dist.PrefixStore(f"attempt{restart}", store)
         self.rank, self.world_size = rank, world_size
-        # Of one rank that no launcher has started they are another's.
-        theirs = os.environ if "RANK" in os.environ else {}
-        self.local_rank = int(theirs.get("LOCAL_RANK", rank))
-        self.local_world_size = int(theirs.get("LOCAL_WORLD_SIZE", world_size))
+        # Without a launcher, these variables would belong to another job.
+        environment = os.environ if "RANK" in os.environ else {}
+        self.local_rank = int(environment.get("LOCAL_RANK", rank))
+        self.local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
         self.jobs = 0
 
     @classmethod
     def from_torchrun(cls) -> "JobQueue":
-        """Return the ranks that torchrun (or anything that sets its variables) started."""
+        """Return the queue of a launch by torchrun, or anything that sets its variables."""
         try:
             store, rank, world_size = next(dist.rendezvous("env://"))
         except dist.DistNetworkError as error:
@@ -59,41 +59,41 @@ class JobQueue:
                 f"{where}={os.environ['MASTER_PORT']} cannot be used: "
                 f"{str(error).splitlines()[0]}; choose a free port"
             ) from error
-        # The agents' store outlives a restart. Else it is rank 0's own and new; and hosts that have
-        # come and gone count their restarts differently.
-        kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        return cls(store, rank, world_size, restart_count(os.environ) if kept else 0)
+        # The agents' store outlives a restart. Otherwise rank 0 creates a new one, and the restart
+        # counts of hosts that joined at different times differ.
+        persistent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return cls(store, rank, world_size, restart_count(os.environ) if persistent else 0)
 
     @classmethod
     def single_process(cls) -> "JobQueue":
-        """One rank in this process, with no network."""
+        """Return the queue of a single rank in this process, without a network."""
         return cls(dist.HashStore(), 0, 1)
 
     def launch_time(self, now: float) -> float:
-        """Return when this launch began: the same for every rank and after every restart."""
+        """Return the start time of this launch: the same for every rank and after every restart."""
         return float(self.launch.compare_set("started", "", repr(now)))
 
     def post_job(self, job: Any) -> None:
-        """Hand a JSON-able job to the ranks that follow."""
+        """Post a JSON-serialisable job to the follower ranks."""
         self.jobs += 1
         self.store.set(f"job{self.jobs}", json.dumps(job))
 
     def receive_jobs(self) -> Iterator[Any]:
-        """Yield the jobs that rank 0 posts, as they come."""
+        """Yield the jobs posted by rank 0, in order; blocks until the next one."""
         while True:
             self.jobs += 1
             self.store.wait([f"job{self.jobs}"], PATIENCE)
             yield json.loads(self.store.get(f"job{self.jobs}"))
 
     def leave(self) -> None:
-        """A rank that follows is about to end."""
+        """Announce that this follower rank is about to exit."""
         with suppress(dist.DistError):
             self.store.add("left", 1)
 
     def close_queue(self, seconds: float = 10.0) -> None:
-        """Tell the ranks that follow to end, and wait until they have heard it.
+        """Stop the follower ranks, and wait up to `seconds` until they have left.
 
-        The store is rank 0's own where there is no torchrun, and would end with it.
+        Without torchrun's agent store, the store is in rank 0's process and would exit with it.
         """
         self.post_job({"stop": 0})
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -103,15 +103,16 @@ class JobQueue:
             time.sleep(0.02)
 
     def is_first(self, event: str) -> bool:
-        """Return whether this rank is the first to name `event` in the current job."""
+        """Return whether this rank is the first to report `event` in the current job."""
         return self.store.add(f"{event}{self.jobs}", 1) == 1
 
 
 @contextmanager
 def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) -> Iterator[Runtime]:
-    """The process group of one job on `device` (auto, cpu, cuda); ConfigError if it is missing.
+    """Initialise the process group of one job on `device` (auto, cpu, cuda).
 
-    `timeout_seconds`: what a collective may take at least; torch's default where that is longer.
+    `timeout_seconds` is the time-out of a collective, at least torch's default of 30 minutes.
+    Raises ConfigError if the device is missing.
     """
     chosen = torch.device("cpu")
     if choose_device(device, ranks.local_world_size) == "cuda":
@@ -121,7 +122,7 @@ def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) ->
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         timeout=max(timedelta(minutes=30), timedelta(seconds=timeout_seconds)),
-        # An own prefix: the addresses of an earlier group of this launch are still in the store.
+        # A prefix per group: the store still has the addresses of this launch's earlier groups.
         store=dist.PrefixStore(f"group{ranks.jobs}", ranks.store),
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -138,20 +139,20 @@ def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) ->
         )
         failed = False
     finally:
-        # NCCL would first wait for collectives whose other ranks may never come; a rank that
-        # failed has to end at once, so that the launcher ends the others.
+        # NCCL would first wait for collectives that the other ranks may never join; a failed rank
+        # must exit immediately, so that the launcher terminates the others.
         if ranks.world_size == 1 or not failed:
             end_process_group()
 
 
 def end_process_group() -> None:
-    """Destroy the process group, and what DTensor remembers of its meshes.
+    """Destroy the process group, and clear DTensor's caches of its meshes.
 
-    A later mesh of the same layout counts as equal to the old one: DTensor would take plans from
-    its caches that name groups which are gone.
+    A later mesh of the same layout compares equal to the old one: DTensor would reuse cached plans
+    that refer to destroyed groups.
     """
     dist.destroy_process_group()
-    # Private, so that a torch without one of them has no such cache either.
+    # Private functions: a torch version without one of them has no such cache either.
     for owner, name in (
         (_redistribute, "clear_redistribute_planner_cache"),
         (getattr(_redistribute, "_gen_transform_infos", None), "cache_clear"),
@@ -159,15 +160,15 @@ def end_process_group() -> None:
         (getattr(_collective_utils.MeshTopoInfo, "build_from_mesh", None), "cache_clear"),
     ):
         getattr(owner, name, lambda: None)()
-    # A model, its stages and its hooks hold each other, and with them groups, each of which has
-    # threads of its own as long as it is there.
+    # A model, its stages and hooks form reference cycles that hold process groups, and each group
+    # keeps its threads as long as it is referenced.
     gc.collect()
 
 
 def all_reduce_max(runtime: Runtime, values: list[int]) -> list[int]:
-    """Return the largest of each of a few numbers over all ranks, which must call it together.
+    """Return the elementwise maximum of `values` over all ranks; a collective call.
 
-    On the host, so that no device is waited for.
+    The reduction runs on the host, so that no device is synchronised.
     """
     if runtime.world_size == 1:
         return values
@@ -177,27 +178,24 @@ def all_reduce_max(runtime: Runtime, values: list[int]) -> list[int]:
 
 
 def broadcast_from_rank0(value: Any) -> Any:
-    """Rank 0's (picklable) value, on every rank, which must call it together."""
+    """Broadcast rank 0's (picklable) value; a collective call."""
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
 def all_gather_objects(value: Any, group: dist.ProcessGroup | None = None) -> list:
-    """Return every rank's (picklable) value, in rank order.
-
-    `group`: of these ranks (None = all).
-    """
+    """Gather the (picklable) values of the ranks of `group` (None = all), in rank order."""
     values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
 def check_same_on_all_ranks(runtime: Runtime, facts: dict[str, str]) -> None:
-    """Raise ConfigError, on every rank, if a fact is another on some rank; it names the odd ones.
+    """Raise ConfigError on every rank, naming the deviating ranks, if a fact differs between ranks.
 
-    Files differ where a folder is not mounted, or another one; all must be the same before ranks
-    train as one.
+    Files can differ if a folder is not mounted, or a different one is; training requires identical
+    files on all ranks.
     """
     everyone = all_gather_objects(facts)
     problems = []
@@ -216,9 +214,9 @@ def check_same_on_all_ranks(runtime: Runtime, facts: dict[str, str]) -> None:
 
 
 def choose_device(device: str, local_ranks: int) -> str:
-    """cpu or cuda for `device` (auto, cpu or cuda) and so many ranks on this host.
+    """Resolve `device` (auto, cpu or cuda) to cpu or cuda for `local_ranks` ranks on this host.
 
-    Raises ConfigError where CUDA is asked for and there are too few GPUs.
+    Raises ConfigError if CUDA is requested and this host has too few GPUs.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not count):
@@ -237,9 +235,9 @@ KEPT_COLLECTIVES = 16
 
 
 def record_few_collectives() -> None:
-    """Keep torch's flight recorder small; called before the first process group is made.
+    """Limit torch's flight recorder; call it before the first process group is created.
 
-    Every group writes to it, and every heartbeat reads it: the 2000 entries that it keeps otherwise
-    take a hundred times as long.
+    Every group writes to it, and every heartbeat reads it: its default of 2000 entries would take
+    a hundred times as long.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))

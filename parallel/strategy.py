@@ -1,4 +1,4 @@
-"""Strategy degrees and their rules; free of torch, so that `--help` and `--cfg` answer at once."""
+"""Strategy degrees and their validation; does not import torch, to keep `--help` fast."""
 
 import math
 from collections.abc import Mapping
@@ -8,30 +8,32 @@ from typing import Any
 from parallel.config_fields import key
 from parallel.errors import ConfigError
 
-# The five axes, outermost first: ranks count up along them, the last fastest, so that ranks that
-# talk most sit next to each other.
+# The five axes, outermost first: ranks are numbered along them, the last fastest, so that ranks
+# that communicate most are adjacent.
 AXES = ("pipeline", "replicate", "shard", "context", "tensor")
-# The same in the order of the device mesh: hybrid sharding takes the axes of copies (replicate and
-# context) in front of the sharded one.
+# The same in the order of the device mesh: hybrid sharding needs the axes of replicas (replicate
+# and context) before the shard axis.
 MESH_AXES = ("pipeline", "replicate", "context", "shard", "tensor")
 HOW = "(torchrun --nproc_per_node=N, or launch.ranks=N)"
 
 
 @dataclass
 class StrategyConfig:
-    """Degrees of the one mesh; -1 = all ranks that are left (on one axis at most)."""
+    """Degrees of the device mesh; -1 = all remaining ranks (on one axis at most)."""
 
     pipeline: int = key(1, "Ranks that hold successive stages of the layers", off=1)
-    replicate: int = key(1, "Copies of the model that share the batch (DDP)", off=1)
-    shard: int = key(1, "Ranks that share one copy of weights and optimizer (FSDP)", off=1)
-    context: int = key(1, "Ranks that share the sequence", off=1)
-    tensor: int = key(1, "Ranks that split every layer", off=1)
+    replicate: int = key(1, "Replicas of the model, each with a part of the batch (DDP)", off=1)
+    shard: int = key(
+        1, "Ranks that one copy of weights and optimizer state is sharded over (FSDP)", off=1
+    )
+    context: int = key(1, "Ranks that each sequence is split over", off=1)
+    tensor: int = key(1, "Ranks that every layer is split over", off=1)
     elastic: bool = key(
         False,
-        "With torchrun --nnodes=MIN:MAX: replicate and shard follow the ranks that there are, "
-        "also when a host is lost or comes back",
+        "With torchrun --nnodes=MIN:MAX: adapt replicate and shard to the available ranks, also "
+        "after a host is lost or returns",
         off=False,
-        off_means="other ranks than the degrees make are refused",
+        off_means="the number of ranks must be the product of the degrees",
     )
     reshard_after_forward: bool = key(
         True,
@@ -40,8 +42,8 @@ class StrategyConfig:
     )
     sequence_parallel: bool = key(
         True,
-        "Tensor: between split layers each rank has its part of the sequence's positions "
-        "(less memory, the same bytes on the wire)",
+        "Tensor: split the sequence's positions over the ranks between split layers (less "
+        "memory, the same bytes on the wire)",
         off=False,
         off_means="all of them on every rank",
     )
@@ -52,7 +54,7 @@ class StrategyConfig:
     )
     context_method: str = key(
         "all_gather",
-        "Context: how attention reaches the positions of other ranks",
+        "Context: how attention accesses the positions of other ranks",
         choices=("all_gather", "ring", "ulysses"),
     )
     schedule: str = key(
@@ -60,38 +62,40 @@ class StrategyConfig:
         "Pipeline: order of forwards and backwards",
         choices=("gpipe", "1f1b", "interleaved", "looped_bfs", "zero_bubble", "zbv", "dualpipev"),
     )
-    schedule_csv: str = key("", "Pipeline: a file with an own schedule, in torch's format", off="")
+    schedule_csv: str = key(
+        "", "Pipeline: a file with a custom schedule, in torch's CSV format", off=""
+    )
     stages_per_rank: int = key(
         0,
-        "Pipeline: stages that a rank holds",
+        "Pipeline: stages per rank",
         off=0,
-        off_means="as few as the schedule takes",
+        off_means="the fewest that the schedule allows",
         at_least=0,
     )
     split: list[int] = key(
         [],
         "Pipeline: the first block of each stage but the first",
         off=[],
-        off_means="cut so that all cost alike",
+        off_means="stages of equal cost",
     )
     bucket_mib: float = key(25.0, "DDP: gradients per all-reduce", unit="MiB", above=0)
     reduce: str = key(
         "auto",
-        "How gradients are summed over replicate, shard and context; int8 and powersgd take "
-        "plain replicas alone, and add what is lost to the next gradient",
+        "How gradients are summed over replicate, shard and context; int8 and powersgd support "
+        "plain replicas only, and add the compression error to the next gradient (error feedback)",
         choices={
-            "auto": "in the dtype of the weights, which is fp32 but with precision=fp64",
+            "auto": "in the dtype of the weights: fp32, or fp64 with precision=fp64",
             "fp32": "rounded first",
             "bf16": "rounded first",
             "fp16": "rounded first, with a loss scale as precision=fp16",
             "int8": "compressed to a quarter of fp32's bytes",
-            "powersgd": "compressed to products of thin matrices",
+            "powersgd": "compressed to low-rank factors",
         },
     )
-    powersgd_rank: int = key(4, "reduce=powersgd: columns of the thin matrices", at_least=1)
+    powersgd_rank: int = key(4, "reduce=powersgd: rank of the factors", at_least=1)
     powersgd_start_step: int = key(
         100,
-        "reduce=powersgd: steps before it that sum in full",
+        "reduce=powersgd: steps with uncompressed sums before it starts",
         off=0,
         off_means="none",
         at_least=0,
@@ -99,7 +103,7 @@ class StrategyConfig:
 
 
 def check_torchrun(environment: Mapping[str, str]) -> bool:
-    """Return whether torchrun's variables are there; ConfigError where they make no sense."""
+    """Return whether torchrun's variables are set; ConfigError if they are inconsistent."""
     names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" not in environment:
         return False
@@ -128,7 +132,7 @@ def check_torchrun(environment: Mapping[str, str]) -> bool:
 
 
 def restart_count(environment: Mapping[str, str]) -> int:
-    """Return how often torchrun has started these ranks again; 0 where it does not say."""
+    """Return the number of restarts of these ranks by torchrun; 0 if unknown."""
     count = environment.get("TORCHELASTIC_RESTART_COUNT", "")
     return int(count) if count.isdecimal() else 0
 
@@ -139,20 +143,17 @@ def axis_degrees(strategy: StrategyConfig) -> dict[str, int]:
 
 
 def world_size(strategy: StrategyConfig) -> int:
-    """Ranks that a strategy without an open degree takes."""
+    """Return the number of ranks of a strategy without a degree of -1."""
     return math.prod(axis_degrees(strategy).values())
 
 
 def data_degree(strategy: StrategyConfig) -> int:
-    """Ranks that see different samples: replicate × shard."""
+    """Return the number of ranks with different samples: replicate × shard."""
     return strategy.replicate * strategy.shard
 
 
 def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """Return the strategy with -1 filled in for `world_size` ranks.
-
-    ConfigError if they do not fit.
-    """
+    """Return the strategy with -1 resolved for `world_size` ranks; ConfigError if none fits."""
     problems = []
     for axis, degree in axis_degrees(strategy).items():
         if degree == 0 or degree < -1:
@@ -177,10 +178,11 @@ def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig
 
 
 def _refit_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
-    """Return the strategy with as many copies and shards as these ranks make.
+    """Return the strategy with replicate and shard adapted to `world_size` ranks.
 
-    What one copy of the model is split over stays, so that it still fits; its shards stay if they
-    do, else all ranks share one copy.
+    The pipeline, context and tensor degrees are kept, so that the model still fits; the shard
+    degree is kept if it divides the remaining ranks, otherwise all of them shard one replica.
+    Raises ConfigError if the fixed degrees do not divide `world_size`.
     """
     model = strategy.pipeline * strategy.context * strategy.tensor
     left, over = divmod(world_size, model)
@@ -223,7 +225,7 @@ def _wrong_world(strategy: StrategyConfig, used: int, world_size: int) -> str:
 
 
 def _near_layouts(strategy: StrategyConfig, used: int, world_size: int) -> list[str]:
-    """Strategies for these ranks that differ in one degree from the one that was asked for."""
+    """Return strategies for `world_size` ranks that differ in one degree from the requested one."""
     near = []
     for axis, degree in axis_degrees(strategy).items():
         others = used // degree

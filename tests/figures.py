@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterator
 
 from test_imports import FILES, ROOT, TREES, VAGUE, imports, room_of, room_table
 
-# What may ask which task or family it is: tasks, the model's wiring, and validation.
-MAY_ASK = ("trainer.tasks", "trainer.model", "trainer.nn", "conf.validation")
+# What may ask which task or family it is: tasks, the model's wiring, and validation; and the two
+# tables by which a task is found, each behind one function.
+WIRING = ("trainer.model", "trainer.nn", "trainer.config.model")
+MAY_ASK = ("trainer.tasks", *WIRING, "conf.validation")
+TABLES = ("READERS", "TASKS")
 say = print
 ASKED = {"family", "kind"}
 ANSWERS = {
@@ -48,7 +51,7 @@ def asks(node: ast.AST) -> bool:
         values = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
         sides = (node.left, *node.comparators)
         return bool(values & ANSWERS) and any(named(side) in ASKED for side in sides)
-    if isinstance(node, ast.Subscript):
+    if isinstance(node, ast.Subscript) and named(node.value) not in TABLES:
         key = ast.unparse(node.slice)
         return key.endswith((".family", "data.kind", "config.kind"))
     return False

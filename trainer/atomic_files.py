@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from parallel.errors import StorageError
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is whole at any moment."""
+    """Write a file atomically."""
     # A name of its own: two ranks may write at once.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -22,7 +22,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Fsync a folder's entries to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -32,9 +32,9 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(to: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `to` at the end; StorageError if it cannot be written.
+    """Yield a folder that is renamed to `to` at the end; StorageError if it cannot be written.
 
-    Nothing is left where that fails.
+    If anything fails, no partial folder is left.
     """
     partial = to.with_name(f".{to.name}.partial")
     try:

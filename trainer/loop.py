@@ -42,20 +42,20 @@ from trainer.resilience.bad_steps import (
 from trainer.resilience.supervisor import Supervisor, source_digest, supervise_run
 from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate_model
-from trainer.tasks.registry import TASKS
+from trainer.tasks.registry import task_of
 from trainer.tasks.task import Decoding
 
 log = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
-    """Train one job on this rank, to its end; returns the last evaluation's values.
+    """Train one job on this rank to its end; return the values of the last evaluation.
 
-    Raises UserError where a bad step stops it, or a save that fails (save.py), StoppedError
-    when a signal has asked for an end and all is saved, PeerLostError when another rank is gone.
+    Raises UserError if a bad step or a failed save stops it, StoppedError after a signal when
+    everything is saved, PeerLostError if another rank is lost.
     """
     if config.deterministic:
-        # cuBLAS wants this before its first call; torch asks for it by this very name.
+        # Must be set before the first cuBLAS call for deterministic results.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(config.deterministic)
     torch.autograd.set_detect_anomaly(config.detect_anomaly)
@@ -71,8 +71,8 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
         supervisor.begin_at(state.step)
         with open_saver(config, state, data) as saver:
             if config.on_bad_step == "rollback" and state.step == 0:
-                saver.save(state)  # something to go back to
-            returns = 0  # to a checkpoint, within this process
+                saver.save(state)  # so that a rollback has a target
+            returns = 0  # rollbacks within this process
             while True:
                 loader = open_loader(config, state)
                 try:
@@ -85,23 +85,23 @@ def train(config: TrainConfig, runtime: Runtime) -> dict[str, float]:
                 except RolledBackError:
                     returns += 1
                     saver.forget_last_save()
-                    resume(config, state, data)  # as a run started again, but for its processes
+                    resume(config, state, data)  # like a restart, in the same processes
                 finally:
                     loader.close()
 
 
 def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainState:
-    """Return the run at its first step, or where its newest good checkpoint left it.
+    """Build the training state at its first step, or restore the newest valid checkpoint.
 
-    `data` is the fingerprint of what it learns from; empty = not compared with the checkpoint's.
-    Raises NumericalError where a weight or moment is not finite.
+    `data` is the fingerprint of the training data; empty = not compared with the checkpoint's.
+    Raises NumericalError if a weight or optimizer state is not finite.
     """
     warnings = schedule_warnings(config.steps, config.optim)
     warnings += filter(None, [warn_rare_evaluation(config.checkpoint, config.eval.every)])
     for warning in warnings if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
-    worker = build_worker(config, runtime, compression, TASKS[config.data.kind])
+    worker = build_worker(config, runtime, compression, task_of(config.data))
     precision = resolve_precision(config.precision, runtime.device)
     if compression.uses_distillation:
         compression.teacher = load_teacher(compression, worker, precision.compute)
@@ -127,18 +127,18 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
 
 
 def resume(config: TrainConfig, state: TrainState, data: str = "") -> None:
-    """Go on from the checkpoint that `config` asks for, where there is one (restore.py)."""
+    """Resume from the checkpoint that `config` asks for, if there is one (restore.py)."""
     record = run_record(config, data)
     restore_checkpoint(record, state, config.resume_step, scratch=config.resume == "scratch")
 
 
 def open_saver(config: TrainConfig, state: TrainState, data: str = "") -> Saver:
-    """Return what saves the run; `data` is the fingerprint of what it learns from."""
+    """Open the saver of the run; `data` is the fingerprint of the training data."""
     return Saver(run_record(config, data), config.checkpoint, state)
 
 
 def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
-    """This rank's share of the training split's micro-batches, from the run's step on."""
+    """Open this rank's loader of the train split, at the run's step."""
     worker, dataset = state.worker, open_split(data_of(config), "train")
     if answers := open_recorded_logits(config.compress):
         dataset = DistillationDataset(dataset, answers)
@@ -159,8 +159,8 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
 
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
-    """Return what writes metrics.jsonl and the console, on the first rank."""
-    # Text fills every sample; of sentences the length is that of an average one.
+    """Open the recorder of metrics.jsonl and the console, which writes on the first rank."""
+    # The average targets per sample: text fills its samples, sentences do not.
     train_set = open_split(data_of(config), "train")
     length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
     lengths = unwrap_transformer(state.worker).block_lengths(length)
@@ -171,7 +171,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
         start_step=state.step,
         resolved=asdict(config),
         flops_per_token=flops,
-        unit=TASKS[config.data.kind].unit,
+        unit=task_of(config.data).unit,
         precision_name=resolve_precision(config.precision, runtime.device).name,
         device=runtime.device,
         devices=runtime.world_size,
@@ -181,7 +181,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
 
 @dataclass(frozen=True)
 class Run:
-    """A run on this rank, with what serves it."""
+    """A run on this rank, with its data loader, recorder, saver and supervisor."""
 
     config: TrainConfig
     state: TrainState
@@ -193,9 +193,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Step:
-    """Results of a step, on the device: this rank's part of the mean loss, and the gradient
-    norm.
-    """
+    """Results of a step, on the device: this rank's part of the mean loss, and gradient norm."""
 
     loss: Tensor
     grad_norm: Tensor
@@ -203,7 +201,7 @@ class Step:
 
 
 def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroBatch]) -> Step:
-    """One optimizer step; nothing is read back, so that the host runs ahead of the device."""
+    """Take one optimizer step; nothing is read back, so that the host runs ahead of the device."""
     worker, scale = state.worker, state.loss_scale.scale
     lr = learning_rate_at(state.step, config.steps, config.optim)
     worker.zero_grad()
@@ -220,15 +218,15 @@ def take_step(config: TrainConfig, state: TrainState, micro_batches: list[MicroB
 
 
 def take_steps(run: Run) -> None:
-    """Steps until `config.steps`; metrics, evaluations and checkpoints as they fall due.
+    """Train until `config.steps`; log, evaluate and save when due.
 
-    Raises StoppedError after a checkpoint, where a signal has asked for an end.
+    Raises StoppedError after a checkpoint, if a signal has requested it.
     """
     config, state, recorder, supervisor = run.config, run.state, run.recorder, run.supervisor
     recorder.start_clock(int(state.tokens.item()))
     state.compression.prepare_step(state.step, config.steps)
     supervisor.raise_if_stopping()
-    # stopped in there
+    # the previous start stopped before this evaluation
     if state.step and supervisor.any_rank(recorder.needs_evaluation("valid", state.step)):
         evaluate_if_due(run)
         supervisor.raise_if_stopping()
@@ -252,9 +250,9 @@ def take_steps(run: Run) -> None:
 
 
 def evaluate_if_due(run: Run) -> float | None:
-    """Return the loss on the valid split, where it falls due.
+    """Return the loss on the valid split, if an evaluation is due.
 
-    Left to the next start if this run stops.
+    A stopping run leaves it to its next start.
     """
     config, state, supervisor = run.config, run.state, run.supervisor
     if supervisor.stopping or not is_due(state.step, config.eval.every, config.steps):
@@ -267,9 +265,9 @@ def evaluate_if_due(run: Run) -> float | None:
 
 
 def save_checkpoint(run: Run, eval_loss: float | None) -> None:
-    """A checkpoint, which a run that stops waits for."""
+    """Save a checkpoint; a stopping run waits for it."""
     with run.recorder.pause_training("save"), run.supervisor.watch.allow_long():
-        process_bad_steps(run, saving=True)  # no NaN is ever saved
+        process_bad_steps(run, saving=True)  # never save NaN
         run.saver.save(run.state, eval_loss)
         if run.supervisor.stopping:
             run.saver.wait()
@@ -277,13 +275,13 @@ def save_checkpoint(run: Run, eval_loss: float | None) -> None:
 
 
 def log_saves(run: Run) -> None:
-    """A line of metrics for each save that has ended meanwhile."""
+    """Write a metrics record for each save finished since the last call."""
     for record in run.saver.finished_saves():
         run.recorder.log_save(record)
 
 
 def process_bad_steps(run: Run, saving: bool = False) -> None:
-    """Hear of bad steps since the last time, and do what is to be done about them."""
+    """Handle the bad steps recorded since the last call: stop, skip or roll back."""
     state = run.state
     state.guard.process_bad_steps(
         state.step,
@@ -298,7 +296,7 @@ def process_bad_steps(run: Run, saving: bool = False) -> None:
 
 @contextmanager
 def record_timeline(state: TrainState, recorder: Recorder) -> Iterator[None]:
-    """Around a step: the one that metrics.timeline asks for is recorded, and drawn."""
+    """Record and draw the step in this context, if metrics.timeline asks for it."""
     if not recorder.records_timeline(state.step + 1):
         yield
         return
@@ -309,7 +307,7 @@ def record_timeline(state: TrainState, recorder: Recorder) -> Iterator[None]:
 
 
 def log_step(run: Run, step: Step) -> None:
-    """A line of metrics; here, and only here, the host waits for the device."""
+    """Write a metrics record; only here the host waits for the device."""
     state = run.state
     process_bad_steps(run)
     run.recorder.log_training(
@@ -325,7 +323,7 @@ def log_step(run: Run, step: Step) -> None:
 
 
 def finish_run(run: Run) -> dict[str, float]:
-    """Return the test split's values, after a sample of what the model gives has been shown."""
+    """Evaluate the test split, show a sample, finish the last save; return the test values."""
     config, state, recorder = run.config, run.state, run.recorder
     values: dict[str, float] = {}
     if config.eval.test and run.supervisor.any_rank(recorder.needs_evaluation("test", state.step)):
@@ -340,8 +338,8 @@ def finish_run(run: Run) -> dict[str, float]:
 
 
 def show_sample(run: Run) -> None:
-    """Show what the trained model gives, where its task has something to show."""
-    config, task = run.config, TASKS[run.config.data.kind]
+    """Show samples of the trained model's output, where its task has any."""
+    config, task = run.config, task_of(run.config.data)
     try:
         with run.supervisor.watch.allow_long():
             text = task.sample_output(
@@ -352,16 +350,16 @@ def show_sample(run: Run) -> None:
             )
         if text:
             run.recorder.print_line(f"a sample:\n{text}")
-    except UserError as error:  # of a model that has diverged
+    except UserError as error:  # the model has diverged
         run.recorder.print_line(f"no sample: {error}")
 
 
 def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
-    """Return the values of a split (evaluate.py); of the test split also of what is decoded.
+    """Return the metrics of a split (evaluate.py); the test split also decodes.
 
-    Raises StoppedError where a signal asks for an end meanwhile.
+    Raises StoppedError if a signal requests it meanwhile.
     """
-    config, worker, task = run.config, run.state.worker, TASKS[run.config.data.kind]
+    config, worker, task = run.config, run.state.worker, task_of(run.config.data)
     share = config.batch_size // worker.data_degree
     decoding = None
     if task.decodes_in_test and split == "test":
@@ -380,7 +378,5 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
 
 
 def is_due(step: int, every: int, steps: int) -> bool:
-    """Return whether something that happens every so many steps (0 = only at the end) happens
-    now.
-    """
+    """Return whether an event of this interval (0 = only at the end) is due at this step."""
     return step == steps or (every > 0 and step % every == 0)

@@ -20,21 +20,21 @@ from trainer.resilience.bad_steps import BadStepGuard
 
 @dataclass
 class TrainState:
-    """All that a training run is at one moment, under whatever layout.
+    """The full state of a training run, under any layout.
 
     Learning rate, sample order and dropout are functions of the seed, the step and the samples: the
-    two numbers are all of the state of the schedule, of the data and of the random numbers.
+    two counters are the whole state of schedule, data and random numbers.
     """
 
     worker: ParallelModel
     optimizer: Optimizer
     loss_scale: LossScale
     guard: BadStepGuard
-    tokens: Tensor  # valid targets learned from so far, int64 on the device
+    tokens: Tensor  # valid targets trained on so far, int64 on the device
     step: int = 0  # optimizer steps done
-    samples: int = 0  # that these steps took, by which the data go on under any batch_size
-    order_batch_size: int = 0  # batch_size when the run began (order.py); 0 = as it is now
-    run: str = ""  # names the run in all of its checkpoints; drawn when it begins
+    samples: int = 0  # samples of these steps: the data's position under any batch_size
+    order_batch_size: int = 0  # batch_size when the run started (sampler.py); 0 = the current one
+    run: str = ""  # id of the run in all of its checkpoints
     compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
 
     @property
@@ -60,22 +60,22 @@ class TrainState:
         return found
 
     def after_load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what is no tensor from tensors that a checkpoint has filled."""
+        """Restore the non-tensor state from tensors that a checkpoint has filled."""
         self.loss_scale.reset_if_incompatible()
         self.optimizer.set_update_count(tensors["updates"].item())
         self.guard.load({name: tensors[f"guard.{name}"] for name in self.guard.state()})
         self.step = int(tensors["step"].item())
 
     def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
-        """Take over which samples the run has left out."""
+        """Restore which samples the run has skipped."""
         self.guard.read_rollbacks(run_dir, batch_size)
 
 
 def not_finite(state: TrainState) -> str:
-    """Return the first tensor of a state, by name, that holds NaN or infinity; empty = none does.
+    """Return the name of the first tensor of a state with NaN or infinity; empty if there is none.
 
-    All ranks call it and get the same. One reduction of each tensor, whose results are read back
-    together: for the moments at which the host waits anyway.
+    All ranks must call it and get the same. One reduction per tensor, read back together: for use
+    where the host waits anyway.
     """
     own = {name: local_tensor(tensor.detach()) for name, tensor in state.state_tensors().items()}
     own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}

@@ -1,4 +1,4 @@
-"""Validation of a compression with model and layout: pure functions, every problem at once."""
+"""Validate a compression against model and layout: pure functions that collect all problems."""
 
 import math
 
@@ -13,7 +13,7 @@ SHORTENS = ("merge", "pool_after", "drop")
 def compress_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Return why a model cannot be compressed so under a resolved strategy; empty = it can."""
+    """Return the problems of compressing a model under a resolved strategy."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
     found = _sharded_sequence_problems(asked, compress, strategy) + _pooling_problems(
         compress, model
@@ -42,7 +42,7 @@ def compress_problems(
 def _sharded_sequence_problems(
     asked: list[str], compress: CompressConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Sequences that are shortened are whole on every rank."""
+    """Return the problems of reducing sequences that the context axis shards."""
     if strategy.context == 1:
         return []
     return [
@@ -71,7 +71,7 @@ def _pooling_problems(compress: CompressConfig, model: ModelConfig) -> list[str]
 
 
 def _hourglass_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """Require as many whole blocks in front as behind, and something to shorten between them."""
+    """Return the problems of an hourglass: equal blocks before and after, and some in between."""
     found, most = [], (model.layers - 1) // 2
     if compress.pool_after > most:
         found.append(
@@ -88,7 +88,7 @@ def _hourglass_problems(compress: CompressConfig, model: ModelConfig) -> list[st
 
 
 def _patch_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """Return what an image's patches cannot give; nothing where its size is not known yet."""
+    """Return the problems of pooling or dropping patches; none while the image size is unknown."""
     side = model.image_size // model.patch_size
     if not side:
         return []
@@ -116,13 +116,13 @@ def _patch_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
 
 
 def _max_merged(vectors: int, times: int) -> int:
-    """Return the most that can be merged so many times: half of what is left, the last time."""
+    """Return the largest number of tokens that can be merged this often: at most half each time."""
     # vectors - (times - 1) r >= 2 r
     return vectors // (times + 1) if times > 0 else 0
 
 
 def _neighbour_sizes(compress: CompressConfig) -> dict[str, int]:
-    """Return how many weights along the inputs belong together, by the key that says so."""
+    """Return the group sizes along a layer's inputs, by config key."""
     sizes = {
         "group": compress.group if compress.bits else 0,
         "sparse_m": compress.sparse_m if compress.sparse_n else 0,
@@ -133,7 +133,7 @@ def _neighbour_sizes(compress: CompressConfig) -> dict[str, int]:
 def _width_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Neighbouring weights along the inputs of a layer, of which each rank has whole groups."""
+    """Return the problems of groups along a layer's inputs, of which each rank needs full ones."""
     head_width = model.head_width or model.width // model.heads
     inputs = {
         f"model.width={model.width}": model.width,
@@ -166,7 +166,7 @@ def _width_problems(
 
 
 def _pruning_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
-    """Return what of whole heads and channels cannot be pruned."""
+    """Return the problems of pruning heads and channels."""
     found, groups = [], model.kv_heads or model.heads
     counts = {"prune_heads": (groups, "heads"), "prune_ffn": (model.ffn_width, "channels")}
     if model.kv_heads:
@@ -188,7 +188,7 @@ def _pruning_problems(compress: CompressConfig, model: ModelConfig) -> list[str]
 
 
 def _regrouping_problems(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
-    """Neighbours along the inputs must still be neighbours when inputs are gone."""
+    """Return the problems of groups along inputs that pruning would break up."""
     head = queries * (model.head_width or model.width // model.heads)
     found = []
     for key, size in _neighbour_sizes(compress).items():
@@ -207,14 +207,14 @@ def _regrouping_problems(compress: CompressConfig, model: ModelConfig, queries: 
 
 
 def _local_width(width: int, degree: int) -> int:
-    """Return what each rank has of a width; 0 where they have unequal parts."""
+    """Return the local width of a layer on each rank; 0 if the ranks' parts differ."""
     return width // degree if width % degree == 0 else 0
 
 
 def match_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Return why a model cannot learn from a teacher's hidden states so; empty = it can."""
+    """Return the problems of matching a teacher's hidden states."""
     match, named = compress.match, f"compress.match={compress.match}"
     if not match or not compress.match_weight:
         return []
@@ -250,7 +250,7 @@ def _encoder_depth(model: ModelConfig) -> int:
 
 
 def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Return why the hidden states of a teacher cannot be compared with ours; empty = they can."""
+    """Return the problems of comparing the teacher's hidden states with the student's."""
     compress, ours, theirs = config.compress, config.model, teacher.model
     if not compress.match or not compress.match_weight:
         return []
@@ -283,10 +283,7 @@ def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
 
 
 def answers_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
-    """Return why a completed run cannot learn from the answers in compress.teacher.
-
-    Empty = it can.
-    """
+    """Return the problems of training a completed run with recorded logits as compress.teacher."""
     compress, data = config.compress, config.data
     named = f"compress.teacher={compress.teacher}"
     if data.kind != facts.kind:
@@ -319,7 +316,7 @@ def answers_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
 
 
 def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Return why a completed run cannot learn from the run of compress.teacher; empty = it can."""
+    """Return the problems of training a completed run with the teacher in compress.teacher."""
     named = f"compress.teacher={config.compress.teacher}"
     ours, theirs = config.model, teacher.model
     if ours.family != theirs.family:

@@ -1,4 +1,4 @@
-"""Validation of a model for float8: pure functions, every problem at once."""
+"""Validate a model for float8: pure functions that collect all problems."""
 
 from math import lcm
 
@@ -6,16 +6,13 @@ from conf.validation.layout import near_multiples
 from parallel.strategy import StrategyConfig
 from trainer.config.train import CompressConfig, ModelConfig
 
-STEP = 16  # of the sizes that float8 kernels take
+STEP = 16  # sizes must be multiples of it for float8 kernels
 
 
 def precision_problems(
     precision: str, model: ModelConfig, compress: CompressConfig, strategy: StrategyConfig
 ) -> list[str]:
-    """Return why a model cannot compute so under a resolved strategy that fits it.
-
-    Empty = it can.
-    """
+    """Return the problems of a precision for a model under a resolved strategy that fits it."""
     if precision != "fp8":
         return []
     found = [
@@ -28,7 +25,7 @@ def precision_problems(
 
 
 def _size_problems(model: ModelConfig, tensor: int) -> list[str]:
-    """Sizes of weights that float8 kernels do not take."""
+    """Return the problems of weight sizes that float8 kernels do not support."""
     head_width = model.head_width or model.width // model.heads
     groups = model.kv_heads or model.heads
     each = f" on each of strategy.tensor={tensor} ranks" * (tensor > 1)

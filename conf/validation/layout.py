@@ -1,4 +1,4 @@
-"""Validation of a strategy with model and batch: pure functions, every problem at once."""
+"""Validate a strategy against model and batch: pure functions that collect all problems."""
 
 from math import inf, isqrt
 from typing import Any
@@ -20,9 +20,7 @@ VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Return what is wrong with a resolved strategy for a door's configuration, but for its
-    model.
-    """
+    """Return the problems of a resolved strategy, except those of the model."""
     found = _fault_problems(getattr(config, "fault", ""), strategy)
     data = getattr(config, "data", None)
     seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
@@ -51,7 +49,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def _reduction_problems(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Return why gradients cannot be summed as strategy.reduce says."""
+    """Return the problems of strategy.reduce."""
     given = f"strategy.reduce={strategy.reduce}"
     if isinstance(config, VerifyConfig) and strategy.reduce != "auto":
         return [
@@ -85,9 +83,9 @@ def _reduction_problems(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def _schedule_problems(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Return why a schedule does not go with what else is asked for."""
+    """Return the problems of a pipeline schedule with other options."""
     found: list[str] = []
-    # Training's micro-batches are known to `batch_problems`; whoever reads a run has none.
+    # `batch_problems` checks the micro-batches of training; other commands have none.
     if isinstance(config, VerifyConfig) or not (
         isinstance(config, TrainConfig) or strategy.schedule_csv
     ):
@@ -95,13 +93,13 @@ def _schedule_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     try:
         return found + _one_pass(config, strategy)
     except UserError:
-        return found  # told where the schedule's lists are checked
+        return found  # reported where the schedule's lists are checked
 
 
 def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
-    """Return what does not go with a backward in two passes.
+    """Return the options that do not work with a split backward.
 
-    A compiled graph has but one, what is recomputed would be for each layer's weights anew, and
+    A compiled graph has a single backward, recomputation would run once per layer's weights, and
     float8 layers would multiply for both gradients in either pass.
     """
     asked = []
@@ -126,7 +124,7 @@ def _one_pass(config: Any, strategy: StrategyConfig) -> list[str]:
 
 
 def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Return why a model's layers cannot be spread so; empty = they can."""
+    """Return the problems of distributing a model's layers under a strategy."""
     return (
         tensor_problems(model, strategy.tensor)
         + _context_problems(model, strategy)
@@ -135,7 +133,7 @@ def model_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
 
 
 def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
-    """Return why a step's samples cannot be dealt to ranks and micro-batches."""
+    """Return the problems of distributing a step's samples over ranks and micro-batches."""
     size, micro, degree = config.batch_size, config.micro_batch_size, data_degree(strategy)
     if size % degree:
         return [
@@ -154,10 +152,10 @@ def batch_problems(config: TrainConfig, strategy: StrategyConfig) -> list[str]:
 
 
 def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
-    """Samples per forward, where 0 was left to us: the share of one rank.
+    """Return the samples per forward; where the key is 0, all of a rank's samples.
 
-    Or in a pipeline the least share of it that makes at least two micro-batches per rank. For an
-    elastic strategy the most that divides the share, up to the size given.
+    In a pipeline it is the largest size that gives at least two micro-batches per rank, and for an
+    elastic strategy the largest divisor of the local batch up to the given size.
     """
     share, given = config.batch_size // data_degree(strategy), config.micro_batch_size
     if given and strategy.elastic:
@@ -174,7 +172,7 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
 
 
 def _context_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Return why attention cannot trade positions for heads over the context axis."""
+    """Return the problems of exchanging positions for heads over the context axis."""
     heads = model.heads // strategy.tensor
     if strategy.context_method != "ulysses" or heads % strategy.context == 0:
         return []
@@ -188,7 +186,7 @@ def _context_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]
 
 
 def _stage_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Return why a model cannot be cut into the pipeline's stages."""
+    """Return the problems of cutting a model into pipeline stages."""
     if strategy.pipeline == 1:
         return []
     blocks, sizes = model.layers, f"model.layers={model.layers}"
@@ -220,7 +218,7 @@ def _format_numbers(numbers: list[int]) -> str:
 
 
 def _fault_problems(fault: str, strategy: StrategyConfig) -> list[str]:
-    """Return why a fault cannot be planted in this layout."""
+    """Return the problems of planting a fault in this layout."""
     axis = FAULT_AXES.get(fault)
     if axis == "tensor" and strategy.tensor == 1:
         return [f"fault={fault} is one of split layers; set strategy=tensor"]
@@ -238,7 +236,7 @@ def _fault_problems(fault: str, strategy: StrategyConfig) -> list[str]:
 
 
 def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
-    """Return why the model's layers cannot be split over `degree` ranks; empty = they can."""
+    """Return the problems of splitting the model's layers over `degree` ranks."""
     fit = [d for d in divisors_of(model.heads) if _splits_heads(model, d)]
     found = []
     if degree not in fit:
@@ -248,7 +246,7 @@ def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
         found.append(
             f"strategy.tensor={degree} does not divide {given}; try {', '.join(map(str, fit))}"
         )
-    # The ranks have equally many rows, and the last of them what is left.
+    # All ranks have equally many rows, except that the last ones may have fewer.
     rows = -(-model.vocab_size // degree)
     if 0 < model.vocab_size <= rows * (degree - 1):
         found.append(
@@ -259,7 +257,7 @@ def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
 
 
 def _splits_heads(model: ModelConfig, degree: int) -> bool:
-    """Return whether a rank has whole query heads, and whole or equal parts of key/value heads."""
+    """Return whether ranks get full query heads, and full or equal parts of key/value heads."""
     groups = model.kv_heads or model.heads
     head_width = model.head_width or model.width // model.heads
     shared = degree % groups == 0 and groups * head_width % degree == 0
@@ -267,7 +265,7 @@ def _splits_heads(model: ModelConfig, degree: int) -> bool:
 
 
 def divisors_of(number: int) -> list[int]:
-    """Return the divisors of `number`, rising; of one that no size can have, 1 and itself."""
+    """Return the divisors of `number` in ascending order; 1 and itself beyond any possible size."""
     if number > 1e12:
         return [1, number]
     low = [d for d in range(1, isqrt(number) + 1) if number % d == 0]

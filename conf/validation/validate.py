@@ -1,4 +1,4 @@
-"""Validation beyond types: pure functions that find every problem of a config at once."""
+"""Validation beyond types: pure functions that collect all problems of a configuration."""
 
 import difflib
 from dataclasses import replace
@@ -29,11 +29,11 @@ from trainer.data import READERS
 if TYPE_CHECKING:
     from trainer.data.dataset import DataFacts
 
-LARGEST = 2**63 - 1  # of torch's integers
+LARGEST = 2**63 - 1  # largest int64
 
 
 def find_problems(config: Any, world_size: int) -> list[str]:
-    """Return every problem of a door's configuration on `world_size` ranks; empty = none."""
+    """Return every problem of a command's configuration on `world_size` ranks."""
     found = _choice_problems(config) + _range_problems(config)
     wrong = {problem.split("=", 1)[0] for problem in found}
     broken: list[str] = []
@@ -71,7 +71,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
 
 
 def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
-    """Return the configuration with model sizes of 0 taken from the data, or raise ConfigError."""
+    """Return the configuration with model sizes of 0 taken from the data; raises ConfigError."""
     model, data = config.model, config.data
     filled = replace(
         model,
@@ -90,7 +90,7 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     if outputs_of(model) == "classes":
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
-    if config.data.kind == "images":  # all else was told without the data
+    if config.data.kind == "images":  # other problems were found without the data
         found += compress_problems(config.compress, filled, config.strategy)
     if found:
         raise ConfigError(*found)
@@ -179,7 +179,7 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
 
 
 def _ends(model: ModelConfig) -> list[str]:
-    """Return what a family's first and last layer cannot be."""
+    """Return the problems of model.inputs and model.outputs for the model's family."""
     found = []
     if inputs_of(model) == "patches" and model.family != "encoder":
         found.append(
@@ -223,6 +223,11 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
         return [
             f"model.family={model.family} learns from {reads}, but data.kind={data.kind}; "
             f"choose a model of family {' or '.join(reader.families)}, or data of kind {reads}"
+        ]
+    if reader and inputs_of(model) in {r.inputs for r in READERS.values()} - {reader.inputs}:
+        return [
+            f"model.inputs={inputs_of(model)} does not read data.kind={data.kind}, which gives "
+            f"{reader.inputs}; set model.inputs={reader.inputs}, or choose other data"
         ]
     if data.kind != "images" and 0 < model.max_positions < data.seq_len:
         return [

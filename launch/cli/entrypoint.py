@@ -1,4 +1,4 @@
-"""One way in for every command: rank 0 composes the configuration, the other ranks follow it.
+"""The entry point of every command: rank 0 composes the configuration and sends it to all ranks.
 
 Nothing here imports torch or the trainer before it is needed, so that `--help` answers at once.
 """
@@ -43,14 +43,14 @@ CONF = str(Path(schema.__file__).parent)
 MULTIRUN = ("-m", "--multirun")
 QUOTED = re.compile(r"'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"", re.DOTALL)
 SWEPT = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)\Z", re.DOTALL)
-EXIT_SECONDS = 10.0  # that the end of a process may take
+EXIT_SECONDS = 10.0  # limit for the exit of a process
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Command:
-    """One command of launch/: its name, which is that of its YAML file, and what it runs."""
+    """One command of launch/: its name, which is that of its YAML file, and its functions."""
 
     name: str
     # Runs once, before any rank works: (config, world_size, held) → completed config, where `held`
@@ -68,8 +68,8 @@ class Command:
 def run_command(command: Command) -> None:
     """Run a command on all of its ranks and exit.
 
-    0 = done, 1 = failed, 2 = a mistake in configuration or data, 75 = stopped by a signal: the
-    same command goes on, 77 = a rank hung, 128 + n = left at once by signal n.
+    Status 0 = done, 1 = failed, 2 = a mistake in configuration or data, 75 = stopped by a signal
+    (the same command resumes), 77 = a rank hung, 128 + n = killed at once by signal n.
     """
     # When a launcher ends before its ranks torch writes a C++ trace of each lost connection.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -89,18 +89,15 @@ def run_command(command: Command) -> None:
         schema.register_schemas(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
         code = _run_hydra(command, ranks, scratch)
     if ranks:
-        ranks.close_queue()  # which do not fail with it: a launcher shows the cause alone
+        ranks.close_queue()  # the ranks exit cleanly, so that the launcher shows only the cause
     exit_process(code)
 
 
 def _torchrun_queue(name: str) -> Any:
-    """Return the ranks that torchrun has started, None without it.
-
-    Exits where nothing can begin.
-    """
+    """Return the job queue of torchrun's ranks, None without torchrun; exits if it cannot start."""
     problem = _why_unreadable(sys.argv[1:])
     if not problem and (problem := torch_problem()) and os.environ.get("RANK", "0") != "0":
-        sys.exit(2)  # rank 0 says it
+        sys.exit(2)  # rank 0 prints the error
     try:
         if not problem and check_torchrun(os.environ):
             from parallel.runtime import JobQueue
@@ -115,18 +112,15 @@ def _torchrun_queue(name: str) -> Any:
 
 
 def has_own_name(words: Sequence[str]) -> bool:
-    """Return whether a new folder is named after the time.
-
-    A restart by torchrun goes on in the old.
-    """
+    """Return whether a new folder is named after the time; a restart by torchrun reuses the old."""
     given = any(word.lstrip("+").startswith("run_dir=") for word in words)
     return not given and not restart_count(os.environ)
 
 
 def _why_unreadable(words: Sequence[str]) -> str:
-    """Return what keeps a command from being read at all; empty = nothing.
+    """Return the reason that the command line cannot be decoded; empty if it can.
 
-    Python keeps bytes that are not in the locale's encoding as lone surrogates.
+    Python represents bytes outside the locale's encoding as lone surrogates.
     """
     try:
         if "${" in str(Path.cwd()):
@@ -135,7 +129,7 @@ def _why_unreadable(words: Sequence[str]) -> str:
         return "the working directory is gone; change to one that is there"
     try:
         gettempdir()
-    except FileNotFoundError:  # torch is not even imported without
+    except FileNotFoundError:  # torch cannot be imported without it
         return "no folder takes temporary files; set TMPDIR to one with room"
     for word in words:
         try:
@@ -150,7 +144,7 @@ def _why_unreadable(words: Sequence[str]) -> str:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Exits, and soon: what is left of threads and groups must not hold a process that is done."""
+    """Exit soon: remaining threads and process groups must not keep a finished process alive."""
 
     def end_process() -> None:
         threading.main_thread().join()
@@ -162,9 +156,9 @@ def exit_process(code: int) -> NoReturn:
 
 
 def _run_hydra(command: Command, ranks: Any, scratch: str) -> int:
-    """Let Hydra run every job of the command line; the exit status."""
+    """Let Hydra run every job of the command line; return the exit status."""
     log_to_stderr(0)
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors come to us instead of to stderr
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises its errors instead of printing them
     keys = schema.free_text(command.name)
     if scratch:  # Hydra reads the flag in front of overrides only; a comma parts values
         words = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)
@@ -197,7 +191,7 @@ def _run_hydra(command: Command, ranks: Any, scratch: str) -> int:
 def _hydra_task(
     command: Command, ranks: Any, sweeps: bool, sweep: Any
 ) -> Callable[[DictConfig], Any]:
-    """Return what Hydra calls with each composed configuration."""
+    """Return the function that Hydra calls with each composed configuration."""
 
     def run_point(cfg: DictConfig) -> float | None:
         if sweep is not None:
@@ -224,8 +218,8 @@ def _is_multirun() -> bool:
 def _run_job(command: Command, cfg: DictConfig, ranks: Any, console: Path | None = None) -> None:
     """Check and prepare one composed job, then run it on every rank.
 
-    `console`: the file that new processes write to, of which there is then at least one; None =
-    the terminal. JobFailedError if the job cannot begin, SystemExit if it fails.
+    `console` is the file that new processes write to (at least one is started then); None = the
+    terminal. Raises JobFailedError if the job cannot start, SystemExit if it fails.
     """
     with ExitStack() as held:
         _run_held(command, cfg, ranks, held, console)
@@ -265,7 +259,7 @@ def _run_held(
 def _start_job(
     command: Command, job: dict[str, Any], ranks: Any, world_size: int, console: Path | None
 ) -> None:
-    """Run a job on torchrun's ranks, on new processes, or in this one."""
+    """Run a job on torchrun's ranks, on new processes, or in this process."""
     from launch.cli.rank import run_alone, run_rank
 
     if ranks:
@@ -280,7 +274,7 @@ def _start_job(
 
 
 def _print_error(command: Command, error: Exception) -> int:
-    """Write a user's mistake as one message and a bug with its trace; the exit status."""
+    """Print a user's mistake as one message and a bug with its trace; return the exit status."""
     if is_mistake(error):
         write_error(explain_error(command.name, error))
         return getattr(error, "status", 2)
@@ -292,10 +286,10 @@ def _print_error(command: Command, error: Exception) -> int:
 
 
 def quote_value(argument: str, keys: Collection[str]) -> str:
-    """KEY=VALUE with the value in quotes, if it is that of a key for text.
+    """Return KEY=VALUE with the value quoted, if the key takes free text.
 
-    It may then hold whatever Hydra and OmegaConf read as more than text. One that is in quotes
-    already stays so.
+    The value may then hold characters that Hydra and OmegaConf would interpret. A quoted value is
+    unchanged.
     """
     key, equals, text = argument.partition("=")
     if key.lstrip("+") not in keys or not equals or not text:
@@ -308,8 +302,7 @@ def quote_value(argument: str, keys: Collection[str]) -> str:
 
 
 def quoted_values(argument: str, keys: Collection[str]) -> str:
-    """Like `quote_value`, in a sweep: commas part values, and Hydra's own words (choice, glob)
-    stay."""
+    """Quote the values of a sweep, separated by commas; Hydra's functions (choice, glob) stay."""
     key, equals, text = argument.partition("=")
     if key.lstrip("+") not in keys or not equals or not text or SWEPT.match(text):
         return argument

@@ -1,4 +1,4 @@
-"""Installed packages, and whether they will do; checked before anything imports torch."""
+"""Check the installed packages before anything imports torch."""
 
 import json
 import logging
@@ -22,7 +22,7 @@ PACKAGES = ("samestep", "torch", "numpy", "hydra-core", "omegaconf", "tokenizers
 
 
 def torch_problem() -> str:
-    """Return what is wrong with the torch that is installed, in one line; empty = nothing."""
+    """Return the problem of the installed torch in one line; empty if there is none."""
     wanted = "torch>=" + ".".join(map(str, OLDEST_TORCH))
     try:
         found = version("torch")
@@ -35,7 +35,7 @@ def torch_problem() -> str:
 
 
 def note_start(run_dir: Path, overrides: list[str]) -> None:
-    """Add this start to the run's starts.json: command, commit, versions."""
+    """Append this start to the run's starts.json: command, commit, versions."""
     path = run_dir / "starts.json"
     try:
         starts = list(json.loads(path.read_text(encoding="utf-8")))
@@ -66,7 +66,7 @@ def _package_version(name: str) -> str:
 
 
 def _git_state(*words: str) -> str:
-    """Return what git says of this project's folder; empty where it is no repository."""
+    """Return the commit and state of this project's repository; empty if it is none."""
     root = Path(__file__).parents[2]
     command = ["git", "-C", str(root), *words]
     try:

@@ -35,13 +35,13 @@ TYPES = {
 }
 
 
-LOG = "log.txt"  # in a run's folder, what its console has shown
-NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # nor a reader
+LOG = "log.txt"  # copy of a run's console output, in its folder
+NO_ROOM = (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EIO)  # disk full, or no reader
 STOPPED = 75  # the exit code of a run that a signal has stopped (parallel/health/watchdog.py)
 
 
 class JobFailedError(Exception):
-    """A job has failed and said why; in a sweep the next one follows."""
+    """A job has failed and has printed its error; a sweep continues with the next job."""
 
     def __init__(self, code: int, reason: str = ""):
         super().__init__(code, reason)
@@ -49,15 +49,15 @@ class JobFailedError(Exception):
 
 
 def exit_code(stop: SystemExit) -> int:
-    """Return the status that a process left with."""
+    """Return the exit status of a process."""
     return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def write_error(text: str) -> None:
-    """Write one message to stderr, in one piece so that ranks do not mix theirs.
+    """Write one message to stderr in a single write, so that ranks do not interleave.
 
-    torchrun writes 30 lines of its own when a rank fails; their last is what the rank has left in
-    its error file (torch.distributed.elastic's protocol): the message once more.
+    torchrun prints 30 lines of its own when a rank fails; the last is the content of the rank's
+    error file (torch.distributed.elastic's protocol): the message again.
     """
     # AttributeError: there is no stderr. The exit status tells as well, and must not change.
     with suppress(OSError, AttributeError):
@@ -69,16 +69,16 @@ def write_error(text: str) -> None:
             Path(path).write_text(
                 json.dumps({"message": {"message": text.strip(), "extraInfo": more}})
             )
-        except OSError:  # half of it would end torchrun with an error of its own
+        except OSError:  # a truncated file would make torchrun fail itself
             with suppress(OSError):
                 Path(path).unlink()
 
 
 def ensure_standard_streams() -> None:
-    """Lead closed stdin, stdout and stderr nowhere, and let the others take any text.
+    """Redirect closed stdin, stdout and stderr to the null device; let open ones take any text.
 
-    Else the next files get their numbers, and what a library says to stderr lands in a checkpoint;
-    and a console that knows no é would end the run.
+    Otherwise the next files would get their descriptors, and a library's stderr could land in a
+    checkpoint; and a console without é would end the run.
     """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
@@ -89,17 +89,14 @@ def ensure_standard_streams() -> None:
 
 
 def stdout_problem(error: BaseException) -> str:
-    """Return what to say where a result found no room, or no reader, on stdout.
-
-    Empty for other errors.
-    """
+    """Return a message if stdout is full or closed; empty for other errors."""
     if not isinstance(error, OSError) or error.filename or error.errno not in NO_ROOM:
         return ""
     return f"what was to be printed cannot be written: {error.strerror}"
 
 
 def run_simple_command(command: Callable[[list[str]], int], arguments: list[str]) -> int:
-    """Run a command that needs no ranks; its status, 2 after a user's mistake."""
+    """Run a command that needs no ranks; return its status, 2 after a user's mistake."""
     ensure_standard_streams()
     atexit.register(release_streams)
     try:
@@ -118,7 +115,7 @@ def run_simple_command(command: Callable[[list[str]], int], arguments: list[str]
 
 
 def log_to_stderr(rank: int) -> None:
-    """Rank 0 says what it does; the others only what is wrong, with their number."""
+    """Configure logging: rank 0 logs everything, the others only warnings, with their rank."""
     logging.basicConfig(
         level=logging.WARNING if rank else logging.INFO,
         format=f"[rank {rank}] %(message)s" if rank else "%(message)s",
@@ -127,7 +124,7 @@ def log_to_stderr(rank: int) -> None:
 
 
 class _TolerantHandler(logging.FileHandler):
-    """A log that finds no room is not worth a word, and no run."""
+    """A file handler that ignores write errors: a full disk must not stop training."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Nothing."""
@@ -135,7 +132,7 @@ class _TolerantHandler(logging.FileHandler):
 
 @contextmanager
 def log_to_file(path: Path) -> Iterator[None]:
-    """Write what is logged, and what the run's console shows as lines, to this file as well."""
+    """Write the log and the lines of the run's console to this file as well."""
     try:
         handler = _TolerantHandler(path, encoding="utf-8")
     except OSError:
@@ -157,10 +154,10 @@ def log_to_file(path: Path) -> Iterator[None]:
 
 
 def release_streams() -> None:
-    """Lead a stdout or stderr that cannot take what it was given nowhere.
+    """Redirect a stdout or stderr that cannot be flushed to the null device.
 
-    Python flushes them when it ends, and if that fails the exit status is 120: a launcher would
-    take a run that is done for one that failed.
+    Python flushes them at exit, and if that fails the exit status is 120: a launcher would take a
+    finished run for a failed one.
     """
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -172,7 +169,7 @@ def release_streams() -> None:
 
 
 def redirect_streams(path: str) -> None:
-    """Append stdout and stderr to a file from here on."""
+    """Append stdout and stderr to a file from now on."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -182,7 +179,7 @@ def redirect_streams(path: str) -> None:
 
 
 def explain_error(name: str, error: BaseException) -> str:
-    """Return the message of a user's mistake at door `name`."""
+    """Return the message of a user's mistake in command `name`."""
     if isinstance(error, UserError):
         lines = error.problems
         head = f"{len(lines)} problems with this configuration:\n" if len(lines) > 1 else ""
@@ -209,7 +206,7 @@ def is_mistake(error: BaseException) -> bool:
 
 
 def _unknown_key(name: str, key: str) -> str:
-    """Say that `key` does not exist, with the key that was likely meant."""
+    """Return the message for an unknown `key`, with the nearest known one."""
     known = [*known_keys(SCHEMAS[name]), *config_groups(name)]
     same_leaf = [k for k in known if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     by_leaf = {k.rsplit(".", 1)[-1]: k for k in known}
@@ -231,7 +228,7 @@ def _refused_value(name: str, key: str, value: str) -> str:
     return f"{key}={value}: {key} is a section; set its keys: {', '.join(below)}"
 
 
-# What Hydra and OmegaConf say → what we say: (door, *groups of the pattern) → message.
+# Pattern of a Hydra or OmegaConf error → (command, *groups) → our message.
 HYDRA_MESSAGES: dict[str, Callable[..., str]] = {
     r"Could not override '([^']+)'": _unknown_key,
     r"Error merging override \+*([^=~]+)=(.*)": _refused_value,

@@ -1,4 +1,4 @@
-"""Inputs and first weights of a run: chosen before any rank works."""
+"""The inputs and first weights of a run, chosen before any rank starts."""
 
 import logging
 from dataclasses import replace
@@ -23,7 +23,7 @@ from trainer.data.record import (
 )
 from trainer.run.run_dir import EXPORTED, load_config
 
-# Keys of a model that its weights do not tell.
+# Keys of a model that do not show in the shapes of its weights.
 CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")
 FREE_OF_SHAPE = ("dropout", "init", "init_std", "max_positions", *CHANGE_THE_FUNCTION)
 NEW = "new"  # data.processor: made of the train split
@@ -31,9 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with paths that mean the same in whatever folder it is read
-    again.
-    """
+    """Return the configuration with paths that do not depend on the working directory."""
     reads = config.data
     processor = reads.processor if reads.processor == NEW else absolute_path(reads.processor)
     reads = replace(
@@ -47,11 +45,10 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def with_processor(config: TrainConfig) -> DataConfig:
-    """Return the data section with the tokenizer or classes that a run goes on with, or begins
-    with.
+    """Return the data section with the tokenizer or classes to use.
 
-    Those in its own folder, once it has learned with them; else the ones that are named; else those
-    of init_from.
+    Those in the run's folder, if it has trained with them; else the ones named in the
+    configuration; else those of init_from.
     """
     own = config.data
     if list_checkpoints(config.run_dir) and has_record(config.run_dir):
@@ -74,7 +71,7 @@ def with_processor(config: TrainConfig) -> DataConfig:
 
 
 def with_sizes(config: TrainConfig) -> TrainConfig:
-    """Return the configuration with those sizes of init_from's model that would follow the data."""
+    """Return the configuration with the sizes of init_from's model that the data would else set."""
     if not config.init_from or config.data.processor or config.data.tokenizer:
         return config
     theirs = load_config(config.init_from, "init_from").model
@@ -85,7 +82,7 @@ def with_sizes(config: TrainConfig) -> TrainConfig:
 
 
 def keep_processor(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
-    """Keep in the run's folder what using it needs: its tokenizer, classes, and what was read."""
+    """Save the tokenizer, the classes and the record of the data in the run's folder."""
     tokenizer, folder = data.open_tokenizer(reads), Path(config.run_dir)
     try:
         if tokenizer is not None and reads.processor != config.run_dir:
@@ -98,9 +95,9 @@ def keep_processor(config: TrainConfig, reads: DataConfig, facts: data.DataFacts
 
 
 def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.DataFacts) -> None:
-    """Raise ConfigError if config.init_from holds no weights, or those of another model.
+    """Raise ConfigError if config.init_from has no weights, or those of another model.
 
-    Says what the weights compute another function with.
+    Logs every key under which the weights compute another function.
     """
     if not config.init_from:
         return
@@ -131,7 +128,7 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
 def _warn_of_other_functions(
     config: TrainConfig, theirs: ModelConfig, facts: data.DataFacts
 ) -> None:
-    """Warn of what makes the weights of config.init_from compute another function here."""
+    """Log the keys under which the weights of config.init_from compute another function."""
     for key in CHANGE_THE_FUNCTION:
         if (before := getattr(theirs, key)) != (now := getattr(config.model, key)):
             log.warning(
@@ -156,12 +153,12 @@ def _warn_of_other_functions(
 
 
 def check_trained(run_dir: str, key: str = "run_dir") -> None:
-    """Raise ConfigError unless a folder holds a checkpoint, or an exported model."""
+    """Raise ConfigError unless a folder holds a checkpoint or an exported model."""
     if not list_checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
         raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 
 def prepare_data(config: PrepareConfig) -> None:
-    """Prepare the data set and show what was read."""
+    """Prepare the data set and print its record."""
     config.data.processor = config.data.processor.removeprefix(NEW)
     log.info("%s", format_record(data.prepare_data(config.data, progress=True)))

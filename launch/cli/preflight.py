@@ -1,4 +1,4 @@
-"""The work before any rank starts: the checks, the data and the run's folder."""
+"""The work before any rank starts: checks, data, and the run's folder."""
 
 import logging
 import os
@@ -63,9 +63,9 @@ log = logging.getLogger(__name__)
 def prepare_training(
     config: TrainConfig, world_size: int, held: ExitStack | None = None
 ) -> TrainConfig:
-    """Return the checked and completed configuration; its data is prepared and its folder open.
+    """Return the checked and completed configuration, with prepared data and an open folder.
 
-    No other run is let into the folder until `held` ends (None = that is not looked after).
+    The folder is locked until `held` ends (None = not locked).
     """
     opened = _start_time()
     config = with_absolute_paths(config)
@@ -101,9 +101,9 @@ def _claim_folder(run_dir: str) -> Path:
 
 
 def prepare_submission(config: SubmitConfig) -> SlurmRun:
-    """Return the checked and completed run of a job, and how the job starts it; nothing is written.
+    """Return the checked and completed run of a job, and its command; nothing is written.
 
-    Its data are prepared here, once, where no GPU waits for them.
+    The data are prepared here, once, before a GPU is allocated.
     """
     world_size = config.cluster.nodes * ranks_per_node(config.cluster)
     _check_config(config, world_size)
@@ -119,10 +119,7 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
 def _complete_config(
     config: TrainConfig, world_size: int
 ) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
-    """Return the checked configuration with all that ranks and data decide; the data are prepared.
-
-    With it, the data section as the run reads it, and what it has read.
-    """
+    """Return the completed configuration, its data section as read, and the record of the data."""
     config = replace(config, strategy=resolve_degrees(config.strategy, world_size))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
@@ -144,10 +141,10 @@ def _complete_config(
 
 
 def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
-    """Raise ConfigError where a completed run cannot learn from that of compress.teacher.
+    """Raise ConfigError if a completed run cannot be trained with compress.teacher.
 
-    `config.data` is as the run reads it. What needs no teacher any more, since it is finished,
-    raises AlreadyFinishedError.
+    `config.data` is the section as the run reads it. A finished run raises AlreadyFinishedError
+    instead.
     """
     check_run_dir(config)
     folder = config.compress.teacher
@@ -170,7 +167,7 @@ def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
 
 
 def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]:
-    """Return why a teacher would not read the inputs, or name the classes, as the student does."""
+    """Return the differences between the teacher's tokenizer or classes and the student's."""
     folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
     own = Path(folder) / TOKENIZER
     if tokenizer and not (own.is_file() and tokenizer.is_same_file(own)):
@@ -191,7 +188,7 @@ def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]
 
 
 def _run_problems(config: TrainConfig) -> list[str]:
-    """Return why the run of compress.teacher cannot teach; what may be done about it."""
+    """Return the problems of using the run of compress.teacher as a teacher, with remedies."""
     folder = config.compress.teacher
     teacher = load_config(folder, TEACHER)
     steps = [step for step, _ in list_checkpoints(folder)]
@@ -210,7 +207,7 @@ def _run_problems(config: TrainConfig) -> list[str]:
 
 
 def _sample_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
-    """Return whether what is learned from here is what answers were given to."""
+    """Return the differences between the training data and the data of the recorded logits."""
     if facts.data == data.data_fingerprint(config.data, ["train"]):
         return []
     return [
@@ -221,7 +218,7 @@ def _sample_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
 
 
 def _check_compiler(config: TrainConfig) -> None:
-    """Raise ConfigError where torch.compile would end in a trace for want of a compiler."""
+    """Raise ConfigError if torch.compile would fail for lack of a compiler."""
     names = (os.environ.get("CXX", "g++"), "g++", "clang++")
     if config.compile and not any(map(shutil.which, names)):
         raise ConfigError(
@@ -231,7 +228,7 @@ def _check_compiler(config: TrainConfig) -> None:
 
 
 def _check_kernels(config: TrainConfig | Reader, world_size: int) -> None:
-    """Raise ConfigError where precision=fp8 is asked for and is not to be had here."""
+    """Raise ConfigError if precision=fp8 is not available on this machine."""
     if config.precision == "fp8":
         from trainer.nn import float8
 

@@ -1,4 +1,4 @@
-"""A job on one rank: its process group, the work, and the report of what went wrong."""
+"""A job on one rank: its process group, its work, and its error report."""
 
 import signal
 import traceback
@@ -29,13 +29,13 @@ Work = Callable[..., None] | None  # (config, runtime), or nothing to do
 
 
 def run_posted_jobs(ranks: JobQueue, work: Work) -> int:
-    """Run each job that rank 0 posts; the exit status that it leaves with."""
+    """Run each job that rank 0 posts; return the exit status."""
     try:
         for job in ranks.receive_jobs():
             if "stop" in job:
                 return job["stop"]
             run_rank(job, ranks, work)
-    except dist.DistError:  # rank 0, or the launcher that has the store, is gone
+    except dist.DistError:  # rank 0, or the launcher with the store, has exited
         return 1
     finally:
         ranks.leave()
@@ -43,7 +43,7 @@ def run_posted_jobs(ranks: JobQueue, work: Work) -> int:
 
 
 def run_alone(job: dict[str, Any], work: Work) -> None:
-    """Run a job in this process, a group of one."""
+    """Run a job in this process, as a group of one rank."""
     run_rank(job, JobQueue.single_process(), work)
 
 
@@ -59,7 +59,7 @@ def run_spawned(job: dict[str, Any], work: Work) -> None:
 
 
 def run_rank(job: dict[str, Any], ranks: JobQueue, work: Work) -> None:
-    """Do the work of this rank; SystemExit if it fails, after the first rank has said why."""
+    """Run this rank's work; SystemExit if it fails, after the first rank has printed the error."""
     log_to_stderr(ranks.rank)
     config = to_dataclass(job["command"], job["config"])
     with ExitStack() as stack:
@@ -83,14 +83,14 @@ def run_rank(job: dict[str, Any], ranks: JobQueue, work: Work) -> None:
 
 
 def _log_path(job: dict[str, Any]) -> Path | None:
-    """Return the file that keeps what a run says, unless all of its console goes there."""
+    """Return the log file of a run, unless its whole console goes there."""
     kept = job["command"] == "train" and not job.get("console")
     return Path(job["config"]["run_dir"]) / LOG if kept else None
 
 
 def _print_error(error: Exception, job: dict[str, Any], ranks: JobQueue) -> int:
     code = getattr(error, "status", 1)
-    if not ranks.is_first("error"):  # its end is a consequence of the first one's
+    if not ranks.is_first("error"):  # its failure is a consequence of the first one
         return code
     if isinstance(error, UserError | RankLostError):
         text = explain_error(job["command"], error)

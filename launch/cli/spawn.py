@@ -1,4 +1,4 @@
-"""Starts the ranks of one job on this host, where torchrun has not."""
+"""Start the ranks of one job on this host, without torchrun."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ HANDLED = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP", "SIGQUIT")
 
 
 def spawn_ranks(job: dict[str, Any], count: int, work: Work) -> None:
-    """Run a job on `count` new processes; SystemExit if one fails, which has then said why."""
+    """Run a job on `count` new processes; SystemExit if one fails, after printing its error."""
     began = time.time()
     for logger in list(logging.root.manager.loggerDict):  # torch has set a level of many
         if logger.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
@@ -55,11 +55,11 @@ def spawn_ranks(job: dict[str, Any], count: int, work: Work) -> None:
 
 
 def _is_ignored(name: str) -> bool:
-    """Return whether a signal was ignored before this process began, as nohup does with SIGHUP."""
+    """Return whether a signal was ignored when this process started, as nohup does with SIGHUP."""
     return signal.getsignal(signal.Signals[name]) is signal.SIG_IGN
 
 
 def _left_with(job: dict[str, Any], began: float) -> int | None:
-    """Return the exit code that the ranks of a training run have left word of."""
+    """Return the exit code that the ranks of a training run recorded."""
     status = read_status(job["config"]["run_dir"]) if job["command"] == "train" else None
     return status.code if status and status.updated >= began else None

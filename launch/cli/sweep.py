@@ -1,7 +1,7 @@
-"""A sweep: one job per point, in processes of its own; what is done is not done again.
+"""A sweep: one job per combination of values, in processes of its own; finished jobs are skipped.
 
-Hydra's sweeper says which points there are. `run_dir` is the sweep's folder, and each point's run
-is a folder below it, named after what is swept: the same command with the same folder goes on.
+Hydra's sweeper chooses the combinations. `run_dir` is the sweep's folder, and each job's run is a
+subfolder named after its swept values: the same command with the same folder resumes.
 """
 
 import csv
@@ -40,26 +40,26 @@ from trainer.run.run_dir import claim_folder
 from trainer.run.status import read_status
 
 NAME_LENGTH = 100
-COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, in front of the swept
-SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # of a point, in the live table
+COLUMNS = ("point", "state", "code", "reason", "seconds")  # of sweep.csv, before swept keys
+SHOWN = ("step", "loss", "valid_loss", "tokens_per_second")  # metrics of a job in the live table
 log = logging.getLogger(__name__)
-logging.getLogger("hydra").setLevel(logging.WARNING)  # what it launches is said here
+logging.getLogger("hydra").setLevel(logging.WARNING)  # this module logs the jobs
 
 
 @dataclass
 class SweepJob:
-    """One job of a sweep; `values` are the last ones that its run has measured."""
+    """One job of a sweep; `values` are the last metrics of its run."""
 
     overrides: dict[str, str]
     state: str = "waiting"  # waiting | running | finished | stopped | failed
     code: int = 0  # exit code of its job
-    reason: str = ""  # why it has failed
+    reason: str = ""  # reason of a failure
     seconds: float = 0.0
     values: dict[str, float] = field(default_factory=dict)
 
     @property
     def folder_name(self) -> str:
-        """Its folder's name."""
+        """Return the name of the job's folder."""
         whole = ",".join(f"{key}={value}" for key, value in sorted(self.overrides.items()))
         plain = re.sub(r"[^\w.=,+-]", "_", re.sub(r"[\[\]]", "", whole)) or "point"
         if len(plain) <= NAME_LENGTH:
@@ -68,17 +68,17 @@ class SweepJob:
 
 
 class Sweep:
-    """The points of one command line; use it as a context manager around Hydra's main.
+    """The jobs of one command line; a context manager around Hydra's main.
 
     `scratch` is the folder that Hydra's sweeper writes to. `is_new`: its folder is named after the
-    time, which another sweep may share, and must be nobody's.
+    time, and must not exist, since another sweep may have started in the same second.
     """
 
     def __init__(self, scratch: Path, is_new: bool = False) -> None:
         self._scratch, self._is_new = scratch, is_new
         self._points: dict[str, SweepJob] = {}
-        self._total = 0  # points there will be; 0 = only the sweeper knows
-        self.code = 0  # exit code of the first point that has failed
+        self._total = 0  # number of jobs; 0 = known by the sweeper only
+        self.code = 0  # exit code of the first failed job
         self._folder: Path | None = None
         self._held = ExitStack()
 
@@ -91,16 +91,16 @@ class Sweep:
                 self._conclude_job(self._folder)
 
     def run(self, cfg: DictConfig, work: Callable[[DictConfig, Path], None]) -> float | None:
-        """Run the composed point, unless that is done; what an optimising sweeper is to see.
+        """Run the composed job, unless it is finished; return the value for an optimising sweeper.
 
-        `work` takes the configuration and the file that the job's console goes to. A sweeper that
-        optimises gets JobFailedError if the point fails, or has failed before.
+        `work` takes the configuration and the file for the job's console. An optimising sweeper
+        gets JobFailedError if the job fails, or has failed before.
         """
         try:
             point = composed_job()
             if self._folder is None:
                 self._open_folder(Path(cfg.run_dir))
-        except (UserError, OSError) as error:  # of the sweep, not of a point
+        except (UserError, OSError) as error:  # errors of the sweep itself
             write_error(str(error))
             raise SystemExit(2) from None
         assert self._folder is not None
@@ -122,7 +122,7 @@ class Sweep:
                 )
         except JobFailedError as failed:
             self.code = self.code or failed.code
-            if self._total:  # Hydra would say it again at the end
+            if self._total:  # Hydra would print it again at the end
                 return None
             raise
 
@@ -138,7 +138,7 @@ class Sweep:
             point = SweepJob(overrides)
             self._points[point.folder_name] = known.pop(point.folder_name, point)
         self._total = len(self._points)
-        self._points |= known  # of a command with other values, or an optimising sweeper's
+        self._points |= known  # jobs of other values, or of an optimising sweeper
         log.info("sweep of %s points: %s", self._total or "unknown", folder)
         console = Console(stderr=True)
         if console.is_interactive and sys.stderr.isatty():
@@ -176,7 +176,7 @@ class Sweep:
             log.info("%s: %s", point.folder_name, "  ".join(words))
 
     def _save_table(self) -> None:
-        """sweep.csv: a row for each point that was begun."""
+        """Write sweep.csv: a row for each job that was started."""
         assert self._folder is not None
         begun = [point for point in self._points.values() if point.state != "waiting"]
         keys = list(dict.fromkeys(key for point in begun for key in point.overrides))
@@ -232,7 +232,7 @@ def _objective_value(values: dict[str, float], name: str) -> float:
 
 
 def _failure_reason(folder: Path, began: float) -> str:
-    """Return why a job has failed: its last word."""
+    """Return the reason that a job failed: its last message."""
     status = read_status(folder)
     if status and status.reason and status.updated >= began:
         return status.reason.splitlines()[0]
@@ -248,7 +248,7 @@ def _format_values(values: dict[str, float]) -> list[str]:
 
 
 def composed_job() -> SweepJob:
-    """Return the point that Hydra has composed; ConfigError if its folder is swept."""
+    """Return the job that Hydra has composed; ConfigError if its folder is swept."""
     point = SweepJob(_parse_pairs(HydraConfig.get().overrides.task, _fixed_keys()))
     if "run_dir" in point.overrides:
         raise ConfigError(
@@ -259,14 +259,14 @@ def composed_job() -> SweepJob:
 
 
 def _fixed_keys() -> set[str]:
-    """Return the keys that have no list of values on the command line: all others are swept."""
+    """Return the keys with a single value on the command line: all others are swept."""
     given = _given_overrides()
     swept = {word.key_or_group for word in given if word.is_sweep_override()}
     return {word.key_or_group for word in given} - swept
 
 
 def _given_overrides() -> list[Override]:
-    """Return the command line's overrides; none if it cannot be read, which Hydra tells about."""
+    """Return the command line's overrides; none if Hydra cannot parse it."""
     words = [w for w in sys.argv[1:] if "=" in w and not w.startswith(("-", "hydra"))]
     try:
         return OverridesParser.create().parse_overrides(words)
@@ -275,10 +275,7 @@ def _given_overrides() -> list[Override]:
 
 
 def _swept_grid(fixed: set[str]) -> list[dict[str, str]]:
-    """Return what is swept in each point, where Hydra's own sweeper is at work.
-
-    Else nothing is known.
-    """
+    """Return the swept values of each job of Hydra's basic sweeper; unknown for others."""
     sweeper = HydraConfig.get().sweeper
     if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
         return []
@@ -294,7 +291,7 @@ def _parse_pairs(words: Iterable[str], fixed: set[str]) -> dict[str, str]:
 
 
 def _read_table(path: Path) -> dict[str, SweepJob]:
-    """Return the points of a sweep.csv by name."""
+    """Return the jobs of a sweep.csv by name."""
     if not path.exists():
         return {}
     found = {}

@@ -1,4 +1,4 @@
-"""The batch script of a job: text, made from its configuration and nothing else."""
+"""The batch script of a job, as a pure function of its configuration."""
 
 import hashlib
 import math
@@ -16,7 +16,7 @@ TRAIN = Path(__file__).parents[1] / "train.py"
 
 @dataclass(frozen=True)
 class SlurmRun:
-    """A run of a job: one of its own, or one point of a sweep."""
+    """A run of a job: a single one, or one job of a sweep."""
 
     training: TrainConfig  # checked and completed
     cluster: ClusterConfig
@@ -25,7 +25,7 @@ class SlurmRun:
 
 @dataclass(frozen=True)
 class Job:
-    """The job to submit: one run, or the points of a sweep as an array."""
+    """The job to submit: one run, or the runs of a sweep as an array."""
 
     folder: Path  # of the script and the logs
     points: list[SlurmRun]
@@ -35,31 +35,29 @@ class Job:
 
     @property
     def cluster(self) -> ClusterConfig:
-        """Return the same for all points."""
+        """Return the cluster section, the same for all runs."""
         return self.points[0].cluster
 
 
 def ranks_per_node(cluster: ClusterConfig) -> int:
-    """Processes that are started on each host."""
+    """Return the number of processes per host."""
     return cluster.ranks_per_node or cluster.gpus_per_node or 1
 
 
 def job_name(folder: Path) -> str:
-    """Return the name of the jobs of a folder: no other folder's jobs have it."""
+    """Return the name of a folder's jobs, unique to the folder."""
     where = str(folder.resolve())
     plain = re.sub(r"[^\w.=-]", "_", folder.resolve().name)[:40]
     return f"{plain}-{hashlib.sha256(where.encode()).hexdigest()[:6]}"
 
 
 def log_pattern(swept: bool) -> str:
-    """Return the name of a job's log, in sbatch's terms: its number, in an array that of the
-    point.
-    """
+    """Return sbatch's pattern of a job's log name: its number, in an array the sweep job's."""
     return "slurm-%A_%a.out" if swept else "slurm-%j.out"
 
 
 def batch_script(job: Job) -> str:
-    """Return the whole batch script; every line of it may be read, changed and run by hand."""
+    """Return the whole batch script; it can be read, changed and run by hand."""
     parts = [
         _sbatch_lines(job),
         _run_lines(job),
@@ -103,18 +101,18 @@ def _sbatch_lines(job: Job) -> str:
 
 
 def time_limit(hours: float) -> str:
-    """Hours as sbatch wants them; it counts whole minutes."""
+    """Format hours as sbatch's time limit, in whole minutes."""
     minutes = math.ceil(round(hours * 60, 6))
     return f"{minutes // 60:02d}:{minutes % 60:02d}:00"
 
 
 def _escape_pattern(path: Path) -> str:
-    """Return a path in which sbatch finds no pattern of its own."""
+    """Escape the characters of a path that sbatch would take for a pattern."""
     return str(path).replace("%", "%%")
 
 
 def _run_lines(job: Job) -> str:
-    """Return what the job trains: its folder, and the arguments of launch/train.py as $1, $2, …."""
+    """Return the script lines that set the run's folder and launch/train.py's arguments."""
     if not job.swept:
         return "\n".join([*_run_arguments(job.points[0]), ""])
     lines = ["case $SLURM_ARRAY_TASK_ID in"]
@@ -147,7 +145,7 @@ def _rank_lines(job: Job) -> str:
 
 
 def _requeue_lines(cluster: ClusterConfig) -> str:
-    """Return what the script does with a run that may be gone on with."""
+    """Return the script lines that requeue a run that can resume."""
     if not cluster.requeue:
         return 'say "$again: the same command goes on"\nexit "$code"\n'
     chain = CHAIN if cluster.chain > 1 else ""

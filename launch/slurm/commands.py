@@ -1,4 +1,4 @@
-"""Slurm's commands: what a cluster has, what it is given to do, and what becomes of it."""
+"""Slurm's commands: check, submit, list, cancel and show jobs."""
 
 import difflib
 import logging
@@ -41,7 +41,7 @@ REFUSALS = {
 
 
 def submit_job(points: list[SlurmRun]) -> None:
-    """Write the script of one run, or of a sweep's points as an array, and submit it."""
+    """Write the script of one run, or of a sweep as an array, and submit it."""
     job = _build_job(points)
     text = batch_script(job)
     if job.cluster.dry_run:
@@ -62,7 +62,7 @@ def submit_job(points: list[SlurmRun]) -> None:
 
 
 def _build_job(points: list[SlurmRun]) -> Job:
-    """Return the job of these points; ConfigError if they cannot be one."""
+    """Build the job of these runs; ConfigError if they cannot be one array."""
     folders = [Path(point.training.run_dir).absolute() for point in points]
     swept = len(points) > 1
     if any(point.cluster != points[0].cluster for point in points):
@@ -85,7 +85,7 @@ def _build_job(points: list[SlurmRun]) -> Job:
 
 
 def problems(cluster: ClusterConfig, text: str) -> list[str]:
-    """Return why the cluster would never run a job with this script; empty = it would."""
+    """Return the reasons that the cluster would never run a job with this script."""
     found = _time_problems(cluster)
     options = ["--time=1"] * len(found)
     if reason := _refusal(text, options):
@@ -94,10 +94,10 @@ def problems(cluster: ClusterConfig, text: str) -> list[str]:
 
 
 def _time_problems(cluster: ClusterConfig) -> list[str]:
-    """Return whether the time is more than the partition allows.
+    """Return a problem if the time limit is above the partition's.
 
-    `sbatch --test-only` finds nothing in it where EnforcePartLimits is off, as it is by default,
-    and the job would wait for ever.
+    `sbatch --test-only` does not report it where EnforcePartLimits is off, the default, and the job
+    would wait for ever.
     """
     if not cluster.hours:
         return []
@@ -116,9 +116,7 @@ def _time_problems(cluster: ClusterConfig) -> list[str]:
 
 
 def _parse_minutes(limit: str) -> float:
-    """Return a time limit as Slurm shows it: [days-]hours:minutes:seconds, shortened from the
-    left.
-    """
+    """Parse Slurm's time limit, [days-]hours:minutes:seconds, shortened from the left."""
     if not re.fullmatch(r"[\d:-]+", limit):
         return float("inf")
     days, _, rest = limit.rpartition("-")
@@ -127,13 +125,13 @@ def _parse_minutes(limit: str) -> float:
 
 
 def _refusal(text: str, options: list[str]) -> str:
-    """Return why Slurm would not take this script with these options besides; empty = it would."""
+    """Return Slurm's reason to refuse this script with additional options; empty if it accepts."""
     done = _run(["sbatch", "--test-only", *options], text)
     return _errors(done).rpartition("allocation failure: ")[2] if done.returncode else ""
 
 
 def _explain(cluster: ClusterConfig, text: str, options: list[str], reason: str) -> str:
-    """Return a refusal with the keys that it is about, and what to do."""
+    """Return the message of a refusal, with the keys concerned and a remedy."""
     keys = next((keys for words, keys in REFUSALS.items() if words in reason), ())
     hint = ""
     if keys == tuple(LEAST):  # Slurm does not say which of them
@@ -149,7 +147,7 @@ def _explain(cluster: ClusterConfig, text: str, options: list[str], reason: str)
 
 
 def list_queued_jobs(folder: Path) -> list[list[str]]:
-    """Return the jobs of a folder that wait or run: number, state, reason or hosts, time left."""
+    """Return a folder's pending and running jobs: number, state, reason or hosts, time left."""
     form = "%i|%T|%R|%L"
     lines = _run_slurm("squeue", "-h", "--me", "-n", job_name(folder), "-o", form).splitlines()
     return [line.split("|") for line in lines]
@@ -166,7 +164,7 @@ def _refuse_a_second(folder: Path) -> None:
 
 
 def cancel_jobs(folder: Path) -> None:
-    """End the jobs of a folder; those that run save first. ConfigError if there is none."""
+    """Cancel a folder's jobs; running ones save first. ConfigError if there is none."""
     jobs = list_queued_jobs(folder)
     if not jobs:
         raise ConfigError(f"{folder} has no job that waits or runs")
@@ -176,7 +174,7 @@ def cancel_jobs(folder: Path) -> None:
 
 
 def print_jobs(folder: Path) -> None:
-    """The jobs of a run or sweep that wait or run, and what its runs have come to."""
+    """Print a folder's pending and running jobs, and the status of its runs."""
     console = Console(soft_wrap=True)
     for number, state, why, left in list_queued_jobs(folder):
         console.print(f"job {number}: {state} {why}, {left} left", markup=False, highlight=False)
@@ -196,7 +194,7 @@ def print_jobs(folder: Path) -> None:
 
 
 def print_logs(folder: Path, lines: int, follow: bool) -> int:
-    """Show the end of a run's newest log, or of each log of a sweep; the exit status of `tail`."""
+    """Print the end of a run's newest log, or of each log of a sweep; return `tail`'s status."""
     found = sorted(folder.glob("slurm-*.out"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ConfigError(f"{folder} has no log yet; python launch/submit.py status {folder}")
@@ -205,10 +203,7 @@ def print_logs(folder: Path, lines: int, follow: bool) -> int:
 
 
 def _run_slurm(*command: str) -> str:
-    """Return what one of Slurm's commands says.
-
-    ConfigError if there is none here, or it refuses.
-    """
+    """Return the output of a Slurm command; ConfigError if it is missing or refuses."""
     done = _run(command)
     if done.returncode:
         raise ConfigError(f"{command[0]}: {_errors(done)}")
@@ -216,7 +211,7 @@ def _run_slurm(*command: str) -> str:
 
 
 def _run(command: Sequence[str], text: str = "") -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's commands on this input; ConfigError if there is none here."""
+    """Run a Slurm command on this input; ConfigError if it is not installed."""
     # What a job around this process has set would change the one that is submitted.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k == "SLURM_CONF"}
     try:

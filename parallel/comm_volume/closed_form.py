@@ -1,4 +1,4 @@
-"""Closed forms of what a layout costs; the tests hold them against what is counted."""
+"""Closed forms of a layout's communication volume; tests compare them with counted bytes."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -14,10 +14,10 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes of one optimizer step by collective: the whole tensor that a rank takes part in.
+    """Bytes per rank of one optimizer step, by collective.
 
-    Of an all-gather that is its output, of a reduce-scatter and an all-to-all its input, of a send
-    what is sent, all of it over the wire.
+    For an all-reduce, the size of the reduced tensor; for an all-gather, of its output; for a
+    reduce-scatter and an all-to-all, of the input; for a send, of the sent tensor.
     """
 
     all_reduce: int = 0
@@ -44,7 +44,7 @@ def step_bytes(
     compute_bytes: int,
     reduce_bytes: int,
 ) -> StepBytes:
-    """Return what a step must move for a rank's gradients and, with shards, its weights.
+    """Return the bytes per step for a rank's gradients and, with shards, its weights.
 
     `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
     DDP: one sum of the gradients (`sum_bytes`). FSDP, per micro-batch: two all-gathers of the
@@ -71,11 +71,12 @@ def step_bytes(
 
 
 def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: int) -> StepBytes:
-    """Return what one sum of whole gradients of these shapes over their copies moves.
+    """Return the bytes of one sum of full gradients of these shapes over the replicas.
 
-    An all-reduce. With reduce=int8 an all-to-all and an all-gather of one byte per number and of a
-    scale per block, each rank's part padded to whole blocks. With reduce=powersgd all-reduces of
-    both factors of a matrix, and of all other gradients as they are (arXiv 1905.13727, section 3).
+    An all-reduce. With reduce=int8, an all-to-all and an all-gather of one byte per element and
+    one scale per block, each rank's chunk padded to full blocks. With reduce=powersgd, all-reduces
+    of both factors of a matrix, and of all other gradients uncompressed (arXiv 1905.13727,
+    section 3).
     """
     if strategy.reduce == "int8":
         ranks = strategy.replicate
@@ -92,12 +93,10 @@ def sum_bytes(shapes: Iterable[Shape], strategy: StrategyConfig, reduce_bytes: i
 
 
 def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank: int) -> StepBytes:
-    """Return what a rank of a pipeline sends for one micro-batch to the ranks of neighbouring
-    stages.
+    """Return the bytes that a pipeline rank sends to neighbouring stages per micro-batch.
 
-    `flows` are the bytes that flow into each stage and those of the gradients that come back
-    (GPipe, arXiv 1811.06965, section 2.2), `placement` is the rank of each. Stages on one rank
-    send nothing.
+    `flows` are the bytes of each stage's inputs and of their gradients (GPipe, arXiv 1811.06965,
+    section 2.2), `placement` is the rank of each stage. Stages on the same rank send nothing.
     """
     sent = 0
     for stage, (before, after) in enumerate(pairwise(placement), 1):
@@ -108,26 +107,25 @@ def stage_bytes(flows: Sequence[tuple[int, int]], placement: Sequence[int], rank
 
 @dataclass(frozen=True)
 class ShardedSequence:
-    """A sequence that flows through layers split over the tensor axis, of one micro-batch."""
+    """One micro-batch of sequences through tensor-parallel layers."""
 
     samples: int
-    length: int
+    length: int  # positions
     branches: int  # residual branches: a norm, a split layer, a sum
-    starts: int = 1  # sums without a norm before: token embeddings
-    ends: int = 1  # norms without a sum behind: before the output, or the encoder's last
-    backwards: int = 1  # 2 where gradients of inputs and of weights are computed apart
+    starts: int = 1  # sums without a preceding norm: token embeddings
+    ends: int = 1  # norms without a following sum: before the output, or the encoder's last
+    backwards: int = 1  # 2 if gradients of inputs and of weights are computed separately
 
 
 def tensor_bytes(
     sequences: Iterable[ShardedSequence], width: int, strategy: StrategyConfig, compute_bytes: int
 ) -> StepBytes:
-    """Return what split layers move for activations and their gradients, forward and backward.
+    """Return the bytes of split layers' activations and gradients, forward and backward.
 
-    Whole sequences on every rank: Megatron-LM's f and g, an all-reduce per branch in each direction
-    (arXiv 1909.08053, figure 4). Sequence parallelism: an all-gather and a reduce-scatter in its
-    place, and one all-gather more in the backward (arXiv 2205.05198, section 4.2). Where a pipeline
-    splits the backward it is one more in either half, as autograd asks for what it has kept of a
-    layer in both.
+    Without sequence parallelism: Megatron-LM's f and g, an all-reduce per branch in each direction
+    (arXiv 1909.08053, figure 4). With it: an all-gather and a reduce-scatter instead, and one more
+    all-gather in the backward (arXiv 2205.05198, section 4.2). If a pipeline splits the backward,
+    each half has one more, as autograd unpacks a layer's saved tensors in both.
     """
     total = StepBytes()
     for sequence in sequences:
@@ -148,13 +146,13 @@ def tensor_bytes(
 def context_bytes(
     method: str, query_BHSK: Shape, key_BGTK: Shape, degree: int, compute_bytes: int
 ) -> StepBytes:
-    """Return what one attention over a split sequence moves, forward and backward, of a rank's
-    shapes.
+    """Return the bytes of one context-parallel attention, forward and backward.
 
-    Gathering: keys and values all-gathered, their gradients reduce-scattered (arXiv 2407.21783,
-    section 3.3.2). Ring: both sent n-1 times in each direction, and their gradients n times, the
-    last time home (arXiv 2310.01889). Ulysses: queries, results, keys and values change sides once
-    in each direction, key/value heads repeated until the ranks divide them (arXiv 2309.14509).
+    all_gather: keys and values all-gathered, their gradients reduce-scattered (arXiv 2407.21783,
+    section 3.3.2). ring: both sent n-1 times in forward and backward, and their gradients n times,
+    the last time to their owner (arXiv 2310.01889). ulysses: one all-to-all of queries, outputs,
+    keys and values in each direction, key/value heads repeated until the degree divides them
+    (arXiv 2309.14509).
     """
     if degree == 1:
         return StepBytes()
@@ -168,15 +166,15 @@ def context_bytes(
 
 
 def cross_entropy_bytes(targets: int) -> int:
-    """All-reduces of a vocabulary-parallel loss in float32: a maximum and three sums per target."""
+    """Return a vocabulary-parallel loss's float32 all-reduce: maximum and three sums per target."""
     return 4 * (1 + 3) * targets
 
 
 def _padded_elements(shape: Shape, shards: int) -> int:
-    """Elements of a parameter whose rows (dim 0) are padded to a multiple of the ranks."""
+    """Return the elements of a parameter with dim 0 padded to a multiple of `shards`."""
     return math.ceil(shape[0] / shards) * shards * math.prod(shape[1:])
 
 
 def ring_bytes(all_reduce: int, others: int, ranks: int) -> float:
-    """Bytes that a ring algorithm puts on each rank's wire for such collectives over `ranks`."""
+    """Return the bytes that each rank sends if the collectives use ring algorithms."""
     return (2 * all_reduce + others) * (ranks - 1) / ranks

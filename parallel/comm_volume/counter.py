@@ -1,4 +1,4 @@
-"""Bytes on the wire, counted from the collectives that are really issued."""
+"""Communicated bytes, counted from the collectives that are issued."""
 
 from collections import defaultdict
 from typing import Any
@@ -20,12 +20,12 @@ NAMES = {
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Counts the collectives issued inside a `with`: payload bytes by (collective, dtype).
+    """A dispatch mode that counts collectives' payload bytes by (collective, dtype).
 
-    The payload of an all-reduce is the reduced tensor, of an all-gather the gathered one, of a
-    reduce-scatter and an all-to-all the one before. What a ring puts on each rank's wire follows
-    from it: twice (n-1)/n of an all-reduce's payload, once (n-1)/n of the others'. An all-to-all
-    that has something for one other rank only is a "send" too: all of it is on the wire.
+    The payload of an all-reduce is the reduced tensor, of an all-gather the output, of a
+    reduce-scatter and an all-to-all the input. With ring algorithms each rank sends 2(n-1)/n of an
+    all-reduce's payload and (n-1)/n of the others'. An all-to-all with one non-empty chunk counts
+    as a "send": its full payload is sent.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
-        if func.namespace == "c10d" and name != "recv_":  # the sender has counted it
+        if func.namespace == "c10d" and name != "recv_":  # counted by the sender
             self._count_bytes(name, _in_place_payload(name, args))
         elif func.namespace == "_c10d_functional" and name != "wait_tensor":
             gathered = args[1] if name == "all_gather_into_tensor" else 1

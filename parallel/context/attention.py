@@ -1,11 +1,11 @@
-"""Context parallelism: every rank has some positions of a sequence, attention sees them all.
+"""Context parallelism: positions are sharded over ranks; attention covers all of them.
 
-Which positions, `zigzag_positions` says. Three ways to the same result: to gather keys and values,
-to pass them round a ring, or to trade positions for heads.
+`zigzag_positions` assigns the positions. Three methods with the same result: all-gather of keys
+and values, ring attention, and Ulysses (all-to-all between positions and heads).
 """
 
-# B batch, S query positions here, T key positions here, H query heads, G key/value heads, K width
-# of a head. R query and C key positions of one computation, whosever they are.
+# B batch, S local query positions, T local key positions, H query heads, G key/value heads,
+# K width of a head; R query and C key positions of one attention call, local or not.
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ SEQUENCE_DIM = 2  # of (B,H,S,K)
 
 
 class ContextParallel(ParallelAxis):
-    """The context axis: which positions a rank has, and attention over those of all ranks."""
+    """The context axis: a rank's positions, and attention over the positions of all ranks."""
 
     shares = True
     ring = RingGeometry
@@ -47,33 +47,32 @@ class ContextParallel(ParallelAxis):
         self.first = self.group.rank() == 0
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Let a model work on this rank's positions of each sequence."""
+        """Make a model compute on this rank's positions of each sequence."""
         model.context = self
 
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
-        """Return the logits of all positions; a token that is written has them anyway."""
+        """Return the logits of all positions; in generation (with a cache) they are complete."""
         if logits is None or cache is not None or logits.dim() < 3:
-            return logits  # a classifier's are of the whole sequence
+            return logits  # a classifier's logits have no position dim
         return self.gather_sequence(logits, inputs["targets"].shape[1])
 
     def local_length(self, length: int) -> int:
-        """Return how many positions of a sequence are here, with padding."""
+        """Return the number of local positions of a sequence, including padding."""
         return 2 * chunk_length(length, self.group.size())
 
     def take_local(self, x: Tensor) -> Tensor:
-        """Return this rank's rows of (B, length, …); after the end the last one is repeated."""
+        """Return the local positions of (B, length, …); padding repeats the last position."""
         rows = self.local_positions(x.shape[1], x.device).clamp(max=x.shape[1] - 1)
         return x.index_select(1, rows)
 
     def gather_sequence(self, x: Tensor, length: int) -> Tensor:
-        """Undoes `take_local`, with gradients: each rank's are of what all have made of the
-        whole."""
+        """Invert `take_local`; the backward sums the gradients of all ranks."""
         parts = self.group.size()
         gathered = Gather.apply(x.movedim(1, 0), parts * x.shape[1], self.group, 0)
         return merge_zigzag(gathered.movedim(0, 1).chunk(parts, 1), 1)[:, :length]
 
     def local_positions(self, length: int, device: torch.device | None = None) -> Tensor:
-        """This rank's positions of a sequence; see `zigzag_positions`."""
+        """Return the local positions of a sequence; see `zigzag_positions`."""
         return zigzag_positions(length, self.group.size(), self.group.rank(), device)
 
     def attend_global(
@@ -85,15 +84,15 @@ class ContextParallel(ParallelAxis):
         visible: Visible,
         causal: bool,
     ) -> Tensor:
-        """(B,H,S,K): attention of this rank's queries to the whole sequence of the keys.
+        """Return attention of the local queries to the full key sequence, (B,H,S,K).
 
-        Queries are at this rank's positions of their sequence, keys and values at its positions of
-        theirs, which has `key_length` positions and may be another; H is a multiple of G, whose
-        heads serve H/G neighbours each. `visible` is asked for any query positions, padding too,
-        and key positions < key_length; a query that may see nothing gets 0 and has no gradient.
-        `causal`: of one sequence a query sees what is not after it, and `visible` is not asked.
-        Padding must be finite, and in the gradient of the result 0 unless such a query sees
-        nothing.
+        Queries are at the local positions of their sequence, keys and values at the local positions
+        of theirs, which has `key_length` positions and may be a different sequence; H is a multiple
+        of G, and each key/value head serves H/G consecutive query heads. `visible` is called with
+        any query positions, including padding, and key positions < key_length; a fully masked query
+        has output 0 and no gradient. `causal`: queries and keys are of one sequence, a query
+        attends to positions up to its own, and `visible` is not called. Padding must be finite, and
+        the output's gradient 0 at padding unless that query is fully masked.
         """
         parts, part = self.group.size(), self.group.rank()
         queries = query_BHSK.shape[SEQUENCE_DIM]
@@ -124,9 +123,9 @@ def _attend_all_keys(
     visible: Visible,
     causal: bool,
 ) -> Tensor:
-    """Attention from queries at `rows_R` to all keys, which are in order.
+    """Return attention of queries at positions `rows_R` to all keys, in order of positions.
 
-    If causal, these are all queries, in order, of the keys' sequence.
+    If causal, the queries must be all those of the keys' sequence, in order.
     """
     if causal:
         return _masked_attention(query_BHRK, both_2BGCK, None, causal=True)
@@ -137,7 +136,7 @@ def _attend_all_keys(
 def _masked_attention(
     query_BHRK: Tensor, both_2BGCK: Tensor, mask: Tensor | None, causal: bool = False
 ) -> Tensor:
-    """torch's attention, except that a query that sees nothing gets 0 and has no gradient."""
+    """Return torch's attention, with output 0 and no gradient for fully masked queries."""
     key_BGCK, value_BGCK = both_2BGCK.unbind(0)
     group = query_BHRK.shape[1] // key_BGCK.shape[1]
     if mask is None:
@@ -145,9 +144,9 @@ def _masked_attention(
             query_BHRK, key_BGCK, value_BGCK, is_causal=causal, enable_gqa=group > 1
         )
     if group > 1:
-        # No fused CUDA kernel takes a mask and grouped heads at once: with a mask, repeat.
+        # No fused CUDA kernel supports a mask together with grouped heads: repeat them.
         key_BGCK, value_BGCK = (x.repeat_interleave(group, 1) for x in (key_BGCK, value_BGCK))
-    # What kernels make of a row without a key differs, NaN among it: let it see all, and drop it.
+    # Kernels differ on fully masked rows, some return NaN: unmask such a row and zero its output.
     sees = mask.any(-1, keepdim=True)
     mixed_BHRK = F.scaled_dot_product_attention(
         query_BHRK, key_BGCK, value_BGCK, attn_mask=mask | ~sees
@@ -156,7 +155,7 @@ def _masked_attention(
 
 
 def _gather_keys_values(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(2,B,G,C,K): all keys and values, in order (arXiv 2407.21783, section 3.3.2)."""
+    """Gather all keys and values in order, (2,B,G,C,K) (arXiv 2407.21783, section 3.3.2)."""
     parts, both_2BGTK = group.size(), torch.stack((key_BGTK, value_BGTK))
     if parts == 1:
         return both_2BGTK
@@ -165,15 +164,12 @@ def _gather_keys_values(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.Proces
 
 
 def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int) -> Tensor:
-    """Return attention of two chunks of queries, each over what is not after it.
-
-    Nothing else is computed.
-    """
+    """Return causal attention of the two local chunks of queries, skipping later keys."""
     chunk, mixed = query_BHSK.shape[SEQUENCE_DIM] // 2, []
     chunks = zip((part, 2 * parts - 1 - part), query_BHSK.chunk(2, SEQUENCE_DIM), strict=True)
     for index, query in chunks:
         end = (index + 1) * chunk
-        # Aligned at the lower right, which `is_causal` is not; torch's `causal_lower_right` breaks
+        # A lower-right aligned mask, unlike `is_causal`; torch's `causal_lower_right` breaks
         # torch.compile, selective activation checkpointing and every TorchDispatchMode.
         mask = query.new_ones(1, 1, chunk, end, dtype=torch.bool).tril(end - chunk)
         mixed.append(_masked_attention(query, both_2BGCK[:, :, :, :end], mask))
@@ -181,18 +177,16 @@ def _causal_chunks(query_BHSK: Tensor, both_2BGCK: Tensor, parts: int, part: int
 
 
 def _split_for_ranks(key_BGTK: Tensor, value_BGTK: Tensor, parts: int) -> Tensor:
-    """(2,B,G',T,K): key/value heads, repeated as little as makes `parts` divide them.
+    """Repeat key/value heads to the least number G' that `parts` divides, (2,B,G',T,K).
 
-    As `parts` divides H, the repeated G' still divides H.
+    As `parts` divides H, G' divides H too.
     """
     times = parts // math.gcd(key_BGTK.shape[1], parts)
     return torch.stack((key_BGTK, value_BGTK)).repeat_interleave(times, 2)
 
 
 def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Return all positions, in order, of this rank's heads, from (…,H,S,K) (Ulysses, arXiv
-    2309.14509).
-    """
+    """Exchange (…,H,S,K) for all positions of local heads (Ulysses, arXiv 2309.14509)."""
     parts = group.size()
     assert x.shape[-3] % parts == 0
     meant_for = x.unflatten(-3, (parts, -1)).movedim(-4, 0)
@@ -200,6 +194,6 @@ def _to_heads(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def _to_positions(x_BHRK: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Undoes `_to_heads`."""
+    """Invert `_to_heads`."""
     meant_for = torch.stack(split_zigzag(x_BHRK, group.size(), SEQUENCE_DIM))
     return Exchange.apply(meant_for, group).movedim(0, 1).flatten(1, 2)

@@ -1,7 +1,7 @@
-"""Attention computed tile by tile: each tile with its log-sum-exp, by which tiles are merged.
+"""Blockwise attention: each tile returns its output and log-sum-exp, by which tiles are merged.
 
-The softmax is online (arXiv 1805.02867), the gradients of a tile need nothing but the result and
-the log-sum-exp of all tiles (FlashAttention, arXiv 2205.14135, appendix B).
+The softmax is online (arXiv 1805.02867); a tile's gradients need only the merged output and
+log-sum-exp (FlashAttention, arXiv 2205.14135, appendix B).
 """
 
 # B batch, R query and C key positions, H query heads, G key/value heads, K width of a head.
@@ -16,10 +16,10 @@ _aten = torch.ops.aten
 
 
 class Kernel(NamedTuple):
-    """Attention of a tile with as many key/value heads as query heads, and its gradients.
+    """Forward and backward of a tile with as many key/value heads as query heads.
 
-    Forward of (query, key, value, mask, causal): output and log-sum-exp (B,H,R). Backward of
-    (gradient, query, key, value, output, log-sum-exp, mask, causal): those of query, key, value.
+    Forward: (query, key, value, mask, causal) -> output, log-sum-exp (B,H,R). Backward: (output
+    gradient, query, key, value, output, log-sum-exp, mask, causal) -> query, key, value gradients.
     """
 
     forward: Callable[..., tuple[Tensor, Tensor]]
@@ -29,9 +29,7 @@ class Kernel(NamedTuple):
 def tile_forward(
     query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return a tile's output (B,H,R,K) and log-sum-exp (B,H,R), which is -inf where it sees
-    nothing.
-    """
+    """Return a tile's output (B,H,R,K) and log-sum-exp (B,H,R), -inf for fully masked rows."""
     heads = query_BHRK.shape[1]
     out_BHRK, lse_BHR = kernel_for(query_BHRK, mask).forward(
         query_BHRK,
@@ -55,11 +53,9 @@ def tile_backward(
     mask: Tensor | None,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return a tile's gradients of query, key and value, from the result and log-sum-exp of all
-    tiles.
-    """
+    """Return a tile's query, key and value gradients, from the merged output and log-sum-exp."""
     heads, groups = query_BHRK.shape[1], key_BGCK.shape[1]
-    # Of a row that sees nothing at all every exp(-inf - lse) must be 0.
+    # For a fully masked row, exp(-inf - lse) must be 0 and not NaN.
     lse_BHR = lse_BHR.masked_fill(lse_BHR == -torch.inf, 0.0).contiguous()
     query_grad, *shared = kernel_for(query_BHRK, mask).backward(
         grad_BHRK,
@@ -76,7 +72,7 @@ def tile_backward(
 
 
 def merge_tile_(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_BHR: Tensor) -> None:
-    """Take one more tile of the same rows into the first two, in place."""
+    """Merge another tile of the same rows into `out_BHRK` and `lse_BHR`, in place."""
     total_BHR = torch.logaddexp(lse_BHR, more_lse_BHR)
     finite_BHR = total_BHR.masked_fill(total_BHR == -torch.inf, 0.0)
     old_BHR1 = (lse_BHR - finite_BHR).exp().unsqueeze(-1)
@@ -86,7 +82,7 @@ def merge_tile_(out_BHRK: Tensor, lse_BHR: Tensor, more_BHRK: Tensor, more_lse_B
 
 
 def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
-    """Return the fused kernel that has what this needs, or matrix products."""
+    """Return the fused kernel if it supports these inputs, otherwise matrix products."""
     device, width = query_BHRK.device.type, query_BHRK.shape[-1]
     half = query_BHRK.dtype in (torch.float16, torch.bfloat16)
     if device == "cuda" and (not half or mask is not None or width % 8 or width > 256):
@@ -95,7 +91,7 @@ def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return what is summed up over tiles is at least float32."""
+    """Return the dtype in which tiles are accumulated: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -106,7 +102,7 @@ def _repeat_kv_heads(x_BGCK: Tensor, heads: int) -> Tensor:
 def _scaled_scores(
     query: Tensor, key: Tensor, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, float]:
-    """Scores (B,H,R,C), -inf where nothing is to be seen, and their scale."""
+    """Return the scores (B,H,R,C), -inf where masked, and their scale."""
     scale, dtype = query.shape[-1] ** -0.5, accumulation_dtype(query.dtype)
     scores = query.to(dtype) @ key.to(dtype).mT * scale
     if causal:
@@ -119,8 +115,8 @@ def _products_forward(
 ) -> tuple[Tensor, Tensor]:
     scores, _ = _scaled_scores(query, key, mask, causal)
     lse = scores.logsumexp(-1)
-    share = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
-    return share @ value.to(share.dtype), lse
+    probabilities = (scores - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()
+    return probabilities @ value.to(probabilities.dtype), lse
 
 
 def _products_backward(
@@ -134,17 +130,17 @@ def _products_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, scale = _scaled_scores(query, key, mask, causal)
-    share = (scores - lse.unsqueeze(-1)).exp()
-    grad = grad.to(share.dtype)
+    probabilities = (scores - lse.unsqueeze(-1)).exp()
+    grad = grad.to(probabilities.dtype)
     mean = (grad * out).sum(-1, keepdim=True)
-    score_grad = share * (grad @ value.to(share.dtype).mT - mean) * scale
-    query_grad = score_grad @ key.to(share.dtype)
-    key_grad, value_grad = score_grad.mT @ query.to(share.dtype), share.mT @ grad
+    score_grad = probabilities * (grad @ value.to(probabilities.dtype).mT - mean) * scale
+    query_grad = score_grad @ key.to(probabilities.dtype)
+    key_grad, value_grad = score_grad.mT @ query.to(probabilities.dtype), probabilities.mT @ grad
     return query_grad.to(query.dtype), key_grad.to(query.dtype), value_grad.to(query.dtype)
 
 
 def _additive_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Return a mask as numbers that are added to scores."""
+    """Convert a boolean mask to an additive bias of the scores."""
     if mask is None:
         return None
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)

@@ -1,11 +1,11 @@
-"""Ring attention (arXiv 2310.01889): keys and values go round, every rank's queries meet them all.
+"""Ring attention (arXiv 2310.01889): keys and values are passed around a ring of ranks.
 
-No rank ever has more keys and values than its own and those that arrive. The backward goes round
-once more, and the gradients of keys and values travel with them until they are home.
+A rank holds its own keys and values, one other shard and the one being received. The backward
+passes them around once more, with their gradients, which end at the owner of the keys and values.
 """
 
-# B batch, S query positions here, T key positions here, H query heads, G key/value heads, K width
-# of a head; 2 stands for key and value.
+# B batch, S local query positions, T local key positions, H query heads, G key/value heads,
+# K width of a head; 2 stands for key and value.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Tile:
-    """Which of this rank's queries look at which keys of another rank."""
+    """The slices of local queries and of one rank's keys that attend to each other."""
 
     rows: slice
     columns: slice
@@ -39,8 +39,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class RingGeometry:
-    """One attention around a ring of ranks; `ContextParallel.attend_global` says what it is asked
-    for."""
+    """The arguments of one ring attention; see `ContextParallel.attend_global`."""
 
     group: dist.ProcessGroup
     key_length: int
@@ -48,7 +47,7 @@ class RingGeometry:
     causal: bool
 
     def iterate_owners(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """(owner, its tensor) of every rank, this one first; the next one is already under way."""
+        """Yield (owner, its tensor) of every rank, this one first, while the next is in flight."""
         parts, held = self.group.size(), own
         for step in range(parts):
             arriving = start_shift(held, self.group) if step < parts - 1 else None
@@ -57,13 +56,13 @@ class RingGeometry:
                 held = wait_tensor(arriving)
 
     def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
-        """Return what the owner of `keys` positions has to show; None = nothing but padding."""
+        """Return the tile of local queries and `owner`'s keys; None if the keys are all padding."""
         parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
         if self.causal:
             if owner == part:
                 return Tile(ALL, ALL, causal=True)
-            # Of a rank before this one the first chunk is before all queries, and the second after
-            # them; what a rank behind this one has lies between the two chunks of queries.
+            # A lower rank's first chunk of keys precedes all local queries, its second follows
+            # them; a higher rank's keys lie between the two chunks of local queries.
             half = slice(0, keys // 2) if owner < part else slice(rows // 2, rows)
             return Tile(ALL, half) if owner < part else Tile(half, ALL)
         chunk = keys // 2
@@ -73,7 +72,7 @@ class RingGeometry:
             return None
         device = query_BHSK.device
         positions = zigzag_positions(rows * parts, parts, part, device)
-        columns = zigzag_positions(keys * parts, parts, owner, device)[:real]  # padding comes last
+        columns = zigzag_positions(keys * parts, parts, owner, device)[:real]  # without padding
         return Tile(ALL, slice(0, real), self.visible(positions, columns))
 
 
@@ -124,6 +123,6 @@ class RingAttention(torch.autograd.Function):
                 grad_2BGTK[:, :, :, columns] = torch.stack(of_keys)
             if travelling is not None:
                 grad_2BGTK = grad_2BGTK + wait_tensor(travelling)
-            travelling = start_shift(grad_2BGTK, ring.group)  # after the last step: home
+            travelling = start_shift(grad_2BGTK, ring.group)  # the last shift is to the owner
         assert travelling is not None
         return query_grad_BHSK.to(query_BHSK.dtype), wait_tensor(travelling), None

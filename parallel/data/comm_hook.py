@@ -1,4 +1,4 @@
-"""Sums of gradients that are compressed on the wire; what that loses is kept for the next step."""
+"""Compressed gradient all-reduce with error feedback: the error is added in the next step."""
 
 from collections.abc import Iterator, Mapping
 
@@ -9,10 +9,10 @@ from torch.futures import Future
 
 
 class CompressedAllReduce:
-    """How the ranks with copies of a model sum their gradients, with two collectives a bucket.
+    """A gradient all-reduce over replicas with two collectives per bucket.
 
-    What is kept from step to step is kept by parameter, so that DDP may fill its buckets otherwise
-    in the first step of a process than in the others: a run that goes on does what it would have.
+    The state is stored per parameter, not per bucket: DDP assigns buckets differently in the first
+    step of a process, and a resumed run must compute the same sums as an uninterrupted one.
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
@@ -21,20 +21,17 @@ class CompressedAllReduce:
         self._begun: list[tuple[Iterator[None], Future[Tensor], Tensor]] = []
 
     def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace a bucket's gradients, by name, by their sums.
+        """Replace a bucket's gradients, by name, by their sums, in place.
 
-        A generator that yields after it has started its first collective and its second.
+        A generator that yields once after starting each of its two collectives.
         """
         raise NotImplementedError
 
     def end_step(self) -> None:
-        """All buckets of a step are summed."""
+        """Finish a step; called after all of its buckets are summed."""
 
     def error_feedback_state(self) -> dict[str, Tensor]:
-        """Return what this rank keeps, by name.
-
-        The tensors themselves, to be saved and to be loaded.
-        """
+        """Return this rank's state tensors by name, not copies; a checkpoint loads in place."""
         raise NotImplementedError
 
     def start_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:
@@ -48,7 +45,7 @@ class CompressedAllReduce:
         return future
 
     def finish_buckets(self) -> None:
-        """Bring all buckets to their end, in the order in which they were begun."""
+        """Complete all buckets, in the order in which they were started."""
         for steps, _, _ in self._begun:
             next(steps)
         for steps, future, buffer in self._begun:
@@ -61,11 +58,12 @@ class CompressedAllReduce:
 def compressed_allreduce_hook(
     exchange: CompressedAllReduce, bucket: dist.GradBucket
 ) -> Future[Tensor]:
-    """DDP's communication hook: the last bucket's brings all of them to their end.
+    """Start a bucket in DDP's communication hook; the last bucket completes all of them.
 
-    The first collectives overlap with the backward. The second ones wait for its end, so that all
-    ranks start all of them in one order: a callback would start a bucket's as soon as its first one
-    is done, which on one rank may be before the next bucket's first, and on another behind it.
+    The first collectives overlap with the backward. The second ones start after it, so that all
+    ranks issue them in the same order: a callback would start a bucket's second collective when its
+    first completes, which may be before the next bucket's first on one rank and after it on
+    another.
     """
     future = exchange.start_bucket(bucket)
     if bucket.is_last():
@@ -74,7 +72,5 @@ def compressed_allreduce_hook(
 
 
 def drop_nonfinite(lost: Tensor) -> Tensor:
-    """Return what a sum has lost, and nothing where a gradient was not finite: such a step is
-    dropped.
-    """
+    """Return the compression error with non-finite values set to 0: their step is skipped."""
     return torch.nan_to_num(lost, nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,4 +1,4 @@
-"""The axes of copies and shards: DDP or FSDP around a model, micro-batch after micro-batch."""
+"""Data parallelism over replicas and shards: DDP or FSDP, and the loop over micro-batches."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ from parallel.strategy import StrategyConfig
 
 
 class DataParallel(ParallelAxis):
-    """Sums gradients over the ranks with copies, and over those with shards, of any degree.
+    """The replicate, context and shard axes, of any degree, over which gradients are summed.
 
-    FSDP knows DTensors and forwards that wait for their backward, which DDP does not: where an
-    axis inside needs that, copies go this way too. `parameters` is the dtype that weights and
-    gradients are kept in, `compute` the one that FSDP gathers them in.
+    FSDP supports DTensors and several forwards before a backward, DDP does not: if an inner axis
+    needs either, FSDP also sums over the replicas. `parameters` is the dtype of weights and
+    gradients at rest, `compute` the dtype in which FSDP gathers weights.
     """
 
-    wrapped: nn.Module  # what a training forward goes through
+    wrapped: nn.Module  # the DDP or FSDP module that training forwards call
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class DataParallel(ParallelAxis):
         self.schedule = self
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Shard a meta model with FSDP, if the strategy needs that."""
+        """Shard a meta model with FSDP, if the strategy needs it."""
         if not self.shards:
             return
         assert isinstance(model, nn.Module)
@@ -57,26 +57,27 @@ class DataParallel(ParallelAxis):
         shard_with_fsdp(model, mesh, self._compute, reduce, frees)
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
-        """Wrap the finished model in DDP, if it has copies and FSDP does not sum over them."""
+        """Wrap the finished model in DDP, if it has replicas and FSDP does not sum over them."""
         assert isinstance(model, nn.Module)
         self._model, copies = model, None if sharded else self._copies
         self.wrapped, self._exchange = wrap_in_ddp(model, copies, self._strategy)
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
-        """One micro-batch after another, forward and backward."""
+        """Run forward and backward of one micro-batch after another."""
         for number, micro_batch in enumerate(micro_batches):
             with self._reducing(number == len(micro_batches) - 1):
                 loss_of(self.wrapped(micro_batch), number).backward()
 
     def forward(self, inputs: Inputs, cache: Any) -> Tensor | None:
-        """Return the logits as this rank computes them, without gradients."""
+        """Return the logits computed on this rank, without gradients."""
         return self._model(inputs, cache)
 
     @contextmanager
     def _reducing(self, reduce: bool) -> Iterator[None]:
-        """Replicas sum their gradients once, in the last micro-batch's backward.
+        """Return a context that sums gradients over the replicas only if `reduce`.
 
-        Shards do in every one: an unreduced gradient would need the whole model's memory.
+        Shards are reduced in every backward: unreduced gradients would take the memory of the full
+        model.
         """
         if isinstance(self.wrapped, FSDPModule):
             self.wrapped.set_requires_all_reduce(reduce)
@@ -88,16 +89,16 @@ class DataParallel(ParallelAxis):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """At its end free what FSDP has gathered."""
+        """Return a context that frees FSDP's gathered weights on exit."""
         try:
             yield
         finally:
-            # No backward follows that would free the gathered weights, and as long as they are
-            # there the parameters are not the sharded ones that a checkpoint must hold.
+            # No backward follows that would free the gathered weights, and until they are freed
+            # the registered parameters are not the sharded ones that a checkpoint saves.
             for module in self._model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
 
     def state(self) -> dict[str, Tensor]:
-        """Return what compressed sums have lost so far."""
+        """Return the error-feedback state of the compressed sums."""
         return {} if self._exchange is None else self._exchange.error_feedback_state()

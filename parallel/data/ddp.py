@@ -1,4 +1,4 @@
-"""DDP: every rank holds the whole model and gradients are summed over the replicate axis."""
+"""DDP: every rank has a full replica; gradients are summed over the replicas."""
 
 import torch
 from torch import distributed as dist
@@ -15,17 +15,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def reduce_dtype(reduce: str, weights: torch.dtype) -> torch.dtype:
-    """Return what gradients are rounded to before they are summed.
-
-    `weights` is the dtype of these.
-    """
+    """Return the dtype in which gradients are summed; "auto" is the dtype of the weights."""
     return DTYPES.get(reduce, weights)
 
 
 def sum_gradients(
     group: dist.ProcessGroup, bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    """All-reduce a bucket as a sum: the loss was already divided by the global target count."""
+    """All-reduce a bucket as a sum: the loss is already divided by the global target count."""
     work = dist.all_reduce(bucket.buffer(), group=group, async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
@@ -33,7 +30,7 @@ def sum_gradients(
 def sum_rounded(
     how: tuple[dist.ProcessGroup, torch.dtype], bucket: dist.GradBucket
 ) -> torch.futures.Future[torch.Tensor]:
-    """All-reduce a bucket as a sum in another dtype; torch's own hook for bf16 refuses gloo."""
+    """All-reduce a bucket as a sum in another dtype; torch's bf16 hook does not support gloo."""
     group, dtype = how
     gradients = bucket.buffer()
     work = dist.all_reduce(gradients.to(dtype), group=group, async_op=True)
@@ -43,7 +40,7 @@ def sum_rounded(
 def build_comm_hook(
     model: nn.Module, mesh: DeviceMesh, strategy: StrategyConfig
 ) -> CompressedAllReduce | None:
-    """Return what compresses the sums of a materialised model's gradients; None if they are not."""
+    """Build the compressed all-reduce of a materialised model; None if reduce is uncompressed."""
     if strategy.reduce == "int8":
         return Int8AllReduce(model, mesh.get_group())
     if strategy.reduce == "powersgd":
@@ -55,9 +52,10 @@ def build_comm_hook(
 def wrap_in_ddp(
     model: nn.Module, mesh: DeviceMesh | None, strategy: StrategyConfig
 ) -> tuple[nn.Module, CompressedAllReduce | None]:
-    """Wrap a materialised model; one sum per `bucket_mib` MiB of gradients, overlapped.
+    """Wrap a materialised model in DDP; without a mesh return it unwrapped.
 
-    Returns too what compresses the sums, if something does. Without a mesh nothing is wrapped.
+    Also returns the compressed all-reduce, or None. Buckets have `bucket_mib` MiB of gradients and
+    are reduced during the backward.
     """
     if mesh is None:
         return model, None
@@ -65,7 +63,7 @@ def wrap_in_ddp(
     wrapped = DistributedDataParallel(
         model,
         process_group=group,
-        init_sync=False,  # all ranks drew the same weights
+        init_sync=False,  # all ranks initialised the same weights
         bucket_cap_mb=strategy.bucket_mib,
         gradient_as_bucket_view=True,
     )

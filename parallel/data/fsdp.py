@@ -1,5 +1,4 @@
-"""FSDP (FSDP2's `fully_shard`): parameters, gradients and optimizer state split over
-`shard_with_fsdp`."""
+"""FSDP2 (`fully_shard`): parameters, gradients and optimizer state are sharded over ranks."""
 
 import warnings
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ def shard_with_fsdp(
     reduce: torch.dtype,
     reshard_after_forward: bool,
 ) -> None:
-    """Shard every block, and then embedding and head as one more group, in place.
+    """Apply `fully_shard` to every block, then to embedding and head as one group, in place.
 
     `mesh` is (shard) or, for hybrid sharding, (replicate, shard). Weights are gathered in
     `compute`, gradients reduced in `reduce`; both as in ZeRO (arXiv 1910.02054).
@@ -26,13 +25,13 @@ def shard_with_fsdp(
     policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=reduce, cast_forward_inputs=False
     )
-    # An encoder block hands the decoder's waiting stream on untouched, as a view; nothing writes
-    # into it, which is what the warning is about.
+    # An encoder block returns the decoder's activations unchanged, as a view; the warning is about
+    # writing to it in place, which nothing does.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard_after_forward)
-    # The head is the last of the forward and the first of the backward: freeing it between the
-    # two would only gather it again at once.
+    # The head runs last in the forward and first in the backward: resharded in between, it would
+    # be gathered again immediately.
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -43,10 +42,9 @@ def shard_with_fsdp(
 
 @contextmanager
 def one_reduction(model: object) -> Iterator[None]:
-    """Keep weights gathered and gradients whole inside, and reduce the gradients once at the end.
+    """Keep weights gathered and gradients unreduced inside; reduce the gradients once on exit.
 
-    Does what FSDP does after a backward, as torch's own pipeline stage does; of a model that is not
-    FSDP's nothing.
+    Runs FSDP's post-backward as torch's pipeline stage does. Does nothing without FSDP.
     """
     if not isinstance(model, FSDPModule):
         yield

@@ -1,7 +1,7 @@
-"""PowerSGD: matrices of gradients summed as products of two thin ones (arXiv 1905.13727).
+"""PowerSGD: gradient matrices summed as low-rank factors (arXiv 1905.13727).
 
-torch has it as a hook of DDP. Here what is kept is kept by parameter, so that it can be saved and
-goes on in the first step of a process, and all collectives come in one order on gloo too.
+Unlike torch's DDP hook, this one stores its state per parameter, so that it can be saved and
+resumed from the first step of a process, and issues all collectives in one order, on gloo too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,29 +14,29 @@ from torch import distributed as dist
 from parallel.collectives import start_all_reduce, wait_tensor
 from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite
 
-LEAST_GAIN = 2  # a matrix is compressed where that makes it so many times smaller
+LEAST_GAIN = 2  # a matrix is compressed if its factors are smaller by more than this ratio
 
 
 def factor_sizes(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Numbers in the two factors of a matrix; (0, 0) where it is summed as it is."""
+    """Return the elements of a matrix's two factors; (0, 0) if it is summed uncompressed."""
     rows, columns = shape[0], prod(shape[1:])
     small = rank * (rows + columns) * LEAST_GAIN < rows * columns
     return (rows * rank, columns * rank) if small else (0, 0)
 
 
 class PowerSGDAllReduce(CompressedAllReduce):
-    """One step of the power method per step of training, on the sum over the ranks.
+    """An all-reduce by one power iteration per training step, on the sum over the ranks.
 
-    M ≈ P Qᵀ, with P an orthonormal basis of M Q and the next Q = Mᵀ P. What a rank's part of
-    it misses of the gradient is added to the gradient of the next step (section 3 of the paper).
+    M ≈ P Qᵀ, with P an orthonormal basis of M Q and the next Q = Mᵀ P. Each rank's approximation
+    error is added to its gradient of the next step (section 3 of the paper).
     """
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup, rank: int, start_step: int):
         super().__init__(model, group)
         self._start_step = start_step
-        self._steps = torch.zeros((), dtype=torch.int64)  # done, of the whole run
-        self._lost: dict[str, Tensor] = {}  # (rows, columns)
-        self._right: dict[str, Tensor] = {}  # Q, (columns, rank), the same on every rank
+        self._steps = torch.zeros((), dtype=torch.int64)  # steps of the run so far
+        self._lost: dict[str, Tensor] = {}  # approximation error, (rows, columns)
+        self._right: dict[str, Tensor] = {}  # Q, (columns, rank), identical on every rank
         for number, (name, parameter) in enumerate(model.named_parameters()):
             rows = parameter.shape[0]
             if any(factor_sizes(parameter.shape, rank)):
@@ -46,14 +46,14 @@ class PowerSGDAllReduce(CompressedAllReduce):
                 self._right[name] = first.to(parameter.device, parameter.dtype)
 
     def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:
-        """Replace gradients by their sums, of matrices a product that is close to it."""
+        """Replace gradients by their sums, those of large matrices by low-rank approximations."""
         starts = self._steps >= self._start_step
         names = [name for name in gradients if starts and name in self._lost]
         others = [gradient for name, gradient in gradients.items() if name not in names]
         lost, right = ([kept[n] for n in names] for kept in (self._lost, self._right))
         own = [gradients[n].reshape(k.shape) + k for n, k in zip(names, lost, strict=True)]
         for q in right:
-            q.copy_(_orthonormal_basis(q))  # so that rounding spares the small directions
+            q.copy_(_orthonormal_basis(q))  # against rounding of the small directions
         left = [m @ q for m, q in zip(own, right, strict=True)]
         flat = start_all_reduce(_flatten_tensors(left + others), self.group)
         yield
@@ -74,11 +74,11 @@ class PowerSGDAllReduce(CompressedAllReduce):
             self._right[name].copy_(drop_nonfinite(q))
 
     def end_step(self) -> None:
-        """Count."""
+        """Count the step."""
         self._steps += 1
 
     def error_feedback_state(self) -> dict[str, Tensor]:
-        """Return what this rank has lost, the factors to go on from, and the steps done."""
+        """Return this rank's compression errors, the next step's factors, and the step count."""
         return (
             {f"{name}.lost": lost for name, lost in self._lost.items()}
             | {f"{name}.right": q for name, q in self._right.items()}
@@ -87,7 +87,7 @@ class PowerSGDAllReduce(CompressedAllReduce):
 
 
 def _orthonormal_basis(x: Tensor) -> Tensor:
-    """Return an orthonormal basis of the columns' span; any, where they are zero."""
+    """Return an orthonormal basis of the column space, arbitrary for zero columns."""
     return torch.linalg.qr(x).Q
 
 

@@ -1,47 +1,45 @@
-"""Judging heartbeats: which rank is silent, stuck or slow; pure functions on plain data."""
+"""Diagnosis of silent, stuck and slow ranks from heartbeats; pure functions on plain data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import median
 
-SLOW_RATIO = 2.0  # a rank that computes so many times as long as the median is named
+SLOW_RATIO = 2.0  # compute time over the others' median, above which a rank is reported
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """A report of a rank on itself, about every second, as long as its process runs."""
+    """The state of a rank, reported about every second while its process runs."""
 
-    number: int  # so that no two are the same
+    number: int  # makes successive heartbeats differ
     host: str
     pid: int
-    parent: int  # of the launcher: ranks of one parent can end each other
+    parent: int  # pid of the launcher; ranks with the same parent can kill each other
     step: int
-    progress: int  # goes up whenever the main thread has got something done
-    patience: float  # seconds without progress that are still in order; 0 = any
-    collective: str  # that its main thread waits in, or its last one
-    waiting: bool  # the main thread is in a collective
-    place: str  # of ours that the main thread is at
-    stack: str  # of the main thread, if it has made no progress since the beat before
-    own_seconds: float  # computed in training steps
-    own_steps: int  # these steps
-    left: bool = False  # it has done its work: no further beat comes
+    progress: int  # counter that the main thread increments
+    patience: float  # seconds allowed without progress; 0 = unlimited
+    collective: str  # the one that the main thread waits in, or its last one
+    waiting: bool  # whether the main thread is in a collective
+    place: str  # source line of this project that the main thread is at
+    stack: str  # of the main thread, if there was no progress since the previous heartbeat
+    own_seconds: float  # compute time in training steps
+    own_steps: int  # number of these steps
+    left: bool = False  # the rank has finished: its last heartbeat
 
 
 @dataclass
 class LastSeen:
-    """The last beat of a rank, and when it and its progress changed (the reader's clock)."""
+    """The last heartbeat of a rank, and when it and its progress changed (the reader's clock)."""
 
     beat: Heartbeat
-    changed: float
-    moved: float
+    changed: float  # seconds, when the heartbeat last changed
+    moved: float  # seconds, when its progress last changed
     raw: bytes = b""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The reason that a run ends: ranks to blame, those of them without a heartbeat, and the
-    words.
-    """
+    """The reason to end a run: ranks at fault, those of them without a heartbeat, and a message."""
 
     ranks: list[int]
     silent: list[int]
@@ -51,12 +49,10 @@ class Verdict:
 def diagnose_ranks(
     seen: Mapping[int, LastSeen], now: float, timeout: float, interval: float
 ) -> Verdict | None:
-    """Return the verdict on ranks that have been silent, or without progress, for too long.
+    """Return a verdict if ranks are silent or without progress for too long, otherwise None.
 
-    None = fine.
-
-    `timeout`: seconds of silence allowed; of progress each beat says so itself. `interval`: between
-    two beats.
+    `timeout` is the allowed silence in seconds, `interval` the seconds between two heartbeats; the
+    allowed time without progress is each heartbeat's `patience`.
     """
     seen = {rank: s for rank, s in seen.items() if not s.beat.left}
     quiet = {rank: now - s.changed for rank, s in seen.items()}
@@ -64,7 +60,7 @@ def diagnose_ranks(
     silent = [rank for rank, seconds in quiet.items() if seconds > timeout]
     if not stuck and not silent:
         return None
-    # All ranks stand still when one does: whose heart has stopped for a few beats is the cause.
+    # One stopped rank blocks all others: ranks that missed a few heartbeats are the cause.
     silent = silent or [rank for rank, seconds in quiet.items() if seconds > 2.5 * interval + 0.5]
     blamed = silent or _lagging_ranks({rank: seen[rank].beat for rank in seen})
     seconds = max([quiet[r] for r in silent] or [now - seen[r].moved for r in blamed])
@@ -75,7 +71,7 @@ def diagnose_ranks(
 
 
 def _lagging_ranks(beats: Mapping[int, Heartbeat]) -> list[int]:
-    """Return the ranks that the others wait for; all, if each waits in a collective."""
+    """Return the ranks that the others wait for: computing, behind, or in another collective."""
     computing = [rank for rank, beat in beats.items() if not beat.waiting]
     if computing:
         return computing
@@ -83,7 +79,7 @@ def _lagging_ranks(beats: Mapping[int, Heartbeat]) -> list[int]:
     late = [rank for rank, beat in beats.items() if beat.progress < last]
     if late:
         return late
-    # They wait in different collectives: the smaller party is named.
+    # The ranks wait in different collectives: return the smallest group.
     parties: dict[str, list[int]] = {}
     for rank, beat in beats.items():
         parties.setdefault(beat.collective, []).append(rank)
@@ -91,7 +87,7 @@ def _lagging_ranks(beats: Mapping[int, Heartbeat]) -> list[int]:
 
 
 def _blame_details(seen: Mapping[int, LastSeen], blamed: list[int]) -> list[str]:
-    """Return where the ranks to blame are, and what the others wait in."""
+    """Format the position of the blamed ranks and the state of the others, one line each."""
     lines = []
     for rank in blamed:
         beat = seen[rank].beat
@@ -110,7 +106,7 @@ def _blame_details(seen: Mapping[int, LastSeen], blamed: list[int]) -> list[str]
 
 
 def format_ranks(ranks: list[int]) -> str:
-    """rank 1; ranks 0, 2; a long list is cut."""
+    """Format ranks as "rank 1" or "ranks 0, 2"; at most eight are listed."""
     shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
@@ -118,7 +114,10 @@ def format_ranks(ranks: list[int]) -> str:
 def find_slow_ranks(
     before: Mapping[int, Heartbeat], after: Mapping[int, Heartbeat]
 ) -> dict[int, float]:
-    """Ranks whose own seconds per step, between two beats, are far above the others': the ratio."""
+    """Map slow ranks to the ratio of their compute time per step to the others' median.
+
+    `before` and `after` are heartbeats at the start and end of the window; see SLOW_RATIO.
+    """
     own = {}
     for rank in before.keys() & after.keys():
         steps = after[rank].own_steps - before[rank].own_steps

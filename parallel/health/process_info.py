@@ -1,4 +1,4 @@
-"""Diagnostics of a process: its main thread, its collectives, its relatives, its memory limit."""
+"""Process diagnostics: main thread, collectives, parent process, out-of-memory kills."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from torch._C import _distributed_c10d
 
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("parallel", "trainer", "launch"))
-WAITS = f"{os.sep}torch{os.sep}distributed{os.sep}"  # the code that collectives are called from
+WAITS = f"{os.sep}torch{os.sep}distributed{os.sep}"  # path of the code that calls collectives
 STACK_LINES = 12
 
 
@@ -22,9 +22,7 @@ def main_frame() -> FrameType | None:
 
 
 def source_line(frame: FrameType | None) -> str:
-    """Return the innermost line of this project that a thread is at: trainer/loop.py:97
-    (take_step).
-    """
+    """Return a thread's innermost line in this project, as "trainer/loop.py:97 (take_step)"."""
     while frame is not None:
         file = frame.f_code.co_filename
         if file.startswith(OURS):
@@ -35,15 +33,12 @@ def source_line(frame: FrameType | None) -> str:
 
 
 def format_stack(frame: FrameType | None) -> str:
-    """Return the innermost lines of a thread's stack, as a trace shows them."""
+    """Format the innermost lines of a thread's stack as in a traceback."""
     return "".join(traceback.format_stack(frame)[-STACK_LINES:]).rstrip() if frame else ""
 
 
 def last_collective(cuda: bool) -> tuple[str, bool]:
-    """Return the collective that goes on, or the last one: name, number, group and size.
-
-    And which.
-    """
+    """Return the pending or last collective (name, number, group, sizes), and if it is pending."""
     name = "_dump_nccl_trace_json" if cuda else "_dump_fr_trace_json"
     dump = getattr(_distributed_c10d, name, None)
     entries = json.loads(dump(True, False)).get("entries", []) if dump else []
@@ -64,10 +59,7 @@ def is_in_collective(frame: FrameType | None) -> bool:
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether a process of this host still runs.
-
-    A dead one that nobody has asked for does not.
-    """
+    """Return whether a process of this host is running; a zombie is not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -75,7 +67,7 @@ def is_alive(pid: int) -> bool:
 
 
 def parent_pid(pid: int) -> int:
-    """Return the parent of a process of this host; 0 if there is no such process."""
+    """Return the parent pid of a process of this host; 0 if there is no such process."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError):
@@ -83,7 +75,7 @@ def parent_pid(pid: int) -> int:
 
 
 def count_oom_kills() -> int:
-    """Return how many processes of this control group the kernel has killed for want of memory."""
+    """Return the number of out-of-memory kills in this process's control group; 0 if unknown."""
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -101,25 +93,25 @@ def count_oom_kills() -> int:
 
 
 class BusyTime:
-    """Seconds that a thread has computed, or waited for a core to compute on.
+    """A clock of a thread's time on a core or in the run queue.
 
-    What it sleeps in a collective does not count: a slow rank is the one that does not sleep.
+    Time asleep in a collective does not count: a slow rank is the one that does not sleep.
     """
 
     def __init__(self) -> None:
-        """Watch the thread that calls."""
+        """Measure the calling thread."""
         path = f"/proc/self/task/{threading.get_native_id()}/schedstat"
         self._file = os.open(path, os.O_RDONLY) if Path(path).exists() else -1
 
     def busy_seconds(self) -> float:
-        """So far; 0.0 where the system does not tell."""
+        """Return the seconds so far; 0.0 if the system does not report them."""
         if self._file < 0:
             return 0.0
         ran, queued = os.pread(self._file, 64, 0).split()[:2]
         return (int(ran) + int(queued)) / 1e9
 
     def close(self) -> None:
-        """No more is asked."""
+        """Close the file; `busy_seconds` returns 0.0 from now on."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1

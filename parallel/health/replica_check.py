@@ -1,4 +1,4 @@
-"""Copies that several ranks have of one tensor, compared by a digest of their bits."""
+"""Comparison of a tensor's replicas on several ranks by a digest of their bits."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.grad_norm import local_tensor
 
-CHUNK = 1 << 20  # numbers that are widened to 64 bits at once
+CHUNK = 1 << 20  # elements converted to int64 at a time
 # Odd multipliers (SplitMix64, Steele et al. 2014) as signed 64-bit integers.
 GOLDEN, MIXER = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -20,18 +20,17 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # b
 
 @dataclass(frozen=True)
 class ReplicaMismatch:
-    """A tensor whose copies differ."""
+    """A tensor whose replicas differ."""
 
     name: str
-    ranks: list[int]  # that differ from most; all that have a copy where there is no majority
-    copies: int
+    ranks: list[int]  # those that differ from the majority; all with a replica if there is none
+    copies: int  # number of replicas
 
 
 def tensor_digest(tensor: Tensor, weights: Tensor) -> Tensor:
-    """Return an int64 scalar made of a tensor's bits and their order; `weights` are
-    `digest_weights`.
+    """Return an order-dependent int64 digest of a tensor's bits; see `digest_weights`.
 
-    A sum of products modulo 2**64 with odd factors: any change of a single number changes it.
+    A sum of products modulo 2**64 with odd factors: any change of a single element changes it.
     """
     flat = tensor.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
@@ -43,7 +42,7 @@ def tensor_digest(tensor: Tensor, weights: Tensor) -> Tensor:
 
 
 def digest_weights(device: torch.device) -> Tensor:
-    """(CHUNK,) int64: a pseudo-random odd number for each place."""
+    """Return pseudo-random odd numbers, int64 (CHUNK,)."""
     mixed = torch.arange(1, CHUNK + 1, device=device) * GOLDEN
     mixed = (mixed ^ (mixed >> 30)) * MIXER
     return (mixed ^ (mixed >> 27)) | 1
@@ -52,15 +51,15 @@ def digest_weights(device: torch.device) -> Tensor:
 def find_replica_mismatches(
     tensors: Mapping[str, Tensor], device: torch.device
 ) -> list[ReplicaMismatch]:
-    """Return the tensors, of this rank and all others, whose copies differ, by name.
+    """Return the tensors of all ranks whose replicas differ; a collective call.
 
-    Every rank calls it with what it has, and gets the same. Copies are tensors, or parts of them,
-    of one name that lie at the same place of all axes that split them, whatever strategy made them.
+    Every rank passes its own tensors and gets the same result. Replicas are tensors of one name, or
+    shards of them with the same coordinates on all mesh axes that shard them, under any strategy.
     """
     weights = digest_weights(device)
     keys = {_tensor_key(name, tensor): name for name, tensor in tensors.items()}
     count = torch.tensor(len(tensors), device=device)
-    dist.all_reduce(count, op=dist.ReduceOp.MAX)  # ranks of a pipeline have unequal numbers
+    dist.all_reduce(count, op=dist.ReduceOp.MAX)  # pipeline ranks have different numbers
     own = torch.zeros(int(count.item()), 2, dtype=torch.int64, device=device)
     if tensors:
         own[: len(keys), 0] = torch.tensor(list(keys), device=device)
@@ -73,13 +72,13 @@ def find_replica_mismatches(
     if not found:
         return []
     every: list = [None] * dist.get_world_size()
-    dist.all_gather_object(every, keys)  # a name may be known to ranks of another stage alone
+    dist.all_gather_object(every, keys)  # a name may exist on ranks of another stage only
     names = {key: name for theirs in every for key, name in theirs.items()}
     return [ReplicaMismatch(names[key], ranks, copies) for key, (ranks, copies) in found.items()]
 
 
 def _find_odd_ranks(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int], int]]:
-    """By key the odd ranks and the number of copies, from the (key, digest) of every rank."""
+    """Map keys to deviating ranks and number of replicas, from every rank's (key, digest) pairs."""
     digests: dict[int, dict[int, int]] = {}
     for rank, pairs in enumerate(everyone):
         for key, value in pairs:
@@ -96,14 +95,14 @@ def _find_odd_ranks(everyone: list[list[list[int]]]) -> dict[int, tuple[list[int
 
 
 def _tensor_key(name: str, tensor: Tensor) -> int:
-    """63 bits, never 0, of a tensor's name and of which part of it this rank has."""
+    """Return a non-zero 63-bit hash of a tensor's name and this rank's shard coordinates."""
     part: list[tuple[str, int]] = []
     if isinstance(tensor, DTensor):
         mesh = tensor.device_mesh
         axes = zip(
             mesh.mesh_dim_names or (), mesh.get_coordinate() or (), tensor.placements, strict=True
         )
-        # Not `is_shard`: of the strided shards of FSDP × tensor it says no.
+        # Not `is_shard`, which is False for the strided shards of FSDP × tensor.
         part = [(axis, place) for axis, place, how in axes if not how.is_replicate()]
     hashed = blake2b(repr((name, part)).encode(), digest_size=8).digest()
     return int.from_bytes(hashed, "little") >> 1 | 1

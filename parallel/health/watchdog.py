@@ -1,7 +1,7 @@
-"""A thread that watches over its rank: signals, the launcher, heartbeats, and an end to a hang.
+"""A watchdog thread per rank: handles signals, loss of the launcher, heartbeats and hangs.
 
-It runs while the main thread is in a collective: those let other threads run, so a rank that hangs
-still beats, and still hears what the others have found.
+Collectives release the GIL, so the thread also runs while the main thread is in one: a hung rank
+still sends heartbeats and receives verdicts.
 """
 
 import json
@@ -41,45 +41,45 @@ from parallel.health.process_info import (
 from parallel.runtime import Runtime, all_reduce_max
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-# A terminal's Ctrl-C reaches launcher and ranks, and the launcher sends it on: the same one again.
+# Ctrl-C in a terminal reaches launcher and ranks, and the launcher forwards it: ignore duplicates.
 ECHO_SECONDS = 1.0
-LONG = 10  # times timeout_seconds without progress while a run starts or saves
+LONG = 10  # multiple of timeout_seconds allowed without progress while a run starts or saves
 FAILED, STOPPED, HUNG = 1, 75, 77  # exit codes
-COMPARED_STEPS = 20  # at least, before a rank is called slow
-GRACE_SECONDS = 3.0  # for a rank to leave by itself once another one has failed
+COMPARED_STEPS = 20  # minimum number of steps before a rank is reported as slow
+GRACE_SECONDS = 3.0  # for a rank to exit by itself after another one has failed
 
 log = logging.getLogger(__name__)
-Tell = Callable[[str, int, int], None]  # (reason, rank to blame, exit code), just before the end
+Tell = Callable[[str, int, int], None]  # (reason, rank at fault, exit code), called before exit
 
 
 class StoppedError(Exception):
-    """The run was asked to stop by a signal; every rank raises it at the same point."""
+    """A signal requested a stop; every rank raises this at the same point."""
 
 
 class RankLostError(Exception):
-    """Another rank's process is gone; the message says which."""
+    """Another rank's process has exited; the message names it."""
 
 
 class Watchdog:
-    """One rank under watch, from entering to leaving the context, in the main thread.
+    """The watchdog of one rank: a context manager, to be entered in the main thread.
 
-    `timeout_seconds`: 0 = nothing is ended. `tell` is called by one rank before it ends a run.
-    `window_seconds`: of training that ranks' own times are compared over.
+    `timeout_seconds`: 0 = hangs are not detected. `tell` is called on one rank before it ends a
+    run. `window_seconds`: period of training over which the ranks' compute times are compared.
     """
 
     def __init__(
         self, runtime: Runtime, timeout_seconds: float, tell: Tell, window_seconds: float = 10.0
     ):
         self.runtime, self.timeout = runtime, timeout_seconds
-        self.signal = 0  # that asked this rank to stop; 0 = none
+        self.signal = 0  # number of the signal that requested a stop; 0 = none
         self._tell = tell
         self._window = window_seconds
         self._interval = min(1.0, timeout_seconds / 10) if timeout_seconds else 1.0
         self._signalled_at = self._failed_at = 0.0
-        self._step, self._progress, self._long = 0, 0, True  # a run starts slowly
-        self._number = 0  # of beats
-        self._heard = time.monotonic()  # when the store last answered
-        self._shown = -1  # progress at the last beat
+        self._step, self._progress, self._long = 0, 0, True  # startup is slow
+        self._number = 0  # of heartbeats sent
+        self._heard = time.monotonic()  # time of the store's last response
+        self._shown = -1  # progress at the last heartbeat
         self._own_steps, self._own_seconds = 0, 0.0
         self._parent = os.getppid()
         self._launched = "TORCHELASTIC_RUN_ID" in os.environ
@@ -87,11 +87,11 @@ class Watchdog:
         self._seen: dict[int, LastSeen] = {}
         self._before: dict[int, Heartbeat] = {}  # at the start of the window
         self._before_at = 0.0
-        self._slow: set[int] = set()  # named already
+        self._slow: set[int] = set()  # already reported
         self._store: dist.Store | None = None
         if runtime.world_size > 1 and runtime.store is not None:
-            # Each watch of this launch has its own keys, and its own connection: the main thread
-            # blocks its one while it waits for a key.
+            # Each watchdog of this launch has its own keys and connection: the main thread blocks
+            # its connection while it waits for a key.
             number = runtime.store.add(f"watch{runtime.rank}", 1)
             self._store = dist.PrefixStore(f"watch{number}", runtime.store.clone())  # type: ignore[attr-defined]
 
@@ -101,7 +101,7 @@ class Watchdog:
         os.set_blocking(self._write, False)
         self._handlers: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            # Python runs handlers in the main thread, which may be stuck; this tells ours at once.
+            # Python runs handlers in the main thread, which may be stuck; this wakes ours at once.
             self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
             for number in SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants
@@ -131,16 +131,16 @@ class Watchdog:
         os.close(self._write)
         self._own.close()
 
-    # What the main thread says.
+    # Called by the main thread.
 
     def report_progress(self, step: int) -> None:
-        """The run has got something done at this step."""
+        """Record progress at this step."""
         self._step = step
         self._progress += 1
 
     @contextmanager
     def track_step(self) -> Iterator[None]:
-        """Around a training step: this rank's own time in it is measured."""
+        """Return a context that measures this rank's compute time in a training step."""
         began = self._own.busy_seconds()
         yield
         self._own_seconds += self._own.busy_seconds() - began
@@ -149,7 +149,7 @@ class Watchdog:
 
     @contextmanager
     def allow_long(self) -> Iterator[None]:
-        """Allow ten times as long as for a step, in this context."""
+        """Return a context in which LONG times the time-out is allowed without progress."""
         self._long, before = True, self._long
         try:
             yield
@@ -158,21 +158,21 @@ class Watchdog:
             self._long = before
 
     def stop_requested(self) -> bool:
-        """Return whether any rank was asked to stop.
+        """Return whether a stop was requested on any rank.
 
-        Every rank calls it, and gets the same answer.
+        A collective call; every rank gets the same result.
         """
         (found,) = all_reduce_max(self.runtime, [self.signal])
         self.signal = self.signal or found
         return bool(found)
 
     def announce_failure(self) -> None:
-        """This rank fails: the others leave, too."""
+        """Post that this rank failed, so that the others exit too."""
         if self._store is not None:
             self._post_verdict({"by": self.runtime.rank, "code": FAILED})
 
     def wait_for_all(self, seconds: float = 60.0) -> None:
-        """Wait until all ranks are here: whoever leaves first ends the others."""
+        """Wait up to `seconds` for all ranks: the first one to exit would end the others."""
         if self._store is None:
             return
         self._store.add("here", 1)
@@ -183,7 +183,10 @@ class Watchdog:
             time.sleep(0.02)
 
     def find_lost_ranks(self) -> RankLostError | None:
-        """After a collective has failed: the error of ranks whose process is gone, if any is."""
+        """Return an error naming ranks that have exited, after a failed collective; None if none.
+
+        May sleep for two and a half heartbeat intervals.
+        """
         if self._store is None or self._store.check(["verdict"]):
             return None
         first = self._read_heartbeats()
@@ -205,7 +208,7 @@ class Watchdog:
     def _print_stacks(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number
 
-    # The thread.
+    # Run by the watchdog's threads.
 
     def _watch_loop(self) -> None:
         watches = self._launched or (self._store is not None and self.timeout > 0)
@@ -222,7 +225,7 @@ class Watchdog:
                 self._beat_and_check()
 
     def _on_signal(self, number: int) -> None:
-        self._leave_if_orphaned()  # a launcher's death may come as a signal
+        self._leave_if_orphaned()  # the launcher's exit may arrive as a signal
         now = time.monotonic()
         name = signal.Signals(number).name
         if not self._signalled_at:
@@ -238,9 +241,10 @@ class Watchdog:
             self._end_process("its launcher is gone", self.runtime.rank, FAILED)
 
     def _leave_if_cut_off(self) -> None:
-        """End a rank that neither gets on nor reaches the store: no verdict would reach it.
+        """Exit if this rank makes no progress and cannot reach the store to receive a verdict.
 
-        A thread of its own: where a cable is cut, a word to the store waits for minutes.
+        Runs in a separate thread: with a broken connection, a request to the store blocks for
+        minutes.
         """
         progress, moved = self._progress, time.monotonic()
         while not self._ended:
@@ -265,13 +269,13 @@ class Watchdog:
             return
         try:
             store.set(f"beat{rank}", _encode_heartbeat(self._make_heartbeat()))
-            if rank in (0, 1, self.runtime.world_size - 1):  # no single one decides
+            if rank in (0, 1, self.runtime.world_size - 1):  # no single point of failure
                 self._check_heartbeats()
             if store.check(["verdict"]):
                 self._act_on_verdict(json.loads(store.get("verdict")))
             self._heard = time.monotonic()
         except dist.DistError:
-            # The launcher has ended, or its host is gone: its other children will tell.
+            # The launcher has exited or its host is lost: its other ranks will report it.
             self._store = None
 
     def _make_heartbeat(self) -> Heartbeat:
@@ -328,10 +332,10 @@ class Watchdog:
             self._warn_slow_ranks(now)
 
     def _warn_slow_ranks(self, now: float) -> None:
-        """Name a rank whose own time in training steps is far above the others', once."""
+        """Log a warning, once per rank, if its compute time is far above the others'."""
         beats = {rank: seen.beat for rank, seen in self._seen.items()}
         if self._before:
-            steps = beats[0].own_steps - self._before[0].own_steps  # all ranks take the same
+            steps = beats[0].own_steps - self._before[0].own_steps  # the same on all ranks
             if now - self._before_at < self._window or steps < COMPARED_STEPS:
                 return
         for rank, ratio in find_slow_ranks(self._before, beats).items():
@@ -351,7 +355,7 @@ class Watchdog:
         self._store.compare_set("verdict", "", json.dumps(verdict))  # the first one counts
 
     def _act_on_verdict(self, verdict: dict[str, Any]) -> None:
-        """End this rank, and the stopped ones of this host, which hear no signal but SIGKILL."""
+        """End this rank and kill stopped ones of this host, which react to SIGKILL only."""
         if verdict["code"] == FAILED:
             self._failed_at = self._failed_at or time.monotonic()
             if verdict["by"] != self.runtime.rank and (

@@ -6,16 +6,16 @@ from itertools import accumulate, pairwise
 
 
 def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
-    """Return the first block of each stage but the first, so that the costliest stage is cheapest.
+    """Return the first block of each stage after the first, minimising the maximum stage cost.
 
-    Among those the cut with the least sum of squares. `costs` are of the blocks, in any unit.
+    Ties are broken by the least sum of squares. `costs` are the blocks' costs, in any unit.
     """
     ends = [0.0, *accumulate(costs)]
 
     def min_by_cost(one: tuple, other: tuple) -> tuple:
         return min(one, other, key=lambda found: found[:2])
 
-    # best[i]: (costliest stage, sum of squares, first blocks) of the blocks before i.
+    # best[i]: (maximum stage cost, sum of squares, first blocks) for the blocks before i.
     best = [(end, end**2, ()) if i else (math.inf, 0.0, ()) for i, end in enumerate(ends)]
     for _ in range(1, stages):
         longer: list[tuple] = [(math.inf, 0.0, ())] * len(ends)
@@ -30,6 +30,6 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def stage_blocks(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:
-    """Names of each stage's blocks, cut before the blocks `firsts`."""
+    """Return the block names of each stage; `firsts` are the first blocks after stage 0."""
     bounds = [0, *firsts, blocks]
     return [tuple(map(str, range(*ends))) for ends in pairwise(bounds)]

@@ -1,8 +1,7 @@
-"""Pipeline schedules by name: what each is, where its stages are; free of torch, as a check needs.
+"""Pipeline schedules by name, their stage placement and validation; does not import torch.
 
-A schedule is the order in which a rank runs the forwards and backwards of its stages (successive
-parts of the layers) for the micro-batches of a step. torch.distributed.pipelining runs them; what
-is here says what it takes.
+A schedule is the order in which a rank runs the forwards and backwards of its stages (consecutive
+layers) for the micro-batches of a step. torch.distributed.pipelining runs them.
 """
 
 import csv
@@ -20,15 +19,15 @@ from parallel.strategy import StrategyConfig
 CSV_KEY = "strategy.schedule_csv"
 BATCH = "batch_size / (micro_batch_size × ranks that see different samples)"
 BATCH_CHANGE = "change batch_size or micro_batch_size"
-# A cell of an own schedule: one action, or the overlapped pair of a forward and a backward.
+# A cell of a custom schedule: one action, or an overlapped pair of a forward and a backward.
 ACTION = re.compile(r"(\d{1,6})([FBIW])(\d{1,6})")
 PAIR = re.compile(r"\((\d+F\d+);(\d+B\d+)\)OVERLAP_F_B")
-SHOWN = 3  # problems of one file that are told; the rest is counted
+SHOWN = 3  # problems reported per file; the rest is counted
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The arguments of torch's class of a schedule, and how it places stages."""
+    """The torch class of a schedule, its stage placement and its restrictions."""
 
     torch_class: str  # in torch.distributed.pipelining.schedules
     least_stages: int  # per rank
@@ -67,12 +66,12 @@ def stages_of(schedule: str, rank: int, ranks: int, stages_per_rank: int) -> tup
 
 
 def stages_per_rank(strategy: StrategyConfig) -> int:
-    """Stages that each rank of a pipeline has; as few as the schedule takes, if it is left open."""
+    """Return the stages per pipeline rank; if unset, the fewest that the schedule allows."""
     return strategy.stages_per_rank or SCHEDULES[strategy.schedule].least_stages
 
 
 def stage_to_rank(strategy: StrategyConfig, ranks: int) -> list[int]:
-    """Return the rank of each stage of a pipeline; an own schedule says it itself."""
+    """Return the rank of each stage; a custom schedule defines it in its file."""
     count = ranks * stages_per_rank(strategy)
     if not strategy.schedule_csv:
         return [rank_of_stage(strategy.schedule, stage, ranks) for stage in range(count)]
@@ -93,15 +92,15 @@ def accepts_micro_batches(schedule: str, ranks: int, micro_batches: int) -> bool
     rules = SCHEDULES[schedule]
     if micro_batches < max(1, rules.least_micro_batches * ranks):
         return False
-    # torch makes as many rounds as are full, and each has equally many micro-batches.
+    # torch runs micro_batches // ranks rounds, all with the same number of micro-batches.
     rounds = max(1, micro_batches // ranks)
     return not rules.whole_rounds or micro_batches % rounds == 0
 
 
 def has_split_backward(strategy: StrategyConfig) -> bool:
-    """Return whether gradients of inputs and of weights are computed apart.
+    """Return whether gradients of inputs and of weights are computed separately.
 
-    ConfigError as `read_csv`.
+    Raises ConfigError if a custom schedule cannot be read.
     """
     if not strategy.schedule_csv:
         return SCHEDULES[strategy.schedule].splits_backward
@@ -110,7 +109,7 @@ def has_split_backward(strategy: StrategyConfig) -> bool:
 
 
 def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_rank: int) -> float:
-    """Share of the ranks' time that is idle if a forward, and each half of a backward, takes one.
+    """Return the bubble fraction if a forward and each half of a backward take one unit of time.
 
     With p ranks, m micro-batches, v stages per rank, idle time per rank is:
 
@@ -140,7 +139,7 @@ def bubble_formula(schedule: str, ranks: int, micro_batches: int, stages_per_ran
 
 
 def find_schedule_problems(strategy: StrategyConfig, micro_batches: int) -> list[str]:
-    """Return why this pipeline cannot run; an own schedule stands for the named one."""
+    """Return the reasons why this pipeline cannot run; a custom schedule replaces the named one."""
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if path:
         try:
@@ -164,9 +163,7 @@ def find_schedule_problems(strategy: StrategyConfig, micro_batches: int) -> list
 
 
 def find_schedule_warnings(strategy: StrategyConfig, micro_batches: int) -> list[str]:
-    """Return what runs, but badly: fewer micro-batches than ranks. For what
-    `find_schedule_problems` lets pass.
-    """
+    """Return a warning if there are fewer micro-batches than ranks; requires a valid schedule."""
     ranks, per_rank, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
     if micro_batches >= ranks:
         return []
@@ -186,12 +183,10 @@ def find_schedule_warnings(strategy: StrategyConfig, micro_batches: int) -> list
 def read_csv(
     path: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
-    """Return an own schedule from a file in torch's compute-only format.
+    """Read a custom schedule in torch's compute-only CSV format.
 
-    ConfigError if it is not whole.
-
-    A row per rank of the pipeline, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch),
-    empty ones idle. Which rank has which stages is the file's choice.
+    One row per pipeline rank, cells like 0F0, 1B2, 0I1 and 0W1 (stage, kind, micro-batch), empty =
+    idle. The file defines the placement of stages. Raises ConfigError if it is incomplete.
     """
     actions = _read_action_lists(path, ranks)
     found = _find_misplaced_stages(actions, stages_per_rank) or _find_miscounted_actions(
@@ -219,7 +214,7 @@ def _read_action_lists(path: str, ranks: int) -> dict[int, list[Action]]:
 
 
 def _suggest_schedule(schedule: str, stages_per_rank: int) -> str:
-    """Return a hint at the schedules that take so many stages."""
+    """Return a hint naming the schedules that allow this number of stages per rank."""
     fit = [
         name
         for name, rules in SCHEDULES.items()
@@ -272,7 +267,7 @@ def _parse_row(path: str, rank: int, row: Sequence[str]) -> list[Action]:
 
 
 def _find_misplaced_stages(actions: dict[int, list[Action]], stages_per_rank: int) -> list[str]:
-    """Stages on two ranks, too few or too many on one, or beyond the last."""
+    """Return problems: stages on two ranks, too few or too many on one, or beyond the last."""
     where = {rank: f"{rank + 1} (rank {rank})" for rank in actions}
     stages = {rank: sorted({a.stage for a in listed}) for rank, listed in actions.items()}
     found = []
@@ -299,7 +294,7 @@ def _find_misplaced_stages(actions: dict[int, list[Action]], stages_per_rank: in
 
 
 def _find_miscounted_actions(actions: dict[int, list[Action]], micro_batches: int) -> list[str]:
-    """Actions that are missing, doubled or of a micro-batch that there is not."""
+    """Return problems: actions missing, repeated or of a micro-batch that does not exist."""
     done = {(a.stage, a.micro_batch) for listed in actions.values() for a in listed}
     counts = Counter(Counter(stage for stage, _ in done).values())
     if micro_batches not in counts:  # of no stage: it is not one wrong cell

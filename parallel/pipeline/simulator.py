@@ -1,4 +1,4 @@
-"""Simulation of pipeline actions: when each one runs, who waits, how much is in flight."""
+"""Simulation of pipeline schedules: timing of the actions, bubbles, micro-batches in flight."""
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,17 +12,17 @@ KINDS = {
     "I": "backward of the inputs",
     "W": "backward of the weights",
 }
-# The papers' unit: a forward, and each half of a backward, takes as long as the other.
+# The papers' unit: a forward and each half of a backward take the same time.
 UNIT_COSTS = {"F": 1, "B": 2, "I": 1, "W": 1}
 
 
 class Action(NamedTuple):
-    """A piece of work of one stage on one micro-batch; written `1F0` as torch does."""
+    """A computation of one stage on one micro-batch; written `1F0` as in torch."""
 
     stage: int
     kind: str  # one of KINDS
     micro_batch: int
-    # One of an overlapped pair with the action behind it: results of both leave together.
+    # Overlapped with the next action: the results of both are sent together.
     joined: bool = False
 
     def __str__(self) -> str:
@@ -30,7 +30,7 @@ class Action(NamedTuple):
 
 
 class Span(NamedTuple):
-    """When an action ran on its rank, in the costs' unit (a real run's: seconds)."""
+    """Start and end of an action on its rank, in the unit of the costs (recorded: seconds)."""
 
     rank: int
     stage: int
@@ -40,20 +40,20 @@ class Span(NamedTuple):
     end: float
 
 
-Lists = Mapping[int, Sequence[Action]]  # of each rank, in order
+Lists = Mapping[int, Sequence[Action]]  # rank -> its actions in order
 Result = tuple[int, str, int]  # stage, kind ("B" = the gradient of its inputs) and micro-batch
 
 
 def unit_cost(action: Action) -> float:
-    """UNIT_COSTS of an action's kind."""
+    """Return the cost of an action in UNIT_COSTS."""
     return UNIT_COSTS[action.kind]
 
 
 def simulate_schedule(actions: Lists, cost: Callable[[Action], float] = unit_cost) -> list[Span]:
-    """Run the lists, each rank strictly in order; what is sent arrives at once.
+    """Return the spans of the actions, each rank strictly in order, with instant communication.
 
-    A forward waits for that of the stage before, a backward for its own forward and for the stage
-    behind. Lists that can never go on are a ConfigError that names what each rank waits for.
+    A forward waits for the previous stage's, a backward for its own forward and the next stage's
+    backward. Raises ConfigError at a deadlock, naming the action that each rank waits for.
     """
     last = max(action.stage for listed in actions.values() for action in listed)
     queues = {rank: deque(_group_joined(listed)) for rank, listed in actions.items()}
@@ -73,11 +73,11 @@ def simulate_schedule(actions: Lists, cost: Callable[[Action], float] = unit_cos
 
 
 def bubble_fraction(spans: Sequence[Span]) -> float:
-    """Share of the ranks' whole time, from the first start to the last end, that they are idle.
+    """Return the idle fraction of the ranks' total time, from the first start to the last end.
 
     GPipe's and 1F1B's is (ranks - 1) / (micro-batches + ranks - 1) by this definition, which is
     GPipe's own (arXiv 1811.06965, section 2.3). Megatron-LM (arXiv 2104.04473) and the zero bubble
-    paper (2401.10241) print idle time over busy time, or leave out when ranks start and end.
+    paper (2401.10241) report idle over busy time, or omit the ranks' idle time at start and end.
     """
     ranks = len({span.rank for span in spans})
     whole = ranks * (max(span.end for span in spans) - min(span.start for span in spans))
@@ -85,9 +85,9 @@ def bubble_fraction(spans: Sequence[Span]) -> float:
 
 
 def in_flight(actions: Lists) -> dict[int, int]:
-    """By stage, the most micro-batches that it holds activations of.
+    """Return the maximum number of micro-batches whose activations each stage holds.
 
-    From the end of a forward to the end of its backward, that of the weights where it is split.
+    Activations are held from a forward to the end of its backward (of the weights, if split).
     """
     held: Counter[int] = Counter()
     most: dict[int, int] = {}
@@ -99,7 +99,7 @@ def in_flight(actions: Lists) -> dict[int, int]:
 
 
 def _group_joined(listed: Iterable[Action]) -> list[list[Action]]:
-    """Return the list as groups of what is joined; most are of one action."""
+    """Group joined actions; most groups have one action."""
     groups: list[list[Action]] = [[]]
     for action in listed:
         groups[-1].append(action)
@@ -125,7 +125,7 @@ def _inputs_of(action: Action, last: int) -> list[Result]:
 def _missing_inputs(
     group: Sequence[Action], arrived: Mapping[Result, float], last: int
 ) -> list[Result]:
-    """Return what a group needs of others and nobody has run yet."""
+    """Return the inputs of a group that have not been computed yet."""
     own = {_result_of(action) for action in group}
     needed = (need for action in group for need in _inputs_of(action, last))
     return [need for need in needed if need not in arrived and need not in own]
@@ -139,7 +139,7 @@ def _run_group(
     last: int,
     cost: Callable[[Action], float],
 ) -> list[Span]:
-    """Run a group whose needs have arrived; note when its results do."""
+    """Return the spans of a group whose inputs are available; add its results to `arrived`."""
     spans = []
     for action in group:
         start = max([clock, *(arrived.get(need, clock) for need in _inputs_of(action, last))])

@@ -1,8 +1,8 @@
-"""Pipeline parallelism: ranks hold successive runs of blocks, and micro-batches flow through them.
+"""Pipeline parallelism: ranks hold consecutive blocks that micro-batches pass through.
 
-torch's schedules (`torch.distributed.pipelining`) say which rank computes what and when. A `Stage`
-is what they drive: it calls one model with a run of its blocks, and since every rank reads the
-same micro-batches, nothing but what flows between blocks travels, in each micro-batch's shapes.
+torch's schedules (`torch.distributed.pipelining`) order the computations of the ranks and call a
+`Stage`, which runs the model on consecutive blocks. As every rank reads the same micro-batches,
+only activations between blocks and their gradients are sent, in each micro-batch's shapes.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,10 +31,10 @@ from parallel.strategy import StrategyConfig
 
 
 class Stage:
-    """A run of blocks, as torch's schedules drive it: received, computed and sent by micro-batch.
+    """A stage for torch's schedules: receives, computes and sends, one micro-batch at a time.
 
-    Its attributes and methods have the names that the schedules ask for; all that is of one
-    micro-batch is kept by its number until it has been used.
+    Its attributes and methods have the names that the schedules require; the state of a micro-batch
+    is stored by its number until it has been used.
     """
 
     has_backward = True
@@ -47,14 +47,14 @@ class Stage:
         self.device = pipeline.device
         self.blocks = pipeline.runs[index]
         self.stage_index_to_group_rank: dict[int, int] = {}  # a schedule fills it in
-        # Of these a schedule only checks that nothing skips a stage.
+        # A schedule only reads these to check that no activation skips a stage.
         self.args_recv_info: dict[int, tuple] = {0: ()}
         self.act_send_info: dict[int, list] = {}
         self._pipeline = pipeline
         self.clear_runtime_states()
 
     def clear_runtime_states(self) -> None:
-        """Forget all micro-batches."""
+        """Clear the state of all micro-batches."""
         self._inputs: dict[int, list[Tensor]] = {}
         self._computed: dict[int, tuple[list[Tensor], list[Tensor]]] = {}  # outputs, inputs
         self._output_grads: dict[int, list[Tensor]] = {}
@@ -66,12 +66,12 @@ class Stage:
         return []  # the pipeline has opened the group's connections
 
     def _prepare_forward_infra(self, *_args: Any, **_kwargs: Any) -> None:
-        """Nothing: buffers are made as each micro-batch needs them."""
+        """Do nothing: buffers are allocated for each micro-batch."""
 
     _prepare_backward_infra = _prepare_forward_infra
 
     def get_fwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the receipt of what flows in."""
+        """Return the receives of a micro-batch's inputs."""
         if self.is_first:
             return []
         micro_batch = self._pipeline.micro_batches[number]
@@ -79,13 +79,13 @@ class Stage:
         return self._pipeline.p2p_ops(dist.irecv, self._inputs[number], self.stage_index - 1)
 
     def set_local_fwd_input(self, outputs: Flow, number: int) -> None:
-        """Take what flows in from a stage on the same rank."""
+        """Set a micro-batch's inputs, from a stage on the same rank."""
         self._inputs[number] = [tensor.detach() for tensor in outputs if tensor is not None]
 
     def forward_one_chunk(
         self, number: int, args: Any = (), kwargs: Any = None, save_forward_output: bool = False
     ) -> Tensor | Flow:
-        """Compute; the last stage returns logits."""
+        """Compute a micro-batch's forward; the last stage returns logits."""
         inputs = self._inputs.pop(number, [])
         for tensor in _differentiable(inputs):
             tensor.requires_grad_()
@@ -96,17 +96,17 @@ class Stage:
         return output
 
     def get_fwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the sending of what flows on."""
+        """Return the sends of a micro-batch's outputs."""
         if self.is_last:
             return []
         outputs = [tensor.detach().contiguous() for tensor in self._computed[number][0]]
         return self._pipeline.p2p_ops(dist.isend, outputs, self.stage_index + 1)
 
     def release_fwd_send_outputs(self, number: int) -> None:
-        """Nothing: what was sent is kept for the backward; asked for since torch 2.15."""
+        """Do nothing: sent outputs are kept for the backward; called since torch 2.15."""
 
     def get_bwd_recv_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the receipt of the gradients of what has flowed on."""
+        """Return the receives of the gradients of the outputs."""
         if self.is_last:
             return []
         outputs = _differentiable(self._computed[number][0])
@@ -114,7 +114,7 @@ class Stage:
         return self._pipeline.p2p_ops(dist.irecv, self._output_grads[number], self.stage_index + 1)
 
     def set_local_bwd_input(self, grads: list[Tensor], number: int) -> None:
-        """Take those gradients from a stage on the same rank."""
+        """Set the gradients of the outputs, from a stage on the same rank."""
         self._output_grads[number] = grads
 
     def backward_one_chunk(
@@ -124,7 +124,7 @@ class Stage:
         full_backward: bool = True,
         last_backward: bool = False,
     ) -> None:
-        """Gradients of inputs and weights; without `full_backward` those of weights come later."""
+        """Compute gradients of inputs and, with `full_backward`, weights; else these come later."""
         with self._pipeline.record_span(self.stage_index, "B" if full_backward else "I", number):
             self._backward(number, loss, full_backward)
 
@@ -150,34 +150,34 @@ class Stage:
         ]
 
     def backward_weight_one_chunk(self, number: int, last_backward: bool = False) -> None:
-        """The gradients of weights that were left for later."""
+        """Compute the deferred gradients of the weights."""
         with self._pipeline.record_span(self.stage_index, "W", number):
             self._weight_jobs.pop(number)()
 
     def get_bwd_send_ops(self, number: int) -> list[dist.P2POp]:
-        """Post the sending of the gradients of what has flowed in."""
+        """Return the sends of the gradients of the inputs."""
         if self.is_first:
             return []
         grads = [grad.contiguous() for grad in self._input_grads.pop(number)]
         return self._pipeline.p2p_ops(dist.isend, grads, self.stage_index - 1)
 
     def get_local_bwd_output(self, number: int) -> list[Tensor]:
-        """Those gradients, for a stage on the same rank."""
+        """Return the gradients of the inputs, for a stage on the same rank."""
         return self._input_grads.pop(number)
 
     def perform_reduce_grad(self, _factor: int) -> None:
-        """Nothing: FSDP reduces once all stages of this rank are done."""
+        """Do nothing: FSDP reduces once all stages of this rank are done."""
 
 
 class PipelineParallel(ParallelAxis):
-    """The stages of one rank, and the schedule that all ranks of the pipeline axis follow.
+    """The pipeline axis: the stages of one rank, and the schedule of all ranks.
 
-    `costs` are those of all blocks, by which the model is cut; `ties` the second names of shared
-    parameters, with the canonical one.
+    `costs` are the costs of all blocks, to balance the stages; `ties` maps further names of shared
+    parameters to the canonical one.
     """
 
     splits_loss = splits_parameters = True
-    allows_ddp = False  # it knows no forward that waits for its backward
+    allows_ddp = False  # DDP does not support several forwards before a backward
     allows_reshard = False  # micro-batches are in flight together
     model: ParallelizableModel
 
@@ -193,17 +193,17 @@ class PipelineParallel(ParallelAxis):
         self.rank, self.device, self.strategy = self.group.rank(), device, strategy
         self._costs, self._tied_names = costs, {*ties, *ties.values()}
         self._schedules: dict[int, Any] = {}
-        self.runs: list[tuple[str, ...]] = []  # of each stage the blocks
-        self.placement: Sequence[int] = ()  # of each stage the rank
+        self.runs: list[tuple[str, ...]] = []  # blocks of each stage
+        self.placement: Sequence[int] = ()  # rank of each stage
         self.stages: list[Stage] = []
         self.schedule = self
         self.micro_batches: list[Inputs] = []
         self._loss_of: LossOf | None = None
-        self.tied: Tensor | None = None  # a parameter that another rank has too
-        self.recording: Recording | None = None  # of the step that is to come
+        self.tied: Tensor | None = None  # parameter with a copy on another rank
+        self.recording: Recording | None = None  # of the next step
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Leave in a meta model the layers of this rank's stages alone."""
+        """Remove all layers of a meta model but those of this rank's stages."""
         count = self.degree * stages_per_rank(self.strategy)
         self.placement = stage_to_rank(self.strategy, self.degree)
         self.runs = stage_blocks(
@@ -221,23 +221,23 @@ class PipelineParallel(ParallelAxis):
             model.head = None
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
-        """Find the tied parameter of which another rank has a copy: with both names none has."""
+        """Find the tied parameter with a copy on another rank, if this one has only one end."""
         if self.has_embedding != self.has_head:
             named = model.named_parameters()
             self.tied = next((p for name, p in named if name in self._tied_names), None)
 
     @property
     def has_embedding(self) -> bool:
-        """Return whether the first stage is here."""
+        """Return whether this rank has the first stage."""
         return any(stage.is_first for stage in self.stages)
 
     @property
     def has_head(self) -> bool:
-        """Return whether the last stage is here."""
+        """Return whether this rank has the last stage."""
         return any(stage.is_last for stage in self.stages)
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
-        """Forward and backward of all micro-batches; gradients are left in the parameters.
+        """Run forward and backward of all micro-batches, accumulating into `Parameter.grad`.
 
         `loss_of` is called once per micro-batch, on the rank of the last stage.
         """
@@ -267,19 +267,19 @@ class PipelineParallel(ParallelAxis):
             return self._loss_of(logits, int(number))
 
     def record_span(self, stage: int, kind: str, number: int) -> AbstractContextManager[None]:
-        """Around what an action computes: a span of the recording, if there is one."""
+        """Return a context that records an action's span, if a recording is active."""
         if self.recording is None:
             return nullcontext()
         return self.recording.record_span(Action(stage, kind, number))
 
     def compute_stage(self, number: int, blocks: Sequence[str], inputs: list[Tensor]) -> Any:
-        """One stage's forward of a micro-batch."""
+        """Compute one stage's forward of a micro-batch."""
         micro_batch = self.micro_batches[number]
         flow = self._build_flow(inputs, micro_batch, int(blocks[0])) if inputs else None
         return self.model(micro_batch, flow=flow, blocks=blocks)
 
     def stage_parameters(self, blocks: Sequence[str]) -> Iterator[Tensor]:
-        """Yield what autograd works on of a stage's parameters: for split layers, their leaves."""
+        """Yield the autograd leaves of a stage's parameters (tensor-parallel: local tensors)."""
         modules = [self.model.blocks[name] for name in blocks]
         if blocks == self.runs[0] and self.model.embed is not None:
             modules.append(self.model.embed)
@@ -292,24 +292,24 @@ class PipelineParallel(ParallelAxis):
                     yield leaves.get(name, parameter)
 
     def receive_buffers(self, inputs: Inputs, block: int, cache: Any = None) -> list[Tensor]:
-        """Room for what flows into a block."""
+        """Allocate buffers for a block's inputs."""
         likes = self.model.flow_like(inputs, block, cache)
         return [torch.empty_like(x, device=self.device) for x in likes if x is not None]
 
     def _build_flow(
         self, tensors: list[Tensor], inputs: Inputs, block: int, cache: Any = None
     ) -> Flow:
-        """Return what has been received, each in its place."""
+        """Return the received tensors as a block's inputs, with None for the unused ones."""
         received, likes = iter(tensors), self.model.flow_like(inputs, block, cache)
         return tuple(None if like is None else next(received) for like in likes)
 
     def p2p_ops(self, how: Callable, tensors: list[Tensor], stage: int) -> list[dist.P2POp]:
-        """Operations that send tensors to, or receive them from, the rank of a stage."""
+        """Return the operations that send tensors to, or receive them from, a stage's rank."""
         peer = dist.get_global_rank(self.group, self.placement[stage])
         return [dist.P2POp(how, tensor, peer, self.group) for tensor in tensors]
 
     def forward(self, inputs: Inputs, cache: Any) -> Tensor | None:
-        """Stage after stage, without gradients; the rank of the last one returns its logits."""
+        """Run the stages in order, without gradients; return logits on the last stage's rank."""
         output: Any = None
         for index, blocks in enumerate(self.runs):
             if index:
@@ -321,7 +321,7 @@ class PipelineParallel(ParallelAxis):
         return output if self.rank == self.placement[-1] else None
 
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor:
-        """Return the last stage's logits."""
+        """Broadcast the last stage's logits to all ranks of the pipeline."""
         if logits is None:
             (logits,) = self.receive_buffers(inputs, int(self.runs[-1][-1]) + 1, cache)
         logits, last = logits.contiguous(), self.placement[-1]
@@ -329,7 +329,7 @@ class PipelineParallel(ParallelAxis):
         return logits
 
     def _forward_to_next_stage(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
-        """Bring what a stage has computed to the rank of the next one."""
+        """Transfer a stage's output to the rank of the next stage."""
         before, owner = self.placement[index - 1], self.placement[index]
         if before == owner or self.rank not in (before, owner):
             return output
@@ -345,7 +345,7 @@ class PipelineParallel(ParallelAxis):
         return self._build_flow(room, inputs, block, cache)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
-        """Give both copies of a tied parameter the sum of their gradients; each adds the same."""
+        """Sum the gradients of both copies of a tied parameter on both ranks."""
         if self.tied is None or self.tied.grad is None:
             return
         own = local_tensor(self.tied.grad)
@@ -360,7 +360,7 @@ class PipelineParallel(ParallelAxis):
 
 
 def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
-    """Those that have gradients: not whole numbers."""
+    """Return the floating-point tensors."""
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
 
@@ -371,7 +371,7 @@ def _wait_for_ops(operations: list[dist.P2POp]) -> None:
 
 @contextmanager
 def record_step(axes: Iterable[ParallelAxis]) -> Iterator[Recording]:
-    """Record what the ranks of a pipeline compute when, in the step inside."""
+    """Record a timeline of the pipeline's actions in the step inside the context."""
     pipeline = find_axis(axes, PipelineParallel)
     assert pipeline is not None, "metrics.timeline is refused without one"
     name = pipeline.strategy.schedule_csv or pipeline.strategy.schedule

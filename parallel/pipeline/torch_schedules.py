@@ -1,4 +1,4 @@
-"""The actions of a schedule as torch runs them, read from its own classes with no process group."""
+"""The actions of torch's schedules, read from its classes without a process group."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,19 +10,19 @@ from parallel.pipeline.simulator import KINDS, Action
 
 
 class _OneFOneB(schedules.Schedule1F1B):
-    """1F1B with any number of micro-batches: torch's runs with fewer than stages, but refuses."""
+    """1F1B with fewer micro-batches than stages too, which torch's class rejects but can run."""
 
     def __init__(self, *args: Any, **options: Any):
         schedules.PipelineScheduleSingle.__init__(self, *args, **options)
 
 
 def schedule_class(schedule: str) -> Any:
-    """torch's class of a schedule."""
+    """Return torch's class of a schedule."""
     return _OneFOneB if schedule == "1f1b" else getattr(schedules, SCHEDULES[schedule].torch_class)
 
 
 class _Stage:
-    """Stands in for a stage where a schedule is built, and notes what it is told to compute."""
+    """A fake stage that records the actions that a schedule calls."""
 
     def __init__(self, stage: int, stages: int, rank: int, ranks: int):
         self.stage_index, self.num_stages = stage, stages
@@ -38,7 +38,7 @@ class _Stage:
         self.ran.append(Action(self.stage_index, "B", micro_batch))
 
     def perform_reduce_grad(self, *args: Any) -> None:
-        """Nothing is reduced."""
+        """Do nothing: there are no gradients."""
 
     def no_messages(self, micro_batch: int) -> list[Any]:
         return []
@@ -50,11 +50,10 @@ class _Stage:
 def list_actions(
     schedule: str, ranks: int, stages_per_rank: int, micro_batches: int
 ) -> dict[int, list[Action]]:
-    """Return the compute actions of each rank of the pipeline in order.
+    """Return the compute actions of each pipeline rank, in order.
 
-    Torch's ValueError if it refuses.
-
-    An overlapped forward and backward of DualPipeV are two actions, of which the first is joined.
+    An overlapped forward and backward of DualPipeV are two actions, the first with joined=True.
+    Raises torch's ValueError for arguments that it rejects.
     """
     torch_class = schedule_class(schedule)
     stages = {
@@ -67,22 +66,22 @@ def list_actions(
     if not issubclass(torch_class, schedules.PipelineScheduleSingle):
         order = torch_class(stages[0], micro_batches).pipeline_order_with_comms
         return {rank: _compute_actions(order[rank]) for rank in range(ranks)}
-    # What these classes list beside what they do is wrong for the last rank of 1F1B in torch 2.13
-    # (micro-batch 0 is missing, one too many is there); so they run, on a stage that takes notes.
+    # In torch 2.13 the action list of 1F1B is wrong for the last rank (micro-batch 0 is missing,
+    # another is superfluous), so these classes are run on a recording stage instead.
     for (stage,) in stages.values():
         _dry_run(torch_class(stage, micro_batches), micro_batches)
     return {rank: stages[rank][0].ran for rank in range(ranks)}
 
 
 def _dry_run(schedule: Any, micro_batches: int) -> None:
-    # Nothing to warm up: shapes are not inferred, and no message is sent.
+    # Skip the initialisation: no shapes are inferred and no messages are sent.
     schedule._initialize_stage = lambda *args, **options: None
     none: list[tuple[()]] = [()] * micro_batches
     schedule._step_microbatches(none, [{} for _ in none], none)
 
 
 def _compute_actions(order: Sequence[schedules._Action]) -> list[Action]:
-    """Compute actions without the messages between them."""
+    """Return the compute actions, without communication."""
     flat = []
     for action in order:
         parts = action.sub_actions or (action,)

@@ -1,4 +1,4 @@
-"""When the ranks of a pipeline computed what in one step."""
+"""A timeline of one pipeline step: start and end of each rank's actions."""
 
 import platform
 import time
@@ -12,24 +12,24 @@ from torch import distributed as dist
 from parallel.collectives import all_reduce
 from parallel.pipeline.simulator import Action, Span
 
-Mark = Any  # a moment: seconds on the CPU's clock, or an event in the GPU's stream
+Mark = Any  # a point in time: seconds of the CPU's clock, or a CUDA event
 
 
 class Recording:
-    """The spans of a step's actions on this rank; `gather` brings those of all ranks together.
+    """The spans of a step's actions on this rank; `gather_spans` collects those of all ranks.
 
-    On a GPU events mark them, so that the host waits before the step and after it, never inside.
+    On a GPU they are CUDA events, so that the host synchronises before and after the step only.
     """
 
     def __init__(self, schedule: str, group: dist.ProcessGroup, device: torch.device):
-        self.schedule = schedule  # its name, or the file of an own one
+        self.schedule = schedule  # name, or path of a custom schedule
         self._group, self._device = group, device
         self._marks: dict[Action, tuple[Mark, Mark]] = {}
         self._zero: Mark = None
         self._zero_seconds = 0.0
 
     def start(self) -> None:
-        """Call right before the step; the ranks meet here, which makes a common zero."""
+        """Synchronise the ranks to set a common zero; call it right before the step."""
         all_reduce(torch.zeros(1, device=self._device), self._group)
         self._synchronize()
         self._zero = self._record_event()
@@ -37,17 +37,15 @@ class Recording:
 
     @contextmanager
     def record_span(self, action: Action) -> Iterator[None]:
-        """Around what an action computes; what comes in a second piece prolongs it."""
+        """Record the span of an action; a second call for the same action extends it."""
         start, _ = self._marks.get(action) or (self._record_event(), None)
         yield
         self._marks[action] = start, self._record_event()
 
     def gather_spans(self) -> list[Span]:
-        """Return the spans of all ranks, from the first start on, in seconds.
+        """Gather all ranks' spans, in seconds from the first start; empty on ranks other than 0.
 
-        Empty but on the first rank.
-
-        All ranks of the pipeline must call it.
+        A collective call over the ranks of the pipeline.
         """
         self._synchronize()
         own = [
@@ -78,7 +76,7 @@ class Recording:
         return event
 
     def _seconds_since_start(self, mark: Mark) -> float:
-        """From the zero to a mark."""
+        """Return the seconds from the common zero to a mark."""
         if self._device.type != "cuda":
             return mark - self._zero
         return self._zero.elapsed_time(mark) / 1e3
@@ -89,12 +87,10 @@ class Recording:
 
 
 def merge_ranks(ranks: list[tuple[str, float, list[Span]]]) -> list[Span]:
-    """Return all ranks' spans on one clock.
+    """Merge (host, zero, spans from zero) of all ranks into spans on one clock.
 
-    Of each rank its host, its zero there, and spans from it.
-
-    Processes of one host share its clock, which is better than a zero: they leave the meeting that
-    makes it one after the other, where cores are few by milliseconds.
+    Processes on one host use its shared clock, which is more accurate than the synchronised zero:
+    with few cores they leave the synchronisation milliseconds apart.
     """
     shared = len({host for host, _, _ in ranks}) == 1
     spans = []

@@ -1,9 +1,8 @@
-"""Tensor parallelism: every layer is split over ranks by columns or rows, as in Megatron-LM.
+"""Tensor parallelism: layers split over ranks by columns or rows, as in Megatron-LM.
 
-Parameters are DTensors at rest, so that checkpoints, FSDP and the optimizer see the whole; a layer
-computes on the plain local part, with collectives (arXiv 1909.08053) where the split begins and
-ends. With sequence parallelism (arXiv 2205.05198) each rank has its part of the positions between
-the split layers.
+Parameters are DTensors at rest, so that checkpoints, FSDP and the optimizer see the global tensor;
+a layer computes on the local shard, with collectives (arXiv 1909.08053) at the start and end of the
+split part. With sequence parallelism (arXiv 2205.05198) positions are sharded between split layers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -35,24 +34,24 @@ from parallel.strategy import StrategyConfig
 from parallel.tensor.recompute_gather import RecomputeGather
 from parallel.tensor.vocab_parallel import VocabParallel
 
-# What a pattern of the model's table can say of a layer.
+# Styles of a layer in the model's table.
 COLUMN = "column"  # outputs are split: rows of the weight
 HEADS = "heads"  # outputs are split between heads; a head that several ranks share is gathered
 ROW = "row"  # inputs are split: columns of the weight; the outputs are summed
 VOCABULARY = "vocabulary"  # entries (of an embedding) or classes (of an output) are split
-SEQUENCE = "sequence"  # not split, but works on a part of the sequence
+SEQUENCE = "sequence"  # replicated; computes on the local positions of the sequence
 STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
 
 SEQUENCE_DIM = 1
 
 
 def matches_pattern(name: str, pattern: str) -> bool:
-    """Return whether a pattern means this parameter, or the module that it is of."""
+    """Return whether a pattern matches this parameter or its module."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 
 def style_of(name: str, table: Mapping[str, str]) -> str:
-    """Return what the table says of a parameter by its canonical name.
+    """Return the style of a parameter, by its canonical name.
 
     Exactly one pattern must match.
     """
@@ -64,12 +63,12 @@ def style_of(name: str, table: Mapping[str, str]) -> str:
 class TensorParallel(ParallelAxis):
     """The tensor axis: split layers, their sequence layout, their vocabulary and their gradients.
 
-    As the model's sequence layout it has `part`, `whole` and `own`. While `splits_sequence` is off
-    all ranks have all positions; that is how a model is evaluated. `table` has the style of each
-    layer by name; `classes` are those of the output, which another rank of a pipeline may have.
+    Implements the model's SequenceLayout. While `splits_sequence` is False, as in evaluation, all
+    ranks hold all positions. `table` is the style of each layer by name pattern; `classes` is the
+    number of output classes, also on pipeline ranks without the head.
     """
 
-    allows_ddp = False  # it knows no DTensor
+    allows_ddp = False  # DDP does not support DTensor parameters
 
     def __init__(
         self,
@@ -89,11 +88,11 @@ class TensorParallel(ParallelAxis):
         self._overlaps, self._device = strategy.async_tensor, device
 
     def split_dim(self, name: str) -> int | None:
-        """Return the dim that a parameter is split along; None = every rank has the whole."""
+        """Return the dim that a parameter is split along; None = it is replicated."""
         return split_dim(style_of(name, self._table), name)
 
     def prepare(self, model: ParallelizableModel) -> None:
-        """Split a meta model's layers, in place, as the table says."""
+        """Split a meta model's layers, in place, according to the table."""
         if self._overlaps:
             overlap_collectives(self.group, self._device)
         shared: dict[int, nn.Parameter] = {}  # a tied parameter stays one
@@ -117,15 +116,15 @@ class TensorParallel(ParallelAxis):
 
     @property
     def sequence_part(self) -> int:
-        """Return which part of the sequence is this rank's."""
+        """Return the index of this rank's shard of the sequence."""
         return self.group.rank() if self.splits_sequence else 0
 
     def part_length(self, length: int) -> int:
-        """Return how many of `length` positions are this rank's, with padding."""
+        """Return the number of local positions of a sequence of `length`, including padding."""
         return -(-length // self.group.size()) if self.splits_sequence else length
 
     def gather_sequence(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions: where the split part of a layer begins."""
+        """Gather all `length` positions, at the start of the split part of a layer."""
         if not self.splits_sequence:
             return Copy.apply(x_BSD, self.group)
         whole_BSD = Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
@@ -133,7 +132,7 @@ class TensorParallel(ParallelAxis):
         return whole_BSD
 
     def local_positions(self, x_BSD: Tensor) -> Tensor:
-        """This rank's positions of what every rank has computed."""
+        """Return the local positions of a replicated tensor."""
         if not self.splits_sequence:
             return x_BSD
         return pad_to_multiple(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
@@ -141,28 +140,24 @@ class TensorParallel(ParallelAxis):
         )[self.group.rank()]
 
     def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
-        """Return all `length` positions, for what every rank does alike and then takes its `own`
-        of.
-        """
+        """Gather all `length` positions for a replicated computation, see `local_positions`."""
         if not self.splits_sequence:
             return x_BSD
         return Gather.apply(x_BSD, length, self.group, SEQUENCE_DIM)
 
     def gradient_contribution(self, gradient_BSD: Tensor) -> Tensor:
-        """Return what this rank adds to the gradient of a `whole`, where every rank knows all of
-        it.
-        """
+        """Return the gradient of a gathered tensor on rank 0, zeros elsewhere, to be summed."""
         return gradient_BSD if self.group.rank() == 0 else torch.zeros_like(gradient_BSD)
 
     def reduce_scatter_sequence(self, x_BSD: Tensor) -> Tensor:
-        """Return the sum over the ranks, for this rank's positions: where the split part ends."""
+        """Return the sum over the ranks at the local positions, at the end of the split part."""
         if not self.splits_sequence:
             return Sum.apply(x_BSD, self.group)
         return Scatter.apply(x_BSD, self.group, SEQUENCE_DIM)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """All ranks have all positions: a token that is generated has nothing to split."""
+        """Return a context with all positions on all ranks: a generated token cannot be split."""
         splits, self.splits_sequence = self.splits_sequence, False
         try:
             yield
@@ -170,14 +165,14 @@ class TensorParallel(ParallelAxis):
             self.splits_sequence = splits
 
     def prepare_block(self, block: nn.Module) -> None:
-        """Let a block gather the inputs of split layers again in the backward, not keep them."""
+        """Make a block gather the inputs of split layers again in the backward, not save them."""
         if self.splits_sequence:
             block.forward = self._regather.wrap(block.forward)
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
-        """Let autograd work on plain tensors, views of the DTensors at rest.
+        """Make autograd work on plain tensors, views of the DTensors at rest.
 
-        For parameters that stay where they are: FSDP's are other tensors in every forward.
+        Not with FSDP, whose parameters are different tensors in every forward.
         """
         if sharded:
             return
@@ -191,11 +186,11 @@ class TensorParallel(ParallelAxis):
                         self._leaves[leaf] = p
 
     def split_loss(self, loss_sum: LossSum) -> LossSum:
-        """Return the same sum of logits of which this rank has some classes."""
+        """Return the same loss for logits whose classes are sharded over the ranks."""
         return partial(loss_sum, cross_entropy=self.vocabulary.cross_entropy)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
-        """Give the parameters at rest their gradients, those summed that ranks have parts of."""
+        """Set the gradients of the parameters at rest, and sum the partial ones over the ranks."""
         for leaf, parameter in self._leaves.items():
             assert isinstance(parameter, DTensor)
             if leaf.grad is not None:
@@ -216,7 +211,7 @@ class TensorParallel(ParallelAxis):
 
 
 class _ShardedLayer(nn.Module):
-    """A layer that computes on this rank's part of its parameters, which are DTensors at rest."""
+    """A layer that computes on the local shard of its parameters, which are DTensors at rest."""
 
     split: TensorParallel
     leaves: dict[str, Tensor]  # see `TensorParallel.use_weights`
@@ -233,12 +228,12 @@ class _ShardedLayer(nn.Module):
             self._parameters = whole
 
     def part_of(self, parameter: Any) -> Any:
-        """Return what to compute on, with gradients to the parameter."""
+        """Return the differentiable local tensor of a parameter."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 class _SharedKVHeads(_ShardedLayer):
-    """Heads of which there are fewer than ranks: the ranks that share one gather it."""
+    """A projection to fewer heads than ranks: the ranks that share a head gather it."""
 
     head_width: int
 
@@ -253,7 +248,7 @@ class _SharedKVHeads(_ShardedLayer):
 
 
 class _RowParallel(_ShardedLayer):
-    """Sums the ranks' outputs; the bias is not of each part but, once, of their sum."""
+    """A row-split layer: sums the ranks' outputs and adds the bias once, to the sum."""
 
     def forward(self, *args: Any) -> Tensor:
         bias, self._parameters["bias"] = self._parameters["bias"], None
@@ -264,12 +259,12 @@ class _RowParallel(_ShardedLayer):
         return x if bias is None else x + bias.to(x.dtype)
 
     def over_parts(self, largest: Tensor) -> Tensor:
-        """Return the largest over all input features, of which each rank has a part."""
+        """Return the maximum over all input features, which are sharded over the ranks."""
         return all_reduce(largest, self.split.group, "max")
 
 
 class _VocabularyEmbedding(_ShardedLayer):
-    """Looks up the entries that this rank has, and zero for the others."""
+    """A vocabulary-parallel embedding: zero for entries of other ranks, summed over the ranks."""
 
     def forward(self, input: Tensor, *args: Any) -> Tensor:
         row, mine = self.split.entries.local_rows(input)
@@ -278,10 +273,10 @@ class _VocabularyEmbedding(_ShardedLayer):
 
 
 def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Let compiled blocks overlap the group's collectives with matrix products.
+    """Make compiled blocks overlap the group's collectives with matrix products.
 
     torch decomposes both and interleaves the pieces through symmetric memory (torch's
-    asynchronous tensor parallelism). Raises ConfigError where the hardware cannot.
+    asynchronous tensor parallelism). Raises ConfigError if the hardware does not support it.
     """
     peers = range(torch.cuda.device_count()) if device.type == "cuda" else []
     reach = all(torch.cuda.can_device_access_peer(a, b) for a in peers for b in peers if a != b)
@@ -296,7 +291,7 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 
 def split_dim(style: str, name: str) -> int | None:
-    """Return the dim that a parameter is split along; None = every rank has the whole."""
+    """Return the dim that a parameter is split along; None = it is replicated."""
     if style == SEQUENCE or (style == ROW and name.endswith("bias")):
         return None
     return 1 if style == ROW else 0
@@ -318,7 +313,7 @@ def _distribute_parameter(parameter: nn.Parameter, mesh: DeviceMesh, dim: int) -
 
 
 def _convert_to_sharded(module: nn.Module, style: str, split: TensorParallel, parent: Any) -> None:
-    """Give a layer the class that computes on its part of the parameters."""
+    """Change a layer's class to one that computes on its shard of the parameters."""
     part: type = _RowParallel if style == ROW else _ShardedLayer
     if isinstance(module, nn.Embedding):
         part = _VocabularyEmbedding
@@ -336,5 +331,5 @@ def _convert_to_sharded(module: nn.Module, style: str, split: TensorParallel, pa
 
 @cache
 def _sharded_class(part: type, kind: type) -> type[_ShardedLayer]:
-    """One class for all such layers, so that a compiled block serves for all that look alike."""
+    """Return one cached class for all such layers, so that identical blocks are compiled once."""
     return type(f"{kind.__name__}Part", (part, kind), {})

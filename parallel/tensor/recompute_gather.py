@@ -1,6 +1,6 @@
-"""Gathered sequences are not kept for the backward: a rank's part is, and is gathered once more.
+"""Save the local shard of a gathered sequence, and gather it again in the backward.
 
-Otherwise the inputs of split layers would be kept whole on every rank (arXiv 2205.05198, section
+Otherwise every rank would save the full inputs of split layers (arXiv 2205.05198, section
 4.2.2).
 """
 
@@ -16,22 +16,22 @@ from parallel.collectives import gather_padded
 
 
 class RecomputeGather:
-    """Inside the functions that it wraps, what autograd keeps of a gathered tensor is its part."""
+    """Saved-tensor hooks that make autograd save the local shard of a gathered tensor."""
 
     def __init__(self, group: dist.ProcessGroup, dim: int):
         self._group, self._dim = group, dim
         self._inside = False
-        # The latest gathered tensor; held, so that no other comes to lie at its address.
+        # The latest gathered tensor; referenced, so that its address is not reused.
         self._latest: tuple[Tensor, _GatheredTensor] | None = None
 
     def remember_gather(self, whole: Tensor, part: Tensor) -> None:
-        """`whole` has been gathered from the ranks' parts, of which this is one."""
+        """Record that `whole` was gathered from shards, `part` being the local one."""
         if self._inside:
             length = whole.shape[self._dim]
             self._latest = whole, _GatheredTensor(part.detach(), length, self._group, self._dim)
 
     def wrap(self, function: Callable) -> Callable:
-        """Return the function, keeping parts."""
+        """Return the function with the saved-tensor hooks applied."""
 
         def keeping_parts(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
@@ -54,16 +54,16 @@ class RecomputeGather:
 
 
 class _GatheredTensor:
-    """The part of a gathered tensor that autograd wanted to keep."""
+    """The local shard of a gathered tensor that autograd saved."""
 
     def __init__(self, part: Tensor, length: int, group: dist.ProcessGroup, dim: int):
         self._part, self._length, self._group, self._dim = part, length, group, dim
         self._whole: Tensor | None = None
-        self.uses = 0  # times that it was saved
-        self._left = 0  # times that it will still be asked for in this backward
+        self.uses = 0  # number of times it was saved
+        self._left = 0  # number of times it has yet to be unpacked in this backward
 
     def regather(self) -> Tensor:
-        """Return the whole, gathered once for all that ask for it in a backward."""
+        """Return the full tensor, gathered once for all its uses in a backward."""
         if not self._left:
             self._whole = gather_padded(self._part, self._length, self._group, self._dim)
             self._left = self.uses

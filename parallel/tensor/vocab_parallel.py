@@ -1,6 +1,6 @@
-"""The cross-entropy of logits whose classes are split over ranks; they are never gathered.
+"""Vocabulary-parallel cross-entropy: classes are sharded over ranks, logits never gathered.
 
-Megatron-LM (arXiv 1909.08053), section 3: per target one maximum and three sums cross the ranks.
+Megatron-LM (arXiv 1909.08053), section 3: one maximum and three sums are all-reduced per target.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from parallel.collectives import all_gather, all_reduce
 
 
 class VocabParallel:
-    """`size` classes in rows of ceil(size / degree) per rank, as a DTensor shards them."""
+    """A vocabulary of `size` classes, ceil(size / degree) per rank, sharded as by DTensor."""
 
     def __init__(self, size: int, group: dist.ProcessGroup):
         self.size, self.group = size, group
@@ -31,35 +31,32 @@ class VocabParallel:
         reduction: str = "sum",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Like torch's function of that name, of this rank's classes: input (N, own classes).
+        """Return `F.cross_entropy` of local logits (N, local classes), summed over targets.
 
-        `target` is (N,) of classes, or (N, size) of the probabilities of all classes.
+        `target` is (N,) class indices, or (N, size) probabilities of all classes.
         """
         assert reduction == "sum"
         if target.is_floating_point():
-            assert not label_smoothing, "probabilities can be smoothed by whoever makes them"
+            assert not label_smoothing, "soft targets must be smoothed by the caller"
             own_NV = target[:, self.first : self.first + self.own]
             return _SoftCrossEntropy.apply(input, own_NV, target.sum(1), self)
         return _CrossEntropy.apply(input, target, self, ignore_index, label_smoothing)
 
     def local_rows(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return each entry's local row, and whether it is local at all.
-
-        Row 0 for those that are not.
-        """
+        """Return each token's local row and whether it is local; others map to row 0."""
         row = tokens - self.first
         mine = (row >= 0) & (row < self.own)
         return row * mine, mine
 
     def gather_logits(self, logits: Tensor) -> Tensor:
-        """(…, size): the logits of all classes, on every rank; without gradients."""
+        """Return the logits of all classes (…, size) on every rank, without gradients."""
         lacking = self.rows - self.own
         logits = torch.nn.functional.pad(logits, (0, lacking)) if lacking else logits
         return all_gather(logits, self.group, logits.dim() - 1)[..., : self.size]
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The loss and its gradient need the exponentials of the same differences: one is kept."""
+    """Cross-entropy of class indices; the softmax is saved for the backward."""
 
     @staticmethod
     def forward(
@@ -72,7 +69,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         size = vocabulary.size
         valid_N = targets_N != ignored
-        place_N, mine_N = vocabulary.local_rows(targets_N)  # an ignored one is nowhere
+        place_N, mine_N = vocabulary.local_rows(targets_N)  # an ignored target is on no rank
 
         def sums(shifted_NV: Tensor) -> list[Tensor]:
             if not vocabulary.own:
@@ -97,7 +94,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 class _SoftCrossEntropy(torch.autograd.Function):
-    """The same of targets that are probabilities, whose sum over all classes may be below one."""
+    """Cross-entropy of soft targets, probabilities whose sum over all classes may be below one."""
 
     @staticmethod
     def forward(
@@ -118,12 +115,12 @@ class _SoftCrossEntropy(torch.autograd.Function):
 def _local_softmax(
     logits_NV: Tensor, vocabulary: VocabParallel, sums: Callable[[Tensor], list[Tensor]]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """This rank's part of the softmax, and the logarithm (N,) of what it is divided by.
+    """Return the local softmax, the log of its denominator (N,), and further sums (N,).
 
-    Behind them the sums (N,) over all ranks of what `sums` makes of the logits, whose maximum has
-    been taken off.
+    `sums` maps the local logits, minus their global maximum, to partial sums (N,), which are
+    all-reduced together with the denominator.
     """
-    # A rank may hold no class at all: its maximum is that of nothing.
+    # A rank without classes contributes the dtype's minimum.
     least_N = logits_NV.new_full((len(logits_NV),), torch.finfo(logits_NV.dtype).min)
     own_N = logits_NV.amax(1) if vocabulary.own else least_N
     shifted_NV = logits_NV - all_reduce(own_N, vocabulary.group, "max")[:, None]

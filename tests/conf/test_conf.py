@@ -1,6 +1,7 @@
 """Every YAML file composes, every field is read, every bad value is answered with a good one."""
 
 import ast
+import dataclasses
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from omegaconf import OmegaConf
 
 from conf import schema
 from conf.validation.validate import fill_from_data, find_problems
+from parallel.config_fields import facts_of
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig
-from trainer.config.train import VerifyConfig
-from trainer.data import DataFacts
+from trainer.config.train import DataConfig, VerifyConfig
+from trainer.data import READERS, DataFacts
 from trainer.model import Transformer
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +94,20 @@ def test_data_composes(data):
     config = configured(f"data={data}", "data.path=here")
     family = next(f for f, kind in zip(DATA, FACTS, strict=True) if kind == config.data.kind)
     assert find_problems(replace(config, model=replace(config.model, family=family)), 1) == []
+
+
+def test_a_model_must_read_what_its_data_give():
+    of_tokens = ("model=vit-tiny", "model.inputs=tokens", "data=fashion-mnist")
+    (problem,) = found(*of_tokens)
+    assert problem == (
+        "model.inputs=tokens does not read data.kind=images, which gives patches; "
+        "set model.inputs=patches, or choose other data"
+    )
+
+
+def test_each_kind_of_data_has_a_reader():
+    fields = {field.name: field for field in dataclasses.fields(DataConfig)}
+    assert list(facts_of(fields["kind"]).choices) == list(READERS)
 
 
 def test_experiments_give_way_to_the_command_line():

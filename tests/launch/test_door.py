@@ -186,8 +186,9 @@ def test_help_tells_what_a_key_means(monkeypatch, capsys):
     assert "bucket_mib=25.0 DDP: gradients per all-reduce [MiB, above 0]" in text
     assert "checkpoint.keep=2 Newest checkpoints kept [at least 0; 0 = all]" in text
     assert "model.pool=mean What the classifier reads [class_token | mean]" in text
-    assert "| skip = leave it out, say so]" in text
-    assert "compress.match=[] Pairs of blocks" in text and "of the teacher [empty = off]" in text
+    assert "| skip = leave it out and log it]" in text
+    assert "compress.match=[] Pairs of (student, teacher) blocks" in text
+    assert "after the teacher's block 3 [empty = off]" in text
     assert "strategy context ddp fsdp hsdp hybrid pipeline single" in text
 
 

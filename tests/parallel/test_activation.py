@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward, and what stays equal."""
+"""Activation checkpointing: saved bytes shrink, gradients stay equal."""
 
 from dataclasses import replace
 
@@ -12,7 +12,7 @@ from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 
 def step(mode: str) -> tuple[int, dict[str, torch.Tensor]]:
-    """Bytes that the forward keeps, and the gradients."""
+    """Return the bytes saved by the forward, and the gradients."""
     config = replace(scale_down(FAMILIES["decoder (Llama)"]), layers=4)
     model = build(config)
     for block in model.blocks.values():

@@ -1,4 +1,4 @@
-"""parallelize: who holds what, and that nobody ever holds the whole."""
+"""parallelize: the shards held by each rank; no rank ever holds the full model."""
 
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 
 def drawn(runtime, strategy: StrategyConfig) -> dict:
-    """What a rank draws and holds of a tied model."""
+    """Return the rows that a rank initialises and holds of a tied model."""
     config = replace(scale_down(FAMILIES["decoder (GPT-2)"]), vocab_size=64)
     asked: dict[str, int] = {}
 
@@ -58,7 +58,7 @@ def test_a_rank_draws_and_holds_its_own_rows_alone(ranks):
 
 
 def held_by_stage(runtime) -> set[str]:
-    """The parameters that a rank of a pipeline has drawn, and no others are there."""
+    """Return the parameters that a pipeline rank has initialised; it holds no others."""
     config = replace(scale_down(FAMILIES["decoder (GPT-2)"]), vocab_size=64)
     asked = set()
 
@@ -134,7 +134,7 @@ def test_no_layout_changes_an_initial_weight(ranks):
 
 
 def graphs(runtime, strategy: StrategyConfig) -> int:
-    """Graphs that torch.compile makes of all blocks of a model with dropout, in two steps."""
+    """Return the number of graphs compiled for all blocks of a model with dropout, in two steps."""
     config = scale_down(FAMILIES["decoder (Llama)"], tensor=strategy.tensor, stages=3)
     worker = build_worker(
         TrainConfig(model=config, strategy=strategy, compile=True, precision="fp32"), runtime

@@ -1,4 +1,4 @@
-"""A mesh axis that the parallel model has never heard of: its interface is enough."""
+"""A mesh axis defined in this file: the ParallelAxis interface is sufficient."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ STRATEGY = StrategyConfig(replicate=2)
 
 
 class Plain(ParallelAxis):
-    """Ranks that see different samples of which nothing is summed but `partial`, all at once."""
+    """An axis of ranks with different samples that sums only the `partial` gradients."""
 
     splits_loss = True
 
@@ -64,7 +64,7 @@ def gradients(worker) -> tuple:
 
 
 def both(runtime) -> tuple:
-    """A step under DDP, and under an axis of this file."""
+    """Run a step under DDP, and under an axis of this file."""
     ours = gradients(parallel_model(CONFIG, STRATEGY, runtime, PRECISIONS["fp64"]))
     with torch.device("meta"):
         model = Transformer(CONFIG, torch.float64)

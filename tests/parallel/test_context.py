@@ -1,4 +1,4 @@
-"""Context parallelism: attention over a sequence that several ranks have parts of."""
+"""Context parallelism: attention over a sequence sharded over ranks."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ B, K = 2, 8
 
 @dataclass(frozen=True)
 class Case:
-    """One attention: lengths, heads and who sees whom."""
+    """One attention call: lengths, heads and mask."""
 
     length: int
     sees: str  # causal | all | padding | documents | causal mask
@@ -36,7 +36,7 @@ class Case:
 
     @property
     def keys(self) -> int:
-        """Positions of the sequence of the keys."""
+        """Return the length of the key sequence."""
         return self.key_length or self.length
 
 
@@ -81,7 +81,7 @@ def visible_of(case: Case) -> Callable[[Tensor, Tensor], Tensor | None]:
 
 
 def whole_tensors(case: Case) -> list[Tensor]:
-    """Query, key, value, and the weight of each output in the loss, of the whole sequence."""
+    """Return query, key, value and loss weights of the outputs, for the full sequence."""
     generator = torch.Generator().manual_seed(0)
     shapes = [
         (case.heads, case.length),
@@ -96,7 +96,7 @@ def whole_tensors(case: Case) -> list[Tensor]:
 
 
 def reference(case: Case) -> list[Tensor]:
-    """Output and gradients of query, key and value by one process, in float64."""
+    """Return output and query, key and value gradients of one process, in float64."""
     *inputs, weight = whole_tensors(case)
     query, key, value = (x.requires_grad_() for x in inputs)
     rows, columns = torch.arange(case.length), torch.arange(case.keys)
@@ -121,7 +121,7 @@ def mesh_of_all() -> DeviceMesh:
 
 
 def gaps(runtime: Runtime, method: str, case: Case) -> list[float]:
-    """Largest differences between this rank's part and the whole: output and gradients."""
+    """Return the largest differences of local output and gradients from the full reference."""
     split = ContextParallel(mesh_of_all(), method)
     rows, columns = split.local_positions(case.length), split.local_positions(case.keys)
     *inputs, weight = whole_tensors(case)
@@ -147,7 +147,7 @@ def gaps(runtime: Runtime, method: str, case: Case) -> list[float]:
 
 
 def wrong(found: list[list[list[float]]], calls: list, bound: float) -> list:
-    """The calls whose differences are too large on any rank."""
+    """Return the calls whose differences are too large on any rank."""
     worst = [max(map(max, of_ranks)) for of_ranks in zip(*found, strict=True)]
     return [call for call, gap in zip(calls, worst, strict=True) if not gap < bound]
 

@@ -1,4 +1,4 @@
-"""A pool of ranks that names the one that failed, died or got stuck, and starts anew."""
+"""A pool of ranks that reports the one that failed, exited or hung, and restarts."""
 
 import os
 import time
@@ -76,7 +76,7 @@ def gathered(runtime, sizes: tuple[int, ...]) -> list[float]:
 
 
 def test_a_later_group_does_not_meet_an_earlier_one_s_plans(ranks):
-    # DTensor keeps plans by the layout of a mesh, which name groups that are gone by then.
+    # DTensor caches plans by mesh layout, which refer to groups that have been destroyed.
     for _ in range(2):
         assert ranks.run(4, gathered, (2, 2)) == [[0.0, 1.0]] * 4
         assert ranks.run(2, gathered, (1, 2)) == [[0.0, 1.0]] * 2

@@ -1,4 +1,4 @@
-"""Real runs whose ranks or launcher are killed or stopped; a run that lives on is the same one."""
+"""Real runs whose ranks or launcher are killed or stopped; a restarted run is identical."""
 
 import os
 import signal

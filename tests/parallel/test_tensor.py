@@ -1,4 +1,4 @@
-"""Tensor parallelism: the layout table, what a rank holds, keeps and sends."""
+"""Tensor parallelism: layout table, shards, saved activations and communication."""
 
 import time
 from dataclasses import replace
@@ -96,7 +96,7 @@ class Alive(TorchDispatchMode):
 
 
 def kept_bytes(runtime: Runtime, strategy: StrategyConfig, samples: int, length: int) -> float:
-    """Bytes that one more layer keeps for the backward."""
+    """Return the bytes that one more layer saves for the backward."""
     totals = []
     for layers in (1, 3):
         worker = parallel_model(replace(GPT, layers=layers), strategy, runtime, HALF)
@@ -170,7 +170,7 @@ def test_a_shared_head_lies_in_parts(ranks):
 
 
 def activation_bytes(runtime: Runtime, mode: str) -> dict[str, int]:
-    """What a step moves of activations, by collective."""
+    """Return a step's activation bytes by collective."""
     worker = parallel_model(
         scale_down(FAMILIES["decoder (Llama)"]),
         StrategyConfig(tensor=2),

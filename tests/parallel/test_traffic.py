@@ -1,4 +1,4 @@
-"""Bytes on the wire per step: those counted equal the closed form, to the byte."""
+"""Communicated bytes per step: the counted bytes equal the closed form exactly."""
 
 from collections import Counter
 from dataclasses import replace

@@ -47,7 +47,7 @@ def config(tmp_path_factory) -> TrainConfig:
 
 def run(runtime, config: TrainConfig, signals: str = "", at: int = 0, rank: int = 0):
     """Train on this rank; `rank` is sent signals in step, evaluation or save number `at`."""
-    calls = {"step": "take_step", "evaluation": "measure", "save": "save"}
+    calls = {"step": "take_step", "evaluation": "evaluate_split", "save": "save_checkpoint"}
     patches = []
     for where in calls if runtime.rank == rank else ():
         real, numbers = getattr(loop, calls[where]), iter(range(1, 100))

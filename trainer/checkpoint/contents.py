@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-KEPT = "kept."  # before a rank's number: what it alone keeps of the gradients' sums
+KEPT = "kept."  # prefix of a rank's error-feedback state, before its number
 
 
 class Checkpointed(Protocol):
@@ -25,7 +25,7 @@ class Checkpointed(Protocol):
         """Return every tensor of the state by its canonical name."""
 
     def after_load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take over what is no tensor from tensors that a checkpoint has filled."""
+        """Restore the non-tensor state from tensors that a checkpoint has filled."""
 
     def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
-        """Take over which samples the run has left out."""
+        """Restore which samples the run has skipped."""

@@ -1,4 +1,4 @@
-"""How far two checkpoints are from each other, tensor by tensor."""
+"""Per-tensor differences of two checkpoints."""
 
 from pathlib import Path
 
@@ -13,12 +13,10 @@ from trainer.metrics.console import print_whole
 
 
 def print_difference(first: Path, second: Path) -> bool:
-    """Show a table of the tensors that differ, with the largest difference of each.
+    """Print a table of the tensors that differ, with their largest differences; True if none do.
 
-    True if none does.
-
-    Either may be a checkpoint or a run (its newest one), of any layout. Raises ConfigError if one
-    is damaged.
+    Each argument is a checkpoint, or a run (its newest checkpoint), of any layout. Raises
+    ConfigError if one is damaged.
     """
     (a, a_says), (b, b_says) = require_valid_checkpoint(first), require_valid_checkpoint(second)
     console = Console()
@@ -47,7 +45,7 @@ def print_difference(first: Path, second: Path) -> bool:
 
 
 def largest_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
-    """Largest absolute difference of two tensors' entries, and its share of the largest entry."""
+    """Return the largest absolute difference of two tensors, and its ratio to the largest entry."""
     wide_a, wide_b = a.double(), b.double()
     largest = (wide_a - wide_b).abs().max().item()
     entry = max(wide_a.abs().max().item(), wide_b.abs().max().item())
@@ -59,5 +57,5 @@ def _dtype_and_shape(tensor: Tensor) -> str:
 
 
 def _raw_bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes: a NaN is equal to the same NaN, and 0.0 is not -0.0."""
+    """Return the bytes of a tensor, in which identical NaNs are equal and 0.0 differs from -0.0."""
     return tensor.reshape(-1).view(torch.uint8)

@@ -1,6 +1,7 @@
-"""The folder of a run's checkpoints, and the rule which of them are retained."""
+"""Paths of a run's checkpoints, and the retention rule."""
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -13,23 +14,27 @@ def checkpoint_path(run_dir: str | Path, step: int) -> Path:
 def list_checkpoints(run_dir: str | Path) -> list[tuple[int, Path]]:
     """Return the published checkpoints of a run as (step, folder), oldest first by step.
 
-    Nothing else says which is the newest: no pointer that could be wrong, and no time of a file.
+    The step in the name alone decides which is newest: there is no pointer that could be wrong.
     """
     folder = Path(run_dir) / "checkpoints"
-    named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
-    return sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+    while True:
+        named = [(re.fullmatch(r"step-(\d+)", path.name), path) for path in folder.glob("step-*")]
+        found = sorted((int(match[1]), path) for match, path in named if match and path.is_dir())
+        # Retention may remove one after it was listed: its successor is published by then.
+        if all(os.path.lexists(path) for _, path in named):
+            return found
 
 
 def find_leftovers(run_dir: str | Path) -> list[Path]:
-    """Folders of checkpoints that were being written or removed when their run was killed."""
+    """Return the folders of checkpoints whose writing or removal was interrupted by a kill."""
     return sorted((Path(run_dir) / "checkpoints").glob(".step-*"))
 
 
 def steps_to_keep(losses: dict[int, float | None], keep: int, best: bool, every: int) -> set[int]:
-    """Return the steps, of those with their evaluation loss, whose good checkpoints are kept.
+    """Return the steps whose valid checkpoints are retained, given the evaluation losses.
 
-    The newest `keep` (0 = all), every `every`-th step (0 = off), and the one with the least loss if
-    `best` is asked for: of equal ones the oldest, and never one whose loss is not finite.
+    Retained are the newest `keep` (0 = all), every `every`-th step (0 = off) and, with `best`, the
+    one with the smallest finite loss; the oldest of equal ones.
     """
     steps = sorted(losses)
     if not keep:

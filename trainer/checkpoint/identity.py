@@ -1,4 +1,4 @@
-"""Comparing configurations: the keys that make two of them the same training run."""
+"""Comparison of configurations: the keys that identify a training run."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -8,22 +8,22 @@ from typing import Any
 
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 
-# What a run is: these keys must not change when it is continued. Everything else may.
+# The identity of a run: these keys must not change on resume. All others may.
 IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
 FREE = ("data.cache", "data.processor")
-# A run keeps these for ever: its weights are those of one tokenizer.
+# Never changed on resume: the weights belong to one tokenizer.
 FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
-PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # that may be written in several ways
+PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # compared as absolute paths
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What the checkpoints of a run say of it, and what they are compared with when it goes on."""
+    """The record of a run in its checkpoints, compared with the configuration on resume."""
 
     run_dir: str
-    identity: Mapping[str, Any]  # the values that make the run what it is, by dotted key
-    resume_changed: Sequence[str]  # keys of these, or whole sections, that may be others
-    data: str  # fingerprint of what it learns from; empty = not compared
+    identity: Mapping[str, Any]  # values of the identity keys, by dotted key
+    resume_changed: Sequence[str]  # identity keys, or sections, allowed to differ
+    data: str  # fingerprint of the training data; empty = not compared
     strategy: StrategyConfig
     steps: int  # of the whole run
     optim: OptimConfig
@@ -33,9 +33,9 @@ class RunRecord:
         return key in self.resume_changed or key.split(".")[0] in self.resume_changed
 
     def differences(self, before: Mapping[str, Any]) -> list[str]:
-        """Return every key in which the run with the identity `before` was another, as a problem.
+        """Return a problem for each identity key whose value differs from `before`.
 
-        Those that `resume_changed` names are none.
+        Keys named in `resume_changed` are left out.
         """
         changed = [
             (key, before[key], value)
@@ -55,7 +55,7 @@ class RunRecord:
 
 
 def run_record(config: TrainConfig, data: str = "") -> RunRecord:
-    """Return the record of a configured run; `data` is the fingerprint of what it learns from."""
+    """Return the record of a configured run; `data` is the fingerprint of its training data."""
     identity = {
         key: value
         for key, value in flat_values(asdict(config)).items()
@@ -73,13 +73,13 @@ def run_record(config: TrainConfig, data: str = "") -> RunRecord:
 
 
 def absolute_path(path: str) -> str:
-    """Return a path that means the same wherever it is read; other values as they are."""
+    """Return a path independent of the working directory; other values unchanged."""
     if path.startswith("hf:"):
         folder = Path(path.removeprefix("hf:"))
         return f"hf:{folder.absolute()}" if folder.exists() else path
     if not path or path.startswith("bundled:"):
         return path
-    with suppress(RuntimeError):  # the home of somebody who is not known here
+    with suppress(RuntimeError):  # ~user of an unknown user
         return str(Path(path).expanduser().absolute())
     return str(Path(path).absolute())
 
@@ -89,7 +89,7 @@ def _is_same_value(key: str, old: Any, new: Any) -> bool:
 
 
 def flat_values(values: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of all sections by dotted key."""
+    """Return the values of all sections, by dotted key."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

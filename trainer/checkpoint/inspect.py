@@ -1,4 +1,4 @@
-"""Checkpoints shown and checked, without a process group and without torch."""
+"""List and verify checkpoints, without a process group and without torch."""
 
 from pathlib import Path
 
@@ -19,9 +19,7 @@ from trainer.metrics.console import print_whole
 
 
 def print_checkpoints(run_dir: Path) -> bool:
-    """Show a table of all checkpoints of a run, by name and size of their files.
-
-    True if all are whole.
+    """Print a table of a run's checkpoints, by file names and sizes; True if all are complete.
 
     Raises ConfigError if the folder holds none.
     """
@@ -47,11 +45,9 @@ def print_checkpoints(run_dir: Path) -> bool:
 
 
 def verify_checksums(path: Path) -> bool:
-    """Compare every byte of a checkpoint, or of all of a run, with its manifest.
+    """Compare every byte of a checkpoint, or of a run's, with its manifest; True if all match.
 
-    True if all are good.
-
-    A line for each, with all that is damaged. Raises ConfigError if there is none.
+    Prints a line for each, with all damage found. Raises ConfigError if there is no checkpoint.
     """
     console, good = Console(), True
     for folder in [path] if _is_checkpoint(path) else _all_checkpoints(path):
@@ -68,10 +64,7 @@ def verify_checksums(path: Path) -> bool:
 
 
 def require_valid_checkpoint(path: Path) -> tuple[Path, Manifest]:
-    """Return a checkpoint's folder, or a run's newest one, with its manifest.
-
-    ConfigError if not good.
-    """
+    """Return folder and manifest of a checkpoint, or of a run's newest; ConfigError if invalid."""
     folder = path
     if not _is_checkpoint(path):
         found = list_checkpoints(path)
@@ -89,7 +82,7 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _all_checkpoints(run_dir: Path) -> list[Path]:
-    """Published checkpoints and those that were set aside, oldest first."""
+    """Return published and retired checkpoints, oldest first."""
     found = [path for _, path in list_checkpoints(run_dir)]
     found += sorted((run_dir / "checkpoints").glob("unused-step-*"))
     if not found and not find_leftovers(run_dir):

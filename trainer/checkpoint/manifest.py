@@ -1,8 +1,8 @@
 """The manifest of a checkpoint, and its verification; free of torch.
 
-The manifest begins with a checksum of all its other bytes, in every version of the format. What is
-read here was perhaps damaged, or made by somebody else: nothing in it is run, and no path of it
-leads out of the folder.
+The manifest begins with a checksum of all its other bytes, in every version of the format. A
+checkpoint may be damaged or come from an untrusted source: nothing in it is executed, and no path
+in it may point outside the folder.
 """
 
 import hashlib
@@ -26,16 +26,16 @@ _DIGITS = 64
 
 
 class CorruptCheckpointError(Exception):
-    """A checkpoint that must not be read; the message names the file and what is wrong with it."""
+    """A corrupt checkpoint; the message names the file and the damage."""
 
 
 class UnsupportedFormatError(CorruptCheckpointError):
-    """A checkpoint that is perhaps whole, but written by another version."""
+    """A checkpoint in the format of another version; it may be intact."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor, and the file that has it under the tensor's name."""
+    """A chunk of a tensor, and the file that stores it under the tensor's name."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -44,7 +44,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A whole tensor: dtype as safetensors names it, and the chunks that make it up."""
+    """A full tensor: its safetensors dtype, and its chunks."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -61,29 +61,29 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One checkpoint: of which run and step, under which layout, and all that it holds."""
+    """The contents of one checkpoint: run, step, layout, configuration, tensors and files."""
 
     run: str  # the same for all checkpoints of a run
     step: int
     layout: dict[str, int]  # the degrees, and the number of ranks, that wrote it
-    config: dict[str, Any]  # the keys that make up a run's identity (run_dir.py)
-    data: str  # fingerprint of what is learned from; empty = not known
+    config: dict[str, Any]  # the identity keys of the run (identity.py)
+    data: str  # fingerprint of the training data; empty = unknown
     eval_loss: float | None  # on the valid split at this very step, if evaluated and finite
     tensors: dict[str, TensorEntry]
     files: dict[str, FileEntry]
-    # What versions did not write that counted the data in steps; None = not known.
-    samples: int | None = None  # learned from so far, or left out as a step: the data's position
-    order_batch_size: int | None = None  # batch_size when the run began (order.py)
+    # Not written by versions that counted the data in steps; None = unknown.
+    samples: int | None = None  # samples trained on or skipped so far: the data's position
+    order_batch_size: int | None = None  # batch_size when the run started (sampler.py)
     lr: float | None = None  # of the next step, by the schedule of the run that wrote it
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """Return the total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write a folder's manifest, and wait until it and the folder are on the disk."""
+    """Write a folder's manifest, and fsync it and the folder."""
     body = json.dumps({"format": FORMAT, **asdict(manifest)}, allow_nan=False).encode()
     text = _HEAD + b"0" * _DIGITS + b'",\n' + body[1:]
     digest = hashlib.sha256(text).hexdigest().encode()
@@ -95,7 +95,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Return a folder's manifest; raises DamagedError if it is not one, and OtherFormatError."""
+    """Return a folder's manifest; raises CorruptCheckpointError or UnsupportedFormatError."""
     path = folder / NAME
     if (folder / ".metadata").exists() and not path.exists():
         raise UnsupportedFormatError(
@@ -195,10 +195,10 @@ def _is_chunk_inside(chunk: Chunk, tensor: TensorEntry) -> bool:
 
 
 def check_folder(folder: Path, *, hashed: Collection[str] | None = None) -> Manifest:
-    """Return the manifest of a folder whose files are all there with the right size.
+    """Return the manifest of a folder after checking that all files exist with the right size.
 
-    Of the files in `hashed` (None = all) the content is compared too. Raises DamagedError for the
-    first problem, as `read_manifest` does.
+    The contents of the files in `hashed` (None = all) are compared too. Raises
+    CorruptCheckpointError for the first problem, as `read_manifest` does.
     """
     manifest = read_manifest(folder)
     problems = file_problems(folder, manifest, manifest.files if hashed is None else hashed)
@@ -208,10 +208,7 @@ def check_folder(folder: Path, *, hashed: Collection[str] | None = None) -> Mani
 
 
 def file_problems(folder: Path, manifest: Manifest, hashed: Collection[str]) -> list[str]:
-    """Return all that differs between a folder and its manifest.
-
-    Hashes the files in `hashed` only.
-    """
+    """Return the differences between a folder and its manifest, hashing the files in `hashed`."""
     named = re.fullmatch(r"step-(\d+)", folder.name)
     problems = []
     if named and int(named[1]) != manifest.step:

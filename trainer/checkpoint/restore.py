@@ -1,4 +1,4 @@
-"""Checkpoints read: the newest good one is found by all ranks together and loaded into a run."""
+"""Restore a run: all ranks agree on the newest valid checkpoint and load it."""
 
 import logging
 import shutil
@@ -37,26 +37,24 @@ DIFFERENCES_SHOWN = 5
 
 
 def layout_of(strategy: StrategyConfig) -> dict[str, int]:
-    """Return the degrees and the number of ranks, as a manifest has them."""
+    """Return the degrees and the world size, in the form that a manifest stores."""
     return axis_degrees(strategy) | {"ranks": dist.get_world_size()}
 
 
 @dataclass
 class Candidate:
-    """The checkpoint to read, and those newer ones that are passed over."""
+    """The checkpoint to load, and the newer damaged ones that are skipped."""
 
-    path: Path | None = None  # None = none is good
+    path: Path | None = None  # None = none is valid
     manifest: Manifest | None = None
-    damaged: dict[int, str] = field(default_factory=dict)  # why, by step
+    damaged: dict[int, str] = field(default_factory=dict)  # reason by step
 
 
 def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
-    """Return the newest checkpoint that is what was saved (or that of `step`).
+    """Return the newest valid checkpoint, or that of `step`; the same on every rank.
 
-    The same on every rank.
-
-    Every byte is compared with the manifest, each file by one rank. ConfigError for one of another
-    version: older ones are no replacement for it.
+    Every byte is compared with the manifest; each file is hashed by one rank. Raises ConfigError
+    for a checkpoint of another format version, which an older one must not silently replace.
     """
     while True:
         choice, removed = Candidate(), False
@@ -69,7 +67,7 @@ def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
                 raise ConfigError(f"{path}: {error}; or choose another run_dir") from error
             except CorruptCheckpointError as error:
                 choice.damaged[candidate] = str(error)
-            except FileNotFoundError:  # by the run that writes here: there is a newer one
+            except FileNotFoundError:  # removed by the running run: a newer one exists
                 removed = True
             else:
                 choice.path = path
@@ -79,9 +77,7 @@ def find_newest_valid(run_dir: Path, step: int = 0) -> Candidate:
 
 
 def _check_on_all_ranks(folder: Path) -> Manifest:
-    """Return the manifest of a checkpoint, raising on every rank what is wrong in the eyes of any
-    rank.
-    """
+    """Return the manifest of a checkpoint; if any rank finds damage, every rank raises."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     problem: CorruptCheckpointError | None = None
     try:
@@ -104,12 +100,11 @@ def _check_on_all_ranks(folder: Path) -> Manifest:
 def restore_checkpoint(
     run: RunRecord, state: Checkpointed, step: int = 0, scratch: bool = False
 ) -> None:
-    """Go on from the newest good checkpoint of run.run_dir, or from that of `step`.
+    """Resume from the newest valid checkpoint of run.run_dir, or from that of `step`.
 
-    Damaged ones are named, with the steps that are lost by them; what is newer than the one gone
-    on from is set aside. Without any checkpoint the state stays as it is. ConfigError if there are
-    some but none is good (unless from `scratch`), if the checkpoint's model, config or data is
-    another.
+    Damaged checkpoints are logged with the number of steps lost, and newer ones are renamed.
+    Without any checkpoint the state is unchanged. Raises ConfigError if the checkpoint has another
+    model, configuration or data, and StorageError if all are damaged (unless `scratch`).
     """
     run_dir, first = Path(run.run_dir), dist.get_rank() == 0
     if first:
@@ -188,7 +183,7 @@ def _load_state(path: Path, manifest: Manifest, state: Checkpointed, run: RunRec
     if not _read_on_all_ranks(path, manifest, tensors):
         return False
     state.after_load(tensors)
-    # Older versions counted the data in steps, all of one batch size.
+    # Older versions counted the data in steps of one batch size.
     batch_size = int(manifest.config.get("batch_size", run.identity["batch_size"]))
     state.order_batch_size = manifest.order_batch_size or batch_size
     state.samples = state.step * batch_size if manifest.samples is None else manifest.samples
@@ -198,14 +193,14 @@ def _load_state(path: Path, manifest: Manifest, state: Checkpointed, run: RunRec
 def _has_error_feedback(
     manifest: Manifest, tensors: dict[str, Tensor], strategy: StrategyConfig
 ) -> bool:
-    """Return whether a checkpoint has what the ranks keep, each for itself, of these very sums."""
+    """Return whether a checkpoint has the error-feedback state of these ranks and gradient sums."""
     own = {name: tuple(t.shape) for name, t in tensors.items() if name.startswith(KEPT)}
     there = {name: entry.shape for name, entry in manifest.tensors.items() if name in own}
     return not own or (own == there and manifest.layout == layout_of(strategy))
 
 
 def _read_on_all_ranks(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> bool:
-    """Fill the tensors, on all ranks; False if the checkpoint was removed meanwhile."""
+    """Load the tensors on all ranks; False if the checkpoint was removed meanwhile."""
     problem = ""
     try:
         read_tensors(path, manifest, tensors)
@@ -218,10 +213,10 @@ def _read_on_all_ranks(path: Path, manifest: Manifest, tensors: dict[str, Tensor
 
 
 def load_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> Path:
-    """Read the weights of a run's newest good checkpoint into a model; which one it was.
+    """Load the weights of a run's newest valid checkpoint into a model, and return its folder.
 
-    `rows` as of trained.py's `load`. Raises ConfigError if there is none, or if its model has other
-    parameters or shapes.
+    `rows` as for `load` in trained_run.py. Raises ConfigError if there is none, or if its model has
+    other parameters or shapes.
     """
     parameters, shapes = worker.parameters(), worker.whole.shapes
     if rows is None:
@@ -241,10 +236,10 @@ def load_parameters(
     key: str = "run_dir",
     by_row: Collection[str] = (),
 ) -> Path:
-    """Like `load_weights`, of what this rank has of a model whose parameters have such shapes.
+    """Load the local parameters of a model with the given full shapes; see `load_weights`.
 
-    All ranks call it, also those that have nothing. `key` is the one that names the folder. Those
-    named in `by_row` may have other numbers of rows there.
+    All ranks must call it, also those without parameters. `key` is the config key that names the
+    folder. Parameters in `by_row` may have another number of rows in the checkpoint.
     """
     weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
     while True:
@@ -289,7 +284,7 @@ def _check_shapes(
 
 
 def _check_optimizer_state(path: Path, manifest: Manifest, tensors: dict[str, Tensor]) -> None:
-    """Raise ConfigError, on every rank, if the optimizer keeps other tensors than were saved."""
+    """Raise ConfigError, on every rank, if the optimizer's state differs from the saved one."""
     odd = [
         name
         for name, tensor in tensors.items()
@@ -315,7 +310,7 @@ def _has_same_layout(entry: TensorEntry | None, tensor: Tensor) -> bool:
 
 
 def _remove_partial(run_dir: Path) -> None:
-    """Remove what a save or a removal that was killed has left."""
+    """Remove the leftovers of an interrupted save or removal."""
     left = find_leftovers(run_dir)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
@@ -325,7 +320,7 @@ def _remove_partial(run_dir: Path) -> None:
 
 
 def _retire_newer(run_dir: Path, step: int) -> None:
-    """Rename checkpoints newer than the step gone on from: from here on the run is another."""
+    """Rename the checkpoints newer than the resumed step, since the run diverges from them."""
     for newer, path in list_checkpoints(run_dir):
         if newer > step:
             aside = path.with_name(f"unused-{path.name}")

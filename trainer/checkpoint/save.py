@@ -1,7 +1,7 @@
-"""Checkpoints written: copied in the training thread, written and published in the background.
+"""Save checkpoints: copy in the training thread, write and publish in a background thread.
 
-The ranks agree on a save through the process group's store, never by a collective, which could
-come between those of training. So a save that fails on any rank fails on all, and on none later.
+The ranks agree through the process group's store, never by a collective, which could interleave
+with those of training. So a save that fails on one rank fails on all.
 """
 
 import json
@@ -43,26 +43,26 @@ from trainer.optim.lr_schedule import learning_rate_at
 
 log = logging.getLogger(__name__)
 
-# The other ranks' files may be large and their disk slow; who is dead is the launcher's business.
+# Other ranks' files may be large and their disks slow; lost ranks are the launcher's concern.
 PATIENCE = timedelta(days=30)
-LEAVING_SECONDS = 10.0  # for a save in flight when training ends by an error
+LEAVING_SECONDS = 10.0  # wait for a save in flight when training fails
 
 
 @dataclass(frozen=True)
 class PendingSave:
-    """One save: its number in this process, and what its manifest says beside the files."""
+    """A save in progress: its number in this process, and the metadata for its manifest."""
 
     number: int
     step: int
     samples: int
-    eval_loss: float | None  # of a number that is finite
+    eval_loss: float | None  # None unless finite
     began: float  # monotonic seconds
 
 
 class Saver:
-    """Saves a run; all ranks call it at the same steps. Use it as a context manager.
+    """Saves the checkpoints of a run; a context manager whose methods all ranks call in step.
 
-    At most one save is in flight: its copy is the only one in host memory.
+    At most one save is in flight: it holds the only copy in host memory.
     """
 
     def __init__(self, run: RunRecord, config: CheckpointConfig, state: Checkpointed):
@@ -83,12 +83,12 @@ class Saver:
         }
         there = checkpoint_path(run.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
-        # nobody else writes under the token's names
+        # the token makes the names unique
         self._token, there, problem = broadcast_from_rank0(facts)
         if problem:
             raise StorageError(problem)
         store = dist.distributed_c10d._get_default_store()
-        # A clone has a connection of its own: waiting on it keeps nobody from the store.
+        # A clone has its own connection: waiting on it does not block other users of the store.
         clone = store.clone()  # type: ignore[attr-defined]
         self._store = dist.PrefixStore(f"saves-{self._token}", clone)
         self._number = 0
@@ -103,7 +103,7 @@ class Saver:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        """End the save in flight, and raise StorageError if it failed."""
+        """Finish the save in flight; raise StorageError if it failed."""
         if kind is None:
             self.wait(last=True)
         elif self._thread is not None:
@@ -113,16 +113,16 @@ class Saver:
             self._thread.join(None if together else LEAVING_SECONDS)
 
     def save(self, state: Checkpointed, eval_loss: float | None = None) -> None:
-        """Save the run as it is now, with its loss on the valid split where that was measured.
+        """Save the run, with its loss on the valid split if measured.
 
-        Returns when the copy is taken, or, with checkpoint.async_save=false, when the checkpoint is
-        there. Raises StorageError, on all ranks, if a save has failed and checkpoint.on_error=stop.
+        Returns after the copy or, with checkpoint.async_save=false, after publishing. Raises
+        StorageError, on all ranks, if a save has failed and checkpoint.on_error=stop.
         """
         self.wait()
         if state.step == self._saved_step:
             return
         self._number += 1
-        # What is not finite is no measure of a model; JSON has no word for it either.
+        # A loss that is not finite cannot be compared, and JSON cannot represent it.
         measured = eval_loss is not None and math.isfinite(eval_loss)
         save = PendingSave(
             self._number,
@@ -139,7 +139,7 @@ class Saver:
             self.wait()
 
     def wait(self, last: bool = False) -> None:
-        """Wait for the save in flight; of the `last` one a failure is an error in any case."""
+        """Wait for the save in flight; a failure of the `last` one always raises."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -152,17 +152,17 @@ class Saver:
             raise StorageError(problem)
 
     def finished_saves(self) -> Iterator[dict[str, Any]]:
-        """On rank 0, a line of metrics for each save that has ended since the last call."""
+        """Yield, on rank 0, a metrics record for each save finished since the last call."""
         while self._news:
             yield self._news.popleft()
 
     def forget_last_save(self) -> None:
-        """Wait, before the run goes back: a step that was saved may be saved again."""
+        """Wait, and allow a saved step to be saved again after a rollback."""
         self.wait()
         self._saved_step = -1
 
     def _write_all(self, save: PendingSave) -> None:
-        """The background thread: this rank's file, then what became of all of them."""
+        """Write this rank's file and collect the outcome of all ranks, in the background thread."""
         try:
             self._send(save, self._rank, self._write_shard(save))
             self._outcome = (
@@ -172,7 +172,7 @@ class Saver:
             self._outcome = {"bug": traceback.format_exc()}
         if self._rank:
             return
-        # Without a store there is nobody left to tell; what ended the others is told elsewhere.
+        # Without a store no rank is left to notify; the cause is reported elsewhere.
         with suppress(dist.DistError):
             self._send(save, "all", self._outcome)
         self._warn_not_saved(save)
@@ -181,12 +181,12 @@ class Saver:
         self._note_saved(save)
 
     def _write_shard(self, save: PendingSave) -> dict[str, Any]:
-        """Return what this rank has written, or why it could not."""
+        """Write this rank's file; return its size and digest, or the error."""
         partial = self._partial_folder(save)
         try:
             partial.mkdir(parents=True, exist_ok=True)
             free, needed = shutil.disk_usage(partial).free, self._shard.file_bytes()
-            if needed > free:  # rather than fill the disk to its last byte, also for others
+            if needed > free:  # never fill the disk completely
                 return {"problem": "No space left on device"}
             entry = self._shard.write_file(partial / file_name(self._rank))
             return {} if entry is None else asdict(entry)
@@ -196,12 +196,12 @@ class Saver:
             return {"bug": traceback.format_exc()}
 
     def _publish_outcome(self, save: PendingSave) -> dict[str, str]:
-        """On rank 0, what became of a save: nothing to say if it is there."""
+        """Publish a save on rank 0; return an empty dict on success."""
         reports = [self._receive(save, rank) for rank in range(self._ranks)]
         for key in (
             *(f"{save.number}/{rank}" for rank in range(self._ranks)),
             f"{save.number - 1}/all",
-        ):  # all have read it: they are at this save
+        ):  # all ranks have read it: they have reached this save
             self._store.delete_key(key)
         partial = self._partial_folder(save)
         try:
@@ -242,7 +242,7 @@ class Saver:
         sync_folder(self._folder)
 
     def _remove_old(self, save: PendingSave) -> None:
-        """Remove what checkpoint.keep* do not keep; damaged ones do not count."""
+        """Remove the checkpoints that checkpoint.keep* do not retain; damaged ones do not count."""
         options = self._config
         found = list_checkpoints(self._run_save.run_dir)
         losses: dict[int, float | None] = {save.step: save.eval_loss}
@@ -267,7 +267,7 @@ class Saver:
 
     def _warn_not_saved(self, save: PendingSave) -> None:
         told = self._config.on_error == "stop" or save.step >= self._run_save.steps
-        if "problem" in self._outcome and not told:  # as the run's error
+        if "problem" in self._outcome and not told:  # reported as the run's error
             log.warning(
                 "%s; training goes on, and the next save tries again", self._outcome["problem"]
             )
@@ -289,7 +289,7 @@ class Saver:
         )
 
     def _too_small(self) -> str:
-        """Return why not even one checkpoint fits beside those that are there; empty if it does."""
+        """Return the reason that the disk cannot hold one more checkpoint; empty if it can."""
         needed = self._shard.total_bytes
         try:
             if not self._folder.exists():
@@ -322,9 +322,9 @@ class Saver:
 
 
 def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:
-    """Return a warning where most checkpoints have no loss for checkpoint.keep_best; else empty.
+    """Return a warning if most checkpoints have no loss for checkpoint.keep_best; otherwise empty.
 
-    `measured` is eval.every: steps between evaluations.
+    `measured` is eval.every, the steps between evaluations.
     """
     saved = config.every
     if not (config.keep_best and saved and measured and saved % measured):
@@ -338,7 +338,7 @@ def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:
 
 
 def _remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint, first from sight: a reader sees a whole one or none."""
+    """Remove a checkpoint; rename it first, so that a reader sees all of it or nothing."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
     try:
         checkpoint.rename(hidden)
@@ -352,7 +352,7 @@ def _free_bytes(folder: Path) -> int:
 
 
 def _format_bytes(count: float) -> str:
-    """812.3 MB, by powers of 1000 as disks are sold."""
+    """Format a size in powers of 1000, such as "812.3 MB"."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""How tensors lie in a checkpoint's files: one safetensors file of each rank, and no pickle.
+"""Tensors in the files of a checkpoint: one safetensors file per rank, and no pickle.
 
-torch.distributed.checkpoint plans which rank writes which part of a tensor, and which parts a rank
-of another layout reads; what is written, and how, is ours.
+torch.distributed.checkpoint plans which rank writes which chunk of a tensor, and which chunks a
+rank of another layout reads; the file format is ours.
 """
 
 import hashlib
@@ -55,29 +55,29 @@ def file_name(rank: int) -> str:
 
 
 class Shard:
-    """This rank's part of a checkpoint: planned once, then held in host memory as a file is.
+    """This rank's part of a checkpoint, planned once and staged in host memory in file layout.
 
-    Memory is taken at the first copy and used again by every later one.
+    Memory is allocated at the first copy and reused by every later one.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         """Plan, with all other ranks, who writes what; every rank has each tensor or a part."""
         plan = create_default_local_save_plan(dict(tensors), dist.get_rank() == 0)
-        # A rank may hold no row of a small tensor.
+        # A rank may have no rows of a small tensor.
         plan = replace(
             plan, items=[item for item in plan.items if all(_chunk_metadata(item).sizes)]
         )
         plans: list[SavePlan] = [plan] * dist.get_world_size()
         dist.all_gather_object(plans, plan)
-        # Of what several ranks have, the one with the least to write writes it.
+        # A replicated tensor is written by the rank with the fewest bytes to write.
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         plans, metadata = planner.create_global_plan(plans)
-        self.tensors = _merge_plans(plans, metadata)  # of the whole checkpoint
+        self.tensors = _merge_plans(plans, metadata)  # of the full checkpoint
         self.total_bytes = sum(
             math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize
             for entry in self.tensors.values()
         )
-        # Wide dtypes first, so that every tensor of the file begins at a multiple of its width.
+        # Wide dtypes first, so that every tensor in the file is aligned to its width.
         mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype_of(i).itemsize)
         self._parts = {
             item.index.fqn: (_dtype_of(item), _chunk_metadata(item).sizes) for item in mine
@@ -87,9 +87,9 @@ class Shard:
         self._copied: torch.cuda.Event | None = None
 
     def copy_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what the tensors are now; they may change as soon as this returns.
+        """Copy the tensors, which may change as soon as this returns.
 
-        On a GPU that is so for work that is queued later; `write` waits for the copy itself.
+        On a GPU the copy is only queued; `write_file` waits for it.
         """
         cuda = any(tensors[name].is_cuda for name in self._parts)
         if self._buffer is None:
@@ -105,10 +105,7 @@ class Shard:
             self._copied.record()
 
     def write_file(self, path: Path) -> FileEntry | None:
-        """Write the copy and wait until it is on the disk; None if this rank has nothing to write.
-
-        Raises OSError.
-        """
+        """Write and fsync the copy; None if this rank writes nothing. Raises OSError."""
         if not self._parts:
             return None
         if self._copied is not None:
@@ -124,11 +121,11 @@ class Shard:
         return FileEntry(size, digest.hexdigest())
 
     def file_bytes(self) -> int:
-        """Size of this rank's file."""
+        """Return the size of this rank's file in bytes."""
         return sum(map(len, self._file_pieces())) if self._buffer is not None else 0
 
     def _part_ends(self) -> list[int]:
-        """Return where each part ends in the buffer; 0 alone if there is none."""
+        """Return the end of each part in the buffer; only 0 if there are none."""
         ends = [0]
         for dtype, sizes in self._parts.values():
             ends.append(ends[-1] + math.prod(sizes) * dtype.itemsize)
@@ -156,9 +153,9 @@ class Shard:
 
 
 def read_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]) -> None:
-    """Fill tensors, or this rank's parts of them, from a checkpoint of any layout.
+    """Load full tensors, or the local shards of DTensors, from a checkpoint of any layout.
 
-    Their names and shapes must be those of the checkpoint, which must have been checked.
+    The checkpoint must have been verified, and its names and shapes must match.
     """
     wanted = {name: manifest.tensors[name] for name in tensors}
     items = create_default_local_load_plan(dict(tensors), _dcp_metadata(wanted)).items
@@ -176,7 +173,7 @@ def read_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
 
 
 def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
-    """One whole tensor of a checkpoint, put together from its chunks."""
+    """Return one full tensor of a checkpoint, assembled from its chunks."""
     entry = manifest.tensors[name]
     whole = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     for chunk in entry.chunks:
@@ -186,9 +183,9 @@ def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
 
 
 def take_rows(parameter: Tensor, source: Tensor, rows: list[int]) -> None:
-    """Copy rows of `source` (rows there, …) to this rank's part of a parameter, where there are.
+    """Copy rows of `source` (rows there, …) to the local shard of a parameter.
 
-    `rows`: of each row here its row there, -1 for none.
+    `rows` maps each row of the parameter to its row in `source`, -1 = none.
     """
     here = local_slices(parameter)
     own = torch.tensor([*rows, *[-1] * (parameter.shape[0] - len(rows))][here[0]])
@@ -213,7 +210,7 @@ def _dtype_of(item: WriteItem) -> torch.dtype:
 
 
 def _merge_plans(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
-    """Return what all ranks write together, by name."""
+    """Return the tensors that all ranks write together, by name."""
     chunks: dict[str, list[Chunk]] = {}
     for rank, plan in enumerate(plans):
         for item in plan.items:
@@ -234,7 +231,7 @@ def _merge_plans(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorE
 
 
 def _dcp_metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
-    """Return a manifest's tensors in the words of torch.distributed.checkpoint."""
+    """Return a manifest's tensors as metadata of torch.distributed.checkpoint."""
     return Metadata(
         {
             name: TensorStorageMetadata(

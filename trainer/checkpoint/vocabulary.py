@@ -1,4 +1,4 @@
-"""Which rows of an embedding, or of a classifier, weights from another run bring along."""
+"""Rows of an embedding or a classifier that are carried over from another run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +13,21 @@ BY_ROW = ("embed.tokens.weight", "head.output.weight", "head.output.bias")
 
 @dataclass(frozen=True)
 class RowMapping:
-    """For each token or class here, its row there; -1 where there is none."""
+    """For each local token or class, its row in the other run; -1 if it has none."""
 
     what: str  # tokens | classes
     theirs: list[int]
 
     @property
     def known_rows(self) -> int:
-        """Return how many rows are brought along."""
+        """Return the number of rows that are carried over."""
         return sum(row >= 0 for row in self.theirs)
 
 
 def map_vocabulary(there: str, facts: DataFacts, tokenizer: Tokenizer | None) -> RowMapping | None:
-    """Return which rows of the run in `there` are those of the tokens or classes here.
+    """Map the tokens or classes of this run to rows of the run in folder `there`.
 
-    None where all are, in the same order, or where that run does not say what its rows are.
+    None if they are the same in the same order, or if that run does not record them.
     """
     if tokenizer is not None:
         path = Path(there) / TOKENIZER

@@ -20,27 +20,29 @@ class CheckpointConfig:
     keep: int = key(2, "Newest checkpoints kept", off=0, off_means="all", at_least=0)
     check_replicas_every: int = key(
         0,
-        "Interval between comparisons of weights and moments that several ranks have a copy "
-        "of: they must be the same to the bit",
+        "Interval between comparisons of replicated weights and optimizer state across ranks: "
+        "they must be bitwise identical",
         unit="steps",
         off=0,
         at_least=0,
     )
     keep_best: bool = key(
-        False, "Keep also the one with the least loss on the valid split, at its step"
+        False, "Also keep the checkpoint with the lowest loss on the valid split, at its step"
     )
-    keep_every: int = key(0, "Keep also the checkpoints of every so many steps", off=0, at_least=0)
+    keep_every: int = key(
+        0, "Also keep the checkpoints at multiples of this many steps", off=0, at_least=0
+    )
     async_save: bool = key(
-        True, "Training goes on while files are written, beside a copy in memory"
+        True, "Write files in the background, from a copy in memory, while training continues"
     )
     on_error: str = key(
         "continue",
-        "What follows a save that failed",
+        "Action after a failed save",
         choices={"continue": "the next one tries again", "stop": ""},
     )
     grace_seconds: float = key(
         0.0,
-        "Warn if a save takes longer: what a scheduler grants",
+        "Warn if a save takes longer than this, the scheduler's grace period",
         unit="seconds",
         off=0.0,
         at_least=0,

@@ -12,4 +12,4 @@ PRECISIONS = {
     "auto": "bf16 on CUDA, fp32 on CPU",
 }
 DEVICES = {"cpu": "", "cuda": "", "auto": "cuda where there is one"}
-RECOMPUTED = {"none": "", "selective": "matmuls kept", "block": ""}
+RECOMPUTED = {"none": "", "selective": "matmul outputs are not recomputed", "block": ""}

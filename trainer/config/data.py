@@ -26,7 +26,9 @@ class DataConfig:
         off="",
         off_means="those of init_from, if there is one, else those of the train split",
     )
-    vocab_size: int = key(1024, "Entries of the BPE trained here; not read with an own tokenizer")
+    vocab_size: int = key(
+        1024, "Entries of the BPE trained on the data; ignored with data.tokenizer"
+    )
     seq_len: int = key(
         256,
         "Length of a sample (text); of the longest source and target (pairs)",
@@ -35,14 +37,14 @@ class DataConfig:
     )
     document_separator: str = key("<|endoftext|>", "Splits documents inside one text file", off="")
     held_out: float = key(
-        0.1, "Share of train kept back where valid or test is missing, half for each"
+        0.1, "Fraction of train held out if valid or test is missing, half for each"
     )
     augment: bool = key(True, "Images: random shift and mirror while training")
     fields: list[str] = key([], "hf: columns to read", off=[], off_means="the usual names")
     on_bad_file: str = key(
         "stop",
-        "What follows an image that cannot be read",
-        choices={"stop": "", "skip": "leave it out, say so"},
+        "Action for an image that cannot be read",
+        choices={"stop": "", "skip": "leave it out and log it"},
     )
     cache: str = key(".cache", "Folder of the prepared token files")
 

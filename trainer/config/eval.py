@@ -19,10 +19,10 @@ class EvalConfig:
     )
     samples: int = key(
         0,
-        "Samples of the valid split, per evaluation: a pseudo-random part, always the same",
+        "Samples of the valid split per evaluation: a fixed pseudo-random subset",
         off=0,
         off_means="all",
         at_least=0,
     )
-    test: bool = key(True, "Evaluate on the whole test split at the end")
-    beams: int = key(1, "Translation: beams of the decoder that BLEU is measured with", at_least=1)
+    test: bool = key(True, "Evaluate on the full test split at the end")
+    beams: int = key(1, "Translation: beam width for BLEU", at_least=1)

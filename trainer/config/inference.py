@@ -11,7 +11,7 @@ from trainer.config.launch import LaunchConfig
 
 @dataclass
 class OtherDataConfig:
-    """Data that a trained model has not learned from; read by trainer/tasks/evaluate.py."""
+    """Data to evaluate a trained model on; read by trainer/tasks/evaluate.py."""
 
     path: str = key("", "As data.path of training", off="", off_means="the data of the run")
 
@@ -20,7 +20,7 @@ class OtherDataConfig:
 class EvaluateConfig:
     """Measure the newest checkpoint of a run; read by trainer/tasks/evaluate.py."""
 
-    run_dir: str = key("", "The run; its folder says model, tokenizer and classes")
+    run_dir: str = key("", "The run folder, from which model, tokenizer and classes are read")
     split: str = key("test", "Split to measure", choices=("valid", "test"))
     data: OtherDataConfig = field(default_factory=OtherDataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -32,35 +32,39 @@ class EvaluateConfig:
     )
     samples: int = key(
         0,
-        "Samples of the split, a pseudo-random part, always the same",
+        "Samples of the split: a fixed pseudo-random subset",
         off=0,
         off_means="all",
         at_least=0,
     )
-    beams: int = key(1, "Translation: beams of the decoder", off=1, off_means="greedy", at_least=1)
+    beams: int = key(1, "Translation: beam width", off=1, off_means="greedy", at_least=1)
 
 
 @dataclass
 class GenerateConfig:
     """Use a trained run: write, translate or classify; read by trainer/tasks/generate.py."""
 
-    run_dir: str = key("", "The run; its config.yaml says model and data")
-    prompt: str = key("", "Text to go on from, sentence to translate, .npy or .png to classify")
-    max_tokens: int = key(200, "Tokens written at most", at_least=1)
+    run_dir: str = key("", "The run folder, whose config.yaml describes model and data")
+    prompt: str = key("", "Text to continue, sentence to translate, or .npy or .png to classify")
+    max_tokens: int = key(200, "Maximum number of generated tokens", at_least=1)
     temperature: float = key(
         0.8,
-        "Randomness of what is written: above 1.0 = bolder, below = safer",
+        "Sampling temperature: the logits are divided by it",
         off=0.0,
         off_means="greedy",
         at_least=0,
     )
-    top_k: int = key(0, "Keep the k likeliest tokens", off=0, at_least=0)
+    top_k: int = key(0, "Sample from the k most probable tokens", off=0, at_least=0)
     top_p: float = key(
-        1.0, "Keep the likeliest tokens whose probability adds up to p", off=1.0, above=0, at_most=1
+        1.0,
+        "Sample from the most probable tokens whose probabilities add up to p",
+        off=1.0,
+        above=0,
+        at_most=1,
     )
-    beams: int = key(4, "Translation: beams of the decoder", off=1, off_means="greedy", at_least=1)
+    beams: int = key(4, "Translation: beam width", off=1, off_means="greedy", at_least=1)
     length_penalty: float = key(1.0, "Beam scores are divided by length ** this", at_least=0)
-    seed: int = key(0, "The samples drawn follow from it", at_least=0)
+    seed: int = key(0, "Seed of the sampling", at_least=0)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = key("auto", "Precision to compute in, as in training", choices=PRECISIONS)
@@ -73,22 +77,22 @@ class ExportConfig:
 
     run_dir: str = key("", "The run")
     to: str = key("", "A new folder, which evaluate and generate take as run_dir")
-    # What the run was not trained with, done to its weights all at once.
+    # Compression that the run was not trained with, applied to its weights in one shot.
     compress: CompressConfig = field(default_factory=CompressConfig)
     precision: str = key(
-        "fp32", "Precision of what is written and has no fewer bits", choices=PRECISIONS
+        "fp32", "Precision of the weights that are not quantized", choices=PRECISIONS
     )
     device: str = key("cpu", "Device to compute on", choices=DEVICES)
 
 
 @dataclass
 class TeachConfig:
-    """Keep what a trained run holds likely of each target; read by distill/precompute.py."""
+    """Precompute a teacher's top-k logits for every target; read by distill/precompute.py."""
 
-    run_dir: str = key("", "The run that teaches; its config.yaml says model and data")
+    run_dir: str = key("", "The teacher's run folder, whose config.yaml describes model and data")
     to: str = key("", "A new folder, which compress.teacher takes")
     k: int = key(
-        32, "Likeliest classes kept of each target; the others count as impossible", at_least=1
+        32, "Most probable classes stored per target; the others get probability 0", at_least=1
     )
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -104,6 +108,6 @@ class CompressReportConfig:
     """The report on a compression; read by trainer/compress_report/report.py."""
 
     run_dir: str = key("", "The compressed run")
-    baseline: str = key("", "The run that it is compared with", off="", off_means="none")
-    rounds: int = key(9, "Measurements of each rate, of which the median is shown", at_least=1)
+    baseline: str = key("", "The run to compare it with", off="", off_means="none")
+    rounds: int = key(9, "Measurements of each rate; the median is reported", at_least=1)
     device: str = key("cpu", "Device to compute on", choices=DEVICES)

@@ -21,7 +21,7 @@ class MetricsConfig:
     )
     timeline: bool = key(
         False,
-        "Pipeline: draw when each rank computed what, of the 5th step, in run_dir/timeline.png",
+        "Pipeline: plot the 5th step's actions of each rank over time in run_dir/timeline.png",
     )
     profile_steps: int = key(
         0, "Length of a Chrome trace, after 10 steps of warm-up", unit="steps", off=0, at_least=0
@@ -29,14 +29,14 @@ class MetricsConfig:
     wandb: str = key("off", "Logging to wandb", choices=("off", "offline", "online"))
     wandb_project: str = key("samestep", "Project of the runs on wandb")
     wandb_group: str = key(
-        "", "Group of runs that belong together, as those of a sweep", off="", off_means="none"
+        "", "wandb group of the run, e.g. one per sweep", off="", off_means="none"
     )
     wandb_tags: list[str] = key([], "Tags to find the run by", off=[], off_means="none")
     tensorboard: bool = key(False, "Curves for TensorBoard, in run_dir/tensorboard")
     objective: str = key(
         "eval_loss",
-        "What a sweeper that optimises is told of a run: a metric of the last evaluation on "
-        "the valid split, e.g. eval_loss, bits_per_character or accuracy",
+        "Objective reported to an optimizing sweeper: a metric of the last evaluation on the "
+        "valid split, e.g. eval_loss, bits_per_character or accuracy",
     )
     peak_tflops: float = key(
         0.0,

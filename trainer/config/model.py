@@ -19,7 +19,7 @@ class ModelConfig:
     )
     outputs: str = key(
         "auto",
-        "Classes that the logits are of",
+        "Kind of the logits",
         choices={
             "auto": "classes for family=encoder, else tokens",
             "tokens": "at each position",

@@ -31,9 +31,9 @@ class OptimConfig:
     )
     warmup_steps: int = key(100, "Length of the warm-up, linear from 0", unit="steps", at_least=0)
     decay_share: float = key(
-        0.2, "wsd: share of the steps in which lr falls to min_lr_ratio", at_least=0, at_most=1
+        0.2, "wsd: fraction of the steps in which lr decays to min_lr_ratio", at_least=0, at_most=1
     )
     min_lr_ratio: float = key(
-        0.1, "Last learning rate as a share of the peak", at_least=0, at_most=1
+        0.1, "Final learning rate as a fraction of the peak", at_least=0, at_most=1
     )
     max_grad_norm: float = key(1.0, "Global norm to clip at", off=0.0, at_least=0)

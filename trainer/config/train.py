@@ -71,7 +71,7 @@ LONGEST_WINDOW = 1024  # losses that the guard against bad steps remembers, at m
 
 @dataclass
 class TrainConfig:
-    """A whole training job; read by trainer/loop.py, filled from conf/train.yaml and its groups."""
+    """A training job; read by trainer/loop.py, filled from conf/train.yaml and its groups."""
 
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -85,7 +85,7 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = key("auto", "Precision to compute in", choices=PRECISIONS)
     device: str = key("auto", "Device to compute on", choices=DEVICES)
-    steps: int = key(1000, "Optimizer steps of the whole run", at_least=1)
+    steps: int = key(1000, "Optimizer steps of the run", at_least=1)
     batch_size: int = key(
         32, "Samples per optimizer step, over all ranks and micro-batches", at_least=1
     )
@@ -96,11 +96,11 @@ class TrainConfig:
         off_means="all of the rank's at once",
         at_least=0,
     )
-    seed: int = key(0, "Weights, order of the samples and dropout follow from it", at_least=0)
+    seed: int = key(0, "Seed of the initial weights, the sample order and dropout", at_least=0)
     run_dir: str = key("runs", "Folder of this run")
     timeout_seconds: float = key(
         600.0,
-        "A rank that makes no progress for so long ends the run and is named; ten times as "
+        "Time without progress after which a rank is reported and the run ends; ten times as "
         "long while the run starts or saves",
         unit="seconds",
         off=0.0,
@@ -108,77 +108,78 @@ class TrainConfig:
     )
     on_bad_step: str = key(
         "stop",
-        "What follows a step whose loss or gradient is not finite, or whose loss is a spike; "
-        "it is never learned from",
+        "Action after a step whose loss or gradient is not finite, or whose loss is a spike; its "
+        "update is never applied",
         choices={
             "stop": "end the run",
-            "skip": "go on without its update",
-            "rollback": "go back to the last good checkpoint and leave its samples out from then "
-            "on",
+            "skip": "continue without its update",
+            "rollback": "return to the last good checkpoint and leave its samples out from then on",
         },
     )
     max_bad_steps: int = key(
         5,
-        "Bad steps in a row, or returns in a row to one checkpoint, that stop the run",
+        "Consecutive bad steps, or rollbacks to one checkpoint, that stop the run",
         at_least=1,
     )
     spike_sigma: float = key(
         0.0,
-        "A loss so many standard deviations above the median of the last losses is a spike",
+        "Standard deviations above the median of the last losses at which a loss is a spike",
         off=0.0,
         at_least=0,
     )
     spike_window: int = key(
         64,
-        "Steps whose losses a spike is measured by; none before there are so many",
+        "Last losses that define a spike; no spikes are detected before there are as many",
         at_least=8,
         at_most=LONGEST_WINDOW,
     )
     init_from: str = key(
         "",
-        "A run, or an exported model, whose weights this one begins with, e.g. to train them "
-        "on under another compression",
+        "A run, or an exported model, to initialise the weights from, e.g. to continue training "
+        "under another compression",
         off="",
-        off_means="drawn from the seed",
+        off_means="random weights from the seed",
     )
     resume: str = key(
         "auto",
-        "How to go on with the run in run_dir",
+        "How to resume the run in run_dir",
         choices={
             "auto": "from the newest good checkpoint, if there is one",
             "never": "refuse to",
-            "always": "refuse to begin at step 0",
-            "scratch": "as auto, but begin again where none is good",
+            "always": "refuse to start at step 0",
+            "scratch": "as auto, but restart at step 0 if none is good",
         },
     )
-    retry_failed: bool = key(
-        False, "In a sweep that is gone on with: start points again that failed"
-    )
+    retry_failed: bool = key(False, "When a sweep is resumed: restart its failed jobs")
     resume_step: int = key(
         0,
-        "Go on from this checkpoint, and set newer ones aside",
+        "Resume from this checkpoint, and set newer ones aside",
         off=0,
         off_means="newest good",
         at_least=0,
     )
     resume_changed: list[str] = key(
         [],
-        "Keys, or whole sections, in which the run that is gone on with may be another one, "
-        "e.g. [seed,data]",
+        "Keys, or sections, that may differ from those of the run that is resumed, e.g. "
+        "[seed,data]",
         off=[],
-        off_means="it must be the same run: model, compress, data, seed, precision, "
+        off_means="these must be identical: model, compress, data, seed, precision, "
         "batch_size and overfit_steps",
     )
     activation_checkpointing: str = key(
-        "none", "What the backward computes again in place of keeping it", choices=RECOMPUTED
+        "none", "Activations recomputed in the backward instead of stored", choices=RECOMPUTED
     )
     compile: bool = key(False, "torch.compile of every block")
     overfit_steps: int = key(
         0,
-        "Learn from the data of the first so many steps again and again: a model that cannot "
-        "fit them has a fault",
+        "Train on the data of the first overfit_steps steps only, repeatedly: a correct model "
+        "can fit them",
         off=0,
         at_least=0,
     )
-    detect_anomaly: bool = key(False, "torch names the operation whose gradient is NaN; slow")
-    deterministic: bool = key(False, "Refuse kernels whose result varies from run to run")
+    detect_anomaly: bool = key(
+        False, "torch.autograd.detect_anomaly: report the operation whose gradient is NaN; slow"
+    )
+    deterministic: bool = key(
+        False, "Use deterministic kernels only; an operation without one raises"
+    )

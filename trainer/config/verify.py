@@ -34,7 +34,7 @@ NEEDS = {
 
 @dataclass
 class VerifyConfig:
-    """Proof that a layout equals one process; read by trainer/verify/compare.py."""
+    """Comparison of a layout with one process; read by trainer/verify/compare.py."""
 
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -45,15 +45,15 @@ class VerifyConfig:
     )
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     steps: int = key(3, "Optimizer steps compared", at_least=1)
-    seed: int = key(0, "Weights and batches follow from it", at_least=0)
+    seed: int = key(0, "Seed of weights and batches", at_least=0)
     tolerance: float = key(
-        1e-10, "Largest difference that passes, as a share of the largest entry", at_least=0
+        1e-10, "Largest difference accepted, relative to the largest entry", at_least=0
     )
     activation_checkpointing: str = key("none", "As in training", choices=RECOMPUTED)
     device: str = key("auto", "Device to compute on", choices=DEVICES)
     fault: str = key(
         "",
-        "Fault to plant, so that it is caught",
+        "Fault to inject, which verify must detect",
         off="",
         choices={"": ""} | {name: NEEDS.get(axis, "") for name, axis in FAULT_AXES.items()},
     )

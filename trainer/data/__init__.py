@@ -41,7 +41,7 @@ def prepare_data(config: DataConfig, progress: bool = False) -> DataFacts:
     if problems:
         raise ConfigError(*problems)
     try:
-        reader, is_hub = READERS[config.kind], config.path.startswith("hf:")
+        reader, is_hub = reader_of(config), config.path.startswith("hf:")
         root = hub.export_dataset(config, reader.hub) if is_hub else locate_data(config)
         facts = reader.prepare(config, root, progress)
         splits = {
@@ -54,11 +54,16 @@ def prepare_data(config: DataConfig, progress: bool = False) -> DataFacts:
     return replace(facts, kind=config.kind, path=config.path, splits=splits, left_out=left_out)
 
 
+def reader_of(config: DataConfig) -> DataReader:
+    """Return the reader of data.kind."""
+    return READERS[config.kind]
+
+
 def open_split(config: DataConfig, split: str) -> Dataset:
     """Return the train, valid or test split after `prepare_data`; tokens are read lazily."""
     if split not in SPLITS:
         raise ConfigError(f"split={split} must be one of {', '.join(SPLITS)}")
-    return READERS[config.kind].open_split(config, _data_root(config), split)
+    return reader_of(config).open_split(config, _data_root(config), split)
 
 
 def data_fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
@@ -75,13 +80,13 @@ def data_fingerprint(config: DataConfig, splits: Sequence[str] = SPLITS) -> str:
 
 def open_tokenizer(config: DataConfig) -> Tokenizer | None:
     """Return the tokenizer that the data were prepared with; None for data without text."""
-    opens = READERS[config.kind].open_tokenizer
+    opens = reader_of(config).open_tokenizer
     return None if opens is None else opens(config, _data_root(config))
 
 
 def _data_root(config: DataConfig) -> Path:
     if config.path.startswith("hf:"):
-        return hub.exported_path(config, READERS[config.kind].hub)
+        return hub.exported_path(config, reader_of(config).hub)
     return locate_data(config)
 
 
@@ -93,7 +98,7 @@ def _data_problems(config: DataConfig) -> list[str]:
         kinds = ", ".join(READERS)
         problems.append(f"data.kind={config.kind} must be one of {kinds}; set data.kind={near}")
     else:
-        problems += READERS[config.kind].find_problems(config)
+        problems += reader_of(config).find_problems(config)
     if not 0.001 <= config.held_out <= 0.9:
         nearest = 0.001 if config.held_out < 0.001 else 0.9
         problems.append(

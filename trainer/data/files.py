@@ -31,7 +31,6 @@ BUNDLED = {
     "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
     "home-assistant": ("pairs", "home-assistant-en-de"),
 }
-SUFFIXES = {"text": (".txt", ".text", ".md", ".rst"), "pairs": (".tsv", ".txt")}
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
     *PICTURES,
@@ -66,6 +65,7 @@ OTHER_FORMATS = {
     ".flac",
     ".ogg",
 }
+Suffixes = tuple[str, ...]  # of the files that a reader takes, the usual one first
 BLOCK = 1 << 20  # bytes per read
 GUESSED_ON = 1 << 14  # bytes used to guess an encoding
 ICONV = {"euc_jis_2004": "euc-jp", "shift_jis_2004": "shift_jis"}  # the names that iconv accepts
@@ -121,7 +121,7 @@ def _bundled_path(config: DataConfig) -> Path:
     return Path(str(files("trainer.data"))) / "bundled" / path
 
 
-def read_listing(config: DataConfig, root: Path) -> Listing:
+def read_listing(config: DataConfig, root: Path, suffixes: Suffixes) -> Listing:
     """Return the text or pair files of each split at data.path, and what is left out.
 
     Missing valid and test splits are cut from train by `split_parts`. Raises DataError if there is
@@ -131,10 +131,10 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
         return Listing({"train": [root]})
     where, notes = f"data.path={config.path}", list[str]()
     top, left_out = scan_folder(root)
-    inner = _find_text_folder(config, top, left_out)
+    inner = _find_text_folder(suffixes, top, left_out)
     if inner is not top:
         notes.append(f"all of it is in {inner.relative}/")
-    files = {entry: _text_files(config, entry, left_out) for entry in inner.inside or ()}
+    files = {entry: _text_files(suffixes, entry, left_out) for entry in inner.inside or ()}
     found = [entry for entry in files if files[entry] or split_of(entry.name)]
     named, others = splits_of(where, found, lambda entry: True)
     if not named:
@@ -143,44 +143,45 @@ def read_listing(config: DataConfig, root: Path) -> Listing:
         named, others = {"train": texts}, [entry for entry in others if entry not in texts]
     for entry in others:
         left_out[entry.relative] = DOCUMENT if entry.is_document else BESIDE
-    splits = {split: _choose_files(config, named[split], files, left_out) for split in named}
+    splits = {
+        split: _choose_files(config, suffixes, named[split], files, left_out) for split in named
+    }
     if "train" not in splits:
-        first = SUFFIXES[config.kind][0]
         raise DataError(
-            f"{where} has {', '.join(splits)} but no train split; add train{first} or a folder "
-            "train/"
+            f"{where} has {', '.join(splits)} but no train split; add train{suffixes[0]} or "
+            "a folder train/"
         )
     if not splits["train"]:
-        raise DataError(f"{where} holds no {_readable_suffixes(config)} file with text")
+        raise DataError(f"{where} holds no {' or '.join(suffixes)} file with text")
     roles = [(file, f"the {s} split") for s in SPLITS for file in splits.get(s, ())]
     kept = unique_files(where, roles, left_out)
     paths = {s: [file.path for file in splits[s] if file.relative in kept] for s in splits}
     return Listing({s: paths[s] for s in SPLITS if s in paths}, left_out, notes)
 
 
-def _find_text_folder(config: DataConfig, top: Entry, left_out: dict[str, str]) -> Entry:
+def _find_text_folder(suffixes: Suffixes, top: Entry, left_out: dict[str, str]) -> Entry:
     """Return the innermost folder with all text; record in `left_out` what lies outside it."""
 
     def with_text(folder: Entry) -> list[Entry]:
         inside = [entry for entry in folder.inside or () if not entry.is_document]
         named = [e for e in inside if any(split_of(file.name) for file in e.iter_files())]
-        return [entry for entry in inside if _text_files(config, entry, {})] or named
+        return [entry for entry in inside if _text_files(suffixes, entry, {})] or named
 
     *around, inner = unwrap_folders(top, with_text, lambda entry: entry.inside is not None)
     for entry in (entry for folder in around for entry in folder.inside or ()):
         if entry.is_document:
             left_out[entry.relative] = DOCUMENT
         elif entry is not inner and entry not in around:
-            _text_files(config, entry, left_out)
+            _text_files(suffixes, entry, left_out)
     return inner
 
 
-def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
+def _text_files(suffixes: Suffixes, entry: Entry, left_out: dict[str, str]) -> list[Entry]:
     """Return the readable files of an entry; record in `left_out` why others are not read."""
     found = []
     for file in entry.iter_files():
-        if file.suffix not in SUFFIXES[config.kind]:
-            left_out[file.relative] = f"not a {_readable_suffixes(config)} file"
+        if file.suffix not in suffixes:
+            left_out[file.relative] = f"not a {' or '.join(suffixes)} file"
         elif file.size == 0 and not (file is entry and split_of(file.name)):
             left_out[file.relative] = "empty"
         else:
@@ -190,6 +191,7 @@ def _text_files(config: DataConfig, entry: Entry, left_out: dict[str, str]) -> l
 
 def _choose_files(
     config: DataConfig,
+    suffixes: Suffixes,
     named: list[Entry],
     files: dict[Entry, list[Entry]],
     left_out: dict[str, str],
@@ -204,7 +206,7 @@ def _choose_files(
     for entry in named:
         if entry.inside is not None:
             raise DataError(
-                f"data.path={config.path}: {entry.location} holds no {_readable_suffixes(config)} "
+                f"data.path={config.path}: {entry.location} holds no {' or '.join(suffixes)} "
                 f"file, "
                 f"which data.kind={config.kind} reads"
             )
@@ -212,17 +214,14 @@ def _choose_files(
     return named
 
 
-def _readable_suffixes(config: DataConfig) -> str:
-    return " or ".join(SUFFIXES[config.kind])
-
-
 def split_parts(
-    config: DataConfig, root: Path, listing: Listing | None = None
+    config: DataConfig, root: Path, suffixes: Suffixes, listing: Listing | None = None
 ) -> dict[str, list[FilePart]]:
     """Return the file parts of each split; a missing split is cut from the end of train."""
-    found = (listing or read_listing(config, root)).splits
+    found = (listing or read_listing(config, root, suffixes)).splits
     splits = {
-        split: [_whole_file(config, path) for path in paths] for split, paths in found.items()
+        split: [_whole_file(config, suffixes, path) for path in paths]
+        for split, paths in found.items()
     }
     missing = [split for split in ("valid", "test") if split not in splits]
     if missing:
@@ -230,13 +229,13 @@ def split_parts(
     return {split: splits[split] for split in SPLITS}
 
 
-def _whole_file(config: DataConfig, path: Path) -> FilePart:
+def _whole_file(config: DataConfig, suffixes: Suffixes, path: Path) -> FilePart:
     suffix = path.suffix.lower()
     if suffix in OTHER_FORMATS:
         instead = (
             "data.kind=images or another data.path"
             if suffix in PICTURES
-            else f"data.path to {_readable_suffixes(config)} files"
+            else f"data.path to {' or '.join(suffixes)} files"
         )
         raise DataError(
             f"data.kind={config.kind} reads UTF-8 text but {path} is a {suffix} file; set {instead}"

@@ -254,5 +254,5 @@ def find_problems(config: DataConfig) -> list[str]:
 
 
 READER = DataReader(
-    "images", ("encoder",), prepare_splits, open_split, find_problems, hub_images.FORMAT
+    "images", ("encoder",), "patches", prepare_splits, open_split, find_problems, hub_images.FORMAT
 )

@@ -21,7 +21,7 @@ from trainer.data.tokenized import (
     Parts,
     encode_texts,
     find_tokenizer,
-    open_tokenizer,
+    load_tokenizer,
     prepare_tokens,
     rare_characters,
     size_of,
@@ -34,6 +34,7 @@ from trainer.data.tokenizer import Tokenizer
 
 LINES = 4096  # lines per batch of the tokenizer
 COLUMNS = ("source", "target")
+SUFFIXES = (".tsv", ".txt")
 
 
 def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
@@ -45,7 +46,7 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
     def write_folder(parts: Parts, folder: Path) -> Record:
         return _write_splits(config, parts, folder, progress)
 
-    found = prepare_tokens(config, root, iter_texts, write_folder, progress)
+    found = prepare_tokens(config, root, SUFFIXES, iter_texts, write_folder, progress)
     splits, notes = {}, _header_notes(found.parts)
     longer = f"longer than data.seq_len={config.seq_len}"
     for split, entry in found.record["splits"].items():
@@ -112,7 +113,7 @@ def _header_notes(parts: Parts) -> list[str]:
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
     """Return a prepared split."""
-    folder = tokens_folder(config, split_parts(config, root))
+    folder = tokens_folder(config, split_parts(config, root, SUFFIXES))
     return Pairs(folder, load_prepared(folder), split, config.seq_len)
 
 
@@ -285,6 +286,11 @@ def _lines_before(part: FilePart) -> int:
         return file.read(part.start).count(b"\n")
 
 
+def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
+    """Return the tokenizer that the splits were prepared with."""
+    return load_tokenizer(config, root, SUFFIXES)
+
+
 def find_problems(config: DataConfig) -> list[str]:
     """Return the problems of the data section that need no look at the files."""
     return text_problems(config, least_tokens=2)  # the target has EOS as well
@@ -306,6 +312,7 @@ def write_rows(
 READER = DataReader(
     "pairs",
     ("encoder_decoder",),
+    "tokens",
     prepare_splits,
     open_split,
     find_problems,

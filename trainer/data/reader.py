@@ -39,6 +39,7 @@ class DataReader:
 
     kind: str
     families: tuple[str, ...]  # values of model.family that train on it
+    inputs: str  # what their first layer embeds: model.inputs
     prepare: Prepare
     open_split: Callable[[DataConfig, Path, str], Dataset]
     find_problems: Callable[[DataConfig], list[str]]  # in the settings, without reading the data

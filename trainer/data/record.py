@@ -102,12 +102,12 @@ def format_record(facts: DataFacts) -> str:
 
 
 def _format_left_out(facts: DataFacts) -> Iterable[str]:
-    if facts.class_names:
+    classes = f"classes: {_format_list(facts.class_names, 10)}"
+    if facts.image_size:
         size = f"{facts.image_size} × {facts.image_size}"
-        yield (
-            f"  images: {size} pixels, channels: {facts.channels}, classes: "
-            f"{_format_list(facts.class_names, 10)}"
-        )
+        yield f"  images: {size} pixels, channels: {facts.channels}, {classes}"
+    elif facts.class_names:
+        yield f"  {classes}"
     if facts.vocab_size:
         yield f"  tokenizer: {facts.vocab_size:,} entries"
     for name, split in facts.splits.items():

@@ -21,7 +21,7 @@ from trainer.data.tokenized import (
     Parts,
     encode_texts,
     find_tokenizer,
-    open_tokenizer,
+    load_tokenizer,
     prepare_tokens,
     rare_characters,
     size_of,
@@ -35,6 +35,8 @@ from trainer.data.tokenizer import Tokenizer
 PIECE = 1 << 16  # characters per string; the tokenizer is slow on longer ones
 PIECES = 32  # strings per batch, tokenised on all cores
 
+SUFFIXES = (".txt", ".text", ".md", ".rst")
+
 
 def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Tokenise the splits into `data.cache`, unless already done; raises UserError."""
@@ -45,7 +47,7 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
     def write_folder(parts: Parts, folder: Path) -> Record:
         return _write_splits(config, parts, folder, progress)
 
-    found = prepare_tokens(config, root, iter_texts, write_folder, progress)
+    found = prepare_tokens(config, root, SUFFIXES, iter_texts, write_folder, progress)
     tokens = found.record["splits"]["train"]["tokens"]
     if tokens <= config.seq_len:
         raise ConfigError(
@@ -67,7 +69,7 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
 
 def open_split(config: DataConfig, root: Path, split: str) -> "Text":
     """Return a prepared split."""
-    folder = tokens_folder(config, split_parts(config, root))
+    folder = tokens_folder(config, split_parts(config, root, SUFFIXES))
     record = load_prepared(folder)
     count = record["splits"][split]["tokens"]
     tokens = TokenFile(folder / f"{split}.bin", record["dtype"], count, record["vocab_size"])
@@ -210,6 +212,11 @@ def _write_split(
     return counts | {"lost": lost, "rare": rare, "blank": blank}
 
 
+def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
+    """Return the tokenizer that the splits were prepared with."""
+    return load_tokenizer(config, root, SUFFIXES)
+
+
 def find_problems(config: DataConfig) -> list[str]:
     """Return the problems of the data section that need no look at the files."""
     return text_problems(config, least_tokens=1)
@@ -231,6 +238,7 @@ def write_rows(
 READER = DataReader(
     "text",
     ("decoder",),
+    "tokens",
     prepare_splits,
     open_split,
     find_problems,

@@ -18,7 +18,7 @@ import numpy as np
 from trainer.config.train import ConfigError, DataConfig
 from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder, progress_bar
 from trainer.data.dataset import DataFacts, SplitFacts
-from trainer.data.files import FilePart, Listing, name_of, read_listing, split_parts
+from trainer.data.files import FilePart, Listing, Suffixes, name_of, read_listing, split_parts
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer, characters_lost
 
@@ -49,6 +49,7 @@ class TokenizedSplits:
 def prepare_tokens(
     config: DataConfig,
     root: Path,
+    suffixes: Suffixes,
     texts: Callable[[FilePart], Iterable[str]],
     write: Callable[[Parts, Path], Record],
     progress: bool,
@@ -57,8 +58,8 @@ def prepare_tokens(
 
     `texts` yields the text that a tokenizer is trained on; `write` fills the folder of the tokens.
     """
-    listing = read_listing(config, root)
-    parts = split_parts(config, root, listing)
+    listing = read_listing(config, root, suffixes)
+    parts = split_parts(config, root, suffixes, listing)
 
     def of_train() -> Iterator[str]:
         size = size_of(parts["train"])
@@ -97,9 +98,9 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
     return folder / TOKENIZER
 
 
-def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
+def load_tokenizer(config: DataConfig, root: Path, suffixes: Suffixes) -> Tokenizer:
     """Return the tokenizer of prepared text or pairs."""
-    return Tokenizer.load(find_tokenizer(config, split_parts(config, root)))
+    return Tokenizer.load(find_tokenizer(config, split_parts(config, root, suffixes)))
 
 
 def find_tokenizer(config: DataConfig, parts: Parts) -> Path:

@@ -30,10 +30,7 @@ _lines.propagate = False
 
 
 class TolerantStream:
-    """A stream that outlives its reader: once it cannot be written, it is switched off.
-
-    Everything else is the stream's own.
-    """
+    """A stream that is switched off once it cannot be written; otherwise a transparent wrapper."""
 
     def __init__(self, stream: IO[str]):
         self._stream = stream
@@ -42,7 +39,7 @@ class TolerantStream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or lose the text."""
+        """Write the text; drop it if the stream cannot be written."""
         try:
             return self._stream.write(text)
         except (OSError, ValueError):  # ValueError: the stream is closed
@@ -50,14 +47,14 @@ class TolerantStream:
             return len(text)
 
     def flush(self) -> None:
-        """Flush, or lose what is held back."""
+        """Flush the stream, or drop its buffer if it cannot be written."""
         try:
             self._stream.flush()
         except (OSError, ValueError):
             self._switch_off()
 
     def _switch_off(self) -> None:
-        """Lead the stream nowhere: what it holds back would fail again when the process ends."""
+        """Redirect the stream to the null device: its buffer would fail again at exit."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         try:
             os.dup2(nowhere, self._stream.fileno())
@@ -68,12 +65,12 @@ class TolerantStream:
 
 
 def open_console() -> Console:
-    """Return the console on stdout; whoever reads it may leave."""
+    """Return the console on stdout, whose reader may close it."""
     return Console(file=cast(IO[str], TolerantStream(sys.stdout)) if sys.stdout else None)
 
 
 def print_whole(table: Table) -> None:
-    """Print a table on stdout as wide as it is: a narrow terminal cuts no number off."""
+    """Print a table on stdout in its full width: a narrow terminal cuts no number off."""
     console = Console()
     # A log file's width is 80, and nothing is measured as more than that.
     console.width = max(console.width, Console(width=1000).measure(table).maximum)
@@ -82,7 +79,7 @@ def print_whole(table: Table) -> None:
 
 @contextmanager
 def live_display(live: Live) -> Iterator[None]:
-    """While it is on the terminal, what is logged goes above it rather than through it."""
+    """Show a live display; log lines are printed above it."""
     before, moved = sys.stderr, []
     try:
         with live:
@@ -97,7 +94,7 @@ def live_display(live: Live) -> Iterator[None]:
 
 
 class Display:
-    """The display of a run: a panel that is drawn again on a terminal, lines elsewhere."""
+    """The display of a run: a live panel on a terminal, lines elsewhere."""
 
     def __init__(self, console: Console, steps: int, unit: str, name: str = ""):
         self._console, self._steps, self._unit, self._name = console, steps, unit, name
@@ -120,15 +117,15 @@ class Display:
             self._drawn.enter_context(live_display(self._live))
 
     def close(self) -> None:
-        """Leave the terminal as it was, the panel at its last state."""
+        """Restore the terminal, with the panel in its last state."""
         self._drawn.close()
 
     def advance(self, step: int) -> None:
-        """A step is done."""
+        """Advance the progress by one step."""
         self._step = step
 
     def show_saved(self, step: int) -> None:
-        """A checkpoint is there."""
+        """Show a finished checkpoint."""
         self._saved = step
 
     def show_training(self, record: dict[str, Any], seconds_left: float) -> None:
@@ -149,14 +146,14 @@ class Display:
             _lines.info("  ".join(parts))
 
     def show_evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
-        """Show an evaluation."""
+        """Show an evaluation record."""
         parts = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in values.items()]
         text = f"{split}: {'  '.join(parts)}"
         self._evaluation = f"{text}  at step {step}"
         self.print_line(f"step {step}  {text}")
 
     def print_line(self, text: str) -> None:
-        """One line, never wrapped nor coloured by its content; above the panel."""
+        """Print one line above the panel, without wrapping or colouring."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         _lines.info(text)
 
@@ -175,7 +172,7 @@ class Display:
         )
 
     def panel(self) -> Panel:
-        """Return the run as it is now."""
+        """Return the panel of the run's current state."""
         rows = Table.grid(padding=(0, 2), expand=True)
         rows.add_column(style="dim", no_wrap=True)
         rows.add_column(ratio=1)
@@ -226,7 +223,7 @@ class Display:
 
 
 def draw_sparkline(values: Sequence[float]) -> str:
-    """Blocks of eight heights between the least and the largest value; a gap for no number."""
+    """Draw values as blocks of eight heights; a gap for no number."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
@@ -236,7 +233,7 @@ def draw_sparkline(values: Sequence[float]) -> str:
 
 
 def format_number(number: float) -> str:
-    """Three digits and a unit: 12345 is 12.3k."""
+    """Format a number with three digits and a unit: 12345 is 12.3k."""
     for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= size:
             return f"{number / size:.3g}{suffix}"
@@ -244,7 +241,7 @@ def format_number(number: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """4:10, 1:02:03, 2d 3:04:05."""
+    """Format seconds as 4:10, 1:02:03 or 2d 3:04:05."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     days, hour = divmod(hours, 24)

@@ -1,8 +1,8 @@
-"""Goodput: what a run's wall time went into, over all of its starts.
+"""Goodput: the wall time of a run by category, over all of its starts.
 
-Every second from the start of the process on belongs to one kind, so that the kinds add up. The
-sums live in run_dir/goodput.json, which is replaced whole with every line of metrics: a kill loses
-what came after the last line, and that shows as time between two starts.
+Every second of a process belongs to one category, so that they add up. The sums are in
+run_dir/goodput.json, replaced atomically with every metrics record: a kill loses the time since the
+last one, which shows as time between two starts.
 """
 
 import json
@@ -17,13 +17,13 @@ from typing import Any
 from trainer.atomic_files import write_atomically
 
 NAME = "goodput.json"
-# Kinds of seconds, and what the console calls those that are lost.
+# Categories of time, with the console's names of the lost ones.
 LOST = {
-    "restart": "restart",  # from the start of the process until its first step is done
-    "save": "save",  # training stood still for a checkpoint
+    "restart": "restart",  # from process start to the end of its first step
+    "save": "save",  # training was blocked by a checkpoint
     "data_wait": "data wait",
     "evaluation": "evaluation",
-    "repeated": "steps done again",  # that an earlier start, or the run before a rollback, had done
+    "repeated": "steps done again",  # already taken by an earlier start or before a rollback
     "other": "other",  # a profiler's trace, a picture, a sample of text
 }
 KINDS = ("useful", *LOST)
@@ -31,18 +31,18 @@ KINDS = ("useful", *LOST)
 
 @dataclass
 class TimeLedger:
-    """The sums of a run; the content of goodput.json."""
+    """The sums of a run, as stored in goodput.json."""
 
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    step: int = 0  # the furthest that any start has come
+    step: int = 0  # furthest step of any start
     starts: int = 0
-    down_seconds: float = 0.0  # between what one start last wrote and the next: off, or lost
-    written: float = 0.0  # seconds since the epoch at the last writing; 0.0 = never
+    down_seconds: float = 0.0  # between a start's last write and the next start
+    written: float = 0.0  # seconds since the epoch of the last write; 0.0 = never
     opened: float | None = None  # what was not booked yet began here, by the monotonic clock
 
 
 def read_ledger(run_dir: Path) -> TimeLedger:
-    """Return the ledger of a run; an empty one where there is none or it cannot be understood."""
+    """Return the ledger of a run; an empty one if it is missing or damaged."""
     try:
         values = json.loads((run_dir / NAME).read_text(encoding="utf-8"))
         ledger = TimeLedger(**values)
@@ -53,9 +53,9 @@ def read_ledger(run_dir: Path) -> TimeLedger:
 
 
 def write_ledger(run_dir: Path, ledger: TimeLedger, now: float) -> None:
-    """Replace goodput.json, whole at any moment; `now` is seconds since the epoch.
+    """Replace goodput.json atomically; `now` is seconds since the epoch.
 
-    A disk that is full costs the figures of one line, never the run.
+    A full disk loses one update and does not stop the run.
     """
     ledger.written = now
     with suppress(OSError):
@@ -63,7 +63,7 @@ def write_ledger(run_dir: Path, ledger: TimeLedger, now: float) -> None:
 
 
 def begin_start(run_dir: Path, opened: float, now: float) -> None:
-    """Enter a new start that began at `opened` by the monotonic clock; `now` is of the epoch."""
+    """Record a new start, at `opened` by the monotonic clock and `now` since the epoch."""
     ledger = read_ledger(run_dir)
     ledger.starts += 1
     if ledger.written:
@@ -74,7 +74,7 @@ def begin_start(run_dir: Path, opened: float, now: float) -> None:
 
 
 def process_seconds() -> float:
-    """Seconds since this process was started; those of computing where the system does not tell."""
+    """Return the seconds since this process started; its CPU time if the system does not tell."""
     try:
         # The name of the program, in parentheses, may hold spaces; `starttime` is the 20th behind.
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -85,7 +85,7 @@ def process_seconds() -> float:
 
 
 class Goodput:
-    """Books the seconds of one start: to what goes on, or to the step when it is done."""
+    """Accounts for the seconds of one start, by category or as part of a step."""
 
     def __init__(self, run_dir: Path, clock: Callable[[], float]):
         """`clock` is the monotonic one; tests have their own."""
@@ -94,13 +94,13 @@ class Goodput:
         self.ledger.starts = max(1, self.ledger.starts)
         self._mark = clock() if self.ledger.opened is None else self.ledger.opened
         self.ledger.opened = None
-        self._step_seconds = 0.0  # of the step that is being done
-        self._kind: str | None = None  # what goes on instead of a step
-        self._restarting = True  # until the first step is done
+        self._step_seconds = 0.0  # of the current step
+        self._kind: str | None = None  # the current category, if not a step
+        self._restarting = True  # until the first step has finished
 
     @contextmanager
     def track(self, kind: str) -> Iterator[None]:
-        """Time in here is of this kind and no part of a step; may be nested."""
+        """Count the time in this context as this category, not as part of a step; may be nested."""
         assert kind in KINDS, kind
         self._account()
         outer, self._kind = self._kind, kind
@@ -111,7 +111,7 @@ class Goodput:
             self._kind = outer
 
     def step_done(self, step: int) -> None:
-        """Book the time of a step: useful the first time that the run has done it."""
+        """Account for the time of a step: useful the first time that the run takes it."""
         self._account()
         kind = "useful" if step > self.ledger.step else "repeated"
         self._add_seconds("restart" if self._restarting else kind)
@@ -119,11 +119,11 @@ class Goodput:
         self._restarting = False
 
     def save(self) -> None:
-        """Make what is booked survive a kill."""
+        """Write the sums to disk."""
         write_ledger(self._run_dir, self.ledger, time.time())
 
     def close(self) -> dict[str, Any]:
-        """Book the rest, save, and return the line of metrics.jsonl but for its step."""
+        """Account for the remaining time, save, and return the final record without its step."""
         self._account()
         self._add_seconds("restart" if self._restarting else "other")
         self.ledger.opened = self._mark  # this process may go on: back from a rollback
@@ -144,7 +144,7 @@ class Goodput:
 
 
 def goodput_record(ledger: TimeLedger) -> dict[str, Any]:
-    """Return the figures of a ledger: seconds and, but for `down`, shares of their sum."""
+    """Return the figures of a ledger: seconds and, except for `down`, fractions of their sum."""
     total_seconds = sum(ledger.seconds.values())
     shares = {f"{k}_share": s / (total_seconds or 1.0) for k, s in ledger.seconds.items()}
     seconds = {f"{kind}_seconds": round(s, 3) for kind, s in ledger.seconds.items()}
@@ -159,7 +159,7 @@ def goodput_record(ledger: TimeLedger) -> dict[str, Any]:
 
 
 def goodput_sentence(values: dict[str, Any]) -> str:
-    """Return a record in one line for the console."""
+    """Format a record as one line for the console."""
     starts = f"{values['starts']} start{'s' * (values['starts'] > 1)}"
     lost = [f"{name} {100 * values[f'{kind}_share']:.1f} %" for kind, name in LOST.items()]
     useful = 100 * values["useful_share"]

@@ -1,7 +1,6 @@
-"""metrics.jsonl: one JSON object a line, written by the run and read by whoever looks on.
+"""metrics.jsonl: one JSON object per line, written by the run and read by observers.
 
-A training line has `loss`, an evaluation's `split`; anything else that happens is a line with
-`event`, which readers of curves pass over. All have `step`.
+Training records have `loss`, evaluation records `split`, all others `event`. All have `step`.
 """
 
 import json
@@ -19,15 +18,15 @@ NAME = "metrics.jsonl"
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, whole at any moment."""
+    """Writer of metrics.jsonl, which holds only complete lines at any time."""
 
     def __init__(self, path: Path, start_step: int, say: Callable[[str], None]):
-        """Open to append; lines that a resumed run would write a second time are dropped.
+        """Open the file for appending, dropping records that a resumed run writes again.
 
         Raises StorageError if the file cannot be written.
         """
         self._path, self._say = path, say
-        self._waiting = b""  # lines that found no room yet
+        self._waiting = b""  # records buffered while the disk is full
         self._full = False
         try:
             kept, self.dropped = _split_lines(path, start_step) if path.exists() else ([], [])
@@ -37,13 +36,13 @@ class MetricsFile:
                 f"{path} cannot be written ({error.strerror}); make room, or choose another run_dir"
             ) from error
         lines = map(json.loads, kept)
-        # Splits that a run which goes on has measured already.
+        # Splits that were evaluated before this resume.
         self.evaluated = {line.get("split", "") for line in lines if line["step"] == start_step}
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one line, at once; numbers that are not finite become null.
+        """Write one record immediately; numbers that are not finite become null.
 
-        Where there is no room, lines wait in memory until there is.
+        On a full disk, records are buffered in memory until there is space.
         """
         finite = {k: None if _is_bad(value) else value for k, value in record.items()}
         self._waiting += json.dumps(finite, allow_nan=False).encode() + b"\n"
@@ -60,7 +59,7 @@ class MetricsFile:
             self._full = False
 
     def close(self) -> None:
-        """Close the file, after a last try to write what waits."""
+        """Close the file, after a last attempt to write buffered records."""
         with suppress(OSError):
             self._write_pending()
         if self._waiting:
@@ -75,16 +74,13 @@ class MetricsFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError:
-            os.ftruncate(self._file.fileno(), whole)  # a line is there or it is not
+            os.ftruncate(self._file.fileno(), whole)  # never leave a partial line
             raise
         self._waiting = b""
 
 
 def _split_lines(path: Path, start_step: int) -> tuple[list[str], list[str]]:
-    """Drop what an interrupted run wrote beyond its checkpoint, and a line cut in the middle.
-
-    Returns the lines that stay and those dropped.
-    """
+    """Return the lines to keep and to drop: those after the resumed checkpoint, and a cut one."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     kept: list[str] = []
     dropped: list[str] = []
@@ -109,7 +105,7 @@ def _is_kept(line: str, start_step: int) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value of a line can be drawn."""
+    """Return whether a value of a record can be plotted."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -118,10 +114,9 @@ def _is_bad(value: object) -> bool:
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the lines of a file that may be growing, and the numbers, from 1, of those not
-    understood.
+    """Return the records of a file that may be growing, and the numbers of unreadable lines.
 
-    What stands behind the last line's end is being written. Raises OSError.
+    Line numbers begin with 1. An unterminated last line is still being written. Raises OSError.
     """
     *lines, _ = path.read_text(encoding="utf-8", errors="replace").split("\n")
     found: list[dict[str, Any]] = []
@@ -139,7 +134,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
 def last_values(run_dir: Path) -> dict[str, float]:
     """Return the last step, loss and tokens_per_second, and each SPLIT_METRIC of the evaluations.
 
-    What was not finite the last time is not there: an earlier value would pass for it.
+    A value that was not finite the last time is left out.
     """
     found: dict[str, Any] = {}
     with suppress(OSError):
@@ -153,5 +148,5 @@ def last_values(run_dir: Path) -> dict[str, float]:
 
 
 def kind_of(record: dict[str, Any]) -> str:
-    """Return what a line is of: a split that was evaluated, an event, or (empty) training."""
+    """Return the kind of a record: the evaluated split, the event, or empty for training."""
     return str(record.get("split") or record.get("event") or "")

@@ -1,7 +1,7 @@
-"""Recording a run: metrics.jsonl, the console, a trace, a picture and, mirrored, wandb and others.
+"""Record a run: metrics.jsonl, console, trace, timeline, and mirrors such as wandb.
 
-One rank writes. Everything here is plain Python on numbers that the loop already has; the one thing
-it asks of the device is to be idle where a pause begins and ends, so that times are right.
+One rank writes. Everything here is plain Python on numbers that the loop already has; it waits for
+the device only where a pause begins and ends, so that times are right.
 """
 
 import resource
@@ -26,11 +26,11 @@ from trainer.metrics.trackers import TOOLS, Tracker
 from trainer.nn.flops import peak_flops
 
 PROFILER_WARMUP_STEPS = 10
-DRAWN_STEP = 5  # counted from where this process starts; the steps before warm up
+DRAWN_STEP = 5  # relative to this process's first step; earlier steps warm up
 
 
 class Stopwatch:
-    """Seconds of training since the last lap; pauses do not count."""
+    """Seconds of training since the last lap, without pauses."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
@@ -38,28 +38,28 @@ class Stopwatch:
         self.paused_seconds = 0.0  # since the start
 
     def start(self) -> None:
-        """Begin the first lap."""
+        """Start the first lap."""
         self._mark = self._clock()
         self.paused_seconds = 0.0
 
     def lap(self) -> float:
-        """Seconds since the lap before; the next begins."""
+        """Return the seconds since the previous lap, and start the next."""
         before, self._mark = self._mark, self._clock()
         return self._mark - before
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time in here does not count; pauses may be nested."""
+        """Exclude the time in this context; pauses may be nested."""
         began, mark, paused = self._clock(), self._mark, self.paused_seconds
         try:
             yield
-        finally:  # set, not added to: a pause inside this one is part of it
+        finally:  # assigned, not added: nested pauses are included
             seconds = self._clock() - began
             self._mark, self.paused_seconds = mark + seconds, paused + seconds
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this process: of its tensors on a GPU, all that is resident on a CPU."""
+    """Return the peak memory of this process: its tensors on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
@@ -68,24 +68,24 @@ def memory_gib(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """A run as its metrics need it, from the step on that this process begins with."""
+    """The properties of a run that its metrics need, from this process's first step on."""
 
     run_dir: Path
     steps: int  # of the whole run
     start_step: int
     resolved: Mapping[str, Any]  # the whole configuration
     flops_per_token: float  # of training (flops.py)
-    unit: str  # of what is learned from, on the console
+    unit: str  # unit of throughput on the console
     precision_name: str
     device: torch.device
     devices: int  # over all ranks
 
 
 class Recorder:
-    """Writes what a training run does; on all but the first rank every method does nothing.
+    """Records a training run; on all but the first rank every method does nothing.
 
-    `tokens` everywhere are those of the whole run, over all ranks. Use it as a context manager: it
-    closes what it opened, after an exception too.
+    `tokens` always counts the whole run, over all ranks. A context manager, which closes what it
+    opened, after an exception too.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class Recorder:
                 tracker.close_tool()
 
     def log_start(self) -> None:
-        """A line of this start of the run: from which step, on how many ranks, and when.
+        """Write a record of this process's start: first step, ranks and time.
 
-        Not of a return to a checkpoint within the process.
+        Not called after a rollback within the process.
         """
         if self._first:
             number, now = self._goodput.ledger.starts, round(time.time(), 3)
@@ -151,7 +151,7 @@ class Recorder:
             self._file.append(record)
 
     def start_clock(self, tokens: int) -> None:
-        """Start the clock, just before the first step; `tokens` seen before it: 0 of a new run."""
+        """Start the clock just before the first step; `tokens` were seen before it."""
         self._line_tokens = tokens
         self._started = True
         if self._first:
@@ -160,26 +160,25 @@ class Recorder:
         self._stopwatch.start()
 
     def is_due(self, step: int) -> bool:
-        """Return whether a training line is written after this step: every metrics.every-th and the
-        last.
+        """Return whether a training record is due after this step: at metrics.every and at the end.
 
-        The same on every rank: the loop may gather the line's numbers with a collective.
+        The same on every rank: the loop may gather the record's numbers with a collective.
         """
         return step % self._config.every == 0 or step == self._run.steps
 
     def needs_evaluation(self, split: str, step: int) -> bool:
-        """Return whether a step's evaluation is not in the file from before this run went on."""
+        """Return whether metrics.jsonl lacked a step's evaluation when this run resumed."""
         return self._first and not (step == self._run.start_step and split in self._file.evaluated)
 
     def records_timeline(self, step: int) -> bool:
-        """Return whether this step is the one whose timeline is drawn; the same on every rank."""
+        """Return whether this step's timeline is drawn; the same on every rank."""
         drawn = min(self._run.start_step + DRAWN_STEP, self._run.steps)
         return self._config.timeline and step == drawn
 
     def log_training(
         self, step: int, loss: float, grad_norm: float, lr: float, tokens: int, wait_seconds: float
     ) -> None:
-        """A training line; `wait_seconds` that this rank has waited for data since the start."""
+        """Write a training record; `wait_seconds` is this rank's time waiting for data so far."""
         if not self._first:
             return
         seconds = max(self._stopwatch.lap(), 1e-9)
@@ -208,26 +207,26 @@ class Recorder:
         self._goodput.save()
 
     def log_evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
-        """An evaluation line; `values` holds `eval_loss` and the task's metrics."""
+        """Write an evaluation record; `values` has `eval_loss` and the task's metrics."""
         if self._first:
             self._file.append({"step": step, "split": split, **values})
             self._display.show_evaluation(step, split, values)
 
     def log_event(self, record: dict[str, Any], text: str) -> None:
-        """A line with `event` and `step` of something that has happened; `text` on the console."""
+        """Write a record with `event` and `step`, and print `text` on the console."""
         if self._first:
             self._file.append(record)
             self.print_line(text)
 
     def log_save(self, record: dict[str, Any]) -> None:
-        """The line of a save that has ended (saver.py)."""
+        """Write the record of a finished save (save.py)."""
         if self._first:
             self._file.append(record)
             if record["event"] == "save":
                 self._display.show_saved(record["step"])
 
     def draw_timeline(self, step: int, spans: Sequence[Span], schedule: str) -> None:
-        """Draw a pipeline's step as it ran."""
+        """Draw a recorded pipeline step."""
         if not self._first:
             return
         from trainer.metrics.timeline_plot import draw_timeline, timeline_title  # noqa: PLC0415 (loads matplotlib: 0.5 s)
@@ -238,26 +237,26 @@ class Recorder:
             self.print_line(f"timeline of step {step}: {path} ({title})")
 
     def log_rollback(self, text: str) -> None:
-        """Say that the run goes back to a checkpoint; its next recorder goes on with the sums."""
+        """Record a rollback to a checkpoint; the next recorder continues the sums."""
         self._started = False
         if self._first:
             self._goodput.close()
         self.print_line(text)
 
     def print_line(self, text: str) -> None:
-        """One line on the console."""
+        """Write one line to the console."""
         if self._first:
             self._display.print_line(text)
 
     @contextmanager
     def track_data_wait(self) -> Iterator[None]:
-        """Around what waits for the next step's data."""
+        """Count the time in this context as waiting for data."""
         with self._goodput.track("data_wait") if self._first else nullcontext():
             yield
 
     @contextmanager
     def pause_training(self, kind: str = "other") -> Iterator[None]:
-        """Count what happens in this context not as training but as `kind` (goodput.py)."""
+        """Count the time in this context as `kind` (goodput.py), not as training."""
         self._synchronize()  # steps that the device still works on are training
         with (
             self._stopwatch.pause(),
@@ -269,7 +268,7 @@ class Recorder:
                 self._synchronize()
 
     def step_done(self) -> None:
-        """Call once after every step: moves the bar and the profiler."""
+        """Advance the progress bar and the profiler; call once after every step."""
         self._step += 1
         if self._first:
             self._goodput.step_done(self._step)
@@ -286,7 +285,7 @@ class Recorder:
 
     @contextmanager
     def _tolerate_write_errors(self, path: Path) -> Iterator[None]:
-        """A file that is nice to have: if it cannot be written, that is said."""
+        """Log an error of writing an optional file, and continue."""
         try:
             yield
         except OSError as error:

@@ -1,4 +1,4 @@
-"""A picture of a pipeline's step: what each rank ran when, and where it waited."""
+"""Plot of a pipeline's step: what each rank computed when, and where it was idle."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,9 +26,7 @@ BRIGHT = 0.5  # from this luminance on a number is dark
 
 
 def timeline_title(spans: Sequence[Span], schedule: str) -> str:
-    """Return what a picture shows: the bubble as it was, beside the formula of a schedule by
-    name.
-    """
+    """Return the plot's title: the measured bubble, and the schedule's formula."""
     ranks, stages, micro_batches = (
         len({getattr(span, name) for span in spans}) for name in ("rank", "stage", "micro_batch")
     )
@@ -43,13 +41,12 @@ def timeline_title(spans: Sequence[Span], schedule: str) -> str:
 
 
 def draw_timeline(spans: Sequence[Span], path: Path, title: str) -> None:
-    """Draw the spans of a step, start and end in seconds, to a .png or .svg file."""
+    """Draw the spans of a step, in seconds, to a .png or .svg file."""
     timeline_figure(spans, title).savefig(path, dpi=160)
 
 
 def timeline_figure(spans: Sequence[Span], title: str) -> Figure:
-    """Return the figure that `draw_timeline` saves; no window system and no state of pyplot is
-    needed."""
+    """Build the figure that `draw_timeline` saves, without a window system or pyplot state."""
     stages: dict[int, list[int]] = {}
     for rank, stage in sorted({(span.rank, span.stage) for span in spans}):
         stages.setdefault(rank, []).append(stage)
@@ -85,7 +82,7 @@ def _font_size(points: float, digits: int) -> float:
 def _draw_action(
     axes: Axes, span: Span, row: int, begin: float, paler: float, points: float, font: float
 ) -> None:
-    """An action's box, with its micro-batch inside where it fits; `points` of one millisecond."""
+    """Draw an action's box, with its micro-batch if it fits; `points` per millisecond."""
     start, duration = 1e3 * (span.start - begin), 1e3 * (span.end - span.start)
     colour = tuple(part + paler * (1 - part) for part in to_rgb(COLOURS[span.kind]))
     # White lines between boxes, but none that hides the boxes themselves.

@@ -1,8 +1,8 @@
-"""Mirrors of metrics.jsonl, each in a process of its own, so that none can hold up a run.
+"""Mirrors of metrics.jsonl, each in a process of its own, so that none can delay a run.
 
-wandb may prompt, wait for a network for minutes, raise, or wait again when the interpreter exits;
-TensorBoard's files may find no room. None of that reaches the trainer: it starts `python -m
-trainer.metrics.trackers`, which follows the file.
+wandb may prompt, wait for a network for minutes, raise, or wait again at interpreter exit;
+TensorBoard's files may meet a full disk. None of that reaches the trainer, which starts `python -m
+trainer.metrics.trackers` to follow the file.
 """
 
 import json
@@ -45,7 +45,7 @@ class Mirror:
 
 
 class Tracker:
-    """The trainer's end: starts the process, passes on what it says, and waits little for it."""
+    """The trainer's side of a mirror: starts the process and relays its messages, never waiting."""
 
     def __init__(
         self,
@@ -59,9 +59,9 @@ class Tracker:
         tool: str = "wandb",
         start_step: int = 0,
     ):
-        """Follow run_dir/metrics.jsonl, which exists, from its end; nothing if the tool is off.
+        """Follow run_dir/metrics.jsonl, which exists, from its end; do nothing if the tool is off.
 
-        `dropped` are lines of an earlier start that are written a second time: wandb has them.
+        `dropped` are records of an earlier start that are written again: wandb has them already.
         """
         self._say, self._tool = say, tool
         self._patience_seconds = patience_seconds
@@ -82,7 +82,7 @@ class Tracker:
             say(f"{tool} cannot be started ({error}); {KEPT}")
 
     def poll_messages(self) -> None:
-        """Pass on what the process has to say; never waits."""
+        """Log the messages of the process; never waits."""
         process = self._process
         if process is None or process.stdout is None:
             return
@@ -97,7 +97,7 @@ class Tracker:
                 self._say(f"{self._tool} ended with status {status}; {KEPT}")
 
     def close_tool(self) -> None:
-        """Let the tool finish, for a few seconds; then leave it to itself."""
+        """Let the tool finish for a few seconds, then leave it running."""
         process = self._process
         if process is None or process.stdin is None:
             return
@@ -148,7 +148,7 @@ def follow_records(path: Path, offset: int, ended: threading.Event) -> Iterator[
 
 
 def latest_lines(lines: Sequence[str]) -> list[list[Any]]:
-    """Return the (step, kind) of those lines of metrics.jsonl that are of the furthest step."""
+    """Return the (step, kind) of the records at the furthest step of metrics.jsonl."""
     found: list[list[Any]] = []
     for line in lines:
         with suppress(ValueError, TypeError, KeyError, AttributeError):
@@ -159,18 +159,15 @@ def latest_lines(lines: Sequence[str]) -> list[list[Any]]:
 
 
 def is_mirrored(record: dict[str, Any], mirrored: list[list[Any]]) -> bool:
-    """Return whether an earlier start has passed on this line, going by the furthest ones that it
-    has.
-    """
+    """Return whether an earlier start has mirrored this record, by the furthest ones it has."""
     step = record["step"]
     return bool(mirrored) and (step < mirrored[0][0] or [step, kind_of(record)] in mirrored)
 
 
 def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a line's numbers under wandb's names: an evaluation's under its split, an event's
-    under it.
+    """Return a record's numbers by wandb name, prefixed with the split or event.
 
-    An event may have none but its step.
+    An event may have no number but its step.
     """
     kind = kind_of(record)
     prefix = f"{kind}/" if kind else ""
@@ -180,21 +177,17 @@ def to_wandb(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def tensorboard_dir(run_dir: Path) -> Path:
-    """Return where TensorBoard's event files are."""
+    """Return the folder of TensorBoard's event files."""
     return run_dir / "tensorboard"
 
 
 def run_id_path(run_dir: Path) -> Path:
-    """Return where the id of the run on wandb is kept, so that every start goes on with the same
-    one.
-    """
+    """Return the file with the run's id on wandb, which every start reuses."""
     return run_dir / "wandb" / "run-id"
 
 
 def _run_id(run_dir: Path) -> str:
-    """Return the run's id: its folder's name, and what tells it from a run of the same name
-    elsewhere.
-    """
+    """Return the run's id: its folder's name, and a suffix for runs of the same name elsewhere."""
     path = run_id_path(run_dir)
     known = path.read_text(encoding="utf-8") if path.exists() else ""
     if known:  # empty: there was no room for it
@@ -235,14 +228,14 @@ def _open_run(mirror: Mirror, say: Callable[[str], None]) -> Any:
 
 
 class Wandb:
-    """A run on wandb, which takes steps in rising order only."""
+    """A run on wandb, which accepts steps in ascending order only."""
 
     def __init__(self, mirror: Mirror, say: Callable[[str], None]):
         self._run, self._mirrored, self._step = _open_run(mirror, say), mirror.mirrored, 0
         self.finish = self._run.finish
 
     def log_record(self, record: dict[str, Any]) -> None:
-        """Pass on a line, unless an earlier start has; a save's comes when it has ended."""
+        """Log a record, unless an earlier start has; a save's record comes when it has finished."""
         if not is_mirrored(record, self._mirrored):
             self._step = max(self._step, record["step"])
             self._run.log(to_wandb(record), step=self._step)

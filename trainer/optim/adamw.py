@@ -13,7 +13,7 @@ from trainer.optim.parameter_groups import ParameterGroup, torch_groups
 def build_adamw(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> LocalOptimizer:
-    """Return torch's fused AdamW on the local part of every parameter."""
+    """Return torch's fused AdamW on the local shard of every parameter."""
     local = local_parts(parameters)
     adamw = torch.optim.AdamW(
         torch_groups(groups, local),
@@ -34,7 +34,7 @@ def build_adamw(
 def reference_adamw(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> torch.optim.Optimizer:
-    """Return torch's AdamW as it stands in one process, a loop over whole parameters."""
+    """Return torch's single-process AdamW, a for-loop over full parameters."""
     return torch.optim.AdamW(
         torch_groups(groups, parameters),
         betas=(config.betas[0], config.betas[1]),

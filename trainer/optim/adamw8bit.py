@@ -1,9 +1,9 @@
-"""AdamW whose moments are kept in 8 bits: a quarter of float32's memory, in each block by a scale.
+"""AdamW with 8-bit moments: a quarter of float32's memory, with a scale per block.
 
-Codes stand for the values of a dynamic map, as in bitsandbytes and torchao (arXiv 2110.02861). Two
-things are otherwise than there. Blocks lie along rows, so that codes and scales can be split as the
-parameter is: a checkpoint loads under another layout. And a flag on the device says whether an
-update is left out, as in torch's fused AdamW, so that the host never waits for it.
+Codes stand for the values of a dynamic map, as in bitsandbytes and torchao (arXiv 2110.02861), with
+two differences. Blocks lie along rows, so that codes and scales are sharded like the parameter and
+a checkpoint loads under another layout. And a flag on the device skips an update, as in torch's
+fused AdamW, so that the host never waits for it.
 """
 
 import math
@@ -18,13 +18,13 @@ from trainer.config.train import OptimConfig
 from trainer.optim.local_optimizer import LocalOptimizer, local_parts
 from trainer.optim.parameter_groups import ParameterGroup, torch_groups
 
-LARGEST_BLOCK = 256  # numbers of a row that share a scale
-SMALLEST_BLOCK = 32  # with fewer the scales are not worth it: such moments stay as they are
-SCALE = "_scale"  # behind a moment's name
+LARGEST_BLOCK = 256  # maximum numbers per scale
+SMALLEST_BLOCK = 32  # smaller blocks would not save memory: such moments stay in float32
+SCALE = "_scale"  # suffix of a moment's name
 
 
 def block_size(parameter: Tensor) -> int:
-    """Numbers of a block, a power of two that divides every rank's part of a row; 0 = no blocks."""
+    """Return the block size, a power of two that divides every shard's rows; 0 = no blocks."""
     if parameter.dim() < 2:
         return 0
     row, parts = parameter.shape[-1], 1
@@ -37,10 +37,9 @@ def block_size(parameter: Tensor) -> int:
 
 
 def dynamic_map(signed: bool) -> Tensor:
-    """Return the 256 values of the codes, rising: twice as many of each power of ten as of the next
-    less.
+    """Return the 256 ascending values of the codes, from nearly -1 (0 if unsigned) to 1.
 
-    From nearly -1, or 0 where they are not signed, to 1.
+    Each power of ten has twice as many values as the next smaller one.
     """
     values = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for decade in range(7):
@@ -52,7 +51,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 def quantize_blocks(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Codes (uint8, of x's shape) and the blocks' scales (float32; the last dim is shorter)."""
+    """Return the codes (uint8, of x's shape) and scales (float32, with a shorter last dim)."""
     blocks = x.unflatten(-1, (-1, block))
     scale = blocks.abs().amax(-1).float()
     shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]
@@ -62,13 +61,13 @@ def quantize_blocks(x: Tensor, values: Tensor, block: int) -> tuple[Tensor, Tens
 
 
 def dequantize_blocks(codes: Tensor, scale: Tensor, values: Tensor) -> Tensor:
-    """Return the numbers that codes and scales stand for, float32."""
+    """Return the dequantized values of codes and scales, float32."""
     blocks = values[codes.int()].unflatten(-1, (scale.shape[-1], -1))
     return (blocks * scale[..., None]).flatten(-2)
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """`torch.optim.AdamW` with moments of 8 bits where `blocks` gives a parameter's block size."""
+    """`torch.optim.AdamW` with 8-bit moments where `blocks` gives a parameter's block size."""
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float,
     ):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        self.found_inf: Tensor | None = None  # 1 = leave the update out; a float32 scalar
+        self.found_inf: Tensor | None = None  # 1 = skip the update; a float32 scalar
         self._blocks, self._betas, self._eps = blocks, betas, eps
         device = next(iter(blocks)).device
         maps = {"exp_avg": dynamic_map(signed=True), "exp_avg_sq": dynamic_map(signed=False)}
@@ -112,7 +111,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update from the gradients (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
+        """Apply one update (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
         for group in self.param_groups:
             for tensor in group["params"]:
                 if tensor.grad is not None:
@@ -137,7 +136,7 @@ class AdamW8bit(torch.optim.Optimizer):
 def build_adamw8bit(
     parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimConfig
 ) -> LocalOptimizer:
-    """Return AdamW with moments of 8 bits on the local part of every parameter."""
+    """Return AdamW with 8-bit moments on the local shard of every parameter."""
     local = local_parts(parameters)
     blocks = {local[name]: block_size(parameter) for name, parameter in parameters.items()}
     betas = (config.betas[0], config.betas[1])

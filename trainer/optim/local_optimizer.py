@@ -1,4 +1,4 @@
-"""An optimizer of torch's kind on what this rank holds of each parameter."""
+"""A torch optimizer on the local shard of each parameter."""
 
 from collections.abc import Mapping
 
@@ -8,12 +8,12 @@ from torch.distributed.tensor import DTensor
 
 
 def local_parts(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return detached views of this rank's parts: what is written there, the model sees."""
+    """Return detached views of the local shards, through which the model's weights are updated."""
     return {name: _local_view(parameter.detach()) for name, parameter in parameters.items()}
 
 
 def laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
-    """Return a state tensor of this rank's part as the DTensor that its parameter is.
+    """Wrap a local state tensor as a DTensor with its parameter's layout.
 
     Its last dim may be shorter than the parameter's, by one factor on every rank.
     """
@@ -34,10 +34,10 @@ def laid_out_as(parameter: Tensor, part: Tensor) -> Tensor:
 
 
 class LocalOptimizer:
-    """Updates that need no other rank's part: of each element, or of blocks within a row.
+    """An optimizer that needs no other rank's shard: it works per element, or per block of a row.
 
-    Working on plain local tensors, it never meets a DTensor's dispatch, mixes sharded and whole
-    parameters freely, and skips an update on the device when told that a gradient is not finite.
+    Working on plain local tensors, it avoids DTensor's dispatch, mixes sharded and replicated
+    parameters, and skips an update on the device if a gradient is not finite.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class LocalOptimizer:
         return torch.stack([state["step"] for state in self._optimizer.state.values()]).max()
 
     def set_update_count(self, count: float) -> None:
-        """Go on counting from `count`: AdamW's bias correction depends on it."""
+        """Set the number of updates to `count`; AdamW's bias correction depends on it."""
         for state in self._optimizer.state.values():
             state["step"].fill_(count)
 

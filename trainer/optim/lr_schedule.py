@@ -1,16 +1,16 @@
-"""The learning rate as a function of the step, and what a schedule does that is easily missed."""
+"""Learning rate schedules, and warnings about their less obvious effects."""
 
 import math
 
 from trainer.config.train import OptimConfig
 
-LEAP = 0.01  # share by which a learning rate may differ from what it was, unsaid
+LEAP = 0.01  # relative change of the learning rate on resume that needs no warning
 
 
 def learning_rate_at(step: int, steps: int, config: OptimConfig) -> float:
-    """Learning rate of `step` (from 0) in a run of `steps`.
+    """Return the learning rate of `step` (from 0) in a run of `steps`.
 
-    Linear warm-up, then cosine (arXiv 1608.03983), or stable and a linear decay at the end (wsd,
+    Linear warm-up, then cosine (arXiv 1608.03983), or stable with a linear decay at the end (wsd,
     arXiv 2404.06395), or constant.
     """
     if step < config.warmup_steps:
@@ -27,10 +27,10 @@ def learning_rate_at(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def lr_jump_message(step: int, steps: int, before: float | None, config: OptimConfig) -> str:
-    """Return a warning if the learning rate of `step` (from 0) is not what it was `before`.
+    """Return a warning if the learning rate of `step` (from 0) differs from `before`.
 
-    Empty if it is, or if it is not known (None). A run that goes on with other steps or another
-    schedule leaps there.
+    Empty if it does not, or if `before` is None. A run resumed with other steps or another schedule
+    jumps there.
     """
     now = learning_rate_at(step, steps, config)
     if before is None or abs(now - before) <= LEAP * max(now, before):
@@ -43,7 +43,7 @@ def lr_jump_message(step: int, steps: int, before: float | None, config: OptimCo
 
 
 def schedule_warnings(steps: int, config: OptimConfig) -> list[str]:
-    """Return what a schedule does that its keys do not say at once; empty = nothing."""
+    """Return warnings about less obvious effects of a schedule."""
     last, warmup = learning_rate_at(steps - 1, steps, config), config.warmup_steps
     if warmup >= steps:
         return [

@@ -1,4 +1,4 @@
-"""The interface of an optimizer, and one that is made of several."""
+"""The interface of an optimizer, and a combination of several."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -33,17 +33,17 @@ class Optimizer(Protocol):
         """Return the number of updates so far as a float32 scalar; skipped ones do not count."""
 
     def set_update_count(self, count: float) -> None:
-        """Go on counting from `count`, as a checkpoint says."""
+        """Set the number of updates to `count`, read from a checkpoint."""
 
 
 class CompositeOptimizer:
-    """Several optimizers, each with parameters of its own, as one."""
+    """Several optimizers on disjoint parameters, combined into one."""
 
     def __init__(self, parts: Sequence[Optimizer]):
         self._parts = tuple(parts)
 
     def step(self, lr: float, skip: Tensor) -> None:
-        """Step each of the parts, in their order."""
+        """Step each optimizer, in order."""
         for part in self._parts:
             part.step(lr, skip)
 
@@ -52,10 +52,10 @@ class CompositeOptimizer:
         return {name: tensors for part in self._parts for name, tensors in part.state().items()}
 
     def update_count(self) -> Tensor:
-        """Return the number of updates so far, which all parts have made."""
+        """Return the number of updates so far, equal in all optimizers."""
         return torch.stack([part.update_count() for part in self._parts]).max()
 
     def set_update_count(self, count: float) -> None:
-        """Go on counting from `count` in all parts."""
+        """Set the number of updates to `count` in all optimizers."""
         for part in self._parts:
             part.set_update_count(count)

@@ -1,4 +1,4 @@
-"""Which parameter goes to which optimizer, and which of them decay: decided by name and shape."""
+"""Assignment of parameters to optimizers and weight decay, by name and shape."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,11 +31,11 @@ def is_hidden_matrix(name: str, shape: Size) -> bool:
 def parameter_groups(
     shapes: Mapping[str, Size], config: OptimConfig, rest: str = ""
 ) -> list[ParameterGroup]:
-    """Return the groups of these parameters, whose whole shapes are given by canonical name.
+    """Return the groups of these parameters, given their full shapes by canonical name.
 
-    config.name is the optimizer of all of them, or, where `rest` names another one for the rest, of
-    the hidden matrices alone. The answer for a parameter depends on no other one, so that ranks
-    that have different parameters agree.
+    config.name optimizes all of them or, if `rest` names another optimizer for the rest, the hidden
+    matrices alone. A parameter's group depends on no other parameter, so that ranks with different
+    parameters agree.
     """
     names: dict[tuple[str, float], list[str]] = {}
     for name, shape in shapes.items():

@@ -1,4 +1,4 @@
-"""The optimizers by `optim.name`: how each is built, and what it is verified against."""
+"""The optimizers by `optim.name`: how each is built, and its reference for `verify`."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ Parameters = Mapping[str, nn.Parameter]  # by canonical name
 
 @dataclass(frozen=True)
 class OptimizerKind:
-    """One way to update parameters."""
+    """A registered optimizer."""
 
     build: Callable[[Parameters, Sequence[ParameterGroup], OptimConfig], Optimizer]
     # The same updates in one process by plain torch, which `verify` holds every layout to at its
@@ -31,13 +31,13 @@ class OptimizerKind:
 
 OPTIMIZERS = {
     "adamw": OptimizerKind(build_adamw, reference_adamw),
-    # A moment just between two codes is rounded to either where ranks sum in another order.
+    # Rounding to codes depends on the order of sums, so layouts are close but not equal.
     "adamw8bit": OptimizerKind(build_adamw8bit, reference=None),
 }
 
 
 def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
-    """Return the optimizer of these parameters (DTensors where they are split) by config.name."""
+    """Build the optimizer of these parameters (DTensors if sharded) by config.name."""
     parts = []
     for name, groups in _groups_by_optimizer(parameters, config).items():
         names = {member for group in groups for member in group.names}
@@ -49,7 +49,7 @@ def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
 def reference_optimizers(
     parameters: Parameters, config: OptimConfig
 ) -> list[torch.optim.Optimizer]:
-    """Return optimizers in plain torch that take the same steps of whole parameters.
+    """Return optimizers in plain torch that take the same steps on full parameters.
 
     Raises ConfigError if there are none.
     """

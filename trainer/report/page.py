@@ -1,7 +1,7 @@
-"""A page about one run or several: curves, events, where the time went, how their configs differ.
+"""An HTML report of one or several runs: curves, events, wall time, differing configurations.
 
-One HTML file that needs nothing else, neither network nor server. What a run's folder says is text
-of a stranger: all of it is escaped.
+One self-contained file that needs neither network nor server. The contents of a run's folder are
+untrusted text: all of it is escaped.
 """
 
 import time
@@ -31,7 +31,7 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
 )
 ABSENT = "–"
-TITLED = 3  # runs that the title names
+TITLED = 3  # number of runs named in the title
 OWN = ("run_dir",)  # keys that differ between any two runs
 KINDS = {"useful": "useful steps", **LOST, "down": "between starts"}
 # Key of a training line → title of its chart, how it is drawn, and its scale.
@@ -65,14 +65,14 @@ class Bar:
 
 
 def write_report(folders: Sequence[Path], output: Path | None = None) -> tuple[Path, list[str]]:
-    """Write the page about these runs or sweeps, by default into the first folder; what was noted.
+    """Write the report of these runs or sweeps, by default into the first folder; return its notes.
 
     Raises ConfigError if a folder holds no run, or if the page cannot be written.
     """
     run_dirs = dict.fromkeys(run for folder in folders for run in runs_in(folder) or [folder])
     histories = [read_history(run_dir) for run_dir in run_dirs]
     path = output or folders[0] / NAME
-    # A name that is no text, as a file system allows it, is shown as far as it is.
+    # File names may be any bytes: undecodable ones are replaced.
     text = render_page(histories, time.time()).encode("utf-8", "replace").decode("utf-8")
     try:
         if path.is_dir():
@@ -113,7 +113,7 @@ def render_page(histories: Sequence[History], now: float) -> str:
 
 
 def names_of(histories: Sequence[History]) -> list[str]:
-    """Return a short name of each run: its folder's where that tells them apart, else its path."""
+    """Return a short name of each run: its folder's name if unique, otherwise its path."""
     names = [history.run_dir.resolve().name for history in histories]
     if len(set(names)) == len(names):
         return names
@@ -128,7 +128,7 @@ def differing_keys(histories: Sequence[History]) -> list[str]:
 
 
 def run_summary(history: History) -> dict[str, str]:
-    """Return what is said of a run in one row, by title."""
+    """Return the summary row of a run, by title."""
     status, steps = history.status, [line["step"] for line in history.training]
     row = {"status": _run_state(history)}
     last = status.step if status else max(steps, default=0)
@@ -168,7 +168,7 @@ def _format_value(value: Any) -> str:
 
 
 def _figures(names: list[str], histories: Sequence[History]) -> list[Markup]:
-    """Return the figures that have something to show."""
+    """Return the figures that have data."""
     marks = [
         Mark(event.step, run, event.kind, event.text)
         for run, history in enumerate(histories)

@@ -1,7 +1,7 @@
-"""A run's folder read back, for a report: its curves, what has happened, and how it fares.
+"""The history of a run, read from its folder for a report: curves, events and status.
 
-Free of torch. Whatever of it is missing or damaged is a note, since a report is asked for just
-when something has gone wrong; only a folder that holds no run is refused.
+Free of torch. Missing or damaged files become notes, since a report is most wanted after a failure;
+only a folder without a run is refused.
 """
 
 import json
@@ -19,15 +19,15 @@ from trainer.metrics.jsonl import NAME, is_number, read_lines
 from trainer.run.run_dir import saved_values
 from trainer.run.status import Status, read_status
 
-LINES_NAMED = 5  # of those that cannot be read
-HIDDEN = ("event", "step")  # of an event that is not known here, what is not shown
+LINES_NAMED = 5  # maximum number of unreadable lines to list
+HIDDEN = ("event", "step")  # keys of an unknown event that are not shown
 
 Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened at a step."""
+    """An event at a step."""
 
     step: int
     kind: str  # start | restart | save | evaluation | bad step | rollback, or the line's `event`
@@ -36,7 +36,7 @@ class Event:
 
 @dataclass
 class History:
-    """All that a run's folder tells."""
+    """The contents of a run's folder."""
 
     run_dir: Path
     values: dict[str, Any] = field(default_factory=dict)  # of config.yaml, by dotted key
@@ -45,11 +45,11 @@ class History:
     events: list[Event] = field(default_factory=list)  # by step
     status: Status | None = None
     goodput: TimeLedger = field(default_factory=TimeLedger)
-    notes: list[str] = field(default_factory=list)  # what could not be read
+    notes: list[str] = field(default_factory=list)  # problems of reading
     unit: str = "tok"  # of throughput, as the run's task calls it: tok or img
 
     def metric_curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
-        """Return the finite values of one key by step: of training, or of a split's evaluations."""
+        """Return the finite values of a key by step, of training or of a split's evaluations."""
         lines = [line for line in self.evaluations if line["split"] == split]
         return [
             (line["step"], float(line[key]))
@@ -66,10 +66,7 @@ def runs_in(folder: Path) -> list[Path]:
 
 
 def read_history(run_dir: Path) -> History:
-    """Return what a run's folder tells.
-
-    Raises ConfigError, with the nearest run, if it holds none.
-    """
+    """Read a run's folder; raises ConfigError, with the nearest run, if it holds none."""
     history = History(run_dir, status=read_status(run_dir), goodput=read_goodput(run_dir))
     try:
         history.values = saved_values(run_dir)
@@ -109,7 +106,7 @@ def _read_metric_lines(history: History) -> list[Line]:
 
 
 def _parse_event(line: Line) -> list[Event]:
-    """One event, or none of a line that is told elsewhere."""
+    """Return the event of a line; none if it is reported elsewhere."""
     step, kind = line["step"], str(line["event"])
     if kind == "goodput":
         return []
@@ -166,7 +163,7 @@ def _read_rollbacks(history: History) -> None:
 
 
 def format_time(seconds: float) -> str:
-    """Seconds since 1970 as local time: 2026-11-23 06:04."""
+    """Format seconds since 1970 as local time, such as 2026-11-23 06:04."""
     try:
         return datetime.fromtimestamp(seconds).astimezone().strftime("%Y-%m-%d %H:%M")
     except (OverflowError, OSError, ValueError):

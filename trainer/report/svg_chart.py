@@ -1,7 +1,7 @@
-"""Charts of a report as inline SVG: coloured by the page's style, so that they suit light and dark.
+"""Charts of a report as inline SVG, styled by the page for light and dark mode.
 
-Coordinates are those of the view box; the page scales it. What is under the pointer is shown by the
-page's script, from the values in `data-chart`. `Markup.format` escapes whatever it puts in.
+Coordinates are those of the view box. The page's script shows the values under the pointer, from
+`data-chart`. `Markup.format` escapes its arguments.
 """
 
 import json
@@ -69,7 +69,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """Something at a step."""
+    """A mark at a step."""
 
     step: int
     run: int
@@ -78,7 +78,7 @@ class Mark:
 
 
 class Axis:
-    """Values to one coordinate; logarithmic where they differ by much."""
+    """A scale from values to one coordinate; logarithmic where they span orders of magnitude."""
 
     def __init__(self, values: Sequence[float], begin: float, end: float, log: bool = False):
         low, high = min(values, default=0.0), max(values, default=1.0)
@@ -129,9 +129,9 @@ def curve_figure(
     steps: tuple[int, int],
     scale: str = "",
 ) -> Markup:
-    """Return a figure of curves over steps; empty where there is nothing to draw.
+    """Return a figure of curves over steps; empty if there are no points.
 
-    `scale` of the values: `log` if they differ by much, `zero` to begin there, empty to fill it.
+    `scale` of the values: `log` for large ranges, `zero` to start at zero, empty to fit.
     """
     drawn = [curve for curve in curves if curve.points]
     if not drawn:
@@ -167,7 +167,7 @@ def curve_figure(
 def event_lanes(
     title: str, names: Sequence[str], marks: Sequence[Mark], steps: tuple[int, int]
 ) -> Markup:
-    """Return a figure of what happened, by step: a lane for each run; empty if nothing has."""
+    """Return a figure of events by step, one lane per run; empty if there are none."""
     if not marks:
         return Markup()
     across = Axis(steps, LEFT, WIDE - RIGHT)
@@ -193,7 +193,7 @@ def event_lanes(
 
 
 def spread_marks(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
-    """Return the marks of a run, less those that would lie on the one before of their kind."""
+    """Return the marks of a run without those that would overlap the previous one of their kind."""
     found: list[Mark] = []
     last: dict[str, float] = {}
     for mark in sorted((m for m in marks if m.run == run), key=lambda m: m.step):
@@ -205,7 +205,7 @@ def spread_marks(marks: Sequence[Mark], run: int, across: Axis) -> list[Mark]:
 
 
 def thin_points(points: Sequence[Point], most: int = POINTS) -> list[Point]:
-    """At most so many points: the least and the largest of each stretch, so that spikes stay."""
+    """Thin a curve to the minimum and maximum of each interval, so that spikes stay visible."""
     if len(points) <= most:
         return list(points)
     stretches = most // 2
@@ -219,7 +219,7 @@ def thin_points(points: Sequence[Point], most: int = POINTS) -> list[Point]:
 
 
 def smooth_points(points: Sequence[Point]) -> list[Point]:
-    """Return the mean around each point, over a small share of all of them."""
+    """Return the moving average of a curve over a small fraction of its points."""
     reach = max(1, round(len(points) * SMOOTHED_SHARE / 2))
     sums = [0.0]
     for _, value in points:
@@ -232,7 +232,7 @@ def smooth_points(points: Sequence[Point]) -> list[Point]:
 
 
 def round_points(points: Sequence[Point]) -> list[list[float]]:
-    """Values with the digits that are read."""
+    """Round values to the digits that are shown."""
     return [[step, float(f"{value:.5g}")] for step, value in points]
 
 
@@ -309,5 +309,5 @@ def _mark_tooltip(mark: Mark) -> str:
 
 
 def format_tick(value: float) -> str:
-    """Return a round value, as short as can be."""
+    """Format a round value as short as possible."""
     return format_number(value) if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,9 +1,9 @@
-"""The numbers of a run: which steps are bad, whose samples did it, and what is done about it.
+"""Detect and handle steps with a non-finite or spiking loss.
 
-A step is bad if its loss or gradient is not finite or, where asked, if its loss is a spike. The
-device decides that before the update, which it drops; the host hears of it at the next look. It is
-bad, too, if its update has left weights or moments that are not finite: that is looked for where
-steps are bad, and before a save.
+A step is bad if its loss or gradient is not finite or, if configured, if its loss is a spike. The
+device decides before the update and drops it; the host reads the flags at the next log line. A step
+is also bad if its update leaves weights or optimizer state that are not finite, which is checked
+where steps are bad and before a save.
 """
 
 import json
@@ -30,19 +30,19 @@ from trainer.metrics.recorder import Recorder
 from trainer.optim.optimizer import Optimizer
 from trainer.precision import LossScale
 
-LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; the first is this rank's own
-DEVIATION = 1.4826  # times the median absolute deviation: the standard deviation of a normal law
-LEAST_DEVIATION = 1e-3  # of the median: losses that hardly vary are no measure of a spike
+LOSS, GRADIENT, SPIKE = 1, 2, 4  # flags of a step; LOSS is local to this rank
+DEVIATION = 1.4826  # standard deviation / median absolute deviation of a normal distribution
+LEAST_DEVIATION = 1e-3  # lower bound relative to the median, for losses that hardly vary
 REMEDY = "try a lower optim.lr, a longer optim.warmup_steps, or precision=fp32 (or bf16 for fp16)"
 
 
 class RolledBackError(Exception):
-    """The run has to go on from its last good checkpoint; every rank raises it."""
+    """The run must resume from its last valid checkpoint; raised on every rank."""
 
 
 @dataclass(frozen=True)
 class BadStepPolicy:
-    """When a step is bad, and what is done about it: the keys of these names."""
+    """The definition of a bad step and the action on it: the config keys of these names."""
 
     on_bad_step: str  # stop | skip | rollback
     max_bad_steps: int
@@ -52,60 +52,58 @@ class BadStepPolicy:
 
 @dataclass(frozen=True)
 class BadStep:
-    """A step that was not learned from."""
+    """A step whose update was dropped."""
 
     step: int  # of the run, from 1
     kind: str  # loss | gradient | spike | update
-    rank: int | None  # the first of those that read the samples at fault; None = not one share
-    shares: list[int]  # data ranks whose samples may have done it
-    tensor: str = ""  # of an update: the first that it has left not finite
+    rank: int | None  # first rank of the data rank at fault; None = several
+    shares: list[int]  # data ranks whose samples may be the cause
+    tensor: str = ""  # first tensor that an update left not finite
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """A return to a checkpoint: its step, and what of the data is left out from then on."""
+    """A rollback to a checkpoint: its step, and the range of samples skipped from then on."""
 
     step: int
-    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the order of samples
+    samples: list[tuple[int, int]]  # ranges [begin, end) of positions in the sample order
 
 
 class BadStepGuard:
-    """Judges every step on the device, and remembers what it has to: part of the run's state.
+    """Checks every step on the device; its loss window is part of the run's state.
 
-    All ranks come to the same verdicts, since the gradient's norm and the mean loss are the same
-    on all of them.
+    All ranks come to the same verdict, since gradient norm and mean loss are global.
     """
 
     def __init__(self, policy: BadStepPolicy, run_dir: str, device: torch.device):
-        """A guard of the run in `run_dir` that has seen nothing yet."""
+        """Build a guard with an empty window for the run in `run_dir`."""
         self._policy, self._run_dir = policy, run_dir
         self.rollbacks: list[Rollback] = []
-        self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # good ones, the newest last
-        self._known = torch.zeros((), dtype=torch.int64, device=device)  # of them
-        self._bad_in_row = 0  # until the last look
-        self._flags: list[Tensor] = []  # of the steps since then, each an int64 scalar
+        self._losses = torch.zeros(LONGEST_WINDOW, device=device)  # of good steps, newest last
+        self._known = torch.zeros((), dtype=torch.int64, device=device)  # number of valid entries
+        self._bad_in_row = 0  # consecutive bad steps up to the last call
+        self._flags: list[Tensor] = []  # flags of the steps since then, int64 scalars
 
     @property
     def skipped_steps(self) -> set[tuple[int, int]]:
-        """Ranges of positions in the order of samples that are not learned from."""
+        """Return the skipped ranges of positions in the sample order."""
         return {samples for rollback in self.rollbacks for samples in rollback.samples}
 
     def read_rollbacks(self, run_dir: str, batch_size: int) -> None:
-        """Take over what was left out of a run's data; every rank calls it, and rank 0 reads.
+        """Restore the skipped ranges of a run's data; every rank calls it, and rank 0 reads.
 
-        `batch_size` is of older versions' entries, which name steps. Raises ConfigError.
+        `batch_size` converts entries of older versions, which name steps. Raises ConfigError.
         """
         self.rollbacks = _read_rollbacks(run_dir, batch_size)
 
     def check_step(
         self, worker: ParallelModel, loss: Tensor, grad_norm: Tensor, scale: LossScale
     ) -> tuple[Tensor, Tensor]:
-        """Return whether to drop the step's update, and whether its gradient overflowed: 1.0 or
-        0.0.
+        """Return whether to drop the update, and whether its gradient overflowed, as 1.0 or 0.0.
 
-        fp16 overflows now and then and its scale adapts: such an update is dropped, but the step is
-        bad only if the loss itself is not finite, or once the scale has fallen below 1 and the
-        gradient still overflows. Nothing is read back.
+        In fp16 an overflow is dropped and adapts the loss scale: the step is bad only if the loss
+        itself is not finite, or if the gradient still overflows at a scale below 1. Nothing is read
+        back.
         """
         overflow = ~grad_norm.isfinite()
         bad, drop = overflow, overflow
@@ -113,7 +111,7 @@ class BadStepGuard:
         if scale.dynamic or spike_sigma:
             mean_loss = worker.sum_over_data(loss.clone())
         if scale.dynamic:
-            lost = ~mean_loss.isfinite()  # no matter of the scale, which the loss has not seen
+            lost = ~mean_loss.isfinite()  # independent of the loss scale, which is applied later
             drop = overflow | lost
             overflow = overflow & ~lost
             bad = lost | (overflow & (scale.scale < 1.0))
@@ -126,7 +124,7 @@ class BadStepGuard:
         return drop.float(), overflow.float()
 
     def _is_spike(self, loss: Tensor) -> Tensor:
-        """Return whether the loss is above the median of a full window by so many deviations."""
+        """Return whether the loss is `spike_sigma` deviations above the median of a full window."""
         size = self._policy.spike_window
         window = self._losses[-size:]
         median = window.sort().values[size // 2]
@@ -146,18 +144,18 @@ class BadStepGuard:
         return {"losses": self._losses, "known": self._known, "bad_in_row": in_row}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go on from a checkpoint's state."""
+        """Restore the state from a checkpoint."""
         self._losses.copy_(state["losses"])
-        # Without the rule no loss is remembered, and those from before would be too old later.
+        # Without spike detection no losses are kept: they would be outdated when it is enabled.
         self._known.copy_(state["known"] * (self._policy.spike_sigma > 0))
         self._bad_in_row = int(state["bad_in_row"].item())
         self._flags.clear()
 
     def _leave_out(self, good: int, found: list[BadStep], loader: TrainLoader) -> None:
-        """Leave out the samples of bad steps from step `good` on, and write that down."""
+        """Skip the samples of bad steps from step `good` on, and record that in the run folder."""
         places = [place for bad in found for place in loader.sample_positions(bad.step - 1)]
         self.rollbacks.append(Rollback(good, position_ranges(places)))
-        if dist.get_rank() == 0:  # before anything goes on, so that a kill forgets nothing
+        if dist.get_rank() == 0:  # before training continues, so that a kill loses nothing
             _write_rollbacks(self._run_dir, self.rollbacks)
 
     def process_bad_steps(
@@ -170,11 +168,11 @@ class BadStepGuard:
         not_finite: Callable[[], str],
         saving: bool = False,
     ) -> None:
-        """Report the bad steps since the last look, up to `step`; here the host waits.
+        """Handle the bad steps recorded since the last call, up to `step`; waits for the device.
 
-        All ranks call it. `settle` waits for a save in flight; `not_finite` names a weight or
-        moment that is not, and is asked where steps are bad, and before a save. Raises
-        RolledBackError where the run must go back, NumericalError where it ends.
+        All ranks must call it. `settle` waits for a save in flight; `not_finite` returns the name
+        of a weight or optimizer state that is not finite, checked if steps are bad and before a
+        save. Raises RolledBackError to roll back, NumericalError to stop.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags.clear()
@@ -185,7 +183,7 @@ class BadStepGuard:
         settle()
         saved = list_checkpoints(self._run_dir)
         everyone = all_gather_objects((worker.data_rank, flags, saved[-1][0] if saved else None))
-        good = everyone[0][2]  # what rank 0 sees of the folder counts
+        good = everyone[0][2]  # rank 0's view of the folder decides
         found = [_bad_step(step - len(flags) + 1, number, everyone) for number in numbers]
         if tensor:
             first, ranks = _first_bad_update(step, flags), _data_ranks(everyone)
@@ -206,7 +204,7 @@ class BadStepGuard:
         return 1 if self._policy.on_bad_step == "stop" else self._policy.max_bad_steps
 
     def _bad_steps(self, flags: list[int]) -> list[int]:
-        """Return which steps were bad, up to the one that ends the run; counts those in a row."""
+        """Return the bad steps, up to the one that stops the run; counts consecutive ones."""
         numbers = []
         for number, flag in enumerate(flags):
             bad = flag & (GRADIENT | SPIKE)
@@ -218,20 +216,17 @@ class BadStepGuard:
         return numbers
 
     def _with_update(self, found: list[BadStep], update: BadStep) -> list[BadStep]:
-        """Return the bad steps up to, and with, the one whose update made those behind it bad."""
+        """Return the bad steps up to and including the one whose update made the later ones bad."""
         before = [bad for bad in found if bad.step < update.step]
         if before and self._policy.on_bad_step == "stop":
-            return before  # which has ended the run already
-        self._bad_in_row = 1  # those behind it do not count
+            return before  # the earlier one stops the run anyway
+        self._bad_in_row = 1  # later steps do not count
         return [*before, update]
 
     def _stop_reason(self, good: int | None, last: BadStep) -> str:
-        """Return what ends the run, the last good checkpoint, and what to try.
-
-        Empty = it goes on.
-        """
+        """Return the reason to stop, with the last valid checkpoint and a remedy; empty = go on."""
         policy, most = self._policy.on_bad_step, f"max_bad_steps={self._policy.max_bad_steps}"
-        tries = 1  # to go on from this checkpoint, the one that has just failed included
+        tries = 1  # attempts from this checkpoint, including the failed one
         while tries <= len(self.rollbacks) and self.rollbacks[-tries].step == good:
             tries += 1
         if last.tensor and policy != "rollback":
@@ -253,7 +248,7 @@ class BadStepGuard:
 def _bad_step(
     first: int, number: int, everyone: list[tuple[int, list[int], int | None]]
 ) -> BadStep:
-    """Return what is known of a step from the (data rank, flags, …) of all ranks."""
+    """Build the record of a bad step from the (data rank, flags, …) of all ranks."""
     flag = everyone[0][1][number]
     ranks = [rank for rank, (_, flags, _) in enumerate(everyone) if flags[number] & LOSS]
     kind = "spike" if flag & SPIKE else "loss" if ranks else "gradient"
@@ -265,14 +260,14 @@ def _bad_step(
 
 
 def _data_ranks(everyone: list[tuple[int, list[int], int | None]]) -> list[int]:
-    """Return the data ranks of all."""
+    """Return the data ranks of all ranks, sorted."""
     return sorted({data_rank for data_rank, *_ in everyone})
 
 
 def _first_bad_update(step: int, flags: list[int]) -> int:
-    """Return the step, up to `step`, whose update has left weights that are not finite.
+    """Return the step, up to `step`, whose update left weights that are not finite.
 
-    With them every step is bad: it is the one before the last row of such.
+    Every later step is bad too: it is the one before the last consecutive run of bad steps.
     """
     row = takewhile(lambda flag: flag & GRADIENT, reversed(flags))
     return step - sum(1 for _ in row)
@@ -292,14 +287,14 @@ def _describe_steps(bad: BadStep) -> str:
 def _record_all(
     found: list[BadStep], policy: str, why: str, loader: TrainLoader, recorder: Recorder
 ) -> None:
-    """Write an event for each bad step, on rank 0; `why`: what ends the run, if anything."""
+    """Write an event for each bad step, on rank 0; `why` is the reason to stop, if any."""
     for bad in found if dist.get_rank() == 0 else ():
         stops = why and (policy == "rollback" or bad is found[-1])
         _record_step(bad, "stop" if stops else policy, loader, recorder)
 
 
 def _record_step(bad: BadStep, action: str, loader: TrainLoader, recorder: Recorder) -> None:
-    """A line in metrics.jsonl and one on the console."""
+    """Write a record to metrics.jsonl and a line to the console."""
     shares = [loader.sample_ids(bad.step - 1, share) for share in bad.shares]
     samples = sorted(chain.from_iterable(shares))
     record = {
@@ -323,7 +318,7 @@ def _record_step(bad: BadStep, action: str, loader: TrainLoader, recorder: Recor
 def check_replicas(
     step: int, worker: ParallelModel, optimizer: Optimizer, recorder: Recorder, run_dir: str
 ) -> None:
-    """Raise NumericalError, on every rank, if copies of weights or moments differ in a bit."""
+    """Raise NumericalError, on every rank, if replicas of weights or moments differ in a bit."""
     tensors: dict[str, Tensor] = dict(worker.parameters())
     for name, moments in optimizer.state().items():
         tensors |= {f"{name} ({moment})": tensor for moment, tensor in moments.items()}
@@ -347,9 +342,9 @@ def check_replicas(
 
 
 def _read_rollbacks(run_dir: str, batch_size: int) -> list[Rollback]:
-    """Return what rank 0 reads, on every rank.
+    """Return the rollbacks that rank 0 reads, on every rank.
 
-    Older versions named steps, of `batch_size` samples.
+    Older versions recorded steps, of `batch_size` samples each.
     """
     path = _rollbacks_path(run_dir)
     reads = dist.get_rank() == 0 and path.exists()

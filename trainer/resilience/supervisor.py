@@ -1,4 +1,4 @@
-"""A training run under supervision: its signals, heartbeats, status.json, place in the folder."""
+"""Supervision of a training run: signals, heartbeats, status.json and the run folder's lock."""
 
 import logging
 import os
@@ -19,25 +19,25 @@ from trainer.run.lock import share_lock
 from trainer.run.status import StatusFile
 
 PACKAGES = ("parallel", "trainer", "conf", "launch")
-ATTEMPTS = 3  # torchrun's restarts from one step that are enough
-# What a collective raises when the process at its other end is gone.
+ATTEMPTS = 3  # torchrun restarts from one step before giving up
+# Messages of a collective whose peer process is gone.
 BROKEN = re.compile(r"gloo|nccl|connection|peer|socket|closed", re.IGNORECASE)
 
 log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Progress of the loop, as seen from outside, and the decision whether to go on."""
+    """Progress of the loop as published to observers, and the decision to continue or stop."""
 
     def __init__(self, run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime):
         self._run_dir, self._steps, self._runtime = run_dir, steps, runtime
         self._status = StatusFile(run_dir, steps)
         self.watch = Watchdog(runtime, timeout_seconds, self._record_verdict)
-        self.stopping = False  # agreed by all ranks
+        self.stopping = False  # the same on all ranks
         self.step = 0
 
     def begin_at(self, step: int) -> None:
-        """The run starts at this step; ConfigError if torchrun restarts it there over and over."""
+        """Record the first step; ConfigError if torchrun keeps restarting the run at this step."""
         self.step = step
         attempt = restart_count(os.environ)
         allowed = os.environ.get("TORCHELASTIC_MAX_RESTARTS")
@@ -60,28 +60,28 @@ class Supervisor:
             self._write_file(state, reason, 0, code)
 
     def finish_step(self, step: int) -> bool:
-        """After each step: whether to stop here, the same on every rank."""
+        """Report a finished step, and decide whether to stop; the same on every rank."""
         self.step = step
         self.watch.report_progress(step)
         return self.should_stop()
 
     def should_stop(self) -> bool:
-        """Return whether to stop, the same on every rank; all of them call it."""
+        """Return whether to stop, identical on every rank (collective)."""
         self.stopping = self.stopping or self.watch.stop_requested()
         return self.stopping
 
     def any_rank(self, flag: bool) -> bool:
-        """Return whether the flag is up on any rank; all of them call it."""
+        """Return whether the flag is set on any rank (collective)."""
         return bool(all_reduce_max(self._runtime, [int(flag)])[0])
 
     def raise_if_stopping(self) -> None:
-        """Between batches of an evaluation: StoppedError, on every rank, if they are to stop."""
+        """Raise StoppedError, on every rank, if the run is to stop; for use between batches."""
         self.watch.report_progress(self.step)
         if self.should_stop():
             raise StoppedError
 
     def record_failure(self, error: Exception) -> None:
-        """Leave word of what this rank dies of."""
+        """Record the error that ends this rank."""
         reason = str(error).splitlines()[0] if str(error) else ""
         named = isinstance(error, UserError | RankLostError)
         text = reason if named else f"{type(error).__name__}: {reason}"
@@ -90,7 +90,7 @@ class Supervisor:
         self.watch.announce_failure()
 
     def record_stop(self) -> None:
-        """Leave word that the run goes on with the same command; wait for the other ranks."""
+        """Record that the same command resumes the run; wait for the other ranks."""
         saved = self._newest_checkpoint()
         how = f"the same command goes on from step {saved}" if saved else "nothing was saved yet"
         if self._runtime.rank == 0:
@@ -99,7 +99,7 @@ class Supervisor:
         self.watch.wait_for_all()
 
     def _record_verdict(self, reason: str, rank: int, code: int) -> None:
-        """The watch's last words before it ends this process."""
+        """Record the watchdog's reason before it ends this process."""
         log.error("%s", reason)
         self._write_file("stopped" if code > 128 else "failed", reason.splitlines()[0], rank, code)
 
@@ -125,7 +125,7 @@ class Supervisor:
 def supervise_run(
     run_dir: str, steps: int, timeout_seconds: float, runtime: Runtime
 ) -> Iterator[Supervisor]:
-    """A training run on this rank; how it ends is left in status.json and told to other ranks."""
+    """Supervise a run on this rank; record how it ends in status.json and tell the other ranks."""
     supervisor = Supervisor(run_dir, steps, timeout_seconds, runtime)
     with share_lock(run_dir), supervisor.watch:
         try:
@@ -145,7 +145,7 @@ def supervise_run(
 
 
 def source_digest() -> str:
-    """Return a digest of this project's own source files: ranks of one run must have the same."""
+    """Return a digest of this project's source files, which must be the same on all ranks."""
     root = Path(__file__).parents[2]
     digest = blake2b()
     for file in sorted(file for package in PACKAGES for file in (root / package).rglob("*.py")):

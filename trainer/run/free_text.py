@@ -1,8 +1,7 @@
-"""Text that OmegaConf would take for more than text: `${…}` and `???` travel under a mark.
+"""Free text in a configuration: values that OmegaConf would interpret (`${…}`, `???`), encoded.
 
-A path or a sentence is what its user has typed. OmegaConf has no way to say so of a value that
-holds an interpolation or is its word for "missing", so such a value is written as hexadecimal
-digits behind a mark before OmegaConf sees it, and read back in the typed configuration.
+OmegaConf cannot mark a string as literal, so such a value is encoded as hexadecimal digits with a
+prefix before OmegaConf sees it, and decoded in the typed configuration.
 """
 
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ MARK = "text-as-hex:"
 
 
 def escape_text(value: Any) -> Any:
-    """Return a value, or all values in dicts and lists, that OmegaConf takes as they are."""
+    """Encode a value, or all values in dicts and lists, so that OmegaConf takes them literally."""
     if isinstance(value, str) and ("${" in value or value == "???" or value.startswith(MARK)):
         return MARK + value.encode("utf-8", "surrogateescape").hex()
     if isinstance(value, Mapping):
@@ -22,7 +21,7 @@ def escape_text(value: Any) -> Any:
 
 
 def unescape_text(value: Any) -> Any:
-    """Return what `escape_text` was given; also of the fields of dataclasses."""
+    """Decode what `escape_text` encoded, also in the fields of dataclasses."""
     if isinstance(value, str) and value.startswith(MARK):
         return bytes.fromhex(value.removeprefix(MARK)).decode("utf-8", "surrogateescape")
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,8 +1,7 @@
-"""Who works in a run's folder: one run at a time, and none beside the ranks of a dead one.
+"""Exclusive lock on a run directory, on one host (flock) and across hosts (heartbeat).
 
-On one host the system's own lock decides, which ends with the process that holds it. Between hosts
-whose file system does not carry it a heartbeat decides: the file's time of change, of which only
-that it changes is read, so that no two clocks are compared.
+flock ends with its process. Between hosts whose file system does not support it, a heartbeat
+decides: only whether the file's modification time changes is read, so no clocks are compared.
 """
 
 import fcntl
@@ -19,22 +18,22 @@ from pathlib import Path
 from parallel.errors import ConfigError
 
 BEAT_SECONDS = 2.0
-STALE_SECONDS = 15.0  # without a beat: the host that held the lock is gone
-ORPHAN_SECONDS = 8.0  # that the ranks of a dead launcher take to end, and more
+STALE_SECONDS = 15.0  # without a heartbeat, after which the lock holder is presumed dead
+ORPHAN_SECONDS = 8.0  # upper bound on how long the ranks of a dead launcher take to exit
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iterator[None]:
-    """This process alone opens runs in the folder; ConfigError names who does so already."""
+    """Hold the exclusive lock on the folder; ConfigError names the process that has it."""
     path = Path(run_dir) / ".lock"
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _try_lock(file, fcntl.LOCK_EX):
             raise ConfigError(_in_use(run_dir, _read_holder(path)))
         holder = _read_holder(path)
-        if holder:  # it has not given the lock back
+        if holder:  # the holder has not released the lock
             _wait_for(path, holder, run_dir, stale_seconds)
             log.info("the lock of a run that has died is taken over (%s)", _describe_holder(holder))
         _wait_for_orphans(run_dir)
@@ -45,17 +44,17 @@ def hold_lock(run_dir: str | Path, stale_seconds: float = STALE_SECONDS) -> Iter
             with _touch_regularly(file, path, me):
                 yield
         finally:
-            os.ftruncate(file, 0)  # a run that was stopped need not be waited for, either
+            os.ftruncate(file, 0)  # a released lock needs no waiting
     finally:
         os.close(file)
 
 
 @contextmanager
 def share_lock(run_dir: str | Path) -> Iterator[None]:
-    """This process is a rank that works in the folder; no other run begins before it has ended."""
+    """Hold the ranks' shared lock on the folder; no other run starts before all release it."""
     try:
         file = os.open(Path(run_dir) / ".ranks", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:  # a folder that cannot be written is told about elsewhere
+    except OSError:  # an unwritable folder is reported elsewhere
         yield
         return
     try:
@@ -84,9 +83,9 @@ def _wait_for_orphans(run_dir: str | Path) -> None:
 
 
 def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: float) -> None:
-    """Return once the other host's heartbeat has stopped; ConfigError if it goes on."""
+    """Wait until the other host's heartbeat has stopped; ConfigError if it continues."""
     if holder["host"] == socket.gethostname():
-        return  # its lock has ended with it
+        return  # the lock ended with its process
     before = path.stat().st_mtime_ns
     deadline = time.monotonic() + stale_seconds
     while time.monotonic() < deadline:
@@ -97,7 +96,7 @@ def _wait_for(path: Path, holder: dict, run_dir: str | Path, stale_seconds: floa
 
 @contextmanager
 def _touch_regularly(file: int, path: Path, me: dict) -> Iterator[None]:
-    """Touch the file every few seconds; a process whose lock was taken over ends at once."""
+    """Touch the file every few seconds; exit at once if another process took the lock over."""
     ended = threading.Event()
 
     def touch_file() -> None:
@@ -121,7 +120,7 @@ def _touch_regularly(file: int, path: Path, me: dict) -> Iterator[None]:
 
 
 def _try_lock(file: int, how: int) -> bool:
-    """Return whether the lock is ours; a file system without locks leaves it to the heartbeat."""
+    """Return whether the lock was acquired; without flock the heartbeat decides."""
     try:
         fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,4 +1,4 @@
-"""The folder of a run: what may be continued there, its resolved config and its checkpoints."""
+"""The folder of a run: its resolved configuration, its checkpoints, and whether it may resume."""
 
 import dataclasses
 import difflib
@@ -21,17 +21,17 @@ from trainer.run.free_text import escape_text, unescape_text
 from trainer.run.lock import hold_lock
 from trainer.run.status import read_status
 
-EXPORTED = "model.safetensors"  # in a folder that holds an exported model instead of checkpoints
+EXPORTED = "model.safetensors"  # marks the folder of an exported model
 
 
 class AlreadyFinishedError(Exception):
-    """There is nothing left to do in a run's folder; the message says where it ended."""
+    """The run has already finished; the message has its last step."""
 
 
 def claim_folder(run_dir: str | Path) -> Path:
-    """Make a folder that nobody has, of this name or with a number behind it; raises OSError.
+    """Create a folder of this name, with a number appended if it exists; raises OSError.
 
-    For names that are made of the time: two starts may share a second.
+    For names made from the time: two runs may start in the same second.
     """
     folder, number = Path(run_dir), 1
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -45,10 +45,10 @@ def claim_folder(run_dir: str | Path) -> Path:
 
 
 def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
-    """Make or re-open config.run_dir and write config.yaml; raises ConfigError if it cannot.
+    """Create or reopen config.run_dir and write config.yaml; raises ConfigError if it cannot.
 
-    The folder is locked before anything is written there, until `held` ends (None = it is not).
-    Raises AlreadyFinishedError if the run has done its steps.
+    The folder is locked before anything is written, until `held` ends (None = not locked). Raises
+    AlreadyFinishedError if the run has taken all its steps.
     """
     folder = Path(config.run_dir)
     try:
@@ -56,7 +56,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
         _refuse_run(config, folder)
         if held is not None:
             held.enter_context(hold_lock(folder))
-            _refuse_run(config, folder)  # what it was a moment ago is another's
+            _refuse_run(config, folder)  # another process has just changed it
         write_atomically(folder / "config.yaml", to_yaml(config))
     except OSError as error:
         raise StorageError(
@@ -65,7 +65,7 @@ def open_run_dir(config: TrainConfig, held: ExitStack | None = None) -> None:
 
 
 def check_run_dir(config: TrainConfig) -> None:
-    """Raise what `open_run_dir` would, but for a folder in use, and write nothing."""
+    """Raise the errors of `open_run_dir`, except for a locked folder, and write nothing."""
     folder = Path(config.run_dir)
     try:
         if folder.exists():
@@ -77,11 +77,9 @@ def check_run_dir(config: TrainConfig) -> None:
 
 
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
-    """Return the configuration a run was trained with.
+    """Return the configuration that a run was trained with.
 
-    Raises ConfigError if the folder holds no run.
-
-    `key` is the one that names the folder.
+    `key` is the config key that names the folder. Raises ConfigError if the folder holds no run.
     """
     path = _config_path(run_dir, key)
     try:
@@ -96,7 +94,7 @@ def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
 
 
 def to_yaml(config: TrainConfig) -> str:
-    """Return a configuration as YAML whose texts, `${…}` too, are read back as they are."""
+    """Return a configuration as YAML that reads back identically, text such as `${…}` included."""
     values = dataclasses.asdict(config)
     return yaml.dump(
         values,
@@ -108,14 +106,12 @@ def to_yaml(config: TrainConfig) -> str:
 
 
 def _read_yaml(path: Path) -> Any:
-    """Return what a YAML file says, with numbers as OmegaConf reads them, and nothing
-    interpolated.
-    """
+    """Return the contents of a YAML file, with OmegaConf's numbers and without interpolation."""
     return yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader())
 
 
 def saved_values(run_dir: str | Path) -> dict[str, Any]:
-    """Return what config.yaml says, by dotted key, whichever version wrote it; ConfigError too."""
+    """Return the values of config.yaml by dotted key, of any version; raises ConfigError."""
     path = _config_path(run_dir)
     try:
         values = _read_yaml(path)
@@ -140,7 +136,7 @@ def _refuse_run(config: TrainConfig, folder: Path) -> None:
     found = [c for c in list_checkpoints(folder) if config.resume_step in (0, c[0])]
     done = next((s for s, path in reversed(found) if s >= config.steps and _is_good(path)), 0)
     status = read_status(folder)
-    # A run that was stopped while it measured the test split goes on with that.
+    # A run stopped during the test evaluation resumes with it.
     left = status is not None and status.state != "finished" and done == config.steps
     if done and not left:
         raise AlreadyFinishedError(

@@ -1,6 +1,6 @@
-"""status.json: how a run fares, for those who look from outside; torchrun's exit code is always 1.
+"""status.json: the state of a run for external observers; torchrun's exit code is always 1.
 
-Written by the first rank, or by the first one that fails.
+Written by the first rank, or by the first rank that fails.
 """
 
 import json
@@ -18,26 +18,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Status:
-    """A run at one moment; times are seconds since 1970."""
+    """The state of a run; times are seconds since 1970."""
 
-    state: str  # running | finished | stopped (the same command goes on) | failed
+    state: str  # running | finished | stopped (the same command resumes) | failed
     step: int  # optimizer steps done
     steps: int  # of the whole run
     checkpoint: int | None  # step of the newest one
     reason: str  # why it stopped or failed
-    rank: int  # that says so, or that is to blame
-    code: int | None  # that the run exits with; None = it runs
-    from_step: int  # where it began, or went on
-    attempts: int  # starts in a row of one launch that went on from there
+    rank: int  # rank that reported it, or that is at fault
+    code: int | None  # exit status; None = running
+    from_step: int  # step of the start or resume
+    attempts: int  # consecutive starts of one launch from that step
     pid: int
     host: str
     started: float
     updated: float
-    error: str = ""  # class of what it failed of: ConfigError, DataError, NumericalError, …
+    error: str = ""  # class of the error: ConfigError, DataError, NumericalError, …
 
 
 def read_status(run_dir: str | Path) -> Status | None:
-    """Return the status of a run; None if it has none, or one of another version."""
+    """Return the status of a run; None if there is none, or one of another version."""
     try:
         return Status(**json.loads((Path(run_dir) / "status.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -45,7 +45,7 @@ def read_status(run_dir: str | Path) -> Status | None:
 
 
 class StatusFile:
-    """Writes a run's status; a disk that is full does not stop the run."""
+    """Writer of a run's status; ignores a full disk, which must not stop training."""
 
     def __init__(self, run_dir: str | Path, steps: int):
         self._run_dir, self._steps = Path(run_dir), steps
@@ -53,13 +53,10 @@ class StatusFile:
         self._started = time.time()
         self._begun = self._warned = False
         self._from_step = 0
-        self.attempts = 0  # starts in a row from the same step; 0 = the first rank knows
+        self.attempts = 0  # consecutive starts from the same step; 0 = known by the first rank
 
     def begin_run(self, from_step: int, restarted: bool, first: bool) -> Status | None:
-        """Note that the run starts at this step.
-
-        Returns the status that was there before. Only the first rank writes.
-        """
+        """Record the first step, and return the previous status; only the first rank writes."""
         before = read_status(self._run_dir)
         if first:
             again = restarted and before is not None and before.from_step == from_step
@@ -80,7 +77,7 @@ class StatusFile:
         code: int | None = None,
         checkpoint: int | None = None,
     ) -> None:
-        """Replace the file, unless a rank has said that it failed: the first one's word stands."""
+        """Replace the file, unless a rank has recorded a failure: the first failure is kept."""
         before = read_status(self._run_dir)
         if self._begun and before and before.state == "failed":
             return

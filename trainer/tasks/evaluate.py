@@ -18,7 +18,7 @@ from trainer.data.record import data_of, describe_changes, read_record
 from trainer.inference.trained_run import load_trained_run, unwrap_transformer
 from trainer.metrics.console import print_whole
 from trainer.run.run_dir import load_config
-from trainer.tasks.registry import TASKS, task_of_model
+from trainer.tasks.registry import task_of, task_of_model
 from trainer.tasks.task import Decoding, Task
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     if runtime.rank == 0 and before and (what := describe_changes(before, facts, config.split)):
         log.warning("%s", what)
     run = load_trained_run(config, runtime)
-    task = TASKS[reads.kind]
+    task = task_of(reads)
     decoding = Decoding(run.load_tokenizer(), config.beams) if task.decodes_in_test else None
     local_batch = trained.batch_size // data_degree(trained.strategy)
     values = evaluate_model(

@@ -1,6 +1,6 @@
 """Registry of tasks by data.kind."""
 
-from trainer.config.train import ModelConfig
+from trainer.config.train import DataConfig, ModelConfig
 from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.language import LanguageModeling
 from trainer.tasks.task import Task
@@ -9,6 +9,11 @@ from trainer.tasks.translation import Translation
 TASKS: dict[str, Task] = {
     task.data_kind: task for task in (LanguageModeling(), Translation(), ImageClassification())
 }
+
+
+def task_of(data: DataConfig) -> Task:
+    """Return the task that is learned from the data."""
+    return TASKS[data.kind]
 
 
 def task_of_model(model: ModelConfig) -> Task:

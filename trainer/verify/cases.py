@@ -1,4 +1,4 @@
-"""Cases to verify: small models of each family, strategies, and batches that play tricks."""
+"""Cases to verify: small models of each family, strategies, and adversarial batches."""
 
 import math
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_e
 from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
-MICRO_BATCHES = 2  # per rank and step: gradient accumulation is in play
+MICRO_BATCHES = 2  # per rank and step, so that gradients accumulate
 SEQ_LEN = 12
 
-# One model of each kind that the project trains; `walk` proves every strategy on all of them.
+# One model of each kind that the project trains; `verify_all` runs every strategy on all of them.
 FAMILIES = {
     "decoder (Llama)": ModelConfig(heads=8, kv_heads=4, ffn_width=344, tied=False),
     "decoder (GPT-2)": ModelConfig(
@@ -159,14 +159,14 @@ COMPRESSED_STRATEGIES = (
     "fsdp 2 × tensor 2",
     "tensor 2 × pipeline 2",
 )
-# A teacher's answers are cut as the sequences and classes are.
+# A teacher's logits are sharded like sequences and classes.
 DISTILLED_STRATEGIES = (
     *COMPRESSED_STRATEGIES,
     "tensor 2, whole sequences",
     "context 2, ring",
     "context 2 × tensor 2",
 )
-# States are matched where sequences are not shared.
+# Hidden states are matched on full sequences only.
 MATCHED_STRATEGIES = tuple(name for name in DISTILLED_STRATEGIES if "context" not in name)
 # Of six blocks: in front of a pipeline's cut and behind it, of an encoder the last, and the last.
 MATCH = [[1, 0], [2, 2], [5, 4]]
@@ -211,7 +211,7 @@ COMPRESSED = {
 
 
 def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
-    """(model, strategy, what to verify): every strategy on every family, and compressed models."""
+    """Yield (model, strategy, config): every strategy on every family, and compressed models."""
     for family, model in FAMILIES.items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
@@ -230,7 +230,7 @@ def _strategy_names(compress: CompressConfig) -> tuple[str, ...]:
 
 
 def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressConfig:
-    """Return the same techniques at sizes that a model has which was scaled down."""
+    """Return the same techniques at sizes that fit a model that was scaled down."""
     encoder, last = model.encoder_layers, model.encoder_layers + model.layers - 1
     match = {min(pair[0], last): min(pair[1], last) for pair in compress.match}
     return replace(
@@ -244,7 +244,7 @@ def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressC
 
 
 def samples_per_step(strategy: StrategyConfig) -> int:
-    """Samples per step: enough that the ranks of a pipeline have micro-batches to work on."""
+    """Return the samples per step: enough micro-batches for the ranks of a pipeline."""
     if strategy.pipeline == 1:
         return SAMPLES
     return data_degree(strategy) * (MICRO_BATCHES * strategy.pipeline + 1)
@@ -253,15 +253,13 @@ def samples_per_step(strategy: StrategyConfig) -> int:
 def make_batch(
     model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
 ) -> dict[str, Tensor]:
-    """Return a global batch with unequal numbers of valid targets per sample, padding and
-    documents.
-    """
+    """Return a global batch with unequal numbers of valid targets, padding and documents."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
     return task_of_model(model).random_batch(model, samples, SEQ_LEN, generator)
 
 
 def split_batch(batch: dict[str, Tensor], worker: ParallelModel) -> list[dict[str, Tensor]]:
-    """This rank's micro-batches of a global batch, of unequal sizes where that is possible."""
+    """Return this rank's micro-batches of a global batch, of unequal sizes where possible."""
     rows = len(batch["targets"]) // worker.data_degree
     own = {k: v[worker.data_rank * rows :][:rows] for k, v in batch.items()}
     count = min(rows, MICRO_BATCHES * worker.mesh["pipeline"].size())

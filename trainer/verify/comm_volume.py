@@ -1,4 +1,4 @@
-"""Bytes of a training step: counted from the collectives that it issues, and by the closed form."""
+"""Bytes of a training step: counted from its collectives, and by the closed form."""
 
 import math
 from collections import Counter
@@ -44,7 +44,7 @@ COMPUTE_BYTES = 2  # bf16
 def step_traffic(
     runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
 ) -> tuple[Payload, Payload]:
-    """Bytes of one bf16 step of this rank by collective: counted, and by the closed form."""
+    """Return the bytes of one bf16 step of this rank by collective: counted, and closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"])
     micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
     for _ in range(3):  # DDP agrees on its buckets once, in the second step
@@ -128,10 +128,10 @@ def _parameter_shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
 
 
 def _norm_reductions(strategy: StrategyConfig) -> int:
-    """All-reduces of the gradient norm: one per axis and set of axes that parameters are split on.
+    """Return the all-reduces of the gradient norm: one per axis and set of split axes.
 
-    Split layers are one set, what every tensor rank has whole is another. One more adds up what the
-    ranks of a pipeline have.
+    Split layers are one set, parameters replicated over the tensor axis another; one more sums over
+    the stages of a pipeline.
     """
     shards, tensor, staged = strategy.shard > 1, strategy.tensor > 1, strategy.pipeline > 1
     return (shards + tensor) + (shards if tensor else 0) + staged
@@ -157,7 +157,7 @@ def _shared_heads(worker: ParallelModel) -> int:
 def _activation_bytes(
     worker: ParallelModel, strategy: StrategyConfig, micro_batches: list[MicroBatch]
 ) -> StepBytes:
-    """Return what the split layers move that this rank holds."""
+    """Return the activation bytes that this rank's tensor-parallel layers communicate."""
     model, pipeline = unwrap_transformer(worker), find_axis(worker.axes, PipelineParallel)
     if pipeline is None:
         stages, split_backwards = {0: tuple(model.blocks)}, set()
@@ -213,7 +213,7 @@ def _stage_sequences(
 def _attention_bytes(
     model: Transformer, strategy: StrategyConfig, micro_batch: MicroBatch
 ) -> StepBytes:
-    """Return what attention of this rank's blocks moves where sequences are shared."""
+    """Return the bytes that this rank's attention communicates over the context axis."""
     config, degree, moved = model.config, strategy.context, StepBytes()
     sizes = _sequence_sizes(model, micro_batch)
     width = config.head_width or config.width // config.heads
@@ -238,7 +238,7 @@ def _attention_bytes(
 
 
 def _sequence_sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tuple[int, int]]:
-    """Samples and positions here of each sequence, in the order in which blocks work on them."""
+    """Return (samples, local positions) of each sequence, in the order of the blocks."""
     count = len(micro_batch["targets"])
     lengths = model.sequence_lengths(micro_batch)
     return {name: (count, model.context.local_length(length)) for name, length in lengths.items()}
@@ -247,7 +247,7 @@ def _sequence_sizes(model: Transformer, micro_batch: MicroBatch) -> dict[str, tu
 def _stage_messages(
     pipeline: PipelineParallel, model: Transformer, micro_batches: list[MicroBatch]
 ) -> StepBytes:
-    """Return what this rank's stages send."""
+    """Return the bytes that this rank's stages send."""
     moved = StepBytes()
     for micro_batch in micro_batches:
         likes = [model.flow_like(micro_batch, int(blocks[0])) for blocks in pipeline.runs]

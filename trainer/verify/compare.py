@@ -43,13 +43,13 @@ from trainer.verify.cases import (
 from trainer.verify.faults import FAULTS
 
 LABEL_SMOOTHING = 0.1
-COMPRESSED = 5  # a compressed model has blocks as for so many stages: some behind others
+COMPRESSED = 5  # compressed models have blocks for this many stages
 QUANTITIES = ("loss", "norm", "gradient", "weight")
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far one compared number or tensor is from the reference, and where it is."""
+    """The difference of one number or tensor from the reference, and its location."""
 
     quantity: str  # one of QUANTITIES
     step: int
@@ -60,10 +60,7 @@ class Difference:
 
 @dataclass
 class Record:
-    """Results of one side: per step the loss, norm and gradients; the weights after the last.
-
-    Of a layout each rank has its own parts of the tensors, and where they lie in the whole ones.
-    """
+    """Losses, norms and gradients per step, and the last weights; of a layout, the local shards."""
 
     losses: list[float]
     norms: list[float]
@@ -73,7 +70,7 @@ class Record:
 
 
 def random_teacher(config: ModelConfig, seed: int) -> Transformer:
-    """Return a frozen model of the same shape that has other weights, and opinions."""
+    """Return a frozen, randomly initialised teacher of the same shape."""
     config = replace(config, init="gpt2", init_std=0.3)
     model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -87,7 +84,7 @@ def reference_loss(
     teacher: Transformer | None,
     compress: CompressConfig,
 ) -> Tensor:
-    """Return the mean loss of a whole batch, by torch's own functions alone."""
+    """Return the mean loss of a global batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
     logits, made = _forward_with_blocks(model, batch, [ours for ours, _ in compress.match])
     loss = task_of_model(model.config).reference_loss(logits, batch, LABEL_SMOOTHING)
@@ -114,7 +111,7 @@ def reference_loss(
 def _forward_with_blocks(
     model: Transformer, batch: dict[str, Tensor], blocks: list[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """Logits, and what these blocks make: an encoder's last one puts it second."""
+    """Return the logits and the blocks' outputs; the last encoder block puts its own second."""
     outputs: dict[int, tuple] = {}
     hooks = [
         model.blocks[str(i)].register_forward_hook(lambda _m, _x, y, i=i: outputs.update({i: y}))
@@ -130,9 +127,7 @@ def _forward_with_blocks(
 def reference_match(
     ours: Tensor, theirs: Tensor, batch: dict[str, Tensor], of_source: bool
 ) -> Tensor:
-    """Return the mean over a batch's valid targets of what their samples' states differ in, one by
-    one.
-    """
+    """Return the mean over valid targets of the mean squared difference of similarities."""
     targets = batch["targets"]
     everywhere = torch.ones(ours.shape[:2], dtype=torch.bool)
     valid = batch.get("source_valid", everywhere) if of_source else targets != IGNORED
@@ -145,10 +140,7 @@ def reference_match(
 
 
 def run_reference(config: VerifyConfig, size: int) -> Record:
-    """Return the same steps in one process with plain torch: no mesh, wrapper or own optimizer.
-
-    A step takes `size` samples.
-    """
+    """Take the same steps, of `size` samples, in one process with plain torch alone."""
     model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
     compression = Compression(config.compress)
@@ -180,9 +172,9 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
 
 
 def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
-    """Return the steps under the strategy, with the worker and optimizer that training uses.
+    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
 
-    Returns too, by parameter, the mesh axes that its gradient is summed over or split on.
+    They are the axes that it is split on or its gradient summed over.
     """
     compression = Compression(config.compress)
     if compression.uses_distillation:
@@ -222,7 +214,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
 
 
 def axes_of_parameters(worker: ParallelModel) -> dict[str, str]:
-    """By parameter, the mesh axes that it is split on or its gradient summed over."""
+    """Return the mesh axes that each parameter is split on or its gradient summed over."""
     wide = [axis for axis in AXES if worker.mesh[axis].size() > 1]
     found = {}
     for name, parameter in worker.parameters().items():
@@ -235,12 +227,12 @@ def axes_of_parameters(worker: ParallelModel) -> dict[str, str]:
 
 
 def compare_records(ours: Record, reference: Record, axes: dict[str, str]) -> list[Difference]:
-    """Return every number that a rank can compare, in the order in which training makes them.
+    """Return all differences that a rank can compare, in the order in which training computes them.
 
-    Gradients and weights are those of `axes`, the parameters that the rank has a part of.
-    Losses, norms and weights: absolute. Gradients: relative to the largest entry of the tensor,
-    or to a thousandth of the global norm where that is more, since some gradients (of a key's
-    bias) are zero but for rounding.
+    Gradients and weights are those of `axes`, the parameters with a local shard. Losses, norms and
+    weights: absolute. Gradients: relative to the largest entry of the tensor, or to a thousandth of
+    the global norm if that is larger, since some gradients (of a key's bias) are zero but for
+    rounding.
     """
     found = []
     for step, gradients in enumerate(reference.gradients):
@@ -264,7 +256,7 @@ def compare_records(ours: Record, reference: Record, axes: dict[str, str]) -> li
 
 
 def worst_differences(found: list[list[Difference]], names: list[str]) -> list[Difference]:
-    """Return what all ranks have found as one list in training's order, the worst of each."""
+    """Merge the differences of all ranks into one list in training's order, keeping the largest."""
     worst: dict[tuple, Difference] = {}
     for difference in chain.from_iterable(found):
         key = (difference.quantity, difference.step, difference.parameter)
@@ -281,7 +273,7 @@ def worst_differences(found: list[list[Difference]], names: list[str]) -> list[D
 
 def _largest_gap(mine: Tensor | float, theirs: Tensor | float) -> float:
     gaps = torch.as_tensor(mine - theirs, dtype=torch.float64).abs()
-    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no part of it
+    gap = gaps.max().item() if gaps.numel() else 0.0  # fewer rows than ranks: no local shard
     return math.inf if math.isnan(gap) else gap  # NaN compares with nothing: it must fail
 
 
@@ -317,12 +309,12 @@ def largest_difference(found: list[Difference], quantity: str) -> float:
 
 
 def first_mismatch(found: list[Difference], tolerance: float) -> Difference | None:
-    """Return the first difference that is too large, in training's order: nearest to the cause."""
+    """Return the first difference above the tolerance in training's order, nearest to the cause."""
     return next((d for d in found if not d.value <= tolerance), None)
 
 
 def format_verdict(found: list[Difference], tolerance: float) -> str:
-    """`equal`, or what differs first: the quantity, its parameter and axis, and the step."""
+    """Return `equal`, or the first mismatch: quantity, parameter, axis and step."""
     fault = first_mismatch(found, tolerance)
     if fault is None:
         return "equal"
@@ -334,7 +326,7 @@ Rows = dict[tuple[str, str], list[Difference]]  # by model and strategy
 
 
 def print_report(rows: Rows, tolerance: float) -> bool:
-    """Show the largest differences, and what differs first where one is too large; true if none."""
+    """Print the largest differences and the first mismatch of each row; True if all are equal."""
     title = f"largest differences from one process in float64; {tolerance:g} pass"
     shown = Table(box=box.SIMPLE_HEAD, title=title, padding=(0, 1, 0, 0), pad_edge=False)
     for column in ("model", "strategy", *QUANTITIES, "verdict"):
@@ -353,12 +345,12 @@ def print_report(rows: Rows, tolerance: float) -> bool:
 
 
 def verify_layout(config: VerifyConfig, runtime: Runtime) -> None:
-    """Verify the config's one strategy and model on the ranks there are; exits 1 if they differ."""
+    """Verify one strategy and model on the current ranks; exits with 1 if they differ."""
     found = compare_layout(runtime, config)
     if runtime.rank == 0:
         row = (config.model.family, _degrees_text(config.strategy))
         print_report({row: found}, config.tolerance)
-    dist.barrier()  # a launcher ends all ranks as soon as one has left
+    dist.barrier()  # a launcher kills all ranks as soon as one has exited
     if first_mismatch(found, config.tolerance):
         raise SystemExit(1)
 
@@ -371,10 +363,7 @@ def _degrees_text(strategy: StrategyConfig) -> str:
 
 
 def verify_all(config: VerifyConfig) -> None:
-    """Verify strategies on families and compressions, on CPU ranks started here.
-
-    Exits 1 if one differs.
-    """
+    """Verify all strategies, families and compressions on CPU ranks; exits with 1 if any differ."""
     check_reference(config.optim.name)
     log = Console(stderr=True)
     pool = RankPool(max(map(world_size, STRATEGIES.values())))

@@ -1,6 +1,6 @@
-"""Faults that `verify` must catch: each builds a worker as `parallelize` does, but a broken one.
+"""Faults that `verify` must catch: each builds a broken parallel model like `parallelize`.
 
-They are the bugs that distributed training really suffers from; nothing outside verify uses them.
+They are bugs that distributed training really suffers from; only verify uses them.
 """
 
 from collections.abc import Callable
@@ -33,19 +33,19 @@ A = TypeVar("A", bound=ParallelAxis)
 
 
 def replace_method(method: Callable[P, R], replacement: Callable[P, R]) -> None:
-    """Let one object have another method, of the same signature, in place of this one of its."""
+    """Replace a bound method of one object by another with the same signature."""
     assert isinstance(method, MethodType)
     setattr(method.__self__, method.__name__, replacement)
 
 
 def _axis_of(worker: ParallelModel, kind: type[A]) -> A:
     axis = find_axis(worker.axes, kind)
-    assert axis is not None  # the check of the configuration has seen to it
+    assert axis is not None  # checked with the configuration
     return axis
 
 
 class _OwnPartOnly(DefaultReduceScatter):
-    """A reduce-scatter that forgets the other ranks."""
+    """A reduce-scatter that ignores the other ranks."""
 
     def __call__(
         self,
@@ -73,9 +73,7 @@ def _one_left_out(
 
 
 def skip_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Leave a parameter out of the all-reduce (DDP), or a block of the reduce-scatter
-    (FSDP).
-    """
+    """Leave a parameter out of the all-reduce (DDP), or a block of the reduce-scatter (FSDP)."""
     with mock.patch.object(ddp, "sum_gradients", _one_left_out):
         worker = parallelize(*args, **kwargs)
     block = list(worker.model.get_submodule("blocks").children())[-1]
@@ -100,7 +98,7 @@ def local_target_count(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Clip on each rank by the norm of what it holds."""
+    """Clip on each rank by the norm of its local gradients."""
     worker = parallelize(*args, **kwargs)
     clip_grad_norm = worker.clip_grad_norm
 
@@ -116,7 +114,7 @@ def local_gradient_norm(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 class _OwnGradient(Gather):
-    """An all-gather whose backward forgets the other ranks' gradients."""
+    """An all-gather whose backward ignores the other ranks' gradients."""
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,9 +139,7 @@ def skip_input_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Let a rank take its own positions for everybody's where the sequence should be
-    gathered.
-    """
+    """Use the local positions in place of the gathered sequence."""
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
 
@@ -155,9 +151,7 @@ def skip_sequence_gather(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Let a rank go on with its own part of a split layer's output: g, or the reduce-
-    scatter.
-    """
+    """Use the local part of a split layer's output: skip its all-reduce or reduce-scatter."""
     worker = parallelize(*args, **kwargs)
     split = _axis_of(worker, TensorParallel)
     replace_method(split.reduce_scatter_sequence, split.local_positions)
@@ -165,7 +159,7 @@ def skip_output_sum(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Let a rank add a row of its own for the tokens that other ranks have."""
+    """Add a local row for tokens that other ranks own."""
     worker = parallelize(*args, **kwargs)
     entries = _axis_of(worker, TensorParallel).entries
     find = entries.local_rows
@@ -179,7 +173,7 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
 
 
 class _ShortRing(RingGeometry):
-    """A ring that stops one step early: a rank never meets its successor's keys."""
+    """A ring that stops one step early, so that a rank misses its successor's keys."""
 
     def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
         left_out = (self.group.rank() + 1) % self.group.size()
@@ -187,16 +181,14 @@ class _ShortRing(RingGeometry):
 
 
 def skip_ring_step(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Ring attention leaves out the last step."""
+    """Leave out the last step of ring attention."""
     worker = parallelize(*args, **kwargs)
     _axis_of(worker, ContextParallel).ring = _ShortRing
     return worker
 
 
 def stale_stage_input(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Let a stage work on what it had received before: the first micro-batch's, for all of
-    them.
-    """
+    """Let a stage compute all micro-batches from the first one's input."""
     worker = parallelize(*args, **kwargs)
     for stage in _axis_of(worker, PipelineParallel).stages:
         _use_stale_input(stage)
@@ -219,16 +211,14 @@ def _use_stale_input(stage: Stage) -> None:
 
 
 def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Let the first and the last stage's copies of a tied weight keep their own gradients."""
+    """Skip the gradient exchange of a tied weight between the first and the last stage."""
     worker = parallelize(*args, **kwargs)
     _axis_of(worker, PipelineParallel).tied = None
     return worker
 
 
 def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
-    """Divide each micro-batch's loss by its own number of targets, and by their
-    number.
-    """
+    """Divide each micro-batch's loss by its own targets and by the number of micro-batches."""
     worker = parallelize(*args, **kwargs)
     pipeline = _axis_of(worker, PipelineParallel)
     run = pipeline.run

@@ -18,7 +18,7 @@ from trainer.config.train import DataConfig, UserError
 from trainer.data import cache as prepared
 from trainer.data import huggingface as hub
 from trainer.data.files import BUNDLED, locate_data, split_parts
-from trainer.data.pairs import read_pairs
+from trainer.data.pairs import SUFFIXES, read_pairs
 
 TEXT = "To-morrow, and to-morrow, and to-morrow,\nCreeps in this petty pace from day to day\n" * 20
 
@@ -156,7 +156,7 @@ def test_all_bundled_data_are_there_and_readable():
     root = Path(data.__file__).parent / "bundled"
     assert all((root / path).exists() for _, path in BUNDLED.values())
     config = DataConfig(kind="pairs", path="bundled:home-assistant")
-    parts = split_parts(config, locate_data(config))
+    parts = split_parts(config, locate_data(config), SUFFIXES)
     counts = {s: sum(1 for part in p for _ in read_pairs(part)) for s, p in parts.items()}
     assert counts == {"train": 16_954, "valid": 663, "test": 1053}
 

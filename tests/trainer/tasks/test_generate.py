@@ -44,7 +44,7 @@ SOURCES = [
 
 def greedy(worker, tokens):
     """Return the most probable next token, by a forward without a cache."""
-    with worker.evaluating():
+    with worker.evaluation_mode():
         return int(worker.model({"tokens": torch.tensor([tokens])})[0, -1].argmax())
 
 
@@ -138,7 +138,7 @@ def log_probabilities(worker, source, *translations):
         "source": torch.tensor([source] * len(translations)),
         "tokens": torch.tensor([[BOS, *tokens] for tokens in translations]),
     }
-    with worker.evaluating():
+    with worker.evaluation_mode():
         return worker.model(inputs).log_softmax(-1)
 
 
