@@ -84,6 +84,7 @@ SHORTER = {
     "cases=5500": "cases=20",
     "data.path=FOLDER": "data.path=my-corpus",
     "optim.lr=1e-3,3e-4": "optim.lr=1e-3",
+    "compress=none,merge,[merge,int4]": "compress=merge,[merge,int4]",
 }
 SMALL_DATA = ["data.vocab_size=512"]  # for texts as short as those of `make_inputs`
 # The runs that the pages name and no command makes.
