@@ -15,6 +15,8 @@ from typing import NoReturn
 
 import numpy as np
 from PIL import Image
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
 from launch.cli import entrypoint
 from trainer.verify import compare
@@ -215,12 +217,31 @@ def _run_script(command: Documented, number: int, output: Path) -> None:
         compare.verify_all = _report_checked
         words += [f"launch.ranks={command.ranks}"] if command.ranks else []
     elif command.ranks:
-        sys.argv = ["torchrun", f"--nproc_per_node={command.ranks}", *words]
-        runpy.run_module("torch.distributed.run", run_name="__main__", alter_sys=True)
+        _run_ranks(command.ranks, words)
         return
+    _run_main(words)
+
+
+def _run_ranks(ranks: int, words: list[str]) -> None:
+    """Run torchrun with ranks that are forks: none of them has to import torch again."""
+    torchrun.elastic_launch = lambda config, entrypoint: elastic_launch(config, _run_rank)
+    torchrun.main(["--start-method=fork", f"--nproc_per_node={ranks}", *words])
+
+
+def _run_rank(unbuffered: str, *words: str) -> None:
+    """Run the script on a rank; torchrun waits for a function to return, not to exit."""
+    assert unbuffered == "-u"
+    try:
+        _run_main(list(words))
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def _run_main(words: list[str]) -> None:
     sys.argv = words
-    sys.path.insert(0, str(script.parent))
-    runpy.run_path(str(script), run_name="__main__")
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def _report_checked(*_: object) -> NoReturn:
