@@ -59,11 +59,6 @@ ONLY_CHECKED = {
     "torchrun --nproc_per_node=8 launch/train.py strategy=tensor": PRESET,
     "torchrun --nproc_per_node=8 launch/train.py strategy=hybrid": PRESET,
     "torchrun --nproc_per_node=4 launch/train.py strategy=hsdp": PRESET,
-    "torchrun --nproc_per_node=2 launch/train.py strategy=ddp": PRESET,
-    "torchrun --nproc_per_node=2 launch/train.py strategy=fsdp": PRESET,
-    "torchrun --nproc_per_node=2 launch/train.py strategy=tensor": PRESET,
-    "torchrun --nproc_per_node=2 launch/train.py strategy=pipeline": PRESET,
-    "torchrun --nproc_per_node=2 launch/train.py strategy=context": PRESET,
     "python launch/verify.py": "ten minutes",
 }
 STATUSES = {  # the exit statuses other than 0
