@@ -1,67 +1,112 @@
-"""The commands that README.md and docs/ name; `python tests/helpers/documented.py` runs them all.
-
-`only=TEXT` runs those that hold a text. Training is cut to two steps of a small model; the inputs
-and runs that the pages speak of are made first.
-"""
+"""The commands that README.md and docs/ name, and how each is run in seconds."""
 
 import os
 import re
+import runpy
 import shlex
-import shutil
-import subprocess
 import sys
-import tempfile
-import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
-say = print
+from launch.cli import entrypoint
+from trainer.verify import compare
+
 ROOT = Path(__file__).parents[2]
 BUNDLED = files("trainer.data") / "bundled"
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
-SPAN = re.compile(r"`((?:python|torchrun) [^`\n]+)`")
+SPAN = re.compile(r"`((?:python|torchrun|pytest) [^`\n]+)`")
 COMMAND = re.compile(r"(?:\$ )?((?:[A-Z_]+=\S+ +)*(?:python|torchrun|make|pytest) .*)")
-SHORT = [
-    *("steps=2", "metrics.every=1", "metrics.sample_tokens=0", "eval.every=0"),
-    *("eval.samples=8", "eval.test=false"),
-]
-# The runs that the pages name, and how they are made here.
-RUNS = {
-    "RUN": ["data.seq_len=32"],
-    "A": ["experiment=images", "compress=[merge,int8]"],
-    "B": ["experiment=images"],
-    "TRANSLATION": ["experiment=translation"],
-}
-# What cannot run on one host without a network → why. The test refuses entries no page has.
-ELSEWHERE = {
-    "make train": "makes a virtual environment from the network",
-    "make test": "makes a virtual environment from the network, and runs this test",
+RECORDS = ("docs/benchmarks.md",)  # its text names the commands of measurements that are done
+CHECKED = "checked, not started"
+TIMEOUT_SECONDS = 300.0
+PRELOADED = ["trainer.loop", "launch.cli.preflight", "launch.cli.spawn", __name__]
+
+SLURM = "needs Slurm"
+HOSTS = "needs two hosts"
+PRESET = "tests/launch/test_presets.py trains each preset on eight ranks"
+NETWORK = "makes a virtual environment from the network"
+# Commands that are not run → why. The tests refuse entries that no page has.
+NOT_RUN = {
+    "make train": NETWORK,
+    "make test": NETWORK,
     "pytest tests/launch/test_slurm.py -rP": "needs root and Slurm's packages",
-    "python launch/submit.py status runs/small": "needs Slurm",
-    "python launch/submit.py status runs/big": "needs Slurm",
-    "python launch/submit.py logs runs/big": "needs Slurm",
-    "python launch/submit.py cancel runs/big": "needs Slurm",
+    "python tests/helpers/slurm_lab.py /tmp/lab": "needs root and Slurm's packages",
+    "python launch/submit.py status runs/small": SLURM,
+    "python launch/submit.py status runs/big": SLURM,
+    "python launch/submit.py logs runs/big": SLURM,
+    "python launch/submit.py cancel runs/big": SLURM,
+    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host1:29400 "
+    "--rdzv-id=big launch/train.py strategy=fsdp run_dir=runs/big": HOSTS,
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:2 --max-restarts=9 … "
+    "launch/train.py strategy=hsdp strategy.elastic=true run_dir=runs/big": HOSTS,
+    "torchrun --nproc_per_node=4 launch/train.py -m …": "an outline",
     "python launch/train.py -m run_dir=runs/tuned hydra/sweeper=optuna hydra.sweeper.n_trials=20 "
     "hydra.sweeper.n_jobs=1 hydra.sweeper.max_failure_rate=1 "
     "'optim.lr=tag(log,interval(1e-4,1e-2))'": "needs hydra-optuna-sweeper",
-    "torchrun --nnodes=2 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=host1:29400 "
-    "--rdzv-id=big launch/train.py strategy=fsdp run_dir=runs/big": "needs two hosts",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:2 --max-restarts=9 … "
-    "launch/train.py strategy=hsdp strategy.elastic=true run_dir=runs/big": "needs two hosts",
+}
+# Commands that are composed and checked as always, but whose work is not started → why.
+ONLY_CHECKED = {
+    "torchrun --nproc_per_node=8 launch/train.py strategy=tensor": PRESET,
+    "torchrun --nproc_per_node=8 launch/train.py strategy=hybrid": PRESET,
+    "torchrun --nproc_per_node=4 launch/train.py strategy=hsdp": PRESET,
+    "python launch/verify.py": "ten minutes",
+}
+STATUSES = {  # the exit statuses other than 0
+    "python launch/train.py precision=fp31 batch_size=10 micro_batch_size=3 model.heads=5": 2,
+    "python launch/checkpoint.py diff runs/A runs/B": 1,
+}
+# What makes a command short, unless it sets the key itself.
+SHORT_TRAINING = [
+    *("steps=2", "batch_size=8", "optim.warmup_steps=0", "metrics.every=1"),
+    *("metrics.sample_tokens=0", "eval.every=0", "eval.samples=8", "eval.test=false"),
+]
+SHORT = {
+    "launch/train.py": SHORT_TRAINING,
+    "launch/submit.py": ["--dry-run"],
+    "launch/evaluate.py": ["samples=8"],
+    "launch/generate.py": ["max_tokens=8"],
+    "launch/compress_report.py": ["rounds=1"],
+}
+SHORTER = {
+    "cases=5500": "cases=20",
+    "data.path=FOLDER": "data.path=my-corpus",
+    "optim.lr=1e-3,3e-4": "optim.lr=1e-3",
+    "compress=none,merge,[merge,int4]": "compress=merge,[merge,int4]",
+}
+SMALL_DATA = ["data.vocab_size=512"]  # for texts as short as those of `make_inputs`
+# The runs that the pages name and no command makes.
+RUNS = {
+    "runs/RUN": [],
+    "runs/BOOK": ["data=text", "data.path=my-book.txt"],
+    "runs/B": ["experiment=images"],
+    "runs/PAIRS": ["experiment=translation"],
+}
+# The run that is read, by a part of the command or its comment.
+READ_RUNS = {
+    "a translation run": ("runs/RUN", "runs/PAIRS"),
+    "an image run": ("runs/RUN", "runs/B"),
+    "launch/teach.py": ("runs/RUN", "runs/BOOK"),  # the full play takes a minute
+    "runs/NAME": ("runs/NAME", "runs/RUN"),
 }
 
 
 @dataclass(frozen=True)
 class Documented:
-    """One command as a page has it."""
+    """One command of a page."""
 
     page: str
     text: str  # without its comment
-    comment: str
+    comment: str = ""
 
     @property
     def script(self) -> str:
@@ -70,141 +115,179 @@ class Documented:
 
     @property
     def ranks(self) -> int:
-        """The ranks that torchrun is to start; 0 without torchrun."""
+        """The number of ranks that torchrun starts; 0 without torchrun."""
         found = re.search(r"--nproc_per_node=(\d+)", self.text)
         return int(found[1]) if found else 0
 
     @property
-    def arguments(self) -> list[str]:
-        """The words behind the script."""
-        words = shlex.split(self.text)
-        return words[words.index(self.script) + 1 :]
+    def made(self) -> str:
+        """The folder of the run or export that it makes; empty = none with a name."""
+        key = {"launch/train.py": "run_dir"}.get(self.script, "to")
+        found = re.search(rf" {key}=(runs/[\w-]+)", self.text)
+        return found[1] if found else ""
 
     @property
-    def short_arguments(self) -> list[str]:
-        """The words behind the script, with what makes the command short or harmless."""
-        more = {
-            "launch/train.py": SHORT,
-            "launch/submit.py": [] if "--dry-run" in self.arguments else ["--dry-run"],
-            "launch/evaluate.py": ["samples=8"],
-            "launch/compress_report.py": ["rounds=1"],
-        }.get(self.script, [])
-        given = [word.replace("cases=5500", "cases=20") for word in self.arguments]
-        return [*given, *(word for word in more if word.partition("=")[0] + "=" not in self.text)]
+    def read(self) -> set[str]:
+        """The folders of runs that it reads."""
+        return set(re.findall(r"runs/[\w-]+", self.text)) - {self.made}
+
+    def short_arguments(self, number: int) -> list[str]:
+        """Return the arguments after the script, shortened; `number` names an unnamed run."""
+        text = self.text
+        for part, (name, run) in READ_RUNS.items():
+            if part in f"{self.text} {self.comment}":
+                text = text.replace(name, run)
+        words = shlex.split(text)
+        given = [SHORTER.get(word, word) for word in words[words.index(self.script) + 1 :]]
+        if "--help" in given:
+            return given
+        more = list(SHORT.get(self.script, []))
+        if self.script == "launch/train.py":
+            more.append(f"run_dir=runs/unnamed-{number}")
+        if re.search("data.path=(my-book|my-corpus|my-pairs|FOLDER)", text):
+            more += SMALL_DATA
+        keys = {word.partition("=")[0] for word in given}
+        return [*given, *(word for word in more if word.partition("=")[0] not in keys)]
+
+
+@dataclass
+class Outcome:
+    """What a command left."""
+
+    status: int | None  # None = it did not end in time
+    output: str = ""
+
+
+@dataclass
+class Runner:
+    """Runs commands in one folder, in forks of a process that has imported torch."""
+
+    folder: Path
+    started: int = 0
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def run_all(self, commands: list[Documented]) -> None:
+        """Run the commands two at a time, those that read a run after the one that makes it."""
+        self._run_together([Documented("", _training(run)) for run in RUNS])
+        for ready in rounds(commands):
+            self._run_together(ready)
+
+    def _run_together(self, commands: list[Documented]) -> None:
+        numbers = range(self.started, self.started + len(commands))
+        self.started += len(commands)
+        with ThreadPoolExecutor(2) as threads:
+            outcomes = threads.map(self._run, commands, numbers)
+            texts = (command.text for command in commands)
+            self.outcomes |= dict(zip(texts, outcomes, strict=True))
+
+    def _run(self, command: Documented, number: int) -> Outcome:
+        output = self.folder / f"output-{number}.txt"
+        output.touch()
+        context = get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        process = context.Process(target=_run_script, args=(command, number, output))
+        process.start()
+        process.join(TIMEOUT_SECONDS)
+        if process.is_alive():
+            process.kill()
+            return Outcome(None, output.read_text())
+        return Outcome(process.exitcode, output.read_text())
+
+
+def _training(run: str) -> str:
+    return shlex.join(["python", "launch/train.py", *RUNS[run], f"run_dir={run}"])
+
+
+def _run_script(command: Documented, number: int, output: Path) -> None:
+    """Run a script in this process as `python` or torchrun does, with its output in a file."""
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    os.chdir(output.parent)
+    script = ROOT / command.script
+    words = [str(script), *command.short_arguments(number)]
+    if command.text in ONLY_CHECKED:
+        entrypoint._start_job = _report_checked
+        compare.verify_all = _report_checked
+        words += [f"launch.ranks={command.ranks}"] if command.ranks else []
+    elif command.ranks:
+        _run_ranks(command.ranks, words)
+        return
+    _run_main(words)
+
+
+def _run_ranks(ranks: int, words: list[str]) -> None:
+    """Run torchrun with ranks that are forks: none of them has to import torch again."""
+    torchrun.elastic_launch = lambda config, entrypoint: elastic_launch(config, _run_rank)
+    torchrun.main(["--start-method=fork", f"--nproc_per_node={ranks}", *words])
+
+
+def _run_rank(unbuffered: str, *words: str) -> None:
+    """Run the script on a rank; torchrun waits for a function to return, not to exit."""
+    assert unbuffered == "-u"
+    try:
+        _run_main(list(words))
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def _run_main(words: list[str]) -> None:
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")
+
+
+def _report_checked(*_: object) -> NoReturn:
+    os.write(1, CHECKED.encode())
+    raise SystemExit(0)
+
+
+def rounds(commands: list[Documented]) -> Iterator[list[Documented]]:
+    """Yield the commands in groups, each of which reads only what the groups before it make."""
+    waiting = list(commands)
+    while waiting:
+        to_come = {command.made for command in waiting}
+        ready = [command for command in waiting if not command.read & to_come]
+        assert ready, f"each of these waits for another: {waiting}"
+        yield ready
+        waiting = [command for command in waiting if command not in ready]
 
 
 def documented_commands() -> list[Documented]:
-    """Return every command of a code block, and of README's running text, each once."""
+    """Return every command of a code block or of the text, each once."""
     found: dict[str, Documented] = {}
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        page = str(path.relative_to(ROOT))
         text = path.read_text(encoding="utf-8")
         lines = [
             line
             for block in FENCE.findall(text)
             for line in block.replace("\\\n", " ").splitlines()
         ]
-        if path.name == "README.md" and path.parent == ROOT:
-            lines += SPAN.findall(text)
+        if page not in RECORDS:
+            spans = SPAN.findall(FENCE.sub("", text))
+            lines += [span for span in spans if ".py" in span and "=…" not in span]
         for line in lines:
             if match := COMMAND.fullmatch(line.strip()):
                 command, _, comment = match[1].partition(" #")
                 command = re.sub(" +", " ", command.strip())
-                page = str(path.relative_to(ROOT))
                 found.setdefault(command, Documented(page, command, comment.strip()))
     return list(found.values())
 
 
 def make_inputs(folder: Path) -> None:
     """Write the data that the pages name as the reader's own."""
-    play = (BUNDLED / "shakespeare" / "train.txt").read_text()
+    play = (BUNDLED / "shakespeare" / "train.txt").read_text()[:200_000]
     (folder / "my-book.txt").write_text(play)
     (folder / "my-corpus").mkdir()
     for split in ("train", "valid", "test"):
-        (folder / "my-corpus" / f"{split}.txt").write_text(play)
-    pairs = sorted(Path(str(BUNDLED / "home-assistant-en-de")).rglob("train*.tsv"))
-    (folder / "my-pairs.tsv").write_bytes(b"".join(path.read_bytes() for path in pairs))
+        (folder / "my-corpus" / f"{split}.txt").write_text(play[:80_000])
+    pairs = [f"turn on lamp {number}\tschalte Lampe {number} ein\n" for number in range(2000)]
+    (folder / "my-pairs.tsv").write_text("".join(pairs))
     draw = np.random.default_rng(0)
     for number in range(60):
         picture = folder / "my-photos" / "ab"[number % 2] / f"{number}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (28, 28), dtype=np.uint8)).save(picture)
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of a command's process."""
-    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-def run_command(arguments: list[str], folder: Path, ranks: int = 0) -> subprocess.CompletedProcess:
-    """Run a script of the repository in a folder, under torchrun where ranks are asked for."""
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []
-    script, *rest = arguments
-    return subprocess.run(
-        [sys.executable, *torchrun, str(ROOT / script), *rest],
-        cwd=folder,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
-
-
-def make_runs(folder: Path, runs: dict[str, list[str]]) -> None:
-    """Train the runs that the pages name for two steps, and export one, in `folder`/made."""
-    for name, overrides in runs.items():
-        run = ["launch/train.py", *overrides, *SHORT, "batch_size=8", f"run_dir=made/{name}"]
-        done = run_command(run, folder)
-        assert done.returncode == 0, done.stderr[-2000:]
-    done = run_command(["launch/export.py", "run_dir=made/A", "to=made/A-small"], folder)
-    assert done.returncode == 0, done.stderr[-2000:]
-    shutil.copytree(folder / "made/A", folder / "made/NAME")
-    shutil.copytree(folder / "made/RUN", folder / "made/lr/optim.lr=0.001")
-
-
-def lay_out_runs(command: Documented, folder: Path) -> None:
-    """Put the runs that the pages name where they say, without what the command is to make."""
-    shutil.rmtree(folder / "runs", ignore_errors=True)
-    shutil.copytree(folder / "made", folder / "runs")
-    key = "run_dir=" if command.script == "launch/train.py" else "to="
-    for word in command.arguments:
-        if word.startswith(key):
-            shutil.rmtree(folder / word.removeprefix(key), ignore_errors=True)
-
-
-def is_expected(command: Documented, status: object) -> bool:
-    """Return whether a command ends as its page says: 1 of runs that differ, 2 of a mistake."""
-    expected = 1 if "checkpoint.py diff" in command.text else 2 if "fp31" in command.text else 0
-    return (status or 0) == expected
-
-
-def main(only: str) -> int:
-    """Run the commands for real, in a folder that is removed; the number that failed."""
-    failed = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_inputs(folder)
-        make_runs(folder, RUNS)
-        for command in documented_commands():
-            if command.text in ELSEWHERE or only not in command.text:
-                continue
-            arguments = command.short_arguments
-            other = {"translation": "TRANSLATION", "image": "B"}
-            for kind, run in other.items():
-                if f"n {kind} run" in command.comment or f"a {kind} run" in command.comment:
-                    arguments = [word.replace("runs/RUN", f"runs/{run}") for word in arguments]
-            lay_out_runs(command, folder)
-            began = time.monotonic()
-            done = run_command([command.script, *arguments], folder, command.ranks)
-            good = is_expected(command, done.returncode)
-            failed += not good
-            seconds = time.monotonic() - began
-            say(f"{'ok' if good else 'FAILED':6}  {seconds:5.1f} s  {command.text}", flush=True)
-            if not good:
-                say(done.stdout[-800:], done.stderr[-1500:], flush=True)
-    return failed
-
-
-if __name__ == "__main__":
-    words = dict(word.partition("=")[::2] for word in sys.argv[1:])
-    sys.exit(main(words.get("only", "")) > 0)
