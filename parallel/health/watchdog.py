@@ -113,7 +113,9 @@ class Watchdog:
             threading.Thread(target=self._leave_if_cut_off, name="alone", daemon=True).start()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self._wait_for_verdict()
         self._ended = True
         os.write(self._write, b"\0")
         self._thread.join()
@@ -187,6 +189,7 @@ class Watchdog:
 
         May sleep for two and a half heartbeat intervals.
         """
+        self._wait_for_verdict()
         if self._store is None or self._store.check(["verdict"]):
             return None
         first = self._read_heartbeats()
@@ -204,6 +207,14 @@ class Watchdog:
         why = f"; out of memory (cgroup oom_kill {killed})" if killed else ""
         verb = "is" if len(gone) == 1 else "are"
         return RankLostError(f"{format_ranks(gone)} {verb} gone ({steps}): killed, or crashed{why}")
+
+    def _wait_for_verdict(self) -> None:
+        """Let the thread end this rank if the run hangs: the others' exits fail its collectives."""
+        store = self._store
+        if store is None or not store.check(["verdict"]):
+            return
+        if json.loads(store.get("verdict"))["code"] == HUNG:
+            self._thread.join(GRACE_SECONDS)
 
     def _print_stacks(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or number

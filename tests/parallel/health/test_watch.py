@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -133,6 +134,23 @@ def test_a_rank_that_hangs_shows_where(start):
     assert "in oversleep\n" in text
     assert "time.sleep(600)" in text
     assert text.count("the run ends") == 1
+
+
+def hears_late(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
+    act, failed = watch._act_on_verdict, threading.Event()
+    if runtime.rank == 0:
+        watch._act_on_verdict = lambda verdict: act(verdict) if failed.is_set() else None
+    try:
+        stuck(runtime, watch, folder)
+    except RuntimeError:
+        failed.set()
+        raise
+
+
+def test_the_exit_of_the_others_does_not_hide_a_hang(start):
+    ranks = start(2, hears_late)
+    assert ranks.codes() == [HUNG, HUNG]
+    assert "Traceback" not in ranks.said(0)
 
 
 def skips(runtime: Runtime, watch: Watchdog, folder: Path) -> None:
