@@ -33,6 +33,7 @@ LIGHT = (
     *(
         "trainer.config.train",
         "trainer.run.run_dir",
+        "trainer.huggingface.registry",
         "trainer.data",
         "trainer.checkpoint.manifest",
         "trainer.checkpoint.inspect",
@@ -85,11 +86,14 @@ trainer.optim: trainer.config
 trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.atomic_files
     parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model parallel.parallelize
     trainer.data trainer.metrics trainer.optim
-trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
-conf.schema: parallel.config_fields conf.help parallel.errors trainer.config conf.submit trainer.run
-conf.reference: parallel.config_fields conf.schema
 trainer.loss: trainer.config trainer.nn
 trainer.model: trainer.config trainer.nn
+trainer.huggingface: trainer.config parallel.grad_norm parallel.parallelize trainer.checkpoint
+    trainer.model
+trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
+    trainer.huggingface
+conf.schema: parallel.config_fields conf.help parallel.errors trainer.config conf.submit trainer.run
+conf.reference: parallel.config_fields conf.schema
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
     trainer.nn trainer.model
 trainer.precision:
@@ -98,7 +102,8 @@ trainer.build: parallel.strategy trainer.config parallel.runtime parallel.mesh
     trainer.compress trainer.precision
 trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atomic_files
     parallel.grad_norm parallel.runtime parallel.parallel_model parallel.parallelize trainer.data
-    trainer.checkpoint trainer.run trainer.model trainer.compress trainer.precision trainer.build
+    trainer.checkpoint trainer.huggingface trainer.run trainer.model trainer.compress
+    trainer.precision trainer.build
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
     trainer.model trainer.compress trainer.inference
@@ -109,8 +114,8 @@ trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metr
     trainer.checkpoint trainer.run
 launch.cli: parallel.config_fields conf.help parallel.errors parallel.strategy trainer.config
     conf.submit trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
-    trainer.nn trainer.metrics trainer.checkpoint trainer.run conf.schema trainer.distill
-    conf.validation launch.slurm trainer.report
+    trainer.nn trainer.metrics trainer.checkpoint trainer.huggingface trainer.run conf.schema
+    trainer.distill conf.validation launch.slurm trainer.report
 launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model

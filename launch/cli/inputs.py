@@ -1,6 +1,7 @@
 """The inputs and first weights of a run, chosen before any rank starts."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,13 @@ from trainer.data.record import (
     read_record,
     write_record,
 )
+from trainer.huggingface.registry import is_model_folder, read_model
 from trainer.run.run_dir import EXPORTED, load_config
 
 # Keys of a model that do not show in the shapes of its weights.
 CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")
 FREE_OF_SHAPE = ("dropout", "init", "init_std", "max_positions", *CHANGE_THE_FUNCTION)
+FREE_OF_IMPORT = ("dropout", "init", "init_std")  # not said by a config.json
 NEW = "new"  # data.processor: made of the train split
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,30 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     )
     compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
     return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
+
+
+def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
+    """Return the configuration with the model of init_from, if that is a Hugging Face folder.
+
+    `given` are the overrides of the command: ConfigError if one of them says another model.
+    Dropout is the configuration's.
+    """
+    if not is_model_folder(config.init_from):
+        return config
+    model, default = read_model(config.init_from)[1], ModelConfig()
+    names = {override.lstrip("+~").partition("=")[0] for override in given}
+    found = []
+    for key, theirs in vars(model).items():
+        ours = getattr(config.model, key)
+        said = f"model.{key}" in names or ("model" in names and ours != getattr(default, key))
+        if said and key not in FREE_OF_IMPORT and ours != theirs:
+            found.append(
+                f"model.{key}={ours}, but init_from={config.init_from} is a model with model.{key}"
+                f"={theirs}; leave model.* out: its config.json sets it"
+            )
+    if found:
+        raise ConfigError(*found)
+    return replace(config, model=replace(model, dropout=config.model.dropout))
 
 
 def with_processor(config: TrainConfig) -> DataConfig:
@@ -66,8 +93,21 @@ def with_processor(config: TrainConfig) -> DataConfig:
             f"{TOKENIZER}; name a run or an exported model, or {NEW}"
         )
     if config.init_from and not own.processor and not own.tokenizer:
+        _check_imported_tokenizer(config)
         return data_of(config, config.init_from)
     return own
+
+
+def _check_imported_tokenizer(config: TrainConfig) -> None:
+    """Raise ConfigError if init_from is a Hugging Face folder of text without a tokenizer.json."""
+    folder = Path(config.init_from)
+    reads_text = data.reader_of(config.data).open_tokenizer is not None
+    if reads_text and is_model_folder(folder) and not (folder / TOKENIZER).is_file():
+        raise ConfigError(
+            f"init_from={folder} holds no {TOKENIZER}, the form in which tokenizers are read here; "
+            "write it with AutoTokenizer.from_pretrained(…).save_pretrained(…), or set "
+            f"data.tokenizer to another one, or data.processor={NEW}"
+        )
 
 
 def with_sizes(config: TrainConfig) -> TrainConfig:
@@ -153,8 +193,12 @@ def _warn_of_other_functions(
 
 
 def check_trained(run_dir: str, key: str = "run_dir") -> None:
-    """Raise ConfigError unless a folder holds a checkpoint or an exported model."""
-    if not list_checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
+    """Raise ConfigError unless a folder holds a checkpoint, an export or a Hugging Face model."""
+    if is_model_folder(run_dir):
+        from trainer.huggingface.weights import WeightReader  # loads torch
+
+        WeightReader(run_dir, key)  # raises
+    elif not list_checkpoints(run_dir) and not (Path(run_dir) / EXPORTED).exists():
         raise ConfigError(f"{key}={run_dir} holds no checkpoint yet; train it first")
 
 

@@ -27,6 +27,7 @@ from launch.cli.inputs import (
     check_trained,
     keep_processor,
     with_absolute_paths,
+    with_imported_model,
     with_processor,
     with_sizes,
 )
@@ -68,11 +69,11 @@ def prepare_training(
     The folder is locked until `held` ends (None = not locked).
     """
     opened = _start_time()
-    config = with_absolute_paths(config)
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    config = with_imported_model(with_absolute_paths(config), given)
     _check_config(config, world_size)
     _check_compiler(config)
     _check_kernels(config, world_size)
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     if config.strategy.elastic and given and has_own_name(given):
         raise ConfigError(
             "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
@@ -107,9 +108,10 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
     """
     world_size = config.cluster.nodes * ranks_per_node(config.cluster)
     _check_config(config, world_size)
-    training, _, _ = _complete_config(with_absolute_paths(training_part(config)), world_size)
-    check_run_dir(training)
     given = HydraConfig.get().overrides.task
+    training = with_imported_model(with_absolute_paths(training_part(config)), given)
+    training, _, _ = _complete_config(training, world_size)
+    check_run_dir(training)
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
     if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
         overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")

@@ -60,6 +60,16 @@ class ModelConfig:
     rope_theta: float = key(10_000.0, "Base of the rotary frequencies", above=0)
     rope_scaling: float = key(1.0, "Llama 3.1's long-context factor", off=1.0, at_least=1)
     bias: bool = key(False, "Biases in linear layers and in LayerNorm")
+    attention_bias: str = key(
+        "auto",
+        "Biases in the linear layers of attention",
+        choices={
+            "auto": "as model.bias",
+            "none": "",
+            "qkv": "of query, key and value (Qwen2)",
+            "all": "of the output too",
+        },
+    )
     tied: bool = key(True, "Output projection shares the token embedding")
     dropout: float = key(
         0.0,
@@ -105,6 +115,12 @@ def outputs_of(model: ModelConfig) -> str:
 def is_encoder_decoder(model: ModelConfig) -> bool:
     """Return whether a model has two stacks of blocks, an encoder and a decoder that reads it."""
     return model.family == "encoder_decoder"
+
+
+def attention_biases(model: ModelConfig) -> tuple[bool, bool]:
+    """Return whether query, key and value of attention have biases, and whether its output has."""
+    kind = model.attention_bias
+    return (model.bias, model.bias) if kind == "auto" else (kind in ("qkv", "all"), kind == "all")
 
 
 def classes_of(model: ModelConfig) -> int:

@@ -27,6 +27,7 @@ from trainer.config.loss import LossConfig
 from trainer.config.metrics import MetricsConfig
 from trainer.config.model import (
     ModelConfig,
+    attention_biases,
     classes_of,
     inputs_of,
     is_encoder_decoder,
@@ -59,6 +60,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "VerifyConfig",
+    "attention_biases",
     "classes_of",
     "inputs_of",
     "is_encoder_decoder",
@@ -135,8 +137,8 @@ class TrainConfig:
     )
     init_from: str = key(
         "",
-        "A run, or an exported model, to initialise the weights from, e.g. to continue training "
-        "under another compression",
+        "A run, an exported model or a Hugging Face folder to initialise the weights from; the "
+        "latter sets model.* and the tokenizer too",
         off="",
         off_means="random weights from the seed",
     )

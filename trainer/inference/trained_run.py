@@ -25,6 +25,8 @@ from trainer.config.train import (
 from trainer.data import open_tokenizer
 from trainer.data.record import TOKENIZER, data_of, read_record
 from trainer.data.tokenizer import Tokenizer
+from trainer.huggingface.registry import is_model_folder
+from trainer.huggingface.weights import load_folder
 from trainer.inference import export
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
@@ -85,13 +87,15 @@ def is_export(run_dir: str | Path) -> bool:
 
 
 def load_run_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = None) -> None:
-    """Load the weights of a run's newest valid checkpoint, or of an export, into a worker's model.
+    """Load the weights of a run, an export or a Hugging Face folder into a worker's model.
 
-    `rows`: for each token or class its row in the checkpoint, -1 = none (checkpoint/vocabulary.py);
-    None = the rows are identical. Raises ConfigError if there are no weights, or if they belong to
-    another model.
+    Of a run, those of its newest valid checkpoint. `rows`: for each token or class its row there,
+    -1 = none (checkpoint/vocabulary.py); None = the rows are identical. Raises ConfigError if there
+    are no weights, or if they belong to another model.
     """
-    if is_export(run_dir):
+    if is_model_folder(run_dir):
+        load_folder(run_dir, worker.parameters(), rows)
+    elif is_export(run_dir):
         export.load_export(run_dir, worker, load_config(run_dir).compress, rows)
     else:
         load_weights(run_dir, worker, rows)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.train import ModelConfig
+from trainer.config.train import ModelConfig, attention_biases
 from trainer.nn.sequence import SequenceInfo, Sequences
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -185,10 +185,11 @@ class Attention(nn.Module):
         self.head_width = config.head_width or config.width // config.heads
         query_width = config.heads * self.head_width
         group_width = (config.kv_heads or config.heads) * self.head_width
-        self.query = Linear(config.width, query_width, bias=config.bias)
-        self.key = Linear(config.width, group_width, bias=config.bias)
-        self.value = Linear(config.width, group_width, bias=config.bias)
-        self.output = Linear(query_width, config.width, bias=config.bias)
+        bias, output_bias = attention_biases(config)
+        self.query = Linear(config.width, query_width, bias=bias)
+        self.key = Linear(config.width, group_width, bias=bias)
+        self.value = Linear(config.width, group_width, bias=bias)
+        self.output = Linear(query_width, config.width, bias=output_bias)
 
     def _split_heads(self, x_BSD: Tensor) -> Tensor:
         # The number of heads is inferred from the tensor, so that a shard of the heads works too.

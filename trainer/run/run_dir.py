@@ -16,7 +16,8 @@ from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import IDENTITY, flat_values, run_record
 from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
-from trainer.config.train import TrainConfig
+from trainer.config.train import DataConfig, TrainConfig
+from trainer.huggingface.registry import is_model_folder, read_model
 from trainer.run.free_text import escape_text, unescape_text
 from trainer.run.lock import hold_lock
 from trainer.run.status import read_status
@@ -79,8 +80,13 @@ def check_run_dir(config: TrainConfig) -> None:
 def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
     """Return the configuration that a run was trained with.
 
-    `key` is the config key that names the folder. Raises ConfigError if the folder holds no run.
+    Of a Hugging Face folder, only the model is known. `key` is the config key that names the
+    folder. Raises ConfigError if the folder holds neither.
     """
+    if is_model_folder(run_dir):
+        architecture, model = read_model(run_dir, key)
+        data = DataConfig(kind=architecture.data_kind)
+        return TrainConfig(model=model, data=data, run_dir=str(run_dir))
     path = _config_path(run_dir, key)
     try:
         values = OmegaConf.merge(OmegaConf.structured(TrainConfig), escape_text(_read_yaml(path)))

@@ -1,0 +1,103 @@
+"""Every architecture beside transformers: logits and all gradients, in and out, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from reference_models import (
+    build_reference,
+    float64_for_float32,
+    reference_loss,
+    save_gradients,
+)
+from tiny import build
+
+from trainer.huggingface.weights import WeightReader, their_tensors
+
+LLAMA = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+GPT2 = {"vocab_size": 50, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+VIT = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+CASES = {
+    "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
+    "llama, tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
+    "llama 3.1": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama, wide heads": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"head_dim": 32}),
+    "llama, biases": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | {"sliding_window": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
+    "gpt2, relu": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"activation_function": "relu"}),
+    "vit": ("ViTForImageClassification", "ViTConfig", VIT),
+}
+
+
+def random_inputs(model) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    if model.family == "encoder":
+        images = torch.randn(3, 3, 16, 16, generator=generator, dtype=torch.float64)
+        return {"images": images}, torch.randint(5, (3,), generator=generator)
+    tokens, targets = torch.randint(50, (2, 3, 40), generator=generator)
+    return {"tokens": tokens}, targets
+
+
+def their_logits(theirs, inputs):
+    names = {"tokens": "input_ids", "images": "pixel_values"}
+    with float64_for_float32():
+        return theirs(**{names[name]: value for name, value in inputs.items()}).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
+    theirs = build_reference(*CASES[case][:2], **CASES[case][2])
+    theirs.save_pretrained(tmp_path / "theirs")
+    reader = WeightReader(tmp_path / "theirs")
+    ours = build(reader.model)
+    reader.load_parameters(dict(ours.named_parameters()))
+    inputs, targets = random_inputs(reader.model)
+    logits, reference = ours(inputs), their_logits(theirs, inputs)
+    torch.testing.assert_close(logits, reference, rtol=0, atol=1e-12)
+
+    reference_loss(logits, targets).backward()
+    reference_loss(reference, targets).backward()
+    save_gradients(theirs, tmp_path / "gradients")
+    expected = WeightReader(tmp_path / "gradients")
+    parameters = dict(ours.named_parameters())
+    architecture = expected.architecture
+    for tensor in architecture.tensors(reader.model):
+        flat = replace(tensor, offset=0.0)
+        ((name, gradient),) = their_tensors(
+            replace(architecture, tensors=lambda _, flat=flat: iter([flat])),
+            reader.model,
+            lambda name: parameters[name].grad,
+        )
+        torch.testing.assert_close(gradient, expected.files.read(name), rtol=0, atol=1e-12)

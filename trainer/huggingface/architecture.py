@@ -1,0 +1,48 @@
+"""What is known of a published architecture: its fields, and the names of its tensors."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config.train import ModelConfig
+from trainer.huggingface.fields import ConfigFields
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A tensor of a file, and the parameters here whose rows follow each other in it."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transposed: bool = False  # their matrix is (input, output)
+    offset: float = 0.0  # added to theirs
+    shape: tuple[int, ...] = ()  # of theirs, if it is ours in another form
+
+    def their_shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+        """Return the tensor's shape in a file, from the shapes of the parameters here."""
+        if self.shape:
+            return self.shape
+        first = tuple(shapes[self.ours[0]])
+        rows = sum(shapes[name][0] for name in self.ours)
+        shape = (rows, *first[1:])
+        return shape[::-1] if self.transposed else shape
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An architecture; ARCHITECTURES (registry.py) lists them by `model_type`."""
+
+    model_type: str
+    class_name: str  # the class of transformers whose logits these are
+    data_kind: str  # value of data.kind that its models read
+    read_config: Callable[[ConfigFields], dict[str, Any]]  # -> values of model.*
+    write_config: Callable[[ModelConfig], dict[str, Any]]  # -> fields of config.json
+    # Whether a model can be written as this architecture; the first that fits is taken.
+    fits: Callable[[ModelConfig], bool]
+    tensors: Callable[[ModelConfig], Iterator[TensorMap]]
+    # Prefix of the names that files of the bare model lack.
+    prefix: str = ""
+    # Ends of names of tensors that hold nothing learned.
+    unlearned: tuple[str, ...] = ()
+    # Tensor that files may hold although it is tied: its name, and the one that it must equal.
+    tied_copy: tuple[str, str] | None = None

@@ -1,0 +1,297 @@
+"""Decoders: Llama and its relatives, and GPT-2."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.config.train import ModelConfig, attention_biases
+from trainer.huggingface.architecture import Architecture, TensorMap
+from trainer.huggingface.fields import ConfigFields, rope_of
+
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+GATED = {"silu": "swiglu"}
+GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+
+def read_llama_fields(fields: ConfigFields) -> dict[str, Any]:
+    """Return the values of model.* that Llama and its relatives share."""
+    heads, width = fields.take("num_attention_heads"), fields.take("hidden_size")
+    head_width = fields.take("head_dim", 0)
+    kv_heads = fields.take("num_key_value_heads", heads)
+    return {
+        "family": "decoder",
+        "layers": fields.take("num_hidden_layers"),
+        "width": width,
+        "heads": heads,
+        "kv_heads": 0 if kv_heads == heads else kv_heads,
+        "head_width": 0 if head_width * heads == width else head_width,
+        "ffn_width": fields.take("intermediate_size"),
+        "vocab_size": fields.take("vocab_size"),
+        "max_positions": fields.take("max_position_embeddings"),
+        "norm": "rmsnorm",
+        "norm_eps": fields.take("rms_norm_eps"),
+        "activation": fields.take_choice("hidden_act", GATED, "silu"),
+        "positions": "rope",
+        "tied": fields.take("tie_word_embeddings", False),
+        "bias": False,
+    } | _read_rope(fields)
+
+
+def _read_rope(fields: ConfigFields) -> dict[str, Any]:
+    rope = rope_of(fields)
+    values = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": 1.0}
+    name = "rope_parameters" if "rope_parameters" in fields.values else "rope_scaling"
+    if rope["rope_type"] == "llama3":
+        values["rope_scaling"] = float(rope["factor"])
+        if other := {key: rope.get(key) for key in LLAMA3 if rope.get(key) != LLAMA3[key]}:
+            fields.refuse(name, f"{', '.join(other)} must be as in {LLAMA3} here")
+    elif rope["rope_type"] != "default":
+        fields.refuse(name, "rope_type can be default or llama3 here")
+    return values
+
+
+def _read_llama(fields: ConfigFields) -> dict[str, Any]:
+    values = read_llama_fields(fields)
+    attention, rest = fields.take("attention_bias", False), fields.take("mlp_bias", False)
+    return values | {"bias": rest, "attention_bias": "all" if attention else "none"}
+
+
+def _read_mistral(fields: ConfigFields) -> dict[str, Any]:
+    values = read_llama_fields(fields)
+    fields.expect("sliding_window")
+    return values | {"attention_bias": "none"}
+
+
+def _read_qwen2(fields: ConfigFields) -> dict[str, Any]:
+    values = read_llama_fields(fields)
+    fields.expect("use_sliding_window", False)
+    for name in ("sliding_window", "max_window_layers"):  # unread unless use_sliding_window
+        fields.take(name, None)
+    kinds = set(fields.take("layer_types", []))
+    if kinds - {"full_attention"}:
+        fields.refuse("layer_types", "all layers have full attention here")
+    return values | {"attention_bias": "qkv"}
+
+
+def write_llama_fields(model: ModelConfig) -> dict[str, Any]:
+    """Return the fields of config.json that Llama and its relatives share."""
+    return {
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads or model.heads,
+        "head_dim": model.head_width or model.width // model.heads,
+        "intermediate_size": model.ffn_width,
+        "vocab_size": model.vocab_size,
+        "max_position_embeddings": model.max_positions,
+        "rms_norm_eps": model.norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": model.tied,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+    } | _write_rope(model)
+
+
+def _write_rope(model: ModelConfig) -> dict[str, Any]:
+    """Return the rotary settings in both forms: that of transformers 5 and that of 4."""
+    scaling: dict[str, Any] = {"rope_type": "default"}
+    if model.rope_scaling != 1.0:
+        scaling = {"rope_type": "llama3", "factor": model.rope_scaling, **LLAMA3}
+    return {
+        "rope_parameters": {"rope_theta": model.rope_theta, **scaling},
+        "rope_theta": model.rope_theta,
+        "rope_scaling": None if model.rope_scaling == 1.0 else scaling,
+    }
+
+
+def _write_llama(model: ModelConfig) -> dict[str, Any]:
+    bias = {"attention_bias": attention_biases(model)[1], "mlp_bias": model.bias}
+    return write_llama_fields(model) | bias
+
+
+def _write_mistral(model: ModelConfig) -> dict[str, Any]:
+    return write_llama_fields(model) | {"sliding_window": None}
+
+
+def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
+    return write_llama_fields(model) | {"use_sliding_window": False}
+
+
+def llama_tensors(model: ModelConfig) -> Iterator[TensorMap]:
+    """Yield the tensors of Llama and its relatives."""
+    bias, output_bias = attention_biases(model)
+    linear = {
+        "self_attn.q_proj": ("attention.query", bias),
+        "self_attn.k_proj": ("attention.key", bias),
+        "self_attn.v_proj": ("attention.value", bias),
+        "self_attn.o_proj": ("attention.output", output_bias),
+        "mlp.gate_proj": ("feed_forward.gate", model.bias),
+        "mlp.up_proj": ("feed_forward.up", model.bias),
+        "mlp.down_proj": ("feed_forward.down", model.bias),
+        "input_layernorm": ("attention_norm", False),
+        "post_attention_layernorm": ("feed_forward_norm", False),
+    }
+    yield TensorMap("model.embed_tokens.weight", ("embed.tokens.weight",))
+    for i in range(model.layers):
+        for theirs, (ours, biased) in linear.items():
+            yield TensorMap(f"model.layers.{i}.{theirs}.weight", (f"blocks.{i}.{ours}.weight",))
+            if biased:
+                yield TensorMap(f"model.layers.{i}.{theirs}.bias", (f"blocks.{i}.{ours}.bias",))
+    yield TensorMap("model.norm.weight", ("head.norm.weight",))
+    if not model.tied:
+        yield TensorMap("lm_head.weight", ("head.output.weight",))
+
+
+def is_llama_like(model: ModelConfig) -> bool:
+    """Return whether a model is a pre-norm decoder with RMSNorm, RoPE and SwiGLU."""
+    kinds = (model.family, model.norm, model.activation, model.positions)
+    return kinds == ("decoder", "rmsnorm", "swiglu", "rope")
+
+
+def _is_llama(model: ModelConfig) -> bool:
+    bias, output_bias = attention_biases(model)
+    return is_llama_like(model) and bias == output_bias
+
+
+def _is_mistral(model: ModelConfig) -> bool:
+    return is_llama_like(model) and not model.bias and attention_biases(model) == (False, False)
+
+
+def _is_qwen2(model: ModelConfig) -> bool:
+    return is_llama_like(model) and not model.bias and attention_biases(model) == (True, False)
+
+
+def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:
+    width = fields.take("n_embd")
+    fields.expect("scale_attn_weights", True)
+    fields.expect("scale_attn_by_inverse_layer_idx", False)
+    fields.expect("reorder_and_upcast_attn", False)
+    for name in ("n_ctx", "n_special", "predict_special_tokens"):  # of no effect
+        fields.take(name, None)
+    for name in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"):
+        fields.take(f"summary_{name}", None)  # of another head
+    return {
+        "family": "decoder",
+        "layers": fields.take("n_layer"),
+        "width": width,
+        "heads": fields.take("n_head"),
+        "ffn_width": fields.take("n_inner", 4 * width),
+        "vocab_size": fields.take("vocab_size"),
+        "max_positions": fields.take("n_positions"),
+        "norm": "layernorm",
+        "norm_eps": fields.take("layer_norm_epsilon", 1e-5),
+        "activation": fields.take_choice("activation_function", GPT2_ACTIVATIONS, "gelu_new"),
+        "positions": "learned",
+        "tied": fields.take("tie_word_embeddings", True),
+        "bias": True,
+    }
+
+
+def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
+    names = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
+    return {
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_inner": model.ffn_width,
+        "vocab_size": model.vocab_size,
+        "n_positions": model.max_positions,
+        "layer_norm_epsilon": model.norm_eps,
+        "activation_function": names[model.activation],
+        "tie_word_embeddings": model.tied,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+    }
+
+
+def _gpt2_tensors(model: ModelConfig) -> Iterator[TensorMap]:
+    attention = tuple(f"attention.{part}" for part in ("query", "key", "value"))
+    layers = {
+        "ln_1": ("attention_norm",),
+        "attn.c_attn": attention,
+        "attn.c_proj": ("attention.output",),
+        "ln_2": ("feed_forward_norm",),
+        "mlp.c_fc": ("feed_forward.up",),
+        "mlp.c_proj": ("feed_forward.down",),
+    }
+    yield TensorMap("transformer.wte.weight", ("embed.tokens.weight",))
+    yield TensorMap("transformer.wpe.weight", ("embed.positions.weight",))
+    for i in range(model.layers):
+        for theirs, ours in layers.items():
+            for part in ("weight", "bias"):
+                names = tuple(f"blocks.{i}.{name}.{part}" for name in ours)
+                matrix = part == "weight" and not theirs.startswith("ln")
+                yield TensorMap(f"transformer.h.{i}.{theirs}.{part}", names, transposed=matrix)
+    for part in ("weight", "bias"):
+        yield TensorMap(f"transformer.ln_f.{part}", (f"head.norm.{part}",))
+    if not model.tied:
+        yield TensorMap("lm_head.weight", ("head.output.weight",))
+
+
+def _is_gpt2(model: ModelConfig) -> bool:
+    kinds = (model.family, model.norm, model.positions)
+    return (
+        kinds == ("decoder", "layernorm", "learned")
+        and attention_biases(model) == (model.bias, True)
+        and model.activation in GPT2_ACTIVATIONS.values()
+        and not model.kv_heads % model.heads
+        and not model.head_width
+    )
+
+
+TIED_HEAD = ("lm_head.weight", "model.embed_tokens.weight")
+DECODERS = (
+    Architecture(
+        "llama",
+        "LlamaForCausalLM",
+        "text",
+        _read_llama,
+        _write_llama,
+        _is_llama,
+        llama_tensors,
+        prefix="model.",
+        unlearned=(".rotary_emb.inv_freq",),
+        tied_copy=TIED_HEAD,
+    ),
+    Architecture(
+        "mistral",
+        "MistralForCausalLM",
+        "text",
+        _read_mistral,
+        _write_mistral,
+        _is_mistral,
+        llama_tensors,
+        prefix="model.",
+        unlearned=(".rotary_emb.inv_freq",),
+        tied_copy=TIED_HEAD,
+    ),
+    Architecture(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "text",
+        _read_qwen2,
+        _write_qwen2,
+        _is_qwen2,
+        llama_tensors,
+        prefix="model.",
+        unlearned=(".rotary_emb.inv_freq",),
+        tied_copy=TIED_HEAD,
+    ),
+    Architecture(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "text",
+        _read_gpt2,
+        _write_gpt2,
+        _is_gpt2,
+        _gpt2_tensors,
+        prefix="transformer.",
+        unlearned=(".attn.bias", ".attn.masked_bias"),
+        tied_copy=("lm_head.weight", "transformer.wte.weight"),
+    ),
+)

@@ -1,0 +1,86 @@
+"""Registry of published architectures by `model_type`, and the model of a config.json."""
+
+import json
+from dataclasses import replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from trainer.config.train import ConfigError, ModelConfig
+from trainer.huggingface.architecture import Architecture
+from trainer.huggingface.decoders import DECODERS
+from trainer.huggingface.fields import ConfigFields
+from trainer.huggingface.vision import VISION
+
+CONFIG = "config.json"
+ARCHITECTURES = {architecture.model_type: architecture for architecture in (*DECODERS, *VISION)}
+
+
+def is_model_folder(folder: str | Path) -> bool:
+    """Return whether a folder holds a Hugging Face model: a config.json, and no run."""
+    path = Path(folder)
+    return bool(str(folder)) and (path / CONFIG).is_file() and not (path / "config.yaml").exists()
+
+
+def read_model(folder: str | Path, key: str = "init_from") -> tuple[Architecture, ModelConfig]:
+    """Return a folder's architecture and its model, with every size; raises ConfigError.
+
+    `key` is the config key that names the folder.
+    """
+    fields = _read_fields(Path(folder) / CONFIG, key)
+    architecture = _find_architecture(fields)
+    values = architecture.read_config(fields)
+    fields.check()
+    model = replace(ModelConfig(), **values)
+    return architecture, model
+
+
+def architecture_for(model: ModelConfig) -> Architecture:
+    """Return the architecture that a model can be written as; raises ConfigError."""
+    for architecture in ARCHITECTURES.values():
+        if architecture.fits(model):
+            return architecture
+    known = ", ".join(ARCHITECTURES)
+    raise ConfigError(
+        "this model is none of the architectures that can be written for transformers "
+        f"({known}): model.family={model.family} model.norm={model.norm} model.activation="
+        f"{model.activation} model.positions={model.positions} model.bias={model.bias}; "
+        "model=llama-tiny, gpt2 or vit-tiny and their sizes can be"
+    )
+
+
+def _read_fields(path: Path, key: str) -> ConfigFields:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no fields")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{key}={path.parent}: {path.name} cannot be read ({error})") from error
+    return ConfigFields(path, values)
+
+
+def _find_architecture(fields: ConfigFields) -> Architecture:
+    kind, values = fields.take("model_type"), fields.values
+    if kind not in ARCHITECTURES:
+        near = get_close_matches(kind, ARCHITECTURES, n=1, cutoff=0)[0]
+        raise ConfigError(
+            f"{fields.path}: model_type={kind} is not known here; the nearest known one is {near}, "
+            f"and all are {', '.join(ARCHITECTURES)}"
+        )
+    if values.get("auto_map"):
+        raise ConfigError(
+            f"{fields.path}: auto_map asks for code of the folder itself, which is never run; if "
+            f"the weights are those of transformers' own {kind}, delete auto_map from the file"
+        )
+    if values.get("quantization_config"):
+        raise ConfigError(
+            f"{fields.path}: quantization_config says that the weights are quantized; convert them "
+            "first: AutoModelForCausalLM.from_pretrained(…).dequantize().save_pretrained(…)"
+        )
+    architecture = ARCHITECTURES[kind]
+    classes = values.get("architectures") or [architecture.class_name]
+    if architecture.class_name not in classes:
+        raise ConfigError(
+            f"{fields.path}: architectures={classes} has another head than "
+            f"{architecture.class_name}, the one that is known of {kind} here"
+        )
+    return architecture
