@@ -41,7 +41,7 @@ Measure the newest checkpoint of a run.
     "export": """\
 Write a trained model as one small file: bits and zeros that it has learned without are left out.
 
-  python launch/export.py run_dir=RUN to=SMALL
+  python launch/export.py run_dir=RUN output_dir=SMALL
   python launch/evaluate.py run_dir=SMALL""",
     "compress_report": """\
 Tell what a compression is worth: metric, size, FLOPs, lengths, zeros and speed, in a table and a
@@ -52,8 +52,8 @@ picture, beside a run without it.
 Keep what a trained run holds likely of all that is learned from: a smaller one then learns from
 that, and needs no teacher in memory.
 
-  python launch/teach.py run_dir=RUN to=ANSWERS k=32
-  torchrun --nproc_per_node=2 launch/teach.py strategy=fsdp run_dir=RUN to=ANSWERS
+  python launch/teach.py run_dir=RUN output_dir=ANSWERS k=32
+  torchrun --nproc_per_node=2 launch/teach.py strategy=fsdp run_dir=RUN output_dir=ANSWERS
   python launch/train.py model.layers=2 compress=distill compress.teacher=ANSWERS""",
     "submit": """\
 Submit a training run to a cluster with Slurm. The same command goes on with the run.

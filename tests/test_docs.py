@@ -55,7 +55,7 @@ def test_a_command_with_an_exception_is_still_documented(table):
 @pytest.mark.fast
 def test_a_command_runs_after_those_that_make_what_it_reads():
     train = Documented("", "python launch/train.py run_dir=runs/A")
-    export = Documented("", "python launch/export.py run_dir=runs/A to=runs/A-small")
+    export = Documented("", "python launch/export.py run_dir=runs/A output_dir=runs/A-small")
     use = Documented("", "python launch/evaluate.py run_dir=runs/A-small")
     assert list(rounds([use, export, train])) == [[train], [export], [use]]
 

@@ -44,7 +44,7 @@ def new_folder(to: Path) -> Iterator[Path]:
         partial.rename(to)
     except OSError as error:
         raise StorageError(
-            f"to={to} cannot be written ({error.strerror}); choose another folder"
+            f"output_dir={to} cannot be written ({error.strerror}); choose another folder"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -52,12 +52,15 @@ from trainer.config.train import (
 )
 from trainer.data.record import TOKENIZER, data_of, format_record, read_record
 from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
+from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 
 TEACHER = "compress.teacher"
+# Keys of compress.* with which a run's weights alone do not give its outputs.
+CHANGE_EXPORTS = {"merge", "pool_after", "bits", "sparse_n", "prune_heads", "prune_ffn"}
 log = logging.getLogger(__name__)
 
 
@@ -276,14 +279,30 @@ def check_export(
 ) -> ExportConfig:
     """Return the checked configuration: there is a run, and nothing where it is to go."""
     _check_runs_readable(config, world_size, [config.run_dir], "exports")
-    _check_output_free(config.to, f"{config.run_dir}-exported")
-    if config.precision == "fp8":
-        raise ConfigError("precision=fp8 is how layers multiply; weights are written in bf16")
+    _check_output_free(config.output_dir, f"{config.run_dir}-exported")
     run = load_config(config.run_dir)
+    if config.format == "huggingface":
+        _check_huggingface(config, run)
+    elif config.step:
+        raise ConfigError(
+            f"step={config.step} is for format=huggingface; format=native takes the newest"
+        )
     compress = replace(run.compress, **non_default_options(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)
+
+
+def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
+    """Raise ConfigError if transformers has no model that computes what the run's does."""
+    architecture_for(run.model)
+    changed = non_default_options(config.compress) | non_default_options(run.compress)
+    if found := sorted(changed.keys() & CHANGE_EXPORTS):
+        raise ConfigError(
+            f"compress.{found[0]}={changed[found[0]]} makes a model that transformers does not "
+            "have; set format=native (an export without pruned heads and channels can be exported "
+            "again with format=huggingface)"
+        )
 
 
 def check_precompute(
@@ -291,7 +310,7 @@ def check_precompute(
 ) -> TeachConfig:
     """Return the checked configuration: there is a run, and nothing where its answers are to go."""
     config = check_trained_run(config, world_size)
-    _check_output_free(config.to, f"{config.run_dir}-answers")
+    _check_output_free(config.output_dir, f"{config.run_dir}-answers")
     trained = load_config(config.run_dir)
     if config.k > (classes := classes_of(trained.model)):
         raise ConfigError(
@@ -304,10 +323,10 @@ def check_precompute(
 
 def _check_output_free(to: str, near: str) -> None:
     if not to or Path(to).exists():
-        given = f"to={to} is there already" if to else "to is empty"
+        given = f"output_dir={to} is there already" if to else "output_dir is empty"
         more = (f"{near}-{number}" for number in count(2))
         near = next(name for name in chain([near], more) if not Path(name).exists())
-        raise ConfigError(f"{given}; name a new folder, e.g. to={near}")
+        raise ConfigError(f"{given}; name a new folder, e.g. output_dir={near}")
 
 
 def check_compare(

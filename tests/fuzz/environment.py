@@ -47,7 +47,7 @@ COMMANDS = {  # the words behind `python`; RUN is a trained run, NEW a folder to
     "prepare": ["launch/prepare.py", "data.vocab_size=300", "data.seq_len=16"],
     "generate": ["launch/generate.py", "run_dir=RUN", "prompt=O", "max_tokens=4"],
     "evaluate": ["launch/evaluate.py", "run_dir=RUN"],
-    "export": ["launch/export.py", "run_dir=RUN", "to=NEW"],
+    "export": ["launch/export.py", "run_dir=RUN", "output_dir=NEW"],
     "checkpoint": ["launch/checkpoint.py", "verify", "RUN"],
     "report": ["launch/report.py", "RUN"],
     "help": ["launch/train.py", "--help"],

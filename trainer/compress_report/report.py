@@ -135,7 +135,7 @@ def _export_run(name: str, to: Path, runtime: Runtime) -> str:
     """Return the folder of a run's export; `name` itself if it is an export."""
     if is_export(name):
         return name
-    export_run(ExportConfig(name, str(to), load_config(name).compress), runtime, say=False)
+    export_run(ExportConfig(name, str(to), compress=load_config(name).compress), runtime, say=False)
     return str(to)
 
 

@@ -73,14 +73,27 @@ class GenerateConfig:
 
 @dataclass
 class ExportConfig:
-    """Write a trained model as one small file; read by trainer/inference/trained_run.py."""
+    """Write a trained model for use elsewhere; read by trainer/inference/."""
 
-    run_dir: str = key("", "The run")
-    to: str = key("", "A new folder, which evaluate and generate take as run_dir")
+    run_dir: str = key("", "The run, an export, or a Hugging Face folder")
+    output_dir: str = key("", "A new folder, which evaluate and generate take as run_dir")
+    format: str = key(
+        "native",
+        "Format of the folder",
+        choices={
+            "native": "one small file, with weights as compressed as the run trained them",
+            "huggingface": "what from_pretrained of transformers reads",
+        },
+    )
+    step: int = key(
+        0, "Step of the checkpoint, format=huggingface", off=0, off_means="newest", at_least=0
+    )
     # Compression that the run was not trained with, applied to its weights in one shot.
     compress: CompressConfig = field(default_factory=CompressConfig)
-    precision: str = key(
-        "fp32", "Precision of the weights that are not quantized", choices=PRECISIONS
+    dtype: str = key(
+        "fp32",
+        "Data type of the weights that are not quantized",
+        choices=("fp32", "bf16", "fp16"),
     )
     device: str = key("cpu", "Device to compute on", choices=DEVICES)
 
@@ -90,7 +103,7 @@ class TeachConfig:
     """Precompute a teacher's top-k logits for every target; read by distill/precompute.py."""
 
     run_dir: str = key("", "The teacher's run folder, whose config.yaml describes model and data")
-    to: str = key("", "A new folder, which compress.teacher takes")
+    output_dir: str = key("", "A new folder, which compress.teacher takes")
     k: int = key(
         32, "Most probable classes stored per target; the others get probability 0", at_least=1
     )

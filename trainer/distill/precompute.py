@@ -83,7 +83,7 @@ def top_k_logits(logits: Tensor, targets: Tensor, k: int) -> list[Answer]:
 
 
 def teach_run(config: TeachConfig, runtime: Runtime) -> None:
-    """Write config.to from the newest checkpoint of config.run_dir; all ranks compute.
+    """Write config.output_dir from the newest checkpoint of config.run_dir; all ranks compute.
 
     Raises ConfigError if the folder cannot be written, and leaves no partial folder.
     """
@@ -124,14 +124,14 @@ def teach_run(config: TeachConfig, runtime: Runtime) -> None:
 def open_writer(
     config: TeachConfig, first: bool, facts: Callable[..., LogitFacts]
 ) -> Iterator[Callable[[list[Answer]], None]]:
-    """Yield a function that appends the logits of the next samples; rank 0 writes config.to.
+    """Yield a function that appends the logits of the next samples to config.output_dir.
 
     `facts` builds the metadata from the list of files. Raises ConfigError if writing fails.
     """
     if not first:
         yield lambda answers: None
         return
-    to = Path(config.to)
+    to = Path(config.output_dir)
     with new_folder(to) as folder:
         writer = LogitWriter(folder)
         with progress_bar("Teacher logits", facts(files=()).samples, show=True) as advance:

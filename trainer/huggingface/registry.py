@@ -34,9 +34,13 @@ def read_model(folder: str | Path, key: str = "init_from") -> tuple[Architecture
     return architecture, model
 
 
-def architecture_for(model: ModelConfig) -> Architecture:
-    """Return the architecture that a model can be written as; raises ConfigError."""
-    for architecture in ARCHITECTURES.values():
+def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
+    """Return the architecture that a model can be written as; raises ConfigError.
+
+    That of the Hugging Face folder `like` is preferred, if there is one.
+    """
+    first = [read_model(like)[0]] if is_model_folder(like) else []
+    for architecture in (*first, *ARCHITECTURES.values()):
         if architecture.fits(model):
             return architecture
     known = ", ".join(ARCHITECTURES)

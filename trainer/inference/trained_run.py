@@ -28,6 +28,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.huggingface.registry import is_model_folder
 from trainer.huggingface.weights import load_folder
 from trainer.inference import export
+from trainer.inference.huggingface import export_folder
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run.run_dir import EXPORTED, load_config
@@ -137,18 +138,21 @@ def unwrap_transformer(worker: ParallelModel) -> Transformer:
 
 
 def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None:
-    """Export the newest valid checkpoint of config.run_dir to config.to.
+    """Export the newest valid checkpoint of config.run_dir to config.output_dir.
 
     config.compress is complete: the settings of training, and those applied at export only.
     """
+    to, dtype = Path(config.output_dir), resolve_precision(config.dtype, runtime.device).compute
+    if config.format == "huggingface":
+        export_folder(Path(config.run_dir), to, dtype, config.step)
+        return
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
     )
     run = strip_pruned(load_trained_run(reader, runtime, config.compress, integers=False), runtime)
     asked = load_config(config.run_dir)
     asked = replace(asked, model=run.config.model, compress=run.config.compress)
-    dtype = resolve_precision(config.precision, run.worker.device).compute
-    export.write_export(run.worker, asked, dtype, Path(config.run_dir), Path(config.to))
-    size = (Path(config.to) / EXPORTED).stat().st_size
+    export.write_export(run.worker, asked, dtype, Path(config.run_dir), to)
     if say:
-        Console().print(f"exported: {config.to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)
+        size = (to / EXPORTED).stat().st_size
+        Console().print(f"exported: {to}, {size / 1e6:.3g} MB", markup=False, soft_wrap=True)

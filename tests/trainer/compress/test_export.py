@@ -144,8 +144,16 @@ def test_an_exported_model_has_the_runs_values(ranks, runs, layout):
 def test_invalid_exports_are_one_message(runs, tmp_path):
     _, run_dir, small, _ = runs
     for config, ranks, message in (
-        (ExportConfig(run_dir, small), 1, f"to={small} is there already; name a new folder"),
-        (ExportConfig(run_dir), 1, f"to is empty; name a new folder, e.g. to={run_dir}-exported"),
+        (
+            ExportConfig(run_dir, small),
+            1,
+            f"output_dir={small} is there already; name a new folder",
+        ),
+        (
+            ExportConfig(run_dir),
+            1,
+            f"output_dir is empty; name a new folder, e.g. output_dir={run_dir}-exported",
+        ),
         (ExportConfig(run_dir, str(tmp_path / "to")), 2, "2 ranks were started, but one exports"),
         (ExportConfig(str(tmp_path), str(tmp_path / "to")), 1, "holds no run"),
     ):

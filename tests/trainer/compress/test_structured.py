@@ -145,7 +145,7 @@ def runs(tmp_path_factory):
 def test_sixteen_bits_halve_the_export(runs, runtime, tmp_path):
     """Exporting in 16 bits halves the weights of a pruned model, and the file can be read."""
     run_dir, small, _ = runs
-    half = check_export(ExportConfig(run_dir, str(tmp_path / "half"), precision="bf16"), 1)
+    half = check_export(ExportConfig(run_dir, str(tmp_path / "half"), dtype="bf16"), 1)
     export_run(half, runtime)
     sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.to)]
     assert sizes[1] < 0.8 * sizes[0]  # names and shapes take the same space

@@ -300,10 +300,10 @@ def test_invalid_precompute_settings_are_one_message(folder):
     run = str(folder.with_name("run"))
     with pytest.raises(UserError, match=r"k=281 is more than the 280 classes .*; set k=280"):
         check_precompute(TeachConfig(run, "new", k=281), 1)
-    with pytest.raises(UserError, match=rf"is there already; .* to={run}-answers$"):
+    with pytest.raises(UserError, match=rf"is there already; .* output_dir={run}-answers$"):
         check_precompute(TeachConfig(run, str(folder)), 1)
     shutil.copytree(folder, f"{run}-answers")
-    with pytest.raises(UserError, match=rf"to is empty; .* to={run}-answers-2$"):
+    with pytest.raises(UserError, match=rf"output_dir is empty; .* output_dir={run}-answers-2$"):
         check_precompute(TeachConfig(run), 1)
 
 
@@ -332,7 +332,7 @@ def test_a_folder_is_complete_or_absent(folder, tmp_path, monkeypatch):
 
 def test_the_precompute_command(folder, tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "teach.py"), "device=cpu"]
-    command += [f"run_dir={folder.with_name('run')}", f"to={tmp_path / 'kept'}", f"k={K}"]
+    command += [f"run_dir={folder.with_name('run')}", f"output_dir={tmp_path / 'kept'}", f"k={K}"]
     done = subprocess.run(
         command,
         capture_output=True,

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from reference_models import (
     build_reference,
     float64_for_float32,
@@ -12,7 +13,9 @@ from reference_models import (
 )
 from tiny import build
 
+from trainer.huggingface.registry import architecture_for, read_model
 from trainer.huggingface.weights import WeightReader, their_tensors
+from trainer.huggingface.writer import write_config, write_weights
 
 LLAMA = {
     "vocab_size": 50,
@@ -46,7 +49,11 @@ VIT = {
 CASES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
-    "llama 3.1": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama 3.1": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA | {"rope_parameters": LLAMA3, "max_position_embeddings": 131072},
+    ),
     "llama, wide heads": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"head_dim": 32}),
     "llama, biases": (
         "LlamaForCausalLM",
@@ -101,3 +108,28 @@ def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
             lambda name: parameters[name].grad,
         )
         torch.testing.assert_close(gradient, expected.files.read(name), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_folders_are_read_by_transformers(case, tmp_path, caplog):
+    theirs = build_reference(*CASES[case][:2], **CASES[case][2])
+    theirs.save_pretrained(tmp_path / "theirs")
+    reader = WeightReader(tmp_path / "theirs")
+    model, folder = reader.model, tmp_path / "ours"
+    architecture = architecture_for(model, like=tmp_path / "theirs")
+    folder.mkdir()
+    write_weights(folder, architecture, model, reader.read_whole, torch.float64, 50_000)
+    write_config(folder, architecture, model, torch.float64, {"eos_token_id": 1})
+    assert len(list(folder.glob("*.safetensors"))) > 1
+
+    caplog.clear()
+    with float64_for_float32():
+        again, info = getattr(transformers, CASES[case][0]).from_pretrained(
+            folder, dtype=torch.float64, output_loading_info=True
+        )
+    assert not any(info.values()), info
+    assert not caplog.records
+    written = again.state_dict()
+    for name, tensor in theirs.state_dict().items():
+        assert tensor.equal(written[name]), name
+    assert read_model(folder)[1] == model
