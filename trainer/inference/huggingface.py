@@ -50,9 +50,8 @@ def export_folder(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) ->
     more than one file of the output is in memory. ConfigError if transformers has no such model.
     """
     config = load_config(run_dir)
-    architecture = architecture_for(
-        config.model, run_dir if is_model_folder(run_dir) else config.init_from
-    )
+    origin = run_dir if is_model_folder(run_dir) else config.init_from
+    architecture = architecture_for(config.model, like=origin)
     weights, step = open_weights(run_dir, step)
     with new_folder(to) as partial:
         if (run_dir / TOKENIZER).is_file():
