@@ -50,6 +50,16 @@ class ModelConfig:
         0, "Longest sequence", off=0, off_means="as long as the data's", at_least=0
     )
     norm: str = key("rmsnorm", "Normalisation layer", choices=("rmsnorm", "layernorm"))
+    norm_placement: str = key(
+        "pre",
+        "Place of a residual branch's norms",
+        choices={
+            "pre": "x + f(norm(x))",
+            "post": "norm(x + f(x)), without a final norm",
+            "output": "x + norm(f(x))",
+            "sandwich": "x + norm(f(norm(x)))",
+        },
+    )
     norm_eps: float = key(1e-5, "Added to the variance", above=0)
     activation: str = key(
         "swiglu",

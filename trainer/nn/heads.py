@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ModelConfig, classes_of, outputs_of
-from trainer.nn.layers import Linear, Norm
+from trainer.nn.layers import Linear, final_norm
 from trainer.nn.sequence import Context, SequenceInfo
 
 
 class Head(nn.Module):
-    """Final norm and projection to next-token logits at each position.
+    """Final norm (see `final_norm`) and projection to next-token logits at each position.
 
     With `defers_output` a model in training returns the hidden states; the loss projects them.
     """
@@ -22,7 +22,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.norm = Norm(config)
+        self.norm = final_norm(config)
         self.output = Linear(config.width, classes_of(config), bias=self.bias)
 
     def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:

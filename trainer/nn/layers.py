@@ -282,8 +282,22 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.gate(x_BSD)) * self.up(x_BSD))
 
 
+def norm_at(config: ModelConfig, *placements: str) -> nn.Module:
+    """Build a norm if `model.norm_placement` is one of these, otherwise the identity."""
+    return Norm(config) if config.norm_placement in placements else nn.Identity()
+
+
+def final_norm(config: ModelConfig) -> nn.Module:
+    """Build the norm behind the last block; under `post` that block has normalised its output."""
+    return norm_at(config, "pre", "output", "sandwich")
+
+
 class Block(nn.Module):
-    """A pre-norm block: self-attention, cross-attention (in a decoder with memory), feed-forward.
+    """Self-attention, cross-attention (in a decoder with memory), feed-forward; each residual.
+
+    A branch f has norms by `norm_placement`: pre, x + f(norm(x)); post, norm(x + f(x)), as in the
+    original Transformer (arXiv 1706.03762); output, x + norm(f(x)), OLMo 2 (arXiv 2501.00656);
+    sandwich, x + norm(f(norm(x))), Gemma 3 (arXiv 2503.19786).
 
     Input and output are (x, memory). In the encoder of an encoder-decoder, `memory` carries the
     decoder's embedded target through unchanged. The encoder's last block (`turns`) applies the
@@ -300,13 +314,21 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.stream = stream  # source | target: the sequence of x
-        self.attention_norm = Norm(config)
+        self.attention_norm = norm_at(config, "pre", "sandwich")
         self.attention = Attention(config)
-        self.cross_norm = Norm(config) if cross else None
-        self.cross_attention = Attention(config) if cross else None
-        self.feed_forward_norm = Norm(config)
+        self.attention_output_norm = norm_at(config, "output", "sandwich")
+        self.attention_sum_norm = norm_at(config, "post")
+        self.cross_attention = None
+        if cross:
+            self.cross_norm = norm_at(config, "pre", "sandwich")
+            self.cross_attention = Attention(config)
+            self.cross_output_norm = norm_at(config, "output", "sandwich")
+            self.cross_sum_norm = norm_at(config, "post")
+        self.feed_forward_norm = norm_at(config, "pre", "sandwich")
         self.feed_forward = FeedForward(config)
-        self.turn_norm = Norm(config) if is_last_encoder_block else None
+        self.feed_forward_output_norm = norm_at(config, "output", "sandwich")
+        self.feed_forward_sum_norm = norm_at(config, "post")
+        self.turn_norm = final_norm(config) if is_last_encoder_block else None
         self.attention_dropout = Dropout(config.dropout)
         self.cross_dropout = Dropout(config.dropout) if cross else None
         self.feed_forward_dropout = Dropout(config.dropout)
@@ -322,8 +344,9 @@ class Block(nn.Module):
         branch_BSD = self.attention(
             own.gather_local(self.attention_norm(x_BSD)), own, cache.attention if cache else None
         )
-        x_BSD = x_BSD + self.attention_dropout(branch_BSD, own)
-        if self.cross_attention and self.cross_norm and self.cross_dropout:
+        branch_BSD = self.attention_output_norm(branch_BSD)
+        x_BSD = self.attention_sum_norm(x_BSD + self.attention_dropout(branch_BSD, own))
+        if self.cross_attention and self.cross_dropout:
             assert memory_BTD is not None
             branch_BSD = self.cross_attention.cross_attention(
                 own.gather_local(self.cross_norm(x_BSD)),
@@ -331,9 +354,11 @@ class Block(nn.Module):
                 streams["source"],
                 cache.cross if cache else None,
             )
-            x_BSD = x_BSD + self.cross_dropout(branch_BSD, own)
+            branch_BSD = self.cross_output_norm(branch_BSD)
+            x_BSD = self.cross_sum_norm(x_BSD + self.cross_dropout(branch_BSD, own))
         branch_BSD = self.feed_forward(own.gather_local(self.feed_forward_norm(x_BSD)))
-        x_BSD = x_BSD + self.feed_forward_dropout(branch_BSD, own)
+        branch_BSD = self.feed_forward_output_norm(branch_BSD)
+        x_BSD = self.feed_forward_sum_norm(x_BSD + self.feed_forward_dropout(branch_BSD, own))
         if self.turn_norm is not None:
             assert memory_BTD is not None
             return memory_BTD, own.gather_local(self.turn_norm(x_BSD))

@@ -34,6 +34,32 @@ FAMILIES = {
     ),
     "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
 }
+# Other features of layers, under the strategies that each has to do with.
+FEATURE_STRATEGIES = (
+    "fsdp 2",
+    "tensor 2",
+    "tensor 4",
+    "tensor 2, whole sequences",
+    "pipeline 2",
+    "context 2, all_gather",
+    "context 2, ring",
+    "context 2, ulysses",
+    "context 2 × tensor 2",
+    "fsdp 2 × tensor 2 × pipeline 2",
+)
+FEATURES = {
+    "encoder-decoder (post-norm)": ModelConfig(
+        family="encoder_decoder",
+        activation="relu",
+        norm="layernorm",
+        bias=True,
+        norm_placement="post",
+    ),
+    "decoder (Gemma 3)": ModelConfig(
+        activation="geglu", heads=8, kv_heads=4, norm_placement="sandwich"
+    ),
+    "decoder (OLMo 2)": ModelConfig(heads=8, kv_heads=4, tied=False, norm_placement="output"),
+}
 STRATEGIES = {
     "ddp 2": StrategyConfig(replicate=2),
     "ddp 4": StrategyConfig(replicate=4),
@@ -215,6 +241,9 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     for family, model in FAMILIES.items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
+    for family, model in FEATURES.items():
+        for name in FEATURE_STRATEGIES:
+            yield family, name, VerifyConfig(STRATEGIES[name], model)
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
             for name in _strategy_names(compress):

@@ -10,7 +10,14 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import AXES, StrategyConfig, world_size
 from trainer.config.train import CompressConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
-from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, iter_cases
+from trainer.verify.cases import (
+    FAMILIES,
+    FEATURE_STRATEGIES,
+    FEATURES,
+    MICRO_BATCHES,
+    STRATEGIES,
+    iter_cases,
+)
 from trainer.verify.compare import (
     QUANTITIES,
     Difference,
@@ -37,6 +44,16 @@ def test_strategy_equals_one_process(ranks, strategy, family):
     assert format_verdict(found, TOLERANCE) == "equal"
     # The comparison is of something: the gradients of every parameter at every step.
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
+
+
+FEATURED = [(name, list(FEATURES)[i % len(FEATURES)]) for i, name in enumerate(FEATURE_STRATEGIES)]
+
+
+@pytest.mark.parametrize(("strategy", "family"), FEATURED)
+def test_features_of_layers_equal_one_process(ranks, strategy, family):
+    config = VerifyConfig(strategy=STRATEGIES[strategy], model=FEATURES[family])
+    found = ranks.run(world_size(config.strategy), compare_layout, config)[0]
+    assert format_verdict(found, TOLERANCE) == "equal"
 
 
 COMPRESSED = [case for case in iter_cases() if case[2].compress != CompressConfig()]
