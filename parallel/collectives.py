@@ -120,6 +120,19 @@ class Sum(torch.autograd.Function):
         return grads[0], None
 
 
+class Mean(torch.autograd.Function):
+    """Mean over the ranks, each of which goes on with it: also the mean of their gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group) / group.size()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return all_reduce(grads[0], ctx.group) / ctx.group.size(), None
+
+
 class Gather(torch.autograd.Function):
     """All-gather along `dim`, cut to `length`; reduce-scatter in the backward."""
 

@@ -14,10 +14,11 @@ from parallel.strategy import StrategyConfig, resolve_degrees
 from trainer.compress.compression import Compression
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
 from trainer.loss import CrossEntropy, Objective
-from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.model import Transformer
 from trainer.nn.float8 import multiply_in_float8
 from trainer.nn.flops import flops_per_block
 from trainer.nn.init import init_rows
+from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import Precision, resolve_precision
 
 log = logging.getLogger(__name__)

@@ -12,15 +12,18 @@ The contract with parallel/, held by tests:
 # B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig, outputs_of
+from trainer.config.train import ModelConfig, has_window, outputs_of
+from trainer.nn.cache import AttentionCache, BlockCache
 from trainer.nn.embeddings import TokenEmbedding, embedding_type
 from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
-from trainer.nn.layers import AttentionCache, Block, BlockCache, Dropout, rotary_angles
+from trainer.nn.layers import Block, Dropout
+from trainer.nn.rotary import rotary_angles
 from trainer.nn.sequence import (
     BlockHook,
     Context,
@@ -33,25 +36,6 @@ from trainer.nn.sequence import (
     SequenceLayout,
     Sequences,
 )
-
-# Tensor-parallel layout of the layers: pattern of parameter names -> style (see
-# parallel/tensor/layers.py).
-TENSOR_LAYOUT = {
-    "embed.tokens": "vocabulary",
-    "embed.positions": "sequence",
-    "embed.patches": "sequence",
-    "embed.class_token": "sequence",
-    "blocks.*_norm": "sequence",
-    "blocks.*attention.query": "heads",
-    "blocks.*attention.key": "heads",
-    "blocks.*attention.value": "heads",
-    "blocks.*attention.output": "row",
-    "blocks.*.feed_forward.gate": "column",
-    "blocks.*.feed_forward.up": "column",
-    "blocks.*.feed_forward.down": "row",
-    "head.norm": "sequence",
-    "head.output": "vocabulary",
-}
 
 
 class DecodingCache:
@@ -351,6 +335,7 @@ class Transformer(nn.Module):
         start: int = 0,
     ) -> SequenceInfo:
         rows_S = context.local_positions(total, device)
+        own_BS = None if positions_BS is None else context.take_local(positions_BS)
         stream = SequenceInfo(
             len(rows_S),
             total,
@@ -361,32 +346,47 @@ class Transformer(nn.Module):
             documents_BS=documents_BS,
             valid_BS=valid_BS,
             seeds_B=seeds_B,
-            rope=None
-            if positions_BS is None
-            else self._rotary_angles(context.take_local(positions_BS)),
+            rope=self._rotary_angles(own_BS),
             angles=self._rotary_angles,
             start=start,
         )
         if not context.shares and (documents_BS is not None or valid_BS is not None):
             stream.mask = stream.visible_mask(rows_S, rows_S)
+        if causal and self.config.sliding_window:
+            stream.windowed = self._windowed_info(stream, own_BS)
         return stream
+
+    def _windowed_info(self, stream: SequenceInfo, positions_BS: Tensor | None) -> SequenceInfo:
+        """Return the metadata of a sequence for blocks with a sliding window."""
+        windowed = replace(stream, rope=self._rotary_angles(positions_BS, windowed=True))
+        seen = stream.start + stream.total
+        if seen <= self.config.sliding_window:  # it hides nothing
+            return windowed
+        windowed.window = self.config.sliding_window
+        if not stream.context.shares:
+            columns_C = torch.arange(seen, device=stream.positions_S.device)
+            windowed.mask = windowed.visible_mask(columns_C[stream.start :], columns_C)
+        return windowed
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
         return self.head_type.local_targets(targets, self.context)
 
-    def _rotary_angles(self, positions_BS: Tensor) -> tuple[Tensor, Tensor] | None:
-        if self.config.positions != "rope":
+    def _rotary_angles(
+        self, positions_BS: Tensor | None, windowed: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        if positions_BS is None or self.config.positions != "rope":
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return rotary_angles(positions_BS, self.config, dtype)
+        return rotary_angles(positions_BS, self.config, dtype, windowed)
 
 
 def _build_blocks(config: ModelConfig) -> list[Block]:
     if config.family == "encoder":
         return [Block(config, "source") for _ in range(config.layers)]
     if config.family == "decoder":
-        return [Block(config, "target") for _ in range(config.layers)]
+        windows = (has_window(config, i) for i in range(config.layers))
+        return [Block(config, "target", windowed=windowed) for windowed in windows]
     depth = config.encoder_layers or config.layers
     encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
     return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]

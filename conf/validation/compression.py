@@ -79,6 +79,12 @@ def _pooling_problems(compress: CompressConfig, model: ModelConfig) -> list[str]
 def _hourglass_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Return the problems of an hourglass: equal blocks before and after, and some in between."""
     found, most = [], (model.layers - 1) // 2
+    if compress.pool_after and model.sliding_window:
+        found.append(
+            f"compress.pool_after={compress.pool_after} lets blocks work on pooled tokens, which "
+            f"model.sliding_window={model.sliding_window} does not count; set "
+            "compress.pool_after=0, or model.sliding_window=0"
+        )
     if compress.pool_after > most:
         found.append(
             f"compress.pool_after={compress.pool_after} leaves none of model.layers={model.layers} "
@@ -189,6 +195,12 @@ def _pruning_problems(compress: CompressConfig, model: ModelConfig) -> list[str]
         found.append(
             f"compress.prune_end={compress.prune_end:g} is before compress.prune_start="
             f"{compress.prune_start:g}; set compress.prune_end={compress.prune_start:g} or more"
+        )
+    if compress.prune_heads and model.qk_norm == "width":
+        found.append(
+            f"compress.prune_heads={compress.prune_heads:g} removes heads, but model.qk_norm=width "
+            "divides each by all of them, so that the others would change; set "
+            "compress.prune_heads=0"
         )
     return found + _regrouping_problems(compress, model, model.heads // groups)
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
+from conf.validation.attention import attention_problems
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import (
@@ -169,13 +170,7 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
             f"try {near_divisors(model.width, model.heads)}, or set model.head_width"
         )
         return found
-    head_width = model.head_width or model.width // model.heads
-    if model.positions == "rope" and head_width % 2:
-        found.append(
-            f"model.positions=rope turns pairs of numbers, but a head is {head_width} wide; "
-            f"set model.head_width={head_width + 1}, or model.positions=learned"
-        )
-    return found + _ends(model) + _patch_problems(model)
+    return found + attention_problems(model) + _ends(model) + _patch_problems(model)
 
 
 def _ends(model: ModelConfig) -> list[str]:

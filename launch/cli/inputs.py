@@ -26,7 +26,11 @@ from trainer.huggingface.registry import is_model_folder, read_model
 from trainer.run.run_dir import EXPORTED, load_config
 
 # Keys of a model that do not show in the shapes of its weights.
-CHANGE_THE_FUNCTION = ("norm_eps", "rope_theta", "rope_scaling", "pool")
+CHANGE_THE_FUNCTION = (
+    *("norm_eps", "pool", "rope_theta", "rope_scaling", "rope_type", "rope_original_positions"),
+    *("rope_slow_turns", "rope_fast_turns", "rope_attention_factor", "local_rope_theta"),
+    *("sliding_window", "full_attention_every"),
+)
 FREE_OF_SHAPE = ("dropout", "init", "init_std", "max_positions", *CHANGE_THE_FUNCTION)
 FREE_OF_IMPORT = ("dropout", "init", "init_std")  # not said by a config.json
 NEW = "new"  # data.processor: made of the train split

@@ -22,6 +22,7 @@ from parallel.axis import LossSum, ParallelAxis
 from parallel.collectives import (
     Copy,
     Gather,
+    Mean,
     Scatter,
     Sum,
     all_reduce,
@@ -40,7 +41,8 @@ HEADS = "heads"  # outputs are split between heads; a head that several ranks sh
 ROW = "row"  # inputs are split: columns of the weight; the outputs are summed
 VOCABULARY = "vocabulary"  # entries (of an embedding) or classes (of an output) are split
 SEQUENCE = "sequence"  # replicated; computes on the local positions of the sequence
-STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE)
+SHARED = "shared"  # replicated; computes on the local heads, which share it
+STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE, SHARED)
 
 SEQUENCE_DIM = 1
 
@@ -107,9 +109,9 @@ class TensorParallel(ParallelAxis):
                     if id(parameter) not in shared:
                         shared[id(parameter)] = _distribute_parameter(parameter, self._mesh, dim)
                     setattr(module, name, shared[id(parameter)])
-                elif self.splits_sequence:
+                elif self.splits_sequence or style == SHARED:
                     self.partial.append(full_name)
-            for style in styles - {SEQUENCE}:
+            for style in styles - {SEQUENCE, SHARED}:
                 parent = model.get_submodule(prefix.rpartition(".")[0])
                 _convert_to_sharded(module, style, self, parent)
         model.layout = self
@@ -226,6 +228,10 @@ class _ShardedLayer(nn.Module):
         """Return the differentiable local tensor of a parameter."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
+    def mean_over_parts(self, mean: Tensor) -> Tensor:
+        """Return the mean over all features of which the ranks hold equally many."""
+        return Mean.apply(mean, self.split.group)
+
 
 class _SharedKVHeads(_ShardedLayer):
     """A projection to fewer heads than ranks: the ranks that share a head gather it."""
@@ -287,7 +293,7 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def split_dim(style: str, name: str) -> int | None:
     """Return the dim that a parameter is split along; None = it is replicated."""
-    if style == SEQUENCE or (style == ROW and name.endswith("bias")):
+    if style in (SEQUENCE, SHARED) or (style == ROW and name.endswith("bias")):
         return None
     return 1 if style == ROW else 0
 

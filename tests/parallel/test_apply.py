@@ -15,8 +15,9 @@ from parallel.strategy import StrategyConfig, world_size
 from trainer.build import build_worker
 from trainer.config.train import TrainConfig
 from trainer.loss import count_valid, cross_entropy_sum
-from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.model import Transformer
 from trainer.nn.init import init_rows
+from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 
 

@@ -25,7 +25,8 @@ from trainer import build
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig, TrainConfig
 from trainer.data import data_fingerprint, prepare_data
-from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.model import Transformer
+from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import PRECISIONS, Precision
 from trainer.verify.cases import FAMILIES, make_batch, scale_down, split_batch
 

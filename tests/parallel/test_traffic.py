@@ -10,7 +10,7 @@ from parallel.comm_volume.closed_form import StepBytes, ring_bytes, stage_bytes,
 from parallel.pipeline.schedules import stage_to_rank
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig
-from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
+from trainer.verify.cases import FAMILIES, FEATURES, REDUCED, STRATEGIES, scale_down
 from trainer.verify.comm_volume import step_traffic
 
 # Ranks take long on two cores: each strategy has one family, in turn.
@@ -23,7 +23,7 @@ CASES = [
 
 def small(strategy: StrategyConfig, family: str) -> ModelConfig:
     stages = len(stage_to_rank(strategy, strategy.pipeline))
-    return scale_down(FAMILIES[family], strategy.tensor, stages)
+    return scale_down((FAMILIES | FEATURES)[family], strategy.tensor, stages)
 
 
 @pytest.mark.parametrize(("strategy", "family"), CASES)
@@ -61,6 +61,22 @@ def test_bytes_of_a_step_equal_the_closed_form_on_every_rank(ranks, strategy, fa
 def test_bytes_of_products(ranks, strategy):
     model = small(strategy, "decoder (Llama)")
     for counted, formula in ranks.run(world_size(strategy), step_traffic, strategy, model):
+        assert counted == formula
+
+
+@pytest.mark.parametrize(
+    ("strategy", "family"),
+    [
+        ("tensor 2", "decoder (Gemma 3)"),
+        ("tensor 4", "decoder (OLMo 2)"),
+        ("context 2 × tensor 2", "decoder (OLMo 2)"),
+        ("tensor 2 × pipeline 2, zero_bubble", "decoder (OLMo 2)"),
+    ],
+)
+def test_bytes_of_features_of_layers(ranks, strategy, family):
+    degrees = STRATEGIES[strategy]
+    model = small(degrees, family)
+    for counted, formula in ranks.run(world_size(degrees), step_traffic, degrees, model):
         assert counted == formula
 
 

@@ -21,6 +21,7 @@ from trainer.compress.quantized_linear import CompressedLinear
 from trainer.config.train import CompressConfig, ModelConfig
 from trainer.nn.layers import Attention, FeedForward, Linear
 
+SHARED_NORMS = ("query_norm.", "key_norm.")  # one weight for all heads
 EVENTS = 16  # pruning events between compress.prune_start and compress.prune_end
 
 
@@ -130,6 +131,8 @@ def remove_pruned(
             stay = units.count - units.pruned_count(1.0)
             kept = units.importance().argsort(stable=True, descending=True)[:stay].sort().values
             for name, parameter in module.named_parameters():
+                if name.startswith(SHARED_NORMS):
+                    continue
                 dim = 1 if module.get_submodule(name.partition(".")[0]) is units.reader else 0
                 if dim < parameter.dim():  # the reader's bias has no input dim
                     parts = parameter.detach().unflatten(dim, (units.count, -1))

@@ -64,11 +64,75 @@ class ModelConfig:
     activation: str = key(
         "swiglu",
         "Activation of the feed-forward layer",
-        choices=("swiglu", "geglu", "gelu", "gelu_tanh", "relu"),
+        choices=("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"),
     )
     positions: str = key("rope", "Encoding of positions", choices=("rope", "learned"))
     rope_theta: float = key(10_000.0, "Base of the rotary frequencies", above=0)
-    rope_scaling: float = key(1.0, "Llama 3.1's long-context factor", off=1.0, at_least=1)
+    rope_scaling: float = key(
+        1.0, "Factor that rotary frequencies extend the context by", off=1.0, at_least=1
+    )
+    rope_type: str = key(
+        "llama3",
+        "How rope_scaling changes the frequencies",
+        choices={
+            "llama3": "low ones divided by it, as Llama 3.1 does",
+            "linear": "all divided by it",
+            "dynamic": "a base that grows with max_positions over rope_original_positions (NTK)",
+            "yarn": "low ones divided by it, and sharper attention",
+        },
+    )
+    rope_original_positions: int = key(
+        8192, "Longest sequence before rope_scaling extends it", at_least=1
+    )
+    rope_slow_turns: float = key(
+        1.0,
+        "Turns within rope_original_positions below which a frequency is divided",
+        above=0,
+    )
+    rope_fast_turns: float = key(
+        0.0,
+        "Turns above which a frequency stays",
+        off=0.0,
+        off_means="4 for rope_type=llama3, 32 for yarn",
+        at_least=0,
+    )
+    rope_attention_factor: float = key(
+        0.0,
+        "Factor of the rotary vectors for rope_type=yarn",
+        off=0.0,
+        off_means="0.1 ln(rope_scaling) + 1",
+        at_least=0,
+    )
+    qk_norm: str = key(
+        "none",
+        "RMSNorm of queries and keys, before positions are encoded",
+        choices={"none": "", "head": "of each head", "width": "of all heads together"},
+    )
+    attention_scale: float = key(
+        0.0, "Factor of the attention scores", off=0.0, off_means="1 / √head width", at_least=0
+    )
+    embed_scale: float = key(1.0, "Factor of the token embedding", off=1.0, above=0)
+    sliding_window: int = key(
+        0,
+        "Tokens that one attends to, itself and those before it, family=decoder",
+        off=0,
+        off_means="all before it",
+        at_least=0,
+    )
+    full_attention_every: int = key(
+        0,
+        "Every how many-th block attends to all tokens in spite of sliding_window",
+        off=0,
+        off_means="none",
+        at_least=0,
+    )
+    local_rope_theta: float = key(
+        0.0,
+        "Base of the rotary frequencies, unscaled, in blocks with a sliding window",
+        off=0.0,
+        off_means="as in the others",
+        at_least=0,
+    )
     bias: bool = key(False, "Biases in linear layers and in LayerNorm")
     attention_bias: str = key(
         "auto",
@@ -106,6 +170,27 @@ class ModelConfig:
     channels: int = key(0, "Channels of an image", off=0, off_means="as the data's", at_least=0)
     classes: int = key(0, "Classes of the classifier", off=0, off_means="as the data's", at_least=0)
     pool: str = key("mean", "What the classifier reads", choices=("class_token", "mean"))
+
+
+def head_width_of(model: ModelConfig) -> int:
+    """Return the width of one head of attention."""
+    return model.head_width or model.width // model.heads
+
+
+def is_gated(model: ModelConfig) -> bool:
+    """Return whether the feed-forward layer has a gate, a third matrix (arXiv 2002.05202)."""
+    return model.activation in ("swiglu", "geglu", "geglu_tanh")
+
+
+def has_window(model: ModelConfig, block: int) -> bool:
+    """Return whether the block of this number has a sliding window."""
+    every = model.full_attention_every
+    return model.sliding_window > 0 and not (every and (block + 1) % every == 0)
+
+
+def fast_turns(model: ModelConfig) -> float:
+    """Return the turns within the original context above which a rotary frequency stays."""
+    return model.rope_fast_turns or (32.0 if model.rope_type == "yarn" else 4.0)
 
 
 def inputs_of(model: ModelConfig) -> str:

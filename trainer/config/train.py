@@ -29,8 +29,12 @@ from trainer.config.model import (
     ModelConfig,
     attention_biases,
     classes_of,
+    fast_turns,
+    has_window,
+    head_width_of,
     inputs_of,
     is_encoder_decoder,
+    is_gated,
     outputs_of,
 )
 from trainer.config.optim import OptimConfig
@@ -62,8 +66,12 @@ __all__ = [
     "VerifyConfig",
     "attention_biases",
     "classes_of",
+    "fast_turns",
+    "has_window",
+    "head_width_of",
     "inputs_of",
     "is_encoder_decoder",
+    "is_gated",
     "non_default_options",
     "outputs_of",
 ]

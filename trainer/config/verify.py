@@ -20,6 +20,8 @@ FAULT_AXES = {
     "skip_output_sum": "tensor",
     "skip_sequence_gather": "tensor",
     "skip_vocabulary_mask": "tensor",
+    "skip_partial_gradient_sum": "tensor",
+    "skip_norm_gradient_mean": "tensor",
     "stale_stage_input": "pipeline",
     "skip_tied_gradient_sum": "pipeline",
     "local_loss_scale": "pipeline",

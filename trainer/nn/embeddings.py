@@ -19,6 +19,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.width)
+        self.scale = config.embed_scale
         learned = config.positions == "learned"
         self.positions = Embedding(config.max_positions, config.width) if learned else None
         self.dropout = Dropout(config.dropout)
@@ -37,6 +38,7 @@ class TokenEmbedding(nn.Module):
         self, tokens_BS: Tensor, positions_BS: Tensor, stream: SequenceInfo, dtype: torch.dtype
     ) -> Tensor:
         x_BSD = self.tokens(stream.context.take_local(tokens_BS), dtype)
+        x_BSD = x_BSD * self.scale if self.scale != 1.0 else x_BSD
         if self.positions is not None:
             own_BS = stream.context.take_local(positions_BS)
             x_BSD = x_BSD + stream.layout.local_positions(self.positions(own_BS, dtype))

@@ -5,7 +5,14 @@
 import re
 from collections.abc import Sequence
 
-from trainer.config.train import ModelConfig, classes_of, inputs_of, outputs_of
+from trainer.config.train import (
+    ModelConfig,
+    classes_of,
+    head_width_of,
+    inputs_of,
+    is_gated,
+    outputs_of,
+)
 
 # Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
 # tensor cores if the device has any; fp8, bf16 and fp16 accumulate in fp32. The first pattern that
@@ -75,10 +82,11 @@ def flops_per_sample(
     """Return the matrix-product FLOPs of one forward and backward of a sample of `seq_len` tokens.
 
     A multiply-add is two FLOPs; a backward is twice its forward; attention counts all S×S scores,
-    masked or not, once per pass. Recomputation (flash attention, activation checkpointing) and
-    embedding look-ups are not counted. `source_len` is the source length of an encoder-decoder; an
-    encoder's sequence length follows from its image, not from `seq_len`. `lengths` are the sequence
-    lengths at the input of each block of an encoder, or of a decoder-only model, if they shrink.
+    masked (by a sliding window too) or not, once per pass. Recomputation (flash attention,
+    activation checkpointing) and embedding look-ups are not counted. `source_len` is the source
+    length of an encoder-decoder; an encoder's sequence length follows from its image, not from
+    `seq_len`. `lengths` are the sequence lengths at the input of each block of an encoder, or of a
+    decoder-only model, if they shrink.
     """
     return sum(flops_per_block(config, seq_len, source_len, lengths))
 
@@ -119,14 +127,14 @@ def flops_per_block(
 
 def _block_multiply_adds(config: ModelConfig, length: int) -> int:
     """Return the multiply-adds of one block's forward, without cross-attention."""
-    matrices = 3 if config.activation in ("swiglu", "geglu") else 2
+    matrices = 3 if is_gated(config) else 2
     feed_forward = matrices * length * config.width * config.ffn_width
     return _attention_multiply_adds(config, length, length) + feed_forward
 
 
 def _attention_multiply_adds(config: ModelConfig, length: int, seen: int) -> int:
     """Return the multiply-adds of an attention forward from `length` queries to `seen` keys."""
-    head_width = config.head_width or config.width // config.heads
+    head_width = head_width_of(config)
     query_width = config.heads * head_width
     group_width = (config.kv_heads or config.heads) * head_width
     query_and_output = 2 * length * config.width * query_width

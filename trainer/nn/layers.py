@@ -3,59 +3,27 @@
 # B batch, S sequence, T memory (source) sequence, D width, H query heads, G key/value heads,
 # K width of a head, F feed-forward width, P patches, C channels. Global sizes, also when sharded.
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.train import ModelConfig, attention_biases
+from trainer.config.train import ModelConfig, attention_biases, head_width_of, is_gated
+from trainer.nn.cache import AttentionCache, BlockCache
+from trainer.nn.rotary import apply_rope
 from trainer.nn.sequence import SequenceInfo, Sequences
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
 }
-
-
-class AttentionCache:
-    """Key/value cache of the tokens processed so far, (B,G,S,K); holds up to `capacity` tokens."""
-
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.length = 0
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    def append(self, key_BGSK: Tensor, value_BGSK: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the given keys and values, and return all cached ones."""
-        B, G, S, K = key_BGSK.shape
-        if self.key is None or self.value is None:
-            self.key = key_BGSK.new_empty(B, G, self.capacity, K)
-            self.value = value_BGSK.new_empty(B, G, self.capacity, K)
-        end = self.length + S
-        self.key[:, :, self.length : end] = key_BGSK
-        self.value[:, :, self.length : end] = value_BGSK
-        self.length = end
-        return self.key[:, :, :end], self.value[:, :, :end]
-
-    def reorder(self, rows_B: Tensor) -> None:
-        """Select the given rows of the batch: the beams that beam search continues."""
-        if self.key is not None and self.value is not None:
-            self.key, self.value = self.key[rows_B], self.value[rows_B]
-
-
-@dataclass
-class BlockCache:
-    """Key/value caches of one decoder block during generation."""
-
-    attention: AttentionCache
-    cross: AttentionCache  # keys and values of the memory, set by the first token
 
 
 class Linear(nn.Linear):
@@ -90,6 +58,36 @@ class Norm(nn.Module):
             return F.rms_norm(x_BSD, weight.shape, weight, self.eps)
         bias = None if self.bias is None else self.bias.to(x_BSD.dtype)
         return F.layer_norm(x_BSD, weight.shape, weight, bias, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm of each head of the queries or keys, with one weight for all (arXiv 2010.04245)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(head_width_of(config)))
+
+    def forward(self, x_BSHK: Tensor) -> Tensor:
+        return F.rms_norm(x_BSHK, self.weight.shape, self.weight.to(x_BSHK.dtype), self.eps)
+
+
+class WidthNorm(nn.Module):
+    """RMSNorm of all heads of the queries or keys together, as in OLMo 2 (arXiv 2501.00656)."""
+
+    def __init__(self, config: ModelConfig, heads: int):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(heads * head_width_of(config)))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        precise_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
+        mean_BS1 = self.mean_over_parts(precise_BSD.square().mean(-1, keepdim=True))
+        return (precise_BSD * (mean_BS1 + self.eps).rsqrt() * self.weight).to(x_BSD.dtype)
+
+    def mean_over_parts(self, mean: Tensor) -> Tensor:
+        """Return the mean over all features, of which this layer may hold a part."""
+        return mean
 
 
 def _to_signed(value: int) -> int:
@@ -152,57 +150,43 @@ class Dropout(nn.Module):
         return torch.where(keep, x_BSD * (1.0 / (1.0 - self.share)), 0.0)
 
 
-def rotary_angles(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> tuple:
-    """Return cosine and sine of the rotary embedding (arXiv 2104.09864), each (B,S,1,K/2).
-
-    `rope_scaling` lowers the low frequencies as Llama 3.1 does, to extend a context of 8,192 tokens
-    by that factor (arXiv 2407.21783).
-    """
-    head_width = config.head_width or config.width // config.heads
-    half = torch.arange(0, head_width, 2, device=positions_BS.device, dtype=dtype)
-    frequency = 1.0 / config.rope_theta ** (half / head_width)
-    if config.rope_scaling != 1.0:
-        turns = 8192 * frequency / (2 * torch.pi)  # rotations within the original context
-        blend = ((turns - 1.0) / (4.0 - 1.0)).clamp(0.0, 1.0)
-        frequency = frequency * (blend + (1.0 - blend) / config.rope_scaling)
-    angle = positions_BS[:, :, None, None].to(dtype) * frequency
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x_BSHK: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate each pair (k, k + K/2) of a head by its position's angle, in the angles' dtype."""
-    cos, sin = rope
-    left, right = x_BSHK.chunk(2, dim=-1)
-    turned = torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
-    return turned.to(x_BSHK.dtype)
-
-
 class Attention(nn.Module):
     """Multi-head attention, grouped-query when kv_heads < heads (arXiv 2305.13245)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.head_width = config.head_width or config.width // config.heads
-        query_width = config.heads * self.head_width
-        group_width = (config.kv_heads or config.heads) * self.head_width
+        self.head_width = head_width_of(config)
+        groups = config.kv_heads or config.heads
+        query_width, group_width = config.heads * self.head_width, groups * self.head_width
         bias, output_bias = attention_biases(config)
         self.query = Linear(config.width, query_width, bias=bias)
         self.key = Linear(config.width, group_width, bias=bias)
         self.value = Linear(config.width, group_width, bias=bias)
         self.output = Linear(query_width, config.width, bias=output_bias)
+        head, width = config.qk_norm == "head", config.qk_norm == "width"
+        self.query_norm = HeadNorm(config) if head else nn.Identity()
+        self.key_norm = HeadNorm(config) if head else nn.Identity()
+        self.queries_norm = WidthNorm(config, config.heads) if width else nn.Identity()
+        self.keys_norm = WidthNorm(config, groups) if width else nn.Identity()
+        # torch's attention multiplies the scores by 1/√K.
+        self.scale = config.attention_scale * math.sqrt(self.head_width)
 
     def _split_heads(self, x_BSD: Tensor) -> Tensor:
         # The number of heads is inferred from the tensor, so that a shard of the heads works too.
         return x_BSD.unflatten(-1, (-1, self.head_width))
 
+    def _query_heads(self, x_BSD: Tensor) -> Tensor:
+        query_BSHK = self.query_norm(self._split_heads(self.queries_norm(self.query(x_BSD))))
+        return query_BSHK * self.scale if self.scale else query_BSHK
+
+    def _key_heads(self, x_BSD: Tensor) -> Tensor:
+        return self.key_norm(self._split_heads(self.keys_norm(self.key(x_BSD))))
+
     def forward(
         self, x_BSD: Tensor, stream: SequenceInfo, cache: AttentionCache | None = None
     ) -> Tensor:
         """Apply self-attention to x (B,S,D)."""
-        query_BSHK, key_BSGK = (
-            self._split_heads(self.query(x_BSD)),
-            self._split_heads(self.key(x_BSD)),
-        )
+        query_BSHK, key_BSGK = self._query_heads(x_BSD), self._key_heads(x_BSD)
         if stream.rope is not None:
             query_BSHK, key_BSGK = (
                 apply_rope(query_BSHK, stream.rope),
@@ -210,7 +194,7 @@ class Attention(nn.Module):
             )
         key_BGSK = key_BSGK.transpose(1, 2)
         value_BGSK = self._split_heads(self.value(x_BSD)).transpose(1, 2)
-        causal = stream.causal and stream.documents_BS is None and stream.valid_BS is None
+        causal = stream.causal and not stream.hides_keys
         if cache is not None:
             causal = causal and cache.length == 0  # a later token attends to all cached ones
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
@@ -227,12 +211,12 @@ class Attention(nn.Module):
         if cache is not None and cache.key is not None and cache.value is not None:
             key_BGTK, value_BGTK = cache.key, cache.value
         else:
-            key_BGTK = self._split_heads(self.key(memory_BTD)).transpose(1, 2)
+            key_BGTK = self._key_heads(memory_BTD).transpose(1, 2)
             value_BGTK = self._split_heads(self.value(memory_BTD)).transpose(1, 2)
             if cache is not None:
                 cache.key, cache.value = key_BGTK, value_BGTK
         return self._attend_global(
-            self._split_heads(self.query(x_BSD)), key_BGTK, value_BGTK, memory, causal=False
+            self._query_heads(x_BSD), key_BGTK, value_BGTK, memory, causal=False
         )
 
     def _attend_global(
@@ -266,13 +250,14 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around an activation; gated for swiglu and geglu (arXiv 2002.05202)."""
+    """Two linear layers around an activation; or three if it is gated."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        gated = config.activation in ("swiglu", "geglu")
-        self.gate = Linear(config.width, config.ffn_width, bias=config.bias) if gated else None
+        self.gate = None
+        if is_gated(config):
+            self.gate = Linear(config.width, config.ffn_width, bias=config.bias)
         self.up = Linear(config.width, config.ffn_width, bias=config.bias)
         self.down = Linear(config.ffn_width, config.width, bias=config.bias)
 
@@ -311,9 +296,11 @@ class Block(nn.Module):
         stream: str,
         cross: bool = False,
         is_last_encoder_block: bool = False,
+        windowed: bool = False,
     ):
         super().__init__()
         self.stream = stream  # source | target: the sequence of x
+        self.windowed = windowed  # its attention has a sliding window
         self.attention_norm = norm_at(config, "pre", "sandwich")
         self.attention = Attention(config)
         self.attention_output_norm = norm_at(config, "output", "sandwich")
@@ -342,7 +329,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]
         branch_BSD = self.attention(
-            own.gather_local(self.attention_norm(x_BSD)), own, cache.attention if cache else None
+            own.gather_local(self.attention_norm(x_BSD)),
+            own.windowed if self.windowed and own.windowed else own,
+            cache.attention if cache else None,
         )
         branch_BSD = self.attention_output_norm(branch_BSD)
         x_BSD = self.attention_sum_norm(x_BSD + self.attention_dropout(branch_BSD, own))

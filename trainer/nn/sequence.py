@@ -116,7 +116,14 @@ class SequenceInfo:
     angles: Callable[[Tensor], Any] | None = None  # positions (B,S) -> rope
     marks_BS2: Tensor | None = None  # marks of a shortened sequence; see Flow
     start: int = 0  # number of cached positions before these
+    window: int = 0  # keys that a query attends to, its own the last; 0 = all before it
+    windowed: "SequenceInfo | None" = None  # metadata for blocks with a sliding window
     longer: "SequenceInfo | None" = None  # metadata before shortening, restored by Lengthen
+
+    @property
+    def hides_keys(self) -> bool:
+        """Return whether a query may not attend to a key although it is not behind the query."""
+        return self.documents_BS is not None or self.valid_BS is not None or self.window > 0
 
     def gather_local(self, x_BSD: Tensor) -> Tensor:
         """All-gather the activations between blocks over the `length` positions of this rank."""
@@ -152,6 +159,9 @@ class SequenceInfo:
         mask = None
         if self.causal:
             mask = (columns_C <= rows_R[:, None])[None]
+        if self.window:
+            near = (columns_C > rows_R[:, None] - self.window)[None]
+            mask = near if mask is None else near & mask
         if self.documents_BS is not None:
             own_BR = self.documents_BS[:, rows_R.clamp(max=self.total - 1)]
             same = own_BR[:, :, None] == self.documents_BS[:, None, columns_C]

@@ -56,9 +56,29 @@ FEATURES = {
         norm_placement="post",
     ),
     "decoder (Gemma 3)": ModelConfig(
-        activation="geglu", heads=8, kv_heads=4, norm_placement="sandwich"
+        activation="geglu_tanh",
+        heads=8,
+        kv_heads=4,
+        norm_placement="sandwich",
+        qk_norm="head",
+        attention_scale=0.2,
+        embed_scale=8.0,
+        sliding_window=5,
+        full_attention_every=2,
+        local_rope_theta=100.0,
+        rope_type="linear",
+        rope_scaling=8.0,
     ),
-    "decoder (OLMo 2)": ModelConfig(heads=8, kv_heads=4, tied=False, norm_placement="output"),
+    "decoder (OLMo 2)": ModelConfig(
+        heads=8,
+        kv_heads=2,
+        tied=False,
+        norm_placement="output",
+        qk_norm="width",
+        rope_type="yarn",
+        rope_scaling=4.0,
+        rope_original_positions=16,
+    ),
 }
 STRATEGIES = {
     "ddp 2": StrategyConfig(replicate=2),

@@ -31,9 +31,10 @@ from parallel.tensor.layers import HEADS, TensorParallel, style_of
 from trainer.build import parallel_model
 from trainer.config.train import ModelConfig
 from trainer.inference.trained_run import unwrap_transformer
-from trainer.model import TENSOR_LAYOUT, Transformer
+from trainer.model import Transformer
 from trainer.nn.embeddings import TokenEmbedding
 from trainer.nn.heads import ClassifierHead
+from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import PRECISIONS
 from trainer.verify.cases import make_batch, samples_per_step, split_batch
 
@@ -66,6 +67,7 @@ def _due_bytes(
     if find_axis(worker.axes, TensorParallel) is not None:
         moved += _activation_bytes(worker, strategy, micro_batches)
         floats += _partial_gradients(worker) * FLOAT_BYTES
+        floats += sum(_norm_elements(worker, m) for m in micro_batches) * FLOAT_BYTES
         heads = len(micro_batches) * _shared_heads(worker)
         if model.head is not None:
             targets = (model.local_targets(m["targets"]) for m in micro_batches)
@@ -141,6 +143,20 @@ def _partial_gradients(worker: ParallelModel) -> int:
     """Elements of the gradients that work on a part of the sequence: they are summed once."""
     parameters = dict(worker.model.named_parameters())
     return sum(local_tensor(parameters[n]).numel() for axis in worker.axes for n in axis.partial)
+
+
+def _norm_elements(worker: ParallelModel, micro_batch: MicroBatch) -> int:
+    """Elements of the means that norms over all heads reduce, forward and backward."""
+    model, means = unwrap_transformer(worker), 0
+    if model.config.qk_norm != "width":
+        return 0
+    sizes = _sequence_sizes(model, micro_batch)
+    for block in model.blocks.values():
+        count, length = sizes[str(block.stream)]
+        means += 2 * count * length
+        if block.cross_attention is not None:
+            means += count * (length + sizes["source"][1])
+    return 2 * means
 
 
 def _shared_heads(worker: ParallelModel) -> int:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 
 from parallel import grad_norm as gradients
 from parallel.axis import LossOf, ParallelAxis, find_axis
-from parallel.collectives import Gather, pad_to_multiple
+from parallel.collectives import Gather, Mean, pad_to_multiple
 from parallel.context.attention import ContextParallel
 from parallel.context.ring import RingGeometry, Tile
 from parallel.data import ddp
@@ -26,6 +26,7 @@ from parallel.parallelize import parallelize
 from parallel.pipeline.stages import PipelineParallel, Stage
 from parallel.tensor.layers import SEQUENCE_DIM, TensorParallel
 from trainer.config.verify import FAULT_AXES
+from trainer.nn.layers import WidthNorm
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -172,6 +173,38 @@ def skip_vocabulary_mask(*args: Any, **kwargs: Any) -> ParallelModel:
     return worker
 
 
+def skip_partial_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
+    """Keep the partial gradients of layers that compute on a part of the positions or heads."""
+    worker = parallelize(*args, **kwargs)
+    split = _axis_of(worker, TensorParallel)
+    finish = split.finish_gradients
+
+    def finish_without_sum(model: Any) -> None:
+        with mock.patch.object(split, "partial", []):
+            finish(model)
+
+    replace_method(finish, finish_without_sum)
+    return worker
+
+
+class _OwnMean(Mean):
+    """A mean over the ranks whose backward ignores the other ranks' gradients."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0] / ctx.group.size(), None
+
+
+def skip_norm_gradient_mean(*args: Any, **kwargs: Any) -> ParallelModel:
+    """Let a norm over all heads (model.qk_norm=width) take its own gradient alone."""
+    worker = parallelize(*args, **kwargs)
+    group = _axis_of(worker, TensorParallel).group
+    for module in worker.model.modules():
+        if isinstance(module, WidthNorm):
+            replace_method(module.mean_over_parts, lambda mean: _OwnMean.apply(mean, group))
+    return worker
+
+
 class _ShortRing(RingGeometry):
     """A ring that stops one step early, so that a rank misses its successor's keys."""
 
@@ -247,6 +280,8 @@ FAULTS = {
         skip_output_sum,
         skip_sequence_gather,
         skip_vocabulary_mask,
+        skip_partial_gradient_sum,
+        skip_norm_gradient_mean,
         stale_stage_input,
         skip_tied_gradient_sum,
         local_loss_scale,

@@ -27,7 +27,7 @@ from trainer.model import Transformer
 from trainer.nn.init import init_rows
 from trainer.run.run_dir import EXPORTED, load_config
 from trainer.tasks.evaluate import evaluate_model
-from trainer.verify.cases import FAMILIES, make_batch, scale_down
+from trainer.verify.cases import FAMILIES, FEATURES, make_batch, scale_down
 
 HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
 LAYOUTS = {
@@ -54,10 +54,13 @@ def gradients(model: Transformer, batch) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+PRUNABLE = FAMILIES | {name: FEATURES[name] for name in ("decoder (Gemma 3)",)}
+
+
+@pytest.mark.parametrize("family", PRUNABLE)
 def test_a_pruned_model_trains_like_the_smaller_one(family):
     """Logits and gradients are equal; gradients of pruned units are zero."""
-    config = replace(scale_down(FAMILIES[family]), dropout=0.0)
+    config = replace(scale_down(PRUNABLE[family]), dropout=0.0)
     model, compression = built(config)
     compression.prepare_step(1, 1)
     shape, weights = remove_pruned(config, HALF, model)

@@ -170,6 +170,25 @@ def test_a_fault_of_a_split_layer_is_caught_and_named(ranks, fault, sequence_par
 
 
 @pytest.mark.parametrize(
+    ("fault", "sequence_parallel", "family", "parameter"),
+    [
+        # Norms of a part of the positions; norms that the heads share; norms over all heads.
+        ("skip_partial_gradient_sum", True, "decoder (OLMo 2)", "attention_output_norm.weight"),
+        ("skip_partial_gradient_sum", False, "decoder (Gemma 3)", "attention.query_norm.weight"),
+        ("skip_norm_gradient_mean", False, "decoder (OLMo 2)", "attention.query.weight"),
+    ],
+)
+def test_a_fault_of_a_norm_is_caught_and_named(ranks, fault, sequence_parallel, family, parameter):
+    strategy = StrategyConfig(tensor=2, sequence_parallel=sequence_parallel)
+    config = VerifyConfig(strategy=strategy, model=FEATURES[family], fault=fault)
+    found = ranks.run(2, compare_layout, config)[0]
+    wrong = {d.parameter for d in found if d.quantity == "gradient" and d.value > TOLERANCE}
+    assert f"blocks.1.{parameter}" in wrong
+    first = first_mismatch(found, TOLERANCE)
+    assert first is not None and first.axis == "tensor" and first.step == 0
+
+
+@pytest.mark.parametrize(
     ("fault", "family", "schedule"),
     [
         ("stale_stage_input", "decoder (Llama)", "gpipe"),
