@@ -16,7 +16,7 @@ from trainer.model import DecodingCache, Transformer
 from trainer.nn.init import init_rows
 from trainer.nn.layers import Dropout, keep_mask
 from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo
-from trainer.verify.cases import FAMILIES, make_batch, scale_down
+from trainer.verify.cases import FAMILIES, FEATURES, make_batch, scale_down
 
 PRESETS = Path(__file__).parents[2] / "conf" / "model"
 
@@ -277,8 +277,12 @@ def test_decoder_layer_with_memory_equals_torch():
     torch.testing.assert_close(logits, reference)
 
 
-def test_attention_stays_within_a_document():
-    config = replace(FAMILIES["decoder (Llama)"], vocab_size=61, layers=2)
+ALL = FAMILIES | FEATURES
+
+
+@pytest.mark.parametrize("family", ["decoder (Llama)", "decoder (Gemma 3)"])
+def test_attention_stays_within_a_document(family):
+    config = replace(ALL[family], vocab_size=61, layers=2)
     model = build(config)
     tokens = torch.randint(61, (1, 10))
     documents = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1]])
@@ -292,9 +296,9 @@ def described(tensors) -> list[tuple | None]:
     return [None if x is None else (tuple(x.shape), x.dtype) for x in tensors]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_a_model_split_between_any_two_blocks_is_the_same_model(family):
-    config = replace(scale_down(FAMILIES[family]), dropout=0.0)
+    config = replace(scale_down(ALL[family]), dropout=0.0)
     batch = make_batch(config, seed=1, step=0)
     whole = build(config)(batch)
     for cut in range(1, len(build(config).blocks)):
@@ -318,9 +322,9 @@ def test_consecutive_ranges_of_blocks_equal_the_full_model(family):
     torch.testing.assert_close(flow, model(batch))
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "encoder (ViT)"])
+@pytest.mark.parametrize("family", [f for f in ALL if f != "encoder (ViT)"])
 def test_decoding_with_a_cache_equals_the_full_forward(family):
-    config = replace(scale_down(FAMILIES[family]), dropout=0.0)
+    config = replace(scale_down(ALL[family]), dropout=0.0)
     model = build(config).eval()
     batch = {
         k: v for k, v in make_batch(config, 2, 0).items() if k not in ("documents", "positions")
@@ -328,9 +332,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(family):
     whole = model(batch)
     cache = DecodingCache(model, capacity=12)
     shared = {k: v for k, v in batch.items() if k.startswith("source")}
-    parts = [model(shared | {"tokens": batch["tokens"][:, :5]}, cache=cache)]
+    parts = [model(shared | {"tokens": batch["tokens"][:, :7]}, cache=cache)]
     parts += [
-        model(shared | {"tokens": batch["tokens"][:, i : i + 1]}, cache=cache) for i in range(5, 12)
+        model(shared | {"tokens": batch["tokens"][:, i : i + 1]}, cache=cache) for i in range(7, 12)
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole)
 

@@ -6,8 +6,8 @@ from typing import Any
 from trainer.config.train import ModelConfig, attention_biases
 from trainer.huggingface.architecture import Architecture, TensorMap
 from trainer.huggingface.fields import ConfigFields, rope_of
+from trainer.huggingface.rope import read_scaling, write_scaling
 
-LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 GATED = {"silu": "swiglu"}
 GPT2_ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
@@ -38,20 +38,7 @@ def read_llama_fields(fields: ConfigFields) -> dict[str, Any]:
         "positions": "rope",
         "tied": fields.take("tie_word_embeddings", False),
         "bias": False,
-    } | _read_rope(fields)
-
-
-def _read_rope(fields: ConfigFields) -> dict[str, Any]:
-    rope = rope_of(fields)
-    values = {"rope_theta": float(rope["rope_theta"]), "rope_scaling": 1.0}
-    name = "rope_parameters" if "rope_parameters" in fields.values else "rope_scaling"
-    if rope["rope_type"] == "llama3":
-        values["rope_scaling"] = float(rope["factor"])
-        if other := {key: rope.get(key) for key in LLAMA3 if rope.get(key) != LLAMA3[key]}:
-            fields.refuse(name, f"{', '.join(other)} must be as in {LLAMA3} here")
-    elif rope["rope_type"] != "default":
-        fields.refuse(name, "rope_type can be default or llama3 here")
-    return values
+    } | read_scaling(fields, rope_of(fields))
 
 
 def _read_llama(fields: ConfigFields) -> dict[str, Any]:
@@ -62,8 +49,10 @@ def _read_llama(fields: ConfigFields) -> dict[str, Any]:
 
 def _read_mistral(fields: ConfigFields) -> dict[str, Any]:
     values = read_llama_fields(fields)
-    fields.expect("sliding_window")
-    return values | {"attention_bias": "none"}
+    window = fields.take("sliding_window", 0)
+    if "sliding_window" not in fields.values:
+        window = 4096  # theirs if it is missing; null is none
+    return values | {"attention_bias": "none", "sliding_window": window}
 
 
 def _read_qwen2(fields: ConfigFields) -> dict[str, Any]:
@@ -98,9 +87,7 @@ def write_llama_fields(model: ModelConfig) -> dict[str, Any]:
 
 def _write_rope(model: ModelConfig) -> dict[str, Any]:
     """Return the rotary settings in both forms: that of transformers 5 and that of 4."""
-    scaling: dict[str, Any] = {"rope_type": "default"}
-    if model.rope_scaling != 1.0:
-        scaling = {"rope_type": "llama3", "factor": model.rope_scaling, **LLAMA3}
+    scaling = write_scaling(model)
     return {
         "rope_parameters": {"rope_theta": model.rope_theta, **scaling},
         "rope_theta": model.rope_theta,
@@ -114,7 +101,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _write_mistral(model: ModelConfig) -> dict[str, Any]:
-    return write_llama_fields(model) | {"sliding_window": None}
+    return write_llama_fields(model) | {"sliding_window": model.sliding_window or None}
 
 
 def _write_qwen2(model: ModelConfig) -> dict[str, Any]:

@@ -9,10 +9,14 @@ from trainer.config.train import ConfigError, ModelConfig
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.decoders import DECODERS
 from trainer.huggingface.fields import ConfigFields
+from trainer.huggingface.normal_form import normal_form
+from trainer.huggingface.normed_decoders import NORMED_DECODERS
 from trainer.huggingface.vision import VISION
 
 CONFIG = "config.json"
-ARCHITECTURES = {architecture.model_type: architecture for architecture in (*DECODERS, *VISION)}
+ARCHITECTURES = {
+    architecture.model_type: architecture for architecture in (*DECODERS, *NORMED_DECODERS, *VISION)
+}
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -41,7 +45,7 @@ def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
     """
     first = [read_model(like)[0]] if is_model_folder(like) else []
     for architecture in (*first, *ARCHITECTURES.values()):
-        if architecture.fits(model):
+        if architecture.fits(model) and _reads_back(architecture, model):
             return architecture
     known = ", ".join(ARCHITECTURES)
     raise ConfigError(
@@ -50,6 +54,13 @@ def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
         f"{model.activation} model.positions={model.positions} model.bias={model.bias}; "
         "model=llama-tiny, gpt2 or vit-tiny and their sizes can be"
     )
+
+
+def _reads_back(architecture: Architecture, model: ModelConfig) -> bool:
+    """Return whether the fields that would be written for a model say all of it."""
+    fields = ConfigFields(Path(CONFIG), architecture.write_config(model))
+    again = replace(ModelConfig(), **architecture.read_config(fields))
+    return normal_form(again) == normal_form(model)
 
 
 def _read_fields(path: Path, key: str) -> ConfigFields:

@@ -50,7 +50,9 @@ class WeightReader:
             found = self.files.read(tensor.theirs, *slices[1:], rows).T
         else:
             found = self.files.read(tensor.theirs, rows, *slices[1:])
-        return found + tensor.offset if tensor.offset else found
+        if not tensor.offset:
+            return found
+        return found.to(torch.promote_types(found.dtype, torch.float32)) + tensor.offset
 
     def read_whole(self, name: str) -> Tensor:
         """Return a whole parameter, in the dtype of the files."""

@@ -1,0 +1,58 @@
+"""Whether two models compute the same function of the same weights."""
+
+from dataclasses import replace
+
+from trainer.config.train import (
+    ModelConfig,
+    attention_biases,
+    fast_turns,
+    head_width_of,
+    inputs_of,
+    outputs_of,
+)
+
+BIASES = {(False, False): "none", (True, False): "qkv", (True, True): "all"}
+
+
+def normal_form(model: ModelConfig) -> ModelConfig:
+    """Return the same model with one way of saying each thing, without what only trains it."""
+    plain = ModelConfig()
+    model = replace(
+        model,
+        inputs=inputs_of(model),
+        outputs=outputs_of(model),
+        kv_heads=model.kv_heads or model.heads,
+        head_width=head_width_of(model),
+        attention_bias=BIASES[attention_biases(model)],
+        encoder_layers=model.encoder_layers or model.layers,
+        attention_scale=model.attention_scale or head_width_of(model) ** -0.5,
+        rope_fast_turns=fast_turns(model),
+        **{key: getattr(plain, key) for key in ("dropout", "init", "init_std")},
+    )
+    for key in _unused_keys(model):
+        model = replace(model, **{key: getattr(plain, key)})
+    return model
+
+
+def _unused_keys(model: ModelConfig) -> list[str]:
+    """Return the keys that the model does not read."""
+    found = []
+    if model.inputs != "patches":
+        found += ["image_size", "patch_size", "channels"]
+    if model.inputs != "tokens" and model.outputs != "tokens":
+        found += ["vocab_size", "max_positions"]
+    if model.outputs != "classes":
+        found += ["classes", "pool"]
+    if model.outputs != "tokens" or model.inputs != "tokens":
+        found.append("tied")
+    if model.family != "encoder_decoder":
+        found.append("encoder_layers")
+    if not model.sliding_window:
+        found += ["full_attention_every", "local_rope_theta"]
+    if model.positions != "rope":
+        found += ["rope_theta", "rope_scaling"]
+    if model.rope_scaling == 1.0 or model.positions != "rope":
+        found += ["rope_type", "rope_original_positions", "rope_slow_turns", "rope_fast_turns"]
+    if model.rope_scaling == 1.0 or model.rope_type != "yarn":
+        found.append("rope_attention_factor")
+    return found
