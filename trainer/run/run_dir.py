@@ -202,7 +202,12 @@ def _is_good(path: Path) -> bool:
 
 
 def _no_run(run_dir: str, key: str = "run_dir") -> str:
-    what = f"{key}={run_dir} holds no run (no config.yaml)" if run_dir else f"{key} is empty"
+    what = f"{key} is empty"
+    if run_dir:
+        what = (
+            f"{key}={run_dir} holds no run (no config.yaml) and no Hugging Face model (no "
+            "config.json)"
+        )
     parent = Path(run_dir).parent if run_dir else Path("runs")
     runs = [path.parent for path in parent.glob("*/config.yaml")]
     runs.sort(key=lambda run: run.stat().st_mtime)

@@ -333,10 +333,9 @@ def test_a_run_whose_teacher_was_deleted_can_be_loaded(ranks, runtime, alone):
 def test_an_incompatible_teacher_is_one_message(taught, tmp_path):
     here, folder = replace(taught, run_dir=str(tmp_path / "run")), Path(taught.compress.teacher)
     other = replace(here, compress=CompressConfig(teacher=str(folder.with_name("rum"))))
-    assert (
-        f"holds no run (no config.yaml); did you mean compress.teacher={folder}?"
-        in tiny.no_teacher(other)
-    )
+    message = tiny.no_teacher(other)
+    assert "holds no run (no config.yaml) and no Hugging Face model (no config.json)" in message
+    assert f"; did you mean compress.teacher={folder}?" in message
     more = replace(here, model=replace(STUDENT, vocab_size=288))
     assert "model.vocab_size=280, but model.vocab_size=288 here" in tiny.no_teacher(more)
     longer = replace(
