@@ -28,7 +28,7 @@ def _scaling_problems(model: ModelConfig) -> list[str]:
     if model.rope_type in ("llama3", "yarn") and fast_turns(model) <= model.rope_slow_turns:
         found.append(
             f"{kind} blends frequencies between model.rope_slow_turns={model.rope_slow_turns:g} "
-            f"and model.rope_fast_turns={model.rope_fast_turns:g}, which must be more; set "
+            f"and model.rope_fast_turns={fast_turns(model):g}, which must be more; set "
             f"model.rope_fast_turns={4 * model.rope_slow_turns:g}"
         )
     if model.rope_type == "yarn" and model.rope_theta <= 1.0:

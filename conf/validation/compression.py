@@ -9,6 +9,7 @@ from trainer.config.train import (
     ModelConfig,
     TrainConfig,
     classes_of,
+    head_width_of,
     is_encoder_decoder,
 )
 from trainer.distill.logit_dataset import LogitFacts
@@ -146,7 +147,7 @@ def _width_problems(
     compress: CompressConfig, model: ModelConfig, strategy: StrategyConfig
 ) -> list[str]:
     """Return the problems of groups along a layer's inputs, of which each rank needs full ones."""
-    head_width = model.head_width or model.width // model.heads
+    head_width = head_width_of(model)
     inputs = {
         f"model.width={model.width}": model.width,
         f"{model.heads} heads of {head_width}": _local_width(
@@ -207,7 +208,7 @@ def _pruning_problems(compress: CompressConfig, model: ModelConfig) -> list[str]
 
 def _regrouping_problems(compress: CompressConfig, model: ModelConfig, queries: int) -> list[str]:
     """Return the problems of groups along inputs that pruning would break up."""
-    head = queries * (model.head_width or model.width // model.heads)
+    head = queries * head_width_of(model)
     found = []
     for key, size in _neighbour_sizes(compress).items():
         if compress.prune_ffn:

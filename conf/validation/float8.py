@@ -4,7 +4,7 @@ from math import lcm
 
 from conf.validation.layout import near_multiples
 from parallel.strategy import StrategyConfig
-from trainer.config.train import CompressConfig, ModelConfig
+from trainer.config.train import CompressConfig, ModelConfig, head_width_of
 
 STEP = 16  # sizes must be multiples of it for float8 kernels
 
@@ -26,7 +26,7 @@ def precision_problems(
 
 def _size_problems(model: ModelConfig, tensor: int) -> list[str]:
     """Return the problems of weight sizes that float8 kernels do not support."""
-    head_width = model.head_width or model.width // model.heads
+    head_width = head_width_of(model)
     groups = model.kv_heads or model.heads
     each = f" on each of strategy.tensor={tensor} ranks" * (tensor > 1)
     wrong: dict[str, str] = {}

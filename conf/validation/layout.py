@@ -18,6 +18,7 @@ from trainer.config.train import (
     ModelConfig,
     TrainConfig,
     VerifyConfig,
+    head_width_of,
     is_encoder_decoder,
 )
 from trainer.config.verify import FAULT_AXES
@@ -265,7 +266,7 @@ def tensor_problems(model: ModelConfig, degree: int) -> list[str]:
 def _splits_heads(model: ModelConfig, degree: int) -> bool:
     """Return whether ranks get full query heads, and full or equal parts of key/value heads."""
     groups = model.kv_heads or model.heads
-    head_width = model.head_width or model.width // model.heads
+    head_width = head_width_of(model)
     shared = degree % groups == 0 and groups * head_width % degree == 0
     return model.heads % degree == 0 and (groups % degree == 0 or shared)
 

@@ -142,6 +142,18 @@ BAD = {
     "model.kv_heads=3": "model.kv_heads=3 does not divide model.heads=4; try 2 or 4",
     "model.heads=6": "model.heads=6 does not divide model.width=128; try 4 or 8",
     "model.head_width=15": "set model.head_width=16",
+    "model.norm_placement=posts": "did you mean post?",
+    "model.qk_norm=heads": "did you mean head?",
+    "model.rope_type=ntk model.rope_scaling=2": "model.rope_type=ntk is not one of llama3, linear, "
+    "dynamic, yarn",
+    "model.rope_scaling=8 model.rope_slow_turns=4": "model.rope_type=llama3 blends frequencies "
+    "between model.rope_slow_turns=4 and model.rope_fast_turns=4, which must be more; set "
+    "model.rope_fast_turns=16",
+    "model.rope_scaling=8 model.rope_type=yarn model.rope_theta=1": "set model.rope_theta=10000",
+    "model.rope_scaling=8 model.rope_type=dynamic model.head_width=2": "set model.head_width=4",
+    "compress=pool model.sliding_window=8": "model.sliding_window=8 does not count; set "
+    "compress.pool_after=0, or model.sliding_window=0",
+    "compress.prune_heads=0.5 model.qk_norm=width": "set compress.prune_heads=0",
     "batch_size=15": "batch_size=15 is not divisible by the 2 ranks that see different samples "
     "(strategy.replicate × strategy.shard); try 14 or 16",
     "batch_size=-3": "batch_size=-3 must be at least 1",

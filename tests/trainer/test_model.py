@@ -231,8 +231,9 @@ def test_vit_equals_transformers():
     same_gradients(ours, theirs, parts)
 
 
-def test_decoder_layer_with_memory_equals_torch():
-    """Compare cross-attention and padding with torch's pre-norm decoder layer."""
+@pytest.mark.parametrize("placement", ["pre", "post"])
+def test_decoder_layer_with_memory_equals_torch(placement):
+    """Compare cross-attention, padding and places of norms with torch's decoder layer."""
     config = ModelConfig(
         family="encoder_decoder",
         layers=1,
@@ -241,15 +242,17 @@ def test_decoder_layer_with_memory_equals_torch():
         ffn_width=64,
         vocab_size=20,
         norm="layernorm",
+        norm_placement=placement,
         activation="relu",
         positions="learned",
         max_positions=9,
         bias=True,
     )
     ours = build(config)
-    encoder = nn.TransformerEncoderLayer(32, 4, 64, 0.0, "relu", norm_first=True, batch_first=True)
-    decoder = nn.TransformerDecoderLayer(32, 4, 64, 0.0, "relu", norm_first=True, batch_first=True)
-    encoder, decoder = encoder.double(), decoder.double()
+    pre = placement == "pre"
+    options = {"dropout": 0.0, "norm_first": pre, "batch_first": True, "dtype": torch.float64}
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, **options)
+    decoder = nn.TransformerDecoderLayer(32, 4, 64, **options)
 
     def fill(attention, other):
         parts = (attention.query, attention.key, attention.value)
@@ -269,12 +272,17 @@ def test_decoder_layer_with_memory_equals_torch():
     valid = torch.arange(7) < torch.tensor([7, 3, 5])[:, None]
     table, positions = ours.embed.tokens.weight, ours.embed.positions.weight
     memory = encoder(table[source] + positions[:7], src_key_padding_mask=~valid)
-    memory = nn.functional.layer_norm(memory, (32,))
+    memory = nn.functional.layer_norm(memory, (32,)) if pre else memory
     future = nn.Transformer.generate_square_subsequent_mask(9, dtype=torch.float64)
     x = decoder(table[tokens] + positions, memory, tgt_mask=future, memory_key_padding_mask=~valid)
-    reference = nn.functional.layer_norm(x, (32,)) @ table.T
+    reference = (nn.functional.layer_norm(x, (32,)) if pre else x) @ table.T
     logits = ours({"source": source, "source_valid": valid, "tokens": tokens})
     torch.testing.assert_close(logits, reference)
+    # A second norm of the same vector would change nothing yet, but it would learn.
+    names = {name.removesuffix(".weight") for name, _ in ours.named_parameters()}
+    assert {"head.norm", "blocks.0.turn_norm"} & names == (
+        {"head.norm", "blocks.0.turn_norm"} if pre else set()
+    )
 
 
 ALL = FAMILIES | FEATURES

@@ -18,7 +18,7 @@ from parallel.collectives import all_reduce
 from parallel.grad_norm import local_tensor
 from parallel.parallelize import local_slices
 from trainer.compress.quantized_linear import CompressedLinear
-from trainer.config.train import CompressConfig, ModelConfig
+from trainer.config.train import CompressConfig, ModelConfig, head_width_of
 from trainer.nn.layers import Attention, FeedForward, Linear
 
 SHARED_NORMS = ("query_norm.", "key_norm.")  # one weight for all heads
@@ -144,7 +144,7 @@ def remove_pruned(
         heads=shape.heads // groups * left,
         kv_heads=left,
         ffn_width=channels,
-        head_width=shape.head_width or shape.width // shape.heads,
+        head_width=head_width_of(shape),
     )
     return smaller, weights
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.config.train import ModelConfig, attention_biases
+from trainer.config.train import ModelConfig, attention_biases, head_width_of
 from trainer.huggingface.architecture import Architecture, TensorMap
 from trainer.huggingface.fields import ConfigFields, rope_of
 from trainer.huggingface.rope import read_scaling, write_scaling
@@ -73,7 +73,7 @@ def write_llama_fields(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads or model.heads,
-        "head_dim": model.head_width or model.width // model.heads,
+        "head_dim": head_width_of(model),
         "intermediate_size": model.ffn_width,
         "vocab_size": model.vocab_size,
         "max_position_embeddings": model.max_positions,

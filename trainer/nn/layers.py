@@ -328,9 +328,10 @@ class Block(nn.Module):
         cache: BlockCache | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         own = streams[self.stream]
+        seen = own if own.windowed is None or not self.windowed else own.windowed
         branch_BSD = self.attention(
             own.gather_local(self.attention_norm(x_BSD)),
-            own.windowed if self.windowed and own.windowed else own,
+            seen,
             cache.attention if cache else None,
         )
         branch_BSD = self.attention_output_norm(branch_BSD)

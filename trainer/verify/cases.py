@@ -48,13 +48,6 @@ FEATURE_STRATEGIES = (
     "fsdp 2 × tensor 2 × pipeline 2",
 )
 FEATURES = {
-    "encoder-decoder (post-norm)": ModelConfig(
-        family="encoder_decoder",
-        activation="relu",
-        norm="layernorm",
-        bias=True,
-        norm_placement="post",
-    ),
     "decoder (Gemma 3)": ModelConfig(
         activation="geglu_tanh",
         heads=8,
@@ -78,6 +71,13 @@ FEATURES = {
         rope_type="yarn",
         rope_scaling=4.0,
         rope_original_positions=16,
+    ),
+    "encoder-decoder (post-norm)": ModelConfig(
+        family="encoder_decoder",
+        activation="relu",
+        norm="layernorm",
+        bias=True,
+        norm_placement="post",
     ),
 }
 STRATEGIES = {

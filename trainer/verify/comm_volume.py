@@ -29,7 +29,7 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from parallel.tensor.layers import HEADS, TensorParallel, style_of
 from trainer.build import parallel_model
-from trainer.config.train import ModelConfig
+from trainer.config.train import ModelConfig, head_width_of
 from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import Transformer
 from trainer.nn.embeddings import TokenEmbedding
@@ -162,7 +162,7 @@ def _norm_elements(worker: ParallelModel, micro_batch: MicroBatch) -> int:
 def _shared_heads(worker: ParallelModel) -> int:
     """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
     config = unwrap_transformer(worker).config
-    least = worker.mesh["tensor"].size() * config.width // config.heads
+    least = worker.mesh["tensor"].size() * head_width_of(config)
     return sum(
         parameter.numel()
         for name, parameter in worker.model.named_parameters()
@@ -232,7 +232,7 @@ def _attention_bytes(
     """Return the bytes that this rank's attention communicates over the context axis."""
     config, degree, moved = model.config, strategy.context, StepBytes()
     sizes = _sequence_sizes(model, micro_batch)
-    width = config.head_width or config.width // config.heads
+    width = head_width_of(config)
     queries = config.heads // strategy.tensor
     groups = max(1, (config.kv_heads or config.heads) // strategy.tensor)
     for block in model.blocks.values():

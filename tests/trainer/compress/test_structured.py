@@ -140,7 +140,8 @@ def runs(tmp_path_factory):
         exports = []
         for name, asked in (("run", CompressConfig()), ("plain", HALF)):
             small = str(folder / f"{name}-small")
-            export_run(check_export(ExportConfig(str(folder / name), small, asked), 1), runtime)
+            export = ExportConfig(str(folder / name), small, compress=asked)
+            export_run(check_export(export, 1), runtime)
             exports.append(small)
         return config.run_dir, *exports
 
@@ -150,11 +151,11 @@ def test_sixteen_bits_halve_the_export(runs, runtime, tmp_path):
     run_dir, small, _ = runs
     half = check_export(ExportConfig(run_dir, str(tmp_path / "half"), dtype="bf16"), 1)
     export_run(half, runtime)
-    sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.to)]
+    sizes = [Path(folder, EXPORTED).stat().st_size for folder in (small, half.output_dir)]
     assert sizes[1] < 0.8 * sizes[0]  # names and shapes take the same space
     whole, rounded = (
         values(runtime, small, LAYOUTS["single"]),
-        values(runtime, half.to, LAYOUTS["single"]),
+        values(runtime, half.output_dir, LAYOUTS["single"]),
     )
     assert whole != rounded
     assert rounded["eval_loss"] == pytest.approx(whole["eval_loss"], rel=0.02)

@@ -253,7 +253,8 @@ def test_other_classes_are_refused_or_taken_by_name(image_run, tmp_path, runtime
 
 
 @pytest.mark.parametrize(
-    "key, value", [("norm_eps", 1.0), ("rope_theta", 100.0), ("rope_scaling", 8.0)]
+    "key, value",
+    [("norm_eps", 1.0), ("rope_theta", 100.0), ("rope_scaling", 8.0), ("sliding_window", 4)],
 )
 def test_keys_that_change_the_function_are_named(text_run, tmp_path, caplog, key, value):
     prepare_training(

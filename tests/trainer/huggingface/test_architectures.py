@@ -162,6 +162,13 @@ def test_logits_in_float32_are_those_of_transformers_as_it_is(case, tmp_path):
     torch.testing.assert_close(ours(inputs), reference, rtol=0, atol=5e-6)
 
 
+def test_an_offset_is_added_in_float32(tmp_path):
+    theirs = build_reference(*CASES["gemma3"][:2], **CASES["gemma3"][2]).bfloat16()
+    theirs.save_pretrained(tmp_path)
+    weight = WeightReader(tmp_path).read_whole("blocks.0.attention_norm.weight")
+    assert weight.equal(1.0 + theirs.model.layers[0].input_layernorm.weight.float())
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_written_folders_are_read_by_transformers(case, tmp_path, caplog):
     theirs = build_reference(*CASES[case][:2], **CASES[case][2])

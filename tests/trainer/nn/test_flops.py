@@ -28,6 +28,7 @@ GPT2 = replace(SMALL, norm="layernorm", activation="gelu", positions="learned", 
 MODELS = {
     "llama": replace(SMALL, kv_heads=2, tied=False),
     "wide heads": replace(SMALL, kv_heads=3, head_width=10, activation="geglu"),
+    "gemma": replace(SMALL, kv_heads=2, activation="geglu_tanh", qk_norm="head", sliding_window=4),
     "gpt2": GPT2,
     "vit, class token": replace(GPT2, family="encoder", pool="class_token"),
     "vit, mean": replace(GPT2, family="encoder", pool="mean", patch_size=2),

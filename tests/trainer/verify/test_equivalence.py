@@ -46,7 +46,9 @@ def test_strategy_equals_one_process(ranks, strategy, family):
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
 
 
+# In turn; and norms over heads that ranks share.
 FEATURED = [(name, list(FEATURES)[i % len(FEATURES)]) for i, name in enumerate(FEATURE_STRATEGIES)]
+FEATURED.append(("tensor 4", "decoder (OLMo 2)"))
 
 
 @pytest.mark.parametrize(("strategy", "family"), FEATURED)
