@@ -46,9 +46,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         path=absolute_path(reads.path),
         tokenizer=absolute_path(reads.tokenizer),
         processor=processor,
+        chat_template=_absolute_template(reads.chat_template),
     )
     compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
     return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
+
+
+def _absolute_template(template: str) -> str:
+    return template if template == "plain" else absolute_path(template)
 
 
 def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
@@ -98,7 +103,7 @@ def with_processor(config: TrainConfig) -> DataConfig:
         )
     if config.init_from and not own.processor and not own.tokenizer:
         _check_imported_tokenizer(config)
-        return data_of(config, config.init_from)
+        return replace(data_of(config, config.init_from), chat_template=own.chat_template)
     return own
 
 

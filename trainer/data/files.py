@@ -30,6 +30,7 @@ BUNDLED = {
     "shakespeare": ("text", "shakespeare"),
     "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
     "home-assistant": ("pairs", "home-assistant-en-de"),
+    "home-assistant-chats": ("chat", "home-assistant-chats"),
 }
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
@@ -231,7 +232,7 @@ def split_parts(
 
 def _whole_file(config: DataConfig, suffixes: Suffixes, path: Path) -> FilePart:
     suffix = path.suffix.lower()
-    if suffix in OTHER_FORMATS:
+    if suffix in OTHER_FORMATS and suffix not in suffixes:
         instead = (
             "data.kind=images or another data.path"
             if suffix in PICTURES

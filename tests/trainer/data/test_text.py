@@ -220,10 +220,11 @@ def test_an_own_tokenizer_and_its_changes(corpus, tmp_path):
 
 def test_a_large_vocabulary_takes_four_bytes(corpus):
     config = corpus(1, train="a b a", valid="b", test="b")
-    words = tokenizers.models.WordLevel({"a": 0, "b": 70_000, "?": 1}, unk_token="?")
+    words = tokenizers.models.WordLevel({"a": 0, "b": 70_000, "?": 1, "</s>": 2}, unk_token="?")
     own = tokenizers.Tokenizer(words)
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     config.tokenizer = f"{config.path}/own.json"
+    own.add_special_tokens(["</s>"])
     own.save(config.tokenizer)
     assert data.prepare_data(config).vocab_size == 70_001
     assert targets_of(data.open_split(config, "train")).tolist() == [0, 70_000, 0]
