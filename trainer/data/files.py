@@ -66,6 +66,7 @@ OTHER_FORMATS = {
     ".flac",
     ".ogg",
 }
+ONE_A_LINE = (".jsonl", ".ndjson")  # of these no line is cut, however long it is
 Suffixes = tuple[str, ...]  # of the files that a reader takes, the usual one first
 BLOCK = 1 << 20  # bytes per read
 GUESSED_ON = 1 << 14  # bytes used to guess an encoding
@@ -283,7 +284,7 @@ def _line_start(path: Path, cut: int) -> int:
         return 0
     with path.open("rb") as file:
         file.seek(cut - 1)
-        ahead = file.read(1 << 16)
+        ahead = file.readline(-1 if path.suffix.lower() in ONE_A_LINE else 1 << 16)
     line_break = ahead.find(b"\n")
     if line_break >= 0:
         return cut + line_break
