@@ -13,6 +13,7 @@ from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import absolute_path
 from trainer.checkpoint.vocabulary import map_vocabulary
 from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.data.chat_template import TEMPLATES
 from trainer.data.record import (
     FACTS,
     TOKENIZER,
@@ -53,7 +54,7 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def _absolute_template(template: str) -> str:
-    return template if template == "plain" else absolute_path(template)
+    return template if template in TEMPLATES else absolute_path(template)
 
 
 def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:

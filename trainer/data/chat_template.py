@@ -18,11 +18,13 @@ from trainer.data.tokenizer import Tokenizer
 
 Message = dict[str, str]  # role and content
 ROLES = ("system", "user", "assistant")
-# data.chat_template=plain: for any tokenizer, since the end token is the only marker.
-PLAIN = (
-    "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] | trim + "
-    "eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
-)
+# Values of data.chat_template. `plain` is for any tokenizer: the end token is the only marker.
+TEMPLATES = {
+    "plain": (
+        "{% for message in messages %}{{ message['role'] + '\\n' + message['content'] | trim + "
+        "eos_token }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    )
+}
 HIDDEN = 0xF0000  # first of the private characters that stand for special tokens in a message
 
 
@@ -93,8 +95,8 @@ def find_template(config: DataConfig, tokenizer: Tokenizer) -> str:
 
     Raises ConfigError if there is none.
     """
-    if config.chat_template == "plain":
-        return PLAIN
+    if config.chat_template in TEMPLATES:
+        return TEMPLATES[config.chat_template]
     if config.chat_template:
         try:
             return Path(config.chat_template).expanduser().read_text(encoding="utf-8")

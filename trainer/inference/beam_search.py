@@ -112,15 +112,12 @@ def translate_tokens(
 ) -> list[list[int]]:
     """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    `eos_id` and any of `end_ids` end one.
-
-    Every data rank must call it, with its own sentences; all stop once the last one is done.
+    `eos_id` and any of `end_ids` end one. Every data rank must call it, with its own sentences; all
+    stop once the last one is done, since a sharded model communicates in its forward.
     """
-    model, sentences = unwrap_transformer(worker), len(source_BT)
+    model, sentences, ends = unwrap_transformer(worker), len(source_BT), [eos_id, *end_ids]
     max_tokens = min(max_tokens, model.config.max_positions or max_tokens)
-    search = BeamSearch(
-        sentences, beams, max_tokens, length_penalty, [eos_id, *end_ids], worker.device
-    )
+    search = BeamSearch(sentences, beams, max_tokens, length_penalty, ends, worker.device)
     inputs = {"source": source_BT.to(worker.device)}
     if source_valid_BT is not None:
         inputs["source_valid"] = source_valid_BT.to(worker.device)
@@ -134,7 +131,6 @@ def translate_tokens(
         cache.reorder_rows(row_R)
         row_R = search.advance(logits_RV)
         for _ in range(1, max_tokens):
-            # A sharded model communicates in its forward: all ranks must stop together.
             if not worker.any_data_rank(not search.done):
                 break
             if beams > 1:

@@ -67,10 +67,10 @@ class Dialogue:
                 if not text.endswith(UNFINISHED) and text.startswith(shown):
                     yield text[len(shown) :]
                     shown = text
-        text = self._tokenizer.decode(generated)
-        if text != shown:
-            yield text[len(shown) :]
-        self.messages = [*messages, {"role": "assistant", "content": text}]
+        # Bytes that turn out to be no character change how those before them are decoded.
+        if rest := self._tokenizer.decode(generated)[len(shown) :]:
+            yield rest
+        self.messages = [*messages, {"role": "assistant", "content": shown + rest}]
 
     def _reuse_cache(self, ids: list[int], max_tokens: int, limit: int) -> list[int]:
         """Keep what the cache shares with `ids`; return the tokens that are left to read."""

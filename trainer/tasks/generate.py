@@ -5,9 +5,8 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
-from parallel.errors import UserError
 from parallel.runtime import Runtime, broadcast_from_rank0
-from trainer.config.train import GenerateConfig
+from trainer.config.train import GenerateConfig, UserError
 from trainer.inference.conversation import Dialogue
 from trainer.inference.sampling import Sampling
 from trainer.inference.trained_run import load_trained_run

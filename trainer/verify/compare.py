@@ -195,14 +195,13 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )
     optimizer = build_optimizer(worker.parameters(), config.optim)
+    samples = samples_per_step(config.strategy)
     record = Record([], [], [], {})
     compression.prepare_step(0, config.steps)
     for step in range(config.steps):
-        samples = samples_per_step(config.strategy)
         batch = make_batch(config.model, config.seed, step, samples, config.task)
-        micro_batches = split_batch(batch, worker)
         worker.zero_grad()
-        loss, _ = worker.forward_backward(micro_batches)
+        loss, _ = worker.forward_backward(split_batch(batch, worker))
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         # Copies: clipping changes the gradients in place.

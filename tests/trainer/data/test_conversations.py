@@ -130,9 +130,8 @@ def test_packing_is_tight_and_deterministic(seed):
             simple[room.index(min(fits))].append(item)
         else:
             simple.append([item])
-    assert sorted(lengths[row].sum() for row in rows) == sorted(
-        lengths[row].sum() for row in simple
-    )
+    ours, theirs = ([lengths[row].sum() for row in found] for found in (rows, simple))
+    assert sorted(ours) == sorted(theirs)
 
 
 def test_long_conversations_are_cut_and_those_without_a_target_left_out(tmp_path):
@@ -176,7 +175,7 @@ BAD = {
     '{"messages": [{"role": "bot", "content": "x"}]}': r"messages\[0\]\.role='bot' must be one of "
     "system, user, assistant",
     '{"messages": [{"role": "user", "content": null}]}': r"messages\[0\]\.content is null; it must",
-    '{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}': r"tool_calls is not supp",
+    '{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}': r"calls is not sup",
     '{"prompt": 3, "completion": "x"}': r"prompt is 3; it must be a list of messages",
 }
 
