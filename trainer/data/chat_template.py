@@ -95,8 +95,8 @@ def find_template(config: DataConfig, tokenizer: Tokenizer) -> str:
 
     Raises ConfigError if there is none.
     """
-    if config.chat_template in TEMPLATES:
-        return TEMPLATES[config.chat_template]
+    if bundled := TEMPLATES.get(config.chat_template):
+        return bundled
     if config.chat_template:
         try:
             return Path(config.chat_template).expanduser().read_text(encoding="utf-8")
