@@ -49,7 +49,10 @@ def test_a_random_batch_is_packed_with_unequal_targets():
     assert (torch.diff(positions, dim=1)[~new] == 1).all()
 
 
-@pytest.mark.parametrize("model", [tiny.LLAMA, tiny.GPT])
+WINDOWED = replace(tiny.LLAMA, sliding_window=3, full_attention_every=2)
+
+
+@pytest.mark.parametrize("model", [tiny.LLAMA, tiny.GPT, WINDOWED])
 def test_several_tokens_after_a_cache_equal_one_forward(runtime, model):
     worker = tiny.make_worker(runtime, model)
     tokens = torch.randint(0, 23, (1, 12), generator=torch.Generator().manual_seed(0))
