@@ -197,7 +197,7 @@ def test_files_without_a_conversation_are_refused(tmp_path):
 
 def test_one_file_is_held_out_at_line_ends(tmp_path):
     config = corpus(tmp_path / "data", held_out=0.4)
-    long = json.dumps({"prompt": "how", "completion": "so " * 25_000}) + "\n"
+    long = json.dumps({"prompt": "how", "completion": "so " * 60_000}) + "\n"
     (tmp_path / "one.jsonl").write_text(long * 6)
     config.path = str(tmp_path / "one.jsonl")
     facts = data.prepare_data(config)

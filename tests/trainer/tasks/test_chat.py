@@ -17,7 +17,7 @@ from trainer.config.train import DataConfig, GenerateConfig, UserError, VerifyCo
 from trainer.data import open_split, open_tokenizer
 from trainer.data.record import data_of
 from trainer.data.tokenizer import Tokenizer
-from trainer.inference.beam_search import translate_tokens
+from trainer.inference.beam_search import BeamSearch, translate_tokens
 from trainer.inference.conversation import Dialogue
 from trainer.inference.sampling import Sampling, sample_tokens
 from trainer.model import DecodingCache
@@ -129,6 +129,13 @@ def test_beams_stop_at_any_end(runtime):
         assert not ends & {token for sentence in two for token in sentence}
     greedy = translate_tokens(worker, source, eos_id=22, end_ids=sorted(ends), **options, beams=1)
     assert greedy[0] == found[0][: found[0].index(found[0][2])]
+
+
+def test_beams_go_on_beside_several_ends():
+    search = BeamSearch(1, 2, 8, 1.0, [0, 1, 2], torch.device("cpu"))
+    search.advance(torch.tensor([[9.0, 8.0, 7.0, 2.0, 1.0, 0.0]]).expand(2, -1))
+    assert search.last_tokens().flatten().tolist() == [3, 4]
+    assert search._total_BK.isfinite().all()
 
 
 @pytest.fixture(scope="module")
