@@ -115,7 +115,7 @@ class Tokenizer:
     def token_ids(self) -> dict[str, int]:
         """Return the id of each token, with the same names of end and padding for any tokenizer."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
+        special = {self.pad_id: PAD_NAMES[0], self.eot_id: END_NAMES[0]}
         return {special.get(row, token): row for token, row in ids.items()}
 
     def encode(self, text: str) -> list[int]:
