@@ -99,6 +99,11 @@ def _data_problems(config: DataConfig) -> list[str]:
         problems.append(f"data.kind={config.kind} must be one of {kinds}; set data.kind={near}")
     else:
         problems += reader_of(config).find_problems(config)
+    if config.chat_template and config.kind != chat.READER.kind:
+        problems.append(
+            f"data.chat_template={config.chat_template} is for data.kind=chat, but data.kind="
+            f"{config.kind}; leave it empty"
+        )
     if not 0.001 <= config.held_out <= 0.9:
         nearest = 0.001 if config.held_out < 0.001 else 0.9
         problems.append(

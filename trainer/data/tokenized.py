@@ -126,7 +126,9 @@ def tokens_folder(config: DataConfig, parts: Parts, ingredients: Sequence[str] =
     files = {
         split: [part.file_fingerprint() for part in of_split] for split, of_split in parts.items()
     }
-    digest = blake2b(find_tokenizer(config, parts).read_bytes()).hexdigest()
+    tokenizer = find_tokenizer(config, parts)
+    beside = TokenizerFiles.read(tokenizer.parent).meaning()
+    digest = blake2b(tokenizer.read_bytes() + beside).hexdigest()
     return prepared_folder(
         config, name_of(config), [files, digest, config.document_separator, *ingredients]
     )

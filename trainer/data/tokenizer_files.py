@@ -47,6 +47,11 @@ class TokenizerFiles:
         for name, text in self.texts.items():
             write(folder / name, text)
 
+    def meaning(self) -> bytes:
+        """Return what decides the end and the beginning of a text; empty if nothing is said."""
+        names = (TOKENIZER_CONFIG, GENERATION_CONFIG)
+        return "".join(self.texts.get(name, "") for name in names).encode()
+
     def tokenizer_value(self, name: str) -> Any:
         """Return a value of tokenizer_config.json, None if it is not given; a token as its text."""
         value = _value(self.folder, self.texts, TOKENIZER_CONFIG, name)

@@ -50,7 +50,7 @@ class Dialogue:
         if len(ids) >= limit:
             raise ConfigError(
                 f"the conversation has {len(ids)} tokens, and the model model.max_positions="
-                f"{limit}; begin a new one"
+                f"{limit}; the next message begins a new one"
             )
         max_tokens = min(max_tokens, limit - len(ids))
         generated: list[int] = []

@@ -33,7 +33,8 @@ def print_generation(config: GenerateConfig, runtime: Runtime) -> None:
 def hold_conversation(dialogue: Dialogue, max_tokens: int, runtime: Runtime) -> None:
     """Answer each line of rank 0's standard input, until its end.
 
-    A line that cannot be answered is refused, and the conversation goes on without it.
+    A line that cannot be answered, e.g. because no position of the model is left, ends the
+    conversation, and the next line begins another.
     """
     while (line := broadcast_from_rank0(_read_line() if runtime.rank == 0 else None)) is not None:
         try:
@@ -42,6 +43,7 @@ def hold_conversation(dialogue: Dialogue, max_tokens: int, runtime: Runtime) -> 
             _write("\n", runtime)
         except UserError as error:
             _write(f"{error}\n", runtime)
+            dialogue.messages = []
 
 
 def _read_line() -> str | None:

@@ -20,6 +20,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.inference.beam_search import BeamSearch, translate_tokens
 from trainer.inference.conversation import Dialogue
 from trainer.inference.sampling import Sampling, sample_tokens
+from trainer.inference.trained_run import load_trained_run
 from trainer.model import DecodingCache
 from trainer.tasks.chat import Chat
 from trainer.tasks.generate import print_generation
@@ -156,16 +157,22 @@ def run(tmp_path_factory, runtime):
     return tiny.make_run(folder, runtime, replace(MODEL, vocab_size=0), data)
 
 
+def fresh_answer(run, runtime, question):
+    asked = GenerateConfig(run.run_dir, precision="fp64", temperature=0.0, max_tokens=5)
+    loaded = load_trained_run(replace(asked, prompt=question), runtime)
+    return Chat().generate(replace(asked, prompt=question), loaded) + "\n"
+
+
 def test_a_conversation_in_a_pipe(run, runtime, monkeypatch, capsys):
     asked = GenerateConfig(run.run_dir, chat=True, precision="fp64", temperature=0.0, max_tokens=5)
     too_long = "again " * 400
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"say 1\n\n{too_long}\nsay 2\n"))
     print_generation(check_trained_run(asked, 1), runtime)
     said = capsys.readouterr().out
-    assert "tokens, and the model model.max_positions=300; begin a new one" in said
-    single = replace(asked, chat=False, prompt="say 1")
-    print_generation(single, runtime)
-    assert said.startswith(capsys.readouterr().out.rstrip("\n"))
+    first, _, third = said.partition("the conversation has ")
+    assert third.endswith("begins a new one\n" + fresh_answer(run, runtime, "say 2"))
+    assert "tokens, and the model model.max_positions=300; the next message" in third
+    assert first == fresh_answer(run, runtime, "say 1")
     assert (Path(run.run_dir) / "chat_template.jinja").read_text() == chats.CHATML
 
 
