@@ -160,11 +160,12 @@ def open_loader(config: TrainConfig, state: TrainState) -> TrainLoader:
 
 def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> Recorder:
     """Open the recorder of metrics.jsonl and the console, which writes on the first rank."""
-    # The average targets per sample: text fills its samples, sentences do not.
+    # The averages of a sample: text fills its samples, sentences do not; chats are learned in part.
     train_set = open_split(data_of(config), "train")
-    length = max(1, round(train_set.targets / len(train_set))) if train_set.targets else 1
+    targets = max(1, round(train_set.targets / len(train_set)))
+    length = round(train_set.positions / len(train_set)) or targets
     lengths = unwrap_transformer(state.worker).block_lengths(length)
-    flops = flops_per_sample(config.model, length, length, lengths) / length
+    flops = flops_per_sample(config.model, length, length, lengths) / targets
     run = RunInfo(
         Path(config.run_dir),
         steps=config.steps,
@@ -347,6 +348,7 @@ def show_sample(run: Run) -> None:
             text = task.sample_output(
                 run.state.worker,
                 partial(open_tokenizer, data_of(config)),
+                partial(open_split, data_of(config)),
                 config.metrics.sample_tokens,
                 config.seed,
             )

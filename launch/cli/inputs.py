@@ -13,6 +13,7 @@ from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import absolute_path
 from trainer.checkpoint.vocabulary import map_vocabulary
 from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.data.chat_template import TEMPLATES
 from trainer.data.record import (
     FACTS,
     TOKENIZER,
@@ -46,9 +47,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         path=absolute_path(reads.path),
         tokenizer=absolute_path(reads.tokenizer),
         processor=processor,
+        chat_template=_absolute_template(reads.chat_template),
     )
     compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
     return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
+
+
+def _absolute_template(template: str) -> str:
+    return template if template in TEMPLATES else absolute_path(template)
 
 
 def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
@@ -98,7 +104,7 @@ def with_processor(config: TrainConfig) -> DataConfig:
         )
     if config.init_from and not own.processor and not own.tokenizer:
         _check_imported_tokenizer(config)
-        return data_of(config, config.init_from)
+        return replace(data_of(config, config.init_from), chat_template=own.chat_template)
     return own
 
 

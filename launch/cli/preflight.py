@@ -51,6 +51,7 @@ from trainer.config.train import (
     non_default_options,
 )
 from trainer.data.record import TOKENIZER, data_of, format_record, read_record
+from trainer.data.tokenizer_files import TEMPLATE, TokenizerFiles
 from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
@@ -269,9 +270,35 @@ def check_trained_run(config: Reader, world_size: int, held: ExitStack | None = 
     found = model_problems(trained.model, strategy)
     found += compress_problems(trained.compress, trained.model, strategy)
     found += precision_problems(config.precision, trained.model, trained.compress, strategy)
+    if isinstance(config, GenerateConfig) and config.chat:
+        found += _chat_problems(config, trained)
     if found:
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
+
+
+def _chat_problems(config: GenerateConfig, trained: TrainConfig) -> list[str]:
+    """Return why a conversation cannot be held with a run."""
+    found = []
+    if trained.model.family != "decoder":
+        found.append(
+            f"chat=true is for decoders, but run_dir={config.run_dir} has model.family="
+            f"{trained.model.family}; set chat=false"
+        )
+    elif not TokenizerFiles.read(Path(config.run_dir)).chat_template():
+        found.append(
+            f"chat=true: run_dir={config.run_dir} has no chat template ({TEMPLATE}); name a run "
+            "of data.kind=chat, or set chat=false"
+        )
+    if config.prompt:
+        found.append("prompt is for chat=false: a conversation reads lines from standard input")
+    if config.launch.ranks > 1:
+        found.append(
+            f"launch.ranks={config.launch.ranks} starts ranks without a standard input, from which "
+            "chat=true reads; start them with torchrun --nproc_per_node="
+            f"{config.launch.ranks}, or set launch.ranks=1"
+        )
+    return found
 
 
 def check_export(

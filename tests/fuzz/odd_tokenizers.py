@@ -11,6 +11,8 @@ from odd_texts import LINES, WORDS
 from odd_tokenizer_files import FILES, finish
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from trainer.data.tokenizer import END_NAMES
+
 ALPHABET = pre_tokenizers.ByteLevel.alphabet()
 RARE = (
     "naïve",
@@ -70,7 +72,11 @@ def _byte_level(draft: Draft, vocab_size: int = 300) -> Tokenizer:
 
 def _model(make: Callable[[Draft], Tokenizer]) -> Callable[[Draft], None]:
     def apply(draft: Draft) -> None:
-        draft.traits["tokenizer"] = make(draft)
+        tokenizer = make(draft)
+        known = tokenizer.get_vocab().keys()
+        if known and not known & set(END_NAMES):  # one without an end token is refused
+            tokenizer.add_special_tokens([END_NAMES[0]])
+        draft.traits["tokenizer"] = tokenizer
 
     return apply
 

@@ -1,5 +1,6 @@
 """The commands that README.md and docs/ name, and how each is run in seconds."""
 
+import json
 import os
 import re
 import runpy
@@ -90,11 +91,13 @@ RUNS = {
     "runs/BOOK": ["data=text", "data.path=my-book.txt"],
     "runs/B": ["experiment=images"],
     "runs/PAIRS": ["experiment=translation"],
+    "runs/CHAT": ["experiment=chat"],
 }
 # The run that is read, by a part of the command or its comment.
 READ_RUNS = {
     "a translation run": ("runs/RUN", "runs/PAIRS"),
     "an image run": ("runs/RUN", "runs/B"),
+    "a chat run": ("runs/RUN", "runs/CHAT"),
     "launch/teach.py": ("runs/RUN", "runs/BOOK"),  # the full play takes a minute
     "runs/NAME": ("runs/NAME", "runs/RUN"),
 }
@@ -144,7 +147,7 @@ class Documented:
         more = list(SHORT.get(self.script, []))
         if self.script == "launch/train.py":
             more.append(f"run_dir=runs/unnamed-{number}")
-        if re.search("data.path=(my-book|my-corpus|my-pairs|FOLDER)", text):
+        if re.search("data.path=(my-book|my-corpus|my-pairs|my-chats|FOLDER)", text):
             more += SMALL_DATA
         keys = {word.partition("=")[0] for word in given}
         return [*given, *(word for word in more if word.partition("=")[0] not in keys)]
@@ -286,6 +289,11 @@ def make_inputs(folder: Path) -> None:
         (folder / "my-corpus" / f"{split}.txt").write_text(play[:80_000])
     pairs = [f"turn on lamp {number}\tschalte Lampe {number} ein\n" for number in range(2000)]
     (folder / "my-pairs.tsv").write_text("".join(pairs))
+    chats = [
+        {"prompt": f"is lamp {number} on?", "completion": f"lamp {number} is off"}
+        for number in range(500)
+    ]
+    (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     draw = np.random.default_rng(0)
     for number in range(60):
         picture = folder / "my-photos" / "ab"[number % 2] / f"{number}.png"

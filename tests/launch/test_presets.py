@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
 PRESETS = ("ddp", "fsdp", "hsdp", "tensor", "pipeline", "context", "hybrid")
-JOBS = ("language", "images", "translation")
+JOBS = ("language", "images", "translation", "chat")
 SHORT = [
     "steps=2",
     "metrics.every=1",

@@ -9,7 +9,7 @@ from parallel.config_fields import key
 class DataConfig:
     """The data set; read by trainer/data/."""
 
-    kind: str = key("text", "The reader", choices=("text", "images", "pairs"))
+    kind: str = key("text", "The reader", choices=("text", "images", "pairs", "chat"))
     path: str = key(
         "",
         "A folder with train.*, valid.* and test.* (files or folders), or one file whose end "
@@ -17,7 +17,19 @@ class DataConfig:
         "`datasets` is installed)",
     )
     tokenizer: str = key(
-        "", "A tokenizer.json", off="", off_means="a byte-level BPE trained on the train split"
+        "",
+        "A tokenizer.json, or a Hugging Face folder with one; used as it is",
+        off="",
+        off_means="a byte-level BPE trained on the train split",
+    )
+    chat_template: str = key(
+        "",
+        "Chat: a jinja file, or `plain` (role, line end, content, end token)",
+        off="",
+        off_means="the template of the tokenizer",
+    )
+    pack: bool = key(
+        True, "Chat: put several whole conversations, which do not see each other, into a sample"
     )
     processor: str = key(
         "",
@@ -31,7 +43,7 @@ class DataConfig:
     )
     seq_len: int = key(
         256,
-        "Length of a sample (text); of the longest source and target (pairs)",
+        "Length of a sample (text, chat); of the longest source and target (pairs)",
         unit="tokens",
         at_least=1,
     )

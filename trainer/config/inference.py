@@ -42,10 +42,15 @@ class EvaluateConfig:
 
 @dataclass
 class GenerateConfig:
-    """Use a trained run: write, translate or classify; read by trainer/tasks/generate.py."""
+    """Use a trained run: write, answer, translate, classify; read by trainer/tasks/generate.py."""
 
     run_dir: str = key("", "The run folder, whose config.yaml describes model and data")
-    prompt: str = key("", "Text to continue, sentence to translate, or .npy or .png to classify")
+    prompt: str = key(
+        "", "Text to continue, question, sentence to translate, or .npy or .png to classify"
+    )
+    chat: bool = key(
+        False, "Chat: a conversation, with a line of standard input for each of your turns"
+    )
     max_tokens: int = key(200, "Maximum number of generated tokens", at_least=1)
     temperature: float = key(
         0.8,

@@ -46,6 +46,11 @@ class VerifyConfig:
         default_factory=lambda: OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, max_grad_norm=0.5)
     )
     launch: LaunchConfig = field(default_factory=LaunchConfig)
+    task: str = key(
+        "auto",
+        "Task whose batches and loss are compared, a data.kind",
+        choices={"auto": "that of model.family", "text": "", "images": "", "pairs": "", "chat": ""},
+    )
     steps: int = key(3, "Optimizer steps compared", at_least=1)
     seed: int = key(0, "Seed of weights and batches", at_least=0)
     tolerance: float = key(

@@ -1,4 +1,4 @@
-"""Data sets of text, images or sentence pairs, prepared once and read by any layout."""
+"""Data sets of text, images, pairs or conversations, prepared once and read by any layout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -7,8 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from trainer.config.train import ConfigError, DataConfig, UserError
+from trainer.data import chat, images, pairs, text
 from trainer.data import huggingface as hub
-from trainer.data import images, pairs, text
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.files import locate_data
 from trainer.data.folders import SPLITS
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 READERS: dict[str, DataReader] = {
-    reader.kind: reader for reader in (text.READER, images.READER, pairs.READER)
+    reader.kind: reader for reader in (text.READER, images.READER, pairs.READER, chat.READER)
 }
 FINGERPRINT_SAMPLES = 64  # read of each split by `data_fingerprint`, at least
 
@@ -99,6 +99,11 @@ def _data_problems(config: DataConfig) -> list[str]:
         problems.append(f"data.kind={config.kind} must be one of {kinds}; set data.kind={near}")
     else:
         problems += reader_of(config).find_problems(config)
+    if config.chat_template and config.kind != chat.READER.kind:
+        problems.append(
+            f"data.chat_template={config.chat_template} is for data.kind=chat, but data.kind="
+            f"{config.kind}; leave it empty"
+        )
     if not 0.001 <= config.held_out <= 0.9:
         nearest = 0.001 if config.held_out < 0.001 else 0.9
         problems.append(

@@ -15,7 +15,7 @@ class SplitFacts:
 
     sources: tuple[str, ...] = ()  # files or folders, relative to data.path
     samples: int = 0
-    tokens: int = 0  # text, pairs: of the full split
+    tokens: int = 0  # text, pairs, chat: of the full split
     characters: int = 0  # text
     lost: int = 0  # text, pairs: characters that decoding the tokens loses
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> samples not trained on
@@ -32,7 +32,7 @@ class DataFacts:
 
     kind: str = ""  # data.kind
     path: str = ""  # data.path
-    vocab_size: int = 0  # text, pairs: entries of the tokenizer
+    vocab_size: int = 0  # text, pairs, chat: entries of the tokenizer
     classes: int = 0  # images
     image_size: int = 0  # images: pixels per side
     channels: int = 0  # images
@@ -53,7 +53,8 @@ class Dataset(Protocol):
     """One split of a data set."""
 
     characters: int = 0  # text: of the full split, for bits per character
-    targets: int = 0  # text: predicted tokens of the full split
+    targets: int = 0  # text, chat: predicted tokens of the full split
+    positions: int = 0  # chat: tokens that a model reads for them; 0 = as many
     lost: int = 0  # text: characters of the split that decoding its tokens loses
 
     def __len__(self) -> int:
@@ -75,6 +76,10 @@ class Dataset(Protocol):
     def target_text(self, index: int) -> str:
         """Return the target text; pairs only."""
         raise AssertionError("only pairs have a target text")
+
+    def opening(self, index: int) -> list[dict[str, str]]:
+        """Return the messages before the first answer of a sample; chat only."""
+        raise AssertionError("only chats have messages")
 
     def source_text(self, index: int) -> str:
         """Return the text to translate; pairs only."""

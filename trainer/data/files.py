@@ -30,6 +30,7 @@ BUNDLED = {
     "shakespeare": ("text", "shakespeare"),
     "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
     "home-assistant": ("pairs", "home-assistant-en-de"),
+    "home-assistant-chats": ("chat", "home-assistant-chats"),
 }
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
@@ -65,6 +66,7 @@ OTHER_FORMATS = {
     ".flac",
     ".ogg",
 }
+ONE_A_LINE = (".jsonl", ".ndjson")  # of these no line is cut, however long it is
 Suffixes = tuple[str, ...]  # of the files that a reader takes, the usual one first
 BLOCK = 1 << 20  # bytes per read
 GUESSED_ON = 1 << 14  # bytes used to guess an encoding
@@ -231,7 +233,7 @@ def split_parts(
 
 def _whole_file(config: DataConfig, suffixes: Suffixes, path: Path) -> FilePart:
     suffix = path.suffix.lower()
-    if suffix in OTHER_FORMATS:
+    if suffix in OTHER_FORMATS and suffix not in suffixes:
         instead = (
             "data.kind=images or another data.path"
             if suffix in PICTURES
@@ -282,7 +284,7 @@ def _line_start(path: Path, cut: int) -> int:
         return 0
     with path.open("rb") as file:
         file.seek(cut - 1)
-        ahead = file.read(1 << 16)
+        ahead = file.readline(-1 if path.suffix.lower() in ONE_A_LINE else 1 << 16)
     line_break = ahead.find(b"\n")
     if line_break >= 0:
         return cut + line_break

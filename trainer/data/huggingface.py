@@ -98,7 +98,7 @@ def _column_names(config: DataConfig, format: HubFormat, rows: Any) -> tuple[str
         chosen = tuple(f if f in names else f"translation.{f}" for f in chosen)
     else:
         chosen = usual[0] if usual else ()
-    if len(chosen) == len(format.columns[0]) and set(chosen) <= set(names):
+    if len(chosen) in map(len, format.columns) and set(chosen) <= set(names):
         return chosen
     examples = " or ".join(", ".join(columns) for columns in format.columns)
     raise ConfigError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError, DataConfig, TrainConfig
 from trainer.data.dataset import DataFacts, SplitFacts
+from trainer.data.tokenizer_files import SIDE_FILES, TEMPLATE
 
 TOKENIZER = "tokenizer.json"
 FACTS = "data.json"
@@ -49,7 +50,7 @@ def read_record(folder: str | Path) -> DataFacts | None:
 
 def copy_record(run_dir: str | Path, to: Path) -> None:
     """Copy the data record and the tokenizer of a run into another folder; raises OSError."""
-    for name in (TOKENIZER, FACTS, TABLE):
+    for name in (TOKENIZER, *SIDE_FILES, FACTS, TABLE):
         if (source := Path(run_dir) / name).is_file():
             shutil.copy(source, to / name)
 
@@ -60,7 +61,10 @@ def data_of(config: TrainConfig, run_dir: str | Path = "") -> DataConfig:
     `run_dir` is that folder; empty = `config.run_dir`.
     """
     folder = str(run_dir or config.run_dir)
-    return replace(config.data, processor=folder) if has_record(folder) else config.data
+    if not has_record(folder):
+        return config.data
+    template = "" if (Path(folder) / TEMPLATE).is_file() else config.data.chat_template
+    return replace(config.data, processor=folder, chat_template=template)
 
 
 def describe_changes(before: DataFacts, now: DataFacts, split: str) -> str:

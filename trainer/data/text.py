@@ -90,7 +90,8 @@ class Text(Dataset):
         self.lost = record["splits"][split]["lost"]
         self._tokens = tokens
         self._seq_len = seq_len
-        self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
+        self._pad_id = record["pad_id"]
+        self._start_id = record.get("start_id", record["eot_id"])  # begins a document
 
     def __len__(self) -> int:
         return _count_windows(len(self._tokens), self._seq_len)
@@ -115,7 +116,7 @@ class Text(Dataset):
         positions, counted from the start of the document (B, S).
         """
         batch = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
-        starts_BS = batch["tokens"] == self._eot_id
+        starts_BS = batch["tokens"] == self._start_id
         starts_BS[:, 0] = True
         if starts_BS[:, 1:].any():
             column_S = np.arange(starts_BS.shape[1])
@@ -192,6 +193,8 @@ def _write_split(
     advance: Callable[[int], None],
 ) -> Record:
     dtype = token_dtype(tokenizer)
+    # The end token of the previous document is the BOS of the next, unless the model has one.
+    begin = [tokenizer.eot_id, *(i for i in tokenizer.bos_ids if i != tokenizer.eot_id)]
     tokens = characters = largest_id = lost = 0
     rare, blank = rare_characters([]), True
     with path.open("wb") as file:
@@ -201,8 +204,7 @@ def _write_split(
             lost += lost_in_batch
             rare.update(rare_characters(texts))
             for (begins, text), ids in zip(batch, ids_of, strict=True):
-                # The end token of the previous document is the BOS of the next.
-                ids_n = np.array([tokenizer.eot_id, *ids] if begins else ids, dtype)
+                ids_n = np.array([*begin, *ids] if begins else ids, dtype)
                 file.write(ids_n.tobytes())
                 tokens += len(ids_n)
                 characters += len(text)

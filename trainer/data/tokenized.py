@@ -21,6 +21,7 @@ from trainer.data.dataset import DataFacts, SplitFacts
 from trainer.data.files import FilePart, Listing, Suffixes, name_of, read_listing, split_parts
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer, characters_lost
+from trainer.data.tokenizer_files import TokenizerFiles
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +54,12 @@ def prepare_tokens(
     texts: Callable[[FilePart], Iterable[str]],
     write: Callable[[Parts, Path], Record],
     progress: bool,
+    ingredients: Callable[[Parts], list[str]] = lambda parts: [],
 ) -> TokenizedSplits:
     """Tokenise the splits into `data.cache`, unless already done; raises UserError.
 
-    `texts` yields the text that a tokenizer is trained on; `write` fills the folder of the tokens.
+    `texts` yields the text that a tokenizer is trained on; `write` fills the folder of the tokens;
+    `ingredients` are what they depend on besides the files and the tokenizer.
     """
     listing = read_listing(config, root, suffixes)
     parts = split_parts(config, root, suffixes, listing)
@@ -70,7 +73,7 @@ def prepare_tokens(
                     yield text
 
     make_tokenizer(config, parts, of_train)
-    folder = tokens_folder(config, parts)
+    folder = tokens_folder(config, parts, ingredients(parts))
     record = build_folder(folder, lambda temporary: write(parts, temporary))
     check_ids(folder, record)
     warn_of_losses(config, record)
@@ -118,13 +121,17 @@ def named_tokenizer(config: DataConfig) -> Path:
     return path / TOKENIZER if path.is_dir() else path
 
 
-def tokens_folder(config: DataConfig, parts: Parts) -> Path:
+def tokens_folder(config: DataConfig, parts: Parts, ingredients: Sequence[str] = ()) -> Path:
     """Return the folder of the splits' tokens, which depends on the files and the tokenizer."""
     files = {
         split: [part.file_fingerprint() for part in of_split] for split, of_split in parts.items()
     }
-    digest = blake2b(find_tokenizer(config, parts).read_bytes()).hexdigest()
-    return prepared_folder(config, name_of(config), [files, digest, config.document_separator])
+    tokenizer = find_tokenizer(config, parts)
+    beside = TokenizerFiles.read(tokenizer.parent).meaning()
+    digest = blake2b(tokenizer.read_bytes() + beside).hexdigest()
+    return prepared_folder(
+        config, name_of(config), [files, digest, config.document_separator, *ingredients]
+    )
 
 
 def _of_run(config: DataConfig) -> Path:
@@ -141,7 +148,8 @@ def _tokenizer_folder(config: DataConfig, parts: Parts) -> Path:
     if config.tokenizer:
         path = named_tokenizer(config)
         content = blake2b(path.read_bytes()).hexdigest() if path.is_file() else "missing"
-        return prepared_folder(config, "tokenizer", [content])
+        texts = TokenizerFiles.read(path.parent).texts
+        return prepared_folder(config, "tokenizer", ["as it is", content, texts])
     train = [part.file_fingerprint() for part in parts["train"]]
     ingredients = ["bpe", train, config.vocab_size, config.document_separator]
     return prepared_folder(config, f"{name_of(config)}-tokenizer", ingredients)
@@ -168,12 +176,13 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def tokenizer_record(tokenizer: Tokenizer) -> Record:
-    """Return the vocabulary size, dtype, end and padding ids of the tokenizer."""
+    """Return the vocabulary size, dtype, end, padding and first ids of the tokenizer."""
     return {
         "vocab_size": tokenizer.vocab_size,
         "dtype": token_dtype(tokenizer).name,
         "eot_id": tokenizer.eot_id,
         "pad_id": tokenizer.pad_id,
+        "start_id": (*tokenizer.bos_ids, tokenizer.eot_id)[0],
     }
 
 

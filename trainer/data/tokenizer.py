@@ -11,6 +11,7 @@ import tokenizers
 
 from trainer.atomic_files import write_atomically
 from trainer.config.train import ConfigError, UserError
+from trainer.data.tokenizer_files import TokenizerFiles
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +27,28 @@ LONG_WORD = re.compile(r"\S{32}(?=\S)")
 
 
 class Tokenizer:
-    """A tokenizer with an end-of-text token (BOS and EOS of a sentence too) and a padding token."""
+    """A tokenizer with an end-of-text token (BOS and EOS of a sentence too) and a padding token.
 
-    def __init__(self, backend: tokenizers.Tokenizer):
+    Nothing is added to the vocabulary of a given one: it pads with its end token if it has no
+    other. `files` lie beside it, and name its end tokens and the beginning of a text.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, files: TokenizerFiles | None = None):
         self._backend = backend
+        self._json = ""  # the file as it was read; empty = trained here
+        self.files = files or TokenizerFiles(Path(), {})
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # text that spells a special token stays text
         if getattr(backend.model, "dropout", None):  # BPE dropout is random
             backend.model.dropout = None
-        self.eot_id = _find_special(backend, END_NAMES)
-        self.pad_id = _find_special(backend, PAD_NAMES)
         # The largest id, not the number of entries: a given vocabulary can have gaps.
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.end_ids = _find_ends(backend, self.files, self.vocab_size)  # any ends a text
+        self.eot_id = self.end_ids[0]
+        found = _mark_special(backend, PAD_NAMES)
+        self.pad_id = self.eot_id if found is None else found
+        self.bos_ids = _find_beginning(backend, self.files)  # of a text; mostly none
         self.is_lossless = _is_byte_level(backend)  # decoding reproduces any text
 
     @classmethod
@@ -69,9 +79,9 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Load a tokenizer.json, with its own end and padding tokens if it has any.
+        """Load a tokenizer.json and the files beside it.
 
-        Raises ConfigError if it is missing or not a tokenizer.
+        Raises ConfigError if it is missing, not a tokenizer, or has no end token.
         """
         if not Path(path).is_file():
             raise ConfigError(f"data.tokenizer={path}: no such file; it must be a tokenizer.json")
@@ -83,7 +93,9 @@ class Tokenizer:
                     f"data.tokenizer={path} has the token id {largest}; a model has a row for each "
                     f"id up to the largest, and at most {MOST_TOKENS} are allowed"
                 )
-            return cls(backend)
+            loaded = cls(backend, TokenizerFiles.read(Path(path).parent))
+            loaded._json = Path(path).read_text(encoding="utf-8")
+            return loaded
         except BaseException as error:  # the library raises bare exceptions, and panics
             _reraise_interrupts(error)
             raise ConfigError(
@@ -92,8 +104,9 @@ class Tokenizer:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json atomically; raises OSError."""
-        write_atomically(Path(path), self._backend.to_str(pretty=True))
+        """Write a tokenizer.json, as it was read, and the files beside it; raises OSError."""
+        write_atomically(Path(path), self._json or self._backend.to_str(pretty=True))
+        self.files.write(Path(path).parent, write_atomically)
 
     def is_same_file(self, path: str | Path) -> bool:
         """Return whether a file holds an identical tokenizer."""
@@ -102,7 +115,7 @@ class Tokenizer:
     def token_ids(self) -> dict[str, int]:
         """Return the id of each token, with the same names of end and padding for any tokenizer."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
-        special = {self.eot_id: END_NAMES[0], self.pad_id: PAD_NAMES[0]}
+        special = {self.pad_id: PAD_NAMES[0], self.eot_id: END_NAMES[0]}
         return {special.get(row, token): row for token, row in ids.items()}
 
     def encode(self, text: str) -> list[int]:
@@ -119,6 +132,44 @@ class Tokenizer:
             # The fast variant skips character offsets, which are not used.
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Return the token ids of a text to continue, with what its model begins a text with."""
+        return [*self.bos_ids, *self.encode(text)]
+
+    def encode_markup(self, text: str, as_text: Sequence[tuple[int, int]] = ()) -> list[int]:
+        """Return the token ids of a text in which special tokens count, except in ranges `as_text`.
+
+        There, what spells a special token is encoded as the text that it is.
+        """
+        self._backend.encode_special_tokens = False
+        try:
+            with _explain_errors("encode"):
+                encoding = self._backend.encode(text, add_special_tokens=False)
+        finally:
+            self._backend.encode_special_tokens = True
+        ids, special = [], self._special_ids()
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if token in special and any(start < high and low < end for low, high in as_text):
+                ids += self.encode(text[start:end])
+            else:
+                ids.append(token)
+        return ids
+
+    def special_tokens(self) -> list[str]:
+        """Return the texts of all special tokens."""
+        return list(self._special_ids().values())
+
+    def _special_ids(self) -> dict[int, str]:
+        added = self._backend.get_added_tokens_decoder()
+        return {row: token.content for row, token in added.items() if token.special}
+
+    def named_tokens(self) -> dict[str, str]:
+        """Return the texts of the tokens that a chat template may name, e.g. eos_token."""
+        names = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token")
+        found = {name: text for name in names if (text := self.files.tokenizer_value(name))}
+        bos = {"bos_token": self._backend.id_to_token(self.bos_ids[0])} if self.bos_ids else {}
+        return {"eos_token": self._backend.id_to_token(self.eot_id), **bos, **found}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids; special tokens are left out."""
@@ -196,13 +247,59 @@ def too_small(vocab_size: int) -> str:
     )
 
 
-def _find_special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int:
-    """Return the id of the first of these names in the vocabulary; add names[0] if none is."""
-    name = next((n for n in names if backend.token_to_id(n) is not None), names[0])
-    backend.add_special_tokens([name])  # a known one is only marked as special
-    token_id = backend.token_to_id(name)
-    assert token_id is not None, name
-    return token_id
+def _find_ends(
+    backend: tokenizers.Tokenizer, files: TokenizerFiles, vocab_size: int
+) -> tuple[int, ...]:
+    """Return the ids of the end tokens, the first of which separates documents.
+
+    They are those of generation_config.json (or config.json), else the eos_token of
+    tokenizer_config.json, else the first of END_NAMES. Raises ConfigError if there is none.
+    """
+    if ends := files.end_ids(vocab_size):
+        return tuple(ends)
+    names = [name] if (name := files.tokenizer_value("eos_token")) else END_NAMES
+    end_id = _mark_special(backend, names)
+    if end_id is None:
+        found = f"eos_token={name} of tokenizer_config.json is not in it" if name else "it has none"
+        raise ConfigError(
+            f"data.tokenizer needs a token that ends a text, but {found}; name one of its tokens "
+            f"{END_NAMES[0]} or {END_NAMES[2]}, or give its id as eos_token_id in a "
+            "generation_config.json beside tokenizer.json"
+        )
+    return (end_id,)
+
+
+def _mark_special(backend: tokenizers.Tokenizer, names: Sequence[str]) -> int | None:
+    """Mark the first of these names in the vocabulary as special; return its id, None if none is.
+
+    The id stays, and no token is added.
+    """
+    name = next((n for n in names if backend.token_to_id(n) is not None), None)
+    if name is None:
+        return None
+    backend.add_special_tokens([name])
+    return backend.token_to_id(name)
+
+
+def _find_beginning(backend: tokenizers.Tokenizer, files: TokenizerFiles) -> list[int]:
+    """Return the ids that the model's tokenizer puts in front of a text: BOS, or none.
+
+    `add_bos_token` of tokenizer_config.json decides, else the post-processor. A tokenizer that
+    closes texts too (that of an encoder) puts nothing in front here.
+    """
+    adds = files.tokenizer_value("add_bos_token")
+    if adds is not None:
+        bos = files.tokenizer_value("bos_token")
+        token_id = backend.token_to_id(bos) if adds and bos else None
+        return [] if token_id is None else [token_id]
+    if not backend.encode("", add_special_tokens=True).ids:
+        return []
+    known = next(iter(backend.get_vocab(with_added_tokens=False)))  # some text that has a token
+    with _explain_errors("encode"):
+        encoding = backend.encode(known, add_special_tokens=True)
+    mask = encoding.special_tokens_mask
+    inner = mask.index(0) if 0 in mask else 0
+    return encoding.ids[:inner] if not any(mask[inner:]) else []
 
 
 def _first_texts(texts: Iterable[str]) -> Iterator[str]:

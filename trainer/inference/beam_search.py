@@ -3,6 +3,8 @@
 # B sources, K beams, R = B × K rows, T source tokens, L tokens generated so far, C candidates,
 # V vocabulary.
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,15 +27,16 @@ class BeamSearch:
         beams: int,
         max_tokens: int,
         length_penalty: float,
-        eos_id: int,
+        end_ids: Sequence[int],
         device: torch.device,
     ):
-        self._eos_id, self._penalty, self._max_tokens = eos_id, length_penalty, max_tokens
+        self._ends = torch.tensor(list(dict.fromkeys(end_ids)), device=device)
+        self._penalty, self._max_tokens = length_penalty, max_tokens
         self._tokens_BKL = torch.zeros(sentences, beams, 0, dtype=torch.int64, device=device)
         # All beams start identical: only the first one is extended.
         self._total_BK = torch.full((sentences, beams), -torch.inf, device=device)
         self._total_BK[:, 0] = 0.0
-        self._best_BL = torch.full((sentences, max_tokens), eos_id, device=device)
+        self._best_BL = torch.full((sentences, max_tokens), int(self._ends[0]), device=device)
         self._best_score_B = torch.full((sentences,), -torch.inf, device=device)
         self._finished_B = torch.zeros(sentences, dtype=torch.int64, device=device)
         self._done_B = torch.zeros(sentences, dtype=torch.bool, device=device)
@@ -53,10 +56,11 @@ class BeamSearch:
         V = logits_RV.shape[-1]
         precise = torch.promote_types(logits_RV.dtype, torch.float32)
         step_BKV = logits_RV.to(precise).log_softmax(-1).view(B, K, V)
-        # Each beam ends in at most one of its candidates: of 2 K, at least K are unfinished.
-        total_BC, choice_BC = (self._total_BK[:, :, None] + step_BKV).flatten(1).topk(2 * K)
+        # Each beam ends in at most one candidate per end token: of the others at least K are left.
+        candidates = min((1 + len(self._ends)) * K, K * V)
+        total_BC, choice_BC = (self._total_BK[:, :, None] + step_BKV).flatten(1).topk(candidates)
         beam_BC, token_BC = choice_BC // V, choice_BC % V
-        ends_BC = token_BC == self._eos_id
+        ends_BC = torch.isin(token_BC, self._ends)
         self._finish(total_BC.masked_fill(~ends_BC, -torch.inf)[:, :K], beam_BC)
         self._total_BK, choice_BK = total_BC.masked_fill(ends_BC, -torch.inf).topk(K)
         row_BK = beam_BC.gather(1, choice_BK) + K * torch.arange(B, device=beam_BC.device)[:, None]
@@ -87,8 +91,9 @@ class BeamSearch:
         """
         ended = self._best_score_B.isfinite().tolist()
         pairs = zip(self._best_BL.tolist(), self._tokens_BKL[:, 0].tolist(), strict=True)
+        end_id = int(self._ends[0])  # fills the best ones
         return [
-            best[: best.index(self._eos_id)] if ends else unfinished
+            best[: best.index(end_id)] if ends else unfinished
             for ends, (best, unfinished) in zip(ended, pairs, strict=True)
         ]
 
@@ -101,16 +106,18 @@ def translate_tokens(
     max_tokens: int,
     bos_id: int,
     eos_id: int,
+    end_ids: Sequence[int] = (),
     beams: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    Every data rank must call it, with its own sentences; all stop once the last one is done.
+    `eos_id` and any of `end_ids` end one. Every data rank must call it, with its own sentences; all
+    stop once the last one is done, since a sharded model communicates in its forward.
     """
-    model, sentences = unwrap_transformer(worker), len(source_BT)
+    model, sentences, ends = unwrap_transformer(worker), len(source_BT), [eos_id, *end_ids]
     max_tokens = min(max_tokens, model.config.max_positions or max_tokens)
-    search = BeamSearch(sentences, beams, max_tokens, length_penalty, eos_id, worker.device)
+    search = BeamSearch(sentences, beams, max_tokens, length_penalty, ends, worker.device)
     inputs = {"source": source_BT.to(worker.device)}
     if source_valid_BT is not None:
         inputs["source_valid"] = source_valid_BT.to(worker.device)
@@ -124,7 +131,6 @@ def translate_tokens(
         cache.reorder_rows(row_R)
         row_R = search.advance(logits_RV)
         for _ in range(1, max_tokens):
-            # A sharded model communicates in its forward: all ranks must stop together.
             if not worker.any_data_rank(not search.done):
                 break
             if beams > 1:

@@ -2,7 +2,8 @@
 
 # L tokens generated so far, S tokens per forward, V vocabulary.
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,18 +14,29 @@ from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import DecodingCache
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn: temperature 0.0 takes the most probable one."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1.0 = off
+    seed: int = 0
+
+
 def sample_tokens(
     worker: ParallelModel,
     prompt_ids: Sequence[int],
     *,
     max_tokens: int,
     eot_id: int,
+    end_ids: Collection[int] = (),
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> list[int]:
-    """Return the tokens that a decoder generates after the prompt, before any `eot_id`.
+    """Return the tokens that a decoder generates after the prompt, before `eot_id` or any end.
 
     The result is the same on every rank. An empty prompt is the start of a document. A text longer
     than the model's positions is truncated to its end. temperature 0.0 takes the most probable
@@ -32,17 +44,14 @@ def sample_tokens(
     """
     model, history = unwrap_transformer(worker), list(prompt_ids) or [eot_id]
     start, generator = len(history), torch.Generator().manual_seed(seed)
+    sampling = Sampling(temperature, top_k, top_p)
     limit = model.config.max_positions or start + max_tokens
     capacity = min(limit, start + max_tokens)
     with worker.evaluation_mode():
         window, cache = history[-limit:], DecodingCache(model, capacity)
         for _ in range(max_tokens):
-            tokens_BS = torch.tensor([window], device=worker.device)
-            logits_V = worker.forward({"tokens": tokens_BS}, cache)[0, -1]
-            token = _agree_on_token(
-                worker, sample_token(logits_V, temperature, top_k, top_p, generator)
-            )
-            if token == eot_id:
+            token = next_token(worker, window, cache, sampling, generator)
+            if token == eot_id or token in end_ids:
                 break
             history.append(token)
             window = [token]
@@ -50,6 +59,20 @@ def sample_tokens(
                 window = history[-max(1, limit // 2) :]
                 cache = DecodingCache(model, capacity)
     return history[start:]
+
+
+def next_token(
+    worker: ParallelModel,
+    window: Sequence[int],
+    cache: DecodingCache,
+    sampling: Sampling,
+    generator: torch.Generator,
+) -> int:
+    """Return the token that follows on the cached ones and `window`, the same on every rank."""
+    tokens_BS = torch.tensor([list(window)], device=worker.device)
+    logits_V = worker.forward({"tokens": tokens_BS}, cache)[0, -1]
+    token = sample_token(logits_V, sampling.temperature, sampling.top_k, sampling.top_p, generator)
+    return _agree_on_token(worker, token)
 
 
 def check_finite(logits: Tensor) -> None:

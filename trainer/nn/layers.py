@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -196,8 +197,12 @@ class Attention(nn.Module):
         value_BGSK = self._split_heads(self.value(x_BSD)).transpose(1, 2)
         causal = stream.causal and not stream.hides_keys
         if cache is not None:
-            causal = causal and cache.length == 0  # a later token attends to all cached ones
+            start, S = cache.length, query_BSHK.shape[1]
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
+            if causal and start and S > 1:  # the cached tokens, and those of these before each
+                mask_SC = torch.ones(S, start + S, dtype=torch.bool, device=x_BSD.device)
+                stream = replace(stream, mask=mask_SC.tril(start)[None, None])
+            causal = causal and start == 0  # a single later token attends to all cached ones
         return self._attend_global(query_BSHK, key_BGSK, value_BGSK, stream, causal)
 
     def cross_attention(

@@ -34,12 +34,13 @@ class LanguageModeling(Task):
     def generate(self, config: GenerateConfig, run: TrainedRun) -> str:
         """Return the prompt with the generated continuation."""
         tokenizer = run.load_tokenizer()
-        prompt_ids = tokenizer.encode(config.prompt)
+        prompt_ids = tokenizer.encode_prompt(config.prompt)
         generated = sample_tokens(
             run.worker,
             prompt_ids,
             max_tokens=config.max_tokens,
             eot_id=tokenizer.eot_id,
+            end_ids=tokenizer.end_ids,
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
@@ -62,6 +63,7 @@ class LanguageModeling(Task):
         self,
         worker: ParallelModel,
         load_tokenizer: Callable[[], Tokenizer | None],
+        open_split: Callable[[str], Dataset],
         max_tokens: int,
         seed: int,
     ) -> str:
@@ -70,9 +72,10 @@ class LanguageModeling(Task):
         assert tokenizer is not None
         ids = sample_tokens(
             worker,
-            [],
+            tokenizer.bos_ids,
             max_tokens=max_tokens,
             eot_id=tokenizer.eot_id,
+            end_ids=tokenizer.end_ids,
             temperature=0.8,
             seed=seed,
         )

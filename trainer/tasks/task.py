@@ -86,6 +86,7 @@ class Task(CrossEntropy, ABC):
         self,
         worker: ParallelModel,
         load_tokenizer: Callable[[], Tokenizer | None],
+        open_split: Callable[[str], Dataset],
         max_tokens: int,
         seed: int,
     ) -> str:

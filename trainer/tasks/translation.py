@@ -70,6 +70,7 @@ class Translation(Task):
             max_tokens=config.max_tokens,
             bos_id=tokenizer.eot_id,
             eos_id=tokenizer.eot_id,
+            end_ids=tokenizer.end_ids,
             beams=config.beams,
             length_penalty=config.length_penalty,
         )
@@ -119,6 +120,7 @@ class TranslationMetrics(CrossEntropyMetrics):
             max_tokens=unwrap_transformer(self._worker).config.max_positions,
             bos_id=tokenizer.eot_id,
             eos_id=tokenizer.eot_id,
+            end_ids=tokenizer.end_ids,
             beams=decoding.beams,
             length_penalty=decoding.length_penalty,
         )

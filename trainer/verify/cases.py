@@ -256,6 +256,15 @@ COMPRESSED = {
 }
 
 
+# Rows of several conversations, under each axis alone and where two of them meet.
+CHAT_STRATEGIES = (
+    *("ddp 2", "fsdp 2", "tensor 2", "tensor 2, whole sequences"),
+    *("pipeline 2, 1f1b", "pipeline 2, zero_bubble"),
+    *(f"context 2, {method}" for method in ("all_gather", "ring", "ulysses")),
+    *("fsdp 2 × context 2, ring", "fsdp 2 × tensor 2 × pipeline 2"),
+)
+
+
 def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     """Yield (model, strategy, config): every strategy on every family, and compressed models."""
     for family, model in FAMILIES.items():
@@ -264,6 +273,9 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     for family, model in FEATURES.items():
         for name in FEATURE_STRATEGIES:
             yield family, name, VerifyConfig(STRATEGIES[name], model)
+    for name in CHAT_STRATEGIES:
+        config = VerifyConfig(STRATEGIES[name], FAMILIES["decoder (Llama)"], task="chat")
+        yield "decoder (Llama), chats", name, config
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
             for name in _strategy_names(compress):
@@ -300,11 +312,11 @@ def samples_per_step(strategy: StrategyConfig) -> int:
 
 
 def make_batch(
-    model: ModelConfig, seed: int, step: int, samples: int = SAMPLES
+    model: ModelConfig, seed: int, step: int, samples: int = SAMPLES, task: str = "auto"
 ) -> dict[str, Tensor]:
     """Return a global batch with unequal numbers of valid targets, padding and documents."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
-    return task_of_model(model).random_batch(model, samples, SEQ_LEN, generator)
+    return task_of_model(model, task).random_batch(model, samples, SEQ_LEN, generator)
 
 
 def split_batch(batch: dict[str, Tensor], worker: ParallelModel) -> list[dict[str, Tensor]]:

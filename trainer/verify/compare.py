@@ -31,6 +31,7 @@ from trainer.optim.lr_schedule import learning_rate_at
 from trainer.optim.registry import build_optimizer, check_reference, reference_optimizers
 from trainer.precision import PRECISIONS
 from trainer.tasks.registry import task_of_model
+from trainer.tasks.task import Task
 from trainer.verify.cases import (
     STRATEGIES,
     iter_cases,
@@ -83,11 +84,12 @@ def reference_loss(
     batch: dict[str, Tensor],
     teacher: Transformer | None,
     compress: CompressConfig,
+    task: Task,
 ) -> Tensor:
     """Return the mean loss of a global batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
     logits, made = _forward_with_blocks(model, batch, [ours for ours, _ in compress.match])
-    loss = task_of_model(model.config).reference_loss(logits, batch, LABEL_SMOOTHING)
+    loss = task.reference_loss(logits, batch, LABEL_SMOOTHING)
     if teacher is None:
         return loss
     valid, temperature = targets != IGNORED, compress.temperature
@@ -154,8 +156,9 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     record = Record([], [], [], {})
     compression.prepare_step(0, config.steps)
     for step in range(config.steps):
-        batch = make_batch(model_config, config.seed, step, size)
-        loss = reference_loss(model, batch, teacher, config.compress)
+        batch = make_batch(model_config, config.seed, step, size, config.task)
+        task = task_of_model(model_config, config.task)
+        loss = reference_loss(model, batch, teacher, config.compress, task)
         model.zero_grad()
         loss.backward()
         record.losses.append(loss.item())
@@ -186,19 +189,19 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         PRECISIONS["fp64"],
         seed=config.seed,
         loss=LossConfig(LABEL_SMOOTHING),
-        objective=task_of_model(config.model),
+        objective=task_of_model(config.model, config.task),
         activation_checkpointing=config.activation_checkpointing,
         compression=compression,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )
     optimizer = build_optimizer(worker.parameters(), config.optim)
+    samples = samples_per_step(config.strategy)
     record = Record([], [], [], {})
     compression.prepare_step(0, config.steps)
     for step in range(config.steps):
-        batch = make_batch(config.model, config.seed, step, samples_per_step(config.strategy))
-        micro_batches = split_batch(batch, worker)
+        batch = make_batch(config.model, config.seed, step, samples, config.task)
         worker.zero_grad()
-        loss, _ = worker.forward_backward(micro_batches)
+        loss, _ = worker.forward_backward(split_batch(batch, worker))
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         # Copies: clipping changes the gradients in place.
@@ -371,7 +374,8 @@ def verify_all(config: VerifyConfig) -> None:
     try:
         for model, name, case in iter_cases():
             log.print(f"verifying {model}: {name}", style="dim", highlight=False)
-            case = replace(config, strategy=case.strategy, model=case.model, compress=case.compress)
+            shown = ("strategy", "model", "compress", "task")
+            case = replace(config, **{key: getattr(case, key) for key in shown})
             rows[model, name] = pool.run(world_size(case.strategy), compare_layout, case)[0]
     except RankFailedError as failure:
         log.print(str(failure), markup=False)

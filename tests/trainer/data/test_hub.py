@@ -48,6 +48,29 @@ def pairs_of(config):
     return [tuple(line.split("\t")) for line in lines]
 
 
+@pytest.mark.parametrize("columns", [["messages"], ["prompt", "completion"]])
+def test_conversations(config, tmp_path, columns):
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": f"day {i}", "name": None},
+                {"role": "assistant", "content": f"Tag {i}", "name": None},
+            ],
+            "prompt": f"day {i}",
+            "completion": f"Tag {i}",
+            "id": i,
+        }
+        for i in range(40)
+    ]
+    write(tmp_path, [{name: talk[name] for name in [*columns, "id"]} for talk in talks])
+    settings = config("chat", chat_template="plain")
+    data.prepare_data(settings)
+    dataset, tokenizer = data.open_split(settings, "train"), data.open_tokenizer(settings)
+    opening = dataset.opening(0)
+    assert [message["role"] for message in opening] == ["user"]
+    assert "assistant\nTag" in tokenizer.decode(dataset.sample(0, None)["tokens"])
+
+
 def test_pairs_with_an_empty_cell_are_left_out_and_counted(config, tmp_path, caplog):
     rows = [{"source": f"day {i}", "target": f"Tag {i}"} for i in range(9)]
     rows[0]["target"] = rows[3]["source"] = None

@@ -218,12 +218,34 @@ def test_an_own_tokenizer_and_its_changes(corpus, tmp_path):
     assert data.prepare_data(config).vocab_size == 360
 
 
+def test_a_document_begins_with_the_bos_of_the_model(corpus, tmp_path):
+    config = corpus(5, train="a b<|endoftext|>a b", valid="b", test="b")
+    words = tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2, "<s>": 3, "</s>": 4}, "?")
+    own = tokenizers.Tokenizer(words)
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.add_special_tokens(["<s>", "</s>"])
+    config.tokenizer = f"{config.path}/tokenizer.json"
+    own.save(config.tokenizer)
+    data.prepare_data(config)
+    plain = data.data_fingerprint(config)
+    settings = '{"add_bos_token": true, "bos_token": "<s>"}'
+    (tmp_path / "corpus/tokenizer_config.json").write_text(settings)
+    data.prepare_data(config)
+    assert data.data_fingerprint(config) != plain
+    dataset = data.open_split(config, "train")
+    batch = dataset.collate([dataset.sample(0, None)])
+    assert batch["tokens"][0].tolist() == [4, 3, 0, 1, 4]
+    assert batch["targets"][0].tolist() == [3, 0, 1, 4, 3]
+    assert batch["positions"][0].tolist() == [0, 0, 1, 2, 3]
+
+
 def test_a_large_vocabulary_takes_four_bytes(corpus):
     config = corpus(1, train="a b a", valid="b", test="b")
-    words = tokenizers.models.WordLevel({"a": 0, "b": 70_000, "?": 1}, unk_token="?")
+    words = tokenizers.models.WordLevel({"a": 0, "b": 70_000, "?": 1, "</s>": 2}, unk_token="?")
     own = tokenizers.Tokenizer(words)
     own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     config.tokenizer = f"{config.path}/own.json"
+    own.add_special_tokens(["</s>"])
     own.save(config.tokenizer)
     assert data.prepare_data(config).vocab_size == 70_001
     assert targets_of(data.open_split(config, "train")).tolist() == [0, 70_000, 0]

@@ -1,5 +1,6 @@
 """The tokenizer: exact round trips, special tokens, given files, and rejected ones."""
 
+import json
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def own(tmp_path, specials, model=None):
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<unk>", *specials],
+        special_tokens=["<unk>", *(specials or ["</s>"])],
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -82,14 +83,75 @@ def test_an_own_tokenizer_keeps_its_ids_and_its_special_tokens(tmp_path, end, pa
     assert loaded.decode([loaded.eot_id, loaded.pad_id]) == ""
 
 
-def test_missing_special_tokens_are_added_and_survive_saving(tmp_path):
-    backend, path = own(tmp_path, [])
-    grown = Tokenizer.load(path)
-    size = backend.get_vocab_size()
-    assert sorted((grown.eot_id, grown.pad_id)) == [size, size + 1]
-    assert grown.vocab_size == size + 2
-    grown.save(tmp_path / "grown.json")
-    assert Tokenizer.load(tmp_path / "grown.json").vocab_size == size + 2
+def test_nothing_is_added_to_a_given_tokenizer(tmp_path):
+    """Without a padding token it pads with its end: padding is masked by position."""
+    backend, path = own(tmp_path, ["</s>"])
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 1]}')
+    loaded = Tokenizer.load(path)
+    assert loaded.vocab_size == backend.get_vocab_size()
+    assert (loaded.end_ids, loaded.eot_id, loaded.pad_id) == ((7, 1), 7, 7)
+    (tmp_path / "copy").mkdir()
+    loaded.save(tmp_path / "copy/tokenizer.json")
+    for name in ("own.json", "generation_config.json"):
+        copy = tmp_path / "copy" / ("tokenizer.json" if name == "own.json" else name)
+        assert copy.read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_a_grown_tokenizer_of_an_earlier_run_keeps_its_tokens(tmp_path):
+    backend, path = own(tmp_path, ["</s>"])
+    backend.add_special_tokens(["<|pad|>"])
+    backend.save(str(path))
+    assert Tokenizer.load(path).pad_id == backend.get_vocab_size() - 1
+
+
+@pytest.mark.parametrize(
+    "files, ends",
+    [
+        ({"config.json": {"eos_token_id": 5}}, (5,)),
+        ({"config.json": {"eos_token_id": 5}, "generation_config.json": {"eos_token_id": 6}}, (6,)),
+        ({"tokenizer_config.json": {"eos_token": "<unk>"}}, (0,)),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<unk>"}}}, (0,)),
+        ({}, (1,)),
+    ],
+)
+def test_the_end_tokens_are_the_models_also_in_a_copy(tmp_path, files, ends):
+    _, path = own(tmp_path, ["</s>"])
+    for name, values in files.items():
+        (tmp_path / name).write_text(json.dumps(values))
+    (tmp_path / "copy").mkdir()
+    Tokenizer.load(path).save(tmp_path / "copy/tokenizer.json")
+    for folder in (path, tmp_path / "copy/tokenizer.json"):
+        assert Tokenizer.load(folder).end_ids == ends
+
+
+def test_a_text_begins_as_its_model_expects(tmp_path):
+    backend, path = own(tmp_path, ["</s>", "<s>"])
+    assert Tokenizer.load(path).bos_ids == []
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 2)]
+    )
+    backend.save(str(path))
+    loaded = Tokenizer.load(path)
+    assert loaded.encode_prompt("rain") == [2, *loaded.encode("rain")]
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false, "bos_token": "<s>"}')
+    assert Tokenizer.load(path).bos_ids == []
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 1)]
+    )
+    backend.save(str(path))
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "bos_token": "<s>"}')
+    assert Tokenizer.load(path).bos_ids == [2]
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert Tokenizer.load(path).bos_ids == []  # a token behind a text is none in front of it
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    word_level().save(str(tmp_path / "own.json"))
+    with pytest.raises(UserError, match=r"needs a token that ends a text.*generation_config"):
+        Tokenizer.load(tmp_path / "own.json")
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 999}')
+    with pytest.raises(UserError, match=r"eos_token_id=999 must be token ids from 0 to 11"):
+        Tokenizer.load(tmp_path / "own.json")
 
 
 def test_holes_between_ids_count(tmp_path):
@@ -145,6 +207,11 @@ def word_level(unk="[UNK]", known=WORDS, **parts) -> tokenizers.Tokenizer:
     return backend
 
 
+def save_with_end(backend, folder):
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(folder / "own.json"))
+
+
 def metaspace() -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         tokenizers.models.Unigram(
@@ -185,13 +252,13 @@ LOSSY = {
 @pytest.mark.parametrize("case", LOSSY)
 def test_lost_characters_are_counted(tmp_path, case):
     backend, text = LOSSY[case]
-    backend.save(str(tmp_path / "own.json"))
+    save_with_end(backend, tmp_path)
     lost = encode_texts(Tokenizer.load(tmp_path / "own.json"), ["", text])[1]
     assert 0 < lost <= len(text)
 
 
 def test_no_characters_are_lost_of_text_that_decodes_exactly(tmp_path, tokenizer):
-    metaspace().save(str(tmp_path / "own.json"))
+    save_with_end(metaspace(), tmp_path)
     for lossless in (Tokenizer.load(tmp_path / "own.json"), tokenizer):
         assert encode_texts(lossless, [" ".join(WORDS), "", "rain"])[1] == 0
     assert tokenizer.is_lossless and not Tokenizer.load(tmp_path / "own.json").is_lossless
@@ -209,7 +276,7 @@ def test_a_normalizer_makes_a_tokenizer_lossy(tmp_path):
 
 def test_bits_per_character_are_not_reported_for_a_lossy_tokenizer(tmp_path, caplog):
     (tmp_path / "text.txt").write_text(" ".join(WORDS * 50))
-    word_level(known=WORDS[:8]).save(str(tmp_path / "own.json"))
+    save_with_end(word_level(known=WORDS[:8]), tmp_path)
     config = DataConfig(
         path=str(tmp_path / "text.txt"),
         tokenizer=str(tmp_path / "own.json"),
@@ -234,7 +301,7 @@ def test_bits_per_character_are_not_reported_for_a_lossy_tokenizer(tmp_path, cap
     ],
 )
 def test_a_tokenizer_without_an_unknown_token_gives_one_message(tmp_path, backend):
-    backend.save(str(tmp_path / "own.json"))
+    save_with_end(backend, tmp_path)
     with pytest.raises(UserError, match=r"data\.tokenizer.*unknown token"):
         Tokenizer.load(tmp_path / "own.json").encode("when hell freezes")
 

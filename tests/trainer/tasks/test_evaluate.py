@@ -181,7 +181,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
 class Echo:
     """A tokenizer of two words, so that an untrained model predicts some correctly."""
 
-    eot_id = 0
+    eot_id, end_ids = 0, (0,)
 
     def decode(self, ids):
         return " ".join(str(token % 2) for token in ids)
