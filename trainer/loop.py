@@ -20,6 +20,7 @@ from trainer.build import build_worker
 from trainer.checkpoint.identity import run_record
 from trainer.checkpoint.restore import restore_checkpoint
 from trainer.checkpoint.save import Saver, warn_rare_evaluation
+from trainer.checkpoint.weight_digest import weight_digests
 from trainer.compress.compression import Compression
 from trainer.config.train import TrainConfig
 from trainer.data import data_fingerprint, open_split, open_tokenizer
@@ -108,6 +109,9 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
     policy = BadStepPolicy(
         config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
     )
+    frozen = bool(worker.whole.frozen)  # no checkpoint holds these weights
+    if frozen and config.init_from:
+        load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     state = TrainState(
         worker,
         build_optimizer(worker.parameters(), config.optim),
@@ -116,9 +120,10 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
         order_batch_size=config.batch_size,
+        base=weight_digests({n: p for n, p in worker.parameters().items() if not p.requires_grad}),
     )
     resume(config, state, data)
-    if config.init_from and state.step == 0:
+    if config.init_from and state.step == 0 and not frozen:
         load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"

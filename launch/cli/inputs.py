@@ -143,6 +143,8 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
 
     Logs every key under which the weights compute another function.
     """
+    if config.lora.rank:
+        _check_frozen_weights(config)
     if not config.init_from:
         return
     theirs = load_config(config.init_from, "init_from").model
@@ -166,6 +168,23 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
             rows.what,
             rows.known_rows,
             len(rows.theirs),
+        )
+
+
+def _check_frozen_weights(config: TrainConfig) -> None:
+    """Raise ConfigError if adapters cannot be trained on config.init_from; warn without one."""
+    if not config.init_from:
+        log.warning(
+            "lora.rank=%d trains adapters of random frozen weights; set init_from to the run or "
+            "model to fine-tune",
+            config.lora.rank,
+        )
+        return
+    bits = load_config(config.init_from, "init_from").compress.bits
+    if bits and (Path(config.init_from) / EXPORTED).exists():
+        raise ConfigError(
+            f"init_from={config.init_from} is an export of compress.bits={bits}, but adapters are "
+            "trained on weights that are not packed; set init_from to the run itself"
         )
 
 

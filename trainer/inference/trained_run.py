@@ -10,7 +10,7 @@ from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
-from trainer.checkpoint.restore import load_weights
+from trainer.checkpoint.restore import base_weights, load_weights
 from trainer.checkpoint.vocabulary import map_vocabulary
 from trainer.compress.structured_pruning import remove_pruned
 from trainer.config.train import (
@@ -19,6 +19,7 @@ from trainer.config.train import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    LoraConfig,
     TeachConfig,
     TrainConfig,
 )
@@ -29,6 +30,7 @@ from trainer.huggingface.registry import is_model_folder
 from trainer.huggingface.weights import load_folder
 from trainer.inference import export
 from trainer.inference.huggingface import export_folder
+from trainer.inference.weights import load_merged
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run.run_dir import EXPORTED, load_config
@@ -68,6 +70,7 @@ def load_trained_run(
         run,
         run_dir=config.run_dir,
         compress=compress or run.compress,
+        lora=LoraConfig(),  # its adapters are merged
         strategy=config.strategy,
         precision=config.precision,
         device=config.device,
@@ -95,9 +98,11 @@ def load_run_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | Non
     are no weights, or if they belong to another model.
     """
     if is_model_folder(run_dir):
-        load_folder(run_dir, worker.parameters(), rows)
+        load_folder(run_dir, base_weights(worker), rows)
     elif is_export(run_dir):
         export.load_export(run_dir, worker, load_config(run_dir).compress, rows)
+    elif load_config(run_dir).lora.rank:
+        load_merged(run_dir, base_weights(worker), rows)
     else:
         load_weights(run_dir, worker, rows)
 
@@ -151,7 +156,9 @@ def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None
     )
     run = strip_pruned(load_trained_run(reader, runtime, config.compress, integers=False), runtime)
     asked = load_config(config.run_dir)
-    asked = replace(asked, model=run.config.model, compress=run.config.compress)
+    asked = replace(
+        asked, model=run.config.model, compress=run.config.compress, lora=run.config.lora
+    )
     export.write_export(run.worker, asked, dtype, Path(config.run_dir), to)
     if say:
         size = (to / EXPORTED).stat().st_size

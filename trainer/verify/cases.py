@@ -10,7 +10,14 @@ from torch import Tensor
 
 from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, data_degree
-from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_encoder_decoder
+from trainer.config.train import (
+    CompressConfig,
+    LoraConfig,
+    ModelConfig,
+    VerifyConfig,
+    is_encoder_decoder,
+)
+from trainer.nn.init import init_rows
 from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
@@ -256,8 +263,14 @@ COMPRESSED = {
 }
 
 
+LORA = LoraConfig(rank=3, dropout=0.2)
+
+
 def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
-    """Yield (model, strategy, config): every strategy on every family, and compressed models."""
+    """Yield (model, strategy, config): every strategy on every family; compressed models; adapters.
+
+    Adapters are verified under every strategy, on the families in turn.
+    """
     for family, model in FAMILIES.items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
@@ -270,6 +283,9 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
                 strategy = STRATEGIES.get(name, StrategyConfig())
                 config = VerifyConfig(strategy, FAMILIES[family], compress)
                 yield f"{family}, {technique}", name, config
+    for number, (name, strategy) in enumerate(STRATEGIES.items()):
+        family = list(FAMILIES)[(number + 1) % len(FAMILIES)]
+        yield f"{family}, LoRA", name, VerifyConfig(strategy, FAMILIES[family], lora=LORA)
 
 
 def _strategy_names(compress: CompressConfig) -> tuple[str, ...]:
@@ -290,6 +306,17 @@ def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressC
         sparse_m=min(compress.sparse_m, 8),
         match=[[i, j] for i, j in match.items() if (i < encoder) == (j < encoder)],
     )
+
+
+def draw_rows(
+    config: ModelConfig, seed: int, name: str, shape: torch.Size, start: int, stop: int
+) -> Tensor:
+    """Return rows of a parameter's initial value: `init_rows`, but an adapter's B is random too.
+
+    The gradient of its A is zero while B is.
+    """
+    drawn = f"{name}.random" if name.endswith("lora_b") else name
+    return init_rows(config, seed, drawn, shape, start, stop)
 
 
 def samples_per_step(strategy: StrategyConfig) -> int:

@@ -24,6 +24,7 @@ from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED
 from trainer.config.train import CompressConfig, LossConfig, ModelConfig, VerifyConfig
+from trainer.lora.adapter import add_adapters
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
 from trainer.nn.init import init_rows
@@ -33,6 +34,7 @@ from trainer.precision import PRECISIONS
 from trainer.tasks.registry import task_of_model
 from trainer.verify.cases import (
     STRATEGIES,
+    draw_rows,
     iter_cases,
     make_batch,
     samples_per_step,
@@ -145,8 +147,9 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     model = Transformer(model_config, torch.float64).double()
     compression = Compression(config.compress)
     compression.reshape_model(model)
+    add_adapters(model, config.lora)
     for name, parameter in model.named_parameters():
-        rows = init_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
+        rows = draw_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
     teacher = random_teacher(model_config, config.seed) if config.compress.teacher else None
     names = dict(model.named_parameters())
@@ -171,15 +174,12 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     return record
 
 
-def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
-    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
-
-    They are the axes that it is split on or its gradient summed over.
-    """
-    compression = Compression(config.compress)
+def _build_layout(
+    config: VerifyConfig, runtime: Runtime, compression: Compression
+) -> ParallelModel:
     if compression.uses_distillation:
         compression.teacher = random_teacher(config.model, config.seed).to(runtime.device)
-    worker = parallel_model(
+    return parallel_model(
         config.model,
         config.strategy,
         runtime,
@@ -189,8 +189,19 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         objective=task_of_model(config.model),
         activation_checkpointing=config.activation_checkpointing,
         compression=compression,
+        lora=config.lora,
+        draw_rows=draw_rows,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )
+
+
+def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
+    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
+
+    They are the axes that it is split on or its gradient summed over.
+    """
+    compression = Compression(config.compress)
+    worker = _build_layout(config, runtime, compression)
     optimizer = build_optimizer(worker.parameters(), config.optim)
     record = Record([], [], [], {})
     compression.prepare_step(0, config.steps)
@@ -237,8 +248,10 @@ def compare_records(ours: Record, reference: Record, axes: dict[str, str]) -> li
     found = []
     for step, gradients in enumerate(reference.gradients):
         for name in axes:
-            scale = max(gradients[name].abs().max().item(), 1e-3 * reference.norms[step])
-            theirs = gradients[name][ours.places[name]]
+            place, floor = ours.places[name], 1e-3 * reference.norms[step]
+            whole = gradients.get(name)  # None: the weight is frozen
+            scale = floor if whole is None else max(whole.abs().max().item(), floor)
+            theirs = torch.zeros_like(ours.weights[name]) if whole is None else whole[place]
             mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
             gap = _largest_gap(mine, theirs) / scale
             found.append(Difference("gradient", step, gap, name, axes[name]))
@@ -290,6 +303,8 @@ def compare_layout(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     if compressed:
         stages = max(stages, COMPRESSED)
     model = scale_down(config.model, strategy.tensor, stages, groups=compressed)
+    if config.lora.rank and model.init == "vit":  # whose head is zero, so that no adapter learns
+        model = replace(model, init="gpt2")
     compress = scale_compression(config.compress, model)
     config = replace(config, model=model, strategy=strategy, compress=compress)
     record, axes = run_layout(config, runtime)
@@ -371,7 +386,8 @@ def verify_all(config: VerifyConfig) -> None:
     try:
         for model, name, case in iter_cases():
             log.print(f"verifying {model}: {name}", style="dim", highlight=False)
-            case = replace(config, strategy=case.strategy, model=case.model, compress=case.compress)
+            parts = ("strategy", "model", "compress", "lora")
+            case = replace(config, **{part: getattr(case, part) for part in parts})
             rows[model, name] = pool.run(world_size(case.strategy), compare_layout, case)[0]
     except RankFailedError as failure:
         log.print(str(failure), markup=False)
