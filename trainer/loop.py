@@ -28,6 +28,7 @@ from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
 from trainer.distill.logit_dataset import DistillationDataset
 from trainer.distill.teacher import load_teacher, open_recorded_logits
+from trainer.inference.huggingface import load_first_adapter
 from trainer.inference.trained_run import load_initial_weights, unwrap_transformer
 from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
@@ -123,6 +124,8 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
         base=weight_digests({n: p for n, p in worker.parameters().items() if not p.requires_grad}),
     )
     resume(config, state, data)
+    if config.lora.adapter and state.step == 0:
+        load_first_adapter(config, worker, state.base)
     if config.init_from and state.step == 0 and not frozen:
         load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):

@@ -12,7 +12,7 @@ from trainer import data
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import absolute_path
 from trainer.checkpoint.vocabulary import map_vocabulary
-from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.config.train import DataConfig, LoraConfig, ModelConfig, PrepareConfig, TrainConfig
 from trainer.data.record import (
     FACTS,
     TOKENIZER,
@@ -22,7 +22,7 @@ from trainer.data.record import (
     read_record,
     write_record,
 )
-from trainer.huggingface.registry import is_model_folder, read_model
+from trainer.huggingface.registry import architecture_for, is_model_folder, read_model
 from trainer.run.run_dir import EXPORTED, load_config
 
 # Keys of a model that do not show in the shapes of its weights.
@@ -48,7 +48,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         processor=processor,
     )
     compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
-    return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
+    lora = replace(config.lora, adapter=absolute_path(config.lora.adapter))
+    return replace(
+        config,
+        data=reads,
+        init_from=absolute_path(config.init_from),
+        compress=compress,
+        lora=lora,
+    )
 
 
 def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
@@ -73,6 +80,42 @@ def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfi
     if found:
         raise ConfigError(*found)
     return replace(config, model=replace(model, dropout=config.model.dropout))
+
+
+def with_imported_adapter(config: TrainConfig) -> TrainConfig:
+    """Return the completed configuration with the settings of lora.adapter, if there is one.
+
+    Raises ConfigError if it contradicts them, or if the adapter is of another model.
+    """
+    ours = config.lora
+    if not ours.adapter:
+        return config
+    if not config.init_from:
+        raise ConfigError(
+            f"lora.adapter={ours.adapter} adapts a model; set init_from to that model's folder"
+        )
+    from trainer.huggingface.adapter_files import AdapterReader  # loads torch
+
+    architecture = architecture_for(config.model, like=config.init_from)
+    reader = AdapterReader(ours.adapter, architecture, config.model)
+    if not reader.digests and Path(reader.base).name not in ("", Path(config.init_from).name):
+        raise ConfigError(
+            f"lora.adapter={ours.adapter} is an adapter of {reader.base}, not of init_from="
+            f"{config.init_from}; set init_from to that model, or, if it is the same, write its "
+            "name into base_model_name_or_path of adapter_config.json"
+        )
+    default, found = LoraConfig(), []
+    for key in ("rank", "alpha", "rslora", "targets"):
+        said, theirs = getattr(ours, key), getattr(reader.lora, key)
+        same = set(said) == set(theirs) if key == "targets" else said == theirs
+        if said != getattr(default, key) and not same:
+            found.append(
+                f"lora.{key}={said}, but lora.adapter={ours.adapter} has {theirs}; leave it out"
+            )
+    if found:
+        raise ConfigError(*found)
+    lora = replace(reader.lora, adapter=ours.adapter, dropout=ours.dropout)
+    return replace(config, lora=lora)
 
 
 def with_processor(config: TrainConfig) -> DataConfig:

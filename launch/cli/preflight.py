@@ -19,6 +19,7 @@ from conf.submit import SubmitConfig, training_part
 from conf.validation.compression import answers_problems, compress_problems, teacher_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import micro_batch_size, model_problems
+from conf.validation.lora import lora_problems
 from conf.validation.validate import fill_from_data, find_problems
 from launch.cli.entrypoint import has_own_name
 from launch.cli.environment import note_start
@@ -27,6 +28,7 @@ from launch.cli.inputs import (
     check_trained,
     keep_processor,
     with_absolute_paths,
+    with_imported_adapter,
     with_imported_model,
     with_processor,
     with_sizes,
@@ -52,6 +54,7 @@ from trainer.config.train import (
 )
 from trainer.data.record import TOKENIZER, data_of, format_record, read_record
 from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
+from trainer.huggingface.adapter_config import targeted_modules
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
@@ -142,6 +145,9 @@ def _complete_config(
     config = fill_from_data(with_sizes(config), facts)
     if config.compress.teacher:
         check_teacher(replace(config, data=reads), facts)
+    config = with_imported_adapter(config)
+    if found := lora_problems(config):
+        raise ConfigError(*found)
     return config, reads, facts
 
 
@@ -281,11 +287,11 @@ def check_export(
     _check_runs_readable(config, world_size, [config.run_dir], "exports")
     _check_output_free(config.output_dir, f"{config.run_dir}-exported")
     run = load_config(config.run_dir)
-    if config.format == "huggingface":
+    if config.format != "native":
         _check_huggingface(config, run)
     elif config.step:
         raise ConfigError(
-            f"step={config.step} is for format=huggingface; format=native takes the newest"
+            f"step={config.step} is for format=huggingface or peft; format=native takes the newest"
         )
     compress = replace(run.compress, **non_default_options(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
@@ -295,7 +301,14 @@ def check_export(
 
 def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
     """Raise ConfigError if transformers has no model that computes what the run's does."""
-    architecture_for(run.model)
+    architecture = architecture_for(run.model, like=run.init_from)
+    if config.format == "peft":
+        if not run.lora.rank:
+            raise ConfigError(
+                f"run_dir={config.run_dir} has no adapters (lora.rank=0), which format=peft "
+                "writes; set format=huggingface"
+            )
+        targeted_modules(architecture, run.model, run.lora)
     changed = non_default_options(config.compress) | non_default_options(run.compress)
     if found := sorted(changed.keys() & CHANGE_EXPORTS):
         raise ConfigError(

@@ -17,7 +17,13 @@ IDENTITY = (
 FREE = ("data.cache", "data.processor")
 # Never changed on resume: the weights belong to one tokenizer.
 FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
-PATHS = ("data.path", "data.tokenizer", "compress.teacher", BASE)  # compared as absolute paths
+PATHS = (
+    "data.path",
+    "data.tokenizer",
+    "compress.teacher",
+    "lora.adapter",
+    BASE,
+)  # compared as absolute paths
 
 
 @dataclass(frozen=True)

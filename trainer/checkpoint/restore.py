@@ -118,7 +118,7 @@ def restore_checkpoint(
             break
         assert choice.manifest is not None
         _check_same_run(run, choice.manifest)
-        check_base(run.run_dir, choice.manifest.base, state.base)
+        check_base(f"run_dir={run.run_dir}", choice.manifest.base, state.base)
         if _load_state(choice.path, choice.manifest, state, run):
             state.run = choice.manifest.run
             break

@@ -60,13 +60,16 @@ def whole_digest(tensor: Tensor) -> str:
     return f"{_part_digest(tensor, local_slices(tensor), tensor.shape) % 2**64:016x}"
 
 
-def check_base(run_dir: str, saved: Mapping[str, str], base: Mapping[str, str]) -> None:
-    """Raise ConfigError unless the digests `base` are those `saved` with a run's adapters."""
+def check_base(where: str, saved: Mapping[str, str], base: Mapping[str, str]) -> None:
+    """Raise ConfigError unless the digests `base` are those `saved` with adapters.
+
+    `where` is the key that names the adapters' folder, and its value.
+    """
     other = [name for name, digest in saved.items() if base.get(name) != digest]
     if not other:
         return
     raise ConfigError(
-        f"run_dir={run_dir} has trained adapters of another model: {other[0]} differs from the "
+        f"{where} holds adapters of another model: {other[0]} differs from the "
         f"frozen weight that they belong to, as do {len(other) - 1} of {len(saved)} more; "
         "put the old weights back where init_from says, or set init_from to them"
     )

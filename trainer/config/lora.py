@@ -32,6 +32,13 @@ class LoraConfig:
         off=[],
         off_means="all of them",
     )
+    adapter: str = key(
+        "",
+        "Folder of an adapter in PEFT's format, of the model init_from, to begin with; it sets the "
+        "other keys but dropout",
+        off="",
+        off_means="A random, B zero",
+    )
 
 
 def adapter_scale(config: LoraConfig) -> float:

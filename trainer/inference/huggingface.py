@@ -1,13 +1,17 @@
 """Export a trained model as a Hugging Face folder, one tensor at a time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from parallel.parallel_model import ParallelModel
 from trainer.atomic_files import new_folder
+from trainer.checkpoint.shards import read_whole
 from trainer.config.train import TrainConfig
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer
+from trainer.huggingface.adapter_files import AdapterReader, write_adapter
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import architecture_for, is_model_folder
 from trainer.huggingface.writer import (
@@ -16,7 +20,7 @@ from trainer.huggingface.writer import (
     write_tokenizer,
     write_weights,
 )
-from trainer.inference.weights import open_weights
+from trainer.inference.weights import newest_checkpoint, open_weights
 from trainer.run.run_dir import load_config, to_yaml
 
 CARD = """---
@@ -60,6 +64,38 @@ def export_folder(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) ->
         (partial / "samestep.yaml").write_text(to_yaml(config), encoding="utf-8")
         card = _format_card(config, architecture, to.name, step)
         (partial / "README.md").write_text(card, encoding="utf-8")
+
+
+def export_adapter(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) -> None:
+    """Write the adapters of a run's checkpoint, in PEFT's format, as the folder `to`.
+
+    `step` is that of the checkpoint; 0 = the newest.
+    """
+    config = load_config(run_dir)
+    architecture = architecture_for(config.model, like=config.init_from)
+    folder, manifest = newest_checkpoint(run_dir, step)
+
+    def read_factor(name: str) -> torch.Tensor:
+        return read_whole(folder, manifest, f"model.{name}")
+
+    with new_folder(to) as partial:
+        write_adapter(
+            partial,
+            architecture,
+            config.model,
+            config.lora,
+            read_factor,
+            dtype,
+            config.init_from,
+            manifest.base,
+        )
+
+
+def load_first_adapter(config: TrainConfig, worker: ParallelModel, base: Mapping[str, str]) -> None:
+    """Load the factors of config.lora.adapter; `base` are the digests of the frozen weights."""
+    architecture = architecture_for(config.model, like=config.init_from)
+    reader = AdapterReader(config.lora.adapter, architecture, config.model)
+    reader.load_factors(worker.parameters(), base)
 
 
 def _format_card(config: TrainConfig, architecture: Architecture, name: str, step: int) -> str:

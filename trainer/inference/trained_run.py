@@ -29,7 +29,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.huggingface.registry import is_model_folder
 from trainer.huggingface.weights import load_folder
 from trainer.inference import export
-from trainer.inference.huggingface import export_folder
+from trainer.inference.huggingface import export_adapter, export_folder
 from trainer.inference.weights import load_merged
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
@@ -148,8 +148,9 @@ def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None
     config.compress is complete: the settings of training, and those applied at export only.
     """
     to, dtype = Path(config.output_dir), resolve_precision(config.dtype, runtime.device).compute
-    if config.format == "huggingface":
-        export_folder(Path(config.run_dir), to, dtype, config.step)
+    if config.format != "native":
+        write = export_adapter if config.format == "peft" else export_folder
+        write(Path(config.run_dir), to, dtype, config.step)
         return
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.grad_norm import local_tensor
 from parallel.parallelize import local_slices
-from trainer.checkpoint.manifest import Manifest, read_manifest
+from trainer.checkpoint.manifest import Manifest
 from trainer.checkpoint.restore import find_newest_valid
 from trainer.checkpoint.shards import read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW, map_vocabulary
@@ -40,14 +40,19 @@ def open_weights(run_dir: Path, step: int = 0) -> tuple[Weights, int]:
         if about.get("packed", "[]") != "[]":
             raise ConfigError(f"run_dir={run_dir} holds quantized weights; name the run itself")
         return lambda name: _read_tensor(path, name), config.steps
-    choice = find_newest_valid(run_dir, step)
-    if choice.path is None:
-        raise ConfigError(f"run_dir={run_dir} holds no good checkpoint; train it first")
-    folder, manifest = choice.path, read_manifest(choice.path)
-    step = manifest.step
+    folder, manifest = newest_checkpoint(run_dir, step)
     if config.lora.rank:
-        return _merged_weights(replace(config, run_dir=str(run_dir)), folder, manifest), step
-    return lambda name: read_whole(folder, manifest, f"model.{name}"), step
+        own = replace(config, run_dir=str(run_dir))
+        return _merged_weights(own, folder, manifest), manifest.step
+    return lambda name: read_whole(folder, manifest, f"model.{name}"), manifest.step
+
+
+def newest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, Manifest]:
+    """Return the newest valid checkpoint of a run, or that of `step`; ConfigError if none is."""
+    choice = find_newest_valid(run_dir, step)
+    if choice.path is None or choice.manifest is None:
+        raise ConfigError(f"run_dir={run_dir} holds no good checkpoint; train it first")
+    return choice.path, choice.manifest
 
 
 def _read_tensor(path: Path, name: str) -> Tensor:
@@ -64,7 +69,8 @@ def _merged_weights(run: TrainConfig, folder: Path, manifest: Manifest) -> Weigh
 
     def read_merged(name: str) -> Tensor:
         weight, layer = base(name), name.removesuffix(".weight")
-        check_base(run.run_dir, {name: manifest.base[name]}, {name: whole_digest(weight)})
+        saved, now = {name: manifest.base[name]}, {name: whole_digest(weight)}
+        check_base(f"run_dir={run.run_dir}", saved, now)
         if f"model.{layer}.lora_a" not in manifest.tensors:
             return weight
         a_RI, b_OR = (
