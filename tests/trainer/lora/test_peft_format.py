@@ -204,7 +204,10 @@ def test_fields_that_change_the_function_are_refused(saved, tmp_path, field, val
     [
         (lambda t: t.pop(next(n for n in t if "q_proj.lora_B" in n)), "lacks"),
         (lambda t: [t.pop(n) for n in list(t) if "layers.1" in n], "in all blocks"),
-        (lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4, 64)}), "no fac"),
+        (
+            lambda t: t.update({"base_model.model.lm_head.lora_A.weight": torch.ones(4)}),
+            "no fac",
+        ),
         (lambda t: t.update({n: torch.ones(4, 32) for n in t if "o_proj.lora_A" in n}), "shapes"),
     ],
 )
