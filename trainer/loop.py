@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel.errors import NumericalError, UserError
 from parallel.health.watchdog import StoppedError
-from parallel.parallel_model import MicroBatch
+from parallel.parallel_model import MicroBatch, ParallelModel
 from parallel.runtime import Runtime, check_same_on_all_ranks
 from trainer.build import build_worker
 from trainer.checkpoint.identity import run_record
@@ -110,9 +110,6 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
     policy = BadStepPolicy(
         config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
     )
-    frozen = bool(worker.whole.frozen)  # no checkpoint holds these weights
-    if frozen and config.init_from:
-        load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     state = TrainState(
         worker,
         build_optimizer(worker.parameters(), config.optim),
@@ -121,17 +118,26 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
         order_batch_size=config.batch_size,
-        base=weight_digests({n: p for n, p in worker.parameters().items() if not p.requires_grad}),
+        base=load_frozen_weights(config, worker),
     )
+    compression.pack_frozen(unwrap_transformer(worker))
     resume(config, state, data)
     if config.lora.adapter and state.step == 0:
         load_first_adapter(config, worker, state.base)
-    if config.init_from and state.step == 0 and not frozen:
+    if config.init_from and state.step == 0 and not worker.whole.frozen:
         load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"
         raise NumericalError(f"{name} is not finite before step {state.step + 1}; {remedy}")
     return state
+
+
+def load_frozen_weights(config: TrainConfig, worker: ParallelModel) -> dict[str, str]:
+    """Load the weights that no checkpoint holds, from init_from, and return their digests."""
+    frozen = {n: p for n, p in worker.parameters().items() if not p.requires_grad}
+    if config.lora.rank and config.init_from:
+        load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
+    return weight_digests(frozen)
 
 
 def resume(config: TrainConfig, state: TrainState, data: str = "") -> None:

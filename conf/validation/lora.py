@@ -46,6 +46,13 @@ def _target_problems(lora: LoraConfig, model: ModelConfig) -> list[str]:
 
 def _compress_problems(compress: CompressConfig) -> list[str]:
     options = non_default_options(compress)
+    if compress.bits and not compress.input_bits:
+        options = {k: v for k, v in options.items() if k not in ("bits", "group", "input_bits")}
+    elif compress.bits:
+        return [
+            f"compress.input_bits={compress.input_bits} rounds inputs, but with lora.rank "
+            f"compress.bits={compress.bits} is for frozen weights alone; set compress.input_bits=0"
+        ]
     if not options:
         return []
     given = " and ".join(f"compress.{key}={value}" for key, value in options.items())

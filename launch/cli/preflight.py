@@ -51,6 +51,7 @@ from trainer.config.train import (
     VerifyConfig,
     classes_of,
     non_default_options,
+    used_compression,
 )
 from trainer.data.record import TOKENIZER, data_of, format_record, read_record
 from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
@@ -273,8 +274,9 @@ def check_trained_run(config: Reader, world_size: int, held: ExitStack | None = 
     check_trained(config.run_dir)
     strategy = resolve_degrees(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
-    found += compress_problems(trained.compress, trained.model, strategy)
-    found += precision_problems(config.precision, trained.model, trained.compress, strategy)
+    compress = used_compression(trained)
+    found += compress_problems(compress, trained.model, strategy)
+    found += precision_problems(config.precision, trained.model, compress, strategy)
     if found:
         raise ConfigError(*found)
     return replace(config, strategy=strategy)
@@ -293,7 +295,7 @@ def check_export(
         raise ConfigError(
             f"step={config.step} is for format=huggingface or peft; format=native takes the newest"
         )
-    compress = replace(run.compress, **non_default_options(config.compress))
+    compress = replace(used_compression(run), **non_default_options(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)
@@ -309,7 +311,7 @@ def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
                 "writes; set format=huggingface"
             )
         targeted_modules(architecture, run.model, run.lora)
-    changed = non_default_options(config.compress) | non_default_options(run.compress)
+    changed = non_default_options(config.compress) | non_default_options(used_compression(run))
     if found := sorted(changed.keys() & CHANGE_EXPORTS):
         raise ConfigError(
             f"compress.{found[0]}={changed[found[0]]} makes a model that transformers does not "

@@ -183,8 +183,8 @@ class TensorParallel(ParallelAxis):
         for module in model.modules():
             if isinstance(module, _ShardedLayer):
                 for name, p in module.named_parameters(recurse=False):
-                    if isinstance(p, DTensor):
-                        part = local_tensor(p.detach()).requires_grad_(p.requires_grad)
+                    if isinstance(p, DTensor) and p.requires_grad:
+                        part = local_tensor(p.detach()).requires_grad_()
                         leaf = made.setdefault(id(p), part)
                         module.leaves[name] = leaf
                         self._leaves[leaf] = p
@@ -232,6 +232,10 @@ class _ShardedLayer(nn.Module):
             return super().forward(*args)
         finally:
             self._parameters = whole
+
+    def local_weight(self) -> Tensor:
+        """Return the part of the weight that this rank computes with."""
+        return self.part_of(self.get_parameter("weight"))
 
     def part_of(self, parameter: Any) -> Any:
         """Return the differentiable local tensor of a parameter."""

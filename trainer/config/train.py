@@ -76,6 +76,7 @@ __all__ = [
     "is_gated",
     "non_default_options",
     "outputs_of",
+    "used_compression",
 ]
 
 LONGEST_WINDOW = 1024  # losses that the guard against bad steps remembers, at most
@@ -196,3 +197,8 @@ class TrainConfig:
     deterministic: bool = key(
         False, "Use deterministic kernels only; an operation without one raises"
     )
+
+
+def used_compression(run: TrainConfig) -> CompressConfig:
+    """Return the compression with which a trained run is used: none, if it merges adapters."""
+    return CompressConfig() if run.lora.rank else run.compress

@@ -22,6 +22,7 @@ from trainer.config.train import (
     LoraConfig,
     TeachConfig,
     TrainConfig,
+    used_compression,
 )
 from trainer.data import open_tokenizer
 from trainer.data.record import TOKENIZER, data_of, read_record
@@ -69,7 +70,7 @@ def load_trained_run(
     loaded = replace(
         run,
         run_dir=config.run_dir,
-        compress=compress or run.compress,
+        compress=compress or used_compression(run),
         lora=LoraConfig(),  # its adapters are merged
         strategy=config.strategy,
         precision=config.precision,

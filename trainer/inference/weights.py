@@ -15,7 +15,8 @@ from trainer.checkpoint.restore import find_newest_valid
 from trainer.checkpoint.shards import read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW, map_vocabulary
 from trainer.checkpoint.weight_digest import check_base, whole_digest
-from trainer.config.lora import adapter_scale
+from trainer.compress.compression import rounded_weight
+from trainer.config.lora import LAYERS, adapter_scale
 from trainer.config.train import ConfigError, TrainConfig
 from trainer.data import open_tokenizer
 from trainer.data.record import data_of, read_record
@@ -71,6 +72,8 @@ def _merged_weights(run: TrainConfig, folder: Path, manifest: Manifest) -> Weigh
         weight, layer = base(name), name.removesuffix(".weight")
         saved, now = {name: manifest.base[name]}, {name: whole_digest(weight)}
         check_base(f"run_dir={run.run_dir}", saved, now)
+        if run.compress.bits and name.removesuffix(".weight").rpartition(".")[2] in LAYERS:
+            weight = rounded_weight(weight, run.compress)
         if f"model.{layer}.lora_a" not in manifest.tensors:
             return weight
         a_RI, b_OR = (

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, data_degree
@@ -17,6 +17,7 @@ from trainer.config.train import (
     VerifyConfig,
     is_encoder_decoder,
 )
+from trainer.model import Transformer
 from trainer.nn.init import init_rows
 from trainer.tasks.registry import task_of_model
 
@@ -264,6 +265,12 @@ COMPRESSED = {
 
 
 LORA = LoraConfig(rank=3, dropout=0.2)
+# Of the frozen weights.
+PACKED = (
+    CompressConfig(bits=8, input_bits=0),
+    CompressConfig(bits=4, group=8, input_bits=0),
+    CompressConfig(bits=4, input_bits=0),
+)
 
 
 def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
@@ -286,6 +293,10 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     for number, (name, strategy) in enumerate(STRATEGIES.items()):
         family = list(FAMILIES)[(number + 1) % len(FAMILIES)]
         yield f"{family}, LoRA", name, VerifyConfig(strategy, FAMILIES[family], lora=LORA)
+    for number, name in enumerate(COMPRESSED_STRATEGIES):
+        family, packed = list(FAMILIES)[number % len(FAMILIES)], PACKED[number % len(PACKED)]
+        config = VerifyConfig(STRATEGIES.get(name, StrategyConfig()), FAMILIES[family], packed)
+        yield f"{family}, LoRA, int{packed.bits}", name, replace(config, lora=LORA)
 
 
 def _strategy_names(compress: CompressConfig) -> tuple[str, ...]:
@@ -317,6 +328,26 @@ def draw_rows(
     """
     drawn = f"{name}.random" if name.endswith("lora_b") else name
     return init_rows(config, seed, drawn, shape, start, stop)
+
+
+def random_teacher(config: ModelConfig, seed: int) -> Transformer:
+    """Return a frozen, randomly initialised teacher of the same shape."""
+    config = replace(config, init="gpt2", init_std=0.3)
+    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(init_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
+    return model
+
+
+@torch.no_grad()
+def round_frozen(model: nn.Module, compress: CompressConfig) -> None:
+    """Round the frozen weights of the linear layers of blocks to integers times a scale."""
+    top = 2 ** (compress.bits - 1) - 1
+    for name, weight in model.named_parameters():
+        if name.startswith("blocks.") and weight.dim() == 2 and not weight.requires_grad:
+            groups = weight.view(-1, compress.group or weight.shape[1])
+            scale = groups.abs().amax(1, keepdim=True) / top
+            weight.copy_(((groups / scale).round() * scale).view_as(weight))
 
 
 def samples_per_step(strategy: StrategyConfig) -> int:

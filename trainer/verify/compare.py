@@ -23,11 +23,11 @@ from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degree
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, VerifyConfig
+from trainer.config.train import CompressConfig, LossConfig, VerifyConfig
+from trainer.inference.trained_run import unwrap_transformer
 from trainer.lora.adapter import add_adapters
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
-from trainer.nn.init import init_rows
 from trainer.optim.lr_schedule import learning_rate_at
 from trainer.optim.registry import build_optimizer, check_reference, reference_optimizers
 from trainer.precision import PRECISIONS
@@ -37,6 +37,8 @@ from trainer.verify.cases import (
     draw_rows,
     iter_cases,
     make_batch,
+    random_teacher,
+    round_frozen,
     samples_per_step,
     scale_compression,
     scale_down,
@@ -69,15 +71,6 @@ class Record:
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
-
-
-def random_teacher(config: ModelConfig, seed: int) -> Transformer:
-    """Return a frozen, randomly initialised teacher of the same shape."""
-    config = replace(config, init="gpt2", init_std=0.3)
-    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(init_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
-    return model
 
 
 def reference_loss(
@@ -145,12 +138,14 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     """Take the same steps, of `size` samples, in one process with plain torch alone."""
     model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
-    compression = Compression(config.compress)
+    compression = Compression(CompressConfig() if config.lora.rank else config.compress)
     compression.reshape_model(model)
     add_adapters(model, config.lora)
     for name, parameter in model.named_parameters():
         rows = draw_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
+    if config.lora.rank and config.compress.bits:
+        round_frozen(model, config.compress)
     teacher = random_teacher(model_config, config.seed) if config.compress.teacher else None
     names = dict(model.named_parameters())
     optimizers = reference_optimizers(names, optim)
@@ -202,6 +197,7 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
     """
     compression = Compression(config.compress)
     worker = _build_layout(config, runtime, compression)
+    compression.pack_frozen(unwrap_transformer(worker))
     optimizer = build_optimizer(worker.parameters(), config.optim)
     record = Record([], [], [], {})
     compression.prepare_step(0, config.steps)

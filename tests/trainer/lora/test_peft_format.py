@@ -39,6 +39,11 @@ CASES = {
         ["q_proj", "down_proj"],
         LoraConfig(4, 8.0, rslora=True, targets=["query", "down"]),
     ),
+    "gpt2, fused, rslora": (
+        "gpt2",
+        ["c_attn"],
+        LoraConfig(4, 8.0, rslora=True, targets=["query", "key", "value"]),
+    ),
     "gpt2, fused": (
         "gpt2",
         ["c_attn", "mlp.c_proj"],

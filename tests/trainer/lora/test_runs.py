@@ -19,6 +19,7 @@ from trainer.checkpoint.shards import read_whole
 from trainer.config.lora import FACTORS, LoraConfig
 from trainer.config.train import (
     CheckpointConfig,
+    CompressConfig,
     ConfigError,
     DataConfig,
     EvalConfig,
@@ -164,6 +165,15 @@ def test_adapters_are_merged_to_use_the_model(adapted, ranks, name):
     }[name]
     expected = ranks.run(1, unmerged_logits, adapted)[0]
     logits = ranks.run(world_size(strategy), merged_logits, adapted.run_dir, strategy)[0]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def test_adapters_of_rounded_weights_are_merged_into_these(base, ranks, tmp_path):
+    compress = CompressConfig(bits=4, input_bits=0)
+    config = replace(base, init_from=base.run_dir, lora=LORA, compress=compress, steps=2)
+    config = run(ranks, replace(config, run_dir=str(tmp_path / "run")))
+    expected = ranks.run(1, unmerged_logits, config)[0]
+    logits = ranks.run(2, merged_logits, config.run_dir, StrategyConfig(tensor=2))[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
