@@ -4,10 +4,9 @@ import difflib
 from typing import Any
 
 from trainer.config.lora import LAYERS, LoraConfig
+from trainer.config.model import is_gated
 from trainer.config.train import CompressConfig, ModelConfig, non_default_options
 from trainer.config.verify import LORA_FAULTS
-
-GATED = ("swiglu", "geglu")
 
 
 def lora_problems(config: Any) -> list[str]:
@@ -36,7 +35,7 @@ def _target_problems(lora: LoraConfig, model: ModelConfig) -> list[str]:
                 f"lora.targets names {name}, which is none of {', '.join(LAYERS)}, the linear "
                 f"layers of the blocks{hint}"
             )
-    if "gate" in lora.targets and model.activation not in GATED:
+    if "gate" in lora.targets and not is_gated(model):
         found.append(
             f"lora.targets names gate, but model.activation={model.activation} has no gate; leave "
             "it out"

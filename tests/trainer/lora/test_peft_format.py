@@ -27,7 +27,9 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 GPT2 = {"vocab_size": 50, "n_positions": 64, "n_embd": 64, "n_layer": 2, "n_head": 4}
+PHI3 = LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", PHI3),
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
 }
@@ -43,6 +45,11 @@ CASES = {
         "gpt2",
         ["c_attn"],
         LoraConfig(4, 8.0, rslora=True, targets=["query", "key", "value"]),
+    ),
+    "phi3, fused": (  # in parts of unequal sizes
+        "phi3",
+        ["qkv_proj", "gate_up_proj", "o_proj"],
+        LoraConfig(4, 8.0, targets=["query", "key", "value", "output", "gate", "up"]),
     ),
     "gpt2, fused": (
         "gpt2",
