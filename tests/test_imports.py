@@ -139,7 +139,7 @@ trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.paral
     trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
 trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
     parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim trainer.checkpoint
-    trainer.compress trainer.precision trainer.build trainer.inference trainer.distill trainer.tasks
+    trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.distill trainer.tasks
     trainer.resilience trainer.state
 launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data

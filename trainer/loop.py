@@ -30,6 +30,7 @@ from trainer.distill.logit_dataset import DistillationDataset
 from trainer.distill.teacher import load_teacher, open_recorded_logits
 from trainer.inference.huggingface import load_first_adapter
 from trainer.inference.trained_run import load_initial_weights, unwrap_transformer
+from trainer.lora.adapter import narrow_frozen
 from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
 from trainer.optim.lr_schedule import learning_rate_at, schedule_warnings
@@ -121,6 +122,7 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
         base=load_frozen_weights(config, worker),
     )
     compression.pack_frozen(unwrap_transformer(worker))
+    narrow_frozen(unwrap_transformer(worker), precision.compute)
     resume(config, state, data)
     if config.lora.adapter and state.step == 0:
         load_first_adapter(config, worker, state.base)

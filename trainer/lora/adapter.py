@@ -8,6 +8,8 @@ from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from trainer.config.lora import LAYERS, LoraConfig, adapter_scale
@@ -81,6 +83,18 @@ def add_adapters(model: Transformer, config: LoraConfig) -> None:
     for block in model.blocks.values():
         if config.dropout:
             block.__class__ = _AdaptedBlock
+
+
+@torch.no_grad()
+def narrow_frozen(model: nn.Module, compute: torch.dtype) -> None:
+    """Keep frozen weights in the dtype that they are computed in, in place.
+
+    It changes no number, as every layer casts its weights to it. Shards of FSDP, whose groups have
+    one dtype, and of split layers stay as they are.
+    """
+    for parameter in () if isinstance(model, FSDPModule) else model.parameters():
+        if not parameter.requires_grad and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(compute)
 
 
 def _add_adapter(name: str, layer: Linear, config: LoraConfig) -> None:

@@ -1,9 +1,11 @@
 """Runs with adapters: checkpoints without frozen weights, resumed anywhere; merged elsewhere."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -175,6 +177,24 @@ def test_adapters_of_rounded_weights_are_merged_into_these(base, ranks, tmp_path
     expected = ranks.run(1, unmerged_logits, config)[0]
     logits = ranks.run(2, merged_logits, config.run_dir, StrategyConfig(tensor=2))[0]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+def train_in_bf16(runtime, config: TrainConfig, narrows: bool) -> list[torch.dtype]:
+    with nullcontext() if narrows else mock.patch.object(loop, "narrow_frozen"):
+        loop.train(config, runtime)
+        worker = loop.start_run(config, runtime).worker
+    return [p.dtype for p in worker.parameters().values() if not p.requires_grad]
+
+
+def test_frozen_weights_in_the_dtype_of_computation_change_no_number(base, ranks, tmp_path):
+    config = replace(base, lora=LORA, precision="bf16", steps=2)
+    made = []
+    for narrows in (True, False):
+        config = prepare_training(replace(config, run_dir=str(tmp_path / str(narrows))), 1)
+        kinds = ranks.run(1, train_in_bf16, config, narrows)[0]
+        assert set(kinds) == {torch.bfloat16 if narrows else torch.float32}
+        made.append(saved_tensors(config, 2))
+    assert all(tensor.equal(made[1][name]) for name, tensor in made[0].items())
 
 
 def export(runtime, config: ExportConfig) -> None:
