@@ -28,6 +28,7 @@ class FullParameters:
 
     shapes: Mapping[str, torch.Size]  # by canonical name
     ties: Mapping[str, str]  # further names of shared parameters, to the canonical one
+    frozen: frozenset[str] = frozenset()  # canonical names of those that do not learn
 
     @property
     def classes(self) -> int:

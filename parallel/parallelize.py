@@ -73,8 +73,7 @@ def parallelize(
 ) -> ParallelModel:
     """Distribute a meta-device model over the mesh and initialise its weights."""
     assert isinstance(model, nn.Module)
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    whole = FullParameters(shapes, _tied_names(model))
+    whole = _full_parameters(model)
     model.to(parameters)  # before any parameter is a DTensor, whose cast goes through dispatch
     every: list[ParallelAxis] = [
         # 1. Each rank computes its positions of a sequence; attention covers those of all ranks.
@@ -101,17 +100,23 @@ def parallelize(
     return ParallelModel(model, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
 
 
-@torch.no_grad()
 def materialize_parameters(
     model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
 ) -> None:
     """Allocate a meta model's parameters on `device` and initialise this rank's shards."""
     allocate_parameters(model, device)
-    for name, parameter in model.named_parameters():
+    # The canonical name, which may be on another rank.
+    named = {ties.get(name, name): parameter for name, parameter in model.named_parameters()}
+    draw_weights(named, draw_rows)
+
+
+@torch.no_grad()
+def draw_weights(parameters: Mapping[str, Tensor], draw_rows: DrawRows) -> None:
+    """Initialise this rank's shards of parameters, given by canonical name."""
+    for name, parameter in parameters.items():
         held = local_slices(parameter)
         if any(dim.start == dim.stop for dim in held):
             continue  # an empty shard: fewer rows than ranks
-        name = ties.get(name, name)  # the canonical name, which may be on another rank
         rows = draw_rows(name, parameter.shape, held[0].start, held[0].stop)
         local_tensor(parameter).copy_(rows[(slice(None), *held[1:])])
 
@@ -133,6 +138,12 @@ def local_slices(tensor: Tensor) -> tuple[slice, ...]:
             tensor.shape, tensor.device_mesh, tensor.placements
         )
     return tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))
+
+
+def _full_parameters(model: nn.Module) -> FullParameters:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    frozen = frozenset(name for name, p in model.named_parameters() if not p.requires_grad)
+    return FullParameters(shapes, _tied_names(model), frozen)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:

@@ -97,12 +97,13 @@ conf.reference: parallel.config_fields conf.schema
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
     trainer.nn trainer.model
 trainer.precision:
+trainer.lora: trainer.config trainer.nn trainer.model
 trainer.build: parallel.strategy trainer.config parallel.runtime parallel.mesh
     parallel.parallel_model parallel.parallelize trainer.nn trainer.loss trainer.model
-    trainer.compress trainer.precision
+    trainer.compress trainer.precision trainer.lora
 trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atomic_files
     parallel.grad_norm parallel.runtime parallel.parallel_model parallel.parallelize trainer.data
-    trainer.checkpoint trainer.huggingface trainer.run trainer.model trainer.compress
+    trainer.checkpoint trainer.huggingface trainer.run trainer.nn trainer.model trainer.compress
     trainer.precision trainer.build
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
@@ -138,15 +139,15 @@ trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.paral
     trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
 trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
     parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim trainer.checkpoint
-    trainer.compress trainer.precision trainer.build trainer.inference trainer.distill trainer.tasks
-    trainer.resilience trainer.state
+    trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.distill
+    trainer.tasks trainer.resilience trainer.state
 launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.axis parallel.mesh parallel.context parallel.data
     parallel.pipeline parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn
-    trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.build
-    trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
+    trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.lora
+    trainer.build trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
 launch.verify: launch.cli trainer.verify
 """
 

@@ -2,9 +2,11 @@
 
 import logging
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from parallel import parallelize as apply
 from parallel.mesh import build_mesh
@@ -12,7 +14,14 @@ from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, resolve_degrees
 from trainer.compress.compression import Compression
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, TrainConfig
+from trainer.config.train import (
+    CompressConfig,
+    LoraConfig,
+    LossConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from trainer.lora.adapter import add_adapters
 from trainer.loss import CrossEntropy, Objective
 from trainer.model import Transformer
 from trainer.nn.float8 import multiply_in_float8
@@ -58,18 +67,20 @@ def build_worker(
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
         compression=compression,
+        lora=config.lora,
     )
 
 
 def build_meta_model(
-    config: ModelConfig, precision: Precision, compression: Compression
+    config: ModelConfig, precision: Precision, compression: Compression, lora: LoraConfig
 ) -> Transformer:
-    """Build the full model on the meta device, with compressed and float8 layers."""
+    """Build the full model on the meta device, with compressed, float8 and adapted layers."""
     with torch.device("meta"):
         model = Transformer(config, precision.compute)
     compression.reshape_model(model)
     if precision.float8:
         multiply_in_float8(model.blocks)
+    add_adapters(model, lora)
     return model
 
 
@@ -85,17 +96,18 @@ def parallel_model(
     activation_checkpointing: str = "none",
     compile: bool = False,
     compression: Compression | None = None,
+    lora: LoraConfig | None = None,
+    draw_rows: Callable[..., Tensor] = init_rows,
     parallelize: apply.Parallelize = apply.parallelize,
 ) -> ParallelModel:
     """Build a model under a resolved strategy; `verify` passes a `parallelize` with a fault."""
-    mesh = build_mesh(strategy, runtime.device)
     compression = compression or Compression(CompressConfig())
-    model = build_meta_model(config, precision, compression)
+    model = build_meta_model(config, precision, compression, lora or LoraConfig())
     objective, head = objective or CrossEntropy(), model.head
     assert head is not None
     length = config.max_positions
     facts = apply.ModelSpec(
-        draw_rows=partial(init_rows, config, seed),
+        draw_rows=partial(draw_rows, config, seed),
         loss_sum=compression.wrap_loss(objective.build_loss(head, loss or LossConfig()), model),
         count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
@@ -104,7 +116,7 @@ def parallel_model(
     return parallelize(
         model,
         facts,
-        mesh,
+        build_mesh(strategy, runtime.device),
         strategy,
         runtime.device,
         parameters=precision.parameters,

@@ -27,7 +27,13 @@ from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
 from trainer.distill.logit_dataset import DistillationDataset
 from trainer.distill.teacher import load_teacher, open_recorded_logits
-from trainer.inference.trained_run import load_initial_weights, unwrap_transformer
+from trainer.inference.huggingface import load_first_adapter
+from trainer.inference.trained_run import (
+    load_frozen_weights,
+    load_initial_weights,
+    unwrap_transformer,
+)
+from trainer.lora.adapter import narrow_frozen
 from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
 from trainer.optim.lr_schedule import learning_rate_at, schedule_warnings
@@ -116,9 +122,14 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
         tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
         compression=compression,
         order_batch_size=config.batch_size,
+        base=load_frozen_weights(config, worker),
     )
+    compression.pack_frozen(unwrap_transformer(worker))
+    narrow_frozen(unwrap_transformer(worker), precision.compute)
     resume(config, state, data)
-    if config.init_from and state.step == 0:
+    if config.lora.adapter and state.step == 0:
+        load_first_adapter(config, worker, state.base)
+    if config.init_from and state.step == 0 and not worker.whole.frozen:
         load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
     if name := not_finite(state):
         remedy = "choose an earlier resume_step" if state.step else "choose another init_from"

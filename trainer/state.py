@@ -35,17 +35,19 @@ class TrainState:
     samples: int = 0  # samples of these steps: the data's position under any batch_size
     order_batch_size: int = 0  # batch_size when the run started (sampler.py); 0 = the current one
     run: str = ""  # id of the run in all of its checkpoints
+    base: Mapping[str, str] = field(default_factory=dict)  # digests of the frozen weights
     compression: Compression = field(default_factory=lambda: Compression(CompressConfig()))
 
     @property
     def weight_shapes(self) -> Mapping[str, torch.Size]:
-        """Return the shape of each weight by its canonical name."""
-        return self.worker.whole.shapes
+        """Return the shape of each weight of a checkpoint, all but frozen ones, by its name."""
+        whole = self.worker.whole
+        return {name: shape for name, shape in whole.shapes.items() if name not in whole.frozen}
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return every tensor of the state by its canonical name."""
-        weights = self.worker.parameters()
-        found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in weights.items()}
+        """Return every tensor of the state by its canonical name; no frozen weights."""
+        weights, saved = self.worker.parameters(), self.weight_shapes
+        found: dict[str, Tensor] = {f"model.{n}": p for n, p in weights.items() if n in saved}
         for name, moments in self.optimizer.state().items():
             found |= {f"optimizer.{name}.{moment}": tensor for moment, tensor in moments.items()}
         found |= {f"loss_scale.{name}": tensor for name, tensor in self.loss_scale.state().items()}
@@ -77,7 +79,9 @@ def not_finite(state: TrainState) -> str:
     All ranks must call it and get the same. One reduction per tensor, read back together: for use
     where the host waits anyway.
     """
-    own = {name: local_tensor(tensor.detach()) for name, tensor in state.state_tensors().items()}
+    frozen = {f"model.{name}": tensor for name, tensor in state.worker.parameters().items()}
+    every = frozen | state.state_tensors()
+    own = {name: local_tensor(tensor.detach()) for name, tensor in every.items()}
     own = {name: t for name, t in own.items() if t.is_floating_point() and t.numel()}
     largest = torch._foreach_norm(list(own.values()), torch.inf)
     finite = torch.stack([norm.isfinite() for norm in largest]).tolist()

@@ -338,6 +338,11 @@ def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
     """Return the problems of training a completed run with the teacher in compress.teacher."""
     named = f"compress.teacher={config.compress.teacher}"
     ours, theirs = config.model, teacher.model
+    if teacher.lora.rank:
+        return [
+            f"{named} holds adapters of frozen weights (lora.rank={teacher.lora.rank}), which do "
+            "not teach; name a run without"
+        ]
     if ours.family != theirs.family:
         return [
             f"{named} is of model.family={theirs.family}, but model.family={ours.family} here; "

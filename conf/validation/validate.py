@@ -14,6 +14,7 @@ from conf.validation.layout import (
     model_problems,
     near_divisors,
 )
+from conf.validation.lora import lora_problems
 from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
 from parallel.strategy import resolve_degrees
@@ -49,6 +50,8 @@ def find_problems(config: Any, world_size: int) -> list[str]:
         found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
         found += _checkpoint_problems(config) + _teacher_problems(config)
+    if hasattr(config, "lora") and not any(key.startswith(("lora.", "model.")) for key in wrong):
+        found += lora_problems(config)
     if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
         found += cluster_problems(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):

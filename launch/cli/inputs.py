@@ -12,7 +12,7 @@ from trainer import data
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import absolute_path
 from trainer.checkpoint.vocabulary import map_vocabulary
-from trainer.config.train import DataConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.config.train import DataConfig, LoraConfig, ModelConfig, PrepareConfig, TrainConfig
 from trainer.data.chat_template import TEMPLATES
 from trainer.data.record import (
     FACTS,
@@ -23,7 +23,7 @@ from trainer.data.record import (
     read_record,
     write_record,
 )
-from trainer.huggingface.registry import is_model_folder, read_model
+from trainer.huggingface.registry import architecture_for, is_model_folder, read_model
 from trainer.run.run_dir import EXPORTED, load_config
 
 # Keys of a model that do not show in the shapes of its weights.
@@ -50,7 +50,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         chat_template=_absolute_template(reads.chat_template),
     )
     compress = replace(config.compress, teacher=absolute_path(config.compress.teacher))
-    return replace(config, data=reads, init_from=absolute_path(config.init_from), compress=compress)
+    lora = replace(config.lora, adapter=absolute_path(config.lora.adapter))
+    return replace(
+        config,
+        data=reads,
+        init_from=absolute_path(config.init_from),
+        compress=compress,
+        lora=lora,
+    )
 
 
 def _absolute_template(template: str) -> str:
@@ -79,6 +86,42 @@ def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfi
     if found:
         raise ConfigError(*found)
     return replace(config, model=replace(model, dropout=config.model.dropout))
+
+
+def with_imported_adapter(config: TrainConfig) -> TrainConfig:
+    """Return the completed configuration with the settings of lora.adapter, if there is one.
+
+    Raises ConfigError if it contradicts them, or if the adapter is of another model.
+    """
+    ours = config.lora
+    if not ours.adapter:
+        return config
+    if not config.init_from:
+        raise ConfigError(
+            f"lora.adapter={ours.adapter} adapts a model; set init_from to that model's folder"
+        )
+    from trainer.huggingface.adapter_files import AdapterReader  # loads torch
+
+    architecture = architecture_for(config.model, like=config.init_from)
+    reader = AdapterReader(ours.adapter, architecture, config.model)
+    if not reader.digests and Path(reader.base).name not in ("", Path(config.init_from).name):
+        raise ConfigError(
+            f"lora.adapter={ours.adapter} is an adapter of {reader.base}, not of init_from="
+            f"{config.init_from}; set init_from to that model, or, if it is the same, write its "
+            "name into base_model_name_or_path of adapter_config.json"
+        )
+    default, found = LoraConfig(), []
+    for key in ("rank", "alpha", "rslora", "targets"):
+        said, theirs = getattr(ours, key), getattr(reader.lora, key)
+        same = set(said) == set(theirs) if key == "targets" else said == theirs
+        if said != getattr(default, key) and not same:
+            found.append(
+                f"lora.{key}={said}, but lora.adapter={ours.adapter} has {theirs}; leave it out"
+            )
+    if found:
+        raise ConfigError(*found)
+    lora = replace(reader.lora, adapter=ours.adapter, dropout=ours.dropout)
+    return replace(config, lora=lora)
 
 
 def with_processor(config: TrainConfig) -> DataConfig:
@@ -149,6 +192,8 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
 
     Logs every key under which the weights compute another function.
     """
+    if config.lora.rank:
+        _check_frozen_weights(config)
     if not config.init_from:
         return
     theirs = load_config(config.init_from, "init_from").model
@@ -172,6 +217,23 @@ def check_first_weights(config: TrainConfig, reads: DataConfig, facts: data.Data
             rows.what,
             rows.known_rows,
             len(rows.theirs),
+        )
+
+
+def _check_frozen_weights(config: TrainConfig) -> None:
+    """Raise ConfigError if adapters cannot be trained on config.init_from; warn without one."""
+    if not config.init_from:
+        log.warning(
+            "lora.rank=%d trains adapters of random frozen weights; set init_from to the run or "
+            "model to fine-tune",
+            config.lora.rank,
+        )
+        return
+    bits = load_config(config.init_from, "init_from").compress.bits
+    if bits and (Path(config.init_from) / EXPORTED).exists():
+        raise ConfigError(
+            f"init_from={config.init_from} is an export of compress.bits={bits}, but adapters are "
+            "trained on weights that are not packed; set init_from to the run itself"
         )
 
 

@@ -10,15 +10,15 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from conf.submit import SubmitConfig, training_part
-from conf.validation.compression import answers_problems, compress_problems, teacher_problems
+from conf.validation.compression import compress_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import micro_batch_size, model_problems
+from conf.validation.lora import lora_problems
 from conf.validation.validate import fill_from_data, find_problems
 from launch.cli.entrypoint import has_own_name
 from launch.cli.environment import note_start
@@ -27,16 +27,17 @@ from launch.cli.inputs import (
     check_trained,
     keep_processor,
     with_absolute_paths,
+    with_imported_adapter,
     with_imported_model,
     with_processor,
     with_sizes,
 )
+from launch.cli.teacher import check_teacher
 from launch.slurm.batch_script import SlurmRun, ranks_per_node
-from parallel.errors import ConfigError, UserError
+from parallel.errors import ConfigError
 from parallel.pipeline.schedules import find_schedule_warnings
 from parallel.strategy import StrategyConfig, data_degree, resolve_degrees
 from trainer import data
-from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.train import (
     CompressReportConfig,
     DataConfig,
@@ -49,17 +50,17 @@ from trainer.config.train import (
     VerifyConfig,
     classes_of,
     non_default_options,
+    used_compression,
 )
-from trainer.data.record import TOKENIZER, data_of, format_record, read_record
+from trainer.data.record import data_of, format_record
 from trainer.data.tokenizer_files import TEMPLATE, TokenizerFiles
-from trainer.distill.logit_dataset import LogitFacts, RecordedLogits, is_logit_folder
+from trainer.huggingface.adapter_config import targeted_modules
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)
 
-TEACHER = "compress.teacher"
 # Keys of compress.* with which a run's weights alone do not give its outputs.
 CHANGE_EXPORTS = {"merge", "pool_after", "bits", "sparse_n", "prune_heads", "prune_ffn"}
 log = logging.getLogger(__name__)
@@ -143,84 +144,10 @@ def _complete_config(
     config = fill_from_data(with_sizes(config), facts)
     if config.compress.teacher:
         check_teacher(replace(config, data=reads), facts)
-    return config, reads, facts
-
-
-def check_teacher(config: TrainConfig, facts: data.DataFacts) -> None:
-    """Raise ConfigError if a completed run cannot be trained with compress.teacher.
-
-    `config.data` is the section as the run reads it. A finished run raises AlreadyFinishedError
-    instead.
-    """
-    check_run_dir(config)
-    folder = config.compress.teacher
-    said = None
-    try:
-        if is_logit_folder(folder):
-            said = RecordedLogits(folder).facts
-        found = _run_problems(config) if said is None else answers_problems(config, said)
-        found = found or _processor_problems(config, facts)
-        if not found and said is not None:
-            found = _sample_problems(config, said)
-    except UserError as error:
-        found = error.problems
-    if found and list_checkpoints(config.run_dir):
-        both = f"{TEACHER}= compress.match=[] resume_changed=[{TEACHER},compress.match]"
-        alone = f"{TEACHER}= resume_changed=[{TEACHER}]"
-        found[-1] += f"; to go on without it: {both if config.compress.match else alone}"
-    if found:
+    config = with_imported_adapter(config)
+    if found := lora_problems(config):
         raise ConfigError(*found)
-
-
-def _processor_problems(config: TrainConfig, facts: data.DataFacts) -> list[str]:
-    """Return the differences between the teacher's tokenizer or classes and the student's."""
-    folder, tokenizer = config.compress.teacher, data.open_tokenizer(config.data)
-    own = Path(folder) / TOKENIZER
-    if tokenizer and not (own.is_file() and tokenizer.is_same_file(own)):
-        return [
-            f"{TEACHER}={folder} has another tokenizer than the data here; set data.tokenizer={own}"
-        ]
-    theirs = read_record(folder)
-    if theirs is None or (
-        theirs.class_names == facts.class_names
-        and np.allclose([theirs.mean, theirs.std], [facts.mean, facts.std])
-    ):
-        return []
-    return [
-        f"{TEACHER}={folder} has other classes ({', '.join(theirs.class_names)}), or another mean "
-        f"of the pixels, than the data here ({', '.join(facts.class_names)}); set "
-        f"data.processor={folder}"
-    ]
-
-
-def _run_problems(config: TrainConfig) -> list[str]:
-    """Return the problems of using the run of compress.teacher as a teacher, with remedies."""
-    folder = config.compress.teacher
-    teacher = load_config(folder, TEACHER)
-    steps = [step for step, _ in list_checkpoints(folder)]
-    if not steps:
-        return [f"{TEACHER}={folder} holds no checkpoint; name a run that has been trained"]
-    found = teacher_problems(config, teacher)
-    if not found and steps[-1] < teacher.steps:
-        log.warning(
-            "%s=%s is at step %d of %d: whoever starts later learns from a newer checkpoint",
-            TEACHER,
-            folder,
-            steps[-1],
-            teacher.steps,
-        )
-    return found
-
-
-def _sample_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
-    """Return the differences between the training data and the data of the recorded logits."""
-    if facts.data == data.data_fingerprint(config.data, ["train"]):
-        return []
-    return [
-        f"{TEACHER}={config.compress.teacher} is about other samples than those of data.path="
-        f"{config.data.path}; set data.path={facts.path} and leave it as it was, or ask the "
-        "teacher about these: launch/teach.py"
-    ]
+    return config, reads, facts
 
 
 def _check_compiler(config: TrainConfig) -> None:
@@ -268,8 +195,9 @@ def check_trained_run(config: Reader, world_size: int, held: ExitStack | None = 
     check_trained(config.run_dir)
     strategy = resolve_degrees(config.strategy, world_size)
     found = model_problems(trained.model, strategy)
-    found += compress_problems(trained.compress, trained.model, strategy)
-    found += precision_problems(config.precision, trained.model, trained.compress, strategy)
+    compress = used_compression(trained)
+    found += compress_problems(compress, trained.model, strategy)
+    found += precision_problems(config.precision, trained.model, compress, strategy)
     if isinstance(config, GenerateConfig) and config.chat:
         found += _chat_problems(config, trained)
     if found:
@@ -308,13 +236,13 @@ def check_export(
     _check_runs_readable(config, world_size, [config.run_dir], "exports")
     _check_output_free(config.output_dir, f"{config.run_dir}-exported")
     run = load_config(config.run_dir)
-    if config.format == "huggingface":
+    if config.format != "native":
         _check_huggingface(config, run)
     elif config.step:
         raise ConfigError(
-            f"step={config.step} is for format=huggingface; format=native takes the newest"
+            f"step={config.step} is for format=huggingface or peft; format=native takes the newest"
         )
-    compress = replace(run.compress, **non_default_options(config.compress))
+    compress = replace(used_compression(run), **non_default_options(config.compress))
     if found := compress_problems(compress, run.model, StrategyConfig()):
         raise ConfigError("\n".join(found))
     return replace(config, compress=compress)
@@ -322,8 +250,15 @@ def check_export(
 
 def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
     """Raise ConfigError if transformers has no model that computes what the run's does."""
-    architecture_for(run.model)
-    changed = non_default_options(config.compress) | non_default_options(run.compress)
+    architecture = architecture_for(run.model, like=run.init_from)
+    if config.format == "peft":
+        if not run.lora.rank:
+            raise ConfigError(
+                f"run_dir={config.run_dir} has no adapters (lora.rank=0), which format=peft "
+                "writes; set format=huggingface"
+            )
+        targeted_modules(architecture, run.model, run.lora)
+    changed = non_default_options(config.compress) | non_default_options(used_compression(run))
     if found := sorted(changed.keys() & CHANGE_EXPORTS):
         raise ConfigError(
             f"compress.{found[0]}={changed[found[0]]} makes a model that transformers does not "

@@ -43,10 +43,12 @@ def step_bytes(
     micro_batches: int,
     compute_bytes: int,
     reduce_bytes: int,
+    learned: Iterable[Shape] | None = None,
 ) -> StepBytes:
     """Return the bytes per step for a rank's gradients and, with shards, its weights.
 
-    `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head.
+    `blocks` and `others` are the shapes of the parameters inside blocks, and of embedding and head;
+    `learned` those that are not frozen (None = all), which alone have gradients.
     DDP: one sum of the gradients (`sum_bytes`). FSDP, per micro-batch: two all-gathers of the
     blocks (one with reshard_after_forward=false) and one of the others, which stay gathered from
     the forward's end to the backward's start, and one reduce-scatter of the gradients; in a
@@ -54,12 +56,13 @@ def step_bytes(
     adds one all-reduce of each rank's shard. ZeRO (arXiv 1910.02054), section 7.
     """
     shards, replicas = strategy.shard, strategy.replicate * strategy.context
+    blocks, others = list(blocks), list(others)
+    learned = [*blocks, *others] if learned is None else list(learned)
     if shards == 1:
-        both = [*blocks, *others]
-        return sum_bytes(both, strategy, reduce_bytes) if replicas > 1 else StepBytes()
+        return sum_bytes(learned, strategy, reduce_bytes) if replicas > 1 else StepBytes()
     inside = sum(_padded_elements(shape, shards) for shape in blocks)
     outside = sum(_padded_elements(shape, shards) for shape in others)
-    whole = inside + outside
+    whole = sum(_padded_elements(shape, shards) for shape in learned)
     staged = strategy.pipeline > 1
     times = 1 if staged else micro_batches
     gathers = 2 if strategy.reshard_after_forward and not staged else 1
@@ -115,6 +118,7 @@ class ShardedSequence:
     starts: int = 1  # sums without a preceding norm: token embeddings
     ends: int = 1  # norms without a following sum: before the output, or the encoder's last
     backwards: int = 1  # 2 if gradients of inputs and of weights are computed separately
+    frozen_start: bool = False  # nothing in front of the first branch learns
 
 
 def tensor_bytes(
@@ -130,15 +134,18 @@ def tensor_bytes(
     total = StepBytes()
     for sequence in sequences:
         once = sequence.starts + sequence.ends
+        # The first branch then gives no gradient to its input, nor that to the embedding.
+        branch = int(sequence.frozen_start and sequence.branches > 0)
         if not strategy.sequence_parallel:
             moved = sequence.samples * sequence.length * width * compute_bytes
-            total += StepBytes(all_reduce=(2 * sequence.branches + once) * moved)
+            total += StepBytes(all_reduce=(2 * sequence.branches + once - branch) * moved)
             continue
+        start = sequence.starts if sequence.frozen_start else 0
         padded = math.ceil(sequence.length / strategy.tensor) * strategy.tensor
         moved = sequence.samples * padded * width * compute_bytes
         total += StepBytes(
-            all_gather=((2 + sequence.backwards) * sequence.branches + once) * moved,
-            reduce_scatter=(2 * sequence.branches + once) * moved,
+            all_gather=((2 + sequence.backwards) * sequence.branches + once - start) * moved,
+            reduce_scatter=(2 * sequence.branches + once - branch) * moved,
         )
     return total
 

@@ -8,6 +8,11 @@ from torch import distributed as dist
 from torch.futures import Future
 
 
+def learned_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the parameters that have gradients, with their names."""
+    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+
+
 class CompressedAllReduce:
     """A gradient all-reduce over replicas with two collectives per bucket.
 
@@ -17,7 +22,7 @@ class CompressedAllReduce:
 
     def __init__(self, model: nn.Module, group: dist.ProcessGroup):
         self.group = group
-        self._names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        self._names: dict[Tensor, str] = {p: name for name, p in learned_parameters(model)}
         self._begun: list[tuple[Iterator[None], Future[Tensor], Tensor]] = []
 
     def sum_over_ranks(self, gradients: Mapping[str, Tensor]) -> Iterator[None]:

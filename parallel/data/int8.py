@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from parallel.collectives import start_all_gather, start_all_to_all, wait_tensor
-from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite
+from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite, learned_parameters
 
 BLOCK = 128  # elements per scale
 SCALE_BYTES = 4  # of a float32
@@ -37,7 +37,7 @@ class Int8AllReduce(CompressedAllReduce):
         ranks = group.size()
         self._lost: dict[str, Tensor] = {}  # error of the sent chunks, (R, P)
         self._lost_of_sum: dict[str, Tensor] = {}  # error of the local chunk's sum, (1, P)
-        for name, parameter in model.named_parameters():
+        for name, parameter in learned_parameters(model):
             size = part_size(parameter.numel(), ranks)
             self._lost[name] = parameter.new_zeros(ranks, size)
             self._lost_of_sum[name] = parameter.new_zeros(1, size)

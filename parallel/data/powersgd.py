@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from parallel.collectives import start_all_reduce, wait_tensor
-from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite
+from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite, learned_parameters
 
 LEAST_GAIN = 2  # a matrix is compressed if its factors are smaller by more than this ratio
 
@@ -37,7 +37,7 @@ class PowerSGDAllReduce(CompressedAllReduce):
         self._steps = torch.zeros((), dtype=torch.int64)  # steps of the run so far
         self._lost: dict[str, Tensor] = {}  # approximation error, (rows, columns)
         self._right: dict[str, Tensor] = {}  # Q, (columns, rank), identical on every rank
-        for number, (name, parameter) in enumerate(model.named_parameters()):
+        for number, (name, parameter) in enumerate(learned_parameters(model)):
             rows = parameter.shape[0]
             if any(factor_sizes(parameter.shape, rank)):
                 self._lost[name] = parameter.new_zeros(rows, parameter.numel() // rows)

@@ -8,6 +8,7 @@ only activations between blocks and their gradients are sent, in each micro-batc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -133,6 +134,10 @@ class Stage:
         grads = self._output_grads.pop(number, None)
         if loss is not None:
             outputs, grads = [loss], None
+        # What comes from frozen weights alone has no gradient, and its backward nothing to do.
+        learned = [tensor.requires_grad for tensor in outputs]
+        outputs = list(compress(outputs, learned))
+        grads = None if grads is None else list(compress(grads, learned))
         job = partial(torch.autograd.backward, outputs, grads)
         if not full_backward and self.is_first:
             self._weight_jobs[number] = job  # there are no inputs to give gradients to
@@ -279,7 +284,7 @@ class PipelineParallel(ParallelAxis):
         return self.model(micro_batch, flow=flow, blocks=blocks)
 
     def stage_parameters(self, blocks: Sequence[str]) -> Iterator[Tensor]:
-        """Yield the autograd leaves of a stage's parameters (tensor-parallel: local tensors)."""
+        """Yield the autograd leaves that a stage learns (tensor-parallel: local tensors)."""
         modules = [self.model.blocks[name] for name in blocks]
         if blocks == self.runs[0] and self.model.embed is not None:
             modules.append(self.model.embed)
@@ -289,7 +294,8 @@ class PipelineParallel(ParallelAxis):
             for module in stage_module.modules():
                 leaves = getattr(module, "leaves", {})
                 for name, parameter in module.named_parameters(recurse=False):
-                    yield leaves.get(name, parameter)
+                    if parameter.requires_grad:
+                        yield leaves.get(name, parameter)
 
     def receive_buffers(self, inputs: Inputs, block: int, cache: Any = None) -> list[Tensor]:
         """Allocate buffers for a block's inputs."""

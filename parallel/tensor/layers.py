@@ -44,6 +44,10 @@ SEQUENCE = "sequence"  # replicated; computes on the local positions of the sequ
 SHARED = "shared"  # replicated; computes on the local heads, which share it
 STYLES = (COLUMN, HEADS, ROW, VOCABULARY, SEQUENCE, SHARED)
 
+# Low-rank factors A (rank, inputs) and B (outputs, rank) of a split layer: one of them is split,
+# and the gradient of the other is a partial sum, whatever the layout of the sequence.
+FACTORS = ("lora_a", "lora_b")
+
 SEQUENCE_DIM = 1
 
 
@@ -109,7 +113,9 @@ class TensorParallel(ParallelAxis):
                     if id(parameter) not in shared:
                         shared[id(parameter)] = _distribute_parameter(parameter, self._mesh, dim)
                     setattr(module, name, shared[id(parameter)])
-                elif self.splits_sequence or style == SHARED:
+                elif parameter.requires_grad and (
+                    self.splits_sequence or style == SHARED or name in FACTORS
+                ):
                     self.partial.append(full_name)
             for style in styles - {SEQUENCE, SHARED}:
                 parent = model.get_submodule(prefix.rpartition(".")[0])
@@ -177,8 +183,9 @@ class TensorParallel(ParallelAxis):
         for module in model.modules():
             if isinstance(module, _ShardedLayer):
                 for name, p in module.named_parameters(recurse=False):
-                    if isinstance(p, DTensor):
-                        leaf = made.setdefault(id(p), local_tensor(p.detach()).requires_grad_())
+                    if isinstance(p, DTensor) and p.requires_grad:
+                        part = local_tensor(p.detach()).requires_grad_()
+                        leaf = made.setdefault(id(p), part)
                         module.leaves[name] = leaf
                         self._leaves[leaf] = p
 
@@ -217,12 +224,18 @@ class _ShardedLayer(nn.Module):
         whole = self._parameters
         self._parameters = {
             name: self.part_of(self.leaves.get(name, parameter))
+            if isinstance(parameter, DTensor)
+            else parameter
             for name, parameter in whole.items()
         }
         try:
             return super().forward(*args)
         finally:
             self._parameters = whole
+
+    def local_weight(self) -> Tensor:
+        """Return the part of the weight that this rank computes with."""
+        return self.part_of(self.get_parameter("weight"))
 
     def part_of(self, parameter: Any) -> Any:
         """Return the differentiable local tensor of a parameter."""
@@ -239,8 +252,6 @@ class _SharedKVHeads(_ShardedLayer):
     head_width: int
 
     def part_of(self, parameter: Any) -> Any:
-        if parameter is None:
-            return None
         group, part = self.split.group, super().part_of(parameter)
         rows = part.shape[0] * group.size()
         whole = Gather.apply(part, rows, group, 0)
@@ -251,6 +262,8 @@ class _SharedKVHeads(_ShardedLayer):
 class _RowParallel(_ShardedLayer):
     """A row-split layer: sums the ranks' outputs and adds the bias once, to the sum."""
 
+    in_features: int
+
     def forward(self, *args: Any) -> Tensor:
         bias, self._parameters["bias"] = self._parameters["bias"], None
         try:
@@ -258,6 +271,10 @@ class _RowParallel(_ShardedLayer):
         finally:
             self._parameters["bias"] = bias
         return x if bias is None else x + bias.to(x.dtype)
+
+    def first_input(self) -> int:
+        """Return the first of the local input features."""
+        return self.split.group.rank() * -(-self.in_features // self.split.group.size())
 
     def over_parts(self, largest: Tensor) -> Tensor:
         """Return the maximum over all input features, which are sharded over the ranks."""
@@ -293,7 +310,8 @@ def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
 
 def split_dim(style: str, name: str) -> int | None:
     """Return the dim that a parameter is split along; None = it is replicated."""
-    if style in (SEQUENCE, SHARED) or (style == ROW and name.endswith("bias")):
+    replicated = ("bias", "lora_b") if style == ROW else ("lora_a",)
+    if style in (SEQUENCE, SHARED) or name.endswith(replicated):
         return None
     return 1 if style == ROW else 0
 

@@ -125,7 +125,7 @@ class Documented:
     @property
     def made(self) -> str:
         """The folder of the run or export that it makes; empty = none with a name."""
-        key = {"launch/train.py": "run_dir"}.get(self.script, "to")
+        key = {"launch/train.py": "run_dir"}.get(self.script, "output_dir")
         found = re.search(rf" {key}=(runs/[\w-]+)", self.text)
         return found[1] if found else ""
 

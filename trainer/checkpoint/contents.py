@@ -16,6 +16,7 @@ class Checkpointed(Protocol):
     samples: int
     order_batch_size: int
     run: str
+    base: Mapping[str, str]
 
     @property
     def weight_shapes(self) -> Mapping[str, torch.Size]:

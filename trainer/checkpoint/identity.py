@@ -9,11 +9,21 @@ from typing import Any
 from trainer.config.train import OptimConfig, StrategyConfig, TrainConfig
 
 # The identity of a run: these keys must not change on resume. All others may.
-IDENTITY = ("model", "compress", "data", "seed", "precision", "batch_size", "overfit_steps")
+BASE = "init_from"  # with adapters alone: no checkpoint holds the frozen weights
+IDENTITY = (
+    *("model", "compress", "lora", BASE, "data", "seed", "precision", "batch_size"),
+    "overfit_steps",
+)
 FREE = ("data.cache", "data.processor")
 # Never changed on resume: the weights belong to one tokenizer.
 FIXED = ("data.kind", "data.tokenizer", "data.vocab_size")
-PATHS = ("data.path", "data.tokenizer", "compress.teacher")  # compared as absolute paths
+PATHS = (
+    "data.path",
+    "data.tokenizer",
+    "compress.teacher",
+    "lora.adapter",
+    BASE,
+)  # compared as absolute paths
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def run_record(config: TrainConfig, data: str = "") -> RunRecord:
     identity = {
         key: value
         for key, value in flat_values(asdict(config)).items()
-        if key.split(".")[0] in IDENTITY and key not in FREE
+        if key.split(".")[0] in IDENTITY and key not in FREE and (key != BASE or config.lora.rank)
     }
     return RunRecord(
         run_dir=config.run_dir,

@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,6 +75,8 @@ class Manifest:
     samples: int | None = None  # samples trained on or skipped so far: the data's position
     order_batch_size: int | None = None  # batch_size when the run started (sampler.py)
     lr: float | None = None  # of the next step, by the schedule of the run that wrote it
+    # Digests of frozen weights, by name, which the checkpoint of an adapter does not hold.
+    base: dict[str, str] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -166,6 +168,7 @@ def _parse_manifest(body: dict[str, Any]) -> Manifest:
         _parse_number(int, body.get("samples")),
         _parse_number(int, body.get("order_batch_size")),
         _parse_number(float, body.get("lr")),
+        {str(name): str(digest) for name, digest in body.get("base", {}).items()},
     )
 
 

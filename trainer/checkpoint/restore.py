@@ -28,6 +28,8 @@ from trainer.checkpoint.manifest import (
 )
 from trainer.checkpoint.shards import DTYPES, read_tensors, read_whole, take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
+from trainer.checkpoint.weight_digest import check_base
+from trainer.config.lora import FACTORS
 from trainer.config.train import ConfigError
 from trainer.optim.lr_schedule import lr_jump_message
 
@@ -116,6 +118,7 @@ def restore_checkpoint(
             break
         assert choice.manifest is not None
         _check_same_run(run, choice.manifest)
+        check_base(f"run_dir={run.run_dir}", choice.manifest.base, state.base)
         if _load_state(choice.path, choice.manifest, state, run):
             state.run = choice.manifest.run
             break
@@ -218,7 +221,8 @@ def load_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = 
     `rows` as for `load` in trained_run.py. Raises ConfigError if there is none, or if its model has
     other parameters or shapes.
     """
-    parameters, shapes = worker.parameters(), worker.whole.shapes
+    parameters = base_weights(worker)
+    shapes = {n: shape for n, shape in worker.whole.shapes.items() if not n.endswith(FACTORS)}
     if rows is None:
         return load_parameters(run_dir, parameters, shapes)
     alike = {name: p for name, p in parameters.items() if name not in BY_ROW}
@@ -227,6 +231,11 @@ def load_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | None = 
     for name in parameters.keys() - alike.keys():
         take_rows(parameters[name], read_whole(path, manifest, f"model.{name}"), rows)
     return path
+
+
+def base_weights(worker: ParallelModel) -> dict[str, Tensor]:
+    """Return this rank's weights by canonical name, without the factors of adapters."""
+    return {n: p for n, p in worker.parameters().items() if not n.endswith(FACTORS)}
 
 
 def load_parameters(
@@ -243,17 +252,23 @@ def load_parameters(
     """
     weights = {f"model.{name}": parameter for name, parameter in parameters.items()}
     while True:
-        choice = find_newest_valid(run_dir)
-        if dist.get_rank() == 0:
-            for step, reason in choice.damaged.items():
-                log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
-        if choice.path is None:
-            what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
-            raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
-        assert choice.manifest is not None
-        _check_shapes(choice.path, choice.manifest, shapes, by_row)
-        if _read_on_all_ranks(choice.path, choice.manifest, weights):
-            return choice.path
+        path, manifest = _newest_weights(run_dir, key)
+        _check_shapes(path, manifest, shapes, by_row)
+        if _read_on_all_ranks(path, manifest, weights):
+            return path
+
+
+def _newest_weights(run_dir: Path, key: str) -> tuple[Path, Manifest]:
+    """Return the newest valid checkpoint; ConfigError if there is none."""
+    choice = find_newest_valid(run_dir)
+    if dist.get_rank() == 0:
+        for step, reason in choice.damaged.items():
+            log.warning("%s is damaged: %s", checkpoint_path(run_dir, step), reason)
+    if choice.path is None:
+        what = "no good checkpoint" if choice.damaged else "no checkpoint yet"
+        raise ConfigError(f"{key}={run_dir} holds {what}; train there first")
+    assert choice.manifest is not None
+    return choice.path, choice.manifest
 
 
 def _check_shapes(

@@ -80,6 +80,7 @@ class Saver:
             "data": run.data,
             "layout": layout_of(run.strategy),
             "order_batch_size": state.order_batch_size,
+            "base": dict(state.base),
         }
         there = checkpoint_path(run.run_dir, state.step).exists()
         facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""

@@ -1,12 +1,17 @@
 """Interface between compression and training: one method for each point at which it acts."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
+from parallel.grad_norm import local_tensor
 from trainer.compress.distillation import (
     TeacherOutput,
     divergence_sum,
@@ -30,6 +35,8 @@ from trainer.model import Transformer
 from trainer.nn.embeddings import PatchEmbedding
 from trainer.nn.layers import Linear
 from trainer.nn.sequence import Flow, Inputs, Resize, Sequences
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -156,11 +163,47 @@ class Compression:
         if self.pruning is not None:
             self.pruning.prune_due(step / steps)
 
+    @torch.no_grad()
+    def pack_frozen(self, model: Transformer) -> None:
+        """Round the frozen weights of the blocks once, and keep them in few bits, in place.
+
+        Logs their bytes on this rank before and after. Shards of FSDP are rounded, but stay as wide
+        as they are.
+        """
+        before = after = 0
+        for module in model.blocks.modules():
+            if not isinstance(module, CompressedLinear) or module.weight.requires_grad:
+                continue
+            if isinstance(model, FSDPModule):
+                part = local_tensor(module.weight)
+                part.copy_(module.rounded(part).unpack(part.dtype))
+                module.is_rounded = True
+                before, after = before + part.nbytes, after + part.nbytes
+                continue
+            weight = module.local_weight().detach()
+            module.packed = module.rounded(weight)
+            module.register_parameter("weight", None)
+            before, after = before + weight.nbytes, after + module.packed.nbytes
+        if before and dist.get_rank() == 0:
+            log.info(
+                "the blocks' frozen weights, of %.4g MB on this rank, take %.4g MB in %d bits",
+                *(before / 1e6, after / 1e6, self.lens.bits),
+            )
+
     def _quantize_layer(self, module: nn.Module) -> None:
         if type(module) is Linear:
             module.__class__ = CompressedLinear
             assert isinstance(module, CompressedLinear)
             module.lens = self.lens
+
+
+def rounded_weight(weight: Tensor, config: CompressConfig) -> Tensor:
+    """Return a whole frozen weight as its layer uses it, in float32 or wider."""
+    with torch.device("meta"):
+        layer = CompressedLinear(1, 1)
+    layer.lens = Compression(config).lens
+    wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    return layer.rounded(wide).unpack(wide.dtype)
 
 
 def _image_resizes(config: CompressConfig, model: Transformer) -> dict[int, Resize]:

@@ -28,14 +28,61 @@ class QuantizationSpec:
     prunes: bool = True  # whether n:m sparsity is active at this step
 
 
+class PackedWeight:
+    """A frozen weight (outputs, inputs) as integers of 4 or 8 bits, with scales."""
+
+    def __init__(self, numbers: Tensor, scale: Tensor, bits: int):
+        self.scale, self.inputs, self.top = scale, numbers.shape[1], 2 ** (bits - 1) - 1
+        self.halves = bits <= 4  # two integers in a byte
+        codes = (numbers + self.top).to(torch.uint8)
+        if self.halves:
+            pairs = F.pad(codes, (0, self.inputs % 2)).unflatten(-1, (-1, 2))
+            codes = pairs[..., 0] | (pairs[..., 1] << 4)
+        self.codes = codes
+
+    def unpack(self, dtype: torch.dtype) -> Tensor:
+        """Return the rounded weight."""
+        codes = self.codes
+        if self.halves:
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : self.inputs]
+        numbers = codes.to(self.scale.dtype) - self.top
+        groups = numbers.unflatten(-1, (self.scale.shape[1], -1))
+        return (groups * self.scale[..., None]).flatten(1).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that are kept."""
+        return self.codes.nbytes + self.scale.nbytes
+
+
+class _PackedProduct(torch.autograd.Function):
+    """The product with a packed weight, which is unpacked again in the backward, not saved."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, packed: PackedWeight) -> Tensor:
+        ctx.packed = packed
+        return F.linear(input, packed.unpack(input.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] @ ctx.packed.unpack(grads[0].dtype), None
+
+
 class CompressedLinear(Linear):
     """A linear layer that computes with quantized and pruned weights, and quantized inputs."""
 
     lens = QuantizationSpec()
     alive: Tensor | None = None  # (local inputs,): 0 for pruned inputs, else 1
+    packed: PackedWeight | None = None  # of a frozen weight, in place of it
+    is_rounded = False  # whether the weight is frozen, and rounded for good
 
     def forward(self, input: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(input.dtype)
+        if self.packed is not None:
+            x = _PackedProduct.apply(input, self.packed)
+            return x if bias is None else x + bias
+        if self.is_rounded:
+            return F.linear(input, self.weight.to(input.dtype), bias)
         weight, lens = self._prune_inputs(self.weight.to(input.dtype)), self.lens
         if not lens.bits:
             return F.linear(input, weight, bias)
@@ -63,6 +110,18 @@ class CompressedLinear(Linear):
         if not (lens.n and lens.prunes):
             return weight
         return _StraightThrough.apply(weight, nm_pruned(weight.detach(), lens.n, lens.m))
+
+    def rounded(self, weight: Tensor) -> PackedWeight:
+        """Return a local part of the layer's weight, rounded."""
+        lens = self.lens
+        groups = weight.unflatten(-1, (-1, lens.group)) if lens.group else weight
+        largest = row_abs_max if lens.group else self.abs_max
+        numbers, scale = quantize_to_integers(groups, lens.bits, largest)
+        return PackedWeight(numbers.flatten(1), scale.flatten(1), lens.bits)
+
+    def local_weight(self) -> Tensor:
+        """Return the part of the weight that this rank computes with; overridden if sharded."""
+        return self.weight
 
     def abs_max(self, x: Tensor) -> Tensor:
         """Return the largest magnitude over all input features, (…,1)."""

@@ -87,11 +87,16 @@ class ExportConfig:
         "Format of the folder",
         choices={
             "native": "one small file, with weights as compressed as the run trained them",
-            "huggingface": "what from_pretrained of transformers reads",
+            "huggingface": "what from_pretrained of transformers reads, with adapters merged",
+            "peft": "the adapters of lora.* alone, as peft reads them",
         },
     )
     step: int = key(
-        0, "Step of the checkpoint, format=huggingface", off=0, off_means="newest", at_least=0
+        0,
+        "Step of the checkpoint, format=huggingface or peft",
+        off=0,
+        off_means="newest",
+        at_least=0,
     )
     # Compression that the run was not trained with, applied to its weights in one shot.
     compress: CompressConfig = field(default_factory=CompressConfig)

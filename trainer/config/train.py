@@ -23,6 +23,7 @@ from trainer.config.inference import (
     TeachConfig,
 )
 from trainer.config.launch import LaunchConfig
+from trainer.config.lora import LoraConfig
 from trainer.config.loss import LossConfig
 from trainer.config.metrics import MetricsConfig
 from trainer.config.model import (
@@ -52,6 +53,7 @@ __all__ = [
     "ExportConfig",
     "GenerateConfig",
     "LaunchConfig",
+    "LoraConfig",
     "LossConfig",
     "MetricsConfig",
     "ModelConfig",
@@ -74,6 +76,7 @@ __all__ = [
     "is_gated",
     "non_default_options",
     "outputs_of",
+    "used_compression",
 ]
 
 LONGEST_WINDOW = 1024  # losses that the guard against bad steps remembers, at most
@@ -92,6 +95,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     precision: str = key("auto", "Precision to compute in", choices=PRECISIONS)
     device: str = key("auto", "Device to compute on", choices=DEVICES)
@@ -173,8 +177,8 @@ class TrainConfig:
         "Keys, or sections, that may differ from those of the run that is resumed, e.g. "
         "[seed,data]",
         off=[],
-        off_means="these must be identical: model, compress, data, seed, precision, "
-        "batch_size and overfit_steps",
+        off_means="these must be identical: model, compress, lora (and its init_from), data, seed, "
+        "precision, batch_size and overfit_steps",
     )
     activation_checkpointing: str = key(
         "none", "Activations recomputed in the backward instead of stored", choices=RECOMPUTED
@@ -193,3 +197,8 @@ class TrainConfig:
     deterministic: bool = key(
         False, "Use deterministic kernels only; an operation without one raises"
     )
+
+
+def used_compression(run: TrainConfig) -> CompressConfig:
+    """Return the compression with which a trained run is used: none, if it merges adapters."""
+    return CompressConfig() if run.lora.rank else run.compress

@@ -7,6 +7,7 @@ from parallel.strategy import StrategyConfig
 from trainer.config.choices import DEVICES, RECOMPUTED
 from trainer.config.compress import CompressConfig
 from trainer.config.launch import LaunchConfig
+from trainer.config.lora import LoraConfig
 from trainer.config.model import ModelConfig
 from trainer.config.optim import OptimConfig
 
@@ -26,7 +27,10 @@ FAULT_AXES = {
     "skip_tied_gradient_sum": "pipeline",
     "local_loss_scale": "pipeline",
     "skip_ring_step": "context",
+    "skip_factor_gradient_sum": "tensor",
+    "count_frozen_weight": "",
 }
+LORA_FAULTS = ("skip_factor_gradient_sum", "count_frozen_weight")  # they need lora.rank
 NEEDS = {
     "tensor": "with strategy.tensor above 1",
     "pipeline": "in a pipeline",
@@ -41,6 +45,7 @@ class VerifyConfig:
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     compress: CompressConfig = field(default_factory=CompressConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # AdamW makes lr / eps of the rounding in a gradient that is zero (a key's bias): no small eps.
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=1e-2, eps=1e-6, warmup_steps=2, max_grad_norm=0.5)

@@ -12,6 +12,7 @@ from parallel.grad_norm import local_tensor
 from parallel.parallel_model import ParallelModel
 from parallel.parallelize import local_slices
 from trainer.atomic_files import new_folder
+from trainer.checkpoint.restore import base_weights
 from trainer.checkpoint.shards import take_rows
 from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.compress.compression import Compression
@@ -74,7 +75,7 @@ def load_export(
             if about.get("version") != VERSION:
                 raise ConfigError(f"{path} has an unsupported export version; export the run again")
             packed = set(json.loads(about["packed"]))
-            for name, parameter in worker.parameters().items():
+            for name, parameter in base_weights(worker).items():
                 if name in packed:
                     parts = {
                         key.removeprefix(f"{name}."): file.get_tensor(key)

@@ -1,27 +1,27 @@
 """Export a trained model as a Hugging Face folder, one tensor at a time."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from parallel.parallel_model import ParallelModel
 from trainer.atomic_files import new_folder
-from trainer.checkpoint.manifest import read_manifest
-from trainer.checkpoint.restore import find_newest_valid
 from trainer.checkpoint.shards import read_whole
-from trainer.config.train import ConfigError, TrainConfig
+from trainer.config.train import TrainConfig
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer
+from trainer.huggingface.adapter_files import AdapterReader, write_adapter
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import architecture_for, is_model_folder
-from trainer.huggingface.weights import WeightReader, Weights
 from trainer.huggingface.writer import (
     read_special_ids,
     write_config,
     write_tokenizer,
     write_weights,
 )
-from trainer.run.run_dir import EXPORTED, load_config, to_yaml
+from trainer.inference.weights import newest_checkpoint, open_weights
+from trainer.run.run_dir import load_config, to_yaml
 
 CARD = """---
 library_name: transformers
@@ -66,31 +66,36 @@ def export_folder(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) ->
         (partial / "README.md").write_text(card, encoding="utf-8")
 
 
-def open_weights(run_dir: Path, step: int = 0) -> tuple[Weights, int]:
-    """Return a function that reads a whole parameter by name, and the step of the weights.
+def export_adapter(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) -> None:
+    """Write the adapters of a run's checkpoint, in PEFT's format, as the folder `to`.
 
-    They are those of the newest valid checkpoint (or that of `step`), of an export, or of a Hugging
-    Face folder. Raises ConfigError if there are none.
+    `step` is that of the checkpoint; 0 = the newest.
     """
-    if is_model_folder(run_dir):
-        return WeightReader(run_dir, "run_dir").read_whole, 0
     config = load_config(run_dir)
-    if (path := run_dir / EXPORTED).exists():
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-        if about.get("packed", "[]") != "[]":
-            raise ConfigError(f"run_dir={run_dir} holds quantized weights; name the run itself")
-        return lambda name: _read_tensor(path, name), config.steps
-    choice = find_newest_valid(run_dir, step)
-    if choice.path is None:
-        raise ConfigError(f"run_dir={run_dir} holds no good checkpoint; train it first")
-    folder, manifest = choice.path, read_manifest(choice.path)
-    return lambda name: read_whole(folder, manifest, f"model.{name}"), manifest.step
+    architecture = architecture_for(config.model, like=config.init_from)
+    folder, manifest = newest_checkpoint(run_dir, step)
+
+    def read_factor(name: str) -> torch.Tensor:
+        return read_whole(folder, manifest, f"model.{name}")
+
+    with new_folder(to) as partial:
+        write_adapter(
+            partial,
+            architecture,
+            config.model,
+            config.lora,
+            read_factor,
+            dtype,
+            config.init_from,
+            manifest.base,
+        )
 
 
-def _read_tensor(path: Path, name: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(name)
+def load_first_adapter(config: TrainConfig, worker: ParallelModel, base: Mapping[str, str]) -> None:
+    """Load the factors of config.lora.adapter; `base` are the digests of the frozen weights."""
+    architecture = architecture_for(config.model, like=config.init_from)
+    reader = AdapterReader(config.lora.adapter, architecture, config.model)
+    reader.load_factors(worker.parameters(), base)
 
 
 def _format_card(config: TrainConfig, architecture: Architecture, name: str, step: int) -> str:

@@ -10,8 +10,9 @@ from parallel.parallel_model import ParallelModel
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.build import build_worker
-from trainer.checkpoint.restore import load_weights
+from trainer.checkpoint.restore import base_weights, load_weights
 from trainer.checkpoint.vocabulary import map_vocabulary
+from trainer.checkpoint.weight_digest import weight_digests
 from trainer.compress.structured_pruning import remove_pruned
 from trainer.config.train import (
     CompressConfig,
@@ -19,8 +20,10 @@ from trainer.config.train import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
+    LoraConfig,
     TeachConfig,
     TrainConfig,
+    used_compression,
 )
 from trainer.data import open_tokenizer
 from trainer.data.record import TOKENIZER, data_of, read_record
@@ -28,7 +31,8 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.huggingface.registry import is_model_folder
 from trainer.huggingface.weights import load_folder
 from trainer.inference import export
-from trainer.inference.huggingface import export_folder
+from trainer.inference.huggingface import export_adapter, export_folder
+from trainer.inference.weights import load_merged
 from trainer.model import Transformer
 from trainer.precision import resolve_precision
 from trainer.run.run_dir import EXPORTED, load_config
@@ -67,7 +71,8 @@ def load_trained_run(
     loaded = replace(
         run,
         run_dir=config.run_dir,
-        compress=compress or run.compress,
+        compress=compress or used_compression(run),
+        lora=LoraConfig(),  # its adapters are merged
         strategy=config.strategy,
         precision=config.precision,
         device=config.device,
@@ -95,9 +100,11 @@ def load_run_weights(run_dir: Path, worker: ParallelModel, rows: list[int] | Non
     are no weights, or if they belong to another model.
     """
     if is_model_folder(run_dir):
-        load_folder(run_dir, worker.parameters(), rows)
+        load_folder(run_dir, base_weights(worker), rows)
     elif is_export(run_dir):
         export.load_export(run_dir, worker, load_config(run_dir).compress, rows)
+    elif load_config(run_dir).lora.rank:
+        load_merged(run_dir, base_weights(worker), rows)
     else:
         load_weights(run_dir, worker, rows)
 
@@ -113,6 +120,14 @@ def load_initial_weights(
     assert facts is not None, run_dir
     rows = map_vocabulary(init_from, facts, tokenizer)
     load_run_weights(Path(init_from), worker, rows.theirs if rows else None)
+
+
+def load_frozen_weights(config: TrainConfig, worker: ParallelModel) -> dict[str, str]:
+    """Load the weights that no checkpoint holds, from init_from, and return their digests."""
+    frozen = {n: p for n, p in worker.parameters().items() if not p.requires_grad}
+    if config.lora.rank and config.init_from:
+        load_initial_weights(config.init_from, config.run_dir, data_of(config), worker)
+    return weight_digests(frozen)
 
 
 def strip_pruned(run: TrainedRun, runtime: Runtime) -> TrainedRun:
@@ -143,15 +158,18 @@ def export_run(config: ExportConfig, runtime: Runtime, say: bool = True) -> None
     config.compress is complete: the settings of training, and those applied at export only.
     """
     to, dtype = Path(config.output_dir), resolve_precision(config.dtype, runtime.device).compute
-    if config.format == "huggingface":
-        export_folder(Path(config.run_dir), to, dtype, config.step)
+    if config.format != "native":
+        write = export_adapter if config.format == "peft" else export_folder
+        write(Path(config.run_dir), to, dtype, config.step)
         return
     reader = EvaluateConfig(
         config.run_dir, strategy=StrategyConfig(), precision="fp32", device=config.device
     )
     run = strip_pruned(load_trained_run(reader, runtime, config.compress, integers=False), runtime)
     asked = load_config(config.run_dir)
-    asked = replace(asked, model=run.config.model, compress=run.config.compress)
+    asked = replace(
+        asked, model=run.config.model, compress=run.config.compress, lora=run.config.lora
+    )
     export.write_export(run.worker, asked, dtype, Path(config.run_dir), to)
     if say:
         size = (to / EXPORTED).stat().st_size

@@ -21,7 +21,7 @@ def _init_std(config: ModelConfig, name: str, shape: torch.Size) -> float | None
     """Return the standard deviation of a parameter's initial values; None = ones, 0 = zeros."""
     if name.endswith("norm.weight"):
         return None
-    if name.endswith("bias") or name == "embed.class_token":
+    if name.endswith(("bias", "lora_b")) or name == "embed.class_token":
         return 0.0
     if config.init == "vit" and name == "head.output.weight":
         return 0.0
@@ -42,7 +42,8 @@ def init_rows(
 
     Each block of rows has a generator seeded by (seed, name, block), so that a rank generates only
     its local rows and the values do not depend on the layout. gpt2: normal; vit: normal truncated
-    at two standard deviations; both as in the published models.
+    at two standard deviations; both as in the published models. An adapter's factor A: uniform in
+    ±1/sqrt(inputs), as in the published LoRA and PEFT.
     """
     std = _init_std(config, name, shape)
     if std is None or std == 0.0:
@@ -53,7 +54,10 @@ def init_rows(
     for block in range(first, -(-stop // rows)):
         generator = torch.Generator().manual_seed(stable_hash(seed, name, block))
         values = torch.empty(min(rows, shape[0] - block * rows), *shape[1:])
-        if config.init == "vit":
+        if name.endswith("lora_a"):
+            bound = 1.0 / math.sqrt(shape[1])
+            values.uniform_(-bound, bound, generator=generator)
+        elif config.init == "vit":
             nn.init.trunc_normal_(values, 0.0, std, -2 * std, 2 * std, generator=generator)
         else:
             values.normal_(0.0, std, generator=generator)

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Size, Tensor
 
+from trainer.config.lora import FACTORS
 from trainer.config.train import OptimConfig
 
 
@@ -19,13 +20,17 @@ class ParameterGroup:
 
 
 def has_weight_decay(name: str, shape: Size) -> bool:
-    """Return whether weight decay applies: to matrices, never to norms, biases or positions."""
-    return len(shape) >= 2 and not name.endswith(("positions.weight", "class_token"))
+    """Return whether weight decay applies: to matrices, never to norms, biases or positions.
+
+    Nor to the factors of an adapter, whose decay would not be that of their product.
+    """
+    kept = ("positions.weight", "class_token", *FACTORS)
+    return len(shape) >= 2 and not name.endswith(kept)
 
 
 def is_hidden_matrix(name: str, shape: Size) -> bool:
-    """Return whether a parameter is a matrix of a block: no embedding, no head, no norm or bias."""
-    return name.startswith("blocks.") and len(shape) == 2
+    """Return whether a parameter is a matrix of a block: no embedding, head, norm or adapter."""
+    return name.startswith("blocks.") and len(shape) == 2 and not name.endswith(FACTORS)
 
 
 def parameter_groups(

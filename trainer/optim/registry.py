@@ -37,7 +37,10 @@ OPTIMIZERS = {
 
 
 def build_optimizer(parameters: Parameters, config: OptimConfig) -> Optimizer:
-    """Build the optimizer of these parameters (DTensors if sharded) by config.name."""
+    """Build the optimizer of these parameters (DTensors if sharded) by config.name.
+
+    Frozen ones have none.
+    """
     parts = []
     for name, groups in _groups_by_optimizer(parameters, config).items():
         names = {member for group in groups for member in group.names}
@@ -75,7 +78,7 @@ def check_reference(name: str) -> None:
 def _groups_by_optimizer(
     parameters: Parameters, config: OptimConfig
 ) -> dict[str, list[ParameterGroup]]:
-    shapes = {name: parameter.shape for name, parameter in parameters.items()}
+    shapes = {name: p.shape for name, p in parameters.items() if p.requires_grad}
     found: dict[str, list[ParameterGroup]] = {}
     for group in parameter_groups(shapes, config, OPTIMIZERS[config.name].rest):
         found.setdefault(group.optimizer, []).append(group)

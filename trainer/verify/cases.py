@@ -6,11 +6,19 @@ from dataclasses import replace
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.parallel_model import ParallelModel
 from parallel.strategy import StrategyConfig, data_degree
-from trainer.config.train import CompressConfig, ModelConfig, VerifyConfig, is_encoder_decoder
+from trainer.config.train import (
+    CompressConfig,
+    LoraConfig,
+    ModelConfig,
+    VerifyConfig,
+    is_encoder_decoder,
+)
+from trainer.model import Transformer
+from trainer.nn.init import init_rows
 from trainer.tasks.registry import task_of_model
 
 SAMPLES = 8  # per step, over all ranks
@@ -263,10 +271,20 @@ CHAT_STRATEGIES = (
     *(f"context 2, {method}" for method in ("all_gather", "ring", "ulysses")),
     *("fsdp 2 × context 2, ring", "fsdp 2 × tensor 2 × pipeline 2"),
 )
+LORA = LoraConfig(rank=3, dropout=0.2)
+# Of the frozen weights.
+PACKED = (
+    CompressConfig(bits=8, input_bits=0),
+    CompressConfig(bits=4, group=8, input_bits=0),
+    CompressConfig(bits=4, input_bits=0),
+)
 
 
 def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
-    """Yield (model, strategy, config): every strategy on every family, and compressed models."""
+    """Yield (model, strategy, config): every strategy on every family; compressed models; adapters.
+
+    Adapters are verified under every strategy, on the families in turn.
+    """
     for family, model in FAMILIES.items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
@@ -282,6 +300,13 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
                 strategy = STRATEGIES.get(name, StrategyConfig())
                 config = VerifyConfig(strategy, FAMILIES[family], compress)
                 yield f"{family}, {technique}", name, config
+    for number, (name, strategy) in enumerate(STRATEGIES.items()):
+        family = list(FAMILIES)[(number + 1) % len(FAMILIES)]
+        yield f"{family}, LoRA", name, VerifyConfig(strategy, FAMILIES[family], lora=LORA)
+    for number, name in enumerate(COMPRESSED_STRATEGIES):
+        family, packed = list(FAMILIES)[number % len(FAMILIES)], PACKED[number % len(PACKED)]
+        config = VerifyConfig(STRATEGIES.get(name, StrategyConfig()), FAMILIES[family], packed)
+        yield f"{family}, LoRA, int{packed.bits}", name, replace(config, lora=LORA)
 
 
 def _strategy_names(compress: CompressConfig) -> tuple[str, ...]:
@@ -302,6 +327,37 @@ def scale_compression(compress: CompressConfig, model: ModelConfig) -> CompressC
         sparse_m=min(compress.sparse_m, 8),
         match=[[i, j] for i, j in match.items() if (i < encoder) == (j < encoder)],
     )
+
+
+def draw_rows(
+    config: ModelConfig, seed: int, name: str, shape: torch.Size, start: int, stop: int
+) -> Tensor:
+    """Return rows of a parameter's initial value: `init_rows`, but an adapter's B is random too.
+
+    The gradient of its A is zero while B is.
+    """
+    drawn = f"{name}.random" if name.endswith("lora_b") else name
+    return init_rows(config, seed, drawn, shape, start, stop)
+
+
+def random_teacher(config: ModelConfig, seed: int) -> Transformer:
+    """Return a frozen, randomly initialised teacher of the same shape."""
+    config = replace(config, init="gpt2", init_std=0.3)
+    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(init_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
+    return model
+
+
+@torch.no_grad()
+def round_frozen(model: nn.Module, compress: CompressConfig) -> None:
+    """Round the frozen weights of the linear layers of blocks to integers times a scale."""
+    top = 2 ** (compress.bits - 1) - 1
+    for name, weight in model.named_parameters():
+        if name.startswith("blocks.") and weight.dim() == 2 and not weight.requires_grad:
+            groups = weight.view(-1, compress.group or weight.shape[1])
+            scale = groups.abs().amax(1, keepdim=True) / top
+            weight.copy_(((groups / scale).round() * scale).view_as(weight))
 
 
 def samples_per_step(strategy: StrategyConfig) -> int:

@@ -27,9 +27,9 @@ from parallel.pipeline.stages import PipelineParallel
 from parallel.pipeline.torch_schedules import list_actions
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
-from parallel.tensor.layers import HEADS, TensorParallel, style_of
+from parallel.tensor.layers import HEADS, TensorParallel, split_dim, style_of
 from trainer.build import parallel_model
-from trainer.config.train import ModelConfig, head_width_of
+from trainer.config.train import LoraConfig, ModelConfig, head_width_of
 from trainer.inference.trained_run import unwrap_transformer
 from trainer.model import Transformer
 from trainer.nn.embeddings import TokenEmbedding
@@ -43,10 +43,13 @@ COMPUTE_BYTES = 2  # bf16
 
 
 def step_traffic(
-    runtime: Runtime, strategy: StrategyConfig, model_config: ModelConfig
+    runtime: Runtime,
+    strategy: StrategyConfig,
+    model_config: ModelConfig,
+    lora: LoraConfig | None = None,
 ) -> tuple[Payload, Payload]:
     """Return the bytes of one bf16 step of this rank by collective: counted, and closed form."""
-    worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"])
+    worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"], lora=lora)
     micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
     for _ in range(3):  # DDP agrees on its buckets once, in the second step
         worker.zero_grad()
@@ -64,11 +67,12 @@ def _due_bytes(
     """Return the closed form: gradients and weights, activations, and the listed small ones."""
     model = unwrap_transformer(worker)
     moved, floats, heads, tied = StepBytes(), _norm_reductions(strategy) * FLOAT_BYTES, 0, 0
+    learned_heads = 0
     if find_axis(worker.axes, TensorParallel) is not None:
         moved += _activation_bytes(worker, strategy, micro_batches)
         floats += _partial_gradients(worker) * FLOAT_BYTES
         floats += sum(_norm_elements(worker, m) for m in micro_batches) * FLOAT_BYTES
-        heads = len(micro_batches) * _shared_heads(worker)
+        heads, learned_heads = _shared_heads(worker, len(micro_batches))
         if model.head is not None:
             targets = (model.local_targets(m["targets"]) for m in micro_batches)
             floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
@@ -78,19 +82,20 @@ def _due_bytes(
     if (pipeline := find_axis(worker.axes, PipelineParallel)) is not None:
         moved += _stage_messages(pipeline, model, micro_batches)
         floats += FLOAT_BYTES  # the loss, which the last stage has
-        tied = 0 if pipeline.tied is None else local_tensor(pipeline.tied).numel()
+        if pipeline.tied is not None and pipeline.tied.requires_grad:
+            tied = local_tensor(pipeline.tied).numel()
     # FSDP hands a layer its weights in bf16, and their gradients come back so.
     fsdp = isinstance(worker.model, FSDPModule)
-    half, full = (COMPUTE_BYTES * heads, 0) if fsdp else (0, FLOAT_BYTES * heads)
+    half, full = (COMPUTE_BYTES, 0) if fsdp else (0, FLOAT_BYTES)
     return _reduced_bytes(worker, strategy, len(micro_batches)) + Counter(
         {
             ("all_reduce", torch.int64): COUNT_BYTES if worker.data_degree > 1 else 0,
             ("all_reduce", torch.float32): floats,
             ("all_reduce", torch.bfloat16): moved.all_reduce,
-            ("all_gather", torch.bfloat16): moved.all_gather + half,
-            ("all_gather", torch.float32): full,
-            ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half,
-            ("reduce_scatter", torch.float32): full,
+            ("all_gather", torch.bfloat16): moved.all_gather + half * heads,
+            ("all_gather", torch.float32): full * heads,
+            ("reduce_scatter", torch.bfloat16): moved.reduce_scatter + half * learned_heads,
+            ("reduce_scatter", torch.float32): full * learned_heads,
             ("all_to_all", torch.bfloat16): moved.all_to_all,
             ("send", torch.bfloat16): moved.send,
             ("send", torch.float32): FLOAT_BYTES * tied,
@@ -101,8 +106,9 @@ def _due_bytes(
 def _reduced_bytes(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
     """Gradients and weights: these in bf16, gradients in the dtype they are reduced in."""
     dtype = reduce_dtype(strategy.reduce, torch.float32)
+    blocks, others, learned = _parameter_shapes(worker)
     due = step_bytes(
-        *_parameter_shapes(worker), strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize
+        blocks, others, strategy, micro_batches, COMPUTE_BYTES, dtype.itemsize, learned
     )
     gathered = torch.uint8 if strategy.reduce == "int8" else torch.bfloat16
     return Counter(
@@ -115,10 +121,11 @@ def _reduced_bytes(worker: ParallelModel, strategy: StrategyConfig, micro_batche
     )
 
 
-def _parameter_shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
-    """Shapes of this rank's part of its layers, inside blocks and outside, before FSDP."""
+def _parameter_shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape], list[Shape]]:
+    """Shapes of this rank's layers before FSDP: inside blocks, outside, and of all that learn."""
     blocks: list[Shape] = []
     others: list[Shape] = []
+    learned: list[Shape] = []
     for name, parameter in worker.model.named_parameters():
         shape = list(parameter.shape)
         for axis in worker.axes:
@@ -126,7 +133,9 @@ def _parameter_shapes(worker: ParallelModel) -> tuple[list[Shape], list[Shape]]:
                 rows = math.ceil(shape[dim] / axis.degree)
                 shape[dim] = max(0, min(rows, shape[dim] - axis.group.rank() * rows))
         (blocks if name.startswith("blocks.") else others).append(tuple(shape))
-    return blocks, others
+        if parameter.requires_grad:
+            learned.append(tuple(shape))
+    return blocks, others, learned
 
 
 def _norm_reductions(strategy: StrategyConfig) -> int:
@@ -159,15 +168,19 @@ def _norm_elements(worker: ParallelModel, micro_batch: MicroBatch) -> int:
     return 2 * means
 
 
-def _shared_heads(worker: ParallelModel) -> int:
-    """Elements of layers with fewer heads than ranks: gathered, and their gradients scattered."""
+def _shared_heads(worker: ParallelModel, micro_batches: int) -> tuple[int, int]:
+    """Elements of layers with fewer heads than ranks, gathered, and of their gradients."""
     config = unwrap_transformer(worker).config
     least = worker.mesh["tensor"].size() * head_width_of(config)
-    return sum(
-        parameter.numel()
+    shared = [
+        parameter
         for name, parameter in worker.model.named_parameters()
-        if style_of(name, TENSOR_LAYOUT) == HEADS and parameter.shape[0] < least
-    )
+        if style_of(name, TENSOR_LAYOUT) == HEADS
+        and split_dim(HEADS, name) is not None
+        and parameter.shape[0] < least
+    ]
+    learned = (parameter.numel() for parameter in shared if parameter.requires_grad)
+    return micro_batches * sum(p.numel() for p in shared), micro_batches * sum(learned)
 
 
 def _activation_bytes(
@@ -209,6 +222,8 @@ def _stage_sequences(
     sizes = _sequence_sizes(model, micro_batch)
     has_tokens = isinstance(model.embed, TokenEmbedding)
     last = int(blocks[-1]) == model.depth - 1
+    embedding = model.embed.parameters() if model.embed is not None else ()
+    embedding_learns = any(parameter.requires_grad for parameter in embedding)
     found = []
     for stream, (count, length) in sizes.items():
         own = [model.blocks[name] for name in blocks if model.blocks[name].stream == stream]
@@ -221,6 +236,7 @@ def _stage_sequences(
                 ends=sum(b.turn_norm is not None for b in own)
                 + (last and stream == list(sizes)[-1]),
                 backwards=2 if splits_backward else 1,
+                frozen_start=blocks[0] == "0" and not embedding_learns,
             )
         )
     return found

@@ -23,10 +23,11 @@ from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degree
 from trainer.build import parallel_model
 from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, VerifyConfig
+from trainer.config.train import CompressConfig, LossConfig, VerifyConfig
+from trainer.inference.trained_run import unwrap_transformer
+from trainer.lora.adapter import add_adapters
 from trainer.metrics.console import print_whole
 from trainer.model import Transformer
-from trainer.nn.init import init_rows
 from trainer.optim.lr_schedule import learning_rate_at
 from trainer.optim.registry import build_optimizer, check_reference, reference_optimizers
 from trainer.precision import PRECISIONS
@@ -34,8 +35,11 @@ from trainer.tasks.registry import task_of_model
 from trainer.tasks.task import Task
 from trainer.verify.cases import (
     STRATEGIES,
+    draw_rows,
     iter_cases,
     make_batch,
+    random_teacher,
+    round_frozen,
     samples_per_step,
     scale_compression,
     scale_down,
@@ -68,15 +72,6 @@ class Record:
     gradients: list[dict[str, Tensor]]
     weights: dict[str, Tensor]
     places: dict[str, tuple[slice, ...]] = field(default_factory=dict)
-
-
-def random_teacher(config: ModelConfig, seed: int) -> Transformer:
-    """Return a frozen, randomly initialised teacher of the same shape."""
-    config = replace(config, init="gpt2", init_std=0.3)
-    model = Transformer(config, torch.float64).double().eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(init_rows(config, seed + 1, name, parameter.shape, 0, len(parameter)))
-    return model
 
 
 def reference_loss(
@@ -145,11 +140,14 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     """Take the same steps, of `size` samples, in one process with plain torch alone."""
     model_config, optim = config.model, config.optim
     model = Transformer(model_config, torch.float64).double()
-    compression = Compression(config.compress)
+    compression = Compression(CompressConfig() if config.lora.rank else config.compress)
     compression.reshape_model(model)
+    add_adapters(model, config.lora)
     for name, parameter in model.named_parameters():
-        rows = init_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
+        rows = draw_rows(model_config, config.seed, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
+    if config.lora.rank and config.compress.bits:
+        round_frozen(model, config.compress)
     teacher = random_teacher(model_config, config.seed) if config.compress.teacher else None
     names = dict(model.named_parameters())
     optimizers = reference_optimizers(names, optim)
@@ -174,15 +172,12 @@ def run_reference(config: VerifyConfig, size: int) -> Record:
     return record
 
 
-def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
-    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
-
-    They are the axes that it is split on or its gradient summed over.
-    """
-    compression = Compression(config.compress)
+def _build_layout(
+    config: VerifyConfig, runtime: Runtime, compression: Compression
+) -> ParallelModel:
     if compression.uses_distillation:
         compression.teacher = random_teacher(config.model, config.seed).to(runtime.device)
-    worker = parallel_model(
+    return parallel_model(
         config.model,
         config.strategy,
         runtime,
@@ -192,8 +187,20 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         objective=task_of_model(config.model, config.task),
         activation_checkpointing=config.activation_checkpointing,
         compression=compression,
+        lora=config.lora,
+        draw_rows=draw_rows,
         parallelize=FAULTS[config.fault] if config.fault else parallelize,
     )
+
+
+def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str, str]]:
+    """Take the steps under the strategy; return the record, and the mesh axes of each parameter.
+
+    They are the axes that it is split on or its gradient summed over.
+    """
+    compression = Compression(config.compress)
+    worker = _build_layout(config, runtime, compression)
+    compression.pack_frozen(unwrap_transformer(worker))
     optimizer = build_optimizer(worker.parameters(), config.optim)
     samples = samples_per_step(config.strategy)
     record = Record([], [], [], {})
@@ -240,8 +247,10 @@ def compare_records(ours: Record, reference: Record, axes: dict[str, str]) -> li
     found = []
     for step, gradients in enumerate(reference.gradients):
         for name in axes:
-            scale = max(gradients[name].abs().max().item(), 1e-3 * reference.norms[step])
-            theirs = gradients[name][ours.places[name]]
+            place, floor = ours.places[name], 1e-3 * reference.norms[step]
+            whole = gradients.get(name)  # None: the weight is frozen
+            scale = floor if whole is None else max(whole.abs().max().item(), floor)
+            theirs = torch.zeros_like(ours.weights[name]) if whole is None else whole[place]
             mine = ours.gradients[step].get(name, torch.zeros_like(theirs))
             gap = _largest_gap(mine, theirs) / scale
             found.append(Difference("gradient", step, gap, name, axes[name]))
@@ -293,6 +302,8 @@ def compare_layout(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     if compressed:
         stages = max(stages, COMPRESSED)
     model = scale_down(config.model, strategy.tensor, stages, groups=compressed)
+    if config.lora.rank and model.init == "vit":  # whose head is zero, so that no adapter learns
+        model = replace(model, init="gpt2")
     compress = scale_compression(config.compress, model)
     config = replace(config, model=model, strategy=strategy, compress=compress)
     record, axes = run_layout(config, runtime)
@@ -374,8 +385,8 @@ def verify_all(config: VerifyConfig) -> None:
     try:
         for model, name, case in iter_cases():
             log.print(f"verifying {model}: {name}", style="dim", highlight=False)
-            shown = ("strategy", "model", "compress", "task")
-            case = replace(config, **{key: getattr(case, key) for key in shown})
+            parts = ("strategy", "model", "compress", "task", "lora")
+            case = replace(config, **{part: getattr(case, part) for part in parts})
             rows[model, name] = pool.run(world_size(case.strategy), compare_layout, case)[0]
     except RankFailedError as failure:
         log.print(str(failure), markup=False)

@@ -25,6 +25,7 @@ from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize
 from parallel.pipeline.stages import PipelineParallel, Stage
 from parallel.tensor.layers import SEQUENCE_DIM, TensorParallel
+from trainer.config.lora import FACTORS
 from trainer.config.verify import FAULT_AXES
 from trainer.nn.layers import WidthNorm
 
@@ -270,6 +271,29 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     return worker
 
 
+def skip_factor_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
+    """Leave an adapter's replicated factor out of the sum over the ranks of its split layer."""
+    worker = parallelize(*args, **kwargs)
+    split = _axis_of(worker, TensorParallel)
+    split.partial = [name for name in split.partial if not name.endswith(FACTORS)]
+    return worker
+
+
+def count_frozen_weight(*args: Any, **kwargs: Any) -> ParallelModel:
+    """Let a frozen weight have a gradient, which then enters the norm."""
+    worker = parallelize(*args, **kwargs)
+    forward_backward = worker.forward_backward
+
+    def with_gradient(*inputs: Any) -> tuple[Tensor, Tensor]:
+        found = forward_backward(*inputs)
+        frozen = next(p for p in worker.model.parameters() if not p.requires_grad)
+        frozen.grad = torch.ones_like(frozen)
+        return found
+
+    replace_method(forward_backward, with_gradient)
+    return worker
+
+
 FAULTS = {
     fault.__name__: fault
     for fault in (
@@ -286,6 +310,8 @@ FAULTS = {
         skip_tied_gradient_sum,
         local_loss_scale,
         skip_ring_step,
+        skip_factor_gradient_sum,
+        count_frozen_weight,
     )
 }
 assert tuple(FAULTS) == tuple(FAULT_AXES), "trainer/config/verify.py names other faults"
