@@ -87,6 +87,10 @@ class ParallelAxis:
         for part, total in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
             part.copy_(total.view_as(part))
 
+    def counts_in_norm(self, name: str) -> bool:
+        """Return whether this rank's gradient of a parameter enters the global norm."""
+        return True
+
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
         """Return the logits gathered over the ranks of the axis; None if none of them has any."""
         return logits

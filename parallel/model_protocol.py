@@ -61,6 +61,7 @@ class SequenceContext(Protocol):
         key_length: int,
         visible: Callable,
         causal: bool,
+        bias: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Return attention of the local queries to the keys of all ranks."""
 
@@ -106,6 +107,9 @@ class ParallelizableModel(Protocol):
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
         """Iterate over (name, submodule), as nn.Module does."""
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """Return the parameter by its dotted name, as nn.Module does."""
 
     def get_submodule(self, target: str) -> nn.Module:
         """Return a submodule by its dotted name, as nn.Module does."""

@@ -160,8 +160,13 @@ class ParallelModel:
 
     def _gradients_for_norm(self) -> list[Tensor]:
         """Return the gradients that enter the norm; a tied parameter counts once, by first name."""
-        named = self.model.named_parameters()
-        return [p.grad for n, p in named if p.grad is not None and n not in self.whole.ties]
+        return [
+            parameter.grad
+            for name, parameter in self.model.named_parameters()
+            if parameter.grad is not None
+            and name not in self.whole.ties
+            and all(axis.counts_in_norm(name) for axis in self.axes)
+        ]
 
     def clip_grad_norm(self, max_norm: float, scale: Tensor | None = None) -> Tensor:
         """Divide by `scale`, clip by the global norm, and return the norm before clipping."""

@@ -13,18 +13,21 @@ The contract with parallel/, held by tests:
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from trainer.config.train import ModelConfig, has_window, outputs_of
-from trainer.nn.cache import AttentionCache, BlockCache
+from trainer.nn.cache import DecodingCache, token_positions
 from trainer.nn.embeddings import TokenEmbedding, embedding_type
 from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Block, Dropout
+from trainer.nn.positions import build_relative_biases
 from trainer.nn.rotary import rotary_angles
 from trainer.nn.sequence import (
+    Bias,
     BlockHook,
     Context,
     Flow,
@@ -36,35 +39,6 @@ from trainer.nn.sequence import (
     SequenceLayout,
     Sequences,
 )
-
-
-class DecodingCache:
-    """Cache of generation: keys and values of each decoder block, and the encoder's memory."""
-
-    def __init__(self, model: "Transformer", capacity: int):
-        self.length = 0  # tokens cached so far
-        self.memory: Tensor | None = None
-        self.marks: Tensor | None = None  # marks of the memory
-        self.resizes: dict[int, dict[str, Tensor]] = {place: {} for place in model.resizes}
-        self.blocks = {
-            name: BlockCache(AttentionCache(capacity), AttentionCache(0))
-            for name, block in model.blocks.items()
-            if block.stream == "target"
-        }
-
-    def advance(self, inputs: Inputs) -> None:
-        """Advance the length by the tokens of these inputs; call it after the last block."""
-        self.length += inputs["tokens"].shape[1]
-
-    def reorder_rows(self, rows_B: Tensor) -> None:
-        """Select the given rows of the batch."""
-        self.memory = None if self.memory is None else self.memory[rows_B]
-        self.marks = None if self.marks is None else self.marks[rows_B]
-        for remembered in self.resizes.values():
-            remembered.update({name: tensor[rows_B] for name, tensor in remembered.items()})
-        for block in self.blocks.values():
-            block.attention.reorder(rows_B)
-            block.cross.reorder(rows_B)
 
 
 class Transformer(nn.Module):
@@ -84,6 +58,8 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleDict(
             {str(i): block for i, block in enumerate(_build_blocks(config))}
         )
+        # Biases of attention scores by stream, shared by its blocks.
+        self.relative_bias = nn.ModuleDict(build_relative_biases(config))
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
@@ -218,6 +194,12 @@ class Transformer(nn.Module):
         """Return the encoder's input."""
         return inputs["source" if self.decodes else self.embedding_type.source]
 
+    def _source_positions(self, inputs: Inputs) -> Tensor | None:
+        """Return the positions of the encoder's input; those of packed samples restart."""
+        if "positions" in inputs and not self.decodes:
+            return inputs["positions"]
+        return self.embedding_type.source_positions(self._source(inputs))
+
     def block_lengths(self, length: int) -> list[int]:
         """Return the sequence length at the input of each block of the encoder or decoder.
 
@@ -278,13 +260,17 @@ class Transformer(nn.Module):
         assert self.embed is not None
         target: Tensor | None = None
         if self.decodes:
-            positions_BS = _token_positions(inputs, cache)
-            target = self.embed(inputs["tokens"], positions_BS, streams["target"], self.dtype)
+            positions_BS = token_positions(inputs, cache)
+            tokens_BS = inputs["tokens"]
+            if self.config.start_token >= 0:
+                first = torch.full_like(tokens_BS, self.config.start_token)
+                tokens_BS = torch.where(positions_BS == 0, first, tokens_BS)
+            target = self.embed(tokens_BS, positions_BS, streams["target"], self.dtype)
             if cache is not None and cache.length > 0:
                 return target, cache.memory, cache.marks
         if self.encoder_depth:
             read = self._source(inputs)
-            positions_BT = self.embedding_type.source_positions(read)
+            positions_BT = self._source_positions(inputs)
             source = self.embed(read, positions_BT, streams["source"], self.dtype)
             return source, target, None
         assert target is not None
@@ -302,9 +288,11 @@ class Transformer(nn.Module):
                 context,
                 read.device,
                 seeds_B,
-                self.embedding_type.source_positions(read),
+                self._source_positions(inputs),
+                documents_BS=None if self.decodes else inputs.get("documents"),
                 valid_BS=inputs.get("source_valid"),
             )
+            streams["source"].segments_BS = inputs.get("segments")
         if not self.decodes:
             return streams
         # The embedding is shared: the target's dropout mask must differ from the source's.
@@ -314,7 +302,7 @@ class Transformer(nn.Module):
             context,
             inputs["tokens"].device,
             seeds_B,
-            _token_positions(inputs, cache),
+            token_positions(inputs, cache),
             causal=True,
             documents_BS=inputs.get("documents"),
             start=0 if cache is None else cache.length,
@@ -346,12 +334,16 @@ class Transformer(nn.Module):
             documents_BS=documents_BS,
             valid_BS=valid_BS,
             seeds_B=seeds_B,
+            relative=self._relative_bias("target" if causal else "source"),
             rope=self._rotary_angles(own_BS),
             angles=self._rotary_angles,
             start=start,
         )
         if not context.shares and (documents_BS is not None or valid_BS is not None):
             stream.mask = stream.visible_mask(rows_S, rows_S)
+        if stream.relative is not None and not context.shares:
+            columns_C = torch.arange(start + total, device=device)
+            stream.biased_mask = stream.add_bias(start + rows_S, columns_C)
         if causal and self.config.sliding_window:
             stream.windowed = self._windowed_info(stream, own_BS)
         return stream
@@ -367,6 +359,11 @@ class Transformer(nn.Module):
             columns_C = torch.arange(seen, device=stream.positions_S.device)
             windowed.mask = windowed.visible_mask(columns_C[stream.start :], columns_C)
         return windowed
+
+    def _relative_bias(self, stream: str) -> Bias | None:
+        """Return the bias of a stream's attention scores, if it has one."""
+        table = dict(self.relative_bias.items()).get(stream)
+        return None if table is None else partial(table, self.dtype)
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
@@ -390,11 +387,3 @@ def _build_blocks(config: ModelConfig) -> list[Block]:
     depth = config.encoder_layers or config.layers
     encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
     return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]
-
-
-def _token_positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
-    if "positions" in inputs:
-        return inputs["positions"]
-    start = 0 if cache is None else cache.length
-    length = inputs["tokens"].shape[1]
-    return torch.arange(start, start + length, device=inputs["tokens"].device)[None]

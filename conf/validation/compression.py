@@ -43,6 +43,13 @@ def compress_problems(
         for key in ("bits", "input_bits")
         if getattr(compress, key) == 1
     ]
+    if model.positions == "relative":
+        found += [
+            f"compress.{key}={getattr(compress, key):g} changes the distances or the heads that "
+            f"model.positions=relative has a bias for; set compress.{key}=0"
+            for key in (*SHORTENS, "prune_heads")
+            if getattr(compress, key)
+        ]
     return found + _width_problems(compress, model, strategy) + _pruning_problems(compress, model)
 
 

@@ -179,7 +179,12 @@ def micro_batch_size(config: TrainConfig, strategy: StrategyConfig) -> int:
 
 
 def _context_problems(model: ModelConfig, strategy: StrategyConfig) -> list[str]:
-    """Return the problems of exchanging positions for heads over the context axis."""
+    """Return the problems of attention over positions that the context axis shards."""
+    if strategy.context > 1 and strategy.context_method == "ring" and model.positions == "relative":
+        return [
+            "strategy.context_method=ring passes no gradient to the scores, but model.positions="
+            "relative learns a bias of them; set strategy.context_method=all_gather or ulysses"
+        ]
     heads = model.heads // strategy.tensor
     if strategy.context_method != "ulysses" or heads % strategy.context == 0:
         return []

@@ -173,7 +173,39 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
             f"try {near_divisors(model.width, model.heads)}, or set model.head_width"
         )
         return found
-    return found + attention_problems(model) + _ends(model) + _patch_problems(model)
+    found += attention_problems(model) + _position_problems(model)
+    return found + _ends(model) + _patch_problems(model)
+
+
+def _position_problems(model: ModelConfig) -> list[str]:
+    found, given = [], f"model.positions={model.positions}"
+    if model.positions == "sinusoidal" and model.width % 2:
+        found.append(
+            f"{given} has as many sines as cosines, but model.width={model.width} is odd; set "
+            f"model.width={model.width + 1}"
+        )
+    if model.positions in ("sinusoidal", "relative") and inputs_of(model) == "patches":
+        found.append(
+            f"{given} is for tokens, but model.inputs={model.inputs} reads patches, whose "
+            "positions are learned; set model.positions=learned"
+        )
+    if model.positions == "relative" and model.sliding_window > 0:
+        found.append(
+            f"{given} has a bias for every distance, but model.sliding_window="
+            f"{model.sliding_window} hides some; set model.sliding_window=0"
+        )
+    if model.positions == "relative" and model.relative_buckets % 4:
+        found.append(
+            f"model.relative_buckets={model.relative_buckets} is halved twice; set "
+            f"model.relative_buckets={max(4, model.relative_buckets // 4 * 4)}"
+        )
+    if model.positions == "relative" and model.relative_distance <= model.relative_buckets // 2:
+        found.append(
+            f"model.relative_distance={model.relative_distance} is within the buckets of one "
+            f"distance each, half of model.relative_buckets={model.relative_buckets}; set "
+            f"model.relative_distance={model.relative_buckets}"
+        )
+    return found
 
 
 def _ends(model: ModelConfig) -> list[str]:
@@ -184,10 +216,25 @@ def _ends(model: ModelConfig) -> list[str]:
             f"model.inputs=patches is for model.family=encoder, but model.family={model.family} "
             "reads tokens; set model.inputs=auto"
         )
-    if (outputs_of(model) == "classes") != (model.family == "encoder"):
+    if outputs_of(model) == "classes" and model.family != "encoder":
         found.append(
             f"model.outputs={model.outputs} does not go with model.family={model.family}: an "
             "encoder gives classes, the others tokens; set model.outputs=auto"
+        )
+    if outputs_of(model) == "tokens" and inputs_of(model) == "patches":
+        found.append(
+            f"model.outputs={model.outputs} needs tokens, but model.inputs={model.inputs} reads "
+            "patches; set model.outputs=auto, or model.inputs=tokens"
+        )
+    if model.segments > 0 and (model.family, inputs_of(model)) != ("encoder", "tokens"):
+        found.append(
+            f"model.segments={model.segments} is for the tokens of model.family=encoder, but "
+            f"model.family={model.family} reads {inputs_of(model)} here; set model.segments=0"
+        )
+    if model.embed_norm and inputs_of(model) == "patches":
+        found.append(
+            "model.embed_norm=true is for tokens, but model.inputs="
+            f"{model.inputs} reads patches; set model.embed_norm=false"
         )
     return found
 
@@ -215,7 +262,10 @@ def _data_problems(data: DataConfig) -> list[str]:
 
 
 def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
-    reads = " or ".join(kind for kind, r in READERS.items() if model.family in r.families)
+    ends = inputs_of(model), outputs_of(model)
+    of_family = {kind: r for kind, r in READERS.items() if model.family in r.families}
+    fitting = [kind for kind, r in of_family.items() if (r.inputs, r.outputs) == ends]
+    reads = " or ".join(fitting or of_family)
     reader = READERS.get(data.kind)
     if reads and reader and model.family not in reader.families:
         return [
@@ -226,6 +276,11 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
         return [
             f"model.inputs={inputs_of(model)} does not read data.kind={data.kind}, which gives "
             f"{reader.inputs}; set model.inputs={reader.inputs}, or choose other data"
+        ]
+    if reader and outputs_of(model) in {r.outputs for r in READERS.values()} - {reader.outputs}:
+        return [
+            f"model.outputs={outputs_of(model)} are not what data.kind={data.kind} teaches: set "
+            f"model.outputs={reader.outputs}, or choose other data"
         ]
     if data.kind != "images" and 0 < model.max_positions < data.seq_len:
         return [

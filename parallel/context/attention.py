@@ -8,6 +8,8 @@ and values, ring attention, and Ulysses (all-to-all between positions and heads)
 # K width of a head; R query and C key positions of one attention call, local or not.
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from parallel.context.zigzag import (
     zigzag_positions,
 )
 from parallel.model_protocol import Inputs, ParallelizableModel
+
+# (query positions (R,), key positions (C,)) -> what is added to the scores, (1,H,R,C).
+Bias = Callable[[Tensor, Tensor], Tensor]
 
 ALL_GATHER, RING, ULYSSES = METHODS = ("all_gather", "ring", "ulysses")
 
@@ -83,6 +88,7 @@ class ContextParallel(ParallelAxis):
         key_length: int,
         visible: Visible,
         causal: bool,
+        bias: Bias | None = None,
     ) -> Tensor:
         """Return attention of the local queries to the full key sequence, (B,H,S,K).
 
@@ -92,27 +98,44 @@ class ContextParallel(ParallelAxis):
         any query positions, including padding, and key positions < key_length; a fully masked query
         has output 0 and no gradient. `causal`: queries and keys are of one sequence, a query
         attends to positions up to its own, and `visible` is not called. Padding must be finite, and
-        the output's gradient 0 at padding unless that query is fully masked.
+        the output's gradient 0 at padding unless that query is fully masked. `bias` returns what is
+        added to the scores, (1,H,R,C), for the same positions as `visible`; it excludes `causal`
+        and the ring.
         """
         parts, part = self.group.size(), self.group.rank()
         queries = query_BHSK.shape[SEQUENCE_DIM]
         assert key_BGTK.shape[SEQUENCE_DIM] == 2 * chunk_length(key_length, parts)
         assert queries % 2 == 0 and query_BHSK.shape[1] % key_BGTK.shape[1] == 0
+        assert bias is None or not (causal or self.method == RING)
         if self.method == RING and parts > 1:
             both_2BGTK = torch.stack((key_BGTK, value_BGTK))
             ring = self.ring(self.group, key_length, visible, causal)
             return RingAttention.apply(query_BHSK, both_2BGTK, ring)
         if self.method == ULYSSES and parts > 1:
-            query_BHRK = _to_heads(query_BHSK, self.group)
-            both_2BGCK = _to_heads(_split_for_ranks(key_BGTK, value_BGTK, parts), self.group)
-            rows = torch.arange(queries * parts, device=query_BHSK.device)
-            mixed_BHRK = _attend_all_keys(query_BHRK, rows, both_2BGCK, key_length, visible, causal)
-            return _to_positions(mixed_BHRK, self.group)
+            both_2BGTK = _split_for_ranks(key_BGTK, value_BGTK, parts)
+            return _ulysses(query_BHSK, both_2BGTK, key_length, visible, causal, self.group, bias)
         both_2BGCK = _gather_keys_values(key_BGTK, value_BGTK, self.group)
         if causal and parts > 1:
             return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
         rows = zigzag_positions(queries * parts, parts, part, query_BHSK.device)
-        return _attend_all_keys(query_BHSK, rows, both_2BGCK, key_length, visible, causal)
+        return _attend_all_keys(query_BHSK, rows, both_2BGCK, key_length, visible, causal, bias)
+
+
+def _ulysses(
+    query_BHSK: Tensor,
+    both_2BGTK: Tensor,
+    key_length: int,
+    visible: Visible,
+    causal: bool,
+    group: dist.ProcessGroup,
+    bias: Bias | None,
+) -> Tensor:
+    """Return attention with a part of the heads, and all positions, on each rank."""
+    query_BHRK, both_2BGCK = _to_heads(query_BHSK, group), _to_heads(both_2BGTK, group)
+    rows = torch.arange(query_BHRK.shape[SEQUENCE_DIM], device=query_BHSK.device)
+    own = None if bias is None else partial(_own_heads, bias, group)
+    mixed_BHRK = _attend_all_keys(query_BHRK, rows, both_2BGCK, key_length, visible, causal, own)
+    return _to_positions(mixed_BHRK, group)
 
 
 def _attend_all_keys(
@@ -122,6 +145,7 @@ def _attend_all_keys(
     key_length: int,
     visible: Visible,
     causal: bool,
+    bias: Bias | None = None,
 ) -> Tensor:
     """Return attention of queries at positions `rows_R` to all keys, in order of positions.
 
@@ -129,12 +153,21 @@ def _attend_all_keys(
     """
     if causal:
         return _masked_attention(query_BHRK, both_2BGCK, None, causal=True)
-    mask = visible(rows_R, torch.arange(key_length, device=rows_R.device))
-    return _masked_attention(query_BHRK, both_2BGCK[:, :, :, :key_length], mask)
+    columns_C = torch.arange(key_length, device=rows_R.device)
+    mask, both_2BGCK = visible(rows_R, columns_C), both_2BGCK[:, :, :, :key_length]
+    if bias is None:
+        return _masked_attention(query_BHRK, both_2BGCK, mask)
+    bias_1HRC = bias(rows_R, columns_C)
+    mask = torch.ones_like(bias_1HRC[:, :1], dtype=torch.bool) if mask is None else mask
+    return _masked_attention(query_BHRK, both_2BGCK, mask, bias_1HRC=bias_1HRC)
 
 
 def _masked_attention(
-    query_BHRK: Tensor, both_2BGCK: Tensor, mask: Tensor | None, causal: bool = False
+    query_BHRK: Tensor,
+    both_2BGCK: Tensor,
+    mask: Tensor | None,
+    causal: bool = False,
+    bias_1HRC: Tensor | None = None,
 ) -> Tensor:
     """Return torch's attention, with output 0 and no gradient for fully masked queries."""
     key_BGCK, value_BGCK = both_2BGCK.unbind(0)
@@ -148,10 +181,18 @@ def _masked_attention(
         key_BGCK, value_BGCK = (x.repeat_interleave(group, 1) for x in (key_BGCK, value_BGCK))
     # Kernels differ on fully masked rows, some return NaN: unmask such a row and zero its output.
     sees = mask.any(-1, keepdim=True)
+    attended = mask | ~sees
+    if bias_1HRC is not None:
+        attended = bias_1HRC.masked_fill(~attended, -torch.inf)
     mixed_BHRK = F.scaled_dot_product_attention(
-        query_BHRK, key_BGCK, value_BGCK, attn_mask=mask | ~sees
+        query_BHRK, key_BGCK, value_BGCK, attn_mask=attended
     )
     return torch.where(sees, mixed_BHRK, 0.0)
+
+
+def _own_heads(bias: Bias, group: dist.ProcessGroup, rows_R: Tensor, columns_C: Tensor) -> Tensor:
+    """Return the bias of the heads that `_to_heads` gives this rank."""
+    return bias(rows_R, columns_C).chunk(group.size(), 1)[group.rank()]
 
 
 def _gather_keys_values(key_BGTK: Tensor, value_BGTK: Tensor, group: dist.ProcessGroup) -> Tensor:

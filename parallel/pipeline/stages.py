@@ -142,8 +142,9 @@ class Stage:
         if not full_backward and self.is_first:
             self._weight_jobs[number] = job  # there are no inputs to give gradients to
             return
-        if full_backward:
-            job()
+        if full_backward or self._pipeline.partial:
+            job()  # of shared parameters, two halves would count paths through blocks twice
+            self._weight_jobs[number] = lambda: None
         else:
             weights: Any = list(self._pipeline.stage_parameters(self.blocks))
             # torch detaches the outputs in place, which it cannot do with views.
@@ -224,6 +225,8 @@ class PipelineParallel(ParallelAxis):
             model.embed = None
         if not self.has_head:
             model.head = None
+        parts = ("blocks.", "embed.", "head.")  # the rest serves blocks of several stages
+        self.partial = [n for n, _ in model.named_parameters() if not n.startswith(parts)]
 
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Find the tied parameter with a copy on another rank, if this one has only one end."""
@@ -334,6 +337,10 @@ class PipelineParallel(ParallelAxis):
         dist.broadcast(logits, dist.get_global_rank(self.group, last), self.group)
         return logits
 
+    def counts_in_norm(self, name: str) -> bool:
+        """Return whether a gradient enters the norm: the first rank's, if shared."""
+        return self.rank == 0 or name not in self.partial
+
     def _forward_to_next_stage(self, output: Any, index: int, inputs: Inputs, cache: Any) -> Any:
         """Transfer a stage's output to the rank of the next stage."""
         before, owner = self.placement[index - 1], self.placement[index]
@@ -351,7 +358,11 @@ class PipelineParallel(ParallelAxis):
         return self._build_flow(room, inputs, block, cache)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
-        """Sum the gradients of both copies of a tied parameter on both ranks."""
+        """Sum the gradients of shared parameters, and of both copies of a tied one."""
+        for parameter in map(model.get_parameter, self.partial):
+            if parameter.grad is None and parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)  # none of the stages here uses it
+        super().finish_gradients(model)
         if self.tied is None or self.tied.grad is None:
             return
         own = local_tensor(self.tied.grad)

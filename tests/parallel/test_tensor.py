@@ -28,7 +28,8 @@ from trainer.data import data_fingerprint, prepare_data
 from trainer.model import Transformer
 from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import PRECISIONS, Precision
-from trainer.verify.cases import FAMILIES, FEATURES, make_batch, scale_down, split_batch
+from trainer.verify.cases import FAMILIES, make_batch, scale_down, split_batch
+from trainer.verify.features import FEATURES
 
 GPT = ModelConfig(
     layers=1,

@@ -10,8 +10,9 @@ from parallel.comm_volume.closed_form import StepBytes, ring_bytes, stage_bytes,
 from parallel.pipeline.schedules import stage_to_rank
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig
-from trainer.verify.cases import FAMILIES, FEATURES, REDUCED, STRATEGIES, scale_down
+from trainer.verify.cases import FAMILIES, REDUCED, STRATEGIES, scale_down
 from trainer.verify.comm_volume import step_traffic
+from trainer.verify.features import FEATURES
 
 # Ranks take long on two cores: each strategy has one family, in turn.
 CASES = [
@@ -77,6 +78,28 @@ def test_bytes_of_features_of_layers(ranks, strategy, family):
     degrees = STRATEGIES[strategy]
     model = small(degrees, family)
     for counted, formula in ranks.run(world_size(degrees), step_traffic, degrees, model):
+        assert counted == formula
+
+
+FEATURED = {
+    "T5, tensor × pipeline": ("encoder-decoder (T5)", StrategyConfig(tensor=2, pipeline=2)),
+    "T5, zero_bubble": (
+        "encoder-decoder (T5)",
+        StrategyConfig(tensor=2, pipeline=2, schedule="zero_bubble"),
+    ),
+    "T5, fsdp": ("encoder-decoder (T5)", StrategyConfig(shard=2)),
+    "T5, ulysses": ("encoder-decoder (T5)", StrategyConfig(context=2, context_method="ulysses")),
+    "BERT, tensor": ("encoder (BERT)", StrategyConfig(tensor=2)),
+    "BERT with classes, context": ("encoder (BERT, classes)", StrategyConfig(context=2)),
+}
+
+
+@pytest.mark.parametrize("case", FEATURED)
+def test_bytes_of_other_layers(ranks, case):
+    family, strategy = FEATURED[case]
+    stages = len(stage_to_rank(strategy, strategy.pipeline))
+    model = scale_down(FEATURES[family], strategy.tensor, stages)
+    for counted, formula in ranks.run(world_size(strategy), step_traffic, strategy, model):
         assert counted == formula
 
 

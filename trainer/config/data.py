@@ -9,7 +9,18 @@ from parallel.config_fields import key
 class DataConfig:
     """The data set; read by trainer/data/."""
 
-    kind: str = key("text", "The reader", choices=("text", "images", "pairs", "chat"))
+    kind: str = key(
+        "text",
+        "The reader",
+        choices={
+            "text": "predict the next token",
+            "images": "labelled",
+            "pairs": "source<TAB>target a line",
+            "chat": "conversations",
+            "masked_text": "guess the masked tokens of a text, family=encoder inputs=tokens",
+            "labelled_text": "label<TAB>text a line, family=encoder inputs=tokens",
+        },
+    )
     path: str = key(
         "",
         "A folder with train.*, valid.* and test.* (files or folders), or one file whose end "
@@ -46,6 +57,18 @@ class DataConfig:
         "Length of a sample (text, chat); of the longest source and target (pairs)",
         unit="tokens",
         at_least=1,
+    )
+    mask_share: float = key(
+        0.15, "Fraction of the tokens that are guessed, masked_text", above=0, below=1
+    )
+    source_prefix: str = key(
+        "", "A token (such as eng_Latn) or words in front of each source, pairs", off=""
+    )
+    source_end: bool = key(False, "The end token behind each source, pairs")
+    target_prefix: str = key(
+        "",
+        "A token (such as deu_Latn) in front of each target, which a translation begins with",
+        off="",
     )
     document_separator: str = key("<|endoftext|>", "Splits documents inside one text file", off="")
     held_out: float = key(

@@ -66,7 +66,43 @@ class ModelConfig:
         "Activation of the feed-forward layer",
         choices=("swiglu", "geglu", "geglu_tanh", "gelu", "gelu_tanh", "relu"),
     )
-    positions: str = key("rope", "Encoding of positions", choices=("rope", "learned"))
+    positions: str = key(
+        "rope",
+        "Encoding of positions",
+        choices={
+            "rope": "rotated queries and keys",
+            "learned": "a table, added to the embedding",
+            "sinusoidal": "a table that does not learn, see model.sinusoid",
+            "relative": "T5's bias of the scores, a number per head and distance",
+        },
+    )
+    embed_norm: bool = key(False, "A norm behind the embedding of tokens (BERT)")
+    segments: int = key(
+        0, "Segments of a sequence with a vector each, family=encoder (BERT)", off=0, at_least=0
+    )
+    head_dense: bool = key(
+        False,
+        "A dense layer in front of the output projection: with activation and norm for tokens "
+        "(BERT's masked language model), with tanh for classes (BERT's pooler)",
+    )
+    sinusoid: str = key(
+        "marian",
+        "Table of positions=sinusoidal: sines, then cosines, of position / 10,000^x",
+        choices={
+            "marian": "x = 2i / width",
+            "whisper": "x = i / (width/2 - 1)",
+            "m2m100": "as whisper, the first position is 2",
+        },
+    )
+    relative_buckets: int = key(
+        32, "Buckets of distances, positions=relative; an encoder halves them by sign", at_least=4
+    )
+    relative_distance: int = key(
+        128, "Distance from which on all share a bucket, positions=relative", at_least=2
+    )
+    output_scale: float = key(
+        1.0, "Factor of what the output projection reads (T5 with tied weights)", off=1.0, above=0
+    )
     rope_theta: float = key(10_000.0, "Base of the rotary frequencies", above=0)
     rope_scaling: float = key(
         1.0, "Factor that rotary frequencies extend the context by", off=1.0, at_least=1
@@ -143,6 +179,13 @@ class ModelConfig:
             "qkv": "of query, key and value (Qwen2)",
             "all": "of the output too",
         },
+    )
+    start_token: int = key(
+        -1,
+        "Id of the token that a target begins with, family=encoder_decoder",
+        off=-1,
+        off_means="the one that the data begin it with, the end token",
+        at_least=-1,
     )
     tied: bool = key(True, "Output projection shares the token embedding")
     dropout: float = key(

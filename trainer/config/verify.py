@@ -25,6 +25,7 @@ FAULT_AXES = {
     "skip_norm_gradient_mean": "tensor",
     "stale_stage_input": "pipeline",
     "skip_tied_gradient_sum": "pipeline",
+    "skip_shared_gradient_sum": "pipeline",
     "local_loss_scale": "pipeline",
     "skip_ring_step": "context",
     "skip_factor_gradient_sum": "tensor",

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from trainer.config.train import ConfigError, DataConfig, UserError
-from trainer.data import chat, images, pairs, text
+from trainer.data import chat, images, labelled_text, masked_text, pairs, text
 from trainer.data import huggingface as hub
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.files import locate_data
@@ -26,7 +26,15 @@ __all__ = [
 ]
 
 READERS: dict[str, DataReader] = {
-    reader.kind: reader for reader in (text.READER, images.READER, pairs.READER, chat.READER)
+    reader.kind: reader
+    for reader in (
+        text.READER,
+        images.READER,
+        pairs.READER,
+        chat.READER,
+        masked_text.READER,
+        labelled_text.READER,
+    )
 }
 FINGERPRINT_SAMPLES = 64  # read of each split by `data_fingerprint`, at least
 

@@ -32,6 +32,7 @@ BUNDLED = {
     "home-assistant": ("pairs", "home-assistant-en-de"),
     "home-assistant-chats": ("chat", "home-assistant-chats"),
 }
+READ_AS = {"masked_text": "text"}  # other kinds that read the same files
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
     *PICTURES,
@@ -118,7 +119,7 @@ def _bundled_path(config: DataConfig) -> Path:
             f"set data.path=bundled:{near[0]}"
         )
     kind, path = BUNDLED[name]
-    if kind != config.kind:
+    if kind != READ_AS.get(config.kind, config.kind):
         raise ConfigError(f"data.kind={config.kind}: {config.path} is data.kind={kind}")
     return Path(str(files("trainer.data"))) / "bundled" / path
 

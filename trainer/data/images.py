@@ -249,5 +249,11 @@ def _measure_images(config: DataConfig, root: Path, scanned: Scanned, progress: 
 
 
 READER = DataReader(
-    "images", ("encoder",), "patches", prepare_splits, open_split, hub_images.FORMAT
+    "images",
+    ("encoder",),
+    "patches",
+    prepare_splits,
+    open_split,
+    hub_images.FORMAT,
+    outputs="classes",
 )

@@ -5,6 +5,7 @@ B pairs of a micro-batch · T tokens of the longest source · S tokens of the lo
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -45,26 +46,27 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
         return (side for pair in read_pairs(part) for side in pair)
 
     def write_folder(parts: Parts, folder: Path) -> Record:
-        return _write_splits(config, parts, folder, progress)
+        return write_splits(config, parts, folder, progress)
 
     found = prepare_tokens(config, root, SUFFIXES, iter_texts, write_folder, progress)
     splits, notes = {}, _header_notes(found.parts)
+    frame = _frame_at(config, root)
     longer = f"longer than data.seq_len={config.seq_len}"
     for split, entry in found.record["splits"].items():
-        spans = _load_spans(found.folder, split)
-        too_long = int((_pair_lengths(spans) > config.seq_len).any(axis=1).sum())
+        spans = load_spans(found.folder, split)
+        too_long = int((_pair_lengths(spans, frame) > config.seq_len).any(axis=1).sum())
         if too_long and split != "train":
             notes.append(f"{too_long} pairs of the {split} split are {longer} and cut")
         splits[split] = SplitFacts(
             sources=tuple(source_name(part, root) for part in found.parts[split]),
-            samples=len(_rows_that_fit(spans, split, config.seq_len)),
+            samples=len(_rows_that_fit(spans, split, config.seq_len, frame)),
             tokens=int(spans[-1, :2].sum()),
             characters=entry["characters"],
             lost=entry["lost"],
             left_out={longer: too_long} if too_long and split == "train" else {},
         )
     if splits["train"].samples == 0:
-        longest = _pair_lengths(_load_spans(found.folder, "train"))
+        longest = _pair_lengths(load_spans(found.folder, "train"), frame)
         raise ConfigError(
             f"data.seq_len={config.seq_len}: every pair of the train split is longer; set "
             f"data.seq_len={int(longest.max())} to keep them all"
@@ -115,25 +117,54 @@ def _header_notes(parts: Parts) -> list[str]:
 def open_split(config: DataConfig, root: Path, split: str) -> "Pairs":
     """Return a prepared split."""
     folder = tokens_folder(config, split_parts(config, root, SUFFIXES))
-    return Pairs(folder, load_prepared(folder), split, config.seq_len)
+    record = load_prepared(folder)
+    return Pairs(folder, record, split, config.seq_len, _frame_at(config, root))
+
+
+@dataclass(frozen=True)
+class PairFrame:
+    """Token ids around the sentences of a pair, as a pre-trained model has learned them."""
+
+    before_source: tuple[int, ...] = ()
+    behind_source: tuple[int, ...] = ()
+    before_target: tuple[int, ...] = ()
+
+
+def frame_of(config: DataConfig, tokenizer: Tokenizer) -> PairFrame:
+    """Return the ids that data.source_prefix, source_end and target_prefix stand for."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        token = tokenizer.find_token([text]) if text else None
+        return tuple(tokenizer.encode(text)) if token is None else (token,)
+
+    end = (tokenizer.eot_id,) if config.source_end else ()
+    return PairFrame(ids(config.source_prefix), end, ids(config.target_prefix))
+
+
+def _frame_at(config: DataConfig, root: Path) -> PairFrame:
+    """Return what stands around the sentences of prepared pairs."""
+    if not (config.source_prefix or config.source_end or config.target_prefix):
+        return PairFrame()
+    return frame_of(config, load_tokenizer(config, root, SUFFIXES))
 
 
 class Pairs(Dataset):
     """A split of sentence pairs; pairs over `seq_len` are left out of train, else cut."""
 
-    def __init__(self, folder: Path, record: Record, split: str, seq_len: int):
+    def __init__(self, folder: Path, record: Record, split: str, seq_len: int, frame: PairFrame):
+        self.frame = frame
         self._eot_id, self._pad_id = record["eot_id"], record["pad_id"]
         self._seq_len = seq_len
         self.lost = record["splits"][split]["lost"]
         self._text = folder / f"{split}.tsv"
-        self._spans = _load_spans(folder, split)
+        self._spans = load_spans(folder, split)
         self._ids = [
             TokenFile(
                 folder / f"{split}.{column}.bin", record["dtype"], int(count), record["vocab_size"]
             )
             for column, count in zip(COLUMNS, self._spans[-1], strict=False)
         ]
-        self._kept = _rows_that_fit(self._spans, split, seq_len)
+        self._kept = _rows_that_fit(self._spans, split, seq_len, frame)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -142,10 +173,16 @@ class Pairs(Dataset):
         """Return source (T,), tokens (S,) from BOS on and targets (S,) up to EOS; int64."""
         row = self._kept[index]
         (low, high) = self._spans[row : row + 2, :2].astype(int)
-        source_T = self._ids[0].read(low[0], min(high[0], low[0] + self._seq_len))
-        target_s = self._ids[1].read(low[1], min(high[1], low[1] + self._seq_len - 1))
+        frame = self.frame
+        room_T = self._seq_len - len(frame.before_source) - len(frame.behind_source)
+        room_S = self._seq_len - 1 - len(frame.before_target)
+        source_T = self._ids[0].read(low[0], min(high[0], low[0] + room_T))
+        target_s = self._ids[1].read(low[1], min(high[1], low[1] + room_S))
+        target_s = np.concatenate([np.array(frame.before_target, np.int64), target_s])
         return {
-            "source": source_T,
+            "source": np.concatenate([frame.before_source, source_T, frame.behind_source]).astype(
+                np.int64
+            ),
             "tokens": np.concatenate([[self._eot_id], target_s]),
             "targets": np.concatenate([target_s, [self._eot_id]]),
         }
@@ -153,7 +190,7 @@ class Pairs(Dataset):
     def collate(self, samples: Sequence[Sample]) -> Sample:
         """Return source (B, T), tokens and targets (B, S) int64; source_valid (B, T) if padded."""
         fill = {"source": self._pad_id, "tokens": self._pad_id, "targets": IGNORED}
-        batch = {key: _pad_rows([s[key] for s in samples], value) for key, value in fill.items()}
+        batch = {key: pad_rows([s[key] for s in samples], value) for key, value in fill.items()}
         lengths_B = np.array([len(sample["source"]) for sample in samples])
         valid_BT = np.arange(batch["source"].shape[1]) < lengths_B[:, None]
         if not valid_BT.all():
@@ -183,32 +220,35 @@ class Pairs(Dataset):
         return sides
 
 
-def _pad_rows(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+def pad_rows(rows: Sequence[np.ndarray], value: int) -> np.ndarray:
+    """Return rows of unequal lengths as one array, padded with a value."""
     padded = np.full((len(rows), max(map(len, rows))), value, np.int64)
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = row
     return padded
 
 
-def _load_spans(folder: Path, split: str) -> np.ndarray:
+def load_spans(folder: Path, split: str) -> np.ndarray:
     """Return the starts of source ids, target ids and text bytes (pairs + 1, 3) int64."""
     spans: np.ndarray = np.load(folder / f"{split}.npy")
     return spans
 
 
-def _rows_that_fit(spans: np.ndarray, split: str, seq_len: int) -> np.ndarray:
+def _rows_that_fit(spans: np.ndarray, split: str, seq_len: int, frame: PairFrame) -> np.ndarray:
     """Return the rows of the pairs in use: those within `seq_len` in train, else all."""
     if split != "train":
         return np.arange(len(spans) - 1)
-    return np.flatnonzero((_pair_lengths(spans) <= seq_len).all(axis=1))
+    return np.flatnonzero((_pair_lengths(spans, frame) <= seq_len).all(axis=1))
 
 
-def _pair_lengths(spans: np.ndarray) -> np.ndarray:
+def _pair_lengths(spans: np.ndarray, frame: PairFrame) -> np.ndarray:
     """Return the tokens of source and target (pairs, 2), the EOS of the target included."""
-    return np.diff(spans[:, :2], axis=0) + np.array([0, 1])
+    around = len(frame.before_source) + len(frame.behind_source), len(frame.before_target) + 1
+    return np.diff(spans[:, :2], axis=0) + np.array(around)
 
 
-def _write_splits(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+def write_splits(config: DataConfig, parts: Parts, folder: Path, progress: bool) -> Record:
+    """Write the token ids and the text of each split to a folder; return their record."""
     tokenizer = Tokenizer.load(find_tokenizer(config, parts))
     total = sum(map(size_of, parts.values()))
     splits = {}

@@ -92,7 +92,9 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
         if config.tokenizer:
             tokenizer = Tokenizer.load(named_tokenizer(config))
         else:
-            tokenizer = Tokenizer.train(texts(), config.vocab_size)
+            tokenizer = Tokenizer.train(
+                texts(), config.vocab_size, masks=config.kind == "masked_text"
+            )
         tokenizer.save(folder / TOKENIZER)
         return {}
 

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 # Usual names of the end-of-text and padding tokens; the first are those of our own BPE.
 END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
 PAD_NAMES = ("<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+MASK_NAMES = ("<|mask|>", "[MASK]", "<mask>")
+BEGIN_NAMES = ("[CLS]", "<s>", "<cls>", "<bos>")  # of a sequence that is classified
 MOST_TOKENS = 1 << 24  # the library takes minutes to save larger ids
 SMALLEST = 258  # 256 bytes and the two special tokens
 TRAINING_CHARACTERS = 500_000_000  # a larger text trains the BPE by its beginning only
@@ -52,8 +54,8 @@ class Tokenizer:
         self.is_lossless = _is_byte_level(backend)  # decoding reproduces any text
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train a byte-level BPE of exactly `vocab_size` entries.
+    def train(cls, texts: Iterable[str], vocab_size: int, masks: bool = False) -> "Tokenizer":
+        """Train a byte-level BPE of exactly `vocab_size` entries; `masks`: one is a mask token.
 
         Raises ConfigError if that is too few for all bytes, or too many for the text.
         """
@@ -64,7 +66,7 @@ class Tokenizer:
         backend.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_NAMES[0], PAD_NAMES[0]],
+            special_tokens=[END_NAMES[0], PAD_NAMES[0], *MASK_NAMES[:masks]],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -107,6 +109,16 @@ class Tokenizer:
         """Write a tokenizer.json, as it was read, and the files beside it; raises OSError."""
         write_atomically(Path(path), self._json or self._backend.to_str(pretty=True))
         self.files.write(Path(path).parent, write_atomically)
+
+    @property
+    def mask_id(self) -> int | None:
+        """Return the id of the mask token; None = it has none."""
+        return self.find_token(MASK_NAMES)
+
+    def find_token(self, names: Sequence[str]) -> int | None:
+        """Return the id of the first of these tokens that is in the vocabulary."""
+        found = (self._backend.token_to_id(name) for name in names)
+        return next((token_id for token_id in found if token_id is not None), None)
 
     def is_same_file(self, path: str | Path) -> bool:
         """Return whether a file holds an identical tokenizer."""

@@ -13,7 +13,7 @@ class TensorMap:
     """A tensor of a file, and the parameters here whose rows follow each other in it."""
 
     theirs: str
-    ours: tuple[str, ...]
+    ours: tuple[str, ...]  # empty: theirs must be zero
     transposed: bool = False  # their matrix is (input, output)
     offset: float = 0.0  # added to theirs
     shape: tuple[int, ...] = ()  # of theirs, if it is ours in another form
@@ -46,3 +46,11 @@ class Architecture:
     unlearned: tuple[str, ...] = ()
     # Tensor that files may hold although it is tied: its name, and the one that it must equal.
     tied_copy: tuple[str, str] | None = None
+    # Ends of names that older files have, and those of the architecture.
+    renamed: tuple[tuple[str, str], ...] = ()
+    tied_copies: tuple[tuple[str, str], ...] = ()  # more of them
+
+    @property
+    def copies(self) -> tuple[tuple[str, str], ...]:
+        """Return all tensors that may be in the files although they are tied, with their twins."""
+        return (*self.tied_copies, *([self.tied_copy] if self.tied_copy else []))

@@ -47,6 +47,11 @@ def _unused_keys(model: ModelConfig) -> list[str]:
         found.append("tied")
     if model.family != "encoder_decoder":
         found.append("encoder_layers")
+        found.append("start_token")
+    if model.positions != "relative":
+        found += ["relative_buckets", "relative_distance"]
+    if model.positions != "sinusoidal":
+        found.append("sinusoid")
     if not model.sliding_window:
         found += ["full_attention_every", "local_rope_theta"]
     if model.positions != "rope":

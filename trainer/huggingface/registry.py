@@ -8,6 +8,8 @@ from pathlib import Path
 from trainer.config.train import ConfigError, ModelConfig
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.decoders import DECODERS
+from trainer.huggingface.encoder_decoders import ENCODER_DECODERS
+from trainer.huggingface.encoders import ENCODERS
 from trainer.huggingface.fields import ConfigFields
 from trainer.huggingface.normal_form import normal_form
 from trainer.huggingface.normed_decoders import NORMED_DECODERS
@@ -15,8 +17,11 @@ from trainer.huggingface.vision import VISION
 
 CONFIG = "config.json"
 ARCHITECTURES = {
-    architecture.model_type: architecture for architecture in (*DECODERS, *NORMED_DECODERS, *VISION)
+    architecture.class_name: architecture
+    for architecture in (*DECODERS, *NORMED_DECODERS, *ENCODER_DECODERS, *ENCODERS, *VISION)
 }
+# Kinds in the order of their first architecture.
+KINDS = tuple(dict.fromkeys(architecture.model_type for architecture in ARCHITECTURES.values()))
 
 
 def is_model_folder(folder: str | Path) -> bool:
@@ -47,7 +52,7 @@ def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
     for architecture in (*first, *ARCHITECTURES.values()):
         if architecture.fits(model) and _reads_back(architecture, model):
             return architecture
-    known = ", ".join(ARCHITECTURES)
+    known = ", ".join(KINDS)
     raise ConfigError(
         "this model is none of the architectures that can be written for transformers "
         f"({known}): model.family={model.family} model.norm={model.norm} model.activation="
@@ -75,11 +80,11 @@ def _read_fields(path: Path, key: str) -> ConfigFields:
 
 def _find_architecture(fields: ConfigFields) -> Architecture:
     kind, values = fields.take("model_type"), fields.values
-    if kind not in ARCHITECTURES:
-        near = get_close_matches(kind, ARCHITECTURES, n=1, cutoff=0)[0]
+    if kind not in KINDS:
+        near = get_close_matches(kind, KINDS, n=1, cutoff=0)[0]
         raise ConfigError(
             f"{fields.path}: model_type={kind} is not known here; the nearest known one is {near}, "
-            f"and all are {', '.join(ARCHITECTURES)}"
+            f"and all are {', '.join(KINDS)}"
         )
     if values.get("auto_map"):
         raise ConfigError(
@@ -91,11 +96,13 @@ def _find_architecture(fields: ConfigFields) -> Architecture:
             f"{fields.path}: quantization_config says that the weights are quantized; convert them "
             "first: AutoModelForCausalLM.from_pretrained(…).dequantize().save_pretrained(…)"
         )
-    architecture = ARCHITECTURES[kind]
-    classes = values.get("architectures") or [architecture.class_name]
-    if architecture.class_name not in classes:
+    of_kind = [a for a in ARCHITECTURES.values() if a.model_type == kind]
+    classes = values.get("architectures") or [of_kind[0].class_name]
+    found = next((a for a in of_kind if a.class_name in classes), None)
+    if found is None:
+        known = " or ".join(a.class_name for a in of_kind)
         raise ConfigError(
-            f"{fields.path}: architectures={classes} has another head than "
-            f"{architecture.class_name}, the one that is known of {kind} here"
+            f"{fields.path}: architectures={classes} has another head than {known}, "
+            f"{'the one that is' if len(of_kind) == 1 else 'those that are'} known of {kind} here"
         )
-    return architecture
+    return found

@@ -33,7 +33,10 @@ class TensorFiles:
         # Names in the files, by the names of the architecture.
         prefix = architecture.prefix
         bare = prefix and not any(name.startswith(prefix) for name in self.shapes)
-        self._names = {f"{prefix}{name}" if bare else name: name for name in self.shapes}
+        self._names = {
+            _current_name(f"{prefix}{name}" if bare else name, architecture): name
+            for name in self.shapes
+        }
         self.shapes = {name: self.shapes[theirs] for name, theirs in self._names.items()}
 
     def read(self, name: str, *slices: slice) -> Tensor:
@@ -54,28 +57,38 @@ def check_tensors(
     `shapes` are those of the parameters here.
     """
     expected = {t.theirs: t.their_shape(shapes) for t in architecture.tensors(model)}
-    _check_tied_copy(files, architecture, expected)
+    for copy, original in architecture.copies:
+        _check_tied_copy(files, copy, original, expected)
     found = {n: s for n, s in files.shapes.items() if not n.endswith(architecture.unlearned)}
-    if architecture.tied_copy and architecture.tied_copy[0] not in expected:
-        found.pop(architecture.tied_copy[0], None)
+    for copy, original in architecture.copies:
+        if copy not in expected and original in found:
+            found.pop(copy, None)
     problems = []
     if missing := [name for name in expected if name not in found]:
         problems.append(f"lacks {_list_names(missing)}")
     if additional := [name for name in found if name not in expected]:
         problems.append(f"has {_list_names(additional)}, unknown to {architecture.model_type} here")
+    for tensor in architecture.tensors(model):
+        if not tensor.ours and tensor.theirs in found and files.read(tensor.theirs).any():
+            problems.append(f"has {tensor.theirs}, which is not zero and cannot be computed here")
     for name in [n for n in expected if n in found and found[n] != expected[n]][:SHOWN]:
         problems.append(f"has {name} of shape {found[name]}, but config.json says {expected[name]}")
     if problems:
         raise ConfigError(*(f"{files.folder} {problem}" for problem in problems))
 
 
+def _current_name(name: str, architecture: Architecture) -> str:
+    """Return the architecture's name of a tensor, which older files call otherwise."""
+    for old, new in architecture.renamed:
+        if name.endswith(old):
+            return f"{name.removesuffix(old)}{new}"
+    return name
+
+
 def _check_tied_copy(
-    files: TensorFiles, architecture: Architecture, expected: Mapping[str, object]
+    files: TensorFiles, copy: str, original: str, expected: Mapping[str, object]
 ) -> None:
-    """Raise ConfigError for a head that is in the files although it is tied, if it differs."""
-    if architecture.tied_copy is None:
-        return
-    copy, original = architecture.tied_copy
+    """Raise ConfigError for a tensor that is in the files although it is tied, if it differs."""
     if copy in expected or copy not in files.shapes or original not in files.shapes:
         return
     if not files.read(copy).equal(files.read(original)):

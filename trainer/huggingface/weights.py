@@ -108,6 +108,9 @@ def their_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of an architecture, one at a time, from whole parameters by name."""
     for tensor in architecture.tensors(model):
+        if not tensor.ours:
+            yield tensor.theirs, torch.zeros(tensor.shape)
+            continue
         ours = [weights(name) for name in tensor.ours]
         joined = ours[0] if len(ours) == 1 else torch.cat(ours)
         joined = joined - tensor.offset if tensor.offset else joined

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from trainer.config.train import ModelConfig
+from trainer.data.tokenizer import MASK_NAMES
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import CONFIG
 from trainer.huggingface.tensor_files import INDEX, SINGLE
@@ -75,18 +76,21 @@ def write_config(
     fields = {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
-        **architecture.write_config(model),
         **special_ids,
+        **architecture.write_config(model),
         "dtype": name,  # read by 5
         "torch_dtype": name,  # read by 4
     }
     _write_json(folder / CONFIG, fields)
 
 
-def write_tokenizer(folder: Path, run_dir: Path, end_id: int, pad_id: int, length: int) -> None:
+def write_tokenizer(
+    folder: Path, run_dir: Path, end_id: int, pad_id: int, length: int, start_id: int = -1
+) -> None:
     """Copy a run's tokenizer and the files that came with it; write those that are missing.
 
-    `end_id` and `pad_id` are its end and padding tokens, `length` the longest sequence.
+    `end_id` and `pad_id` are its end and padding tokens, `length` the longest sequence, `start_id`
+    the token that a decoder begins with (-1 = the end token).
     """
     backend = tokenizers.Tokenizer.from_file(str(run_dir / TOKENIZER))
     shutil.copyfile(run_dir / TOKENIZER, folder / TOKENIZER)
@@ -103,9 +107,12 @@ def write_tokenizer(folder: Path, run_dir: Path, end_id: int, pad_id: int, lengt
             "model_max_length": length,
             "clean_up_tokenization_spaces": False,
         }
+        mask = next((name for name in MASK_NAMES if backend.token_to_id(name) is not None), None)
+        fields |= {"mask_token": mask} if mask else {}
         _write_json(folder / TOKENIZER_CONFIG, fields)
     if not (folder / GENERATION_CONFIG).exists():
         ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": pad_id}
+        ids |= {"decoder_start_token_id": start_id} if start_id >= 0 else {}
         _write_json(folder / GENERATION_CONFIG, ids)
 
 

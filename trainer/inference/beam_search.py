@@ -10,7 +10,7 @@ from torch import Tensor
 
 from parallel.parallel_model import ParallelModel
 from trainer.inference.trained_run import unwrap_transformer
-from trainer.model import DecodingCache
+from trainer.nn.cache import DecodingCache
 
 
 class BeamSearch:
@@ -107,26 +107,27 @@ def translate_tokens(
     bos_id: int,
     eos_id: int,
     end_ids: Sequence[int] = (),
+    prefix_ids: Sequence[int] = (),
     beams: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    `eos_id` and any of `end_ids` end one. Every data rank must call it, with its own sentences; all
-    stop once the last one is done, since a sharded model communicates in its forward.
+    `eos_id` and any of `end_ids` end one; each continues `prefix_ids`, and leaves them out. All
+    data ranks must call it: a sharded model communicates in its forward, and they stop together.
     """
     model, sentences, ends = unwrap_transformer(worker), len(source_BT), [eos_id, *end_ids]
-    max_tokens = min(max_tokens, model.config.max_positions or max_tokens)
+    longest = model.config.max_positions or max_tokens + len(prefix_ids)
+    max_tokens = min(max_tokens, longest - len(prefix_ids))
     search = BeamSearch(sentences, beams, max_tokens, length_penalty, ends, worker.device)
-    inputs = {"source": source_BT.to(worker.device)}
-    if source_valid_BT is not None:
-        inputs["source_valid"] = source_valid_BT.to(worker.device)
-    tokens_B1 = torch.full((sentences, 1), bos_id, device=worker.device)
+    valid = {} if source_valid_BT is None else {"source_valid": source_valid_BT}
+    inputs = worker.to_device({"source": source_BT} | valid)
+    first_BS = torch.tensor([[bos_id, *prefix_ids]] * sentences, device=worker.device)
     row_R = torch.arange(sentences, device=worker.device).repeat_interleave(beams)
     with worker.evaluation_mode():
-        cache = DecodingCache(model, max_tokens)
+        cache = DecodingCache(model, max_tokens + len(prefix_ids))
         # The encoder runs once per sentence; afterwards there is one row per beam.
-        logits_RV = worker.forward({**inputs, "tokens": tokens_B1}, cache)[row_R, -1]
+        logits_RV = worker.forward({**inputs, "tokens": first_BS}, cache)[row_R, -1]
         inputs = {name: tensor[row_R] for name, tensor in inputs.items()}
         cache.reorder_rows(row_R)
         row_R = search.advance(logits_RV)

@@ -56,8 +56,8 @@ def export_folder(run_dir: Path, to: Path, dtype: torch.dtype, step: int = 0) ->
     with new_folder(to) as partial:
         if (run_dir / TOKENIZER).is_file():
             tokenizer = Tokenizer.load(run_dir / TOKENIZER)
-            length = config.model.max_positions
-            write_tokenizer(partial, run_dir, tokenizer.eot_id, tokenizer.pad_id, length)
+            length, start = config.model.max_positions, config.model.start_token
+            write_tokenizer(partial, run_dir, tokenizer.eot_id, tokenizer.pad_id, length, start)
         ids = read_special_ids(partial)
         write_config(partial, architecture, config.model, dtype, ids)
         write_weights(partial, architecture, config.model, weights, dtype)

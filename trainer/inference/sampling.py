@@ -11,7 +11,7 @@ from torch import Tensor
 from parallel.errors import NumericalError
 from parallel.parallel_model import ParallelModel
 from trainer.inference.trained_run import unwrap_transformer
-from trainer.model import DecodingCache
+from trainer.nn.cache import DecodingCache
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,12 @@
 # B batch, S sequence, G key/value heads, K width of a head.
 
 from dataclasses import dataclass
+from typing import Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from trainer.nn.sequence import Inputs, Resize
 
 
 class AttentionCache:
@@ -40,3 +44,48 @@ class BlockCache:
 
     attention: AttentionCache
     cross: AttentionCache  # keys and values of the memory, set by the first token
+
+
+class CachingModel(Protocol):
+    """The model that generates."""
+
+    blocks: nn.ModuleDict
+    resizes: dict[int, Resize]
+
+
+class DecodingCache:
+    """Cache of generation: keys and values of each decoder block, and the encoder's memory."""
+
+    def __init__(self, model: CachingModel, capacity: int):
+        self.length = 0  # tokens cached so far
+        self.memory: Tensor | None = None
+        self.marks: Tensor | None = None  # marks of the memory
+        self.resizes: dict[int, dict[str, Tensor]] = {place: {} for place in model.resizes}
+        self.blocks = {
+            name: BlockCache(AttentionCache(capacity), AttentionCache(0))
+            for name, block in model.blocks.items()
+            if block.stream == "target"
+        }
+
+    def advance(self, inputs: Inputs) -> None:
+        """Advance the length by the tokens of these inputs; call it after the last block."""
+        self.length += inputs["tokens"].shape[1]
+
+    def reorder_rows(self, rows_B: Tensor) -> None:
+        """Select the given rows of the batch."""
+        self.memory = None if self.memory is None else self.memory[rows_B]
+        self.marks = None if self.marks is None else self.marks[rows_B]
+        for remembered in self.resizes.values():
+            remembered.update({name: tensor[rows_B] for name, tensor in remembered.items()})
+        for block in self.blocks.values():
+            block.attention.reorder(rows_B)
+            block.cross.reorder(rows_B)
+
+
+def token_positions(inputs: Inputs, cache: DecodingCache | None) -> Tensor:
+    """Return the positions of the target's tokens, (B or 1, S)."""
+    if "positions" in inputs:
+        return inputs["positions"]
+    start = 0 if cache is None else cache.length
+    length = inputs["tokens"].shape[1]
+    return torch.arange(start, start + length, device=inputs["tokens"].device)[None]

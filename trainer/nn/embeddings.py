@@ -7,21 +7,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config.train import ModelConfig, inputs_of
-from trainer.nn.layers import Dropout, Embedding, Linear
+from trainer.nn.layers import Dropout, Embedding, Linear, Norm
+from trainer.nn.positions import sinusoids
 from trainer.nn.sequence import SequenceInfo
 
 
 class TokenEmbedding(nn.Module):
-    """Token embedding, plus learned position embeddings (GPT-2) unless attention uses RoPE."""
+    """Token embedding, plus learned (GPT-2) or sinusoidal position embeddings, if any."""
 
     source = "tokens"
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.width)
-        self.scale = config.embed_scale
+        self.config = config
         learned = config.positions == "learned"
         self.positions = Embedding(config.max_positions, config.width) if learned else None
+        self.segments = Embedding(config.segments, config.width) if config.segments else None
+        self.norm = Norm(config) if config.embed_norm else nn.Identity()
         self.dropout = Dropout(config.dropout)
 
     @staticmethod
@@ -38,11 +41,26 @@ class TokenEmbedding(nn.Module):
         self, tokens_BS: Tensor, positions_BS: Tensor, stream: SequenceInfo, dtype: torch.dtype
     ) -> Tensor:
         x_BSD = self.tokens(stream.context.take_local(tokens_BS), dtype)
-        x_BSD = x_BSD * self.scale if self.scale != 1.0 else x_BSD
+        if self.config.embed_scale != 1.0:
+            x_BSD = x_BSD * self.config.embed_scale
+        if (added_BSD := self._position_vectors(positions_BS, stream, dtype)) is not None:
+            x_BSD = x_BSD + stream.layout.local_positions(added_BSD)
+        if self.segments is not None:
+            segments_BS = stream.segments_BS
+            segments_BS = torch.zeros_like(tokens_BS) if segments_BS is None else segments_BS
+            added_BSD = self.segments(stream.context.take_local(segments_BS), dtype)
+            x_BSD = x_BSD + stream.layout.local_positions(added_BSD)
+        return self.dropout(self.norm(x_BSD), stream)
+
+    def _position_vectors(
+        self, positions_BS: Tensor, stream: SequenceInfo, dtype: torch.dtype
+    ) -> Tensor | None:
+        """Return what the local positions add to the embedding; None = nothing."""
         if self.positions is not None:
-            own_BS = stream.context.take_local(positions_BS)
-            x_BSD = x_BSD + stream.layout.local_positions(self.positions(own_BS, dtype))
-        return self.dropout(x_BSD, stream)
+            return self.positions(stream.context.take_local(positions_BS), dtype)
+        if self.config.positions == "sinusoidal":
+            return sinusoids(stream.context.take_local(positions_BS), self.config, dtype)
+        return None
 
 
 class PatchEmbedding(nn.Module):

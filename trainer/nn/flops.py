@@ -121,6 +121,9 @@ def flops_per_block(
         costs = encoder + config.layers * [_block_multiply_adds(config, seq_len) + cross]
     classified = 1 if outputs_of(config) == "classes" else seq_len
     costs[-1] += classified * config.width * classes_of(config)
+    if config.head_dense:  # at every position
+        read = source_len if config.family == "encoder" else seq_len
+        costs[-1] += read * config.width**2
     # A multiply-add is two FLOPs; forward and backward together are three products.
     return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 

@@ -2,12 +2,14 @@
 
 # B batch, S sequence, D width, V vocabulary.
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ModelConfig, classes_of, outputs_of
-from trainer.nn.layers import Linear, final_norm
+from trainer.nn.layers import ACTIVATIONS, Linear, Norm, final_norm
 from trainer.nn.sequence import Context, SequenceInfo
 
 
@@ -23,11 +25,33 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.norm = final_norm(config)
-        self.output = Linear(config.width, classes_of(config), bias=self.bias)
+        self.scale = config.output_scale
+        # At each position, so that a rank works on its own ones; only what is pooled is read.
+        self.dense = self.dense_norm = None
+        if config.head_dense:
+            self.dense = Linear(config.width, config.width, bias=config.bias)
+            self.dense_norm = self.norm_of_dense(config)
+        self.activation = self.activation_of(config)
+        bias = self.bias or config.head_dense
+        self.output = Linear(config.width, classes_of(config), bias=bias)
 
     def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
-        x_BSD = self.pooled(stream.gather_local(self.norm(x_BSD)), stream)
+        x_BSD = self.norm(x_BSD)
+        if self.dense is not None and self.dense_norm is not None:
+            x_BSD = self.dense_norm(self.activation(self.dense(x_BSD)))
+        x_BSD = self.pooled(stream.gather_local(x_BSD), stream)
+        x_BSD = x_BSD if self.scale == 1.0 else x_BSD * self.scale
         return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+
+    @staticmethod
+    def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+        """Return the activation of the dense layer."""
+        return ACTIVATIONS[config.activation]
+
+    @staticmethod
+    def norm_of_dense(config: ModelConfig) -> nn.Module:
+        """Return the norm behind the dense layer."""
+        return Norm(config)
 
     def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return the hidden states to project: those of the local positions, unpooled."""
@@ -57,6 +81,16 @@ class ClassifierHead(Head):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.pool = config.pool
+
+    @staticmethod
+    def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
+        """Return the activation of the dense layer."""
+        return torch.tanh
+
+    @staticmethod
+    def norm_of_dense(config: ModelConfig) -> nn.Module:
+        """Return no norm: the classes are read from the dense layer."""
+        return nn.Identity()
 
     def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return one vector per sample, (B,D): the class token or the (size-weighted) mean."""

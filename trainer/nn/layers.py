@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from trainer.config.train import ModelConfig, attention_biases, head_width_of, is_gated
 from trainer.nn.cache import AttentionCache, BlockCache
 from trainer.nn.rotary import apply_rope
-from trainer.nn.sequence import SequenceInfo, Sequences
+from trainer.nn.sequence import Bias, SequenceInfo, Sequences
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
@@ -195,7 +195,7 @@ class Attention(nn.Module):
             )
         key_BGSK = key_BSGK.transpose(1, 2)
         value_BGSK = self._split_heads(self.value(x_BSD)).transpose(1, 2)
-        causal = stream.causal and not stream.hides_keys
+        causal = stream.causal and not stream.hides_keys and stream.relative is None
         if cache is not None:
             start, S = cache.length, query_BSHK.shape[1]
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
@@ -203,7 +203,10 @@ class Attention(nn.Module):
                 mask_SC = torch.ones(S, start + S, dtype=torch.bool, device=x_BSD.device)
                 stream = replace(stream, mask=mask_SC.tril(start)[None, None])
             causal = causal and start == 0  # a single later token attends to all cached ones
-        return self._attend_global(query_BSHK, key_BGSK, value_BGSK, stream, causal)
+        mask = stream.mask if stream.biased_mask is None else stream.biased_mask
+        return self._attend_global(
+            query_BSHK, key_BGSK, value_BGSK, stream, mask, causal, stream.relative
+        )
 
     def cross_attention(
         self,
@@ -221,7 +224,7 @@ class Attention(nn.Module):
             if cache is not None:
                 cache.key, cache.value = key_BGTK, value_BGTK
         return self._attend_global(
-            self._query_heads(x_BSD), key_BGTK, value_BGTK, memory, causal=False
+            self._query_heads(x_BSD), key_BGTK, value_BGTK, memory, memory.mask, causal=False
         )
 
     def _attend_global(
@@ -230,12 +233,14 @@ class Attention(nn.Module):
         key_BGSK: Tensor,
         value_BGSK: Tensor,
         keys: SequenceInfo,
+        mask: Tensor | None,
         causal: bool,
+        bias: Bias | None = None,
     ) -> Tensor:
-        query_BHSK, mask = query_BSHK.transpose(1, 2), keys.mask
+        query_BHSK = query_BSHK.transpose(1, 2)
         if keys.context.shares:
             mixed_BHSK = keys.context.attend_global(
-                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible_mask, causal
+                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible_mask, causal, bias
             )
             return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
         group = query_BHSK.shape[1] // key_BGSK.shape[1]

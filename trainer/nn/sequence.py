@@ -16,6 +16,8 @@ Inputs = dict[str, Tensor]
 Flow = tuple[Tensor, Tensor | None, Tensor | None]
 # (flow after a block, metadata of the sequences by name, inputs) -> flow.
 Sequences = dict[str, "SequenceInfo"]  # by stream: source, target
+# (query positions (R,), key positions (C,)) -> what is added to the scores, (1,H,R,C).
+Bias = Callable[[Tensor, Tensor], Tensor]
 BlockHook = Callable[[Flow, Sequences, Inputs], Flow]
 
 
@@ -86,6 +88,7 @@ class Context(Protocol):
         key_length: int,
         visible: Callable,
         causal: bool,
+        bias: Bias | None = None,
     ) -> Tensor:
         """Return the attention of the local queries to the keys of all context ranks."""
         raise AssertionError("no ranks share this sequence")
@@ -119,6 +122,9 @@ class SequenceInfo:
     window: int = 0  # keys that a query attends to, its own the last; 0 = all before it
     windowed: "SequenceInfo | None" = None  # metadata for blocks with a sliding window
     longer: "SequenceInfo | None" = None  # metadata before shortening, restored by Lengthen
+    segments_BS: Tensor | None = None  # all positions: segment id; None = all are of the first
+    relative: Bias | None = None  # of the scores of self-attention
+    biased_mask: Tensor | None = None  # `relative`, -inf where not visible; None = none, or sharded
 
     @property
     def hides_keys(self) -> bool:
@@ -153,6 +159,12 @@ class SequenceInfo:
         positions_BS = sums_BS.to(precise) / sizes_BS.clamp(min=1)
         rope = None if self.angles is None else self.angles(positions_BS)
         return replace(self, mask=mask, rope=rope, valid_BS=sizes_BS > 0, marks_BS2=marks_BS2)
+
+    def add_bias(self, rows_R: Tensor, columns_C: Tensor) -> Tensor:
+        """Return the relative bias (B or 1, H, R, C), -inf where a query does not see a key."""
+        assert self.relative is not None
+        bias_1HRC, mask = self.relative(rows_R, columns_C), self.visible_mask(rows_R, columns_C)
+        return bias_1HRC if mask is None else bias_1HRC.masked_fill(~mask, -torch.inf)
 
     def visible_mask(self, rows_R: Tensor, columns_C: Tensor) -> Tensor | None:
         """Return the mask (B or 1, 1, R or 1, C), True = query attends to key; None = all do."""

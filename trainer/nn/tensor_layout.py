@@ -3,8 +3,11 @@
 # Tensor-parallel layout of the layers: pattern of parameter names -> style (see
 # parallel/tensor/layers.py).
 TENSOR_LAYOUT = {
+    "relative_bias.*": "column",  # a row per head
     "embed.tokens": "vocabulary",
     "embed.positions": "sequence",
+    "embed.segments": "sequence",
+    "embed.norm": "sequence",
     "embed.patches": "sequence",
     "embed.class_token": "sequence",
     **{
@@ -25,5 +28,6 @@ TENSOR_LAYOUT = {
     "blocks.*.feed_forward.up": "column",
     "blocks.*.feed_forward.down": "row",
     "head.norm": "sequence",
+    "head.dense*": "sequence",
     "head.output": "vocabulary",
 }

@@ -24,6 +24,8 @@ def has_weight_decay(name: str, shape: Size) -> bool:
 
     Nor to the factors of an adapter, whose decay would not be that of their product.
     """
+    if name.startswith("relative_bias."):
+        return False
     kept = ("positions.weight", "class_token", *FACTORS)
     return len(shape) >= 2 and not name.endswith(kept)
 

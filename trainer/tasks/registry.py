@@ -4,12 +4,21 @@ from trainer.config.train import DataConfig, ModelConfig
 from trainer.tasks.chat import Chat
 from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.language import LanguageModeling
+from trainer.tasks.masked_language import MaskedLanguageModeling
 from trainer.tasks.task import Task
+from trainer.tasks.text_classification import TextClassification
 from trainer.tasks.translation import Translation
 
 TASKS: dict[str, Task] = {
     task.data_kind: task
-    for task in (LanguageModeling(), Translation(), ImageClassification(), Chat())
+    for task in (
+        LanguageModeling(),
+        Translation(),
+        ImageClassification(),
+        Chat(),
+        MaskedLanguageModeling(),
+        TextClassification(),
+    )
 }
 
 

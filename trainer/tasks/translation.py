@@ -14,6 +14,7 @@ from trainer.config.train import (
     is_encoder_decoder,
 )
 from trainer.data import Dataset
+from trainer.data.pairs import Pairs, frame_of
 from trainer.inference.beam_search import translate_tokens
 from trainer.inference.sampling import check_finite
 from trainer.inference.trained_run import TrainedRun, unwrap_transformer
@@ -50,9 +51,12 @@ class Translation(Task):
             raise ConfigError(
                 "prompt is empty; it must be the sentence to translate, one on a line"
             )
-        longest = run.config.data.seq_len  # longer sentences are truncated, as in evaluation
+        frame = frame_of(run.config.data, tokenizer)
+        around = len(frame.before_source) + len(frame.behind_source)
+        longest = run.config.data.seq_len - around  # longer ones are truncated, as in evaluation
         ids = [
-            line_ids[:longest] or [tokenizer.eot_id] for line_ids in tokenizer.encode_batch(lines)
+            [*frame.before_source, *(found[:longest] or [tokenizer.eot_id]), *frame.behind_source]
+            for found in tokenizer.encode_batch(lines)
         ]
         source_BT = torch.full((len(ids), max(map(len, ids))), tokenizer.pad_id)
         source_valid_BT = torch.zeros(source_BT.shape, dtype=torch.bool)
@@ -71,6 +75,7 @@ class Translation(Task):
             bos_id=tokenizer.eot_id,
             eos_id=tokenizer.eot_id,
             end_ids=tokenizer.end_ids,
+            prefix_ids=frame.before_target,
             beams=config.beams,
             length_penalty=config.length_penalty,
         )
@@ -93,6 +98,7 @@ class TranslationMetrics(CrossEntropyMetrics):
 
     def __init__(self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None):
         super().__init__(worker)
+        assert isinstance(dataset, Pairs)
         self._dataset, self._decoding = dataset, decoding
         self._translations: dict[int, str] = {}  # by the sample's index
 
@@ -121,6 +127,7 @@ class TranslationMetrics(CrossEntropyMetrics):
             bos_id=tokenizer.eot_id,
             eos_id=tokenizer.eot_id,
             end_ids=tokenizer.end_ids,
+            prefix_ids=self._dataset.frame.before_target,
             beams=decoding.beams,
             length_penalty=decoding.length_penalty,
         )

@@ -20,6 +20,7 @@ from trainer.config.train import (
 from trainer.model import Transformer
 from trainer.nn.init import init_rows
 from trainer.tasks.registry import task_of_model
+from trainer.verify.features import FEATURES, feature_strategies
 
 SAMPLES = 8  # per step, over all ranks
 MICRO_BATCHES = 2  # per rank and step, so that gradients accumulate
@@ -41,52 +42,6 @@ FAMILIES = {
         pool="class_token",
     ),
     "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
-}
-# Other features of layers, under the strategies that each has to do with.
-FEATURE_STRATEGIES = (
-    "fsdp 2",
-    "tensor 2",
-    "tensor 4",
-    "tensor 2, whole sequences",
-    "pipeline 2",
-    "context 2, all_gather",
-    "context 2, ring",
-    "context 2, ulysses",
-    "context 2 × tensor 2",
-    "fsdp 2 × tensor 2 × pipeline 2",
-)
-FEATURES = {
-    "decoder (Gemma 3)": ModelConfig(
-        activation="geglu_tanh",
-        heads=8,
-        kv_heads=4,
-        norm_placement="sandwich",
-        qk_norm="head",
-        attention_scale=0.2,
-        embed_scale=8.0,
-        sliding_window=5,
-        full_attention_every=2,
-        local_rope_theta=100.0,
-        rope_type="linear",
-        rope_scaling=8.0,
-    ),
-    "decoder (OLMo 2)": ModelConfig(
-        heads=8,
-        kv_heads=2,
-        tied=False,
-        norm_placement="output",
-        qk_norm="width",
-        rope_type="yarn",
-        rope_scaling=4.0,
-        rope_original_positions=16,
-    ),
-    "encoder-decoder (post-norm)": ModelConfig(
-        family="encoder_decoder",
-        activation="relu",
-        norm="layernorm",
-        bias=True,
-        norm_placement="post",
-    ),
 }
 STRATEGIES = {
     "ddp 2": StrategyConfig(replicate=2),
@@ -289,7 +244,7 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
     for family, model in FEATURES.items():
-        for name in FEATURE_STRATEGIES:
+        for name in feature_strategies(model):
             yield family, name, VerifyConfig(STRATEGIES[name], model)
     for name in CHAT_STRATEGIES:
         config = VerifyConfig(STRATEGIES[name], FAMILIES["decoder (Llama)"], task="chat")

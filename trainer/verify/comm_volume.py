@@ -66,11 +66,10 @@ def _due_bytes(
 ) -> Payload:
     """Return the closed form: gradients and weights, activations, and the listed small ones."""
     model = unwrap_transformer(worker)
-    moved, floats, heads, tied = StepBytes(), _norm_reductions(strategy) * FLOAT_BYTES, 0, 0
-    learned_heads = 0
+    moved, heads, learned_heads, tied = StepBytes(), 0, 0, 0
+    floats = (_norm_reductions(strategy) + _partial_gradients(worker)) * FLOAT_BYTES
     if find_axis(worker.axes, TensorParallel) is not None:
         moved += _activation_bytes(worker, strategy, micro_batches)
-        floats += _partial_gradients(worker) * FLOAT_BYTES
         floats += sum(_norm_elements(worker, m) for m in micro_batches) * FLOAT_BYTES
         heads, learned_heads = _shared_heads(worker, len(micro_batches))
         if model.head is not None:
@@ -149,7 +148,7 @@ def _norm_reductions(strategy: StrategyConfig) -> int:
 
 
 def _partial_gradients(worker: ParallelModel) -> int:
-    """Elements of the gradients that work on a part of the sequence: they are summed once."""
+    """Elements of gradients that are a part of the sequence's, or of the stages': summed once."""
     parameters = dict(worker.model.named_parameters())
     return sum(local_tensor(parameters[n]).numel() for axis in worker.axes for n in axis.partial)
 
@@ -192,7 +191,10 @@ def _activation_bytes(
         stages, split_backwards = {0: tuple(model.blocks)}, set()
     else:
         stages = {stage.stage_index: stage.blocks for stage in pipeline.stages}
-        split_backwards = _split_backwards(strategy, pipeline, len(micro_batches))
+        # Parameters that stages share keep the backward whole.
+        split_backwards = (
+            set() if pipeline.partial else _split_backwards(strategy, pipeline, len(micro_batches))
+        )
     sequences = [
         sequence
         for stage, blocks in stages.items()

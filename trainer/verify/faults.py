@@ -251,6 +251,15 @@ def skip_tied_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
     return worker
 
 
+def skip_shared_gradient_sum(*args: Any, **kwargs: Any) -> ParallelModel:
+    """Leave out what the other stages add to the gradient of a parameter that all share."""
+    worker = parallelize(*args, **kwargs)
+    pipeline = _axis_of(worker, PipelineParallel)
+    replace_method(pipeline.counts_in_norm, lambda name: pipeline.rank == 0 or name not in shared)
+    shared, pipeline.partial = pipeline.partial, []
+    return worker
+
+
 def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     """Divide each micro-batch's loss by its own targets and by the number of micro-batches."""
     worker = parallelize(*args, **kwargs)
@@ -308,6 +317,7 @@ FAULTS = {
         skip_norm_gradient_mean,
         stale_stage_input,
         skip_tied_gradient_sum,
+        skip_shared_gradient_sum,
         local_loss_scale,
         skip_ring_step,
         skip_factor_gradient_sum,

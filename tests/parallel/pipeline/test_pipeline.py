@@ -16,7 +16,7 @@ from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
 from trainer.config.train import LossConfig, VerifyConfig
-from trainer.model import DecodingCache
+from trainer.nn.cache import DecodingCache
 from trainer.nn.flops import flops_per_block
 from trainer.precision import PRECISIONS
 from trainer.verify import compare as verify

@@ -22,7 +22,8 @@ from trainer.compress.quantized_linear import (
 )
 from trainer.compress.sequence_reduction import DropPatches, MergeTokens, PoolImage, PoolText
 from trainer.config.train import CompressConfig, TrainConfig
-from trainer.model import DecodingCache, Transformer
+from trainer.model import Transformer
+from trainer.nn.cache import DecodingCache
 from trainer.nn.flops import flops_per_sample
 from trainer.nn.init import init_rows
 from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo

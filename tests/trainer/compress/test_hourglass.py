@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.compress.compression import Compression
 from trainer.compress.sequence_reduction import LengthenText, ShortenText
 from trainer.config.train import CompressConfig
-from trainer.model import DecodingCache, Transformer
+from trainer.model import Transformer
+from trainer.nn.cache import DecodingCache
 from trainer.nn.flops import flops_per_sample
 from trainer.nn.init import init_rows
 from trainer.nn.sequence import FullContext, FullSequence, SequenceInfo

@@ -27,7 +27,8 @@ from trainer.model import Transformer
 from trainer.nn.init import init_rows
 from trainer.run.run_dir import EXPORTED, load_config
 from trainer.tasks.evaluate import evaluate_model
-from trainer.verify.cases import FAMILIES, FEATURES, make_batch, scale_down
+from trainer.verify.cases import FAMILIES, make_batch, scale_down
+from trainer.verify.features import FEATURES
 
 HALF = CompressConfig(prune_heads=0.5, prune_ffn=0.5)
 LAYOUTS = {

@@ -72,6 +72,40 @@ def with_rope(**rope: object) -> tuple[str, str, dict]:
     return "LlamaForCausalLM", "LlamaConfig", LLAMA | {"rope_parameters": rope}
 
 
+T5 = {
+    "vocab_size": 50,
+    "d_model": 64,
+    "d_kv": 24,
+    "d_ff": 96,
+    "num_layers": 2,
+    "num_decoder_layers": 1,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
+BART = {
+    "vocab_size": 50,
+    "d_model": 64,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96,
+    "max_position_embeddings": 64,
+}
+# Published ones begin with the padding, whose vector gets no gradient there.
+MARIAN = BART | {"pad_token_id": 49, "decoder_start_token_id": 3, "scale_embedding": True}
+BERT = {
+    "vocab_size": 50,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 64,
+    "num_labels": 5,
+}
 CASES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
@@ -101,23 +135,58 @@ CASES = {
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", LLAMA),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2, relu": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"activation_function": "relu"}),
+    "t5": ("T5ForConditionalGeneration", "T5Config", T5),
+    "t5 v1.1": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    ),
+    "marian": ("MarianMTModel", "MarianConfig", MARIAN),
+    "nllb": (
+        "M2M100ForConditionalGeneration",
+        "M2M100Config",
+        BART | {"pad_token_id": 1, "decoder_start_token_id": 2},
+    ),
+    "bert": ("BertForMaskedLM", "BertConfig", BERT),
+    "bert, classes": ("BertForSequenceClassification", "BertConfig", BERT),
     "vit": ("ViTForImageClassification", "ViTConfig", VIT),
 }
 
 
 def random_inputs(model) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
+    # Id 0 and 49 are padding, whose vectors get no gradient there.
+    if model.inputs == "tokens":  # auto for the others
+        tokens, targets = torch.randint(2, 49, (2, 3, 40), generator=generator)
+        valid = torch.arange(40) < torch.tensor([[40], [7], [19]])
+        segments = (torch.arange(40) > 5).long().expand(3, -1)
+        targets = targets[:, 0] % 5 if model.classes else targets
+        return {"tokens": tokens, "source_valid": valid, "segments": segments}, targets
     if model.family == "encoder":
         images = torch.randn(3, 3, 16, 16, generator=generator, dtype=torch.float64)
         return {"images": images}, torch.randint(5, (3,), generator=generator)
-    tokens, targets = torch.randint(50, (2, 3, 40), generator=generator)
-    return {"tokens": tokens}, targets
+    tokens, targets = torch.randint(2, 49, (2, 3, 40), generator=generator)
+    if model.family == "decoder":
+        return {"tokens": tokens}, targets
+    tokens[:, 0] = model.start_token
+    source = torch.randint(2, 49, (3, 30), generator=generator)
+    valid = torch.arange(30) < torch.tensor([[30], [7], [19]])
+    return {"tokens": tokens, "source": source, "source_valid": valid}, targets
+
+
+def for_transformers(inputs):
+    names = {"tokens": "input_ids", "images": "pixel_values"}
+    if "segments" in inputs:
+        names |= {"segments": "token_type_ids", "source_valid": "attention_mask"}
+    if "source" in inputs:
+        names |= {"tokens": "decoder_input_ids", "source": "input_ids"}
+        names["source_valid"] = "attention_mask"
+    return {names[name]: value for name, value in inputs.items()}
 
 
 def their_logits(theirs, inputs):
-    names = {"tokens": "input_ids", "images": "pixel_values"}
     with float64_for_float32():
-        return theirs(**{names[name]: value for name, value in inputs.items()}).logits
+        return theirs(**for_transformers(inputs)).logits
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -144,7 +213,7 @@ def test_logits_and_gradients_are_those_of_transformers(case, tmp_path):
             reader.model,
             lambda name: parameters[name].grad,
         )
-        torch.testing.assert_close(gradient, expected.files.read(name), rtol=0, atol=1e-12)
+        torch.testing.assert_close(gradient.double(), expected.files.read(name), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -157,9 +226,9 @@ def test_logits_in_float32_are_those_of_transformers_as_it_is(case, tmp_path):
     inputs = random_inputs(reader.model)[0]
     if "images" in inputs:
         inputs = {"images": inputs["images"].float()}
-    names = {"tokens": "input_ids", "images": "pixel_values"}
-    reference = theirs.eval()(**{names[name]: value for name, value in inputs.items()}).logits
-    torch.testing.assert_close(ours(inputs), reference, rtol=0, atol=5e-6)
+    reference = theirs.eval()(**for_transformers(inputs)).logits
+    atol = 5e-6 * max(1.0, reference.abs().max().item())
+    torch.testing.assert_close(ours(inputs), reference, rtol=0, atol=atol)
 
 
 def test_an_offset_is_added_in_float32(tmp_path):
@@ -187,7 +256,8 @@ def test_written_folders_are_read_by_transformers(case, tmp_path, caplog):
             folder, dtype=torch.float64, output_loading_info=True
         )
     assert not any(info.values()), info
-    assert not caplog.records
+    # Version 5 takes the head of every T5 as tied, and says so when a file has another.
+    assert not [record for record in caplog.records if "so we will NOT tie them" not in record.msg]
     written = again.state_dict()
     for name, tensor in theirs.state_dict().items():
         # 1 is added to the norms of Gemma, and taken away again.

@@ -10,14 +10,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import AXES, StrategyConfig, world_size
 from trainer.config.train import CompressConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
-from trainer.verify.cases import (
-    FAMILIES,
-    FEATURE_STRATEGIES,
-    FEATURES,
-    MICRO_BATCHES,
-    STRATEGIES,
-    iter_cases,
-)
+from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, iter_cases
 from trainer.verify.compare import (
     QUANTITIES,
     Difference,
@@ -28,6 +21,7 @@ from trainer.verify.compare import (
     print_report,
 )
 from trainer.verify.faults import FAULTS
+from trainer.verify.features import FEATURE_STRATEGIES, FEATURES, feature_strategies
 
 TOLERANCE = 1e-10
 
@@ -46,9 +40,31 @@ def test_strategy_equals_one_process(ranks, strategy, family):
     assert len([d for d in found if d.quantity == "gradient"]) > 3 * 10
 
 
-# In turn; and norms over heads that ranks share.
-FEATURED = [(name, list(FEATURES)[i % len(FEATURES)]) for i, name in enumerate(FEATURE_STRATEGIES)]
+FEATURED = [
+    (name, family)
+    for i, name in enumerate(FEATURE_STRATEGIES)
+    for family in [list(FEATURES)[i % len(FEATURES)]]
+    if name in feature_strategies(FEATURES[family])
+]
+# Tables that all blocks of a stack share, split by heads, and under a backward in two halves.
+FEATURED += [
+    (name, "encoder-decoder (T5)")
+    for name in (
+        "tensor 4",
+        "pipeline 2, zero_bubble",
+        "fsdp 2 × tensor 2 × pipeline 2",
+        "context 2, ulysses",
+    )
+]
+FEATURED += [
+    ("tensor 2", "encoder (BERT)"),
+    ("context 2 × tensor 2", "encoder (BERT)"),
+    ("tensor 2, whole sequences", "encoder (BERT, classes)"),
+    ("fsdp 2", "encoder-decoder (Marian)"),
+]
+# A norm over heads that ranks share.
 FEATURED.append(("tensor 4", "decoder (OLMo 2)"))
+FEATURED = sorted(set(FEATURED))
 
 
 @pytest.mark.parametrize(("strategy", "family"), FEATURED)
@@ -132,6 +148,17 @@ def test_a_local_norm_is_caught(ranks):
     assert fault is not None
     assert fault.quantity == "norm"
     assert largest_difference(found, "weight") > 1e-4  # clipped by the wrong norm
+
+
+def test_a_skipped_sum_of_a_table_that_stages_share_is_caught(ranks):
+    config = VerifyConfig(
+        strategy=StrategyConfig(pipeline=2),
+        model=FEATURES["encoder-decoder (T5)"],
+        fault="skip_shared_gradient_sum",
+    )
+    found = ranks.run(2, compare_layout, config)[0]
+    wrong = {d.parameter for d in found if d.step == 0 and d.parameter and d.value > TOLERANCE}
+    assert wrong == {"relative_bias.source.weight", "relative_bias.target.weight"}
 
 
 def test_no_log_is_too_narrow_for_the_table(capsys):
