@@ -117,8 +117,7 @@ def translate_tokens(
     data ranks must call it: a sharded model communicates in its forward, and they stop together.
     """
     model, sentences, ends = unwrap_transformer(worker), len(source_BT), [eos_id, *end_ids]
-    longest = model.config.max_positions or max_tokens + len(prefix_ids)
-    max_tokens = min(max_tokens, longest - len(prefix_ids))
+    max_tokens = min(max_tokens, (model.config.max_positions or 1 << 60) - len(prefix_ids))
     search = BeamSearch(sentences, beams, max_tokens, length_penalty, ends, worker.device)
     valid = {} if source_valid_BT is None else {"source_valid": source_valid_BT}
     inputs = worker.to_device({"source": source_BT} | valid)
