@@ -147,7 +147,7 @@ class Documented:
         more = list(SHORT.get(self.script, []))
         if self.script == "launch/train.py":
             more.append(f"run_dir=runs/unnamed-{number}")
-        if re.search("data.path=(my-book|my-corpus|my-pairs|my-chats|FOLDER)", text):
+        if re.search("data.path=(my-book|my-corpus|my-pairs|my-chats|my-labels|FOLDER)", text):
             more += SMALL_DATA
         keys = {word.partition("=")[0] for word in given}
         return [*given, *(word for word in more if word.partition("=")[0] not in keys)]
@@ -289,6 +289,8 @@ def make_inputs(folder: Path) -> None:
         (folder / "my-corpus" / f"{split}.txt").write_text(play[:80_000])
     pairs = [f"turn on lamp {number}\tschalte Lampe {number} ein\n" for number in range(2000)]
     (folder / "my-pairs.tsv").write_text("".join(pairs))
+    labelled = [f"o{'nf'[number % 2]}\tswitch lamp {number}\n" for number in range(500)]
+    (folder / "my-labels.tsv").write_text("".join(labelled))
     chats = [
         {"prompt": f"is lamp {number} on?", "completion": f"lamp {number} is off"}
         for number in range(500)
