@@ -28,7 +28,9 @@ VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     """Return the problems of a resolved strategy, except those of the model."""
-    found = _fault_problems(getattr(config, "fault", ""), strategy)
+    found = []
+    if isinstance(config, VerifyConfig):
+        found += _fault_problems(config.fault, strategy, config.model)
     data = getattr(config, "data", None)
     seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
     if seq_len < 2 * strategy.context > 2:
@@ -229,8 +231,8 @@ def _format_numbers(numbers: list[int]) -> str:
     return f"[{','.join(map(str, numbers))}]"
 
 
-def _fault_problems(fault: str, strategy: StrategyConfig) -> list[str]:
-    """Return the problems of planting a fault in this layout."""
+def _fault_problems(fault: str, strategy: StrategyConfig, model: ModelConfig) -> list[str]:
+    """Return the problems of planting a fault in this layout of a model."""
     axis = FAULT_AXES.get(fault)
     if axis == "tensor" and strategy.tensor == 1:
         return [f"fault={fault} is one of split layers; set strategy=tensor"]
@@ -240,10 +242,14 @@ def _fault_problems(fault: str, strategy: StrategyConfig) -> list[str]:
         ]
     if axis == "pipeline" and strategy.pipeline == 1:
         return [f"fault={fault} is one of a pipeline; set strategy=pipeline"]
-    if fault == "skip_sequence_gather" and not strategy.sequence_parallel:
+    whole = not strategy.sequence_parallel
+    shared = fault == "skip_partial_gradient_sum" and model.qk_norm == "head"
+    if fault in ("skip_sequence_gather", "skip_partial_gradient_sum") and whole and not shared:
         return [
             f"fault={fault} is one of sequence parallelism; set strategy.sequence_parallel=true"
         ]
+    if fault == "skip_norm_gradient_mean" and model.qk_norm != "width":
+        return [f"fault={fault} is one of norms over all heads; set model.qk_norm=width"]
     return []
 
 

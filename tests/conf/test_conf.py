@@ -286,6 +286,11 @@ def test_a_fault_must_have_its_place():
     assert find_problems(replace(fault, strategy=whole), 2) == []
     gather = VerifyConfig(fault="skip_sequence_gather", strategy=whole)
     assert "set strategy.sequence_parallel=true" in find_problems(gather, 2)[0]
+    partial = VerifyConfig(fault="skip_partial_gradient_sum", strategy=whole)
+    assert "set strategy.sequence_parallel=true" in find_problems(partial, 2)[0]
+    assert find_problems(replace(partial, model=replace(partial.model, qk_norm="head")), 2) == []
+    mean = VerifyConfig(fault="skip_norm_gradient_mean", strategy=whole)
+    assert "set model.qk_norm=width" in find_problems(mean, 2)[0]
     ring = StrategyConfig(context=2, context_method="ring")
     step = VerifyConfig(fault="skip_ring_step", strategy=ring)
     assert find_problems(step, 2) == []

@@ -56,7 +56,8 @@ def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
     raise ConfigError(
         "this model is none of the architectures that can be written for transformers "
         f"({known}): model.family={model.family} model.norm={model.norm} model.activation="
-        f"{model.activation} model.positions={model.positions} model.bias={model.bias}; "
+        f"{model.activation} model.positions={model.positions} model.bias={model.bias} "
+        f"model.norm_placement={model.norm_placement} model.qk_norm={model.qk_norm}; "
         "model=llama-tiny, gpt2 or vit-tiny and their sizes can be"
     )
 
@@ -64,7 +65,11 @@ def architecture_for(model: ModelConfig, like: str | Path = "") -> Architecture:
 def _reads_back(architecture: Architecture, model: ModelConfig) -> bool:
     """Return whether the fields that would be written for a model say all of it."""
     fields = ConfigFields(Path(CONFIG), architecture.write_config(model))
-    again = replace(ModelConfig(), **architecture.read_config(fields))
+    try:
+        again = replace(ModelConfig(), **architecture.read_config(fields))
+        fields.check()
+    except ConfigError:
+        return False
     return normal_form(again) == normal_form(model)
 
 

@@ -1,6 +1,7 @@
 """Fields of published config.json files of decoders, and those that are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -120,6 +121,13 @@ def test_a_window_that_is_not_said_is_that_of_transformers(tmp_path):
 def test_what_is_not_built_is_refused(tmp_path, fields, told):
     with pytest.raises(ConfigError, match=told):
         read(tmp_path, **fields)
+
+
+def test_a_folder_that_refuses_a_setting_is_not_written(tmp_path):
+    phi3 = read(tmp_path, **PHI3 | {"sliding_window": None, "rope_scaling": None})
+    assert architecture_for(phi3, like=tmp_path).model_type == "phi3"
+    longer = replace(phi3, rope_type="linear", rope_scaling=2.0, rope_original_positions=32768)
+    assert architecture_for(longer, like=tmp_path).model_type == "llama"
 
 
 @pytest.mark.parametrize(
