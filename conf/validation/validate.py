@@ -23,6 +23,7 @@ from trainer.config.train import (
     ModelConfig,
     OptimConfig,
     TrainConfig,
+    VerifyConfig,
     inputs_of,
     outputs_of,
 )
@@ -46,6 +47,8 @@ def find_problems(config: Any, world_size: int) -> list[str]:
         found += _data_problems(config.data)
     if hasattr(config, "model") and reads_data:
         found += _fit_problems(config.model, config.data)
+    if isinstance(config, VerifyConfig) and "task" not in wrong:
+        found += _task_problems(config)
     if hasattr(config, "optim"):
         found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
@@ -288,6 +291,16 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"set data.seq_len={model.max_positions} or less"
         ]
     return []
+
+
+def _task_problems(config: VerifyConfig) -> list[str]:
+    reader = READERS.get(config.task)  # None = that of the family
+    if reader is None or config.model.family in reader.families:
+        return []
+    return [
+        f"task={config.task} needs model.family={' or '.join(reader.families)}, but it is "
+        f"{config.model.family}; set task=auto"
+    ]
 
 
 def _token_problems(model: ModelConfig, facts: "DataFacts") -> list[str]:

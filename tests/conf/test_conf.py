@@ -304,6 +304,14 @@ def test_a_fault_must_have_its_place():
     ]
 
 
+def test_verify_takes_a_task_of_the_models_family():
+    assert found("task=chat", name="verify") == []
+    (message,) = found("task=pairs", name="verify")
+    assert message == (
+        "task=pairs needs model.family=encoder_decoder, but it is decoder; set task=auto"
+    )
+
+
 @pytest.mark.parametrize("door", ["verify", "evaluate", "generate"])
 def test_every_door_refuses_stages_that_a_schedule_does_not_take(door):
     keys = ["strategy=pipeline", "strategy.schedule=zbv", "strategy.stages_per_rank=3"]
