@@ -43,6 +43,7 @@ SLOW = frozenset(
         "evaluate",
         "reduce",
         "generate",
+        "chat",
         "export",
         "kills",
         "conf",

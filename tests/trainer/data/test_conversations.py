@@ -187,6 +187,13 @@ def test_a_bad_line_is_named(tmp_path, line):
         data.prepare_data(config)
 
 
+def test_a_chat_template_is_for_chats_alone(tmp_path):
+    config = corpus(tmp_path / "data", chat_template="plain")
+    config.kind = "pairs"
+    with pytest.raises(UserError, match=r"=plain is for data\.kind=chat, but data\.kind=pairs"):
+        data.prepare_data(config)
+
+
 def test_files_without_a_conversation_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"train\.jsonl is empty"):
         data.prepare_data(corpus(tmp_path / "data", []))

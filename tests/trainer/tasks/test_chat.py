@@ -14,7 +14,7 @@ import torch
 from launch.cli.preflight import check_trained_run
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import DataConfig, GenerateConfig, UserError, VerifyConfig
-from trainer.data import open_split, open_tokenizer
+from trainer.data import data_fingerprint, open_split, open_tokenizer, prepare_data
 from trainer.data.record import data_of
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.beam_search import BeamSearch, translate_tokens
@@ -182,6 +182,14 @@ def test_what_no_conversation_can_be_held_with(run, tmp_path):
     with pytest.raises(UserError, match="prompt is for chat=false") as raised:
         check_trained_run(asked, 1)
     assert "torchrun --nproc_per_node=2" in str(raised.value)
+
+
+def test_a_run_finds_its_tokens_by_its_own_folder(run):
+    """The template, the tokenizer and what lies beside it are copies: nothing is prepared anew."""
+    before = set(Path(run.data.cache).iterdir())
+    assert data_fingerprint(data_of(run)) == data_fingerprint(run.data)
+    prepare_data(data_of(run))
+    assert set(Path(run.data.cache).iterdir()) == before
 
 
 def test_a_run_shows_answers(run, runtime):
