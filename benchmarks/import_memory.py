@@ -23,7 +23,7 @@ from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig
 from trainer.config.train import ModelConfig
-from trainer.huggingface.registry import ARCHITECTURES
+from trainer.huggingface.registry import architecture_for
 from trainer.huggingface.weights import load_folder, parameter_shapes
 from trainer.huggingface.writer import write_config, write_weights
 from trainer.model import Transformer
@@ -49,7 +49,7 @@ def write_folder(folder: Path, model: ModelConfig) -> None:
     def weights(name: str) -> torch.Tensor:
         return torch.empty(shapes[name], dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
 
-    architecture = ARCHITECTURES["llama"]
+    architecture = architecture_for(model)
     write_weights(folder, architecture, model, weights, torch.bfloat16, SHARD_BYTES)
     write_config(folder, architecture, model, torch.bfloat16, {})
 

@@ -30,7 +30,7 @@ class TensorMap:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture; ARCHITECTURES (registry.py) lists them by `model_type`."""
+    """An architecture; ARCHITECTURES (registry.py) lists them by `class_name`."""
 
     model_type: str
     class_name: str  # the class of transformers whose logits these are
@@ -44,13 +44,7 @@ class Architecture:
     prefix: str = ""
     # Ends of names of tensors that hold nothing learned.
     unlearned: tuple[str, ...] = ()
-    # Tensor that files may hold although it is tied: its name, and the one that it must equal.
-    tied_copy: tuple[str, str] | None = None
+    # Tensors that files may hold although they are tied: name, and the one that it must equal.
+    tied_copies: tuple[tuple[str, str], ...] = ()
     # Ends of names that older files have, and those of the architecture.
     renamed: tuple[tuple[str, str], ...] = ()
-    tied_copies: tuple[tuple[str, str], ...] = ()  # more of them
-
-    @property
-    def copies(self) -> tuple[tuple[str, str], ...]:
-        """Return all tensors that may be in the files although they are tied, with their twins."""
-        return (*self.tied_copies, *([self.tied_copy] if self.tied_copy else []))

@@ -243,7 +243,7 @@ DECODERS = (
         llama_tensors,
         prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "mistral",
@@ -255,7 +255,7 @@ DECODERS = (
         llama_tensors,
         prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "qwen2",
@@ -267,7 +267,7 @@ DECODERS = (
         llama_tensors,
         prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "gpt2",
@@ -279,6 +279,6 @@ DECODERS = (
         _gpt2_tensors,
         prefix="transformer.",
         unlearned=(".attn.bias", ".attn.masked_bias"),
-        tied_copy=("lm_head.weight", "transformer.wte.weight"),
+        tied_copies=(("lm_head.weight", "transformer.wte.weight"),),
     ),
 )

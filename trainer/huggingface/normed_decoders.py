@@ -222,7 +222,7 @@ NORMED_DECODERS = (
         lambda model: _is_decoder(model, "pre", "head", "swiglu"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, PRE_NORMS | HEAD_NORMS),
         prefix="model.",
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "olmo2",
@@ -233,7 +233,7 @@ NORMED_DECODERS = (
         lambda model: _is_decoder(model, "output", "width", "swiglu"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, OLMO2_NORMS),
         prefix="model.",
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "phi3",
@@ -244,7 +244,7 @@ NORMED_DECODERS = (
         lambda model: _is_decoder(model, "pre", "none", "swiglu"),
         lambda model: decoder_tensors(model, PHI3_LAYERS, PRE_NORMS),
         prefix="model.",
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "gemma3_text",
@@ -255,6 +255,6 @@ NORMED_DECODERS = (
         lambda model: _is_decoder(model, "sandwich", "head", "geglu_tanh"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, GEMMA3_NORMS, offset=1.0),
         prefix="model.",
-        tied_copy=TIED_HEAD,
+        tied_copies=(TIED_HEAD,),
     ),
 )

@@ -57,10 +57,10 @@ def check_tensors(
     `shapes` are those of the parameters here.
     """
     expected = {t.theirs: t.their_shape(shapes) for t in architecture.tensors(model)}
-    for copy, original in architecture.copies:
+    for copy, original in architecture.tied_copies:
         _check_tied_copy(files, copy, original, expected)
     found = {n: s for n, s in files.shapes.items() if not n.endswith(architecture.unlearned)}
-    for copy, original in architecture.copies:
+    for copy, original in architecture.tied_copies:
         if copy not in expected and original in found:
             found.pop(copy, None)
     problems = []
