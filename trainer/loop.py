@@ -27,7 +27,7 @@ from trainer.data.loader import TrainLoader
 from trainer.data.record import data_of
 from trainer.distill.logit_dataset import DistillationDataset
 from trainer.distill.teacher import load_teacher, open_recorded_logits
-from trainer.inference.huggingface import load_first_adapter
+from trainer.inference.huggingface import export_checkpoint, load_first_adapter
 from trainer.inference.trained_run import (
     load_frozen_weights,
     load_initial_weights,
@@ -281,8 +281,10 @@ def save_checkpoint(run: Run, eval_loss: float | None) -> None:
     with run.recorder.pause_training("save"), run.supervisor.watch.allow_long():
         process_bad_steps(run, saving=True)  # never save NaN
         run.saver.save(run.state, eval_loss)
-        if run.supervisor.stopping:
+        if run.supervisor.stopping or run.config.checkpoint.huggingface_every:
             run.saver.wait()
+        if not run.supervisor.stopping:
+            export_checkpoint(run.config, run.state.step, run.state.worker.device)
     log_saves(run)
 
 

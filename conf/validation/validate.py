@@ -142,6 +142,14 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
             "measures it at the end only; set eval.every, best to checkpoint.every="
             f"{config.checkpoint.every}, or checkpoint.keep_best=false"
         )
+    exports, every = config.checkpoint.huggingface_every, config.checkpoint.every
+    if exports and (every == 0 or exports % every):
+        near = every * max(1, round(exports / every)) if every else 0
+        found.append(
+            f"checkpoint.huggingface_every={exports} exports checkpoints, and is no multiple of "
+            f"checkpoint.every={every}; set "
+            + (f"checkpoint.huggingface_every={near}" if near else f"checkpoint.every={exports}")
+        )
     if config.resume_step and config.resume == "never":
         found.append(
             f"resume_step={config.resume_step} goes on with a run, but resume=never refuses one; "

@@ -4,11 +4,12 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -55,6 +56,7 @@ from trainer.config.train import (
 from trainer.data.record import data_of, format_record
 from trainer.data.tokenizer_files import TEMPLATE, TokenizerFiles
 from trainer.huggingface.adapter_config import targeted_modules
+from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
@@ -142,6 +144,8 @@ def _complete_config(
             config.batch_size,
         )
     config = fill_from_data(with_sizes(config), facts)
+    if config.checkpoint.huggingface_every:
+        _check_exportable(config, non_default_options(used_compression(config)))
     if config.compress.teacher:
         check_teacher(replace(config, data=reads), facts)
     config = with_imported_adapter(config)
@@ -250,7 +254,8 @@ def check_export(
 
 def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
     """Raise ConfigError if transformers has no model that computes what the run's does."""
-    architecture = architecture_for(run.model, like=run.init_from)
+    changed = non_default_options(config.compress) | non_default_options(used_compression(run))
+    architecture = _check_exportable(run, changed)
     if config.format == "peft":
         if not run.lora.rank:
             raise ConfigError(
@@ -258,13 +263,21 @@ def _check_huggingface(config: ExportConfig, run: TrainConfig) -> None:
                 "writes; set format=huggingface"
             )
         targeted_modules(architecture, run.model, run.lora)
-    changed = non_default_options(config.compress) | non_default_options(used_compression(run))
+
+
+def _check_exportable(run: TrainConfig, changed: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a run's model; ConfigError if transformers has no such model.
+
+    `changed` are the keys of compress.* that are set.
+    """
+    architecture = architecture_for(run.model, like=run.init_from)
     if found := sorted(changed.keys() & CHANGE_EXPORTS):
         raise ConfigError(
             f"compress.{found[0]}={changed[found[0]]} makes a model that transformers does not "
             "have; set format=native (an export without pruned heads and channels can be exported "
             "again with format=huggingface)"
         )
+    return architecture
 
 
 def check_precompute(

@@ -15,19 +15,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-import torch
+from model_folder import write_model_folder
 from PIL import Image
 from torch.distributed import run as torchrun
 from torch.distributed.launcher.api import elastic_launch
 
 from launch.cli import entrypoint
-from trainer.config.train import ModelConfig
-from trainer.data.chat_template import TEMPLATES
-from trainer.data.tokenizer import Tokenizer
-from trainer.huggingface.registry import architecture_for
-from trainer.huggingface.weights import parameter_shapes
-from trainer.huggingface.writer import write_config, write_weights
-from trainer.nn.init import init_rows
 from trainer.verify import compare
 
 ROOT = Path(__file__).parents[2]
@@ -304,34 +297,9 @@ def make_inputs(folder: Path) -> None:
         for number in range(500)
     ]
     (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-    _write_model(folder / "my-model", play)
+    write_model_folder(folder / "my-model", play)
     draw = np.random.default_rng(0)
     for number in range(60):
         picture = folder / "my-photos" / "ab"[number % 2] / f"{number}.png"
         picture.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw.integers(0, 255, (28, 28), dtype=np.uint8)).save(picture)
-
-
-def _write_model(folder: Path, text: str) -> None:
-    """Write a small Hugging Face folder with random weights and a chat template."""
-    folder.mkdir()
-    tokenizer = Tokenizer.train([text], 512)
-    tokenizer.save(folder / "tokenizer.json")
-    (folder / "chat_template.jinja").write_text(TEMPLATES["plain"])
-    model = ModelConfig(
-        layers=2,
-        width=64,
-        heads=4,
-        kv_heads=2,
-        ffn_width=96,
-        vocab_size=512,
-        max_positions=512,
-    )
-    shapes = parameter_shapes(model)
-
-    def weights(name: str) -> torch.Tensor:
-        return init_rows(model, 0, name, shapes[name], 0, shapes[name][0])
-
-    architecture, ids = architecture_for(model), {"eos_token_id": tokenizer.eot_id}
-    write_weights(folder, architecture, model, weights, torch.float32)
-    write_config(folder, architecture, model, torch.float32, ids)

@@ -32,6 +32,14 @@ class CheckpointConfig:
     keep_every: int = key(
         0, "Also keep the checkpoints at multiples of this many steps", off=0, at_least=0
     )
+    huggingface_every: int = key(
+        0,
+        "Interval between exports as Hugging Face folders, run_dir/huggingface/step-N; a multiple "
+        "of checkpoint.every",
+        unit="steps",
+        off=0,
+        at_least=0,
+    )
     async_save: bool = key(
         True, "Write files in the background, from a copy in memory, while training continues"
     )
