@@ -142,7 +142,9 @@ class Stage:
         if not full_backward and self.is_first:
             self._weight_jobs[number] = job  # there are no inputs to give gradients to
             return
-        if full_backward or self._pipeline.partial:
+        if full_backward:
+            job()
+        elif self._pipeline.partial:
             job()  # of shared parameters, two halves would count paths through blocks twice
             self._weight_jobs[number] = lambda: None
         else:
