@@ -170,3 +170,9 @@ class Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return all_to_all(grads[0], ctx.group), None
+
+
+def transfer(operations: list[dist.P2POp]) -> None:
+    """Run sends and receives together, and wait for all of them."""
+    for work in dist.batch_isend_irecv(operations):
+        work.wait()

@@ -19,7 +19,7 @@ from torch.distributed.pipelining import schedules
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from parallel.axis import LossOf, ParallelAxis, find_axis
-from parallel.collectives import all_reduce
+from parallel.collectives import all_reduce, transfer
 from parallel.data.fsdp import one_reduction
 from parallel.grad_norm import local_tensor
 from parallel.model_protocol import Flow, Inputs, ParallelizableModel
@@ -353,10 +353,10 @@ class PipelineParallel(ParallelAxis):
         if self.rank == before:
             flows = zip(output, likes, strict=True)
             sent = [tensor.contiguous() for tensor, like in flows if like is not None]
-            _wait_for_ops(self.p2p_ops(dist.isend, sent, index))
+            transfer(self.p2p_ops(dist.isend, sent, index))
             return output
         room = self.receive_buffers(inputs, block, cache)
-        _wait_for_ops(self.p2p_ops(dist.irecv, room, index - 1))
+        transfer(self.p2p_ops(dist.irecv, room, index - 1))
         return self._build_flow(room, inputs, block, cache)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:
@@ -369,7 +369,7 @@ class PipelineParallel(ParallelAxis):
             return
         own = local_tensor(self.tied.grad)
         theirs, other = torch.empty_like(own), len(self.runs) - 1 if self.has_embedding else 0
-        _wait_for_ops(
+        transfer(
             [
                 *self.p2p_ops(dist.isend, [own.clone()], other),
                 *self.p2p_ops(dist.irecv, [theirs], other),
@@ -381,11 +381,6 @@ class PipelineParallel(ParallelAxis):
 def _differentiable(tensors: list[Tensor]) -> list[Tensor]:
     """Return the floating-point tensors."""
     return [tensor for tensor in tensors if tensor.is_floating_point()]
-
-
-def _wait_for_ops(operations: list[dist.P2POp]) -> None:
-    for work in dist.batch_isend_irecv(operations):
-        work.wait()
 
 
 @contextmanager
