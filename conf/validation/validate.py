@@ -143,7 +143,7 @@ def _checkpoint_problems(config: TrainConfig) -> list[str]:
             f"{config.checkpoint.every}, or checkpoint.keep_best=false"
         )
     exports, every = config.checkpoint.huggingface_every, config.checkpoint.every
-    if exports and (every == 0 or exports % every):
+    if exports > 0 and (every == 0 or exports % every):
         near = every * max(1, round(exports / every)) if every else 0
         found.append(
             f"checkpoint.huggingface_every={exports} exports checkpoints, and is no multiple of "
