@@ -1,6 +1,5 @@
 """The adapter_config.json of PEFT, and the modules of an architecture that can have adapters."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,12 +112,7 @@ def fused_patterns(
 def read_adapter_config(folder: str | Path, key: str = "lora.adapter") -> tuple[LoraConfig, Any]:
     """Return an adapter's settings without their targets, and its fields; raises ConfigError."""
     path = Path(folder) / CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no fields")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={folder}: {CONFIG} cannot be read ({error})") from error
+    values = ConfigFields.read(path, key).values
     # What is off cannot matter: every other field must be known.
     fields = ConfigFields(path, {name: value for name, value in values.items() if value})
     fields.expect("peft_type", "LORA")

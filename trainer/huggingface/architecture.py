@@ -1,4 +1,4 @@
-"""What is known of a published architecture: its fields, and the names of its tensors."""
+"""Tables of published architectures: the fields of their configs, and the names of tensors."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

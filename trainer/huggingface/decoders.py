@@ -1,20 +1,26 @@
 """Decoders: Llama and its relatives, and GPT-2."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from trainer.config.train import ModelConfig, attention_biases, head_width_of
 from trainer.huggingface.architecture import Architecture, TensorMap
-from trainer.huggingface.fields import ConfigFields, rope_of
+from trainer.huggingface.fields import ACTIVATIONS, THEIR_ACTIVATION, ConfigFields, rope_of
 from trainer.huggingface.rope import read_scaling, write_scaling
 
 GATED = {"silu": "swiglu"}
-GPT2_ACTIVATIONS = {
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu": "gelu",
-    "relu": "relu",
+ATTENTION = {
+    "self_attn.q_proj": ("attention.query",),
+    "self_attn.k_proj": ("attention.key",),
+    "self_attn.v_proj": ("attention.value",),
+    "self_attn.o_proj": ("attention.output",),
 }
+FEED_FORWARD = {
+    "mlp.gate_proj": ("feed_forward.gate",),
+    "mlp.up_proj": ("feed_forward.up",),
+    "mlp.down_proj": ("feed_forward.down",),
+}
+PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
 
 
 def read_llama_fields(fields: ConfigFields) -> dict[str, Any]:
@@ -55,14 +61,18 @@ def _read_mistral(fields: ConfigFields) -> dict[str, Any]:
     return values | {"attention_bias": "none", "sliding_window": window}
 
 
-def _read_qwen2(fields: ConfigFields) -> dict[str, Any]:
-    values = read_llama_fields(fields)
+def refuse_windows(fields: ConfigFields) -> None:
+    """Refuse Qwen's sliding windows, which not every layer has."""
     fields.expect("use_sliding_window", False)
     for name in ("sliding_window", "max_window_layers"):  # unread unless use_sliding_window
         fields.take(name, None)
-    kinds = set(fields.take("layer_types", []))
-    if kinds - {"full_attention"}:
-        fields.refuse("layer_types", "all layers have full attention here")
+    if set(fields.take("layer_types", ["full_attention"])) != {"full_attention"}:
+        fields.refuse("layer_types", "all layers have full attention if use_sliding_window=false")
+
+
+def _read_qwen2(fields: ConfigFields) -> dict[str, Any]:
+    values = read_llama_fields(fields)
+    refuse_windows(fields)
     return values | {"attention_bias": "qkv"}
 
 
@@ -108,29 +118,36 @@ def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
     return write_llama_fields(model) | {"use_sliding_window": False}
 
 
-def llama_tensors(model: ModelConfig) -> Iterator[TensorMap]:
-    """Yield the tensors of Llama and its relatives."""
-    bias, output_bias = attention_biases(model)
-    linear = {
-        "self_attn.q_proj": ("attention.query", bias),
-        "self_attn.k_proj": ("attention.key", bias),
-        "self_attn.v_proj": ("attention.value", bias),
-        "self_attn.o_proj": ("attention.output", output_bias),
-        "mlp.gate_proj": ("feed_forward.gate", model.bias),
-        "mlp.up_proj": ("feed_forward.up", model.bias),
-        "mlp.down_proj": ("feed_forward.down", model.bias),
-        "input_layernorm": ("attention_norm", False),
-        "post_attention_layernorm": ("feed_forward_norm", False),
-    }
+def decoder_tensors(
+    model: ModelConfig,
+    layers: Mapping[str, tuple[str, ...]],
+    norms: Mapping[str, str],
+    offset: float = 0.0,
+) -> Iterator[TensorMap]:
+    """Yield a decoder's tensors: `layers` and `norms` are theirs -> ours in each block.
+
+    `offset` is added to the weights of their norms.
+    """
+    biased, output_biased = attention_biases(model)
+    biases = {"attention.output": output_biased, "attention.query": biased}
+    biases |= {"attention.key": biased, "attention.value": biased}
     yield TensorMap("model.embed_tokens.weight", ("embed.tokens.weight",))
     for i in range(model.layers):
-        for theirs, (ours, biased) in linear.items():
-            yield TensorMap(f"model.layers.{i}.{theirs}.weight", (f"blocks.{i}.{ours}.weight",))
-            if biased:
-                yield TensorMap(f"model.layers.{i}.{theirs}.bias", (f"blocks.{i}.{ours}.bias",))
-    yield TensorMap("model.norm.weight", ("head.norm.weight",))
+        for theirs, ours in layers.items():
+            for part in ("weight", "bias") if biases.get(ours[0], model.bias) else ("weight",):
+                names = tuple(f"blocks.{i}.{name}.{part}" for name in ours)
+                yield TensorMap(f"model.layers.{i}.{theirs}.{part}", names)
+        for theirs, norm in norms.items():
+            names = (f"blocks.{i}.{norm}.weight",)
+            yield TensorMap(f"model.layers.{i}.{theirs}.weight", names, offset=offset)
+    yield TensorMap("model.norm.weight", ("head.norm.weight",), offset=offset)
     if not model.tied:
         yield TensorMap("lm_head.weight", ("head.output.weight",))
+
+
+def llama_tensors(model: ModelConfig) -> Iterator[TensorMap]:
+    """Yield the tensors of a decoder with Llama's names."""
+    return decoder_tensors(model, ATTENTION | FEED_FORWARD, PRE_NORMS)
 
 
 def is_llama_like(model: ModelConfig) -> bool:
@@ -171,7 +188,7 @@ def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:
         "max_positions": fields.take("n_positions"),
         "norm": "layernorm",
         "norm_eps": fields.take("layer_norm_epsilon", 1e-5),
-        "activation": fields.take_choice("activation_function", GPT2_ACTIVATIONS, "gelu_new"),
+        "activation": fields.take_choice("activation_function", ACTIVATIONS, "gelu_new"),
         "positions": "learned",
         "tied": fields.take("tie_word_embeddings", True),
         "bias": True,
@@ -179,7 +196,6 @@ def _read_gpt2(fields: ConfigFields) -> dict[str, Any]:
 
 
 def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
-    names = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
     return {
         "n_embd": model.width,
         "n_layer": model.layers,
@@ -188,7 +204,7 @@ def _write_gpt2(model: ModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocab_size,
         "n_positions": model.max_positions,
         "layer_norm_epsilon": model.norm_eps,
-        "activation_function": names[model.activation],
+        "activation_function": THEIR_ACTIVATION[model.activation],
         "tie_word_embeddings": model.tied,
         "attn_pdrop": 0.0,
         "embd_pdrop": model.dropout,
@@ -225,49 +241,66 @@ def _is_gpt2(model: ModelConfig) -> bool:
     return (
         kinds == ("decoder", "layernorm", "learned")
         and attention_biases(model) == (model.bias, True)
-        and model.activation in GPT2_ACTIVATIONS.values()
+        and model.activation in THEIR_ACTIVATION
         and not model.kv_heads % model.heads
         and not model.head_width
     )
 
 
 TIED_HEAD = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+def llama_relative(
+    model_type: str,
+    class_name: str,
+    read_config: Callable[[ConfigFields], dict[str, Any]],
+    write_config: Callable[[ModelConfig], dict[str, Any]],
+    fits: Callable[[ModelConfig], bool],
+    tensors: Callable[[ModelConfig], Iterator[TensorMap]],
+    unlearned: tuple[str, ...] = (),
+) -> Architecture:
+    """Build the architecture of a decoder whose embedding and head have Llama's names."""
+    return Architecture(
+        model_type,
+        class_name,
+        "text",
+        read_config,
+        write_config,
+        fits,
+        tensors,
+        prefix="model.",
+        unlearned=unlearned,
+        tied_copies=(TIED_HEAD,),
+    )
+
+
 DECODERS = (
-    Architecture(
+    llama_relative(
         "llama",
         "LlamaForCausalLM",
-        "text",
         _read_llama,
         _write_llama,
         _is_llama,
         llama_tensors,
-        prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copies=(TIED_HEAD,),
     ),
-    Architecture(
+    llama_relative(
         "mistral",
         "MistralForCausalLM",
-        "text",
         _read_mistral,
         _write_mistral,
         _is_mistral,
         llama_tensors,
-        prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copies=(TIED_HEAD,),
     ),
-    Architecture(
+    llama_relative(
         "qwen2",
         "Qwen2ForCausalLM",
-        "text",
         _read_qwen2,
         _write_qwen2,
         _is_qwen2,
         llama_tensors,
-        prefix="model.",
         unlearned=(".rotary_emb.inv_freq",),
-        tied_copies=(TIED_HEAD,),
     ),
     Architecture(
         "gpt2",

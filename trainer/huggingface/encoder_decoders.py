@@ -6,16 +6,9 @@ from typing import Any
 
 from trainer.config.train import ModelConfig, attention_biases, is_encoder_decoder, is_gated
 from trainer.huggingface.architecture import Architecture, TensorMap
-from trainer.huggingface.fields import ConfigFields
+from trainer.huggingface.fields import ACTIVATIONS, THEIR_ACTIVATION, ConfigFields
 
 T5_FEED_FORWARD = {"relu": "relu", "gated-gelu": "geglu_tanh", "gated-silu": "swiglu"}
-ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-THEIR_ACTIVATION = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 
 
 def _read_t5(fields: ConfigFields) -> dict[str, Any]:

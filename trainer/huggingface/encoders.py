@@ -5,15 +5,7 @@ from typing import Any
 
 from trainer.config.train import ModelConfig, attention_biases, inputs_of, outputs_of
 from trainer.huggingface.architecture import Architecture, TensorMap
-from trainer.huggingface.fields import ConfigFields
-
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-THEIR_ACTIVATION = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
+from trainer.huggingface.fields import ACTIVATIONS, THEIR_ACTIVATION, ConfigFields
 
 
 def _read_bert(fields: ConfigFields) -> dict[str, Any]:

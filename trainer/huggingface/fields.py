@@ -35,6 +35,14 @@ OFF: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
     "tie_encoder_decoder": (False,),
 }
+# Activations without a gate, here by theirs, and the way back.
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+THEIR_ACTIVATION = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu_new"}
 REQUIRED = object()
 
 
@@ -45,6 +53,21 @@ class ConfigFields:
         self.path, self.values = path, values
         self._read: set[str] = set()
         self._problems: list[str] = []
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> "ConfigFields":
+        """Return the fields of a file; `key` is the config key that names its folder.
+
+        Raises ConfigError if the file is missing or damaged.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(values, dict):
+                raise ValueError("it holds no fields")
+        except (OSError, ValueError) as error:
+            message = f"{key}={path.parent}: {path.name} cannot be read ({error})"
+            raise ConfigError(message) from error
+        return cls(path, values)
 
     def take(self, name: str, default: Any = REQUIRED) -> Any:
         """Return a field's value; null counts as missing. Raises ConfigError if it is required."""

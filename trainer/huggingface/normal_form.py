@@ -1,4 +1,4 @@
-"""Whether two models compute the same function of the same weights."""
+"""Compare models by what they compute: a normal form, equal if their functions are."""
 
 from dataclasses import replace
 

@@ -1,34 +1,29 @@
 """Decoders with norms of queries and keys, other places of norms, windows, or joined layers."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from trainer.config.train import ModelConfig, attention_biases, has_window, head_width_of
-from trainer.huggingface.architecture import Architecture, TensorMap
-from trainer.huggingface.decoders import TIED_HEAD, read_llama_fields, write_llama_fields
+from trainer.huggingface.decoders import (
+    ATTENTION,
+    FEED_FORWARD,
+    PRE_NORMS,
+    decoder_tensors,
+    llama_relative,
+    read_llama_fields,
+    refuse_windows,
+    write_llama_fields,
+)
 from trainer.huggingface.fields import ConfigFields
 from trainer.huggingface.rope import read_scaling, write_scaling
 
 KINDS = ("full_attention", "sliding_attention")
 NO_PADDING = {"pad_token_id": None}  # theirs is a token that a small vocabulary lacks
-ATTENTION = {
-    "self_attn.q_proj": ("attention.query",),
-    "self_attn.k_proj": ("attention.key",),
-    "self_attn.v_proj": ("attention.value",),
-    "self_attn.o_proj": ("attention.output",),
-}
-FEED_FORWARD = {
-    "mlp.gate_proj": ("feed_forward.gate",),
-    "mlp.up_proj": ("feed_forward.up",),
-    "mlp.down_proj": ("feed_forward.down",),
-}
 PHI3_LAYERS = {
     "self_attn.qkv_proj": ("attention.query", "attention.key", "attention.value"),
     "self_attn.o_proj": ("attention.output",),
     "mlp.gate_up_proj": ("feed_forward.gate", "feed_forward.up"),
     "mlp.down_proj": ("feed_forward.down",),
 }
-PRE_NORMS = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feed_forward_norm"}
 HEAD_NORMS = {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
 OLMO2_NORMS = {
     "post_attention_layernorm": "attention_output_norm",
@@ -42,34 +37,6 @@ GEMMA3_NORMS = HEAD_NORMS | {
     "pre_feedforward_layernorm": "feed_forward_norm",
     "post_feedforward_layernorm": "feed_forward_output_norm",
 }
-
-
-def decoder_tensors(
-    model: ModelConfig,
-    layers: Mapping[str, tuple[str, ...]],
-    norms: Mapping[str, str],
-    offset: float = 0.0,
-) -> Iterator[TensorMap]:
-    """Yield a decoder's tensors: `layers` and `norms` are theirs -> ours in each block.
-
-    `offset` is added to the weights of their norms.
-    """
-    biased, output_biased = attention_biases(model)
-    yield TensorMap("model.embed_tokens.weight", ("embed.tokens.weight",))
-    for i in range(model.layers):
-        for theirs, ours in layers.items():
-            parts = ["weight"]
-            if (output_biased if ours[0] == "attention.output" else biased) and "attn" in theirs:
-                parts.append("bias")
-            for part in parts:
-                names = tuple(f"blocks.{i}.{name}.{part}" for name in ours)
-                yield TensorMap(f"model.layers.{i}.{theirs}.{part}", names)
-        for theirs, norm in norms.items():
-            names = (f"blocks.{i}.{norm}.weight",)
-            yield TensorMap(f"model.layers.{i}.{theirs}.weight", names, offset=offset)
-    yield TensorMap("model.norm.weight", ("head.norm.weight",), offset=offset)
-    if not model.tied:
-        yield TensorMap("lm_head.weight", ("head.output.weight",))
 
 
 def read_windows(fields: ConfigFields, layers: int, kinds: list[str]) -> dict[str, int]:
@@ -93,12 +60,7 @@ def write_windows(model: ModelConfig) -> dict[str, Any]:
 
 def _read_qwen3(fields: ConfigFields) -> dict[str, Any]:
     values = read_llama_fields(fields)
-    fields.expect("use_sliding_window", False)
-    for name in ("sliding_window", "max_window_layers"):  # unread unless use_sliding_window
-        fields.take(name, None)
-    kinds = fields.take("layer_types", values["layers"] * [KINDS[0]])
-    if set(kinds) != {KINDS[0]}:
-        fields.refuse("layer_types", "all layers have full attention if use_sliding_window=false")
+    refuse_windows(fields)
     bias = "all" if fields.take("attention_bias", False) else "none"
     head_width = fields.take("head_dim", 128)  # theirs if it is missing
     return values | {"attention_bias": bias, "qk_norm": "head", "head_width": head_width}
@@ -213,48 +175,36 @@ def _is_decoder(model: ModelConfig, *values: str) -> bool:
 
 
 NORMED_DECODERS = (
-    Architecture(
+    llama_relative(
         "qwen3",
         "Qwen3ForCausalLM",
-        "text",
         _read_qwen3,
         _write_qwen3,
         lambda model: _is_decoder(model, "pre", "head", "swiglu"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, PRE_NORMS | HEAD_NORMS),
-        prefix="model.",
-        tied_copies=(TIED_HEAD,),
     ),
-    Architecture(
+    llama_relative(
         "olmo2",
         "Olmo2ForCausalLM",
-        "text",
         _read_olmo2,
         _write_olmo2,
         lambda model: _is_decoder(model, "output", "width", "swiglu"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, OLMO2_NORMS),
-        prefix="model.",
-        tied_copies=(TIED_HEAD,),
     ),
-    Architecture(
+    llama_relative(
         "phi3",
         "Phi3ForCausalLM",
-        "text",
         _read_phi3,
         _write_phi3,
         lambda model: _is_decoder(model, "pre", "none", "swiglu"),
         lambda model: decoder_tensors(model, PHI3_LAYERS, PRE_NORMS),
-        prefix="model.",
-        tied_copies=(TIED_HEAD,),
     ),
-    Architecture(
+    llama_relative(
         "gemma3_text",
         "Gemma3ForCausalLM",
-        "text",
         _read_gemma3,
         _write_gemma3,
         lambda model: _is_decoder(model, "sandwich", "head", "geglu_tanh"),
         lambda model: decoder_tensors(model, ATTENTION | FEED_FORWARD, GEMMA3_NORMS, offset=1.0),
-        prefix="model.",
-        tied_copies=(TIED_HEAD,),
     ),
 )

@@ -1,6 +1,5 @@
 """Registry of published architectures by `model_type`, and the model of a config.json."""
 
-import json
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -35,7 +34,7 @@ def read_model(folder: str | Path, key: str = "init_from") -> tuple[Architecture
 
     `key` is the config key that names the folder.
     """
-    fields = _read_fields(Path(folder) / CONFIG, key)
+    fields = ConfigFields.read(Path(folder) / CONFIG, key)
     architecture = _find_architecture(fields)
     values = architecture.read_config(fields)
     fields.check()
@@ -71,16 +70,6 @@ def _reads_back(architecture: Architecture, model: ModelConfig) -> bool:
     except ConfigError:
         return False
     return normal_form(again) == normal_form(model)
-
-
-def _read_fields(path: Path, key: str) -> ConfigFields:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it holds no fields")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}={path.parent}: {path.name} cannot be read ({error})") from error
-    return ConfigFields(path, values)
 
 
 def _find_architecture(fields: ConfigFields) -> Architecture:

@@ -23,7 +23,7 @@ Weights = Callable[[str], Tensor]  # name -> whole parameter
 
 @dataclass(frozen=True)
 class Source:
-    """Where a parameter is in the files: a tensor, and the parameter's first row there."""
+    """A parameter's place in the files: a tensor, and the parameter's first row there."""
 
     tensor: TensorMap
     row: int

@@ -51,7 +51,7 @@ def test_adapters_learn_as_in_one_process(ranks, strategy, family):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_adapters_learn_in_every_pipeline(ranks, schedule):
-    """Of an encoder-decoder: its first stage hands on embedded targets that nothing learns."""
+    """Split an encoder-decoder, whose first stage hands on embedded targets alone."""
     config = VerifyConfig(
         StrategyConfig(pipeline=2, schedule=schedule),
         FAMILIES["encoder-decoder"],
