@@ -105,20 +105,19 @@ def translate_tokens(
     *,
     max_tokens: int,
     bos_id: int,
-    eos_id: int,
-    end_ids: Sequence[int] = (),
+    end_ids: Sequence[int],
     prefix_ids: Sequence[int] = (),
     beams: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
     """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    `eos_id` and any of `end_ids` end one; each continues `prefix_ids`, and leaves them out. All
+    Any of `end_ids` ends one; each continues `prefix_ids`, and leaves them out. All
     data ranks must call it: a sharded model communicates in its forward, and they stop together.
     """
-    model, sentences, ends = unwrap_transformer(worker), len(source_BT), [eos_id, *end_ids]
+    model, sentences = unwrap_transformer(worker), len(source_BT)
     max_tokens = min(max_tokens, (model.config.max_positions or 1 << 60) - len(prefix_ids))
-    search = BeamSearch(sentences, beams, max_tokens, length_penalty, ends, worker.device)
+    search = BeamSearch(sentences, beams, max_tokens, length_penalty, end_ids, worker.device)
     valid = {} if source_valid_BT is None else {"source_valid": source_valid_BT}
     inputs = worker.to_device({"source": source_BT} | valid)
     first_BS = torch.tensor([[bos_id, *prefix_ids]] * sentences, device=worker.device)

@@ -44,7 +44,7 @@ def test_greedy_translations_are_those_of_transformers(runtime, case, tmp_path):
         valid,
         max_tokens=LENGTH,
         bos_id=EOS,  # the model begins with its own
-        eos_id=EOS,
+        end_ids=[EOS],
         prefix_ids=prefix,
     )
     for ours, row in zip(found, expected[:, 1 + len(prefix) :].tolist(), strict=True):

@@ -121,14 +121,12 @@ def test_beams_stop_at_any_end(runtime):
     worker = tiny.make_worker(runtime, tiny.TRANSLATOR)
     source = torch.tensor([[19, 3, 5], [4, 16, 15]])
     options = {"max_tokens": 8, "bos_id": 0}
-    found = translate_tokens(worker, source, eos_id=22, **options, beams=1)
+    found = translate_tokens(worker, source, end_ids=[22], **options, beams=1)
     ends = {found[0][2], 22}
     for beams in (1, 3):
-        two = translate_tokens(
-            worker, source, eos_id=22, end_ids=sorted(ends), **options, beams=beams
-        )
+        two = translate_tokens(worker, source, end_ids=[22, *sorted(ends)], **options, beams=beams)
         assert not ends & {token for sentence in two for token in sentence}
-    greedy = translate_tokens(worker, source, eos_id=22, end_ids=sorted(ends), **options, beams=1)
+    greedy = translate_tokens(worker, source, end_ids=[22, *sorted(ends)], **options, beams=1)
     assert greedy[0] == found[0][: found[0].index(found[0][2])]
 
 

@@ -159,7 +159,7 @@ def test_pairs_equal_cross_entropy_and_sacrebleu(runtime, runs, beams):
             source_BT,
             max_tokens=16,
             bos_id=tokenizer.eot_id,
-            eos_id=tokenizer.eot_id,
+            end_ids=[tokenizer.eot_id],
             beams=beams,
         )
         hypotheses.append(tokenizer.decode(ids[0]))

@@ -128,7 +128,7 @@ def padded(sources):
 
 
 def ours(worker, sources, **options):
-    options = {"max_tokens": 10, "bos_id": BOS, "eos_id": EOS, **options}
+    options = {"max_tokens": 10, "bos_id": BOS, "end_ids": [EOS], **options}
     return translate_tokens(worker, *padded(sources), **options)
 
 
@@ -285,7 +285,7 @@ def test_the_generate_command_translates_line_by_line(tmp_path, capsys, runtime)
     tokenizer = open_tokenizer(run.data)
     worker = tiny.make_worker(runtime, run.model)
     lines = ["abc", "defg gab fed"]
-    options = {"bos_id": tokenizer.eot_id, "eos_id": tokenizer.eot_id, "beams": 2}
+    options = {"bos_id": tokenizer.eot_id, "end_ids": [tokenizer.eot_id], "beams": 2}
     expected = [
         translate_tokens(worker, torch.tensor([tokenizer.encode(line)]), max_tokens=12, **options)[
             0
