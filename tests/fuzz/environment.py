@@ -28,7 +28,8 @@ from odd_environments import ODDITIES, Setting
 
 ROOT = Path(__file__).parents[2]
 PLAY = ROOT / "trainer/data/bundled/shakespeare/valid.txt"
-SECONDS = 30.0  # that a command may take; one that takes more hangs
+# That a command may take; one that takes more hangs. A sweep takes 12 s on a quiet machine.
+SECONDS = 180.0
 SMALL = [
     *("model.layers=1", "model.width=16", "model.heads=2", "model.kv_heads=2", "steps=2"),
     *("model.ffn_width=16", "data.vocab_size=300", "data.seq_len=16", "batch_size=4"),

@@ -25,7 +25,7 @@ from trainer.data import folders, text
 from trainer.data.dataset import DataFacts
 from trainer.data.record import format_record, read_record, write_record
 
-LIMIT_SECONDS = 30
+LIMIT_SECONDS = 120
 PATCHED = {"block": (source, "BLOCK"), "piece": (text, "PIECE")}
 
 REFUSED, EQUAL, SAID = "refused", "equal", "said"

@@ -30,7 +30,7 @@ SPAN = re.compile(r"`((?:python|torchrun|pytest) [^`\n]+)`")
 COMMAND = re.compile(r"(?:\$ )?((?:[A-Z_]+=\S+ +)*(?:python|torchrun|make|pytest) .*)")
 RECORDS = ("docs/benchmarks.md",)  # its text names the commands of measurements that are done
 CHECKED = "checked, not started"
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 900.0
 PRELOADED = ["trainer.loop", "launch.cli.preflight", "launch.cli.spawn", __name__]
 
 SLURM = "needs Slurm"

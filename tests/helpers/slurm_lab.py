@@ -115,7 +115,7 @@ class Lab:
         for i in range(self.hosts):
             (self.folder / f"spool-n{i + 1}").mkdir()
             _quietly("slurmd", "-N", f"n{i + 1}", "-f", str(self.conf))
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while self.ask("sinfo", "-h", "-p", "batch", "-N", "-t", "idle", "-o", "%N").count("n") < (
             self.hosts
         ):
@@ -136,7 +136,7 @@ class Lab:
     def stop(self) -> None:
         """Ends all jobs and daemons that this lab started."""
         self.ask("scancel", "--me")
-        deadline = time.monotonic() + 40
+        deadline = time.monotonic() + 240
         while self.ask("squeue", "-h") and time.monotonic() < deadline:
             time.sleep(0.2)
         daemons = [f"slurmd-n{i + 1}" for i in range(self.hosts)]

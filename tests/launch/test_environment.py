@@ -53,7 +53,7 @@ def command(door: str, *words: str | bytes, **variables: str) -> subprocess.Comp
     return subprocess.run(
         [sys.executable, str(ROOT / f"launch/{door}.py"), *words],
         env=environment,
-        timeout=120,
+        timeout=240,
         capture_output=True,
         check=False,
     )
@@ -239,7 +239,7 @@ def test_a_closed_terminal_is_a_signal_to_save(tmp_path, how):
     try:
         run.wait_for_step(3, process)
         process.send_signal(signal.SIGHUP)
-        process.wait(120)
+        process.wait(240)
     finally:
         process.kill()
     status = run.status()

@@ -155,7 +155,7 @@ def world(run: Launched) -> int:
 
 def ended(run: Launched, process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGTERM)
-    process.wait(120)
+    process.wait(240)
     assert run.status()["state"] == "stopped"
 
 
@@ -180,7 +180,7 @@ def test_a_host_is_lost_and_comes_back(lab, tmp_path, tmp_path_factory, capsys):
     for process in (first, back):
         process.send_signal(signal.SIGTERM)
     for process in (first, back):
-        process.wait(120)
+        process.wait(240)
     assert run.status()["state"] == "stopped"
     as_one_process(run, tmp_path_factory.mktemp("alone"))
 

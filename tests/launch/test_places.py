@@ -159,7 +159,7 @@ def test_odd_names_a_reader_that_leaves_and_a_full_log(tmp_path):
     os.close(theirs)
     assert os.read(ours, 100).startswith(b"step 1/4")
     os.close(ours)  # as `| head -1` does
-    assert process.wait(180) == 0
+    assert process.wait(240) == 0
     lines = [json.loads(line) for line in (place / "r=[0]" / "metrics.jsonl").open()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert [line["split"] for line in lines if "split" in line][-1] == "test"

@@ -4,11 +4,14 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from launched import until
 
+from trainer.data import loader as loader_module
 from trainer.data.dataset import Dataset, Sample
 from trainer.data.loader import TrainLoader, evaluated_samples, evaluation_batches
 from trainer.data.sampler import (
@@ -23,15 +26,14 @@ from trainer.data.sampler import (
 class Numbers(Dataset):
     """Samples that contain their index and the seed that they were requested with."""
 
-    def __init__(self, size: int, delay_seconds: float = 0.0, fails_at: int = -1):
-        self.size, self.delay_seconds, self.fails_at = size, delay_seconds, fails_at
+    def __init__(self, size: int, fails_at: int = -1):
+        self.size, self.fails_at = size, fails_at
         self.asked = 0
 
     def __len__(self) -> int:
         return self.size
 
     def sample(self, index: int, seed: int | None) -> Sample:
-        time.sleep(self.delay_seconds)
         if index == self.fails_at:
             raise ValueError(f"sample {index} is broken")
         self.asked += 1
@@ -214,24 +216,28 @@ def test_a_micro_batch_size_of_0_is_the_local_batch():
     assert [len(batch["seeds"]) for batch in batches] == [4]
 
 
-def test_waiting_for_slow_data_is_measured_and_for_ready_data_is_not():
-    slow = TrainLoader(Numbers(50, delay_seconds=0.01), 0, 4, 4, 0, 1, 0)
-    for _ in range(3):
-        next(slow)
-    slow.close()
-    assert slow.wait_seconds > 0.1  # 12 samples of 10 ms, no work in between
-    fast = TrainLoader(Numbers(50), 0, 4, 4, 0, 1, 0)
-    next(fast)
-    waited = fast.wait_seconds
-    time.sleep(0.05)  # as a step would take
-    next(fast)
-    fast.close()
-    assert fast.wait_seconds - waited < 0.02
+def test_waiting_for_data_is_measured_and_a_step_is_not(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loader_module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    loader = TrainLoader(Numbers(50), 0, 4, 4, 0, 1, 0)
+    take = loader._ready.get
+
+    def take_after(seconds):
+        now[0] += seconds
+        return take()
+
+    for seconds in (2.0, 0.0, 3.0):
+        monkeypatch.setattr(loader._ready, "get", lambda seconds=seconds: take_after(seconds))
+        next(loader)
+        now[0] += 50.0  # a step
+    loader.close()
+    assert loader.wait_seconds == 5.0
 
 
 def test_prefetching_is_bounded():
     dataset = Numbers(50)
     loader = TrainLoader(dataset, 0, 4, 4, 0, 1, 0, prefetch=2)
+    until(lambda: dataset.asked >= 3 * 4)
     time.sleep(0.1)
     assert dataset.asked == 3 * 4  # two steps in the queue, one waits for a free slot
     loader.close()

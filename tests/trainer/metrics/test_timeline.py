@@ -100,6 +100,6 @@ def test_heading_has_the_bubble_beside_the_formula():
 
 def test_help_does_not_load_it():
     command = [sys.executable, "-X", "importtime", str(ROOT / "launch" / "train.py"), "--help"]
-    loaded = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    loaded = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT)
     assert loaded.returncode == 0 and "hydra" in loaded.stderr
     assert "matplotlib" not in loaded.stderr
