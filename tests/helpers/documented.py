@@ -3,27 +3,22 @@
 import json
 import os
 import re
-import runpy
 import shlex
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.resources import files
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from forked import ROOT, call_in_fork, run_script
 from model_folder import write_model_folder
 from PIL import Image
-from torch.distributed import run as torchrun
-from torch.distributed.launcher.api import elastic_launch
 
 from launch.cli import entrypoint
 from trainer.verify import compare
 
-ROOT = Path(__file__).parents[2]
 BUNDLED = files("trainer.data") / "bundled"
 FENCE = re.compile(r"^ *```\w*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`((?:python|torchrun|pytest) [^`\n]+)`")
@@ -31,7 +26,6 @@ COMMAND = re.compile(r"(?:\$ )?((?:[A-Z_]+=\S+ +)*(?:python|torchrun|make|pytest
 RECORDS = ("docs/benchmarks.md",)  # its text names the commands of measurements that are done
 CHECKED = "checked, not started"
 TIMEOUT_SECONDS = 900.0
-PRELOADED = ["trainer.loop", "launch.cli.preflight", "launch.cli.spawn", __name__]
 
 SLURM = "needs Slurm"
 HOSTS = "needs two hosts"
@@ -187,15 +181,8 @@ class Runner:
     def _run(self, command: Documented, number: int) -> Outcome:
         output = self.folder / f"output-{number}.txt"
         output.touch()
-        context = get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
-        process = context.Process(target=_run_script, args=(command, number, output))
-        process.start()
-        process.join(TIMEOUT_SECONDS)
-        if process.is_alive():
-            process.kill()
-            return Outcome(None, output.read_text())
-        return Outcome(process.exitcode, output.read_text())
+        status = call_in_fork(TIMEOUT_SECONDS, _run_script, command, number, output)
+        return Outcome(status, output.read_text())
 
 
 def _training(run: str) -> str:
@@ -203,44 +190,15 @@ def _training(run: str) -> str:
 
 
 def _run_script(command: Documented, number: int, output: Path) -> None:
-    """Run a script in this process as `python` or torchrun does, with its output in a file."""
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    os.chdir(output.parent)
-    script = ROOT / command.script
-    words = [str(script), *command.short_arguments(number)]
+    """Run a documented command in this process, with its output in a file."""
+    words = [str(ROOT / command.script), *command.short_arguments(number)]
+    ranks = command.ranks
     if command.text in ONLY_CHECKED:
         entrypoint._start_job = _report_checked
         compare.verify_all = _report_checked
-        words += [f"launch.ranks={command.ranks}"] if command.ranks else []
-    elif command.ranks:
-        _run_ranks(command.ranks, words)
-        return
-    _run_main(words)
-
-
-def _run_ranks(ranks: int, words: list[str]) -> None:
-    """Run torchrun with ranks that are forks: none of them has to import torch again."""
-    torchrun.elastic_launch = lambda config, entrypoint: elastic_launch(config, _run_rank)
-    torchrun.main(["--start-method=fork", f"--nproc_per_node={ranks}", *words])
-
-
-def _run_rank(unbuffered: str, *words: str) -> None:
-    """Run the script on a rank; torchrun waits for a function to return, not to exit."""
-    assert unbuffered == "-u"
-    try:
-        _run_main(list(words))
-    except SystemExit as stop:
-        if stop.code:
-            raise
-
-
-def _run_main(words: list[str]) -> None:
-    sys.argv = words
-    sys.path.insert(0, str(Path(words[0]).parent))
-    runpy.run_path(words[0], run_name="__main__")
+        words += [f"launch.ranks={ranks}"] if ranks else []
+        ranks = 0
+    run_script(words, output.parent, output, ranks)
 
 
 def _report_checked(*_: object) -> NoReturn:
