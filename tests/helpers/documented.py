@@ -142,6 +142,8 @@ class Documented:
         more = list(SHORT.get(self.script, []))
         if self.script == "launch/train.py":
             more.append(f"run_dir=runs/unnamed-{number}")
+            if "init_from=my-model" not in given:  # which has a depth of its own
+                more.append("model.layers=2")
         if re.search("data.path=(my-book|my-corpus|my-pairs|my-chats|my-labels|FOLDER)", text):
             more += SMALL_DATA
         keys = {word.partition("=")[0] for word in given}
@@ -241,7 +243,7 @@ def documented_commands() -> list[Documented]:
 
 def make_inputs(folder: Path) -> None:
     """Write the data that the pages name as the reader's own."""
-    play = (BUNDLED / "shakespeare" / "train.txt").read_text()[:200_000]
+    play = (BUNDLED / "shakespeare" / "train.txt").read_text()[:100_000]
     (folder / "my-book.txt").write_text(play)
     (folder / "my-corpus").mkdir()
     for split in ("train", "valid", "test"):
