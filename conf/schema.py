@@ -1,6 +1,6 @@
 """The schemas of the YAML values, and the conversion of Hydra's containers to typed objects."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -38,15 +38,16 @@ SCHEMAS: dict[str, type] = {
 }
 
 
-def register_schemas(started: str, scratch: str = "") -> None:
-    """Register the schemas and resolvers with Hydra.
+def register_schemas(started: str, scratch: str = "", commands: Iterable[str] = SCHEMAS) -> None:
+    """Register the schemas of commands and the resolvers with Hydra.
 
     `started` is the time stamp of this launch; `scratch` is the folder that Hydra's sweepers write
-    to before the sweep's folder exists (empty = no sweep).
+    to before the sweep's folder exists (empty = no sweep). Hydra copies all schemas that there are
+    for each group that `--help` lists, so a launch registers its own alone.
     """
     store = ConfigStore.instance()
-    for name, schema in SCHEMAS.items():
-        store.store(name=f"{name}_schema", node=schema)
+    for name in commands:
+        store.store(name=f"{name}_schema", node=SCHEMAS[name])
     resolvers: dict[str, Callable[..., str]] = {
         "started": lambda: started,
         "run_name": lambda: f"sweep-{started}" if scratch else run_name(started),

@@ -86,7 +86,8 @@ def run_command(command: Command) -> None:
     now = time.time()
     started = time.localtime(ranks.launch_time(now) if ranks else now)
     with TemporaryDirectory(prefix="samestep-") if _is_multirun() else nullcontext("") as scratch:
-        schema.register_schemas(time.strftime("%Y-%m-%d_%H-%M-%S", started), scratch)
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", started)
+        schema.register_schemas(stamp, scratch, [command.name])
         code = _run_hydra(command, ranks, scratch)
     if ranks:
         ranks.close_queue()  # the ranks exit cleanly, so that the launcher shows only the cause
