@@ -2,9 +2,10 @@
 
 `python benchmarks/finetune.py FOLDER [rounds] [steps] [key=value …]` trains adapters of rank 8 on
 all linear layers of the blocks of a Hugging Face folder, 8 samples of 128 tokens of Shakespeare a
-step, in fp32 with AdamW. It runs `launch/train.py` (with the given keys) and the Trainer in turn,
-each in a process of its own, and prints for each round the median tokens per second after two
-steps of warming up, and the peak of resident memory. Needs transformers, peft and accelerate.
+step, with AdamW, in fp32; with `precision=bf16` both train in mixed precision. It runs
+`launch/train.py` (with the given keys) and the Trainer in turn, each in a process of its own, and
+prints for each round the median tokens per second after two steps of warming up, and the peak of
+resident memory. Needs transformers, peft and accelerate.
 """
 
 import json
@@ -42,7 +43,7 @@ def train_here(folder: str, steps: int, keys: list[str]) -> list[float]:
         return [r["step_seconds"] for r in records if "step_seconds" in r]
 
 
-def train_there(folder: str, steps: int) -> list[float]:
+def train_there(folder: str, steps: int, bf16: bool) -> list[float]:
     """Return the seconds of each step of the Trainer."""
     import peft  # noqa: PLC0415 (slow, and not in the other process)
     import transformers  # noqa: PLC0415
@@ -74,6 +75,7 @@ def train_there(folder: str, steps: int) -> list[float]:
             max_steps=steps,
             learning_rate=LR,
             use_cpu=True,
+            bf16=bf16,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -101,7 +103,7 @@ def run_one(which: str, folder: str, steps: str, *keys: str) -> None:
     seconds = (
         train_here(folder, int(steps), list(keys))
         if which == "here"
-        else train_there(folder, int(steps))
+        else train_there(folder, int(steps), "precision=bf16" in keys)
     )
     kinds = (resource.RUSAGE_CHILDREN,) if which == "here" else (resource.RUSAGE_SELF,)
     kib = max(resource.getrusage(kind).ru_maxrss for kind in kinds)
@@ -117,7 +119,7 @@ def main() -> None:
     console, results = Console(width=100), []
     for number in range(rounds):
         here = measure("here", [folder, steps, *keys])
-        there = measure("there", [folder, steps])
+        there = measure("there", [folder, steps, *keys])
         results.append((here, there))
         console.print(
             f"round {number + 1}: here {here[0]:.0f} tokens/s, {here[1]:.2f} GiB; "

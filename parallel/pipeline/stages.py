@@ -16,7 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import schedules
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
 
 from parallel.axis import LossOf, ParallelAxis, find_axis
 from parallel.collectives import all_reduce, transfer
@@ -26,7 +26,7 @@ from parallel.model_protocol import Flow, Inputs, ParallelizableModel
 from parallel.pipeline.partition import balance_stages, stage_blocks
 from parallel.pipeline.schedules import SCHEDULES, stage_to_rank, stages_per_rank
 from parallel.pipeline.simulator import Action
-from parallel.pipeline.torch_schedules import schedule_class
+from parallel.pipeline.torch_schedules import backward_of_weights, schedule_class
 from parallel.pipeline.trace import Recording
 from parallel.strategy import StrategyConfig
 
@@ -152,7 +152,7 @@ class Stage:
             # torch detaches the outputs in place, which it cannot do with views.
             outputs = [tensor.clone() if tensor._is_view() else tensor for tensor in outputs]
             _, groups = stage_backward_input(outputs, grads, inputs, weights)
-            self._weight_jobs[number] = partial(stage_backward_weight, weights, groups)
+            self._weight_jobs[number] = partial(backward_of_weights, weights, groups)
         self._input_grads[number] = [
             torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in inputs
         ]

@@ -1,9 +1,12 @@
-"""The actions of torch's schedules, read from its classes without a process group."""
+"""torch's schedules: their actions, read without a process group, and their split backward."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import nn
 from torch.distributed.pipelining import schedules
+from torch.distributed.pipelining._backward import stage_backward_weight
 
 from parallel.pipeline.schedules import SCHEDULES, stages_of
 from parallel.pipeline.simulator import KINDS, Action
@@ -90,3 +93,16 @@ def _compute_actions(order: Sequence[schedules._Action]) -> list[Action]:
             if kind in KINDS and micro_batch is not None:
                 flat.append(Action(part.stage_index, kind, micro_batch, part is not parts[-1]))
     return flat
+
+
+def backward_of_weights(weights: list[nn.Parameter], groups: list[dict[str, Any]]) -> None:
+    """Compute the deferred gradients of a stage's weights, laid out in memory like the weights.
+
+    torch sets them as they come, also transposed, and its fused optimizers read a gradient in the
+    order of its weight.
+    """
+    stage_backward_weight(iter(weights), groups)
+    for weight in weights:
+        gradient = weight.grad
+        if gradient is not None and gradient.stride() != weight.stride():
+            weight.grad = torch.empty_like(weight).copy_(gradient)
