@@ -146,6 +146,28 @@ class Gather(torch.autograd.Function):
         return scatter_padded(grads[0], ctx.group, ctx.dim), None, None, None
 
 
+class GatherRepeated(torch.autograd.Function):
+    """All-gather along `dim`, cut to `length`, for a computation that every rank repeats.
+
+    The backward takes this rank's shard of the gradient, which is the same on all of them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: int, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return gather_padded(x, length, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        parts, rank = ctx.group.size(), ctx.group.rank()
+        return (
+            pad_to_multiple(grads[0], ctx.dim, parts).chunk(parts, ctx.dim)[rank],
+            None,
+            None,
+            None,
+        )
+
+
 class Scatter(torch.autograd.Function):
     """Reduce-scatter of the padded tensor along `dim`; all-gather in the backward."""
 

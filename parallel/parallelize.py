@@ -34,6 +34,8 @@ class ModelSpec:
     count_valid: CountValid
     layout: Mapping[str, str]  # tensor-parallel style by pattern of layer names
     costs: Sequence[float] = ()  # relative cost of each block, to balance pipeline stages
+    # Whether the loss takes `cross_entropy` of a part of the classes, or needs the logits of all.
+    splits_classes: bool = True
 
 
 # The signature of `parallelize`.
@@ -81,7 +83,9 @@ def parallelize(
         # 2. Each pipeline rank keeps the layers of its stages; the others are never allocated.
         PipelineParallel(mesh["pipeline"], strategy, facts.costs, whole.ties, device),
         # 3. Tensor-parallel layers are innermost: the following steps only see local shards.
-        TensorParallel(mesh["tensor"], facts.layout, strategy, device, whole.classes),
+        TensorParallel(
+            mesh["tensor"], facts.layout, strategy, device, whole.classes, facts.splits_classes
+        ),
     ]
     for axis in (axes := [axis for axis in every if axis.degree > 1]):
         axis.prepare(model)
@@ -89,13 +93,11 @@ def parallelize(
     # 5. One graph per block; the blocks are identical, so it is compiled once.
     recompute_and_compile(model, axes, activation_checkpointing, compile)
     # 6. FSDP shards the meta model, so that no rank ever holds the full model.
-    data = DataParallel(mesh, strategy, axes, parameters, compute)
-    data.prepare(model)
+    (data := DataParallel(mesh, strategy, axes, parameters, compute)).prepare(model)
     # 7. Each rank initialises the rows of its own shards.
     materialize_parameters(model, device, facts.draw_rows, whole.ties)
     # 8. DDP wraps the finished model; with shards, FSDP also sums over the replicas.
-    axes.append(data)
-    for axis in axes:
+    for axis in (axes := [*axes, data]):
         axis.use_weights(model, data.shards)
     return ParallelModel(model, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
 

@@ -88,7 +88,7 @@ trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.ato
     trainer.data trainer.metrics trainer.optim
 trainer.loss: trainer.config trainer.nn
 trainer.model: trainer.config trainer.nn
-trainer.huggingface: trainer.config parallel.grad_norm parallel.parallelize trainer.data
+trainer.huggingface: trainer.config parallel.grad_norm parallel.parallelize trainer.data trainer.nn
     trainer.checkpoint
     trainer.model
 trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint

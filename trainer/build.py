@@ -20,6 +20,7 @@ from trainer.config.train import (
     LossConfig,
     ModelConfig,
     TrainConfig,
+    longest_source,
 )
 from trainer.lora.adapter import add_adapters
 from trainer.loss import CrossEntropy, Objective
@@ -103,15 +104,15 @@ def parallel_model(
     """Build a model under a resolved strategy; `verify` passes a `parallelize` with a fault."""
     compression = compression or Compression(CompressConfig())
     model = build_meta_model(config, precision, compression, lora or LoraConfig())
-    objective, head = objective or CrossEntropy(), model.head
+    objective, head, source = objective or CrossEntropy(), model.head, longest_source(config)
     assert head is not None
-    length = config.max_positions
     facts = apply.ModelSpec(
         draw_rows=partial(draw_rows, config, seed),
         loss_sum=compression.wrap_loss(objective.build_loss(head, loss or LossConfig()), model),
         count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
-        costs=flops_per_block(config, length, length, model.block_lengths(length)),
+        splits_classes=objective.splits_classes,
+        costs=flops_per_block(config, config.max_positions, source, model.block_lengths(source)),
     )
     return parallelize(
         model,

@@ -366,7 +366,7 @@ def show_sample(run: Run) -> None:
                 config.seed,
             )
         if text:
-            run.recorder.print_line(f"a sample:\n{text}")
+            run.recorder.log_sample(text)
     except UserError as error:  # the model has diverged
         run.recorder.print_line(f"no sample: {error}")
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.train import ModelConfig, has_window, outputs_of
+from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
-from trainer.nn.embeddings import TokenEmbedding, embedding_type
+from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_type
 from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Block, Dropout
@@ -54,7 +55,7 @@ class Transformer(nn.Module):
         self.layout: SequenceLayout = FullSequence()
         self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
-        self.embed: nn.Module | None = self.embedding_type(config)
+        self.embed: nn.Module | None = build_embedding(config)
         self.blocks = nn.ModuleDict(
             {str(i): block for i, block in enumerate(_build_blocks(config))}
         )
@@ -90,9 +91,10 @@ class Transformer(nn.Module):
     ) -> Tensor | Flow:
         """Return the logits of a micro-batch: (B,S,V), or (B,classes) for a classifier.
 
-        `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder, or `images`
-        (B,C,height,width); optionally `documents` and `positions` (B,S) of packed samples,
-        `source_valid` (B,T) if there is padding, and `seeds` (B,) for dropout.
+        `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder; or `images`
+        (B,C,height,width), or `frames` (B,F,mels), as is the `source` of audio; optionally
+        `documents` and `positions` (B,S) of packed samples, `source_valid` (B, vectors of the
+        source) if there is padding, and `seeds` (B,) for dropout.
         In a pipeline, `blocks` are the ones to run and `flow` is the output of the block before
         them; a stage without the last block returns the flow instead of logits.
         """
@@ -198,7 +200,7 @@ class Transformer(nn.Module):
         """Return the positions of the encoder's input; those of packed samples restart."""
         if "positions" in inputs and not self.decodes:
             return inputs["positions"]
-        return self.embedding_type.source_positions(self._source(inputs))
+        return self.embedding_type.source_positions(self.config, self._source(inputs))
 
     def block_lengths(self, length: int) -> list[int]:
         """Return the sequence length at the input of each block of the encoder or decoder.
@@ -271,6 +273,8 @@ class Transformer(nn.Module):
         if self.encoder_depth:
             read = self._source(inputs)
             positions_BT = self._source_positions(inputs)
+            if self.config.audio_fill == "silence":
+                read = fill_with_silence(read, inputs.get("source_valid"), self.config)
             source = self.embed(read, positions_BT, streams["source"], self.dtype)
             return source, target, None
         assert target is not None
@@ -283,6 +287,8 @@ class Transformer(nn.Module):
         lengths, streams = self.sequence_lengths(inputs), {}
         if self.encoder_depth:
             read = self._source(inputs)
+            filled = self.config.audio_fill == "silence"
+            valid_BS = None if filled else inputs.get("source_valid")
             streams["source"] = self._sequence_info(
                 lengths["source"],
                 context,
@@ -290,7 +296,7 @@ class Transformer(nn.Module):
                 seeds_B,
                 self._source_positions(inputs),
                 documents_BS=None if self.decodes else inputs.get("documents"),
-                valid_BS=inputs.get("source_valid"),
+                valid_BS=valid_BS,
             )
             streams["source"].segments_BS = inputs.get("segments")
         if not self.decodes:

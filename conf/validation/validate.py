@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.attention import attention_problems
+from conf.validation.audio import audio_data_problems, audio_problems, ctc_problems
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import (
@@ -52,7 +53,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "optim"):
         found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
-        found += _checkpoint_problems(config) + _teacher_problems(config)
+        found += _checkpoint_problems(config) + _teacher_problems(config) + ctc_problems(config)
     if hasattr(config, "lora") and not any(key.startswith(("lora.", "model.")) for key in wrong):
         found += lora_problems(config)
     if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
@@ -87,6 +88,7 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         classes=model.classes or facts.classes,
         image_size=model.image_size or facts.image_size,
         channels=model.channels or facts.channels,
+        mels=model.mels or facts.mels,
     )
     if inputs_of(model) == "patches":
         found = _image_problems(filled, facts)
@@ -94,6 +96,8 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
     else:
         found = _token_problems(filled, facts)
+    if inputs_of(model) == "audio":
+        found += audio_data_problems(filled, data)
     if outputs_of(model) == "classes":
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
@@ -185,7 +189,7 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
         )
         return found
     found += attention_problems(model) + _position_problems(model)
-    return found + _ends(model) + _patch_problems(model)
+    return found + _ends(model) + _patch_problems(model) + audio_problems(model)
 
 
 def _position_problems(model: ModelConfig) -> list[str]:

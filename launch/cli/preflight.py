@@ -51,6 +51,7 @@ from trainer.config.train import (
     VerifyConfig,
     classes_of,
     non_default_options,
+    outputs_of,
     used_compression,
 )
 from trainer.data.record import data_of, format_record
@@ -287,6 +288,11 @@ def check_precompute(
     config = check_trained_run(config, world_size)
     _check_output_free(config.output_dir, f"{config.run_dir}-answers")
     trained = load_config(config.run_dir)
+    if outputs_of(trained.model) == "ctc":
+        raise ConfigError(
+            f"run_dir={config.run_dir} has model.outputs=ctc, whose alignment is its own: it does "
+            "not teach another model; name another run"
+        )
     if config.k > (classes := classes_of(trained.model)):
         raise ConfigError(
             f"k={config.k} is more than the {classes} classes that run_dir={config.run_dir} tells "

@@ -71,7 +71,8 @@ class TensorParallel(ParallelAxis):
 
     Implements the model's SequenceLayout. While `splits_sequence` is False, as in evaluation, all
     ranks hold all positions. `table` is the style of each layer by name pattern; `classes` is the
-    number of output classes, also on pipeline ranks without the head.
+    number of output classes, also on pipeline ranks without the head; `splits_classes`: the loss
+    is a cross-entropy, computed from each rank's classes, and else from the logits of all.
     """
 
     allows_ddp = False  # DDP does not support DTensor parameters
@@ -83,8 +84,10 @@ class TensorParallel(ParallelAxis):
         strategy: StrategyConfig,
         device: torch.device,
         classes: int,
+        splits_classes: bool = True,
     ):
         super().__init__(mesh)
+        self._splits_classes = splits_classes
         self.splits_sequence = strategy.sequence_parallel
         self.vocabulary = VocabParallel(classes, self.group)  # of the head's classes
         self.entries = self.vocabulary  # of the token embedding, which may be of other ones
@@ -191,6 +194,8 @@ class TensorParallel(ParallelAxis):
 
     def split_loss(self, loss_sum: LossSum) -> LossSum:
         """Return the same loss for logits whose classes are sharded over the ranks."""
+        if not self._splits_classes:
+            return lambda logits, *args: loss_sum(self.vocabulary.gather_logits(logits), *args)
         return partial(loss_sum, cross_entropy=self.vocabulary.cross_entropy)
 
     def finish_gradients(self, model: ParallelizableModel) -> None:

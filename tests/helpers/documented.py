@@ -15,6 +15,7 @@ import numpy as np
 from forked import ROOT, call_in_fork, run_script
 from model_folder import write_model_folder
 from PIL import Image
+from tiny import speech_data
 
 from launch.cli import entrypoint
 from trainer.verify import compare
@@ -87,12 +88,14 @@ RUNS = {
     "runs/B": ["experiment=images"],
     "runs/PAIRS": ["experiment=translation"],
     "runs/CHAT": ["experiment=chat"],
+    "runs/SPEECH": ["experiment=speech"],
 }
 # The run that is read, by a part of the command or its comment.
 READ_RUNS = {
     "a translation run": ("runs/RUN", "runs/PAIRS"),
     "an image run": ("runs/RUN", "runs/B"),
     "a chat run": ("runs/RUN", "runs/CHAT"),
+    "of a speech run": ("runs/NAME", "runs/SPEECH"),
     "launch/teach.py": ("runs/RUN", "runs/BOOK"),  # the full play takes a minute
     "runs/NAME": ("runs/NAME", "runs/RUN"),
 }
@@ -257,6 +260,7 @@ def make_inputs(folder: Path) -> None:
         for number in range(500)
     ]
     (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    speech_data(folder / "my-recordings")
     write_model_folder(folder / "my-model", play)
     draw = np.random.default_rng(0)
     for number in range(60):

@@ -19,6 +19,8 @@ class DataConfig:
             "chat": "conversations",
             "masked_text": "guess the masked tokens of a text, family=encoder inputs=tokens",
             "labelled_text": "label<TAB>text a line, family=encoder inputs=tokens",
+            "speech": "recordings and what is said in them, family=encoder inputs=audio",
+            "transcription": "the same, family=encoder_decoder inputs=audio",
         },
     )
     path: str = key(
@@ -71,14 +73,42 @@ class DataConfig:
         off="",
     )
     document_separator: str = key("<|endoftext|>", "Splits documents inside one text file", off="")
+    characters: bool = key(
+        False, "Tokens are the characters of the train split, instead of a BPE of vocab_size"
+    )
     held_out: float = key(
         0.1, "Fraction of train held out if valid or test is missing, half for each"
     )
-    augment: bool = key(True, "Images: random shift and mirror while training")
+    augment: bool = key(
+        True,
+        "Random changes while training: images are shifted and mirrored; speech has another "
+        "tempo and masks",
+    )
+    sample_rate: int = key(
+        16_000, "Speech: recordings are resampled to it", unit="Hz", at_least=1000, at_most=192_000
+    )
+    mels: int = key(80, "Speech: mel bands of a frame of 10 ms", at_least=1)
+    audio_stride: int = key(2, "Speech: frames of a vector, that of model.audio_stride", at_least=1)
+    standardize: bool = key(
+        True, "Speech: each mel has mean 0 and deviation 1 in the train split; not for Whisper"
+    )
+    max_seconds: float = key(
+        30.0,
+        "Speech: longer utterances are not trained on; generate reads windows of this length",
+        unit="seconds",
+        at_least=1,
+    )
+    tempo: float = key(
+        0.1, "Speech: largest change of tempo by augment, a fraction", off=0.0, at_least=0, below=1
+    )
+    time_masks: int = key(2, "Speech: ranges of frames masked by augment", off=0, at_least=0)
+    time_mask: int = key(20, "Speech: widest of them", unit="frames", at_least=0)
+    mel_masks: int = key(1, "Speech: ranges of mels masked by augment", off=0, at_least=0)
+    mel_mask: int = key(8, "Speech: widest of them", unit="mels", at_least=0)
     fields: list[str] = key([], "hf: columns to read", off=[], off_means="the usual names")
     on_bad_file: str = key(
         "stop",
-        "Action for an image that cannot be read",
+        "Action for an image or a recording that cannot be read",
         choices={"stop": "", "skip": "leave it out and log it"},
     )
     cache: str = key(".cache", "Folder of the prepared token files")

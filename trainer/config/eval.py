@@ -25,4 +25,6 @@ class EvalConfig:
         at_least=0,
     )
     test: bool = key(True, "Evaluate on the full test split at the end")
-    beams: int = key(1, "Translation: beam width for BLEU", at_least=1)
+    beams: int = key(
+        1, "Beam width on the test split: translation for BLEU, speech for WER", at_least=1
+    )

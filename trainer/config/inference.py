@@ -37,16 +37,18 @@ class EvaluateConfig:
         off_means="all",
         at_least=0,
     )
-    beams: int = key(1, "Translation: beam width", off=1, off_means="greedy", at_least=1)
+    beams: int = key(1, "Translation, speech: beam width", off=1, off_means="greedy", at_least=1)
 
 
 @dataclass
 class GenerateConfig:
-    """Use a trained run: write, answer, translate, classify; read by trainer/tasks/generate.py."""
+    """Use a trained run: write, answer, translate, hear; read by trainer/tasks/generate.py."""
 
     run_dir: str = key("", "The run folder, whose config.yaml describes model and data")
     prompt: str = key(
-        "", "Text to continue, question, sentence to translate, or .npy or .png to classify"
+        "",
+        "Text to continue, question, sentence to translate, .npy or .png to classify, or recording "
+        "to transcribe",
     )
     chat: bool = key(
         False, "Chat: a conversation, with a line of standard input for each of your turns"
@@ -67,7 +69,7 @@ class GenerateConfig:
         above=0,
         at_most=1,
     )
-    beams: int = key(4, "Translation: beam width", off=1, off_means="greedy", at_least=1)
+    beams: int = key(4, "Translation, speech: beam width", off=1, off_means="greedy", at_least=1)
     length_penalty: float = key(1.0, "Beam scores are divided by length ** this", at_least=0)
     seed: int = key(0, "Seed of the sampling", at_least=0)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)

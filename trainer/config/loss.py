@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from parallel.config_fields import key
 
 IGNORED = -100  # target excluded from the loss: padding
+# CTC: the class of no character, and the target of a vector behind the last character.
+BLANK, NO_CHARACTER = 0, -1
 
 
 @dataclass

@@ -15,7 +15,12 @@ class ModelConfig:
     inputs: str = key(
         "auto",
         "Inputs of the first layer",
-        choices={"auto": "patches for family=encoder, else tokens", "tokens": "", "patches": ""},
+        choices={
+            "auto": "patches for family=encoder, else tokens",
+            "tokens": "",
+            "patches": "",
+            "audio": "log-mel frames; of an encoder-decoder, its source",
+        },
     )
     outputs: str = key(
         "auto",
@@ -24,6 +29,7 @@ class ModelConfig:
             "auto": "classes for family=encoder, else tokens",
             "tokens": "at each position",
             "classes": "of the sequence",
+            "ctc": "of a character or none, for each vector of audio, family=encoder",
         },
     )
     layers: int = key(4, "Blocks of the decoder (of the encoder for family=encoder)", at_least=1)
@@ -71,7 +77,7 @@ class ModelConfig:
         "Encoding of positions",
         choices={
             "rope": "rotated queries and keys",
-            "learned": "a table, added to the embedding",
+            "learned": "a table, added to the embedding; audio gets sinusoids",
             "sinusoidal": "a table that does not learn, see model.sinusoid",
             "relative": "T5's bias of the scores, a number per head and distance",
         },
@@ -177,6 +183,7 @@ class ModelConfig:
             "auto": "as model.bias",
             "none": "",
             "qkv": "of query, key and value (Qwen2)",
+            "no_key": "of query, value and output (Whisper)",
             "all": "of the output too",
         },
     )
@@ -211,6 +218,27 @@ class ModelConfig:
     )
     patch_size: int = key(4, "Size of one patch", unit="pixels a side", at_least=1)
     channels: int = key(0, "Channels of an image", off=0, off_means="as the data's", at_least=0)
+    mels: int = key(
+        0, "Mel bands of a frame of audio", off=0, off_means="as the data's", at_least=0
+    )
+    audio_positions: int = key(
+        0,
+        "Longest audio, in vectors of the sequence",
+        off=0,
+        off_means="as long as the data's",
+        at_least=0,
+    )
+    audio_fill: str = key(
+        "mask",
+        "What is behind the end of a recording",
+        choices={
+            "mask": "nothing: attention leaves it out",
+            "silence": "silence up to audio_positions, as Whisper has learned",
+        },
+    )
+    audio_stride: int = key(
+        2, "Frames of audio for one vector of the sequence, 2 or 4", at_least=2, at_most=4
+    )
     classes: int = key(0, "Classes of the classifier", off=0, off_means="as the data's", at_least=0)
     pool: str = key("mean", "What the classifier reads", choices=("class_token", "mean"))
 
@@ -237,10 +265,17 @@ def fast_turns(model: ModelConfig) -> float:
 
 
 def inputs_of(model: ModelConfig) -> str:
-    """Return the inputs of the first layer: tokens or patches."""
+    """Return the inputs of the first layer: tokens, patches or audio."""
     if model.inputs != "auto":
         return model.inputs
     return "patches" if model.family == "encoder" else "tokens"
+
+
+def longest_source(model: ModelConfig) -> int:
+    """Return the length of the longest input of an encoder: frames of audio, or tokens."""
+    if inputs_of(model) != "audio":
+        return model.max_positions
+    return (model.audio_positions or model.max_positions) * model.audio_stride
 
 
 def outputs_of(model: ModelConfig) -> str:
@@ -256,9 +291,15 @@ def is_encoder_decoder(model: ModelConfig) -> bool:
 
 
 def attention_biases(model: ModelConfig) -> tuple[bool, bool]:
-    """Return whether query, key and value of attention have biases, and whether its output has."""
+    """Return whether query and value of attention have biases, and whether its output has."""
     kind = model.attention_bias
-    return (model.bias, model.bias) if kind == "auto" else (kind in ("qkv", "all"), kind == "all")
+    both = kind in ("all", "no_key")
+    return (model.bias, model.bias) if kind == "auto" else (both or kind == "qkv", both)
+
+
+def has_key_bias(model: ModelConfig) -> bool:
+    """Return whether the keys of attention have a bias; scores without rotation ignore one."""
+    return attention_biases(model)[0] and model.attention_bias != "no_key"
 
 
 def classes_of(model: ModelConfig) -> int:

@@ -56,7 +56,9 @@ class VerifyConfig:
         "auto",
         "Task whose batches and loss are compared, a data.kind",
         choices={"auto": "that of model.family"}
-        | dict.fromkeys(("text", "images", "pairs", "chat", "masked_text", "labelled_text"), ""),
+        | dict.fromkeys(
+            ("text", "images", "pairs", "chat", "masked_text", "labelled_text", "transcription"), ""
+        ),
     )
     steps: int = key(3, "Optimizer steps compared", at_least=1)
     seed: int = key(0, "Seed of weights and batches", at_least=0)

@@ -1,4 +1,4 @@
-"""Data sets of text, images, pairs or conversations, prepared once and read by any layout."""
+"""Data sets of text, images, pairs, chats or speech, prepared once and read by any layout."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,6 +9,7 @@ from pathlib import Path
 from trainer.config.train import ConfigError, DataConfig, UserError
 from trainer.data import chat, images, labelled_text, masked_text, pairs, text
 from trainer.data import huggingface as hub
+from trainer.data.audio import speech, transcription
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.files import locate_data
 from trainer.data.folders import SPLITS
@@ -34,6 +35,8 @@ READERS: dict[str, DataReader] = {
         chat.READER,
         masked_text.READER,
         labelled_text.READER,
+        speech.READER,
+        transcription.READER,
     )
 }
 FINGERPRINT_SAMPLES = 64  # read of each split by `data_fingerprint`, at least

@@ -15,7 +15,7 @@ class SplitFacts:
 
     sources: tuple[str, ...] = ()  # files or folders, relative to data.path
     samples: int = 0
-    tokens: int = 0  # text, pairs, chat: of the full split
+    tokens: int = 0  # text, pairs, chat, speech: of the full split
     characters: int = 0  # text
     lost: int = 0  # text, pairs: characters that decoding the tokens loses
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> samples not trained on
@@ -36,8 +36,10 @@ class DataFacts:
     classes: int = 0  # images
     image_size: int = 0  # images: pixels per side
     channels: int = 0  # images
+    mels: int = 0  # speech: values of a frame
     class_names: tuple[str, ...] = ()
-    mean: tuple[float, ...] = ()  # images: per channel, of pixels in [0, 1]
+    # Images: per channel, of pixels in [0, 1]. Speech: per mel.
+    mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     splits: dict[str, SplitFacts] = field(default_factory=dict)  # train, valid and test
     left_out: dict[str, str] = field(default_factory=dict)  # file or folder not read -> reason
@@ -53,8 +55,9 @@ class Dataset(Protocol):
     """One split of a data set."""
 
     characters: int = 0  # text: of the full split, for bits per character
-    targets: int = 0  # text, chat: predicted tokens of the full split
-    positions: int = 0  # chat: tokens that a model reads for them; 0 = as many
+    targets: int = 0  # text, chat, speech: predicted tokens of the full split
+    # Chat, speech: tokens or frames that a model reads for them; 0 = as many.
+    positions: int = 0
     lost: int = 0  # text: characters of the split that decoding its tokens loses
 
     def __len__(self) -> int:
@@ -74,8 +77,8 @@ class Dataset(Protocol):
         return None
 
     def target_text(self, index: int) -> str:
-        """Return the target text; pairs only."""
-        raise AssertionError("only pairs have a target text")
+        """Return the target text; pairs and speech only."""
+        raise AssertionError("only pairs and speech have a target text")
 
     def opening(self, index: int) -> list[dict[str, str]]:
         """Return the messages before the first answer of a sample; chat only."""

@@ -31,8 +31,9 @@ BUNDLED = {
     "fashion-mnist": ("images", "fashion-mnist-6k.npz"),
     "home-assistant": ("pairs", "home-assistant-en-de"),
     "home-assistant-chats": ("chat", "home-assistant-chats"),
+    "speech": ("speech", "speech"),
 }
-READ_AS = {"masked_text": "text"}  # other kinds that read the same files
+READ_AS = {"masked_text": "text", "transcription": "speech"}  # other kinds that read the same files
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
     *PICTURES,

@@ -301,19 +301,20 @@ def _write_split(
 
 def read_pairs(part: FilePart) -> Iterator[tuple[str, str]]:
     """Yield the (source, target) of each line; raises DataError naming a malformed line."""
-    for number, line in enumerate(_read_lines(part)):
+    for number, line in enumerate(read_lines(part)):
         sides = [side.strip() for side in line.split("\t")]
         if len(sides) == 2 and all(sides):
             yield sides[0], sides[1]
             continue
         found = f"{len(sides) - 1} tabs" if len(sides) != 2 else "an empty side"
         raise DataError(
-            f"data.path: line {_lines_before(part) + number + 1} of {part.path} has {found}; every "
+            f"data.path: line {lines_before(part) + number + 1} of {part.path} has {found}; every "
             "line must be `source<TAB>target`"
         )
 
 
-def _read_lines(part: FilePart) -> Iterator[str]:
+def read_lines(part: FilePart) -> Iterator[str]:
+    """Yield the lines of a part, without their ends."""
     rest = ""
     for block in read_text(part):
         *lines, rest = (rest + block).split("\n")
@@ -322,7 +323,8 @@ def _read_lines(part: FilePart) -> Iterator[str]:
         yield rest
 
 
-def _lines_before(part: FilePart) -> int:
+def lines_before(part: FilePart) -> int:
+    """Return the number of lines of the file in front of a part."""
     with part.path.open("rb") as file:
         return file.read(part.start).count(b"\n")
 

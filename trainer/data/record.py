@@ -112,6 +112,8 @@ def _format_left_out(facts: DataFacts) -> Iterable[str]:
         yield f"  images: {size} pixels, channels: {facts.channels}, {classes}"
     elif facts.class_names:
         yield f"  {classes}"
+    if facts.mels:
+        yield f"  audio: {facts.mels} mels"
     if facts.vocab_size:
         yield f"  tokenizer: {facts.vocab_size:,} entries"
     for name, split in facts.splits.items():

@@ -91,6 +91,8 @@ def make_tokenizer(config: DataConfig, parts: Parts, texts: Callable[[], Iterabl
     def write_folder(folder: Path) -> Record:
         if config.tokenizer:
             tokenizer = Tokenizer.load(named_tokenizer(config))
+        elif config.characters:
+            tokenizer = Tokenizer.train_characters(texts())
         else:
             tokenizer = Tokenizer.train(
                 texts(), config.vocab_size, masks=config.kind == "masked_text"
@@ -154,6 +156,8 @@ def _tokenizer_folder(config: DataConfig, parts: Parts) -> Path:
         return prepared_folder(config, "tokenizer", ["as it is", content, texts])
     train = [part.file_fingerprint() for part in parts["train"]]
     ingredients = ["bpe", train, config.vocab_size, config.document_separator]
+    if config.characters:
+        ingredients = ["characters", *ingredients]
     return prepared_folder(config, f"{name_of(config)}-tokenizer", ingredients)
 
 

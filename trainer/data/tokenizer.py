@@ -80,6 +80,16 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
+    def train_characters(cls, texts: Iterable[str]) -> "Tokenizer":
+        """Return a tokenizer with a token for each character of the texts; it skips others."""
+        characters = sorted({character for text in texts for character in text})
+        tokens = [END_NAMES[0], PAD_NAMES[0], *characters]
+        vocabulary = {token: row for row, token in enumerate(tokens)}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+        backend.decoder = tokenizers.decoders.Fuse()
+        return cls(backend)
+
+    @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
         """Load a tokenizer.json and the files beside it.
 

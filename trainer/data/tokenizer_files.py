@@ -57,6 +57,10 @@ class TokenizerFiles:
         value = _value(self.folder, self.texts, TOKENIZER_CONFIG, name)
         return value.get("content") if isinstance(value, dict) else value
 
+    def generation_value(self, name: str) -> Any:
+        """Return a value of generation_config.json, None if it is not given."""
+        return _value(self.folder, self.texts, GENERATION_CONFIG, name)
+
     def end_ids(self, vocab_size: int) -> list[int]:
         """Return the `eos_token_id` of generation_config.json, one or several; empty if none.
 

@@ -13,10 +13,11 @@ class TensorMap:
     """A tensor of a file, and the parameters here whose rows follow each other in it."""
 
     theirs: str
-    ours: tuple[str, ...]  # empty: theirs must be zero
+    ours: tuple[str, ...]  # empty: theirs must be zero, or `sinusoids`
     transposed: bool = False  # their matrix is (input, output)
     offset: float = 0.0  # added to theirs
     shape: tuple[int, ...] = ()  # of theirs, if it is ours in another form
+    sinusoids: bool = False  # theirs is the table that is computed here
 
     def their_shape(self, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
         """Return the tensor's shape in a file, from the shapes of the parameters here."""

@@ -4,7 +4,13 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from trainer.config.train import ModelConfig, attention_biases, is_encoder_decoder, is_gated
+from trainer.config.train import (
+    ModelConfig,
+    attention_biases,
+    has_key_bias,
+    is_encoder_decoder,
+    is_gated,
+)
 from trainer.huggingface.architecture import Architecture, TensorMap
 from trainer.huggingface.fields import ACTIVATIONS, THEIR_ACTIVATION, ConfigFields
 
@@ -226,7 +232,8 @@ def bart_layers(model: ModelConfig, norms: Mapping[str, str]) -> Iterator[Tensor
         }
         for i in range(layers):
             for theirs, ours in layer.items():
-                for part in ("weight", "bias"):
+                biased = has_key_bias(model) or not theirs.endswith("k_proj")
+                for part in ("weight", "bias") if biased else ("weight",):
                     name = f"model.{stack}.layers.{i}.{theirs}.{part}"
                     yield TensorMap(name, (f"blocks.{first + i}.{ours}.{part}",))
 

@@ -12,12 +12,14 @@ from trainer.huggingface.encoders import ENCODERS
 from trainer.huggingface.fields import ConfigFields
 from trainer.huggingface.normal_form import normal_form
 from trainer.huggingface.normed_decoders import NORMED_DECODERS
+from trainer.huggingface.speech import SPEECH
 from trainer.huggingface.vision import VISION
 
 CONFIG = "config.json"
 ARCHITECTURES = {
     architecture.class_name: architecture
-    for architecture in (*DECODERS, *NORMED_DECODERS, *ENCODER_DECODERS, *ENCODERS, *VISION)
+    for family in (DECODERS, NORMED_DECODERS, ENCODER_DECODERS, ENCODERS, VISION, SPEECH)
+    for architecture in family
 }
 # Kinds in the order of their first architecture.
 KINDS = tuple(dict.fromkeys(architecture.model_type for architecture in ARCHITECTURES.values()))

@@ -4,15 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from trainer.config.train import ConfigError, ModelConfig
-from trainer.huggingface.architecture import Architecture
+from trainer.huggingface.architecture import Architecture, TensorMap
+from trainer.nn.positions import sinusoids
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHOWN = 4  # names listed in a message
+ROUNDING = 2.0**-11  # of a table of float16
 
 
 class TensorFiles:
@@ -69,12 +72,29 @@ def check_tensors(
     if additional := [name for name in found if name not in expected]:
         problems.append(f"has {_list_names(additional)}, unknown to {architecture.model_type} here")
     for tensor in architecture.tensors(model):
-        if not tensor.ours and tensor.theirs in found and files.read(tensor.theirs).any():
-            problems.append(f"has {tensor.theirs}, which is not zero and cannot be computed here")
+        if not tensor.ours and found.get(tensor.theirs) == expected[tensor.theirs]:
+            problems += _check_constant(files.read(tensor.theirs), tensor, model)
     for name in [n for n in expected if n in found and found[n] != expected[n]][:SHOWN]:
         problems.append(f"has {name} of shape {found[name]}, but config.json says {expected[name]}")
     if problems:
         raise ConfigError(*(f"{files.folder} {problem}" for problem in problems))
+
+
+def constant_tensor(tensor: TensorMap, model: ModelConfig) -> Tensor:
+    """Return a tensor of an architecture that nothing here is learned for."""
+    if not tensor.sinusoids:
+        return torch.zeros(tensor.shape)
+    return sinusoids(torch.arange(tensor.shape[0]), model, torch.float64)
+
+
+def _check_constant(theirs: Tensor, tensor: TensorMap, model: ModelConfig) -> list[str]:
+    """Return the problem of a tensor that should be a constant, if it is another one."""
+    # Published tables were rounded to float16 once, whatever the dtype of the file.
+    rounding = max(ROUNDING, torch.finfo(theirs.dtype).eps / 2) if tensor.sinusoids else 0.0
+    if (theirs - constant_tensor(tensor, model)).abs().max() <= rounding:
+        return []
+    kind = "the table of sinusoids" if tensor.sinusoids else "zero"
+    return [f"has {tensor.theirs}, which is not {kind} and cannot be computed here"]
 
 
 def _current_name(name: str, architecture: Architecture) -> str:

@@ -14,7 +14,7 @@ from trainer.checkpoint.vocabulary import BY_ROW
 from trainer.config.train import ModelConfig
 from trainer.huggingface.architecture import Architecture, TensorMap
 from trainer.huggingface.registry import read_model
-from trainer.huggingface.tensor_files import TensorFiles, check_tensors
+from trainer.huggingface.tensor_files import TensorFiles, check_tensors, constant_tensor
 from trainer.model import Transformer
 
 Shapes = Mapping[str, Sequence[int]]
@@ -109,7 +109,7 @@ def their_tensors(
     """Yield the tensors of an architecture, one at a time, from whole parameters by name."""
     for tensor in architecture.tensors(model):
         if not tensor.ours:
-            yield tensor.theirs, torch.zeros(tensor.shape)
+            yield tensor.theirs, constant_tensor(tensor, model)
             continue
         ours = [weights(name) for name in tensor.ours]
         joined = ours[0] if len(ours) == 1 else torch.cat(ours)

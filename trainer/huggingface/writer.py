@@ -1,6 +1,7 @@
 """Write a folder that `from_pretrained` of transformers reads."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from trainer.config.train import ModelConfig
+from trainer.config.train import DataConfig, ModelConfig
 from trainer.data.tokenizer import MASK_NAMES
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import CONFIG
@@ -20,6 +21,7 @@ SHARD_BYTES = 5 * 10**9  # of one safetensors file, at most
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+EXTRACTOR = "preprocessor_config.json"
 # Copied as they are where a model came with them.
 SIDE_FILES = (TOKENIZER_CONFIG, GENERATION_CONFIG, "chat_template.jinja", "special_tokens_map.json")
 
@@ -114,6 +116,25 @@ def write_tokenizer(
         ids = {"bos_token_id": end_id, "eos_token_id": end_id, "pad_token_id": pad_id}
         ids |= {"decoder_start_token_id": start_id} if start_id >= 0 else {}
         _write_json(folder / GENERATION_CONFIG, ids)
+
+
+def write_extractor(folder: Path, data: DataConfig) -> None:
+    """Write how frames are made of recordings, as transformers' extractor of Whisper reads it."""
+    hop, rate = data.sample_rate // 100, data.sample_rate
+    fields = {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "feature_size": data.mels,
+        "sampling_rate": rate,
+        "hop_length": hop,
+        "n_fft": rate // 40,
+        "chunk_length": math.ceil(data.max_seconds),
+        "n_samples": math.ceil(data.max_seconds) * rate,
+        "nb_max_frames": math.ceil(data.max_seconds) * 100,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": False,
+    }
+    _write_json(folder / EXTRACTOR, fields)
 
 
 def read_special_ids(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,9 @@ from parallel.parallel_model import ParallelModel
 from trainer.inference.trained_run import unwrap_transformer
 from trainer.nn.cache import DecodingCache
 
+# Ids of tokens that a translation may not hold, and more that it may not begin with.
+Banned = tuple[Sequence[int], Sequence[int]]
+
 
 class BeamSearch:
     """State of a beam search: each sentence's K best unfinished and its best finished translation.
@@ -29,7 +32,9 @@ class BeamSearch:
         length_penalty: float,
         end_ids: Sequence[int],
         device: torch.device,
+        banned: Banned = ((), ()),
     ):
+        self._banned = [*banned[0]], [*banned[0], *banned[1]]
         self._ends = torch.tensor(list(dict.fromkeys(end_ids)), device=device)
         self._penalty, self._max_tokens = length_penalty, max_tokens
         self._tokens_BKL = torch.zeros(sentences, beams, 0, dtype=torch.int64, device=device)
@@ -55,6 +60,7 @@ class BeamSearch:
         B, K = self._total_BK.shape
         V = logits_RV.shape[-1]
         precise = torch.promote_types(logits_RV.dtype, torch.float32)
+        logits_RV[:, self._banned[self._tokens_BKL.shape[2] == 0]] = -torch.inf
         step_BKV = logits_RV.to(precise).log_softmax(-1).view(B, K, V)
         # Each beam ends in at most one candidate per end token: of the others at least K are left.
         candidates = min((1 + len(self._ends)) * K, K * V)
@@ -109,25 +115,26 @@ def translate_tokens(
     prefix_ids: Sequence[int] = (),
     beams: int = 1,
     length_penalty: float = 1.0,
+    banned: Banned = ((), ()),
 ) -> list[list[int]]:
     """Return translations of at most `max_tokens` tokens (end token included), by beam search.
 
-    Any of `end_ids` ends one; each continues `prefix_ids`, and leaves them out. All
-    data ranks must call it: a sharded model communicates in its forward, and they stop together.
+    Any of `end_ids` ends one; each continues `prefix_ids`, and leaves them out. None holds `banned`
+    ids. All data ranks must call it: a sharded model communicates, and they stop together.
     """
-    model, sentences = unwrap_transformer(worker), len(source_BT)
+    model, device = unwrap_transformer(worker), worker.device
     max_tokens = min(max_tokens, (model.config.max_positions or 1 << 60) - len(prefix_ids))
-    search = BeamSearch(sentences, beams, max_tokens, length_penalty, end_ids, worker.device)
+    lengths = max_tokens, length_penalty
+    search = BeamSearch(len(source_BT), beams, *lengths, end_ids, device, banned)
     valid = {} if source_valid_BT is None else {"source_valid": source_valid_BT}
     inputs = worker.to_device({"source": source_BT} | valid)
-    first_BS = torch.tensor([[bos_id, *prefix_ids]] * sentences, device=worker.device)
-    row_R = torch.arange(sentences, device=worker.device).repeat_interleave(beams)
+    first_BS = torch.tensor([[bos_id, *prefix_ids]] * len(source_BT), device=device)
+    row_R = torch.arange(len(source_BT), device=device).repeat_interleave(beams)
     with worker.evaluation_mode():
         cache = DecodingCache(model, max_tokens + len(prefix_ids))
-        # The encoder runs once per sentence; afterwards there is one row per beam.
         logits_RV = worker.forward({**inputs, "tokens": first_BS}, cache)[row_R, -1]
         inputs = {name: tensor[row_R] for name, tensor in inputs.items()}
-        cache.reorder_rows(row_R)
+        cache.reorder_rows(row_R)  # the encoder has run once; now there is a row per beam
         row_R = search.advance(logits_RV)
         for _ in range(1, max_tokens):
             if not worker.any_data_rank(not search.done):

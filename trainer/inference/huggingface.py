@@ -22,6 +22,7 @@ from trainer.huggingface.weights import Weights
 from trainer.huggingface.writer import (
     read_special_ids,
     write_config,
+    write_extractor,
     write_tokenizer,
     write_weights,
 )
@@ -79,6 +80,8 @@ def _write_folder(
             tokenizer = Tokenizer.load(run_dir / TOKENIZER)
             length, start = config.model.max_positions, config.model.start_token
             write_tokenizer(partial, run_dir, tokenizer.eot_id, tokenizer.pad_id, length, start)
+        if architecture.data_kind == "transcription":
+            write_extractor(partial, config.data)
         ids = read_special_ids(partial)
         write_config(partial, architecture, config.model, dtype, ids)
         write_weights(partial, architecture, config.model, weights, dtype)

@@ -15,6 +15,7 @@ from parallel.errors import StorageError
 from trainer.atomic_files import write_atomically
 
 NAME = "metrics.jsonl"
+SAMPLE = "sample.txt"  # of the output at the end of a run
 
 
 class MetricsFile:

@@ -18,10 +18,11 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from parallel.pipeline.simulator import Span
+from trainer.atomic_files import write_atomically
 from trainer.config.train import MetricsConfig
 from trainer.metrics.console import Display, open_console
 from trainer.metrics.goodput import Goodput, goodput_sentence
-from trainer.metrics.jsonl import NAME, MetricsFile
+from trainer.metrics.jsonl import NAME, SAMPLE, MetricsFile
 from trainer.metrics.trackers import TOOLS, Tracker
 from trainer.nn.flops import peak_flops
 
@@ -242,6 +243,14 @@ class Recorder:
         if self._first:
             self._goodput.close()
         self.print_line(text)
+
+    def log_sample(self, text: str) -> None:
+        """Write a sample of the model's output to the console, and to the run's folder."""
+        self.print_line(f"a sample:\n{text}")
+        path = self._run.run_dir / SAMPLE
+        with self._tolerate_write_errors(path) if self._first else nullcontext():
+            if self._first:
+                write_atomically(path, f"{text}\n")
 
     def print_line(self, text: str) -> None:
         """Write one line to the console."""

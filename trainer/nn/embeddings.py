@@ -1,4 +1,4 @@
-"""Token and patch embeddings; one class for each value of model.inputs."""
+"""Embeddings of tokens and patches; one class for each value of model.inputs."""
 
 # B batch, S sequence, D width, P patches, C channels.
 
@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.train import ModelConfig, inputs_of
+from trainer.config.train import ModelConfig, inputs_of, is_encoder_decoder
+from trainer.nn.audio import AudioEmbedding
 from trainer.nn.layers import Dropout, Embedding, Linear, Norm
 from trainer.nn.positions import sinusoids
 from trainer.nn.sequence import SequenceInfo
@@ -33,7 +34,7 @@ class TokenEmbedding(nn.Module):
         return length
 
     @staticmethod
-    def source_positions(tokens_BS: Tensor) -> Tensor | None:
+    def source_positions(config: ModelConfig, tokens_BS: Tensor) -> Tensor | None:
         """Return the positions of a source sequence, (1,S)."""
         return torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
 
@@ -83,7 +84,7 @@ class PatchEmbedding(nn.Module):
         return image_length(config)
 
     @staticmethod
-    def source_positions(images_BCHW: Tensor) -> Tensor | None:
+    def source_positions(config: ModelConfig, images_BCHW: Tensor) -> Tensor | None:
         """Return None: patches have two coordinates, to which RoPE is not applied."""
         return None
 
@@ -99,14 +100,38 @@ class PatchEmbedding(nn.Module):
         return self.dropout(stream.layout.local_positions(x_BPD), stream)
 
 
-INPUTS: dict[str, type[TokenEmbedding] | type[PatchEmbedding]] = {
+class TwoEmbeddings(TokenEmbedding):
+    """The embeddings of an encoder-decoder whose source is no tokens: of both its sequences."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.encoder = embedding_type(config)(config)
+
+    def forward(
+        self, input: Tensor, positions_BS: Tensor, stream: SequenceInfo, dtype: torch.dtype
+    ) -> Tensor:
+        if input.is_floating_point():
+            return self.encoder(input, positions_BS, stream, dtype)
+        return super().forward(input, positions_BS, stream, dtype)
+
+
+Embedded = TokenEmbedding | PatchEmbedding | AudioEmbedding
+INPUTS: dict[str, type[Embedded]] = {
     "tokens": TokenEmbedding,
     "patches": PatchEmbedding,
+    "audio": AudioEmbedding,
 }
 
 
-def embedding_type(config: ModelConfig) -> type[TokenEmbedding] | type[PatchEmbedding]:
-    """Return the class of a model's embedding.
+def build_embedding(config: ModelConfig) -> Embedded:
+    """Build a model's embedding."""
+    if is_encoder_decoder(config) and inputs_of(config) != "tokens":
+        return TwoEmbeddings(config)
+    return embedding_type(config)(config)
+
+
+def embedding_type(config: ModelConfig) -> type[Embedded]:
+    """Return the class of the embedding of what a model reads first.
 
     Its `source` is the key of the batch tensor that an encoder-only model reads. Its static methods
     `sequence_length` and `source_positions` serve pipeline stages that have no embedding.

@@ -84,9 +84,9 @@ def flops_per_sample(
     A multiply-add is two FLOPs; a backward is twice its forward; attention counts all S×S scores,
     masked (by a sliding window too) or not, once per pass. Recomputation (flash attention,
     activation checkpointing) and embedding look-ups are not counted. `source_len` is the source
-    length of an encoder-decoder; an encoder's sequence length follows from its image, not from
-    `seq_len`. `lengths` are the sequence lengths at the input of each block of an encoder, or of a
-    decoder-only model, if they shrink.
+    length of an encoder-decoder, and of audio the frames; the sequence length of an encoder of
+    images follows from its image. `lengths` are the sequence lengths at the input of each block of
+    an encoder, or of a decoder-only model, if they shrink.
     """
     return sum(flops_per_block(config, seq_len, source_len, lengths))
 
@@ -98,12 +98,7 @@ def flops_per_block(
 
     Pipeline stages are balanced by these costs.
     """
-    embedding = 0.0
-    if inputs_of(config) == "patches":
-        source_len = (config.image_size // config.patch_size) ** 2 + (config.pool == "class_token")
-        # Pixels need no gradient: the backward of the first layer is one product instead of two.
-        patches = (config.image_size // config.patch_size) ** 2
-        embedding = 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
+    embedding, source_len = _embedding_flops(config, source_len)
     if config.family == "decoder":
         costs = [
             _block_multiply_adds(config, length) for length in lengths or config.layers * [seq_len]
@@ -126,6 +121,22 @@ def flops_per_block(
         costs[-1] += read * config.width**2
     # A multiply-add is two FLOPs; forward and backward together are three products.
     return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
+
+
+def _embedding_flops(config: ModelConfig, source_len: int) -> tuple[float, int]:
+    """Return the FLOPs of the first layer, and the length of the encoder's sequence.
+
+    Pixels and frames need no gradient: the backward of the first layer is one product, not two.
+    """
+    if inputs_of(config) == "patches":
+        patches = (config.image_size // config.patch_size) ** 2
+        flops = 2.0 * 2 * patches * config.channels * config.patch_size**2 * config.width
+        return flops, patches + (config.pool == "class_token")
+    if inputs_of(config) == "audio":
+        length, taps = -(-source_len // config.audio_stride), 3 * config.width
+        # The first convolution gives two vectors for each of the second.
+        return 2.0 * length * taps * (2 * 2 * config.mels + 3 * config.width), length
+    return 0.0, source_len
 
 
 def _block_multiply_adds(config: ModelConfig, length: int) -> int:

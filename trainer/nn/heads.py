@@ -115,7 +115,23 @@ class ClassifierHead(Head):
         return torch.full_like(targets_B, IGNORED)
 
 
-OUTPUTS: dict[str, type[Head]] = {"tokens": Head, "classes": ClassifierHead}
+class CTCHead(Head):
+    """Head of CTC (Graves 2006): the logits of a character, or none, for each vector.
+
+    The loss couples all vectors of a sample: in training every rank of the context axis has them.
+    """
+
+    def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
+        """Return the hidden states of all positions; of the local ones, in evaluation."""
+        return stream.context.gather_sequence(x_BSD, stream.total) if self.training else x_BSD
+
+    @staticmethod
+    def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
+        """Return the targets on the first context rank, else IGNORED: every rank has all logits."""
+        return ClassifierHead.local_targets(targets_BS, context)
+
+
+OUTPUTS: dict[str, type[Head]] = {"tokens": Head, "classes": ClassifierHead, "ctc": CTCHead}
 
 
 def head_type(config: ModelConfig) -> type[Head]:

@@ -10,6 +10,8 @@ from trainer.config.train import ModelConfig, is_encoder_decoder
 
 ROWS_ELEMENTS = 1 << 20  # approximate number of elements per independently seeded block of rows
 
+CONVOLUTIONS = ("embed.convolution", "embed.encoder.convolution")
+
 
 def stable_hash(*parts: object) -> int:
     """Return a 62-bit hash of the parts that, unlike Python's, is the same in every process."""
@@ -25,7 +27,8 @@ def _init_std(config: ModelConfig, name: str, shape: torch.Size) -> float | None
         return 0.0
     if config.init == "vit" and name == "head.output.weight":
         return 0.0
-    if name == "embed.patches.weight":  # LeCun initialisation, as in the published ViT
+    if name == "embed.patches.weight" or name.startswith(CONVOLUTIONS):
+        # LeCun initialisation, as in the published ViT.
         return 1.0 / math.sqrt(shape[1])
     residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))
     if config.init == "gpt2" and residual:

@@ -12,7 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trainer.config.train import ModelConfig, attention_biases, head_width_of, is_gated
+from trainer.config.train import (
+    ModelConfig,
+    attention_biases,
+    has_key_bias,
+    head_width_of,
+    is_gated,
+)
 from trainer.nn.cache import AttentionCache, BlockCache
 from trainer.nn.rotary import apply_rope
 from trainer.nn.sequence import Bias, SequenceInfo, Sequences
@@ -161,7 +167,7 @@ class Attention(nn.Module):
         query_width, group_width = config.heads * self.head_width, groups * self.head_width
         bias, output_bias = attention_biases(config)
         self.query = Linear(config.width, query_width, bias=bias)
-        self.key = Linear(config.width, group_width, bias=bias)
+        self.key = Linear(config.width, group_width, bias=has_key_bias(config))
         self.value = Linear(config.width, group_width, bias=bias)
         self.output = Linear(query_width, config.width, bias=output_bias)
         head, width = config.qk_norm == "head", config.qk_norm == "width"

@@ -10,6 +10,7 @@ TENSOR_LAYOUT = {
     "embed.norm": "sequence",
     "embed.patches": "sequence",
     "embed.class_token": "sequence",
+    "embed*.convolution_*": "sequence",
     **{
         f"blocks.*.{branch}{place}_norm": "sequence"
         for branch in ("attention", "cross", "feed_forward")

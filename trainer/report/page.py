@@ -108,6 +108,7 @@ def render_page(histories: Sequence[History], now: float) -> str:
         figures=_figures(names, histories),
         kinds=KINDS,
         bars=[bar for run, history in enumerate(histories) for bar in _bars(run, history)],
+        samples=[(run, h.sample) for run, h in enumerate(histories) if h.sample],
         events=[(run, event) for run, h in enumerate(histories) for event in h.events],
     )
 
@@ -177,7 +178,9 @@ def _figures(names: list[str], histories: Sequence[History]) -> list[Markup]:
     drawn = [line["step"] for history in histories for line in history.training]
     steps = (0, max([*drawn, *(mark.step for mark in marks)], default=0) or 1)
     figures = [_loss_figure(names, histories, marks, steps)]
-    unit = {"tok": "tokens", "img": "images"}.get(histories[0].unit, histories[0].unit)
+    unit = {"tok": "tokens", "img": "images", "char": "characters"}.get(
+        histories[0].unit, histories[0].unit
+    )
     for key, (title, style, scale) in CURVES.items():
         curves = [
             Curve(name, run, history.metric_curve(key), style)

@@ -15,7 +15,7 @@ from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
 from trainer.metrics.goodput import TimeLedger
 from trainer.metrics.goodput import read_ledger as read_goodput
-from trainer.metrics.jsonl import NAME, is_number, read_lines
+from trainer.metrics.jsonl import NAME, SAMPLE, is_number, read_lines
 from trainer.run.run_dir import saved_values
 from trainer.run.status import Status, read_status
 
@@ -46,7 +46,8 @@ class History:
     status: Status | None = None
     goodput: TimeLedger = field(default_factory=TimeLedger)
     notes: list[str] = field(default_factory=list)  # problems of reading
-    unit: str = "tok"  # of throughput, as the run's task calls it: tok or img
+    unit: str = "tok"  # of throughput, as the run's task calls it: tok, img or char
+    sample: str = ""  # of the trained model's output
 
     def metric_curve(self, key: str, split: str = "") -> list[tuple[int, float]]:
         """Return the finite values of a key by step, of training or of a split's evaluations."""
@@ -85,6 +86,7 @@ def read_history(run_dir: Path) -> History:
             history.training.append(line)
     _read_checkpoints(history)
     _read_rollbacks(history)
+    _read_sample(history)
     history.events.sort(key=lambda event: event.step)
     return history
 
@@ -160,6 +162,16 @@ def _read_rollbacks(history: History) -> None:
             history.events.append(Event(int(rollback["step"]), "rollback", text))
     except (OSError, ValueError, TypeError, KeyError):
         history.notes.append(f"{path.name} is damaged")
+
+
+def _read_sample(history: History) -> None:
+    path = history.run_dir / SAMPLE
+    if not path.exists():
+        return
+    try:
+        history.sample = path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError as error:
+        history.notes.append(f"{path.name} cannot be read: {error.strerror}")
 
 
 def format_time(seconds: float) -> str:

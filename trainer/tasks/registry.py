@@ -5,8 +5,10 @@ from trainer.tasks.chat import Chat
 from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.language import LanguageModeling
 from trainer.tasks.masked_language import MaskedLanguageModeling
+from trainer.tasks.speech import SpeechRecognition
 from trainer.tasks.task import Task
 from trainer.tasks.text_classification import TextClassification
+from trainer.tasks.transcription import Transcription
 from trainer.tasks.translation import Translation
 
 TASKS: dict[str, Task] = {
@@ -18,6 +20,8 @@ TASKS: dict[str, Task] = {
         Chat(),
         MaskedLanguageModeling(),
         TextClassification(),
+        SpeechRecognition(),
+        Transcription(),
     )
 }
 

@@ -11,6 +11,7 @@ from trainer.config.train import (
     ConfigError,
     GenerateConfig,
     ModelConfig,
+    inputs_of,
     is_encoder_decoder,
 )
 from trainer.data import Dataset
@@ -31,7 +32,7 @@ class Translation(Task):
 
     def fits(self, model: ModelConfig) -> bool:
         """Return whether the model is an encoder-decoder of tokens."""
-        return is_encoder_decoder(model)
+        return is_encoder_decoder(model) and inputs_of(model) == "tokens"
 
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None

@@ -16,6 +16,7 @@ from trainer.config.train import (
     ModelConfig,
     VerifyConfig,
     is_encoder_decoder,
+    outputs_of,
 )
 from trainer.model import Transformer
 from trainer.nn.init import init_rows
@@ -154,6 +155,8 @@ def scale_down(
         image_size=8,
         patch_size=2,
         channels=3,
+        mels=5,
+        audio_positions=SEQ_LEN,
         classes=7,
     )
 
@@ -244,7 +247,8 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
     for family, model in FEATURES.items():
-        for name in feature_strategies(model):
+        own_loss = outputs_of(model) == "ctc"
+        for name in STRATEGIES if own_loss else feature_strategies(model):
             yield family, name, VerifyConfig(STRATEGIES[name], model)
     for name in CHAT_STRATEGIES:
         config = VerifyConfig(STRATEGIES[name], FAMILIES["decoder (Llama)"], task="chat")

@@ -76,8 +76,25 @@ FEATURES = {
     "encoder-decoder (Marian)": replace(
         POST_NORM, positions="sinusoidal", sinusoid="m2m100", embed_scale=8.0
     ),
+    "encoder-decoder (Whisper)": ModelConfig(
+        family="encoder_decoder",
+        inputs="audio",
+        activation="gelu",
+        norm="layernorm",
+        positions="learned",
+        sinusoid="whisper",
+        bias=True,
+        attention_bias="no_key",
+        audio_fill="silence",
+    ),
+    "encoder-decoder (audio, rope)": ModelConfig(
+        family="encoder_decoder", inputs="audio", audio_stride=4, activation="relu"
+    ),
     "encoder (BERT)": BERT,
     "encoder (BERT, classes)": replace(BERT, outputs="classes", pool="class_token", tied=False),
+    "encoder (speech)": ModelConfig(
+        family="encoder", inputs="audio", outputs="ctc", audio_stride=4, tied=False
+    ),
 }
 
 

@@ -106,6 +106,14 @@ BERT = {
     "max_position_embeddings": 64,
     "num_labels": 5,
 }
+WHISPER = {
+    **{name: value for name, value in BART.items() if name != "max_position_embeddings"},
+    "num_mel_bins": 8,
+    "max_source_positions": 15,
+    "max_target_positions": 40,
+    "decoder_start_token_id": 3,
+    "pad_token_id": 49,
+}
 CASES = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", LLAMA),
     "llama, tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True}),
@@ -147,6 +155,7 @@ CASES = {
         "M2M100Config",
         BART | {"pad_token_id": 1, "decoder_start_token_id": 2},
     ),
+    "whisper": ("WhisperForConditionalGeneration", "WhisperConfig", WHISPER),
     "bert": ("BertForMaskedLM", "BertConfig", BERT),
     "bert, classes": ("BertForSequenceClassification", "BertConfig", BERT),
     "vit": ("ViTForImageClassification", "ViTConfig", VIT),
@@ -169,6 +178,9 @@ def random_inputs(model) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     if model.family == "decoder":
         return {"tokens": tokens}, targets
     tokens[:, 0] = model.start_token
+    if model.inputs == "audio":
+        frames = torch.randn(3, 30, model.mels, generator=generator, dtype=torch.float64)
+        return {"tokens": tokens, "source": frames}, targets
     source = torch.randint(2, 49, (3, 30), generator=generator)
     valid = torch.arange(30) < torch.tensor([[30], [7], [19]])
     return {"tokens": tokens, "source": source, "source_valid": valid}, targets
@@ -181,6 +193,9 @@ def for_transformers(inputs):
     if "source" in inputs:
         names |= {"tokens": "decoder_input_ids", "source": "input_ids"}
         names["source_valid"] = "attention_mask"
+    if inputs.get("source", torch.empty(0)).dim() == 3:
+        inputs = inputs | {"source": inputs["source"].transpose(1, 2)}
+        names["source"] = "input_features"
     return {names[name]: value for name, value in inputs.items()}
 
 
@@ -224,8 +239,7 @@ def test_logits_in_float32_are_those_of_transformers_as_it_is(case, tmp_path):
     ours = build(reader.model, dtype=torch.float32)
     reader.load_parameters(dict(ours.named_parameters()))
     inputs = random_inputs(reader.model)[0]
-    if "images" in inputs:
-        inputs = {"images": inputs["images"].float()}
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
     reference = theirs.eval()(**for_transformers(inputs)).logits
     atol = 5e-6 * max(1.0, reference.abs().max().item())
     torch.testing.assert_close(ours(inputs), reference, rtol=0, atol=atol)
@@ -247,7 +261,7 @@ def test_written_folders_are_read_by_transformers(case, tmp_path, caplog):
     architecture = architecture_for(model, like=tmp_path / "theirs")
     folder.mkdir()
     write_weights(folder, architecture, model, reader.read_whole, torch.float64, 50_000)
-    write_config(folder, architecture, model, torch.float64, {"eos_token_id": 1})
+    write_config(folder, architecture, model, torch.float64, {"eos_token_id": 1, "pad_token_id": 1})
     assert len(list(folder.glob("*.safetensors"))) > 1
 
     caplog.clear()

@@ -129,3 +129,13 @@ def test_bytes_that_are_no_text_are_dropped_with_their_line(tmp_path: Path) -> N
     with make(tmp_path, start_step=2):
         pass
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_a_sample_is_shown_and_kept(tmp_path: Path) -> None:
+    with make(tmp_path) as recorder:
+        recorder.log_sample("> said\nheard")
+        assert "a sample:\n> said\nheard" in shown(recorder)
+    assert (tmp_path / "sample.txt").read_text() == "> said\nheard\n"
+    with make(tmp_path / "other", first=False) as recorder:
+        recorder.log_sample("said")
+    assert not (tmp_path / "other").exists()

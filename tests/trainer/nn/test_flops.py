@@ -33,6 +33,7 @@ MODELS = {
     "vit, class token": replace(GPT2, family="encoder", pool="class_token"),
     "vit, mean": replace(GPT2, family="encoder", pool="mean", patch_size=2),
     "translation": replace(SMALL, family="encoder_decoder", activation="relu"),
+    "audio": replace(GPT2, family="encoder_decoder", inputs="audio", mels=5, sinusoid="whisper"),
     "deep encoder": replace(SMALL, family="encoder_decoder", encoder_layers=3, kv_heads=2),
 }
 
@@ -45,6 +46,8 @@ def _counted(config: ModelConfig) -> int:
         "source": torch.zeros(BATCH, SOURCE_LEN, dtype=torch.int64),
         "images": torch.zeros(BATCH, 3, 8, 8),
     }
+    if config.inputs == "audio":
+        inputs["source"] = torch.zeros(BATCH, SOURCE_LEN + 1, config.mels)
     # torch does not count the CPU's fused attention; it does count the products of the math one.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         logits = model(inputs)

@@ -339,3 +339,10 @@ def test_a_chart_places_its_values() -> None:
     assert event_lanes("T", ["a"], [], (0, 100)) == ""
     many = [Mark(step, 0, "save", "") for step in range(1000)]
     assert 20 < event_lanes("T", ["a"], many, (0, 1000)).count('class="glyph"') < 160
+
+
+def test_a_sample_of_the_output_is_shown_as_it_is(tmp_path):
+    run_dir = run_in(tmp_path / "run")
+    (run_dir / "sample.txt").write_text("> what <b>is</b> said\nwhat is heard\n")
+    page = render_page([read_history(run_dir)], 0.0)
+    assert "<pre>&gt; what &lt;b&gt;is&lt;/b&gt; said\nwhat is heard</pre>" in page

@@ -61,6 +61,14 @@ FEATURED += [
     ("context 2 × tensor 2", "encoder (BERT)"),
     ("tensor 2, whole sequences", "encoder (BERT, classes)"),
     ("fsdp 2", "encoder-decoder (Marian)"),
+    ("fsdp 2 × tensor 2 × pipeline 2", "encoder-decoder (Whisper)"),
+    ("context 2 × tensor 2", "encoder-decoder (Whisper)"),
+    ("context 2, ulysses", "encoder-decoder (audio, rope)"),
+    # CTC couples all vectors and all classes of an utterance.
+    ("tensor 4", "encoder (speech)"),
+    ("context 2 × tensor 2", "encoder (speech)"),
+    ("context 2, ring", "encoder (speech)"),
+    ("fsdp 2 × tensor 2 × pipeline 2", "encoder (speech)"),
 ]
 # A norm over heads that ranks share.
 FEATURED.append(("tensor 4", "decoder (OLMo 2)"))

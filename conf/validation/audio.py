@@ -1,0 +1,79 @@
+"""Validate models of audio, and training by CTC: pure functions that collect all problems."""
+
+from trainer.config.train import DataConfig, ModelConfig, TrainConfig, inputs_of, outputs_of
+
+
+def audio_problems(model: ModelConfig) -> list[str]:
+    """Return the problems of a model's audio, and of logits of CTC."""
+    found = []
+    if inputs_of(model) == "audio" and model.family == "decoder":
+        found.append(
+            "model.inputs=audio is for model.family=encoder and encoder_decoder, but model.family="
+            "decoder reads tokens; set model.inputs=auto"
+        )
+    if model.audio_stride == 3:
+        found.append("model.audio_stride=3 must be 2 or 4: a convolution halves; try 2, 4")
+    if model.audio_fill == "silence" and (inputs_of(model) != "audio" or not model.audio_positions):
+        found.append(
+            "model.audio_fill=silence fills audio up to model.audio_positions, but model.inputs="
+            f"{inputs_of(model)} and model.audio_positions={model.audio_positions}; set "
+            "model.audio_fill=mask, or model.audio_positions, e.g. 1500 vectors for 30 s"
+        )
+    if outputs_of(model) == "ctc" and (model.family, inputs_of(model)) != ("encoder", "audio"):
+        found.append(
+            "model.outputs=ctc is for model.family=encoder with model.inputs=audio, but they are "
+            f"{model.family} and {inputs_of(model)}; set model.outputs=auto"
+        )
+    if (model.family, inputs_of(model), outputs_of(model)) == ("encoder", "audio", "classes"):
+        found.append(
+            "model.inputs=audio of model.family=encoder is learned by CTC, but model.outputs="
+            f"{model.outputs} gives classes; set model.outputs=ctc"
+        )
+    return found
+
+
+def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
+    """Return the differences of a model's frames from those of the data."""
+    seconds = model.audio_positions * model.audio_stride / 100
+    found = []
+    if 0 < seconds < data.max_seconds:
+        found.append(
+            f"data.max_seconds={data.max_seconds:g} is more than model.audio_positions="
+            f"{model.audio_positions} hold; set data.max_seconds={seconds:g}"
+        )
+    return found + [
+        f"model.{key}={ours}, but data.{key}={theirs}; set data.{key}={ours}, or the model's as "
+        "the data's"
+        for key in ("mels", "audio_stride")
+        if (ours := getattr(model, key)) != (theirs := getattr(data, key))
+    ]
+
+
+def ctc_problems(config: TrainConfig) -> list[str]:
+    """Return the options of training that CTC has no meaning for."""
+    if outputs_of(config.model) != "ctc":
+        return []
+    found, compress = [], config.compress
+    if config.loss.label_smoothing:
+        found.append(
+            f"loss.label_smoothing={config.loss.label_smoothing:g} spreads the target of one "
+            "position, but model.outputs=ctc sums over alignments; set loss.label_smoothing=0"
+        )
+    if config.loss.chunks > 1:
+        found.append(
+            f"loss.chunks={config.loss.chunks} computes positions apart, but model.outputs=ctc "
+            "couples all of an utterance; set loss.chunks=1"
+        )
+    found += [
+        f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than data.audio_stride="
+        f"{config.data.audio_stride} was checked with, and model.outputs=ctc needs one for each "
+        f"character, in order; set compress.{key}=0, or a larger audio_stride of model and data"
+        for key in ("merge", "pool_after", "drop")
+        if getattr(compress, key)
+    ]
+    if compress.teacher:
+        found.append(
+            f"compress.teacher={compress.teacher} teaches classes one position at a time, but "
+            "alignments of two models by CTC differ; set compress.teacher= for none"
+        )
+    return found

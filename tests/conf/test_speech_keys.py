@@ -1,0 +1,51 @@
+"""What does not go with audio and CTC is refused, with the key."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from conf import schema
+from conf.validation.validate import fill_from_data, find_problems
+from parallel.errors import ConfigError
+from trainer.data import DataFacts
+
+CONF = Path(__file__).parents[2] / "conf"
+BAD = {
+    "model=gpt-tiny model.inputs=audio": "model.inputs=audio is for model.family=encoder and",
+    "model.audio_stride=3": "model.audio_stride=3 must be 2 or 4",
+    "model=vit-tiny model.outputs=ctc": "model.outputs=ctc is for model.family=encoder with",
+    "model.outputs=classes": "is learned by CTC, but model.outputs=classes gives classes; set "
+    "model.outputs=ctc",
+    "loss.label_smoothing=0.1": "set loss.label_smoothing=0",
+    "loss.chunks=2": "couples all of an utterance; set loss.chunks=1",
+    "compress=merge": "set compress.merge=0, or a larger audio_stride of model and data",
+    "compress.pool_after=1": "set compress.pool_after=0",
+    "compress.teacher=runs/other": "set compress.teacher= for none",
+}
+
+
+def configured(*overrides):
+    schema.register_schemas("now")
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return schema.build_config("train", compose("train", ["experiment=speech", *overrides]))
+
+
+@pytest.mark.parametrize("overrides", BAD)
+def test_what_does_not_go_with_speech_is_refused(overrides):
+    found = find_problems(configured(*overrides.split()), 1)
+    assert any(BAD[overrides] in problem for problem in found), found
+
+
+def test_the_frames_of_a_model_are_those_of_its_data():
+    config = configured("model.mels=80", "model.audio_stride=2")
+    with pytest.raises(ConfigError) as refused:
+        fill_from_data(config, DataFacts(vocab_size=30, mels=40))
+    assert refused.value.problems == [
+        "model.mels=80, but data.mels=40; set data.mels=80, or the model's as the data's",
+        "model.audio_stride=2, but data.audio_stride=4; set data.audio_stride=2, or the model's as "
+        "the data's",
+    ]
+    whole = replace(config, model=replace(config.model, mels=0, audio_stride=4))
+    assert fill_from_data(whole, DataFacts(vocab_size=30, mels=40)).model.mels == 40

@@ -1,0 +1,1 @@
+"""Speech: audio files read, and turned into features."""
