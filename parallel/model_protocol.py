@@ -91,6 +91,9 @@ class ParallelizableModel(Protocol):
     def flow_like(self, inputs: Inputs, block: int, cache: Any = None) -> Flow:
         """Return a block's inputs as meta tensors; for an index after the last, the logits."""
 
+    def output_length(self, inputs: Inputs) -> int | None:
+        """Return the number of positions that logits are of; None = of the sequence as a whole."""
+
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch at the local positions."""
 

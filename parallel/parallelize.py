@@ -89,8 +89,7 @@ def parallelize(
     ]
     for axis in (axes := [axis for axis in every if axis.degree > 1]):
         axis.prepare(model)
-    # 4. Recomputation repeats the collectives inside a block, not FSDP's around it.
-    # 5. One graph per block; the blocks are identical, so it is compiled once.
+    # 4. Recomputation repeats a block's own collectives. 5. Equal blocks are compiled once.
     recompute_and_compile(model, axes, activation_checkpointing, compile)
     # 6. FSDP shards the meta model, so that no rank ever holds the full model.
     (data := DataParallel(mesh, strategy, axes, parameters, compute)).prepare(model)

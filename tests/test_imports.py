@@ -125,7 +125,8 @@ trainer.compress_report: parallel.strategy trainer.config parallel.runtime paral
     parallel.rank_pool
 launch.compress_report: launch.cli trainer.compress_report
 trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
-    trainer.data trainer.metrics trainer.checkpoint trainer.run trainer.loss trainer.inference
+    trainer.data trainer.nn trainer.metrics trainer.checkpoint trainer.run trainer.loss
+    trainer.inference
 launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks

@@ -49,6 +49,7 @@ from trainer.resilience.supervisor import Supervisor, source_digest, supervise_r
 from trainer.state import TrainState, not_finite
 from trainer.tasks.evaluate import evaluate_model
 from trainer.tasks.registry import task_of
+from trainer.tasks.samples import make_samples
 from trainer.tasks.task import Decoding
 
 log = logging.getLogger(__name__)
@@ -353,18 +354,11 @@ def finish_run(run: Run) -> dict[str, float]:
 
 def show_sample(run: Run) -> None:
     """Show samples of the trained model's output, where its task has any."""
-    config, task = run.config, task_of(run.config.data)
-    if not config.metrics.sample_tokens:
+    if not run.config.metrics.sample_tokens:
         return
     try:
         with run.supervisor.watch.allow_long():
-            text = task.sample_output(
-                run.state.worker,
-                partial(open_tokenizer, data_of(config)),
-                partial(open_split, data_of(config)),
-                config.metrics.sample_tokens,
-                config.seed,
-            )
+            text = make_samples(run.config, run.state.worker)
         if text:
             run.recorder.log_sample(text)
     except UserError as error:  # the model has diverged

@@ -26,6 +26,7 @@ from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Block, Dropout
 from trainer.nn.positions import build_relative_biases
+from trainer.nn.queries import with_queries
 from trainer.nn.rotary import rotary_angles
 from trainer.nn.sequence import (
     Bias,
@@ -65,18 +66,14 @@ class Transformer(nn.Module):
         self.resizes: dict[int, Resize] = {}
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
         self.block_hooks: dict[str, BlockHook] = {}
-        # Set during a training step: add a loss sum over valid targets to the global mean loss
-        # and return it scaled accordingly.
+        # Set during a training step: adds a loss sum to the global mean, and returns it scaled.
         self.scale_auxiliary_loss: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the full model, also on a stage with fewer blocks
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = self.head_type(config)
         self.head: nn.Module | None = head
-        if (
-            config.tied
-            and isinstance(self.embed, TokenEmbedding)
-            and outputs_of(config) == "tokens"
-        ):
+        ties = config.tied and outputs_of(config) == "tokens"
+        if ties and isinstance(self.embed, TokenEmbedding):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
@@ -99,6 +96,7 @@ class Transformer(nn.Module):
         them; a stage without the last block returns the flow instead of logits.
         """
         resumes = cache is not None and cache.length > 0  # the memory is cached already
+        inputs = with_queries(inputs, self.config, self.training)
         streams = self._sequence_infos(inputs, cache)
         names = tuple(self.blocks) if blocks is None else blocks
         begins = int(names[0])
@@ -149,6 +147,7 @@ class Transformer(nn.Module):
 
         For `block` = depth, return the logits. With a cache, the memory is sent only once.
         """
+        inputs = with_queries(inputs, self.config, self.training)
         config, context = self.config, self.context if cache is None else FullContext()
         B, D = len(inputs["tokens" if self.decodes else self.embedding_type.source]), config.width
         lengths = self.sequence_lengths(inputs)
@@ -184,7 +183,7 @@ class Transformer(nn.Module):
 
     def sequence_lengths(self, inputs: Inputs) -> dict[str, int]:
         """Return the length of each sequence of a micro-batch, in the order of the blocks."""
-        lengths = {}
+        lengths, inputs = {}, with_queries(inputs, self.config, self.training)
         if self.encoder_depth:
             length = self._source(inputs).shape[1]
             lengths["source"] = self.embedding_type.sequence_length(self.config, length)
@@ -309,7 +308,7 @@ class Transformer(nn.Module):
             inputs["tokens"].device,
             seeds_B,
             token_positions(inputs, cache),
-            causal=True,
+            causal=not self.config.queries,
             documents_BS=inputs.get("documents"),
             start=0 if cache is None else cache.length,
         )
@@ -371,8 +370,14 @@ class Transformer(nn.Module):
         table = dict(self.relative_bias.items()).get(stream)
         return None if table is None else partial(table, self.dtype)
 
+    def output_length(self, inputs: Inputs) -> int | None:
+        """Return the number of positions that logits are of; None = of the sequence."""
+        lengths = self.sequence_lengths(inputs)
+        return None if self.head_type.pools else lengths["target" if self.decodes else "source"]
+
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
+        targets = self.head_type.position_targets(self.config, targets)
         return self.head_type.local_targets(targets, self.context)
 
     def _rotary_angles(
@@ -385,11 +390,11 @@ class Transformer(nn.Module):
 
 
 def _build_blocks(config: ModelConfig) -> list[Block]:
+    layers = range(config.layers)
     if config.family == "encoder":
-        return [Block(config, "source") for _ in range(config.layers)]
+        return [Block(config, "source") for _ in layers]
     if config.family == "decoder":
-        windows = (has_window(config, i) for i in range(config.layers))
-        return [Block(config, "target", windowed=windowed) for windowed in windows]
+        return [Block(config, "target", windowed=has_window(config, i)) for i in layers]
     depth = config.encoder_layers or config.layers
     encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
     return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]

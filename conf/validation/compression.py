@@ -2,6 +2,7 @@
 
 import math
 
+from conf.validation.detection import detection_compression_problems
 from conf.validation.layout import divisors_of
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
@@ -25,6 +26,8 @@ def compress_problems(
     found = _sharded_sequence_problems(asked, compress, strategy) + _pooling_problems(
         compress, model
     )
+    if boxes := detection_compression_problems(compress, model):
+        return boxes
     if model.family == "encoder":
         found += _patch_problems(compress, model)
     elif compress.drop:

@@ -23,6 +23,7 @@ from trainer.config.train import (
 )
 from trainer.config.verify import FAULT_AXES
 
+PICTURES = ("images", "detection")  # values of data.kind that data.seq_len says nothing of
 VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
 
 
@@ -32,7 +33,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     if isinstance(config, VerifyConfig):
         found += _fault_problems(config.fault, strategy, config.model)
     data = getattr(config, "data", None)
-    seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind != "images" else inf
+    seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind not in PICTURES else inf
     if seq_len < 2 * strategy.context > 2:
         found.append(
             f"strategy.context={strategy.context} gives each rank two pieces of every sequence, "

@@ -8,6 +8,7 @@ from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.attention import attention_problems
 from conf.validation.audio import audio_data_problems, audio_problems, ctc_problems
 from conf.validation.compression import compress_problems, match_problems
+from conf.validation.detection import detection_loss_problems, detector_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import (
     batch_problems,
@@ -53,7 +54,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "optim"):
         found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
-        found += _checkpoint_problems(config) + _teacher_problems(config) + ctc_problems(config)
+        found += _training_problems(config)
     if hasattr(config, "lora") and not any(key.startswith(("lora.", "model.")) for key in wrong):
         found += lora_problems(config)
     if isinstance(config, SubmitConfig) and not any("cluster." in key for key in wrong):
@@ -93,12 +94,16 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
     if inputs_of(model) == "patches":
         found = _image_problems(filled, facts)
         side = filled.image_size // filled.patch_size
-        filled = replace(filled, max_positions=side**2 + (model.pool == "class_token"))
+        filled = replace(
+            filled,
+            max_positions=side**2 + (model.pool == "class_token"),
+            vocab_size=model.queries * model.query_groups,
+        )
     else:
         found = _token_problems(filled, facts)
     if inputs_of(model) == "audio":
         found += audio_data_problems(filled, data)
-    if outputs_of(model) == "classes":
+    if outputs_of(model) in ("classes", "boxes"):
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
     if inputs_of(model) == "patches":  # other problems were found without the data
@@ -136,6 +141,11 @@ def _beta_problems(betas: list[float]) -> list[str]:
     if len(betas) == 2 and all(beta in interval for beta in betas):
         return []
     return [f"optim.betas={betas} must be two numbers, each {interval}, e.g. [0.9,0.95]"]
+
+
+def _training_problems(config: TrainConfig) -> list[str]:
+    found = _checkpoint_problems(config) + _teacher_problems(config) + ctc_problems(config)
+    return found + detection_loss_problems(config.model, config.loss)
 
 
 def _checkpoint_problems(config: TrainConfig) -> list[str]:
@@ -189,7 +199,8 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
         )
         return found
     found += attention_problems(model) + _position_problems(model)
-    return found + _ends(model) + _patch_problems(model) + audio_problems(model)
+    found += _ends(model) + detector_problems(model) + _patch_problems(model)
+    return found + audio_problems(model)
 
 
 def _position_problems(model: ModelConfig) -> list[str]:
@@ -226,7 +237,7 @@ def _position_problems(model: ModelConfig) -> list[str]:
 def _ends(model: ModelConfig) -> list[str]:
     """Return the problems of model.inputs and model.outputs for the model's family."""
     found = []
-    if inputs_of(model) == "patches" and model.family != "encoder":
+    if inputs_of(model) == "patches" and model.family != "encoder" and not model.queries:
         found.append(
             f"model.inputs=patches is for model.family=encoder, but model.family={model.family} "
             "reads tokens; set model.inputs=auto"
@@ -297,7 +308,7 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"model.outputs={outputs_of(model)} are not what data.kind={data.kind} teaches: set "
             f"model.outputs={reader.outputs}, or choose other data"
         ]
-    if data.kind != "images" and 0 < model.max_positions < data.seq_len:
+    if (reader is None or reader.inputs != "patches") and 0 < model.max_positions < data.seq_len:
         return [
             f"data.seq_len={data.seq_len} is more than model.max_positions={model.max_positions}; "
             f"set data.seq_len={model.max_positions} or less"
@@ -307,8 +318,16 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
 
 def _task_problems(config: VerifyConfig) -> list[str]:
     reader = READERS.get(config.task)  # None = that of the family
-    if reader is None or config.model.family in reader.families:
+    if reader is None or (
+        config.model.family in reader.families
+        and (config.task != "detection" or outputs_of(config.model) == "boxes")
+    ):
         return []
+    if config.model.family in reader.families:
+        return [
+            f"task={config.task} needs model.outputs={reader.outputs}, but it is "
+            f"{outputs_of(config.model)}; set model=detector-tiny, or task=auto"
+        ]
     return [
         f"task={config.task} needs model.family={' or '.join(reader.families)}, but it is "
         f"{config.model.family}; set task=auto"

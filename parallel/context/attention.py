@@ -44,6 +44,7 @@ class ContextParallel(ParallelAxis):
     shares = True
     ring = RingGeometry
     splits_loss = True
+    _model: ParallelizableModel
 
     def __init__(self, mesh: DeviceMesh, method: str):
         super().__init__(mesh)
@@ -53,13 +54,14 @@ class ContextParallel(ParallelAxis):
 
     def prepare(self, model: ParallelizableModel) -> None:
         """Make a model compute on this rank's positions of each sequence."""
-        model.context = self
+        model.context, self._model = self, model
 
     def gather_logits(self, logits: Tensor | None, inputs: Inputs, cache: Any) -> Tensor | None:
         """Return the logits of all positions; in generation (with a cache) they are complete."""
-        if logits is None or cache is not None or logits.dim() < 3:
-            return logits  # a classifier's logits have no position dim
-        return self.gather_sequence(logits, inputs["targets"].shape[1])
+        length = self._model.output_length(inputs)
+        if logits is None or cache is not None or length is None:
+            return logits
+        return self.gather_sequence(logits, length)
 
     def local_length(self, length: int) -> int:
         """Return the number of local positions of a sequence, including padding."""

@@ -29,6 +29,7 @@ FACTS = {
     "pairs": DataFacts(vocab_size=4096),
     "chat": DataFacts(vocab_size=2048),
     "speech": DataFacts(vocab_size=30, mels=40),
+    "detection": DataFacts(classes=10, image_size=64, channels=1),
 }
 # Counted in transformers 5.23, in the class and config that each shape is named after.
 PUBLISHED = {
@@ -90,6 +91,7 @@ def test_model_composes(model):
     of_audio = "transcription" if config.model.family == "encoder_decoder" else "speech"
     of_inputs = {"tokens": DATA_OF_TOKENS, "audio": [f"data={of_audio}"]}
     data = of_inputs.get(config.model.inputs, [f"data={DATA[config.model.family]}"])
+    data = ["data=fashion-canvas"] if config.model.outputs == "boxes" else data
     config = configured(f"model={model}", *data)
     assert find_problems(config, 1) == []
     if model in PUBLISHED:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from boxed import write_coco
 from forked import ROOT, call_in_fork, run_script
 from model_folder import write_model_folder
 from PIL import Image
@@ -262,6 +263,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     speech_data(folder / "my-recordings")
     write_model_folder(folder / "my-model", play)
+    write_coco(folder / "my-boxes", {"train": 8, "valid": 2, "test": 2})
     draw = np.random.default_rng(0)
     for number in range(60):
         picture = folder / "my-photos" / "ab"[number % 2] / f"{number}.png"

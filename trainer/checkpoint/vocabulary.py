@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from trainer.config.model import BOX_SIDES
 from trainer.data.dataset import DataFacts
 from trainer.data.record import TOKENIZER, read_record
 from trainer.data.tokenizer import Tokenizer
@@ -42,7 +43,10 @@ def map_vocabulary(there: str, facts: DataFacts, tokenizer: Tokenizer | None) ->
         {name: row for row, name in enumerate(names)}
         for names in (record.class_names, facts.class_names)
     )
-    return RowMapping("classes", _match_tokens(ours, theirs, len(ours)))
+    rows = _match_tokens(ours, theirs, len(ours))
+    if facts.kind == "detection":  # behind the classes are the sides of a box
+        rows += range(len(theirs), len(theirs) + BOX_SIDES)
+    return RowMapping("classes", rows)
 
 
 def _match_tokens(ours: dict[str, int], theirs: dict[str, int], size: int) -> list[int]:

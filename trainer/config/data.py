@@ -21,6 +21,7 @@ class DataConfig:
             "labelled_text": "label<TAB>text a line, family=encoder inputs=tokens",
             "speech": "recordings and what is said in them, family=encoder inputs=audio",
             "transcription": "the same, family=encoder_decoder inputs=audio",
+            "detection": "pictures with boxes",
         },
     )
     path: str = key(
@@ -82,7 +83,7 @@ class DataConfig:
     augment: bool = key(
         True,
         "Random changes while training: images are shifted and mirrored; speech has another "
-        "tempo and masks",
+        "tempo and masks; detection: data.flips, shift and zoom, or new scenes on a canvas",
     )
     sample_rate: int = key(
         16_000, "Speech: recordings are resampled to it", unit="Hz", at_least=1000, at_most=192_000
@@ -105,10 +106,36 @@ class DataConfig:
     time_mask: int = key(20, "Speech: widest of them", unit="frames", at_least=0)
     mel_masks: int = key(1, "Speech: ranges of mels masked by augment", off=0, at_least=0)
     mel_mask: int = key(8, "Speech: widest of them", unit="mels", at_least=0)
+    image_size: int = key(
+        256, "Detection: square that a picture is fitted into", unit="pixels a side", at_least=8
+    )
+    flips: str = key(
+        "horizontal",
+        "Detection: how a training sample is flipped at random",
+        choices={
+            "none": "",
+            "horizontal": "mirrored",
+            "both": "upside down too",
+            "turns": "quarter turns too, for pictures without an up",
+        },
+    )
+    zoom: float = key(
+        0.25,
+        "Detection: a training sample is scaled by up to 1 + this, or 1 / (1 + this)",
+        off=0.0,
+        at_least=0,
+    )
+    shift: float = key(
+        0.1,
+        "Detection: a training sample is shifted by up to this share of its side",
+        off=0.0,
+        at_least=0,
+        below=1,
+    )
     fields: list[str] = key([], "hf: columns to read", off=[], off_means="the usual names")
     on_bad_file: str = key(
         "stop",
-        "Action for an image or a recording that cannot be read",
+        "Action for an image or a recording that cannot be read or, detection, is missing",
         choices={"stop": "", "skip": "leave it out and log it"},
     )
     cache: str = key(".cache", "Folder of the prepared token files")

@@ -47,8 +47,8 @@ class GenerateConfig:
     run_dir: str = key("", "The run folder, whose config.yaml describes model and data")
     prompt: str = key(
         "",
-        "Text to continue, question, sentence to translate, .npy or .png to classify, or recording "
-        "to transcribe",
+        "Text to continue, question, sentence to translate, .npy or .png to classify, recording to "
+        "transcribe, or a picture to find objects in",
     )
     chat: bool = key(
         False, "Chat: a conversation, with a line of standard input for each of your turns"
@@ -71,6 +71,9 @@ class GenerateConfig:
     )
     beams: int = key(4, "Translation, speech: beam width", off=1, off_means="greedy", at_least=1)
     length_penalty: float = key(1.0, "Beam scores are divided by length ** this", at_least=0)
+    min_score: float = key(
+        0.3, "Detection: boxes of a lower score are not shown", at_least=0, at_most=1
+    )
     seed: int = key(0, "Seed of the sampling", at_least=0)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

@@ -20,6 +20,9 @@ class LossConfig:
         at_least=0,
         below=1,
     )
+    box_weight: float = key(
+        2.0, "Detection: weight of the boxes' overlap beside that of the classes", at_least=0
+    )
     chunks: int = key(
         1,
         "Chunks of a micro-batch whose logits are computed and freed one after another: less "

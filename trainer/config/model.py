@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from parallel.config_fields import key
 
+BOX_SIDES = 4  # logits of a box besides those of its classes
+
 
 @dataclass
 class ModelConfig:
@@ -30,6 +32,7 @@ class ModelConfig:
             "tokens": "at each position",
             "classes": "of the sequence",
             "ctc": "of a character or none, for each vector of audio, family=encoder",
+            "boxes": "a box and its classes at each patch, or for each of model.queries",
         },
     )
     layers: int = key(4, "Blocks of the decoder (of the encoder for family=encoder)", at_least=1)
@@ -240,6 +243,19 @@ class ModelConfig:
         2, "Frames of audio for one vector of the sequence, 2 or 4", at_least=2, at_most=4
     )
     classes: int = key(0, "Classes of the classifier", off=0, off_means="as the data's", at_least=0)
+    queries: int = key(
+        0,
+        "Learned queries of a decoder that gives boxes (DETR), a square number: each begins at its "
+        "place of a grid; family=encoder_decoder",
+        off=0,
+        at_least=0,
+    )
+    query_groups: int = key(
+        1,
+        "Groups of as many queries while training, each matched with all boxes by itself (Group "
+        "DETR); the first one is used afterwards",
+        at_least=1,
+    )
     pool: str = key("mean", "What the classifier reads", choices=("class_token", "mean"))
 
 
@@ -279,7 +295,7 @@ def longest_source(model: ModelConfig) -> int:
 
 
 def outputs_of(model: ModelConfig) -> str:
-    """Return the kind of the logits: tokens, at each position, or classes of the sequence."""
+    """Return the kind of the logits: tokens or boxes, at each position, or classes of all."""
     if model.outputs != "auto":
         return model.outputs
     return "classes" if model.family == "encoder" else "tokens"
@@ -303,5 +319,8 @@ def has_key_bias(model: ModelConfig) -> bool:
 
 
 def classes_of(model: ModelConfig) -> int:
-    """Return the number of classes that the logits of a completed model are of."""
-    return model.classes if outputs_of(model) == "classes" else model.vocab_size
+    """Return the number of logits at a position, or of a sequence, of a completed model."""
+    outputs = outputs_of(model)
+    if outputs == "boxes":
+        return model.classes + BOX_SIDES
+    return model.classes if outputs == "classes" else model.vocab_size

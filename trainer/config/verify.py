@@ -57,7 +57,11 @@ class VerifyConfig:
         "Task whose batches and loss are compared, a data.kind",
         choices={"auto": "that of model.family"}
         | dict.fromkeys(
-            ("text", "images", "pairs", "chat", "masked_text", "labelled_text", "transcription"), ""
+            (
+                *("text", "images", "pairs", "chat", "masked_text", "labelled_text"),
+                *("transcription", "detection"),
+            ),
+            "",
         ),
     )
     steps: int = key(3, "Optimizer steps compared", at_least=1)

@@ -11,6 +11,7 @@ from trainer.data import chat, images, labelled_text, masked_text, pairs, text
 from trainer.data import huggingface as hub
 from trainer.data.audio import speech, transcription
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
+from trainer.data.detection import reader as detection
 from trainer.data.files import locate_data
 from trainer.data.folders import SPLITS
 from trainer.data.reader import DataReader
@@ -37,6 +38,7 @@ READERS: dict[str, DataReader] = {
         labelled_text.READER,
         speech.READER,
         transcription.READER,
+        detection.READER,
     )
 }
 FINGERPRINT_SAMPLES = 64  # read of each split by `data_fingerprint`, at least

@@ -36,11 +36,11 @@ class DataFacts:
     classes: int = 0  # images
     image_size: int = 0  # images: pixels per side
     channels: int = 0  # images
-    mels: int = 0  # speech: values of a frame
     class_names: tuple[str, ...] = ()
     # Images: per channel, of pixels in [0, 1]. Speech: per mel.
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    mels: int = 0  # speech: values of a frame
     splits: dict[str, SplitFacts] = field(default_factory=dict)  # train, valid and test
     left_out: dict[str, str] = field(default_factory=dict)  # file or folder not read -> reason
     notes: tuple[str, ...] = ()  # remarks that the table shows

@@ -32,6 +32,8 @@ BUNDLED = {
     "home-assistant": ("pairs", "home-assistant-en-de"),
     "home-assistant-chats": ("chat", "home-assistant-chats"),
     "speech": ("speech", "speech"),
+    "fashion-canvas": ("detection", "fashion-mnist-6k.npz"),
+    "trees": ("detection", "trees"),
 }
 READ_AS = {"masked_text": "text", "transcription": "speech"}  # other kinds that read the same files
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")

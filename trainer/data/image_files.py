@@ -53,6 +53,10 @@ class ImageTable:
             )
         return pixels
 
+    def with_labels(self, rows: np.ndarray) -> "ImageTable":
+        """Return a table with the label rows[i] in place of label i."""
+        return replace(self, labels=rows[self.labels])
+
     def select_rows(self, order: np.ndarray) -> "ImageTable":
         """Return a table of these rows, in this order."""
         return replace(

@@ -37,7 +37,7 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
     record = build_folder(
         folder, lambda temporary: _measure_images(config, root, scanned, progress)
     )
-    known = _with_processor(config, record)
+    known = with_processor(config, record)
     splits = {
         split: SplitFacts(sources=tuple(entry["sources"]), samples=entry["samples"])
         for split, entry in record["splits"].items()
@@ -60,12 +60,12 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Images":
     scanned = _scan_root(root)
     record = load_prepared(_images_folder(config, root, scanned))
     table = _read_tables(config, root, scanned, record).tables[split]
-    known = _with_processor(config, record)
+    known = with_processor(config, record)
     rows = np.array([known["class_names"].index(name) for name in table.class_names])
-    return Images(replace(table, labels=rows[table.labels]), known, config.augment)
+    return Images(table.with_labels(rows), known, config.augment)
 
 
-def _with_processor(config: DataConfig, record: Record) -> Record:
+def with_processor(config: DataConfig, record: Record) -> Record:
     """Return the record with the classes and statistics of data.processor, if it is set."""
     if not config.processor:
         return record
@@ -73,7 +73,7 @@ def _with_processor(config: DataConfig, record: Record) -> Record:
     if theirs is None or not theirs.class_names:
         raise ConfigError(
             f"data.processor={config.processor} has no record of images; name the folder of a run, "
-            "or of an exported model, of data.kind=images"
+            f"or of an exported model, of data.kind={config.kind}"
         )
     shape = [theirs.image_size, theirs.image_size, theirs.channels]
     if list(record["shape"]) != shape:
@@ -199,13 +199,14 @@ def _read_tables(
             gallery.listing.left_out | checked.damaged,
             gallery.listing.notes + checked.notes,
         )
-    _hold_out(config, found)
+    hold_out_tables(config, found.tables, found.sources)
     return replace(found, tables={split: found.tables[split] for split in SPLITS})
 
 
-def _hold_out(config: DataConfig, found: _FoundTables) -> None:
+def hold_out_tables(
+    config: DataConfig, tables: dict[str, ImageTable], sources: dict[str, tuple[str, ...]]
+) -> None:
     """Cut the missing splits from the end of train, in the order of its table."""
-    tables = found.tables
     missing = [split for split in ("valid", "test") if split not in tables]
     train = tables["train"]
     count = round(len(train.labels) * config.held_out / max(1, len(missing)))
@@ -217,7 +218,7 @@ def _hold_out(config: DataConfig, found: _FoundTables) -> None:
     for split in missing:
         tables[split] = train.select_rows(train.order[-count:])
         train = tables["train"] = train.select_rows(train.order[:-count])
-        found.sources[split] = (f"{count:,} images of train",)
+        sources[split] = (f"{count:,} images of train",)
 
 
 def _measure_images(config: DataConfig, root: Path, scanned: Scanned, progress: bool) -> Record:

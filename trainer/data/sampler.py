@@ -93,8 +93,18 @@ def epoch_permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     Indices are sorted by a hash (splitmix64, Steele et al. 2014) rather than shuffled by numpy's
     generator, whose streams may change between versions, and with them a resumed run.
     """
-    z = np.arange(1, size + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(hash_to_seed(seed, epoch))
+    return np.argsort(_random_bits(hash_to_seed(seed, epoch), size), kind="stable")
+
+
+def uniform_draws(seed: int, count: int) -> np.ndarray:
+    """Return random numbers from 0 to 1 (count,) float64, a function of the seed only."""
+    return (_random_bits(seed, count) >> np.uint64(11)) * 2.0**-53
+
+
+def _random_bits(seed: int, count: int) -> np.ndarray:
+    """Return 64 random bits each (count,) uint64."""
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(seed)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.argsort(z ^ (z >> np.uint64(31)), kind="stable")
+    return np.asarray(z ^ (z >> np.uint64(31)))

@@ -10,6 +10,7 @@ from trainer.config.train import ModelConfig, inputs_of, is_encoder_decoder
 from trainer.nn.audio import AudioEmbedding
 from trainer.nn.layers import Dropout, Embedding, Linear, Norm
 from trainer.nn.positions import sinusoids
+from trainer.nn.queries import grid_sinusoids
 from trainer.nn.sequence import SequenceInfo
 
 
@@ -22,7 +23,7 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.tokens = Embedding(config.vocab_size, config.width)
         self.config = config
-        learned = config.positions == "learned"
+        learned = config.positions == "learned" and not config.queries
         self.positions = Embedding(config.max_positions, config.width) if learned else None
         self.segments = Embedding(config.segments, config.width) if config.segments else None
         self.norm = Norm(config) if config.embed_norm else nn.Identity()
@@ -59,6 +60,10 @@ class TokenEmbedding(nn.Module):
         """Return what the local positions add to the embedding; None = nothing."""
         if self.positions is not None:
             return self.positions(stream.context.take_local(positions_BS), dtype)
+        if self.config.queries:
+            numbers_BS = stream.context.take_local(positions_BS) % self.config.queries
+            like = positions_BS.new_empty((), dtype=dtype)
+            return grid_sinusoids(self.config.queries, self.config.width, like)[numbers_BS]
         if self.config.positions == "sinusoidal":
             return sinusoids(stream.context.take_local(positions_BS), self.config, dtype)
         return None
@@ -76,6 +81,7 @@ class PatchEmbedding(nn.Module):
         has_class_token = config.pool == "class_token"
         self.class_token = nn.Parameter(torch.empty(1, config.width)) if has_class_token else None
         self.positions = nn.Embedding(image_length(config), config.width)
+        self.finds_places = config.queries > 0  # by a decoder's queries
         self.dropout = Dropout(config.dropout)
 
     @staticmethod
@@ -96,6 +102,8 @@ class PatchEmbedding(nn.Module):
         if self.class_token is not None:
             first_B1D = self.class_token.to(dtype).expand(x_BPD.shape[0], 1, -1)
             x_BPD = torch.cat((first_B1D, x_BPD), dim=1)
+        if self.finds_places:
+            x_BPD = x_BPD + grid_sinusoids(x_BPD.shape[1], x_BPD.shape[2], x_BPD)
         x_BPD = stream.context.take_local(x_BPD + self.positions.weight.to(dtype))
         return self.dropout(stream.layout.local_positions(x_BPD), stream)
 

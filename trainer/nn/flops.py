@@ -99,6 +99,7 @@ def flops_per_block(
     Pipeline stages are balanced by these costs.
     """
     embedding, source_len = _embedding_flops(config, source_len)
+    seq_len = config.queries * config.query_groups or seq_len
     if config.family == "decoder":
         costs = [
             _block_multiply_adds(config, length) for length in lengths or config.layers * [seq_len]
@@ -114,7 +115,8 @@ def flops_per_block(
         cross = _attention_multiply_adds(config, seq_len, lengths[-1])
         encoder = [_block_multiply_adds(config, length) for length in lengths]
         costs = encoder + config.layers * [_block_multiply_adds(config, seq_len) + cross]
-    classified = 1 if outputs_of(config) == "classes" else seq_len
+    patches = outputs_of(config) == "boxes" and not config.queries
+    classified = 1 if outputs_of(config) == "classes" else source_len if patches else seq_len
     costs[-1] += classified * config.width * classes_of(config)
     if config.head_dense:  # at every position
         read = source_len if config.family == "encoder" else seq_len

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ModelConfig, classes_of, outputs_of
+from trainer.nn.boxes import patch_targets
 from trainer.nn.layers import ACTIVATIONS, Linear, Norm, final_norm
 from trainer.nn.sequence import Context, SequenceInfo
 
@@ -21,6 +22,7 @@ class Head(nn.Module):
 
     defers_output = False
     bias = False  # whether the projection has a bias
+    pools = False  # whether the logits are of the sequence, on every rank that shares it
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -63,6 +65,11 @@ class Head(nn.Module):
         return length, classes_of(config)
 
     @staticmethod
+    def position_targets(config: ModelConfig, targets: Tensor) -> Tensor:
+        """Return what each position learns, of the targets of the data."""
+        return targets
+
+    @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
         """Return the targets of the local positions; IGNORED where this rank's slice is padding."""
         if not context.shares:
@@ -77,6 +84,7 @@ class ClassifierHead(Head):
     """Classification head: pool the full sequence, then project to class logits."""
 
     bias = True
+    pools = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -131,9 +139,61 @@ class CTCHead(Head):
         return ClassifierHead.local_targets(targets_BS, context)
 
 
-OUTPUTS: dict[str, type[Head]] = {"tokens": Head, "classes": ClassifierHead, "ctc": CTCHead}
+class BoxHead(Head):
+    """Head of a dense detector: at each patch the logits of classes and a box (box_logits.py)."""
+
+    bias = True
+
+    @staticmethod
+    def position_targets(config: ModelConfig, targets_BN6: Tensor) -> Tensor:
+        """Return what each patch learns (B,P,6), of the boxes of the samples."""
+        return patch_targets(targets_BN6, config.image_size // config.patch_size)
+
+    @staticmethod
+    def local_targets(targets_BP6: Tensor, context: Context) -> Tensor:
+        """Return the targets of the local patches; IGNORED where this rank's slice is padding."""
+        if not context.shares:
+            return targets_BP6
+        patches = targets_BP6.shape[1]
+        real_S = context.local_positions(patches, targets_BP6.device) < patches
+        return torch.where(real_S[:, None], context.take_local(targets_BP6), float(IGNORED))
+
+
+class QueryHead(BoxHead):
+    """Head of a detector of sets (DETR): the logits of classes and a box for each query.
+
+    Matching couples the queries: in training every rank of the context axis has them all.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.queries = config.queries
+
+    def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
+        """Return the hidden states of all queries; of the local ones, in evaluation."""
+        return stream.context.gather_sequence(x_BSD, stream.total) if self.training else x_BSD
+
+    @staticmethod
+    def position_targets(config: ModelConfig, targets_BN6: Tensor) -> Tensor:
+        """Return the boxes: which query learns which is found by the loss."""
+        return targets_BN6
+
+    @staticmethod
+    def local_targets(targets_BN6: Tensor, context: Context) -> Tensor:
+        """Return the targets on the first context rank, else IGNORED: every rank has all logits."""
+        return ClassifierHead.local_targets(targets_BN6, context)
+
+
+OUTPUTS: dict[str, type[Head]] = {
+    "tokens": Head,
+    "classes": ClassifierHead,
+    "ctc": CTCHead,
+    "boxes": BoxHead,
+}
 
 
 def head_type(config: ModelConfig) -> type[Head]:
     """Return the class of a model's head."""
+    if config.queries and outputs_of(config) == "boxes":
+        return QueryHead
     return OUTPUTS[outputs_of(config)]

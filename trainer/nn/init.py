@@ -27,7 +27,7 @@ def _init_std(config: ModelConfig, name: str, shape: torch.Size) -> float | None
         return 0.0
     if config.init == "vit" and name == "head.output.weight":
         return 0.0
-    if name == "embed.patches.weight" or name.startswith(CONVOLUTIONS):
+    if name.endswith("patches.weight") or name.startswith(CONVOLUTIONS):
         # LeCun initialisation, as in the published ViT.
         return 1.0 / math.sqrt(shape[1])
     residual = name.endswith(("attention.output.weight", "feed_forward.down.weight"))

@@ -5,10 +5,10 @@
 TENSOR_LAYOUT = {
     "relative_bias.*": "column",  # a row per head
     "embed.tokens": "vocabulary",
-    "embed.positions": "sequence",
+    "embed*.positions": "sequence",
     "embed.segments": "sequence",
     "embed.norm": "sequence",
-    "embed.patches": "sequence",
+    "embed*.patches": "sequence",
     "embed.class_token": "sequence",
     "embed*.convolution_*": "sequence",
     **{

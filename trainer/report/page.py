@@ -19,7 +19,13 @@ from trainer.config.train import ConfigError
 from trainer.metrics.console import format_duration, format_number
 from trainer.metrics.goodput import LOST
 from trainer.metrics.jsonl import is_number
-from trainer.report.run_history import History, format_time, read_history, runs_in
+from trainer.report.run_history import (
+    History,
+    format_time,
+    read_history,
+    read_pictures,
+    runs_in,
+)
 from trainer.report.svg_chart import COLOURS, Curve, Mark, curve_figure, event_lanes
 
 NAME = "report.html"
@@ -107,6 +113,7 @@ def render_page(histories: Sequence[History], now: float) -> str:
         keys=list(dict.fromkeys([*different, *(key for config in configs for key in config)])),
         figures=_figures(names, histories),
         kinds=KINDS,
+        pictures=[(run, p) for run, h in enumerate(histories) for p in read_pictures(h.run_dir)],
         bars=[bar for run, history in enumerate(histories) for bar in _bars(run, history)],
         samples=[(run, h.sample) for run, h in enumerate(histories) if h.sample],
         events=[(run, event) for run, h in enumerate(histories) for event in h.events],

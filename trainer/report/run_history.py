@@ -5,6 +5,8 @@ only a folder without a run is refused.
 """
 
 import json
+from base64 import b64encode
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -16,10 +18,12 @@ from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
 from trainer.metrics.goodput import TimeLedger
 from trainer.metrics.goodput import read_ledger as read_goodput
 from trainer.metrics.jsonl import NAME, SAMPLE, is_number, read_lines
-from trainer.run.run_dir import saved_values
+from trainer.run.run_dir import SAMPLES, saved_values
 from trainer.run.status import Status, read_status
 
 LINES_NAMED = 5  # maximum number of unreadable lines to list
+MOST_SAMPLES, LARGEST_SAMPLE = 12, 2_000_000  # pictures of a run, bytes of one
+PNG = b"\x89PNG\r\n"
 HIDDEN = ("event", "step")  # keys of an unknown event that are not shown
 
 Line = dict[str, Any]
@@ -64,6 +68,25 @@ def runs_in(folder: Path) -> list[Path]:
     if (folder / "config.yaml").is_file():
         return [folder]
     return sorted(path.parent for path in folder.glob("*/config.yaml"))
+
+
+@dataclass(frozen=True)
+class SamplePicture:
+    """A picture of the trained model's output."""
+
+    name: str
+    content: str  # PNG, in base64
+
+
+def read_pictures(run_dir: Path) -> list[SamplePicture]:
+    """Return the sample pictures in a run's folder; those that cannot be read are left out."""
+    found = []
+    for path in sorted((run_dir / SAMPLES).glob("*.png"))[:MOST_SAMPLES]:
+        with suppress(OSError):
+            content = path.read_bytes()
+            if content.startswith(PNG) and len(content) <= LARGEST_SAMPLE:
+                found.append(SamplePicture(path.stem, b64encode(content).decode()))
+    return found
 
 
 def read_history(run_dir: Path) -> History:

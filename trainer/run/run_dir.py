@@ -22,6 +22,7 @@ from trainer.run.free_text import escape_text, unescape_text
 from trainer.run.lock import hold_lock
 from trainer.run.status import read_status
 
+SAMPLES = "samples"  # folder of pictures that a report shows
 EXPORTED = "model.safetensors"  # marks the folder of an exported model
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from parallel.parallel_model import MicroBatch, ParallelModel
 from trainer.config.loss import IGNORED
-from trainer.config.train import ConfigError, GenerateConfig, ModelConfig, inputs_of
+from trainer.config.train import ConfigError, GenerateConfig, ModelConfig, inputs_of, outputs_of
 from trainer.data import Dataset, open_split, prepare_data
 from trainer.data.image_files import decode_image
 from trainer.data.images import standardize_images
@@ -30,8 +30,8 @@ class ImageClassification(Task):
     unit = "img"
 
     def fits(self, model: ModelConfig) -> bool:
-        """Return whether the model reads patches."""
-        return inputs_of(model) == "patches"
+        """Return whether the model reads patches, and gives classes."""
+        return (inputs_of(model), outputs_of(model)) == ("patches", "classes")
 
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None

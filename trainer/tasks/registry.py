@@ -2,6 +2,7 @@
 
 from trainer.config.train import DataConfig, ModelConfig
 from trainer.tasks.chat import Chat
+from trainer.tasks.detection import Detection
 from trainer.tasks.image_classification import ImageClassification
 from trainer.tasks.language import LanguageModeling
 from trainer.tasks.masked_language import MaskedLanguageModeling
@@ -22,6 +23,7 @@ TASKS: dict[str, Task] = {
         TextClassification(),
         SpeechRecognition(),
         Transcription(),
+        Detection(),
     )
 }
 

@@ -92,3 +92,12 @@ class Task(CrossEntropy, ABC):
     ) -> str:
         """Return a sample of the model's output to show at the end of a run; empty = none."""
         return ""
+
+    def sample_pictures(
+        self, worker: ParallelModel, open_split: Callable[[str], Dataset]
+    ) -> dict[str, bytes]:
+        """Return PNG files of the model's output by name, which a report shows; none by default.
+
+        All ranks must call it.
+        """
+        return {}

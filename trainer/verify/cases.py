@@ -44,6 +44,21 @@ FAMILIES = {
     ),
     "encoder-decoder": ModelConfig(family="encoder_decoder", activation="relu"),
 }
+# Detectors, also under every strategy.
+DETECTORS = {
+    "encoder (detector)": ModelConfig(
+        family="encoder", outputs="boxes", positions="learned", tied=False
+    ),
+    "encoder-decoder (DETR)": ModelConfig(
+        family="encoder_decoder",
+        inputs="patches",
+        outputs="boxes",
+        positions="learned",
+        queries=16,
+        query_groups=3,
+        tied=False,
+    ),
+}
 STRATEGIES = {
     "ddp 2": StrategyConfig(replicate=2),
     "ddp 4": StrategyConfig(replicate=4),
@@ -149,7 +164,9 @@ def scale_down(
         ffn_width=_round_to_multiple(
             width * model.ffn_width / model.width, 8 * tensor if groups else 1
         ),
-        vocab_size=61,
+        vocab_size=4 * min(model.query_groups, 2) if model.queries else 61,
+        queries=min(model.queries, 4),
+        query_groups=min(model.query_groups, 2),
         max_positions=SEQ_LEN,
         dropout=0.1,
         image_size=8,
@@ -218,6 +235,10 @@ COMPRESSED = {
         "int2, sparse": CompressConfig(bits=2, group=8, sparse_n=2),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.3),
     },
+    "encoder (detector)": {
+        "int8": CompressConfig(bits=8),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+    },
     "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
 }
 
@@ -243,7 +264,7 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
 
     Adapters are verified under every strategy, on the families in turn.
     """
-    for family, model in FAMILIES.items():
+    for family, model in (FAMILIES | DETECTORS).items():
         for name, strategy in STRATEGIES.items():
             yield family, name, VerifyConfig(strategy, model)
     for family, model in FEATURES.items():
@@ -257,7 +278,7 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
         for technique, compress in techniques.items():
             for name in _strategy_names(compress):
                 strategy = STRATEGIES.get(name, StrategyConfig())
-                config = VerifyConfig(strategy, FAMILIES[family], compress)
+                config = VerifyConfig(strategy, (FAMILIES | DETECTORS)[family], compress)
                 yield f"{family}, {technique}", name, config
     for number, (name, strategy) in enumerate(STRATEGIES.items()):
         family = list(FAMILIES)[(number + 1) % len(FAMILIES)]

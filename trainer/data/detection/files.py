@@ -1,0 +1,118 @@
+"""Find the annotations of a folder: COCO's, Pascal VOC's or YOLO's, of one kind."""
+
+from dataclasses import replace
+from hashlib import blake2b
+from pathlib import Path
+
+from trainer.config.train import DataConfig, DataError
+from trainer.data.detection.annotations import (
+    AnnotatedPicture,
+    Annotations,
+    PictureIndex,
+    first_names,
+    require_train,
+)
+from trainer.data.detection.coco import load_coco, read_coco
+from trainer.data.detection.voc import LISTS, load_voc, read_voc
+from trainer.data.detection.yolo import NAMES, class_names, label_files, read_yolo
+from trainer.data.folders import Entry, scan_folder
+
+
+def read_annotations(config: DataConfig, root: Path) -> Annotations:
+    """Return the annotations at data.path, a folder or one json file; raises DataError."""
+    where = f"data.path={config.path}"
+    top, left_out = scan_folder(root.parent if root.is_file() else root)
+    files = [entry for entry in top.iter_files() if root.is_dir() or entry.path == root]
+    index = PictureIndex(top)
+    coco = [
+        (entry, content)
+        for entry in files
+        if entry.suffix == ".json" and (content := load_coco(entry)) is not None
+    ]
+    voc = [
+        (entry, annotation)
+        for entry in files
+        if entry.suffix == ".xml" and (annotation := load_voc(entry)) is not None
+    ]
+    texts = {entry.relative: entry for entry in files if entry.suffix == ".txt"}
+    labels = label_files(index, {p: e for p, e in texts.items() if e.name.lower() not in NAMES})
+    _refuse_mixture(where, [e for e, _ in coco], [e for e, _ in voc], list(labels.values()))
+    if coco:
+        found = read_coco(coco, index)
+    elif voc:
+        lists = [entry for place, entry in texts.items() if f"/{place}".count(f"/{LISTS}/")]
+        found = read_voc(voc, index, lists)
+    else:
+        found = read_yolo(index, labels, class_names(files))
+    require_train(where, found.splits)
+    _refuse_twice(where, found)
+    _refuse_unknown(where, found)
+    return _hold_out(config, replace(found, left_out=left_out | found.left_out))
+
+
+def _refuse_mixture(where: str, coco: list[Entry], voc: list[Entry], yolo: list[Entry]) -> None:
+    kinds = {"COCO": coco, "Pascal VOC": voc, "YOLO": yolo}
+    found = {
+        kind: first_names(entry.relative for entry in entries)
+        for kind, entries in kinds.items()
+        if entries
+    }
+    if not found:
+        raise DataError(
+            f"{where} holds no boxes: data.kind=detection reads COCO's json files (train.json, "
+            "valid.json, test.json), Pascal VOC's XML files, or YOLO's text files with a folder of "
+            "pictures"
+        )
+    if len(found) > 1:
+        told = " and ".join(f"{kind}'s annotations ({names})" for kind, names in found.items())
+        raise DataError(
+            f"{where} holds {told}, which may be the same boxes twice; keep those of one kind"
+        )
+
+
+def _refuse_twice(where: str, found: Annotations) -> None:
+    """Raise DataError if a picture is in two splits."""
+    seen: dict[Path, str] = {}
+    for split, pictures in found.splits.items():
+        for picture in pictures:
+            first = seen.setdefault(picture.path or Path(picture.name), split)
+            if first != split:
+                raise DataError(
+                    f"{where}: {picture.name} is in the {first} split and in the {split} split; a "
+                    "picture must be in one"
+                )
+
+
+def _refuse_unknown(where: str, found: Annotations) -> None:
+    """Raise DataError if a split has boxes of a class that train has not."""
+    if not found.class_names:
+        raise DataError(f"{where} has no box in the train split, and no class; annotate some")
+    for split, pictures in found.splits.items():
+        others = sorted({name for picture in pictures for name in picture.classes})
+        if unknown := [name for name in others if name not in found.class_names]:
+            raise DataError(
+                f"{where}: {first_names(unknown)} of the {split} split is not a class of the "
+                f"train split, which has {first_names(found.class_names)}"
+            )
+
+
+def _hold_out(config: DataConfig, found: Annotations) -> Annotations:
+    """Cut missing splits from train, by a hash of the pictures' names."""
+    splits, sources = dict(found.splits), dict(found.sources)
+    missing = [split for split in ("valid", "test") if split not in splits]
+    train = sorted(splits["train"], key=_hash_of) if missing else splits["train"]
+    count = round(len(train) * config.held_out / max(1, len(missing)))
+    if missing and not 0 < count * len(missing) < len(train):
+        raise DataError(
+            f"data.held_out={config.held_out} of {len(train)} pictures leaves none for one of "
+            f"train, {', '.join(missing)}; change data.held_out or give more pictures"
+        )
+    for split in missing:
+        splits[split], train = train[-count:], train[:-count]
+        sources[split] = (f"{count:,} pictures of train",)
+    ordered = {split: splits[split] for split in ("train", "valid", "test")}
+    return replace(found, splits=ordered | {"train": train}, sources=sources)
+
+
+def _hash_of(picture: AnnotatedPicture) -> bytes:
+    return blake2b(picture.name.encode("utf-8", "surrogateescape"), digest_size=8).digest()
