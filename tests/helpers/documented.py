@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+import soundfile
 from boxed import write_coco
 from forked import ROOT, call_in_fork, run_script
 from model_folder import write_model_folder
 from PIL import Image
 from tiny import speech_data
+from whisper_folder import RATE, make_tone, write_whisper_folder
 
 from launch.cli import entrypoint
 from trainer.verify import compare
@@ -146,7 +148,7 @@ class Documented:
         more = list(SHORT.get(self.script, []))
         if self.script == "launch/train.py":
             more.append(f"run_dir=runs/unnamed-{number}")
-            if "init_from=my-model" not in given:  # which has a depth of its own
+            if "init_from=my-" not in text:  # a folder that has a depth of its own
                 more.append("model.layers=2")
         if re.search("data.path=(my-book|my-corpus|my-pairs|my-chats|my-labels|FOLDER)", text):
             more += SMALL_DATA
@@ -263,6 +265,8 @@ def make_inputs(folder: Path) -> None:
     (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     speech_data(folder / "my-recordings")
     write_model_folder(folder / "my-model", play)
+    write_whisper_folder(folder / "my-whisper")
+    soundfile.write(folder / "file.wav", make_tone(1.0), RATE)
     write_coco(folder / "my-boxes", {"train": 8, "valid": 2, "test": 2})
     draw = np.random.default_rng(0)
     for number in range(60):

@@ -205,7 +205,8 @@ MISTAKES = {
     "optim.lr=fast": "optim.lr=fast must be a number",
     "optim.betas=3": "optim.betas=3 must be a list of numbers, e.g. [0.9,0.95]",
     "compile=maybe": "compile=maybe must be true or false",
-    "loss=1": "loss=1: loss is a section; set its keys: loss.label_smoothing, loss.chunks",
+    "loss=1": "loss=1: loss is a section; set its keys: loss.label_smoothing, "
+    "loss.box_weight, loss.chunks",
     "optim.lr=[1": "cannot read optim.lr=[1: no viable alternative at input '[1'; "
     "write KEY=VALUE, quoted for the shell",
     "+steps=1": "steps exists; write steps=VALUE without +",

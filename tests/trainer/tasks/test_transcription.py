@@ -9,8 +9,18 @@ import pytest
 import soundfile
 import torch
 import transformers
-from reference_models import build_reference
 from transformers import WhisperFeatureExtractor
+from whisper_folder import (
+    BANNED,
+    FIRST,
+    POSITIONS,
+    RATE,
+    SILENT,
+    START,
+    WORDS,
+    make_tone,
+    write_whisper_folder,
+)
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError, GenerateConfig, ModelConfig
@@ -24,54 +34,10 @@ from trainer.nn.audio import fill_with_silence
 from trainer.tasks.registry import task_of
 from trainer.tasks.transcription import plain_words
 
-WORDS = ["press", "one", "to", "list", "users", "two", "to", "mute", "all", "three"]
-RATE, POSITIONS = 16_000, 100  # windows of two seconds
-START, SILENT, BANNED, FIRST = 278, 279, 7, 220
-
-
-def tone(seconds: float, seed: int = 0) -> np.ndarray:
-    draw, time = np.random.default_rng(seed), np.arange(int(RATE * seconds)) / RATE
-    pitch = np.repeat(draw.uniform(200, 3000, 1 + len(time) // 2000), 2000)[: len(time)]
-    return (0.5 * np.sin(2 * np.pi * pitch * time)).astype(np.float32)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A Whisper of random weights with a tokenizer, as transformers writes it."""
-    folder = tmp_path_factory.mktemp("whisper")
-    theirs = build_reference(
-        "WhisperForConditionalGeneration",
-        "WhisperConfig",
-        vocab_size=280,
-        num_mel_bins=80,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_source_positions=POSITIONS,
-        max_target_positions=40,
-        decoder_start_token_id=START,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    with torch.no_grad():
-        theirs.model.decoder.embed_positions.weight.mul_(20)
-    theirs.float().save_pretrained(folder)
-    Tokenizer.train([" ".join(WORDS) * 40], 280).save(folder / "tokenizer.json")
-    generation = {
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "bos_token_id": 0,
-        "no_timestamps_token_id": SILENT,
-        "suppress_tokens": [BANNED],
-        "begin_suppress_tokens": [FIRST, 0],
-    }
-    (folder / "generation_config.json").write_text(json.dumps(generation))
-    return folder
+    return write_whisper_folder(tmp_path_factory.mktemp("parent") / "whisper")
 
 
 def their_tokens(folder: Path, samples_N: np.ndarray, count: int) -> list[int]:
@@ -97,7 +63,7 @@ def generate(runtime, folder: Path, prompt: str) -> str:
 
 
 def test_a_recording_is_transcribed_as_by_transformers(ranks, folder, tmp_path):
-    samples_N = tone(1.3)
+    samples_N = make_tone(1.3)
     soundfile.write(tmp_path / "said.wav", samples_N, RATE, subtype="FLOAT")
     expected = their_tokens(folder, samples_N, 12)
     assert len(set(expected)) > 3
@@ -115,23 +81,25 @@ def test_an_exported_folder_makes_the_same_frames_in_transformers(ranks, folder,
     assert (again.chunk_length, again.n_samples, again.hop_length) == (2, 2 * RATE, 160)
     model = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path / "out")
     assert model.generation_config.suppress_tokens == [BANNED]
-    frames = again(tone(1.0), sampling_rate=RATE, return_tensors="pt").input_features
+    frames = again(make_tone(1.0), sampling_rate=RATE, return_tensors="pt").input_features
     first = WhisperFeatureExtractor(chunk_length=2)
-    assert frames.equal(first(tone(1.0), sampling_rate=RATE, return_tensors="pt").input_features)
+    assert frames.equal(
+        first(make_tone(1.0), sampling_rate=RATE, return_tensors="pt").input_features
+    )
 
 
 def test_a_model_fills_windows_with_what_silence_is():
     model = ModelConfig(inputs="audio", mels=80, audio_positions=POSITIONS, audio_fill="silence")
     data, window = DataConfig(kind="transcription"), RATE * 2
     extractor = WhisperFeatureExtractor(chunk_length=2)
-    parts = [window_frames(tone(seconds, 1), window, data) for seconds in (1.3, 0.7)]
+    parts = [window_frames(make_tone(seconds, 1), window, data) for seconds in (1.3, 0.7)]
     longest = max(len(frames_FM) for frames_FM in parts)
     padded = [np.pad(frames_FM, ((0, longest - len(frames_FM)), (0, 0))) for frames_FM in parts]
     lengths = torch.tensor([[len(frames_FM) // 2] for frames_FM in parts])
     valid_BT = torch.arange(longest // 2) < lengths
     ours_BFM = fill_with_silence(torch.from_numpy(np.stack(padded)), valid_BT, model)
     for ours_FM, seconds in zip(ours_BFM, (1.3, 0.7), strict=True):
-        theirs = extractor(tone(seconds, 1), sampling_rate=RATE, return_tensors="pt")
+        theirs = extractor(make_tone(seconds, 1), sampling_rate=RATE, return_tensors="pt")
         torch.testing.assert_close(ours_FM, theirs.input_features[0].T, rtol=0, atol=1e-4)
 
 
@@ -140,7 +108,9 @@ def speech(tmp_path) -> Path:
     (tmp_path / "audio").mkdir()
     lines = []
     for number in range(6):
-        soundfile.write(tmp_path / f"audio/{number}.wav", tone(0.5 + 0.5 * number, number), RATE)
+        soundfile.write(
+            tmp_path / f"audio/{number}.wav", make_tone(0.5 + 0.5 * number, number), RATE
+        )
         lines.append(f"audio/{number}.wav\t{' '.join(WORDS[number : number + 4])}\n")
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.tsv").write_text("".join(lines))
@@ -202,9 +172,9 @@ class Hearing:
 
 def test_long_recordings_are_read_in_windows():
     data, hearing = DataConfig(kind="transcription", max_seconds=2.0), Hearing()
-    said = transcribe_recording(None, hearing, tone(4.5), data, 12)
+    said = transcribe_recording(None, hearing, make_tone(4.5), data, 12)
     assert said == str(list(range(9))) and hearing.windows == 4
-    assert transcribe_recording(None, Hearing(), tone(2.0), data, 12) == str(list(range(4)))
+    assert transcribe_recording(None, Hearing(), make_tone(2.0), data, 12) == str(list(range(4)))
 
 
 def test_words_are_compared_without_case_and_punctuation():
