@@ -265,7 +265,7 @@ def make_inputs(folder: Path) -> None:
     (folder / "my-chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     speech_data(folder / "my-recordings")
     write_model_folder(folder / "my-model", play)
-    write_whisper_folder(folder / "my-whisper")
+    write_whisper_folder(folder / "my-whisper", positions=1500, text_positions=256)
     soundfile.write(folder / "file.wav", make_tone(1.0), RATE)
     write_coco(folder / "my-boxes", {"train": 8, "valid": 2, "test": 2})
     draw = np.random.default_rng(0)

@@ -21,7 +21,9 @@ def make_tone(seconds: float, seed: int = 0) -> np.ndarray:
     return (0.5 * np.sin(2 * np.pi * pitch * time)).astype(np.float32)
 
 
-def write_whisper_folder(folder: Path) -> Path:
+def write_whisper_folder(
+    folder: Path, positions: int = POSITIONS, text_positions: int = 40
+) -> Path:
     """Write the folder, with a tokenizer and the tokens that are never written; return it."""
     folder.mkdir()
     theirs = build_reference(
@@ -36,8 +38,8 @@ def write_whisper_folder(folder: Path) -> Path:
         decoder_attention_heads=4,
         encoder_ffn_dim=64,
         decoder_ffn_dim=64,
-        max_source_positions=POSITIONS,
-        max_target_positions=40,
+        max_source_positions=positions,
+        max_target_positions=text_positions,
         decoder_start_token_id=START,
         pad_token_id=0,
         bos_token_id=0,
