@@ -60,8 +60,9 @@ class BeamSearch:
         B, K = self._total_BK.shape
         V = logits_RV.shape[-1]
         precise = torch.promote_types(logits_RV.dtype, torch.float32)
-        logits_RV[:, self._banned[self._tokens_BKL.shape[2] == 0]] = -torch.inf
-        step_BKV = logits_RV.to(precise).log_softmax(-1).view(B, K, V)
+        precise_RV = logits_RV.to(precise, copy=True)
+        precise_RV[:, self._banned[self._tokens_BKL.shape[2] == 0]] = -torch.inf
+        step_BKV = precise_RV.log_softmax(-1).view(B, K, V)
         # Each beam ends in at most one candidate per end token: of the others at least K are left.
         candidates = min((1 + len(self._ends)) * K, K * V)
         total_BC, choice_BC = (self._total_BK[:, :, None] + step_BKV).flatten(1).topk(candidates)
