@@ -1,4 +1,4 @@
-"""What does not go with audio and CTC is refused, with the key."""
+"""Refuse what does not go with audio and CTC, with the key."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,9 @@
-"""Metrics of classification losses: loss, accuracy, perplexity."""
+"""Metrics that tasks share: loss, accuracy, perplexity; texts beside their references."""
 
 import math
+from collections.abc import Callable, Mapping
 
+import jiwer
 import torch
 from torch import Tensor
 
@@ -32,6 +34,23 @@ class CrossEntropyMetrics:
         nats, targets, correct = self._worker.sum_over_data(self._totals.clone()).tolist()
         loss = nats / targets
         return loss, math.nan if math.isnan(loss) else correct / targets
+
+
+def gather_texts(
+    worker: ParallelModel, texts: Mapping[int, str], reference_of: Callable[[int], str]
+) -> tuple[list[str], list[str]]:
+    """Return the references and the texts of all ranks, which have them by the sample's index."""
+    found: dict[int, str] = {}
+    for part in worker.gather_data_ranks(texts):
+        found |= part
+    return [reference_of(index) for index in found], list(found.values())
+
+
+def error_rates(loss: float, said: list[str], heard: list[str]) -> dict[str, float]:
+    """Return the shares of wrong words and characters (jiwer's), NaN as the loss."""
+    if math.isnan(loss):
+        return {"wer": math.nan, "cer": math.nan}
+    return {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
 
 
 def perplexity(loss: float) -> float:

@@ -1,11 +1,9 @@
 """Speech recognition: transcribe recordings by CTC."""
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import jiwer
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,6 +29,7 @@ from trainer.inference.ctc_decoding import decode_logits, join_windows, window_b
 from trainer.inference.sampling import check_finite
 from trainer.inference.trained_run import TrainedRun
 from trainer.loss import CTC, ctc_sum
+from trainer.tasks.metrics import error_rates, gather_texts
 from trainer.tasks.task import Decoding, Task
 
 SHOWN = 5  # transcripts at the end of a run
@@ -147,14 +146,9 @@ class SpeechMetrics:
     def compute(self) -> dict[str, float]:
         """Return the metrics over all ranks."""
         nats, count = self._worker.sum_over_data(self._totals.clone()).tolist()
-        loss, found = nats / count, dict[int, str]()
-        for part in self._worker.gather_data_ranks(self._transcripts):
-            found |= part
-        if math.isnan(loss):
-            return {"eval_loss": loss, "wer": math.nan, "cer": math.nan}
-        said = [self._dataset.target_text(index) for index in found]
-        heard = list(found.values())
-        return {"eval_loss": loss, "wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+        loss = nats / count
+        said, heard = gather_texts(self._worker, self._transcripts, self._dataset.target_text)
+        return {"eval_loss": loss} | error_rates(loss, said, heard)
 
 
 def text_of(ids: Sequence[int], tokenizer: Tokenizer) -> str:

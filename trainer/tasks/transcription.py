@@ -1,11 +1,9 @@
 """Transcription: predict the next token of what is said in a recording (Whisper)."""
 
-import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-import jiwer
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from trainer.data.tokenizer import Tokenizer
 from trainer.inference.trained_run import TrainedRun
 from trainer.inference.transcripts import Decoder, transcribe_recording
 from trainer.tasks.language import random_targets
-from trainer.tasks.metrics import CrossEntropyMetrics, perplexity
+from trainer.tasks.metrics import CrossEntropyMetrics, error_rates, gather_texts, perplexity
 from trainer.tasks.task import Decoding, Task
 
 SHOWN = 5  # transcripts at the end of a run
@@ -123,14 +121,9 @@ class TranscriptionMetrics(CrossEntropyMetrics):
         values = {"eval_loss": loss, "perplexity": perplexity(loss)}
         if self._decoder is None:
             return values
-        found = dict[int, str]()
-        for part in self._worker.gather_data_ranks(self._transcripts):
-            found |= part
-        said = [plain_words(self._dataset.target_text(index)) for index in found]
-        heard = list(map(plain_words, found.values()))
-        if math.isnan(loss):
-            return values | {"wer": math.nan, "cer": math.nan}
-        return values | {"wer": jiwer.wer(said, heard), "cer": jiwer.cer(said, heard)}
+        texts = gather_texts(self._worker, self._transcripts, self._dataset.target_text)
+        said, heard = (list(map(plain_words, part)) for part in texts)
+        return values | error_rates(loss, said, heard)
 
 
 def plain_words(text: str) -> str:

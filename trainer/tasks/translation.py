@@ -20,7 +20,7 @@ from trainer.inference.beam_search import translate_tokens
 from trainer.inference.sampling import check_finite
 from trainer.inference.trained_run import TrainedRun, unwrap_transformer
 from trainer.tasks.language import random_targets
-from trainer.tasks.metrics import CrossEntropyMetrics, perplexity
+from trainer.tasks.metrics import CrossEntropyMetrics, gather_texts, perplexity
 from trainer.tasks.task import Decoding, Task
 
 
@@ -135,11 +135,9 @@ class TranslationMetrics(CrossEntropyMetrics):
 
     def _bleu(self) -> float:
         """Return BLEU over all ranks, as sacreBLEU (arXiv 1804.08771) defines it."""
-        found: dict[int, str] = {}
-        for part in self._worker.gather_data_ranks(self._translations):
-            found |= part
-        references = [self._dataset.target_text(index) for index in found]
-        return float(sacrebleu.corpus_bleu(list(found.values()), [references]).score)
+        found = gather_texts(self._worker, self._translations, self._dataset.target_text)
+        references, translations = found
+        return float(sacrebleu.corpus_bleu(translations, [references]).score)
 
 
 def bleu_signature() -> str:

@@ -27,7 +27,7 @@ ENCODER = ModelConfig(
 
 
 def embed(model: Transformer, frames_BFM: torch.Tensor, valid_BS=None) -> torch.Tensor:
-    """What the first block reads."""
+    """Return what the first block reads."""
     inputs = {"frames": frames_BFM} | ({} if valid_BS is None else {"source_valid": valid_BS})
     return model._embed_inputs(inputs, model._sequence_infos(inputs, None), None)[0]
 

@@ -109,13 +109,14 @@ def refuse_rows(config: DataConfig, folder: Path, rows: HubRows) -> None:
     )
 
 
+HUB_FORMAT = HubFormat((("path", "audio"), ("transcript", "sentence", "text")), refuse_rows)
 READER = DataReader(
     "speech",
     ("encoder",),
     "audio",
     prepare_splits,
     open_split,
-    HubFormat((("path", "audio"), ("transcript", "sentence", "text")), refuse_rows),
+    HUB_FORMAT,
     find_problems=find_problems,
     open_tokenizer=open_tokenizer,
     outputs="ctc",

@@ -12,7 +12,7 @@ import numpy as np
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.audio import speech
-from trainer.data.audio.speech import find_problems, refuse_rows
+from trainer.data.audio.speech import HUB_FORMAT, find_problems
 from trainer.data.audio.utterances import (
     FRAMES_PER_SECOND,
     Prepared,
@@ -27,7 +27,7 @@ from trainer.data.audio.utterances import (
 )
 from trainer.data.dataset import DataFacts, Sample
 from trainer.data.pairs import pad_rows
-from trainer.data.reader import DataReader, HubFormat
+from trainer.data.reader import DataReader
 from trainer.data.tokenized import find_tokenizer
 from trainer.data.tokenizer import Tokenizer
 
@@ -36,9 +36,10 @@ def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> Da
     """Compute features and ids into `data.cache`, unless already done; raises UserError."""
     config = _as_speech(config)
     prepared = prepare_utterances(config, root, progress)
+    tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
     splits = {}
     for split, parts in prepared.parts.items():
-        rows = _rows_that_fit(config, prepared, split)
+        rows = _rows_that_fit(config, prepared, split, tokenizer)
         splits[split] = split_facts(parts, root, prepared, split, rows)
     return facts_of(config, root, prepared, splits)
 
@@ -48,7 +49,7 @@ def open_split(config: DataConfig, root: Path, split: str) -> "Transcripts":
     config = _as_speech(config)
     prepared = open_prepared(config, root)
     tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
-    rows = _rows_that_fit(config, prepared, split)
+    rows = _rows_that_fit(config, prepared, split, tokenizer)
     return Transcripts(config, prepared, split, tokenizer, rows)
 
 
@@ -62,10 +63,11 @@ def _as_speech(config: DataConfig) -> DataConfig:
     return replace(config, kind="speech", standardize=False)
 
 
-def _rows_that_fit(config: DataConfig, prepared: Prepared, split: str) -> Rows:
+def _rows_that_fit(
+    config: DataConfig, prepared: Prepared, split: str, tokenizer: Tokenizer
+) -> Rows:
     """Return the rows of at most data.max_seconds, and of at most data.seq_len tokens."""
     rows = rows_of(config, prepared, split, aligned=False)
-    tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
     longest = config.seq_len - 1 - len(prefix_ids(config, tokenizer))  # with the start token
     fits_N = rows.frames_N <= config.max_seconds * FRAMES_PER_SECOND
     reasons = {
@@ -142,7 +144,7 @@ READER = DataReader(
     "audio",
     prepare_splits,
     open_split,
-    HubFormat((("path", "audio"), ("transcript", "sentence", "text")), refuse_rows),
+    HUB_FORMAT,
     find_problems=find_problems,
     open_tokenizer=open_tokenizer,
 )
