@@ -16,7 +16,7 @@ from parallel.collectives import all_reduce
 from parallel.grad_norm import local_tensor
 from parallel.model_protocol import Inputs, ParallelizableModel
 
-LossSum = Callable[..., Tensor]  # (logits, targets, inputs) -> sum over valid targets
+LossSum = Callable[..., Tensor]  # (logits, targets, inputs, count) -> sum over valid targets
 LossOf = Callable[[Tensor, int], Tensor]  # (logits, number of the micro-batch) -> loss
 
 

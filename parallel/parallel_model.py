@@ -105,7 +105,8 @@ class ParallelModel:
 
         def loss_of(logits: Tensor, number: int) -> Tensor:
             targets = self.model.local_targets(inputs[number]["targets"])
-            return mean.scale_loss(self._loss_sum(logits, targets, inputs[number]))
+            valid = int(counts[number])  # on the host, as the batch was
+            return mean.scale_loss(self._loss_sum(logits, targets, inputs[number], valid))
 
         # Blocks with an auxiliary loss add it where it is computed.
         self.model.scale_auxiliary_loss = mean.scale_loss

@@ -177,7 +177,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
     targets = max(1, round(train_set.targets / len(train_set)))
     length = round(train_set.positions / len(train_set)) or targets
     lengths = unwrap_transformer(state.worker).block_lengths(length)
-    flops = flops_per_sample(config.model, length, length, lengths) / targets
+    flops = flops_per_sample(config.model, length, length, lengths, targets) / targets
     run = RunInfo(
         Path(config.run_dir),
         steps=config.steps,

@@ -1,5 +1,6 @@
 """Loss functions, always sums: divided once, by the global number of valid targets."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.config.loss import BLANK, IGNORED, LossConfig
 from trainer.nn.heads import Head
+
+PARTS = 16  # logits are computed for a multiple of this part of a micro-batch's rows
 
 
 def cross_entropy_sum(
@@ -36,23 +39,44 @@ def cross_entropy_sum(
     )
 
 
-def chunked_cross_entropy_sum(
+def select_valid(hidden_ND: Tensor, targets_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the rows with a valid target, of which there are at most `count`, and their targets.
+
+    With few different numbers of rows, for the sake of the allocator; those too many are IGNORED.
+    By `count` the host knows the number: nothing waits for the device.
+    """
+    unit = math.ceil(len(targets_N) / PARTS)
+    rows = math.ceil(count / unit) * unit
+    if rows >= len(targets_N):
+        return hidden_ND, targets_N
+    index_M = torch.nonzero_static(targets_N != IGNORED, size=rows, fill_value=-1).flatten()
+    chosen_M = index_M.clamp(min=0)
+    targets_M = torch.where(index_M >= 0, targets_N.index_select(0, chosen_M), IGNORED)
+    return hidden_ND.index_select(0, chosen_M), targets_M
+
+
+def projected_cross_entropy_sum(
     hidden: Tensor,
     targets: Tensor,
+    count: int,
     project: Callable[[Tensor], Tensor],
     chunks: int,
     **options: Any,
 ) -> Tensor:
-    """Return `cross_entropy_sum` of project(hidden), computed chunk by chunk to save memory.
+    """Return `cross_entropy_sum` of project(hidden), without logits where no target is valid.
 
-    The backward recomputes the logits of each chunk; hidden (…, width), targets (…).
+    hidden (…, width), targets (…); `count` bounds the number of valid ones (`select_valid`). With
+    several chunks the logits of each are freed at once, and recomputed in the backward.
     """
 
     def chunk_sum(hidden_ND: Tensor, targets_N: Tensor) -> Tensor:
         return cross_entropy_sum(project(hidden_ND), targets_N, **options)
 
+    hidden_ND, targets_N = select_valid(hidden.flatten(0, -2), targets.flatten(), count)
+    if chunks == 1:
+        return chunk_sum(hidden_ND, targets_N)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    parts = hidden.flatten(0, -2).chunk(chunks), targets.flatten().chunk(chunks)
+    parts = hidden_ND.chunk(chunks), targets_N.chunk(chunks)
     for hidden_ND, targets_N in zip(*parts, strict=True):
         total = total + checkpoint(
             chunk_sum, hidden_ND, targets_N, use_reentrant=False, preserve_rng_state=False
@@ -70,7 +94,10 @@ class Objective(Protocol):
     splits_classes: bool
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-        """Return (logits, targets, **options) -> sum over valid targets."""
+        """Return (logits, targets, count, **options) -> sum over valid targets.
+
+        `count` is the number of valid targets before ranks share a sequence, as the host knows it.
+        """
         ...
 
     def count_valid(self, targets: Tensor) -> Tensor:
@@ -84,17 +111,15 @@ class CrossEntropy:
     splits_classes = True
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
-        """Return the loss-sum function; with chunks > 1, `head` defers its projection to it.
+        """Return the loss-sum function; `head` defers its projection to it if nobody else reads it.
 
-        It takes (logits or, with chunks, hidden states; targets; options of `cross_entropy_sum`).
+        It takes (hidden states or logits; targets; count; options of `cross_entropy_sum`).
         """
-        if config.chunks == 1:
-            return partial(cross_entropy_sum, label_smoothing=config.label_smoothing)
         assert isinstance(head, Head)
-        head.defers_output = True
+        head.defers_output = not head.shows_logits
         return partial(
-            chunked_cross_entropy_sum,
-            project=head.output,
+            projected_cross_entropy_sum,
+            project=head.output if head.defers_output else nn.Identity(),
             chunks=config.chunks,
             label_smoothing=config.label_smoothing,
         )
@@ -139,7 +164,7 @@ class CTC:
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
         """Return the loss-sum function of logits and targets."""
-        return ctc_sum
+        return lambda logits_BTV, targets_BT, count: ctc_sum(logits_BTV, targets_BT)
 
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of classes to predict, an int64 scalar."""

@@ -33,6 +33,7 @@ from trainer.compress.structured_pruning import Pruning
 from trainer.config.train import CompressConfig, classes_of
 from trainer.model import Transformer
 from trainer.nn.embeddings import PatchEmbedding
+from trainer.nn.heads import Head
 from trainer.nn.layers import Linear
 from trainer.nn.sequence import Flow, Inputs, Resize, Sequences
 
@@ -69,22 +70,26 @@ class Compression:
             model.blocks.apply(self._quantize_layer)
         if self.pruning is not None:
             self.pruning.register_masks(model.blocks)
+        assert isinstance(model.head, Head)
+        model.head.shows_logits = bool(self.config.teacher and self.config.distill_weight)
         for block in self._matched_blocks:
             model.block_hooks[str(block)] = partial(self._match_hidden_state, model, block)
 
     def wrap_loss(
         self, loss_sum: Callable[..., Tensor], model: Transformer
     ) -> Callable[..., Tensor]:
-        """Return the loss function (logits, targets, inputs) -> sum over valid targets.
+        """Return the loss function (logits, targets, inputs, count) -> sum over valid targets.
 
-        `loss_sum` takes (logits, targets) alone. Options are passed to the cross-entropy. With
-        distillation the result is the weighted sum of `loss_sum` and the divergence from the
-        teacher times temperature².
+        `loss_sum` takes no inputs. Options are passed to the cross-entropy. With distillation the
+        result is the weighted sum of `loss_sum` and the divergence from the teacher times
+        temperature².
         """
         weight, temperature = self.config.distill_weight, self.config.temperature
 
-        def distilled(logits: Tensor, targets: Tensor, inputs: Inputs, **options: Any) -> Tensor:
-            total = loss_sum(logits, targets, **options)
+        def distilled(
+            logits: Tensor, targets: Tensor, inputs: Inputs, count: int, **options: Any
+        ) -> Tensor:
+            total = loss_sum(logits, targets, count, **options)
             teacher_logits = self._teacher_logits(model, inputs) if weight else None
             if teacher_logits is None:
                 return total

@@ -77,7 +77,11 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def flops_per_sample(
-    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+    config: ModelConfig,
+    seq_len: int,
+    source_len: int = 0,
+    lengths: Sequence[int] = (),
+    targets: int = 0,
 ) -> float:
     """Return the matrix-product FLOPs of one forward and backward of a sample of `seq_len` tokens.
 
@@ -86,13 +90,18 @@ def flops_per_sample(
     activation checkpointing) and embedding look-ups are not counted. `source_len` is the source
     length of an encoder-decoder, and of audio the frames; the sequence length of an encoder of
     images follows from its image. `lengths` are the sequence lengths at the input of each block of
-    an encoder, or of a decoder-only model, if they shrink.
+    an encoder, or of a decoder-only model, if they shrink. `targets` is the number of positions
+    with a valid target, where alone a model of tokens has logits in training; 0 = all.
     """
-    return sum(flops_per_block(config, seq_len, source_len, lengths))
+    return sum(flops_per_block(config, seq_len, source_len, lengths, targets))
 
 
 def flops_per_block(
-    config: ModelConfig, seq_len: int, source_len: int = 0, lengths: Sequence[int] = ()
+    config: ModelConfig,
+    seq_len: int,
+    source_len: int = 0,
+    lengths: Sequence[int] = (),
+    targets: int = 0,
 ) -> list[float]:
     """Return `flops_per_sample` by block; the first includes the embedding, the last the head.
 
@@ -117,6 +126,8 @@ def flops_per_block(
         costs = encoder + config.layers * [_block_multiply_adds(config, seq_len) + cross]
     patches = outputs_of(config) == "boxes" and not config.queries
     classified = 1 if outputs_of(config) == "classes" else source_len if patches else seq_len
+    if targets and outputs_of(config) == "tokens":
+        classified = targets
     costs[-1] += classified * config.width * classes_of(config)
     if config.head_dense:  # at every position
         read = source_len if config.family == "encoder" else seq_len

@@ -21,6 +21,7 @@ class Head(nn.Module):
     """
 
     defers_output = False
+    shows_logits = False  # whether more than the loss reads a model's logits in training
     bias = False  # whether the projection has a bias
     pools = False  # whether the logits are of the sequence, on every rank that shares it
 

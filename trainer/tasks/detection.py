@@ -49,8 +49,10 @@ class Detection(Task):
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
         """Return the loss of all patches, or of all queries, as a sum."""
         if isinstance(head, QueryHead):
-            return partial(set_loss_sum, queries=head.queries, box_weight=config.box_weight)
-        return partial(dense_loss_sum, box_weight=config.box_weight)
+            loss_sum = partial(set_loss_sum, queries=head.queries, box_weight=config.box_weight)
+        else:
+            loss_sum = partial(dense_loss_sum, box_weight=config.box_weight)
+        return lambda logits, targets, count: loss_sum(logits, targets)
 
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of boxes that are learned."""

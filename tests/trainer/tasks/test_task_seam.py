@@ -48,7 +48,7 @@ class Tagging(TextClassification):
     splits_classes = False
 
     def build_loss(self, head, config):
-        def loss_sum(logits, targets, **options):
+        def loss_sum(logits, targets, count):
             rows = self._valid(targets)
             return F.binary_cross_entropy_with_logits(logits[rows], targets[rows], reduction="sum")
 
