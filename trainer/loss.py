@@ -39,15 +39,20 @@ def cross_entropy_sum(
     )
 
 
+def rows_of_logits(rows: int, count: int) -> int:
+    """Return how many of a micro-batch's rows have logits, if up to `count` have a valid target."""
+    unit = math.ceil(rows / PARTS)
+    return min(rows, math.ceil(count / unit) * unit)
+
+
 def select_valid(hidden_ND: Tensor, targets_N: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the rows with a valid target, of which there are at most `count`, and their targets.
 
     With few different numbers of rows, for the sake of the allocator; those too many are IGNORED.
     By `count` the host knows the number: nothing waits for the device.
     """
-    unit = math.ceil(len(targets_N) / PARTS)
-    rows = math.ceil(count / unit) * unit
-    if rows >= len(targets_N):
+    rows = rows_of_logits(len(targets_N), count)
+    if rows == len(targets_N):
         return hidden_ND, targets_N
     index_M = torch.nonzero_static(targets_N != IGNORED, size=rows, fill_value=-1).flatten()
     chosen_M = index_M.clamp(min=0)

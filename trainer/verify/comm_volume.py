@@ -31,6 +31,7 @@ from parallel.tensor.layers import HEADS, TensorParallel, split_dim, style_of
 from trainer.build import parallel_model
 from trainer.config.train import LoraConfig, ModelConfig, head_width_of
 from trainer.inference.trained_run import unwrap_transformer
+from trainer.loss import count_valid, rows_of_logits
 from trainer.model import Transformer
 from trainer.nn.embeddings import TokenEmbedding
 from trainer.nn.heads import ClassifierHead
@@ -73,8 +74,7 @@ def _due_bytes(
         floats += sum(_norm_elements(worker, m) for m in micro_batches) * FLOAT_BYTES
         heads, learned_heads = _shared_heads(worker, len(micro_batches))
         if model.head is not None:
-            targets = (model.local_targets(m["targets"]) for m in micro_batches)
-            floats += sum(cross_entropy_bytes(own.numel()) for own in targets)
+            floats += sum(cross_entropy_bytes(_rows_of_logits(model, m)) for m in micro_batches)
     if find_axis(worker.axes, ContextParallel) is not None:
         moved += sum((_attention_bytes(model, strategy, m) for m in micro_batches), StepBytes())
         floats += FLOAT_BYTES  # the loss, of which each rank has a part
@@ -100,6 +100,12 @@ def _due_bytes(
             ("send", torch.float32): FLOAT_BYTES * tied,
         }
     )
+
+
+def _rows_of_logits(model: Transformer, micro_batch: MicroBatch) -> int:
+    """Return how many rows of a micro-batch have logits on this rank."""
+    targets = micro_batch["targets"]
+    return rows_of_logits(model.local_targets(targets).numel(), int(count_valid(targets)))
 
 
 def _reduced_bytes(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:
