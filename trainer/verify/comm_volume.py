@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from parallel.axis import find_axis
 from parallel.comm_volume.closed_form import (
@@ -20,6 +21,7 @@ from parallel.comm_volume.closed_form import (
 )
 from parallel.comm_volume.counter import CollectiveCounter, Payload
 from parallel.context.attention import ContextParallel
+from parallel.data.data_parallel import DataParallel
 from parallel.data.ddp import reduce_dtype
 from parallel.grad_norm import local_tensor
 from parallel.parallel_model import MicroBatch, ParallelModel
@@ -52,7 +54,10 @@ def step_traffic(
     """Return the bytes of one bf16 step of this rank by collective: counted, and closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"], lora=lora)
     micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
-    for _ in range(3):  # DDP agrees on its buckets once, in the second step
+    # DDP agrees on its buckets once, in the second step.
+    data = find_axis(worker.axes, DataParallel)
+    wraps = data is not None and isinstance(data.wrapped, DistributedDataParallel)
+    for _ in range(3 if wraps else 1):
         worker.zero_grad()
         with CollectiveCounter() as traffic:
             worker.forward_backward(micro_batches)
