@@ -52,9 +52,7 @@ class _KeepProducts:
         self.saved: Any = {}  # torch's: operator -> its outputs, numbered from 0
         self._latest: Any = None  # the latest of KEPT
 
-    def __call__(
-        self, context: Any, operator: Any, *args: Any, **_kwargs: Any
-    ) -> CheckpointPolicy:
+    def __call__(self, context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
         if operator not in KEPT:
             return CheckpointPolicy.PREFER_RECOMPUTE
         # The policy of a recomputation, which torch asked for until 2.12, is the same.
