@@ -102,7 +102,7 @@ def _match_all(
     """Return a match for every row of the targets, or for every query if these are fewer."""
     with torch.no_grad():
         set_prediction.pair_costs(said_BQC, boxes_BQ4, targets_BN6).double()
-    live.counts.reads += 2  # the costs, and which rows are boxes
+    live.counts[live.window].reads += 2  # the costs, and which rows are boxes
     matches = len(said_BQC) * min(said_BQC.shape[1], targets_BN6.shape[1])
     numbers = torch.zeros(3, matches, dtype=torch.int64)
     return numbers[0], numbers[1], numbers[2]

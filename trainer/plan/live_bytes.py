@@ -2,7 +2,7 @@
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ class Peak:
 
 @dataclass
 class StepCounts:
-    """Counts of what a step has issued."""
+    """Counts of what a window of a step has issued."""
 
     operators: int = 0  # that write memory: views and metadata are not counted
     reads: int = 0
@@ -56,7 +56,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.clock = self.total = 0
-        self.window = ""  # label of what runs
+        self.window: Hashable = ""  # what runs
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -64,8 +64,8 @@ class LiveBytes(TorchDispatchMode):
         live = getattr(self, "_live", {})
         self._live: dict[int, tuple[Allocation, Any]] = live
         self.allocations = [allocation for allocation, _ in live.values()]
-        self.peaks: dict[str, Peak] = defaultdict(Peak)
-        self.counts = StepCounts()
+        self.peaks: dict[Hashable, Peak] = defaultdict(Peak)
+        self.counts: dict[Hashable, StepCounts] = defaultdict(StepCounts)
 
     def follow(self, tensors: Iterable[Tensor], kind: str = REST) -> None:
         """Count tensors that are there already, and say of what kind they are."""
@@ -78,6 +78,7 @@ class LiveBytes(TorchDispatchMode):
         storage = tensor.untyped_storage()
         if storage._cdata in self._live:
             self._release(storage._cdata)
+        self.clock += 1
         if storage.nbytes():
             self._count(storage, kind)
         self._note_peak()
@@ -86,14 +87,16 @@ class LiveBytes(TorchDispatchMode):
         """Return the bytes by kind that were live after an operator of this step."""
         found: dict[str, int] = defaultdict(int)
         for allocation in self.allocations:
-            if allocation.birth <= clock and (allocation.death or clock + 1) > clock:
+            # What is released behind an operator was there with its outputs.
+            alive = allocation.death is None or allocation.death >= clock
+            if allocation.birth <= clock and alive:
                 found[allocation.kind] += allocation.size
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts.collectives += collectives_of(func, args)
-        if func in READS:
-            self.counts.reads += 1
+        counts = self.counts[self.window]
+        counts.collectives += collectives_of(func, args)
+        counts.reads += func in READS
         out = func(*args, **(kwargs or {}))
         self.clock += 1
         before, leaves = len(self.allocations), tree_leaves(out)
@@ -101,7 +104,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.follow([leaf])
         writes = len(self.allocations) > before or func._schema.is_mutable
-        self.counts.operators += bool(writes)
+        counts.operators += bool(writes)
         self._note_peak()
         return out
 

@@ -7,9 +7,9 @@ count; compiled blocks are traced as eager ones, which keep more.
 
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +27,9 @@ from trainer.inference.trained_run import unwrap_transformer
 from trainer.loop import take_step
 from trainer.lora.adapter import narrow_frozen
 from trainer.optim.registry import build_optimizer
-from trainer.plan.fake_ranks import GATHERED, fake_materialize, fake_ranks, visible_memory
+from trainer.plan.fake_ranks import fake_materialize, fake_ranks, visible_memory
 from trainer.plan.inputs import Shapes
-from trainer.plan.live_bytes import REST, LiveBytes, Peak
+from trainer.plan.live_bytes import LiveBytes
 from trainer.plan.traced_replicas import wrap_traced
 from trainer.precision import LossScale, resolve_precision
 from trainer.resilience.bad_steps import BadStepGuard, BadStepPolicy
@@ -40,6 +40,9 @@ WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "moments"
 STEPS = 3  # buffers have settled in the third
 
 
+Wire = Mapping[tuple[str, str, str], int]  # payload bytes by (axis, collective, dtype)
+
+
 @dataclass(frozen=True)
 class StepTrace:
     """What one rank needs and issues in a step; bytes are exact, as the allocator counts."""
@@ -47,20 +50,30 @@ class StepTrace:
     rank: int
     peak_bytes: int
     kinds: Mapping[str, int]  # at the peak: weights, gradients, moments, gathered, rest
-    wire_bytes: Mapping[tuple[str, str, str], int]  # payload by (axis, collective, dtype)
+    wire_bytes: Wire
     collectives: int
     operators: int  # that write memory: about the kernels of a GPU
     host_reads: int  # numbers that the host waits for
 
 
-@dataclass(frozen=True)
-class TracedStep:
-    """The traced step by windows: between the marks of its blocks, in the order of the first."""
+class Window(NamedTuple):
+    """A part of a step, from the start of a block's forward or backward to the next start."""
 
-    peaks: Mapping[str, Peak]
-    kinds: Mapping[str, Mapping[str, int]]  # at the peak of each window
-    wire_bytes: Mapping[tuple[str, str, str], int]
-    counts: Mapping[str, int]
+    action: str  # F, "F end" (behind a forward) or B; empty = in front of all
+    block: str = ""
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True)
+class WindowTrace:
+    """What a window needs at most, and what it issues."""
+
+    peak_bytes: int
+    kinds: Mapping[str, int]  # at its peak
+    wire_bytes: Wire
+    collectives: int
+    operators: int
+    host_reads: int
 
 
 def trace_step(
@@ -73,11 +86,22 @@ def trace_step(
     """Trace one rank's step, whole: all blocks and all these micro-batches.
 
     `config` is complete, with resolved degrees. With device=cuda RMSNorm is one kernel, as there.
-    The process must have no process group.
+    The process must have no process group. `trace_stages` (extrapolate.py) takes large models.
     """
-    step = trace_windows(config, world_size, micro_batches, rank, device)
-    name, peak = max(step.peaks.items(), key=lambda item: item[1].live_bytes)
-    return StepTrace(rank, peak.live_bytes, step.kinds[name], step.wire_bytes, **step.counts)
+    windows = trace_windows(config, world_size, micro_batches, rank, device).values()
+    highest = max(windows, key=lambda window: window.peak_bytes)
+    wire: Counter[tuple[str, str, str]] = Counter()
+    for window in windows:
+        wire.update(window.wire_bytes)
+    return StepTrace(
+        rank,
+        highest.peak_bytes,
+        highest.kinds,
+        wire,
+        sum(window.collectives for window in windows),
+        sum(window.operators for window in windows),
+        sum(window.host_reads for window in windows),
+    )
 
 
 def trace_windows(
@@ -86,38 +110,41 @@ def trace_windows(
     micro_batches: list[Shapes],
     rank: int = 0,
     device: str = "cpu",
-) -> TracedStep:
-    """Trace one rank's step, with a peak for each window."""
+) -> dict[Window, WindowTrace]:
+    """Trace one rank's step by its windows."""
     mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
     with fake_ranks(rank, world_size) as runtime, visible_memory(live, device):
         state = _fake_state(config, runtime, mode, live)
         axes = _axis_names(state.worker.mesh)
-        with ExitStack() as stack:
-            stack.enter_context(mode)
-            stack.enter_context(live)
-            _mark_blocks(unwrap_transformer(state.worker), live)
+        seen: Counter[tuple[str, str]] = Counter()
+        with mode, live:
+            _mark_blocks(unwrap_transformer(state.worker), live, seen)
             for _ in range(STEPS):
+                seen.clear()
                 inputs = [_fake_inputs(shapes) for shapes in micro_batches]
-                live.window = "start"
+                live.window = Window("")
                 live.begin_step()
                 take_step(config, state, inputs)
             live.follow(state.worker.gradients(), GRADIENTS)
-        wire: Counter[tuple[str, str, str]] = Counter()
-        for collective in live.counts.collectives:
-            axis, dtype = axes[collective.group], str(collective.dtype)[6:]
-            wire[axis, collective.name, dtype] += collective.payload_bytes
-        found = TracedStep(
-            dict(live.peaks),
-            {name: live.kinds_at(peak.clock) for name, peak in live.peaks.items()},
-            wire,
-            {
-                "collectives": len(live.counts.collectives),
-                "operators": live.counts.operators,
-                "host_reads": live.counts.reads,
-            },
-        )
+        found = {window: _window_trace(live, window, axes) for window in list(live.peaks)}
         state.worker.zero_grad()
     return found
+
+
+def _window_trace(live: LiveBytes, window: Window, axes: Mapping[str, str]) -> WindowTrace:
+    peak, counts = live.peaks[window], live.counts[window]
+    wire: Counter[tuple[str, str, str]] = Counter()
+    for collective in counts.collectives:
+        dtype = str(collective.dtype).removeprefix("torch.")
+        wire[axes[collective.group], collective.name, dtype] += collective.payload_bytes
+    return WindowTrace(
+        peak.live_bytes,
+        live.kinds_at(peak.clock),
+        wire,
+        len(counts.collectives),
+        counts.operators,
+        counts.reads,
+    )
 
 
 def _fake_state(
@@ -170,24 +197,25 @@ def _axis_names(mesh: DeviceMesh) -> dict[str, str]:
     return names
 
 
-def _mark_blocks(model: nn.Module, live: LiveBytes) -> None:
-    """Begin a window with each block's forward, and with each block's backward."""
+def _mark_blocks(model: nn.Module, live: LiveBytes, seen: Counter[tuple[str, str]]) -> None:
+    """Begin a window with each block's forward, and with each block's backward.
 
-    def mark(label: str) -> None:
-        live.window = label
+    `seen` counts them: a schedule takes the micro-batches of a block in order.
+    """
 
-    def forward_starts(label: str, *_args: object) -> None:
-        mark(f"F {label}")
+    def mark(action: str, block: str) -> None:
+        live.window = Window(action, block, seen[action, block])
+        seen[action, block] += 1
 
-    def forward_ends(label: str, _block: object, _args: object, out: tuple) -> None:
-        mark(f"F after {label}")
+    def forward_starts(block: str, *_args: object) -> None:
+        mark("F", block)
+
+    def forward_ends(block: str, _module: object, _args: object, out: tuple) -> None:
+        mark("F end", block)
         flows = [flow for flow in out if isinstance(flow, Tensor) and flow.requires_grad]
         for flow in flows[:1]:
-            flow.register_hook(lambda _gradient: mark(f"B {label}"))
+            flow.register_hook(lambda _gradient: mark("B", block))
 
     for name, block in model.get_submodule("blocks").named_children():
         block.register_forward_pre_hook(partial(forward_starts, name))
         block.register_forward_hook(partial(forward_ends, name))
-
-
-__all__ = ["GATHERED", "GRADIENTS", "MOMENTS", "REST", "WEIGHTS", "StepTrace", "trace_step"]
