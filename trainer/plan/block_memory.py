@@ -18,7 +18,6 @@ from trainer.config.train import (
     classes_of,
     head_width_of,
     inputs_of,
-    is_encoder_decoder,
     is_gated,
     outputs_of,
 )
@@ -79,12 +78,20 @@ class BlockBytes:
     recomputed: dict[str, float]  # beyond what is kept, when its backward begins
     backward: float  # beyond that, in its backward
     output: float  # its output, which the next block keeps as its input
+    gradients: float  # of the outputs of its products, from which its weights get theirs
 
 
 def block_bytes(
-    model: ModelConfig, own: Sequence, setting: Setting, memory: Sequence | None = None
+    model: ModelConfig,
+    own: Sequence,
+    setting: Setting,
+    memory: Sequence | None = None,
+    turns: bool = False,
 ) -> BlockBytes:
-    """Return the bytes of a block; with `memory` it has cross-attention to that."""
+    """Return the bytes of a block; with `memory` it has cross-attention to that.
+
+    `turns`: the last of an encoder, which normalises and gathers what the decoder reads.
+    """
     c, d = setting.compute_bytes, model.width
     between, rows = setting.rows_between(own.length), setting.rows(own.length)
     stream = c * between * d
@@ -101,15 +108,17 @@ def block_bytes(
         full += branches * between * d
     # A row-split product is read by its sum alone, which is kept in its place.
     sums = branches * (stream if setting.tensor > 1 else c * rows * d)
-    selective = stream + products + sums
-    passed = stream if memory is None else 0.0  # the memory that flows on is one for all blocks
+    turned = c * rows * d if turns else 0.0
+    full += turned and turned + _branch_norms(model, between, setting) - stream
+    selective = stream + products + sums + turned
     work = _backward_bytes(model, own, setting)
     selective_rest = full - selective + (c * rows * d if setting.splits_rows else 0.0)
     return BlockBytes(
-        {"none": full, "block": stream, "selective": selective},
-        {"none": 0.0, "block": full - stream, "selective": max(0.0, selective_rest)},
+        {"none": full, "block": stream + turned, "selective": selective},
+        {"none": 0.0, "block": full - stream - turned, "selective": max(0.0, selective_rest)},
         work,
-        passed or stream,
+        stream,
+        products + branches * c * rows * d,
     )
 
 
@@ -287,8 +296,3 @@ def quantized_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> floa
         if compress.input_bits and not compress.group:
             extra += c * rows * outputs
     return extra
-
-
-def is_shared_by_decoder(model: ModelConfig) -> bool:
-    """Return whether the encoder's output is read by all decoder blocks."""
-    return is_encoder_decoder(model)

@@ -7,22 +7,16 @@ workspaces, transports' buffers, fragmentation (the reserve of a card).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import lru_cache, partial
 
-from parallel.pipeline.partition import balance_stages, stage_blocks
-from parallel.pipeline.schedules import stage_to_rank, stages_per_rank
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
     CompressConfig,
     LoraConfig,
     ModelConfig,
     TrainConfig,
-    inputs_of,
     is_encoder_decoder,
-    longest_source,
 )
-from trainer.nn.flops import flops_per_block
 from trainer.plan import parameters as count
 from trainer.plan.block_memory import (
     BlockBytes,
@@ -36,11 +30,21 @@ from trainer.plan.block_memory import (
     shared_bytes,
 )
 from trainer.plan.parameters import Parameters
+from trainer.plan.rank_plan import (
+    DECODER,
+    ENCODER,
+    LAST_ENCODER,
+    ONE_STAGE,
+    Held,
+    Layout,
+    RankPlan,
+    Stage,
+    rank_plans,
+    sequences_of,
+)
 
 # Bytes of a weight at rest, and of what is computed with it.
 PRECISION_BYTES = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "fp8": (4, 2)}
-REDUCE_BYTES = {"auto": 4, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 4, "powersgd": 4}
-ENCODER, LAST_ENCODER, DECODER = "encoder", "last of the encoder", "decoder"
 
 
 @dataclass(frozen=True)
@@ -64,76 +68,6 @@ class MemoryTerms:
             + self.gathered
             + self.activations
             + self.logits
-        )
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The blocks of a stage by kind, and which ends of the model it has."""
-
-    blocks: tuple[tuple[str, int], ...]
-    first: bool
-    last: bool
-
-
-class Held(NamedTuple):
-    """The micro-batches that a pipeline rank's stages hold at once, where they hold the most."""
-
-    counts: tuple[tuple[int, ...], ...]  # by stage, in the order of the layers
-    accumulates: bool  # whether gradients are there already
-
-
-ONE_STAGE = (Held(((1,),), accumulates=False),)
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """The stages of a pipeline rank, and the most that they hold at once."""
-
-    stages: tuple[Stage, ...]
-    held: Held
-
-    @property
-    def has_head(self) -> bool:
-        """Return whether the loss is computed here."""
-        return any(stage.last for stage in self.stages)
-
-    def moments(self, staged: bool, micro_batches: int) -> list[tuple[tuple[int, ...], bool]]:
-        """Return the counts in flight that may need the most, and if gradients are there then."""
-        if not staged:
-            return [(counts, micro_batches > 1) for counts in self.held.counts]
-        found = [(counts, self.held.accumulates) for counts in self.held.counts]
-        if not self.held.accumulates:  # behind the first backward of the last stage here
-            found += [((*counts[:-1], counts[-1] - 1), True) for counts in self.held.counts]
-        return found
-
-
-class _Layout(NamedTuple):
-    """What a strategy means for weights and gradients."""
-
-    sharded: bool  # by FSDP, which also sums over replicas of split layers
-    share: int  # ranks that a weight is sharded over
-    staged: bool
-    buckets: bool  # of DDP
-    frees: bool  # FSDP frees a block's weights behind its forward
-    copies: bool  # each layer casts its weight, and keeps the copy for the backward
-    reduce_bytes: int
-
-    @classmethod
-    def of(
-        cls, strategy: StrategyConfig, lora: LoraConfig, parameter_bytes: int, compute_bytes: int
-    ) -> "_Layout":
-        """Return what a resolved strategy means."""
-        replicas, staged = strategy.replicate * strategy.context, strategy.pipeline > 1
-        sharded = strategy.shard > 1 or (replicas > 1 and (strategy.tensor > 1 or staged))
-        return cls(
-            sharded,
-            strategy.shard if sharded else 1,
-            staged,
-            replicas > 1 and not sharded,
-            strategy.reshard_after_forward and not staged,
-            not sharded and compute_bytes < parameter_bytes and not lora.rank,
-            REDUCE_BYTES[strategy.reduce],
         )
 
 
@@ -169,7 +103,7 @@ class MemoryModel:
         self._optimizer, self._chunks, self._fused_norm = optimizer, chunks, fused_norm
         self._lora, self._compress = lora or LoraConfig(), compress or CompressConfig()
         self._parts = lru_cache(maxsize=None)(self._build_parts)
-        self._plans = lru_cache(maxsize=None)(self._build_plans)
+        self._plans = lru_cache(maxsize=None)(partial(rank_plans, model))
         self._ends = lru_cache(maxsize=None)(self._build_ends)
 
     @classmethod
@@ -233,7 +167,7 @@ class MemoryModel:
         """Return the terms of the moment in which a rank needs the most."""
         parts, loss, embedding, shared = self._parts(*key)
         blocks, ends = self._rank_parameters(plan, parts, strategy.tensor)
-        layout = _Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
+        layout = Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
         weights, moments = self._state_bytes(blocks + ends, layout, strategy)
         head = self._compute_bytes * self._ends(strategy.tensor)[1].matrices
         kept = [
@@ -241,12 +175,13 @@ class MemoryModel:
             for stage in plan.stages
         ]
         behind = [loss.kept if stage.last else 0.0 for stage in plan.stages]
+        waiting = [self._stage_waiting(stage, parts, loss) for stage in plan.stages]
         last = max((parts[kind] for stage in plan.stages for kind, _ in stage.blocks), key=_size)
         found = []
-        for counts, present in plan.moments(layout.staged, micro_batches):
+        for moment, present in plan.moments(layout.staged, micro_batches):
             held = sum(
-                n * each + max(0, n - 1) * late
-                for n, each, late in zip(counts, kept, behind, strict=True)
+                n * each + max(0, n - 1) * late + m * more
+                for n, m, each, late, more in zip(*moment, kept, behind, waiting, strict=True)
             )
             gradients, gathered = self._gradient_bytes(
                 blocks + ends, layout, present, micro_batches
@@ -267,7 +202,7 @@ class MemoryModel:
         held: float,
         last: "_Part",
         mode: str,
-        layout: "_Layout",
+        layout: Layout,
     ) -> list[MemoryTerms]:
         """Return the terms of the backward of the last block, and of the one in front of it."""
         c, block, (blocks, ends) = self._compute_bytes, last.parameters, own
@@ -276,20 +211,17 @@ class MemoryModel:
             work += last.copies
         if not layout.sharded or layout.staged:
             return [MemoryTerms(*state, gathered, held + work, 0.0)]
-        root = c * (ends.total + ends.largest)
-        if layout.frees:  # this block and the next one, and the gradients of this one
-            root += 2 * c * block.total + c * block.learned
-        else:
-            root += c * (blocks.total + block.learned)
-        before = held - last.bytes.kept[mode] + work
-        reduced = root + layout.reduce_bytes * block.learned
+        # This block's weights and the next one's; in the end its gradients, on their way.
+        root = c * (ends.total + (2 * block.total if layout.frees else blocks.total))
+        reduced = root + (c + layout.reduce_bytes) * block.learned + c * ends.largest
+        left = held - last.bytes.kept[mode] + last.bytes.output
         return [
             MemoryTerms(*state, root, held + work, 0.0),
-            MemoryTerms(*state, reduced, before, 0.0),
+            MemoryTerms(*state, reduced, left, 0.0),
         ]
 
     def _gathered_at_loss(
-        self, blocks: Parameters, ends: Parameters, layout: "_Layout", strategy: StrategyConfig
+        self, blocks: Parameters, ends: Parameters, layout: Layout, strategy: StrategyConfig
     ) -> float:
         """Return what FSDP has gathered when the loss is computed, without a pipeline."""
         if not layout.sharded or layout.staged:
@@ -298,7 +230,7 @@ class MemoryModel:
         return self._compute_bytes * (ends.total + kept)
 
     def _gradient_bytes(
-        self, own: Parameters, layout: "_Layout", present: bool, micro_batches: int
+        self, own: Parameters, layout: Layout, present: bool, micro_batches: int
     ) -> tuple[float, float]:
         """Return the bytes of gradients at rest, and of what FSDP keeps gathered in a pipeline."""
         p = self._parameter_bytes
@@ -309,6 +241,11 @@ class MemoryModel:
             return p * own.learned * (1 + (micro_batches > 1)), 0.0
         return p * own.learned / layout.share * present, 0.0
 
+    def _stage_waiting(self, stage: Stage, parts: Mapping[str, "_Part"], loss: LossBytes) -> float:
+        """Return what a micro-batch keeps more between the two halves of its backward."""
+        gradients = sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
+        return gradients + (loss.again if stage.last else 0.0)
+
     def _stage_kept(
         self,
         stage: Stage,
@@ -316,7 +253,7 @@ class MemoryModel:
         loss: LossBytes,
         beside: tuple[float, float, float],
         mode: str,
-        layout: "_Layout",
+        layout: Layout,
     ) -> float:
         """Return what one micro-batch keeps in a stage, without its loss."""
         embedding, shared, head = beside
@@ -331,7 +268,7 @@ class MemoryModel:
         return kept + parts[stage.blocks[-1][0]].bytes.output
 
     def _state_bytes(
-        self, own: Parameters, layout: "_Layout", strategy: StrategyConfig
+        self, own: Parameters, layout: Layout, strategy: StrategyConfig
     ) -> tuple[float, float]:
         """Return the bytes of weights and of moments."""
         p, c, width = self._parameter_bytes, self._compute_bytes, self.model.width
@@ -375,7 +312,7 @@ class MemoryModel:
     def _build_parts(
         self, tensor: int, sequence_parallel: bool, context: int, method: str, samples: int
     ) -> tuple[dict[str, _Part], LossBytes, float, float]:
-        """Return the numbers of each kind of block, of the loss, the embedding and what is shared."""
+        """Return the numbers of each kind of block, the loss, the embedding and what is shared."""
         model, setting = (
             self.model,
             Setting(
@@ -399,12 +336,11 @@ class MemoryModel:
         ):
             if own is None:
                 continue
-            found = count.block_parameters(
-                model, tensor, self._lora, memory is not None, two and kind == LAST_ENCODER
-            )
+            turns = two and kind == LAST_ENCODER
+            found = count.block_parameters(model, tensor, self._lora, memory is not None, turns)
             copies = self._compute_bytes * (found.matrices + found.small)
             quantized = quantized_bytes(model, own, setting)
-            bytes_ = block_bytes(model, own, setting, memory)
+            bytes_ = block_bytes(model, own, setting, memory, turns)
             parts[kind] = _Part(bytes_, found, copies, quantized)
         last = self.target or self.source
         assert last is not None
@@ -415,79 +351,6 @@ class MemoryModel:
             embedding_bytes(model, self.source, setting),
             shared_bytes(model, sequences, setting),
         )
-
-    def _build_plans(
-        self,
-        pipeline: int,
-        schedule: str,
-        schedule_csv: str,
-        per_rank: int,
-        split: tuple[int, ...],
-        held: tuple[Held, ...],
-    ) -> list[RankPlan]:
-        """Return what each pipeline rank has and holds."""
-        strategy = StrategyConfig(
-            pipeline=pipeline,
-            schedule=schedule,
-            schedule_csv=schedule_csv,
-            stages_per_rank=per_rank,
-            split=list(split),
-        )
-        if pipeline == 1:
-            return [RankPlan((self._stage(range(self._depth()), True, True),), held[0])]
-        source = longest_source(self.model)
-        costs = flops_per_block(self.model, self.model.max_positions, source)
-        stages = pipeline * stages_per_rank(strategy)
-        runs = stage_blocks(len(costs), split or balance_stages(costs, stages))
-        placement = stage_to_rank(strategy, pipeline)
-        plans = []
-        for rank in range(pipeline):
-            own = [s for s in range(stages) if placement[s] == rank]
-            built = (
-                self._stage([int(b) for b in runs[s]], s == 0, s == stages - 1) for s in own
-            )
-            plans.append(RankPlan(tuple(built), held[rank]))
-        return plans
-
-    def _depth(self) -> int:
-        model = self.model
-        both = (model.encoder_layers or model.layers) if is_encoder_decoder(model) else 0
-        return model.layers + both
-
-    def _stage(self, blocks: "range | list[int]", first: bool, last: bool) -> Stage:
-        model, kinds = self.model, {}
-        encoder = model.layers if model.family == "encoder" else 0
-        if is_encoder_decoder(model):
-            encoder = model.encoder_layers or model.layers
-        for block in blocks:
-            kind = DECODER if block >= encoder else ENCODER
-            if is_encoder_decoder(model) and block == encoder - 1:
-                kind = LAST_ENCODER
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return Stage(tuple(kinds.items()), first, last)
-
-
-def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]:
-    """Return the encoder's and the decoder's sequences of a complete configuration's data."""
-    model, data = config.model, config.data
-    packed = data.kind == "chat" and data.pack
-    padded = data.kind in ("pairs", "speech", "transcription", "labelled_text")
-    target = Sequence(data.seq_len, causal=True, documents=packed)
-    if model.queries:
-        target = Sequence(model.queries * model.query_groups)
-    if model.family == "decoder":
-        return None, target
-    length, masked = data.seq_len, padded
-    if inputs_of(model) == "patches":
-        length = (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
-        masked = False
-    if inputs_of(model) == "audio":
-        frames = min(int(data.max_seconds * 100), longest_source(model) or 1 << 40)
-        length = -(-frames // model.audio_stride)
-        if model.audio_fill == "silence":
-            length, masked = model.audio_positions, False
-    source = Sequence(length, masked=masked)
-    return source, target if is_encoder_decoder(model) else None
 
 
 def _total(terms: MemoryTerms) -> float:
@@ -506,4 +369,3 @@ def _times(found: Parameters, number: int) -> Parameters:
         small=found.small * number,
         matrices=found.matrices * number,
     )
-
