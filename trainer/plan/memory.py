@@ -178,8 +178,11 @@ class MemoryModel:
         waiting = [self._stage_waiting(stage, parts, loss) for stage in plan.stages]
         last = max((parts[kind] for stage in plan.stages for kind, _ in stage.blocks), key=_size)
         found = []
+        # Forwards and backwards in turn: a message is under way, and the last logits are there.
+        in_turn = layout.staged and plan.held.accumulates
+        message = last.bytes.output if in_turn else 0.0
         for moment, present in plan.moments(layout.staged, micro_batches):
-            held = sum(
+            held = message + sum(
                 n * each + max(0, n - 1) * late + m * more
                 for n, m, each, late, more in zip(*moment, kept, behind, waiting, strict=True)
             )
@@ -188,10 +191,13 @@ class MemoryModel:
             )
             state = weights, gradients, moments
             if plan.has_head:
-                again = loss.again if layout.staged and present else 0.0
+                again = loss.again if in_turn else 0.0
                 at_loss = gathered + self._gathered_at_loss(blocks, ends, layout, strategy)
                 found.append(MemoryTerms(*state, at_loss, held, loss.peak + again))
-            found += self._at_blocks(state, gathered, (blocks, ends), held, last, mode, layout)
+            done = (loss.hidden + layout.copies * head) * plan.has_head  # of the head's backward
+            found += self._at_blocks(
+                state, gathered, (blocks, ends), held - done, last, mode, layout
+            )
         return max(found, key=_total)
 
     def _at_blocks(
