@@ -53,7 +53,13 @@ def step_traffic(
 ) -> tuple[Payload, Payload]:
     """Return the bytes of one bf16 step of this rank by collective: counted, and closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"], lora=lora)
-    micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
+    return count_traffic(worker, strategy)
+
+
+def count_traffic(worker: ParallelModel, strategy: StrategyConfig) -> tuple[Payload, Payload]:
+    """Return the bytes of one step of a bf16 model's rank: counted, and by the closed form."""
+    config = unwrap_transformer(worker).config
+    micro_batches = split_batch(make_batch(config, 0, 0, samples_per_step(strategy)), worker)
     # DDP agrees on its buckets once, in the second step.
     data = find_axis(worker.axes, DataParallel)
     wraps = data is not None and isinstance(data.wrapped, DistributedDataParallel)
