@@ -81,7 +81,7 @@ class ParallelModel:
         for axis in reversed(axes):
             loss_sum = axis.split_loss(loss_sum)
         self._loss_sum = loss_sum
-        self._count_valid = count_valid
+        self.count_valid = count_valid
 
     def to_device(self, micro_batch: MicroBatch) -> MicroBatch:
         """Copy the micro-batch to this rank's device, asynchronously from pinned memory."""
@@ -96,7 +96,7 @@ class ParallelModel:
         loss and the global number of valid targets, both on the device; `sum_over_data` of the
         first is the loss. Does not synchronise with the device.
         """
-        counts = [self._count_valid(m["targets"]) for m in micro_batches]
+        counts = [self.count_valid(m["targets"]) for m in micro_batches]
         count = self.sum_over_data(torch.stack(counts).sum().to(self.device, non_blocking=True))
         inputs = list(map(self.to_device, micro_batches))
         weights = next(self.model.parameters()).dtype

@@ -96,7 +96,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         counts = self.counts[self.window]
         counts.collectives += collectives_of(func, args)
-        counts.reads += func in READS
+        # A constant is one that the host knows.
+        counts.reads += func in READS and getattr(args[0], "constant", None) is None
         out = func(*args, **(kwargs or {}))
         self.clock += 1
         before, leaves = len(self.allocations), tree_leaves(out)

@@ -155,6 +155,8 @@ def _fake_state(
     build = partial(parallelize, materialize=fake_materialize(mode), wrap=wrap_traced)
     with live:
         worker = build_worker(config, runtime, compression, task_of(config.data), build)
+    # Of targets without data as many are valid as there are: each position has logits.
+    worker.count_valid = lambda targets: torch.tensor(targets.numel())
     with mode, live:
         state = untrained_state(config, runtime, worker, compression)
         live.follow(worker.error_feedback_state().values(), MOMENTS)

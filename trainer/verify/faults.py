@@ -267,7 +267,7 @@ def local_loss_scale(*args: Any, **kwargs: Any) -> ParallelModel:
     run = pipeline.run
 
     def mean_of_means(micro_batches: list[dict[str, Tensor]], loss_of: LossOf) -> None:
-        counts = [worker._count_valid(m["targets"]) for m in micro_batches]
+        counts = [worker.count_valid(m["targets"]) for m in micro_batches]
         total = torch.stack(counts).sum()
 
         def scaled_loss(logits: Tensor, number: int) -> Tensor:
