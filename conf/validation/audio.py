@@ -29,7 +29,8 @@ def audio_problems(model: ModelConfig) -> list[str]:
             "model.inputs=audio of model.family=encoder is learned by CTC, but model.outputs="
             f"{model.outputs} gives classes; set model.outputs=ctc"
         )
-    if model.ctc_weight and (model.family, inputs_of(model)) != ("encoder_decoder", "audio"):
+    joint = 0 < model.ctc_weight < 1  # other values are refused by their range
+    if joint and (model.family, inputs_of(model)) != ("encoder_decoder", "audio"):
         found.append(
             f"model.ctc_weight={model.ctc_weight:g} is for model.family=encoder_decoder with "
             f"model.inputs=audio, but they are {model.family} and {inputs_of(model)}; set "
@@ -58,7 +59,7 @@ def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
 def ctc_problems(config: TrainConfig) -> list[str]:
     """Return the options of training that CTC has no meaning for."""
     compress, own = config.compress, outputs_of(config.model) == "ctc"
-    if not (own or config.model.ctc_weight):
+    if not (own or 0 < config.model.ctc_weight < 1):
         return []
     learner = "model.outputs=ctc" if own else f"model.ctc_weight={config.model.ctc_weight:g}"
     found = [
