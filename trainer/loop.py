@@ -108,7 +108,7 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
     for warning in warnings if runtime.rank == 0 else ():
         log.warning(warning)
     compression = Compression(config.compress)
-    worker = build_worker(config, runtime, compression, task_of(config.data))
+    worker = build_worker(config, runtime, compression, task_of(config.data, config.model))
     precision = resolve_precision(config.precision, runtime.device)
     if compression.uses_distillation:
         compression.teacher = load_teacher(compression, worker, precision.compute)
@@ -184,7 +184,7 @@ def open_recorder(config: TrainConfig, runtime: Runtime, state: TrainState) -> R
         start_step=state.step,
         resolved=asdict(config),
         flops_per_token=flops,
-        unit=task_of(config.data).unit,
+        unit=task_of(config.data, config.model).unit,
         precision_name=resolve_precision(config.precision, runtime.device).name,
         device=runtime.device,
         devices=runtime.world_size,
@@ -370,7 +370,8 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
 
     Raises StoppedError if a signal requests it meanwhile.
     """
-    config, worker, task = run.config, run.state.worker, task_of(run.config.data)
+    config, worker = run.config, run.state.worker
+    task = task_of(config.data, config.model)
     local_batch = config.batch_size // worker.data_degree
     decoding = None
     if task.decodes_in_test and split == "test":

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config.loss import BLANK, IGNORED, LossConfig
+from trainer.config.loss import IGNORED, LossConfig
+from trainer.nn.ctc import ctc_sum
 from trainer.nn.heads import Head
 
 PARTS = 16  # logits are computed for a multiple of this part of a micro-batch's rows
@@ -137,29 +138,6 @@ class CrossEntropy:
 def count_valid(targets: Tensor) -> Tensor:
     """Return the number of targets that are not IGNORED, an int64 scalar."""
     return (targets != IGNORED).sum()
-
-
-def ctc_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the CTC loss in nats, summed over utterances (Graves 2006, eq. 14).
-
-    Targets are the classes of an utterance, then NO_CHARACTER up to its last vector, and IGNORED
-    behind it; class BLANK is none of them. Computed in float32 or wider. An utterance that has
-    fewer vectors than it needs has an infinite loss; one without targets has none.
-    """
-    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
-    log_probability_TBV = logits_BTV.to(precise).log_softmax(-1).transpose(0, 1)
-    counts_B = (targets_BT >= 0).sum(1)
-    vectors_B = (targets_BT != IGNORED).sum(1)
-    # int64 targets: cuDNN's kernel, which takes int32, is known for gradients of NaN.
-    loss_B = F.ctc_loss(
-        log_probability_TBV,
-        targets_BT.clamp(min=0),
-        torch.where(counts_B > 0, vectors_B, targets_BT.shape[1]),
-        counts_B,
-        blank=BLANK,
-        reduction="none",
-    )
-    return torch.where(counts_B > 0, loss_B, 0.0).sum()
 
 
 class CTC:

@@ -18,13 +18,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig, has_window, outputs_of
+from trainer.config.train import ModelConfig, outputs_of
 from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
+from trainer.nn.ctc import CTCBranch
 from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_type
 from trainer.nn.heads import head_type
 from trainer.nn.init import stable_hash
-from trainer.nn.layers import Block, Dropout
+from trainer.nn.layers import Dropout, build_blocks
 from trainer.nn.positions import build_relative_biases
 from trainer.nn.queries import with_queries
 from trainer.nn.rotary import rotary_angles
@@ -57,9 +58,7 @@ class Transformer(nn.Module):
         self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = build_embedding(config)
-        self.blocks = nn.ModuleDict(
-            {str(i): block for i, block in enumerate(_build_blocks(config))}
-        )
+        self.blocks = nn.ModuleDict({str(i): b for i, b in enumerate(build_blocks(config))})
         # Biases of attention scores by stream, shared by its blocks.
         self.relative_bias = nn.ModuleDict(build_relative_biases(config))
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
@@ -72,8 +71,12 @@ class Transformer(nn.Module):
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
         head = self.head_type(config)
         self.head: nn.Module | None = head
-        ties = config.tied and outputs_of(config) == "tokens"
-        if ties and isinstance(self.embed, TokenEmbedding):
+        self.ctc = CTCBranch(config) if config.ctc_weight else None
+        if (
+            config.tied
+            and outputs_of(config) == "tokens"
+            and isinstance(self.embed, TokenEmbedding)
+        ):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
@@ -136,6 +139,8 @@ class Transformer(nn.Module):
             own = None if cache is None else cache.blocks.get(name)
             flow = *block(x, memory, streams, own), marks
         flow, streams = self._apply_resize(int(name), flow, streams, cache)
+        if self.ctc is not None and int(name) == self.encoder_depth - 1:
+            flow = self.ctc(flow, streams["source"], inputs, self.scale_auxiliary_loss)
         if name in self.block_hooks:
             flow = self.block_hooks[name](flow, streams, inputs)
         return flow, streams
@@ -224,8 +229,9 @@ class Transformer(nn.Module):
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            shortens = not resize.restores_length
-            length = resize.output_length(length, self.training) if shortens else total
+            length = (
+                total if resize.restores_length else resize.output_length(length, self.training)
+            )
             marked = marked or resize.marks
         return length, marked
 
@@ -286,8 +292,7 @@ class Transformer(nn.Module):
         lengths, streams = self.sequence_lengths(inputs), {}
         if self.encoder_depth:
             read = self._source(inputs)
-            filled = self.config.audio_fill == "silence"
-            valid_BS = None if filled else inputs.get("source_valid")
+            valid_BS = None if self.config.audio_fill == "silence" else inputs.get("source_valid")
             streams["source"] = self._sequence_info(
                 lengths["source"],
                 context,
@@ -387,14 +392,3 @@ class Transformer(nn.Module):
             return None
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         return rotary_angles(positions_BS, self.config, dtype, windowed)
-
-
-def _build_blocks(config: ModelConfig) -> list[Block]:
-    layers = range(config.layers)
-    if config.family == "encoder":
-        return [Block(config, "source") for _ in layers]
-    if config.family == "decoder":
-        return [Block(config, "target", windowed=has_window(config, i)) for i in layers]
-    depth = config.encoder_layers or config.layers
-    encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
-    return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]

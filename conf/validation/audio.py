@@ -29,6 +29,13 @@ def audio_problems(model: ModelConfig) -> list[str]:
             "model.inputs=audio of model.family=encoder is learned by CTC, but model.outputs="
             f"{model.outputs} gives classes; set model.outputs=ctc"
         )
+    joint = 0 < model.ctc_weight < 1  # other values are refused by their range
+    if joint and (model.family, inputs_of(model)) != ("encoder_decoder", "audio"):
+        found.append(
+            f"model.ctc_weight={model.ctc_weight:g} is for model.family=encoder_decoder with "
+            f"model.inputs=audio, but they are {model.family} and {inputs_of(model)}; set "
+            "model.ctc_weight=0"
+        )
     return found
 
 
@@ -51,9 +58,24 @@ def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
 
 def ctc_problems(config: TrainConfig) -> list[str]:
     """Return the options of training that CTC has no meaning for."""
-    if outputs_of(config.model) != "ctc":
+    compress, own = config.compress, outputs_of(config.model) == "ctc"
+    if not (own or 0 < config.model.ctc_weight < 1):
         return []
-    found, compress = [], config.compress
+    learner = "model.outputs=ctc" if own else f"model.ctc_weight={config.model.ctc_weight:g}"
+    found = [
+        f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than data.audio_stride="
+        f"{config.data.audio_stride} was checked with, and {learner} needs one for each "
+        f"character, in order; set compress.{key}=0, or a larger audio_stride of model and data"
+        for key in ("merge", "pool_after", "drop")
+        if getattr(compress, key)
+    ]
+    if config.lora.rank and not own:
+        found.append(
+            f"lora.rank={config.lora.rank} freezes the projection that {learner} learns; set "
+            "model.ctc_weight=0"
+        )
+    if not own:
+        return found
     if config.loss.label_smoothing:
         found.append(
             f"loss.label_smoothing={config.loss.label_smoothing:g} spreads the target of one "
@@ -64,13 +86,6 @@ def ctc_problems(config: TrainConfig) -> list[str]:
             f"loss.chunks={config.loss.chunks} computes positions apart, but model.outputs=ctc "
             "couples all of an utterance; set loss.chunks=1"
         )
-    found += [
-        f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than data.audio_stride="
-        f"{config.data.audio_stride} was checked with, and model.outputs=ctc needs one for each "
-        f"character, in order; set compress.{key}=0, or a larger audio_stride of model and data"
-        for key in ("merge", "pool_after", "drop")
-        if getattr(compress, key)
-    ]
     if compress.teacher:
         found.append(
             f"compress.teacher={compress.teacher} teaches classes one position at a time, but "

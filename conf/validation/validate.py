@@ -290,7 +290,9 @@ def _data_problems(data: DataConfig) -> list[str]:
 def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     ends = inputs_of(model), outputs_of(model)
     of_family = {kind: r for kind, r in READERS.items() if model.family in r.families}
-    fitting = [kind for kind, r in of_family.items() if (r.inputs, r.outputs) == ends]
+    fitting = [
+        kind for kind, r in of_family.items() if r.inputs == ends[0] and ends[1] in r.outputs
+    ]
     reads = " or ".join(fitting or of_family)
     reader = READERS.get(data.kind)
     if reads and reader and model.family not in reader.families:
@@ -303,10 +305,11 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
             f"model.inputs={inputs_of(model)} does not read data.kind={data.kind}, which gives "
             f"{reader.inputs}; set model.inputs={reader.inputs}, or choose other data"
         ]
-    if reader and outputs_of(model) in {r.outputs for r in READERS.values()} - {reader.outputs}:
+    taught = {outputs for r in READERS.values() for outputs in r.outputs}
+    if reader and outputs_of(model) in taught - {*reader.outputs}:
         return [
             f"model.outputs={outputs_of(model)} are not what data.kind={data.kind} teaches: set "
-            f"model.outputs={reader.outputs}, or choose other data"
+            f"model.outputs={' or '.join(reader.outputs)}, or choose other data"
         ]
     if (reader is None or reader.inputs != "patches") and 0 < model.max_positions < data.seq_len:
         return [
@@ -325,7 +328,7 @@ def _task_problems(config: VerifyConfig) -> list[str]:
         return []
     if config.model.family in reader.families:
         return [
-            f"task={config.task} needs model.outputs={reader.outputs}, but it is "
+            f"task={config.task} needs model.outputs={reader.outputs[0]}, but it is "
             f"{outputs_of(config.model)}; set model=detector-tiny, or task=auto"
         ]
     return [

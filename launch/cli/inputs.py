@@ -12,7 +12,14 @@ from trainer import data
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import absolute_path
 from trainer.checkpoint.vocabulary import map_vocabulary
-from trainer.config.train import DataConfig, LoraConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.config.train import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    PrepareConfig,
+    TrainConfig,
+    audio_settings,
+)
 from trainer.data.chat_template import TEMPLATES
 from trainer.data.record import (
     FACTS,
@@ -86,6 +93,26 @@ def with_imported_model(config: TrainConfig, given: Sequence[str]) -> TrainConfi
     if found:
         raise ConfigError(*found)
     return replace(config, model=replace(model, dropout=config.model.dropout))
+
+
+def with_audio_of_model(config: TrainConfig, given: Sequence[str]) -> TrainConfig:
+    """Return the configuration with the data of audio that its model reads.
+
+    `given` are the overrides of the command: ConfigError if one of them says otherwise.
+    """
+    names = {override.lstrip("+~").partition("=")[0] for override in given}
+    settings = audio_settings(config.model)
+    found = [
+        f"data.{key}={ours}, but this model reads audio with data.{key}={theirs}; leave it out"
+        for key, theirs in settings.items()
+        if f"data.{key}" in names and (ours := getattr(config.data, key)) != theirs
+    ]
+    if found:
+        raise ConfigError(*found)
+    data = replace(config.data)
+    for key, value in settings.items():
+        setattr(data, key, value)
+    return replace(config, data=data)
 
 
 def with_imported_adapter(config: TrainConfig) -> TrainConfig:

@@ -28,6 +28,7 @@ from launch.cli.inputs import (
     check_trained,
     keep_processor,
     with_absolute_paths,
+    with_audio_of_model,
     with_imported_adapter,
     with_imported_model,
     with_processor,
@@ -79,6 +80,7 @@ def prepare_training(
     opened = _start_time()
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
     config = with_imported_model(with_absolute_paths(config), given)
+    config = with_audio_of_model(config, given)
     _check_config(config, world_size)
     _check_compiler(config)
     _check_kernels(config, world_size)
@@ -118,6 +120,7 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
     _check_config(config, world_size)
     given = HydraConfig.get().overrides.task
     training = with_imported_model(with_absolute_paths(training_part(config)), given)
+    training = with_audio_of_model(training, given)
     training, _, _ = _complete_config(training, world_size)
     check_run_dir(training)
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]

@@ -88,8 +88,7 @@ def test_job_composes_and_fits_its_data(job, debug):
 @pytest.mark.parametrize("model", options("model"))
 def test_model_composes(model):
     config = configured(f"model={model}", "data.seq_len=64")
-    of_audio = "transcription" if config.model.family == "encoder_decoder" else "speech"
-    of_inputs = {"tokens": DATA_OF_TOKENS, "audio": [f"data={of_audio}"]}
+    of_inputs = {"tokens": DATA_OF_TOKENS, "audio": ["data=speech"]}
     data = of_inputs.get(config.model.inputs, [f"data={DATA[config.model.family]}"])
     data = ["data=fashion-canvas"] if config.model.outputs == "boxes" else data
     config = configured(f"model={model}", *data)
@@ -102,7 +101,7 @@ def test_model_composes(model):
 def test_data_composes(data):
     config = configured(f"data={data}", "data.path=here")
     reader = READERS[config.data.kind]
-    kinds = {"family": reader.families[0], "inputs": reader.inputs, "outputs": reader.outputs}
+    kinds = {"family": reader.families[0], "inputs": reader.inputs, "outputs": reader.outputs[0]}
     assert find_problems(replace(config, model=replace(config.model, **kinds)), 1) == []
 
 

@@ -14,6 +14,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
 # difference, and a rank's time goes into the blocks: they train two.
 PRESETS = ("ddp", "fsdp", "hsdp", "tensor", "context", "hybrid")
 JOBS = ("language", "images", "translation", "chat")
+OF_SPEECH = ("fsdp", "context", "hybrid")  # it has fewer heads and blocks than eight ranks
 SHORT = [
     "steps=2",
     "metrics.every=1",
@@ -43,14 +44,15 @@ def losses(run: Path) -> list[float]:
 def runs(tmp_path_factory) -> Path:
     """A folder with a sweep of all presets on 8 ranks, and one of single processes."""
     folder = tmp_path_factory.mktemp("presets")
-    jobs, presets = f"experiment={','.join(JOBS)}", ",".join(PRESETS)
-    for name, (depth, strategies) in {
-        "shallow": (["model.layers=2"], presets),
-        "deep": ([], "pipeline,pipeline"),  # swept, so that folders are named alike
+    jobs, shallow = f"experiment={','.join(JOBS)}", "model.layers=2"
+    for name, (words, strategies) in {
+        "shallow": ((jobs, shallow), PRESETS),
+        "deep": ((jobs,), ("pipeline", "pipeline")),  # swept, so that folders are named alike
+        "speech": (("experiment=speech", shallow), OF_SPEECH),
     }.items():
-        words = ("-m", jobs, *depth)
-        train(folder, *words, "strategy=single,single", f"run_dir={name}-alone")
-        train(folder, *words, f"strategy={strategies}", f"run_dir={name}", ranks=8)
+        train(folder, "-m", *words, "strategy=single,single", f"run_dir={name}-alone")
+        strategy = f"strategy={','.join(strategies)}"
+        train(folder, "-m", *words, strategy, f"run_dir={name}", ranks=8)
     return folder
 
 
@@ -61,6 +63,14 @@ def test_a_preset_on_eight_ranks_takes_the_steps_of_one_process(runs, preset, jo
     alone = losses(runs / f"{depth}-alone" / f"experiment={job},strategy=single")
     assert len(alone) == 2
     found = losses(runs / depth / f"experiment={job},strategy={preset}")
+    assert found == pytest.approx(alone, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("preset", OF_SPEECH)
+def test_a_preset_of_speech_takes_the_steps_of_one_process(runs, preset):
+    alone = losses(runs / "speech-alone" / "strategy=single")
+    assert len(alone) == 2
+    found = losses(runs / "speech" / f"strategy={preset}")
     assert found == pytest.approx(alone, rel=ROUNDING)
 
 

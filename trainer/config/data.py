@@ -19,8 +19,7 @@ class DataConfig:
             "chat": "conversations",
             "masked_text": "guess the masked tokens of a text, family=encoder inputs=tokens",
             "labelled_text": "label<TAB>text a line, family=encoder inputs=tokens",
-            "speech": "recordings and what is said in them, family=encoder inputs=audio",
-            "transcription": "the same, family=encoder_decoder inputs=audio",
+            "speech": "recordings and what is said in them, inputs=audio",
             "detection": "pictures with boxes",
         },
     )
@@ -92,6 +91,15 @@ class DataConfig:
     audio_stride: int = key(2, "Speech: frames of a vector, that of model.audio_stride", at_least=1)
     standardize: bool = key(
         True, "Speech: each mel has mean 0 and deviation 1 in the train split; not for Whisper"
+    )
+    targets: str = key(
+        "ctc",
+        "Speech: what is learned of a transcript; set from the model",
+        choices={
+            "ctc": "its characters, in order",
+            "tokens": "the next token, and the end",
+            "both": "",
+        },
     )
     max_seconds: float = key(
         30.0,

@@ -242,6 +242,14 @@ class ModelConfig:
     audio_stride: int = key(
         2, "Frames of audio for one vector of the sequence, 2 or 4", at_least=2, at_most=4
     )
+    ctc_weight: float = key(
+        0.0,
+        "Share of CTC on the encoder's vectors in the loss, beside the decoder's cross-entropy "
+        "(arXiv 1609.06773), family=encoder_decoder inputs=audio",
+        off=0.0,
+        at_least=0,
+        below=1,
+    )
     classes: int = key(0, "Classes of the classifier", off=0, off_means="as the data's", at_least=0)
     queries: int = key(
         0,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from parallel.config_fields import key
 from parallel.errors import ConfigError, DataError, StorageError, UserError
 from parallel.strategy import StrategyConfig
+from trainer.config.audio import audio_settings
 from trainer.config.checkpoint import CheckpointConfig
 from trainer.config.choices import DEVICES, PRECISIONS, RECOMPUTED
 from trainer.config.compress import CompressConfig, non_default_options
@@ -69,6 +70,7 @@ __all__ = [
     "UserError",
     "VerifyConfig",
     "attention_biases",
+    "audio_settings",
     "classes_of",
     "fast_turns",
     "has_key_bias",

@@ -57,10 +57,7 @@ class VerifyConfig:
         "Task whose batches and loss are compared, a data.kind",
         choices={"auto": "that of model.family"}
         | dict.fromkeys(
-            (
-                *("text", "images", "pairs", "chat", "masked_text", "labelled_text"),
-                *("transcription", "detection"),
-            ),
+            ("text", "images", "pairs", "chat", "masked_text", "labelled_text", "detection"),
             "",
         ),
     )

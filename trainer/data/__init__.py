@@ -9,7 +9,7 @@ from pathlib import Path
 from trainer.config.train import ConfigError, DataConfig, UserError
 from trainer.data import chat, images, labelled_text, masked_text, pairs, text
 from trainer.data import huggingface as hub
-from trainer.data.audio import speech, transcription
+from trainer.data.audio import speech
 from trainer.data.dataset import DataFacts, Dataset, SplitFacts
 from trainer.data.detection import reader as detection
 from trainer.data.files import locate_data
@@ -37,7 +37,6 @@ READERS: dict[str, DataReader] = {
         masked_text.READER,
         labelled_text.READER,
         speech.READER,
-        transcription.READER,
         detection.READER,
     )
 }

@@ -35,7 +35,7 @@ BUNDLED = {
     "fashion-canvas": ("detection", "fashion-mnist-6k.npz"),
     "trees": ("detection", "trees"),
 }
-READ_AS = {"masked_text": "text", "transcription": "speech"}  # other kinds that read the same files
+READ_AS = {"masked_text": "text"}  # other kinds that read the same files
 PICTURES = (".npz", ".npy", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 OTHER_FORMATS = {
     *PICTURES,

@@ -256,5 +256,5 @@ READER = DataReader(
     prepare_splits,
     open_split,
     hub_images.FORMAT,
-    outputs="classes",
+    outputs=("classes",),
 )

@@ -143,7 +143,7 @@ READER = replace(
     pairs.READER,
     kind="labelled_text",
     families=("encoder",),
-    outputs="classes",
+    outputs=("classes",),
     prepare=prepare_splits,
     open_split=open_split,
     find_problems=partial(text_problems, least_tokens=ENDS + 1),

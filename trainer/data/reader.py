@@ -51,7 +51,7 @@ class DataReader:
     hub: HubFormat
     find_problems: Callable[[DataConfig], list[str]] = lambda config: []  # of the settings alone
     open_tokenizer: Callable[[DataConfig, Path], Tokenizer] | None = None  # None = no text
-    outputs: str = "tokens"  # what is predicted: model.outputs
+    outputs: tuple[str, ...] = ("tokens",)  # what is predicted: values of model.outputs
 
 
 def text_problems(config: DataConfig, least_tokens: int) -> list[str]:

@@ -35,7 +35,7 @@ def normal_form(model: ModelConfig) -> ModelConfig:
         encoder_layers=model.encoder_layers or model.layers,
         attention_scale=model.attention_scale or head_width_of(model) ** -0.5,
         rope_fast_turns=fast_turns(model),
-        **{key: getattr(plain, key) for key in ("dropout", "init", "init_std")},
+        **{key: getattr(plain, key) for key in ("dropout", "init", "init_std", "ctc_weight")},
     )
     for key in _unused_keys(model):
         model = replace(model, **{key: getattr(plain, key)})

@@ -85,7 +85,7 @@ SPEECH = (
     Architecture(
         "whisper",
         "WhisperForConditionalGeneration",
-        "transcription",
+        "speech",
         _read_whisper,
         _write_whisper,
         _is_whisper,

@@ -12,7 +12,7 @@ from parallel.runtime import broadcast_from_rank0
 from trainer.atomic_files import new_folder
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.shards import read_whole
-from trainer.config.train import TrainConfig
+from trainer.config.train import TrainConfig, inputs_of
 from trainer.data.record import TOKENIZER
 from trainer.data.tokenizer import Tokenizer
 from trainer.huggingface.adapter_files import AdapterReader, write_adapter
@@ -80,7 +80,7 @@ def _write_folder(
             tokenizer = Tokenizer.load(run_dir / TOKENIZER)
             length, start = config.model.max_positions, config.model.start_token
             write_tokenizer(partial, run_dir, tokenizer.eot_id, tokenizer.pad_id, length, start)
-        if architecture.data_kind == "transcription":
+        if inputs_of(config.model) == "audio":
             write_extractor(partial, config.data)
         ids = read_special_ids(partial)
         write_config(partial, architecture, config.model, dtype, ids)

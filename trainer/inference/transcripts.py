@@ -11,9 +11,8 @@ from torch import Tensor
 
 from parallel.parallel_model import ParallelModel
 from trainer.config.train import DataConfig
-from trainer.data.audio.decode import audio_features
+from trainer.data.audio.decode import window_features
 from trainer.data.audio.transcription import prefix_ids
-from trainer.data.audio.utterances import FRAMES_PER_SECOND
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.beam_search import translate_tokens
 from trainer.inference.trained_run import unwrap_transformer
@@ -74,23 +73,10 @@ def transcribe_recording(
     starts = range(0, max(1, len(samples_N) - window + step), step)
     said: list[int] = []
     for start in starts:
-        frames_FM = window_frames(samples_N[start : start + window], window, data)
+        frames_FM = window_features(samples_N[start : start + window], window, data)
         (found,) = decoder.decode(worker, torch.from_numpy(frames_FM)[None], max_tokens=limit)
         said = join_overlap(said, found)
     return decoder.tokenizer.decode(said).strip()
-
-
-def window_frames(samples_N: np.ndarray, window: int, data: DataConfig) -> np.ndarray:
-    """Return the features (F, M) of one window, as they are with silence up to its end.
-
-    A stride's worth of frames is complete.
-    """
-    # Half of the analysis' window of 25 ms reads on.
-    heard = len(samples_N) + data.sample_rate // 80
-    frames = -(-heard * FRAMES_PER_SECOND // data.sample_rate)
-    frames = -(-frames // data.audio_stride) * data.audio_stride
-    padded_N = np.pad(samples_N, (0, window - len(samples_N)))
-    return audio_features(padded_N, data.sample_rate, data.mels)[:frames]
 
 
 def join_overlap(left: list[int], right: list[int]) -> list[int]:

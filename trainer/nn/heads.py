@@ -29,6 +29,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = final_norm(config)
         self.scale = config.output_scale
+        self.ctc_weight = config.ctc_weight  # of the loss, beside that of the logits
         # At each position, so that a rank works on its own ones; only what is pooled is read.
         self.dense = self.dense_norm = None
         if config.head_dense:

@@ -16,7 +16,12 @@ from trainer.atomic_files import write_atomically
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.checkpoint.identity import IDENTITY, flat_values, run_record
 from trainer.checkpoint.manifest import CorruptCheckpointError, check_folder
-from trainer.config.train import DataConfig, TrainConfig, longest_source
+from trainer.config.train import (
+    DataConfig,
+    TrainConfig,
+    audio_settings,
+    longest_source,
+)
 from trainer.huggingface.registry import is_model_folder, read_model
 from trainer.run.free_text import escape_text, unescape_text
 from trainer.run.lock import hold_lock
@@ -87,9 +92,10 @@ def load_config(run_dir: str | Path, key: str = "run_dir") -> TrainConfig:
     if is_model_folder(run_dir):
         architecture, model = read_model(run_dir, key)
         data = DataConfig(kind=architecture.data_kind)
+        for name, value in audio_settings(model).items():
+            setattr(data, name, value)
         if model.audio_positions:
-            seconds = longest_source(model) / 100  # frames of 10 ms
-            data = dataclasses.replace(data, mels=model.mels, max_seconds=seconds)
+            data.max_seconds = longest_source(model) / 100  # frames of 10 ms
         return TrainConfig(model=model, data=data, run_dir=str(run_dir))
     path = _config_path(run_dir, key)
     try:

@@ -69,7 +69,7 @@ def evaluate_run(config: EvaluateConfig, runtime: Runtime) -> None:
     if runtime.rank == 0 and before and (what := describe_changes(before, facts, config.split)):
         log.warning("%s", what)
     run = load_trained_run(config, runtime)
-    task = task_of(reads)
+    task = task_of(reads, trained.model)
     decoding = Decoding(run.load_tokenizer(), config.beams) if task.decodes_in_test else None
     local_batch = trained.batch_size // data_degree(trained.strategy)
     values = evaluate_model(

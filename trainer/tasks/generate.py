@@ -22,7 +22,7 @@ def print_generation(config: GenerateConfig, runtime: Runtime) -> None:
         dialogue = Dialogue(run.worker, run.load_tokenizer(), sampling)
         hold_conversation(dialogue, config.max_tokens, runtime)
         return
-    output = task_of(run.config.data).generate(config, run)
+    output = task_of(run.config.data, run.config.model).generate(config, run)
     if runtime.rank == 0:
         if isinstance(output, Table):
             print_whole(output)

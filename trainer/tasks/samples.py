@@ -18,7 +18,7 @@ def make_samples(config: TrainConfig, worker: ParallelModel) -> str:
 
     All ranks must call it; rank 0 writes.
     """
-    task, reads = task_of(config.data), data_of(config)
+    task, reads = task_of(config.data, config.model), data_of(config)
     text = task.sample_output(
         worker,
         partial(open_tokenizer, reads),

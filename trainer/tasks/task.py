@@ -43,7 +43,7 @@ class Metrics(Protocol):
 
 
 class Task(CrossEntropy, ABC):
-    """A task; TASKS (trainer/tasks/registry.py) lists them by their kind of data.
+    """A task; TASKS (trainer/tasks/registry.py) lists them.
 
     The objective is cross-entropy over class indices, unless a task overrides `build_loss` and
     `count_valid` (trainer/loss.py: Objective), and then `reference_loss` too.

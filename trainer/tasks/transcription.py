@@ -2,12 +2,15 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from parallel.parallel_model import MicroBatch, ParallelModel
+from trainer.config.loss import BLANK, IGNORED, LossConfig
 from trainer.config.train import (
     ConfigError,
     GenerateConfig,
@@ -21,6 +24,7 @@ from trainer.data.audio.transcription import Transcripts
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.trained_run import TrainedRun
 from trainer.inference.transcripts import Decoder, transcribe_recording
+from trainer.nn.heads import Head
 from trainer.tasks.language import random_targets
 from trainer.tasks.metrics import CrossEntropyMetrics, error_rates, gather_texts, perplexity
 from trainer.tasks.task import Decoding, Task
@@ -31,12 +35,17 @@ SHOWN = 5  # transcripts at the end of a run
 class Transcription(Task):
     """Transcription with encoder-decoders, on recordings and what is said in them."""
 
-    data_kind = "transcription"
+    data_kind = "speech"
     decodes_in_test = True
 
     def fits(self, model: ModelConfig) -> bool:
         """Return whether the model is an encoder-decoder of audio."""
         return is_encoder_decoder(model) and inputs_of(model) == "audio"
+
+    def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
+        """Return the cross-entropy's share of the loss; CTC of the encoder adds its own."""
+        assert isinstance(head, Head)
+        return partial(_share_of, super().build_loss(head, config), 1.0 - head.ctc_weight)
 
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
@@ -64,8 +73,13 @@ class Transcription(Task):
     ) -> MicroBatch:
         """Return random frames and targets of unequal lengths."""
         batch = random_targets(model, samples, seq_len, generator)
-        longest = seq_len - 1
-        lengths_B1 = torch.randint(1, longest + 1, (samples, 1), generator=generator)
+        longest, shortest = seq_len - 1, 1
+        if model.ctc_weight:  # needs a vector for each token, and one more between two equal ones
+            targets_BS, shortest = batch["targets"], longest - 3
+            targets_BS[:, shortest // 2 + 1 :] = IGNORED
+            targets_BS[::3, 0] = IGNORED  # given, as what is in front of a transcript
+            targets_BS[targets_BS == BLANK] = BLANK + 1
+        lengths_B1 = torch.randint(shortest, longest + 1, (samples, 1), generator=generator)
         valid_BT = torch.arange(longest) < lengths_B1
         size = (samples, longest * model.audio_stride, model.mels)
         frames_BFM = torch.randn(size, generator=generator, dtype=torch.float64)
@@ -91,6 +105,10 @@ class Transcription(Task):
             said = dataset.tokenizer.decode(ids).strip()
             shown.append(f"> {dataset.target_text(index)}\n{said}")
         return "\n".join(shown)
+
+
+def _share_of(loss_sum: Callable[..., Tensor], share: float, *args: Any, **options: Any) -> Tensor:
+    return share * loss_sum(*args, **options)
 
 
 class TranscriptionMetrics(CrossEntropyMetrics):

@@ -33,6 +33,7 @@ from trainer.optim.registry import build_optimizer, check_reference, reference_o
 from trainer.precision import PRECISIONS
 from trainer.tasks.registry import task_of_model
 from trainer.tasks.task import Task
+from trainer.verify.auxiliary_losses import reference_joint_loss, reference_match
 from trainer.verify.cases import (
     STRATEGIES,
     draw_rows,
@@ -83,8 +84,11 @@ def reference_loss(
 ) -> Tensor:
     """Return the mean loss of a global batch, by torch's own functions alone."""
     functions, targets = nn.functional, batch["targets"].flatten()
-    logits, made = _forward_with_blocks(model, batch, [ours for ours, _ in compress.match])
+    turn = [] if model.ctc is None else [model.encoder_depth - 1]
+    logits, made = _forward_with_blocks(model, batch, [i for i, _ in compress.match] + turn)
     loss = task.reference_loss(logits, batch, LABEL_SMOOTHING)
+    if turn:
+        loss = reference_joint_loss(model, made.pop(), batch, loss)
     if teacher is None:
         return loss
     valid, temperature = targets != IGNORED, compress.temperature
@@ -119,21 +123,6 @@ def _forward_with_blocks(
         hook.remove()
     turns = model.encoder_depth - 1 if model.decodes else -1
     return logits, [outputs[i][int(i == turns)] for i in blocks]
-
-
-def reference_match(
-    ours: Tensor, theirs: Tensor, batch: dict[str, Tensor], of_source: bool
-) -> Tensor:
-    """Return the mean over valid targets of the mean squared difference of similarities."""
-    targets = batch["targets"]
-    everywhere = torch.ones(ours.shape[:2], dtype=torch.bool)
-    valid = batch.get("source_valid", everywhere) if of_source else targets != IGNORED
-    total = torch.zeros((), dtype=torch.float64)
-    for row in range(len(targets)):
-        x, y = ours[row][valid[row]], theirs[row][valid[row]]
-        x, y = (nn.functional.cosine_similarity(z[:, None], z[None], dim=-1) for z in (x, y))
-        total = total + nn.functional.mse_loss(x, y) * (targets[row] != IGNORED).sum()
-    return total / (targets != IGNORED).sum()
 
 
 def run_reference(config: VerifyConfig, size: int) -> Record:

@@ -90,6 +90,14 @@ FEATURES = {
     "encoder-decoder (audio, rope)": ModelConfig(
         family="encoder_decoder", inputs="audio", audio_stride=4, activation="relu"
     ),
+    "encoder-decoder (audio, joint CTC)": ModelConfig(
+        family="encoder_decoder",
+        inputs="audio",
+        audio_stride=4,
+        activation="relu",
+        positions="learned",
+        ctc_weight=0.3,
+    ),
     "encoder (BERT)": BERT,
     "encoder (BERT, classes)": replace(BERT, outputs="classes", pool="class_token", tied=False),
     "encoder (speech)": ModelConfig(

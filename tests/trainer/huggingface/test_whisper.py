@@ -1,6 +1,7 @@
 """Whisper's config.json as published, and what of it is refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,7 @@ def test_published_whisper(tmp_path):
     assert (model.max_positions, model.start_token) == (448, 50257)
     assert (model.positions, model.attention_bias, model.norm_eps) == ("learned", "no_key", 1e-5)
     assert architecture_for(model).model_type == "whisper"
+    assert architecture_for(replace(model, ctc_weight=0.3)).model_type == "whisper"  # without it
 
 
 @pytest.mark.parametrize(

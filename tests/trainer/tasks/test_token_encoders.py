@@ -110,7 +110,7 @@ def test_a_run_guesses_masks(runtime, masked, tmp_path):
     run = load_trained_run(GenerateConfig(run_dir=run_config.run_dir, device="cpu"), runtime)
     values = evaluate_model(run.worker, open_split(masked, "valid"), micro_batch_size=2)
     assert set(values) == {"eval_loss", "perplexity", "accuracy"}
-    task = task_of(masked)
+    task = task_of(masked, ENCODER)
     config = GenerateConfig(run_dir=run_config.run_dir, prompt="ab <|mask|> c <|mask|>")
     table = task.generate(config, run)
     assert table.row_count == 2 * 5
@@ -125,7 +125,7 @@ def test_a_run_tells_labels(runtime, tmp_path):
     run = load_trained_run(GenerateConfig(run_dir=run_config.run_dir, device="cpu"), runtime)
     values = evaluate_model(run.worker, open_split(found, "test"), micro_batch_size=2)
     assert set(values) == {"eval_loss", "accuracy"}
-    table = task_of(found).generate(
+    table = task_of(found, CLASSIFIER).generate(
         GenerateConfig(run_dir=run_config.run_dir, prompt="abc\n\nfeg"), run
     )
     assert table.row_count == 2 and set(table.columns[1].cells) <= {"good", "bad"}

@@ -25,14 +25,18 @@ from whisper_folder import (
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError, GenerateConfig, ModelConfig
 from trainer.data import open_split, prepare_data
+from trainer.data.audio.decode import window_features
 from trainer.data.audio.transcription import prefix_ids
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.huggingface import export_folder
 from trainer.inference.trained_run import load_trained_run
-from trainer.inference.transcripts import join_overlap, transcribe_recording, window_frames
+from trainer.inference.transcripts import join_overlap, transcribe_recording
 from trainer.nn.audio import fill_with_silence
 from trainer.tasks.registry import task_of
 from trainer.tasks.transcription import plain_words
+
+MODEL = ModelConfig(inputs="audio", mels=80, audio_positions=POSITIONS, audio_fill="silence")
+DATA = DataConfig(kind="speech", targets="tokens", standardize=False)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +63,7 @@ def their_tokens(folder: Path, samples_N: np.ndarray, count: int) -> list[int]:
 def generate(runtime, folder: Path, prompt: str) -> str:
     config = GenerateConfig(str(folder), prompt, max_tokens=12, beams=1, precision="fp32")
     run = load_trained_run(replace(config, device="cpu"), runtime)
-    return task_of(run.config.data).generate(config, run)
+    return task_of(run.config.data, run.config.model).generate(config, run)
 
 
 def test_a_recording_is_transcribed_as_by_transformers(ranks, folder, tmp_path):
@@ -89,15 +93,14 @@ def test_an_exported_folder_makes_the_same_frames_in_transformers(ranks, folder,
 
 
 def test_a_model_fills_windows_with_what_silence_is():
-    model = ModelConfig(inputs="audio", mels=80, audio_positions=POSITIONS, audio_fill="silence")
-    data, window = DataConfig(kind="transcription"), RATE * 2
+    window = RATE * 2
     extractor = WhisperFeatureExtractor(chunk_length=2)
-    parts = [window_frames(make_tone(seconds, 1), window, data) for seconds in (1.3, 0.7)]
+    parts = [window_features(make_tone(seconds, 1), window, DATA) for seconds in (1.3, 0.7)]
     longest = max(len(frames_FM) for frames_FM in parts)
     padded = [np.pad(frames_FM, ((0, longest - len(frames_FM)), (0, 0))) for frames_FM in parts]
     lengths = torch.tensor([[len(frames_FM) // 2] for frames_FM in parts])
     valid_BT = torch.arange(longest // 2) < lengths
-    ours_BFM = fill_with_silence(torch.from_numpy(np.stack(padded)), valid_BT, model)
+    ours_BFM = fill_with_silence(torch.from_numpy(np.stack(padded)), valid_BT, MODEL)
     for ours_FM, seconds in zip(ours_BFM, (1.3, 0.7), strict=True):
         theirs = extractor(make_tone(seconds, 1), sampling_rate=RATE, return_tensors="pt")
         torch.testing.assert_close(ours_FM, theirs.input_features[0].T, rtol=0, atol=1e-4)
@@ -119,19 +122,30 @@ def speech(tmp_path) -> Path:
 
 def test_samples_are_frames_and_tokens_behind_the_prefix(speech, folder):
     tokenizer = str(folder / "tokenizer.json")
-    reads = DataConfig(kind="transcription", path=str(speech), tokenizer=tokenizer)
+    reads = DataConfig(
+        kind="speech", targets="tokens", standardize=False, path=str(speech), tokenizer=tokenizer
+    )
     reads = replace(reads, cache=str(speech / ".cache"), max_seconds=2.0, augment=False)
     facts = prepare_data(reads)
     assert facts.splits["test"].left_out == {"longer than data.max_seconds=2": 2}
     assert facts.splits["train"].samples == 4
     dataset, spelled = open_split(reads, "test"), Tokenizer.load(tokenizer)
     batch = dataset.collate([dataset.sample(0, None), dataset.sample(1, None)])
-    ids = spelled.encode(dataset.target_text(0))
+    ids = spelled.encode(" " + dataset.target_text(0))
     assert batch["tokens"][0, : 2 + len(ids)].tolist() == [0, SILENT, *ids]
     assert batch["targets"][0, : 2 + len(ids)].tolist() == [IGNORED, *ids, 0]
-    assert batch["source"].shape == (2, 100, 80)
-    assert batch["source_valid"].sum(1).tolist() == [25, 50]
-    assert batch["source"][0, :50].max() > 0 and batch["source"][0, 50:].any() == 0
+    # Beyond the end of a recording its last analysis windows hear it; zeros behind are filled.
+    assert batch["source"].shape == (2, 102, 80)
+    assert batch["source_valid"].sum(1).tolist() == [26, 51]
+    assert batch["source"][0, 52:].any() == 0
+    filled_BFM = fill_with_silence(
+        torch.from_numpy(batch["source"]), torch.from_numpy(batch["source_valid"]), MODEL
+    )
+    extractor = WhisperFeatureExtractor(chunk_length=2)
+    for ours_FM, name in zip(filled_BFM, ("0", "1"), strict=True):
+        heard_N = soundfile.read(speech / f"audio/{name}.wav", dtype="float32")[0]
+        theirs = extractor(heard_N, sampling_rate=RATE, return_tensors="pt").input_features[0].T
+        torch.testing.assert_close(ours_FM, theirs, rtol=0, atol=1e-3)  # float16 at rest
     with pytest.raises(DataError, match=r"4 longer than data\.seq_len=5"):
         prepare_data(replace(reads, seq_len=5))
 
@@ -171,7 +185,10 @@ class Hearing:
 
 
 def test_long_recordings_are_read_in_windows():
-    data, hearing = DataConfig(kind="transcription", max_seconds=2.0), Hearing()
+    data, hearing = (
+        replace(DATA, max_seconds=2.0),
+        Hearing(),
+    )
     said = transcribe_recording(None, hearing, make_tone(4.5), data, 12)
     assert said == str(list(range(9))) and hearing.windows == 4
     assert transcribe_recording(None, Hearing(), make_tone(2.0), data, 12) == str(list(range(4)))

@@ -70,6 +70,9 @@ FEATURED += [
     ("context 2 × tensor 2", "encoder (speech)"),
     ("context 2, ring", "encoder (speech)"),
     ("fsdp 2 × tensor 2 × pipeline 2", "encoder (speech)"),
+    ("tensor 2, whole sequences", "encoder-decoder (audio, joint CTC)"),
+    ("context 2 × tensor 2", "encoder-decoder (audio, joint CTC)"),
+    ("fsdp 2 × tensor 2 × pipeline 2", "encoder-decoder (audio, joint CTC)"),
 ]
 # A norm over heads that ranks share.
 FEATURED.append(("tensor 4", "decoder (OLMo 2)"))

@@ -4,6 +4,7 @@ N samples of a recording · F frames · M mels
 """
 
 import math
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +16,14 @@ from trainer.config.train import DataConfig, DataError
 from trainer.data.audio.features import log_mel
 
 ARRAYS = (".npz", ".npy")  # of features, computed elsewhere
+FRAMES_PER_SECOND = 100
 FEATURES = "features"  # the array of an .npz that has several
 COMPLETE = 0.9  # of the length that a file states, which is an estimate for some mp3
 READ = "wav, flac, ogg, opus or mp3"
+# What libsndfile notes of a file that ends too early. A size of 2 GiB or more is that of a stream.
+SIZE = re.compile(r"^(?:data|SSND) : (\d+) \(should be (\d+)\)", re.MULTILINE)
+UNKNOWN_SIZE = 0x7FFF0000
+NO_END = ("Junk after the last page", "lacks an end-of-stream bit", "without an End-Of-Stream flag")
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,7 @@ class Recording:
     samples_N: np.ndarray  # float32, at the rate asked for
     rate: int  # of the file
     channels: int
+    ends: bool = True  # whether the file has the mark of its end, where its format has one
 
 
 def read_audio(path: Path, rate: int, key: str = "data.path") -> Recording:
@@ -35,7 +42,7 @@ def read_audio(path: Path, rate: int, key: str = "data.path") -> Recording:
         raise DataError(f"{key}: {path} does not exist")
     try:
         with soundfile.SoundFile(path) as file:
-            expected, found = file.frames, file.samplerate
+            expected, found, notes = file.frames, file.samplerate, file.extra_info
             samples_NC = file.read(dtype="float32", always_2d=True)
     except (soundfile.SoundFileError, RuntimeError, ValueError, OSError) as error:
         why = " ".join(str(error).split())
@@ -48,10 +55,15 @@ def read_audio(path: Path, rate: int, key: str = "data.path") -> Recording:
         raise DataError(
             f"{key}: {path} is damaged: it ends after {len(samples_NC):,} of {expected:,} samples"
         )
+    if (size := SIZE.search(notes)) and int(size[2]) < int(size[1]) < UNKNOWN_SIZE:
+        raise DataError(
+            f"{key}: {path} is cut off: it holds {int(size[2]):,} of {int(size[1]):,} bytes of "
+            "samples"
+        )
     if not np.isfinite(samples_NC).all():
         raise DataError(f"{key}: {path} holds samples that are no finite numbers")
-    mixed_N = samples_NC.mean(axis=1)
-    return Recording(_resample(mixed_N, found, rate), found, samples_NC.shape[1])
+    samples_N = _resample(samples_NC.mean(axis=1), found, rate)
+    return Recording(samples_N, found, samples_NC.shape[1], not any(n in notes for n in NO_END))
 
 
 def _resample(samples_N: np.ndarray, rate: int, to: int) -> np.ndarray:
@@ -70,6 +82,22 @@ def audio_features(samples_N: np.ndarray, rate: int, mels: int) -> np.ndarray:
     if len(samples_N) <= window:  # reflected at both ends by half of a window
         samples_N = np.pad(samples_N, (0, window + 1 - len(samples_N)))
     return log_mel(samples_N, rate, mels, window, hop)
+
+
+def window_features(samples_N: np.ndarray, window: int, config: DataConfig) -> np.ndarray:
+    """Return the features (F, M) of a recording as they are with silence up to `window` samples.
+
+    They are those of Whisper's extractor, up to the last one that hears the recording and as many
+    more as a vector is made of.
+    """
+    rate, analysis = config.sample_rate, config.sample_rate // 40
+    heard = len(samples_N) + analysis // 2  # half of the analysis' window reads on
+    frames = -(-heard * FRAMES_PER_SECOND // rate)
+    frames = -(-frames // config.audio_stride) * config.audio_stride
+    # What is further behind than that is not heard.
+    behind = 2 * analysis + config.audio_stride * rate // FRAMES_PER_SECOND
+    silence = max(0, min(behind, window - len(samples_N)))
+    return audio_features(np.pad(samples_N, (0, silence)), rate, config.mels)[:frames]
 
 
 def read_features(path: Path, mels: int, key: str = "data.path") -> np.ndarray:
@@ -119,4 +147,9 @@ def load_with_notes(
         notes.append(f"of {recording.rate:,} Hz, resampled to {config.sample_rate:,} Hz")
     if recording.channels > 1:
         notes.append(f"of {recording.channels} channels, mixed down to one")
-    return audio_features(recording.samples_N, config.sample_rate, config.mels), notes
+    if not recording.ends:
+        notes.append("without the mark of an Ogg file's end, read as far as they go: cut off?")
+    if config.standardize:
+        return audio_features(recording.samples_N, config.sample_rate, config.mels), notes
+    window = int(config.max_seconds * config.sample_rate)
+    return window_features(recording.samples_N, window, config), notes

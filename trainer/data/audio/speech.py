@@ -1,4 +1,4 @@
-"""Speech recognition by CTC: features of utterances, and the characters that are said in them.
+"""Speech: features of utterances, and the characters or tokens that are said in them.
 
 B utterances of a micro-batch · F frames · M mels · T vectors of the longest · L ids
 """
@@ -10,9 +10,11 @@ import numpy as np
 
 from trainer.config.loss import BLANK, IGNORED, NO_CHARACTER
 from trainer.config.train import DataConfig, DataError
+from trainer.data.audio.transcription import Transcripts, rows_that_fit
 from trainer.data.audio.transcripts import transcript_parts
 from trainer.data.audio.utterances import (
     FRAMES_PER_SECOND,
+    Prepared,
     Utterances,
     facts_of,
     open_prepared,
@@ -30,11 +32,12 @@ from trainer.data.tokenizer import SMALLEST, Tokenizer, too_small
 def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
     """Compute features and ids into `data.cache`, unless already done; raises UserError."""
     prepared = prepare_utterances(config, root, progress)
-    splits = {}
-    for split, parts in prepared.parts.items():
-        rows = rows_of(config, prepared, split, aligned=True)
-        splits[split] = split_facts(parts, root, prepared, split, rows)
-    _refuse_blanks(config, root)
+    splits = {
+        split: split_facts(parts, root, prepared, split, _open_rows(config, prepared, split).rows)
+        for split, parts in prepared.parts.items()
+    }
+    if config.targets != "tokens":
+        _refuse_blanks(config, root)
     return facts_of(config, root, prepared, splits)
 
 
@@ -52,12 +55,18 @@ def _refuse_blanks(config: DataConfig, root: Path) -> None:
         )
 
 
-def open_split(config: DataConfig, root: Path, split: str) -> "Speech":
-    """Return a prepared split."""
-    prepared = open_prepared(config, root)
+def open_split(config: DataConfig, root: Path, split: str) -> Utterances:
+    """Return a prepared split, with the targets that data.targets names."""
+    return _open_rows(config, open_prepared(config, root), split)
+
+
+def _open_rows(config: DataConfig, prepared: Prepared, split: str) -> Utterances:
     tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
-    rows = rows_of(config, prepared, split, aligned=True)
-    return Speech(config, prepared, split, tokenizer, rows)
+    if config.targets == "ctc":
+        rows = rows_of(config, prepared, split, aligned=True)
+        return Speech(config, prepared, split, tokenizer, rows)
+    rows = rows_that_fit(config, prepared, split, tokenizer)
+    return Transcripts(config, prepared, split, tokenizer, rows)
 
 
 def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
@@ -112,12 +121,12 @@ def refuse_rows(config: DataConfig, folder: Path, rows: HubRows) -> None:
 HUB_FORMAT = HubFormat((("path", "audio"), ("transcript", "sentence", "text")), refuse_rows)
 READER = DataReader(
     "speech",
-    ("encoder",),
+    ("encoder", "encoder_decoder"),
     "audio",
     prepare_splits,
     open_split,
     HUB_FORMAT,
     find_problems=find_problems,
     open_tokenizer=open_tokenizer,
-    outputs="ctc",
+    outputs=("ctc", "tokens"),
 )

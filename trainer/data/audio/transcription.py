@@ -5,69 +5,27 @@ B utterances of a micro-batch · F frames · M mels · T vectors of the longest 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from trainer.config.loss import IGNORED
 from trainer.config.train import ConfigError, DataConfig, DataError
-from trainer.data.audio import speech
-from trainer.data.audio.speech import HUB_FORMAT, find_problems
 from trainer.data.audio.utterances import (
     FRAMES_PER_SECOND,
     Prepared,
     Rows,
     Utterances,
-    facts_of,
-    open_prepared,
     pad_frames,
-    prepare_utterances,
     rows_of,
-    split_facts,
 )
-from trainer.data.dataset import DataFacts, Sample
+from trainer.data.dataset import Sample
 from trainer.data.pairs import pad_rows
-from trainer.data.reader import DataReader
-from trainer.data.tokenized import find_tokenizer
 from trainer.data.tokenizer import Tokenizer
 
 
-def prepare_splits(config: DataConfig, root: Path, progress: bool = False) -> DataFacts:
-    """Compute features and ids into `data.cache`, unless already done; raises UserError."""
-    config = _as_speech(config)
-    prepared = prepare_utterances(config, root, progress)
-    tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
-    splits = {}
-    for split, parts in prepared.parts.items():
-        rows = _rows_that_fit(config, prepared, split, tokenizer)
-        splits[split] = split_facts(parts, root, prepared, split, rows)
-    return facts_of(config, root, prepared, splits)
-
-
-def open_split(config: DataConfig, root: Path, split: str) -> "Transcripts":
-    """Return a prepared split."""
-    config = _as_speech(config)
-    prepared = open_prepared(config, root)
-    tokenizer = Tokenizer.load(find_tokenizer(config, prepared.parts))
-    rows = _rows_that_fit(config, prepared, split, tokenizer)
-    return Transcripts(config, prepared, split, tokenizer, rows)
-
-
-def open_tokenizer(config: DataConfig, root: Path) -> Tokenizer:
-    """Return the tokenizer of prepared speech."""
-    return speech.open_tokenizer(_as_speech(config), root)
-
-
-def _as_speech(config: DataConfig) -> DataConfig:
-    """Return the settings with which the features and ids are those of data.kind=speech."""
-    return replace(config, kind="speech", standardize=False)
-
-
-def _rows_that_fit(
-    config: DataConfig, prepared: Prepared, split: str, tokenizer: Tokenizer
-) -> Rows:
+def rows_that_fit(config: DataConfig, prepared: Prepared, split: str, tokenizer: Tokenizer) -> Rows:
     """Return the rows of at most data.max_seconds, and of at most data.seq_len tokens."""
-    rows = rows_of(config, prepared, split, aligned=False)
+    rows = rows_of(config, prepared, split, aligned=config.targets == "both")
     longest = config.seq_len - 1 - len(prefix_ids(config, tokenizer))  # with the start token
     fits_N = rows.frames_N <= config.max_seconds * FRAMES_PER_SECOND
     reasons = {
@@ -136,15 +94,3 @@ class Transcripts(Utterances):
         fill = {"tokens": self.tokenizer.pad_id, "targets": IGNORED}
         padded = {key: pad_rows([s[key] for s in samples], value) for key, value in fill.items()}
         return batch | padded
-
-
-READER = DataReader(
-    "transcription",
-    ("encoder_decoder",),
-    "audio",
-    prepare_splits,
-    open_split,
-    HUB_FORMAT,
-    find_problems=find_problems,
-    open_tokenizer=open_tokenizer,
-)

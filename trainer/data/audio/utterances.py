@@ -5,15 +5,17 @@ B utterances of a micro-batch · F frames · M mels · T vectors of the longest 
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from trainer.config.train import ConfigError, DataConfig, DataError
 from trainer.data.audio.augment import augment_frames
+from trainer.data.audio.decode import FRAMES_PER_SECOND
 from trainer.data.audio.frames import FrameFile, write_frames
 from trainer.data.audio.transcripts import list_transcripts, read_utterances, transcript_parts
 from trainer.data.cache import Record, build_folder, load_prepared, prepared_folder
@@ -35,7 +37,6 @@ from trainer.data.tokenized import (
 )
 from trainer.data.tokenizer import Tokenizer
 
-FRAMES_PER_SECOND = 100
 LINES = 4096  # transcripts encoded together
 SHOWN = 10  # characters listed in a note
 SUFFIX = ".frames"
@@ -85,9 +86,16 @@ def frames_folder(config: DataConfig, parts: Parts) -> Path:
         u for of_split in parts.values() for p in of_split for u in read_utterances(p)
     ):
         digest.update(repr(_fingerprint(utterance.path)).encode("utf-8", "surrogateescape"))
-    reads = [files, digest.hexdigest(), config.sample_rate, config.mels, config.on_bad_file]
-    # The same for every kind that reads speech.
-    return prepared_folder(replace(config, kind="speech"), f"{name_of(config)}-audio", reads)
+    reads: list[Any] = [
+        files,
+        digest.hexdigest(),
+        config.sample_rate,
+        config.mels,
+        config.on_bad_file,
+    ]
+    if not config.standardize:
+        reads += ["silence behind", config.max_seconds, config.audio_stride]
+    return prepared_folder(config, f"{name_of(config)}-audio", reads)
 
 
 def _fingerprint(path: Path) -> tuple[str, int, int]:
@@ -101,7 +109,7 @@ def _fingerprint(path: Path) -> tuple[str, int, int]:
 
 def ids_folder(config: DataConfig, parts: Parts, frames: Path) -> Path:
     """Return the folder of the transcripts' ids, which depends on the tokenizer too."""
-    return tokens_folder(replace(config, kind="speech"), parts, [frames.name])
+    return tokens_folder(config, parts, [frames.name])
 
 
 def read_transcripts(frames: Path, split: str) -> Iterator[str]:
@@ -114,7 +122,9 @@ def read_transcripts(frames: Path, split: str) -> Iterator[str]:
 def _write_ids(config: DataConfig, parts: Parts, frames: Path, folder: Path) -> Record:
     """Write the ids of each split, where each row starts, and the vectors that CTC needs for it."""
     tokenizer = Tokenizer.load(find_tokenizer(config, parts))
-    splits = {}
+    # What Whisper writes begins with a space, as what it has learned.
+    whispers = tokenizer.files.generation_value("no_timestamps_token_id") is not None
+    splits, begin = {}, " " if whispers else ""
     for split in parts:
         unknown = unknown_characters(tokenizer, read_transcripts(frames, split))
         texts = read_transcripts(frames, split)
@@ -122,7 +132,7 @@ def _write_ids(config: DataConfig, parts: Parts, frames: Path, folder: Path) -> 
         characters = 0
         with (folder / f"{split}.ids").open("wb") as file:
             while batch := list(islice(texts, LINES)):
-                for ids in tokenizer.encode_batch([_known(text, unknown) for text in batch]):
+                for ids in tokenizer.encode_batch([begin + _known(t, unknown) for t in batch]):
                     file.write(np.array(ids, token_dtype(tokenizer)).tobytes())
                     repeats = sum(a == b for a, b in pairwise(ids))
                     rows.append((rows[-1][0] + len(ids), len(ids) + repeats))

@@ -123,5 +123,5 @@ READER = DataReader(
     open_split,
     HubFormat((), _refuse_hub),
     find_problems,
-    outputs="boxes",
+    outputs=("boxes",),
 )

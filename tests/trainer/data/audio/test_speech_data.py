@@ -248,6 +248,7 @@ BAD = {
     "zero length": (["zero.wav\tabc"], "holds no samples: its length is zero"),
     "a header alone": (["short.wav\tabc"], "cannot be decoded as audio"),
     "cut off": (["short.mp3\tabc"], r"is damaged: it ends after [\d,]+ of 8,000 samples"),
+    "cut off, wav": (["half.wav\tabc"], r"is cut off: it holds [\d,]+ of [\d,]+ bytes of samples"),
     "NaN": (["nan.wav\tabc"], "samples that are no finite numbers"),
     "other mels": (["wide.npz\tabc"], "has 9 values a frame, but data.mels=8; set data.mels=9"),
     "no array": (["none.npz\tabc"], "must hold one array, or one named features"),
@@ -265,6 +266,7 @@ def oddities(config):
     write_sound(config, "tiny.wav", np.zeros(100))
     whole = (folder / "clips" / "train0.wav").read_bytes()
     (folder / "short.wav").write_bytes(whole[:30])
+    (folder / "half.wav").write_bytes(whole[: len(whole) // 2])
     write_sound(config, "short.mp3", np.random.default_rng(0).standard_normal(8000) / 10)
     coded = (folder / "short.mp3").read_bytes()
     (folder / "short.mp3").write_bytes(coded[: len(coded) // 2])
@@ -291,6 +293,30 @@ def test_bad_recordings_are_left_out_and_counted(oddities, caplog):
     facts = data.prepare_data(replace(oddities, on_bad_file="skip"))
     assert facts.sample_counts["train"] == 1 and len(facts.left_out) == 2
     assert any("line 3" in name and "does not exist" in why for name, why in facts.left_out.items())
+
+
+def test_an_ogg_file_without_its_end_is_read_and_counted(config):
+    folder = tiny.Path(config.path)
+    noise_N = np.random.default_rng(0).standard_normal(4 * RATE) / 10
+    write_sound(config, "whole.ogg", noise_N)
+    coded = (folder / "whole.ogg").read_bytes()
+    (folder / "cut.ogg").write_bytes(coded[: int(0.9 * len(coded))])
+    write_lines(config, "whole.ogg\tabc", "cut.ogg\tabc")
+    facts = data.prepare_data(config)
+    assert facts.sample_counts["train"] == 2
+    assert facts.notes[0] == (
+        "1 recordings without the mark of an Ogg file's end, read as far as they go: cut off?"
+    )
+
+
+def test_a_stream_that_states_no_size_is_read(config):
+    path = tiny.Path(config.path) / "clips" / "train0.wav"
+    content = bytearray(path.read_bytes())
+    before = read_audio(path, RATE).samples_N
+    at = content.index(b"data") + 4
+    content[at : at + 4] = b"\xff\xff\xff\xff"
+    path.write_bytes(content)
+    np.testing.assert_array_equal(read_audio(path, RATE).samples_N, before)
 
 
 def test_utterances_that_cannot_be_learned_are_counted(config):
