@@ -20,10 +20,12 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
     for _ in range(1, stages):
         longer: list[tuple] = [(math.inf, 0.0, ())] * len(ends)
         for i in range(len(ends)):
-            for j in range(1, i):
+            for j in reversed(range(1, i)):
                 cost, (most, squares, firsts) = ends[i] - ends[j], best[j]
+                if cost > longer[i][0]:
+                    break  # and so are all longer stages
                 longer[i] = min_by_cost(
-                    longer[i], (max(most, cost), squares + cost**2, (*firsts, j))
+                    (max(most, cost), squares + cost**2, (*firsts, j)), longer[i]
                 )
         best = longer
     return list(best[-1][2])
