@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 
@@ -10,6 +11,11 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
 
     Ties are broken by the least sum of squares. `costs` are the blocks' costs, in any unit.
     """
+    return list(_balanced(tuple(costs), stages))
+
+
+@lru_cache(maxsize=1024)
+def _balanced(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     ends = [0.0, *accumulate(costs)]
 
     def min_by_cost(one: tuple, other: tuple) -> tuple:
@@ -28,7 +34,8 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
                     (max(most, cost), squares + cost**2, (*firsts, j)), longer[i]
                 )
         best = longer
-    return list(best[-1][2])
+    firsts: tuple[int, ...] = best[-1][2]
+    return firsts
 
 
 def stage_blocks(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:
