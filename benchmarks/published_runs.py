@@ -8,6 +8,7 @@ and takes the predicted best layout of each published sweep; `--kin` leaves out 
 import argparse
 import csv
 import math
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -159,8 +160,8 @@ def _work(row: dict[str, str], layout: Layout) -> Work:
     length, ends = number["seq_len"], _counted_ends(row)
     zero, copies = number["zero"], number["replicate"] * number["shard"] * number["context"]
     states = copies if zero in (1, 2) and not stack.shards_gradients else 1
-    if "over 8 ranks" in row["note"] or "over 4 ranks" in row["note"]:
-        states = number["shard"]
+    if stack.state_ranks:
+        states = stack.state_ranks
     update = 2 * number["optim_bytes"] + number["grad_bytes"] + 2 * number["param_bytes"]
     return Work(
         blocks=(block,) * layers,
@@ -204,6 +205,7 @@ def _stack(row: dict[str, str], layout: Layout) -> Stack:
         fused_pointwise=row["compile"] == "1" or group.startswith(BY_HAND),
         hides_tensor=row["tp_overlap"] == "1",
         hides_sum=group.startswith(HIDING_SUMS),
+        state_ranks=int(row["shard"]) if re.search(r"over \d ranks", row["note"]) else 0,
         shards_gradients=row["zero"] == "3" or layout.shard > 1,
         per_parameter=group.startswith("torchtitan"),
         gathers_again=row["zero"] == "3",

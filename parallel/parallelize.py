@@ -13,7 +13,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from parallel.activation_checkpointing import checkpoint_activations
 from parallel.axis import LossSum, ParallelAxis
 from parallel.context.attention import ContextParallel
-from parallel.data.data_parallel import DataParallel
+from parallel.data.data_parallel import DataParallel, WrapReplicas
+from parallel.data.ddp import wrap_in_ddp
 from parallel.grad_norm import local_tensor
 from parallel.model_protocol import ParallelizableModel
 from parallel.parallel_model import CountValid, FullParameters, ParallelModel
@@ -61,6 +62,16 @@ def recompute_and_compile(
             block.compile()
 
 
+def materialize_parameters(
+    model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
+) -> None:
+    """Allocate a meta model's parameters on `device` and initialise this rank's shards."""
+    allocate_parameters(model, device)
+    # The canonical name, which may be on another rank.
+    named = {ties.get(name, name): parameter for name, parameter in model.named_parameters()}
+    draw_weights(named, draw_rows)
+
+
 def parallelize(
     model: ParallelizableModel,
     facts: ModelSpec,
@@ -72,8 +83,13 @@ def parallelize(
     compute: torch.dtype = torch.float32,  # of the weights that FSDP gathers
     activation_checkpointing: str = "none",
     compile: bool = False,
+    materialize: Callable[..., None] = materialize_parameters,
+    wrap: WrapReplicas = wrap_in_ddp,
 ) -> ParallelModel:
-    """Distribute a meta-device model over the mesh and initialise its weights."""
+    """Distribute a meta-device model over the mesh and initialise its weights.
+
+    A trace on fake tensors passes `materialize` and `wrap` that touch no data.
+    """
     assert isinstance(model, nn.Module)
     whole = _full_parameters(model)
     model.to(parameters)  # before any parameter is a DTensor, whose cast goes through dispatch
@@ -92,23 +108,13 @@ def parallelize(
     # 4. Recomputation repeats a block's own collectives. 5. Equal blocks are compiled once.
     recompute_and_compile(model, axes, activation_checkpointing, compile)
     # 6. FSDP shards the meta model, so that no rank ever holds the full model.
-    (data := DataParallel(mesh, strategy, axes, parameters, compute)).prepare(model)
+    (data := DataParallel(mesh, strategy, axes, parameters, compute, wrap)).prepare(model)
     # 7. Each rank initialises the rows of its own shards.
-    materialize_parameters(model, device, facts.draw_rows, whole.ties)
+    materialize(model, device, facts.draw_rows, whole.ties)
     # 8. DDP wraps the finished model; with shards, FSDP also sums over the replicas.
     for axis in (axes := [*axes, data]):
         axis.use_weights(model, data.shards)
     return ParallelModel(model, whole, mesh, device, facts.loss_sum, facts.count_valid, axes)
-
-
-def materialize_parameters(
-    model: nn.Module, device: torch.device, draw_rows: DrawRows, ties: Mapping[str, str]
-) -> None:
-    """Allocate a meta model's parameters on `device` and initialise this rank's shards."""
-    allocate_parameters(model, device)
-    # The canonical name, which may be on another rank.
-    named = {ties.get(name, name): parameter for name, parameter in model.named_parameters()}
-    draw_weights(named, draw_rows)
 
 
 @torch.no_grad()

@@ -39,11 +39,12 @@ def build_worker(
     runtime: Runtime,
     compression: Compression | None = None,
     objective: Objective | None = None,
+    parallelize: apply.Parallelize = apply.parallelize,
 ) -> ParallelModel:
     """Build the config's model under its strategy on the current ranks, with initial weights.
 
     Pass the config's `compression` if the caller uses it afterwards. `objective` is the training
-    objective; None = cross-entropy.
+    objective; None = cross-entropy. A trace passes a `parallelize` that allocates fake tensors.
     """
     compression = compression or Compression(config.compress)
     strategy = resolve_degrees(config.strategy, runtime.world_size)
@@ -69,6 +70,7 @@ def build_worker(
         compile=config.compile,
         compression=compression,
         lora=config.lora,
+        parallelize=parallelize,
     )
 
 

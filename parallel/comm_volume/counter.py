@@ -1,10 +1,11 @@
 """Communicated bytes, counted from the collectives that are issued."""
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Payload = dict[tuple[str, torch.dtype], int]  # bytes by (collective, dtype)
@@ -19,8 +20,17 @@ NAMES = {
 }
 
 
+class Collective(NamedTuple):
+    """A collective that was issued."""
+
+    name: str
+    dtype: torch.dtype
+    group: str  # name of its process group
+    payload_bytes: int
+
+
 class CollectiveCounter(TorchDispatchMode):
-    """A dispatch mode that counts collectives' payload bytes by (collective, dtype).
+    """A dispatch mode that lists collectives and their payload bytes.
 
     The payload of an all-reduce is the reduced tensor, of an all-gather the output, of a
     reduce-scatter and an all-to-all the input. With ring algorithms each rank sends 2(n-1)/n of an
@@ -30,25 +40,39 @@ class CollectiveCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.payload_bytes: Payload = defaultdict(int)
+        self.issued: list[Collective] = []
+
+    @property
+    def payload_bytes(self) -> Payload:
+        """Return the payload bytes by (collective, dtype)."""
+        total: Payload = defaultdict(int)
+        for collective in self.issued:
+            total[collective.name, collective.dtype] += collective.payload_bytes
+        return total
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.split("::")[1]
-        if func.namespace == "c10d" and name != "recv_":  # counted by the sender
-            self._count_bytes(name, _in_place_payload(name, args))
-        elif func.namespace == "_c10d_functional" and name != "wait_tensor":
-            gathered = args[1] if name == "all_gather_into_tensor" else 1
-            if name == "all_to_all_single" and len(args[2]) > 1 == sum(
-                size > 0 for size in args[2]
-            ):
-                name = "send"
-            self._count_bytes(name, [args[0]], gathered)
+        self.issued += collectives_of(func, args)
         return func(*args, **(kwargs or {}))
 
-    def _count_bytes(self, name: str, tensors: list[Tensor], times: int = 1) -> None:
-        for tensor in tensors:
-            key = NAMES.get(name, name), tensor.dtype
-            self.payload_bytes[key] += tensor.numel() * tensor.element_size() * times
+
+def collectives_of(operator: Any, args: Any) -> list[Collective]:
+    """Return what an operator sends, one entry per tensor; empty if it is no collective."""
+    name = operator._schema.name.split("::")[1]
+    if operator.namespace == "c10d" and name != "recv_":  # counted by the sender
+        tensors, times = _in_place_payload(name, args), 1
+        scripts = [arg for arg in args if isinstance(arg, torch.ScriptObject)]
+        group = dist.ProcessGroup.unbox(scripts[0]).group_name
+    elif operator.namespace == "_c10d_functional" and name != "wait_tensor":
+        tensors, group = [args[0]], args[-1]
+        times = args[1] if name == "all_gather_into_tensor" else 1
+        if name == "all_to_all_single" and len(args[2]) > 1 == sum(size > 0 for size in args[2]):
+            name = "send"
+    else:
+        return []
+    return [
+        Collective(NAMES.get(name, name), tensor.dtype, group, tensor.nbytes * times)
+        for tensor in tensors
+    ]
 
 
 def _in_place_payload(name: str, args: Any) -> list[Tensor]:

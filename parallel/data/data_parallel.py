@@ -1,6 +1,6 @@
 """Data parallelism over replicas and shards: DDP or FSDP, and the loop over micro-batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,17 @@ from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.strategy import StrategyConfig
 
 
+# (model, mesh of the replicas or None, strategy) -> what training forwards call, compressed sums
+WrapReplicas = Callable[..., tuple[nn.Module, CompressedAllReduce | None]]
+
+
 class DataParallel(ParallelAxis):
     """The replicate, context and shard axes, of any degree, over which gradients are summed.
 
     FSDP supports DTensors and several forwards before a backward, DDP does not: if an inner axis
     needs either, FSDP also sums over the replicas. `parameters` is the dtype of weights and
-    gradients at rest, `compute` the dtype in which FSDP gathers weights.
+    gradients at rest, `compute` the dtype in which FSDP gathers weights; `wrap` wraps a model that
+    has replicas.
     """
 
     wrapped: nn.Module  # the DDP or FSDP module that training forwards call
@@ -36,7 +41,9 @@ class DataParallel(ParallelAxis):
         inside: Sequence[ParallelAxis],
         parameters: torch.dtype,
         compute: torch.dtype,
+        wrap: WrapReplicas = wrap_in_ddp,
     ):
+        self._wrap = wrap
         self._mesh, self._copies, self._strategy = mesh, replica_mesh(mesh), strategy
         super().__init__(self._copies or mesh["shard"])
         beyond_ddp = self._copies is not None and not all(axis.allows_ddp for axis in inside)
@@ -60,7 +67,7 @@ class DataParallel(ParallelAxis):
         """Wrap the finished model in DDP, if it has replicas and FSDP does not sum over them."""
         assert isinstance(model, nn.Module)
         self._model, copies = model, None if sharded else self._copies
-        self.wrapped, self._exchange = wrap_in_ddp(model, copies, self._strategy)
+        self.wrapped, self._exchange = self._wrap(model, copies, self._strategy)
 
     def run(self, micro_batches: list[Inputs], loss_of: LossOf) -> None:
         """Run forward and backward of one micro-batch after another."""

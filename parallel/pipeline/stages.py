@@ -90,6 +90,8 @@ class Stage:
         inputs = self._inputs.pop(number, [])
         for tensor in _differentiable(inputs):
             tensor.requires_grad_()
+        if self.is_last:
+            self._pipeline.last_forward = number
         with self._pipeline.record_span(self.stage_index, "F", number):
             output = self._pipeline.compute_stage(number, self.blocks, inputs)
         flows = (output,) if isinstance(output, Tensor) else output
@@ -207,6 +209,7 @@ class PipelineParallel(ParallelAxis):
         self.schedule = self
         self.micro_batches: list[Inputs] = []
         self._loss_of: LossOf | None = None
+        self.last_forward = 0  # micro-batch of the latest forward of the last stage here
         self.tied: Tensor | None = None  # parameter with a copy on another rank
         self.recording: Recording | None = None  # of the next step
 
@@ -271,10 +274,11 @@ class PipelineParallel(ParallelAxis):
         stages = self.stages[0] if rules.most_stages == 1 else self.stages
         return schedule_class(self.strategy.schedule)(stages, micro_batches, **options)
 
-    def _loss_of_micro_batch(self, logits: Tensor, number: Tensor) -> Tensor:
+    def _loss_of_micro_batch(self, logits: Tensor, _number: Tensor) -> Tensor:
         assert self._loss_of is not None
-        with self.record_span(len(self.runs) - 1, "F", int(number)):  # it is part of that forward
-            return self._loss_of(logits, int(number))
+        number = self.last_forward  # the loss follows it; reading the tensor would wait for it
+        with self.record_span(len(self.runs) - 1, "F", number):  # it is part of that forward
+            return self._loss_of(logits, number)
 
     def record_span(self, stage: int, kind: str, number: int) -> AbstractContextManager[None]:
         """Return a context that records an action's span, if a recording is active."""

@@ -21,7 +21,7 @@ class RecomputeGather:
     def __init__(self, group: dist.ProcessGroup, dim: int):
         self._group, self._dim = group, dim
         self._inside = False
-        # The latest gathered tensor; referenced, so that its address is not reused.
+        # The latest gathered tensor; referenced, so that its storage is not reused.
         self._latest: tuple[Tensor, _GatheredTensor] | None = None
 
     def remember_gather(self, whole: Tensor, part: Tensor) -> None:
@@ -78,7 +78,8 @@ def _is_view_of_all(whole: Tensor, tensor: Tensor) -> bool:
     return (
         tensor.numel() == whole.numel()
         and tensor.is_contiguous()
-        and tensor.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        # The storage itself: all fake tensors have the same address.
+        and tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata
     )
 
 

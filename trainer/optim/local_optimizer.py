@@ -63,6 +63,8 @@ class LocalOptimizer:
             group["lr"] = lr
         self._optimizer.grad_scale, self._optimizer.found_inf = None, skip  # type: ignore[attr-defined]
         self._optimizer.step()
+        for tensor in self._local.values():
+            tensor.grad = None  # it would outlive the model's, until the next update
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the moments by canonical parameter name, laid out as the parameters."""

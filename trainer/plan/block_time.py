@@ -4,15 +4,15 @@ from typing import NamedTuple
 
 from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import StrategyConfig
-from trainer.plan.constants import Constants
-from trainer.plan.layout import Layout
-from trainer.plan.machine import Machine
-from trainer.plan.traffic import (
+from trainer.plan.collective_time import (
     axis_ring,
     block_context_bytes,
     block_tensor_bytes,
     ring_seconds,
 )
+from trainer.plan.constants import Constants
+from trainer.plan.layout import Layout
+from trainer.plan.machine import Machine
 from trainer.plan.work import BlockWork, Work
 
 LOGIT_BYTES = 12  # of memory for each logit: in 16 bits, and float32 copies of the loss

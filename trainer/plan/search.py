@@ -16,7 +16,7 @@ from trainer.plan.layout_rules import divisors_of, model_problems, sequence_prob
 METHODS = ("all_gather", "ring", "ulysses")
 MODES = tuple(RECOMPUTED)
 CHUNKS = (1, 8)  # loss.chunks that are tried
-MOST_STAGES = 8  # stages of a pipeline rank that are tried, at most
+STAGES = (1, 2, 4, 8)  # of a pipeline rank that are tried
 
 
 def _allow_all(_: StrategyConfig) -> bool:
@@ -93,8 +93,9 @@ def _schedules(space: Space, pipeline: int) -> Iterator[tuple[str, int]]:
     for name, rules in SCHEDULES.items():
         if space.fixed.get("schedule", name) != name or (space.one_pass and rules.splits_backward):
             continue
-        for stages in range(rules.least_stages, (rules.most_stages or MOST_STAGES) + 1):
-            if space.fixed.get("stages_per_rank", stages) == stages:
+        wanted = space.fixed.get("stages_per_rank")
+        for stages in STAGES if wanted is None else (wanted,):
+            if rules.least_stages <= stages <= (rules.most_stages or stages):
                 yield name, stages
 
 

@@ -15,10 +15,10 @@ from parallel.pipeline.schedules import SCHEDULES, bubble_formula, rank_of_stage
 from parallel.pipeline.simulator import Action, Lists, simulate_schedule
 from parallel.strategy import StrategyConfig
 from trainer.plan.block_time import Pass, block_passes, logit_passes
+from trainer.plan.collective_time import Ring, axis_ring, ring_seconds, send_seconds, weight_bytes
 from trainer.plan.constants import Constants
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import Machine
-from trainer.plan.traffic import axis_ring, ring_seconds, send_seconds, weight_bytes
 from trainer.plan.work import Work
 
 T = TypeVar("T")
@@ -238,14 +238,15 @@ class TimeModel:
 
     def _other_sums(self, layout: Layout, elements: int, slowest: RankTime) -> float:
         """Return those of stacks that shard the optimizer's states alone (ZeRO-1)."""
-        work = self.work
-        ring = axis_ring(layout, "copies", self.machine.linked)
-        summed = ring_seconds(
-            StepBytes(reduce_scatter=elements * work.sum_bytes), ring, self.machine, self.constants
-        )
-        gathered = ring_seconds(
-            StepBytes(all_gather=elements * work.compute_bytes), ring, self.machine, self.constants
-        )
+        work, machine, constants = self.work, self.machine, self.constants
+        ring = owners = axis_ring(layout, "copies", machine.linked)
+        moved = StepBytes(reduce_scatter=elements * work.sum_bytes)
+        if 0 < work.stack.state_ranks < ring.ranks:  # all copies are summed, a few of them gather
+            moved = StepBytes(all_reduce=elements * work.sum_bytes)
+            owners = Ring(work.stack.state_ranks, min(work.stack.state_ranks, ring.near))
+        summed = ring_seconds(moved, ring, machine, constants)
+        weights = StepBytes(all_gather=elements * work.compute_bytes)
+        gathered = ring_seconds(weights, owners, machine, constants)
         if not work.stack.hides_sum:
             return summed + gathered
         shown = self._added(slowest.backward.total, summed)

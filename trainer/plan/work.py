@@ -43,6 +43,7 @@ class Stack:
     fused_pointwise: bool = False  # torch.compile, or kernels by hand
     hides_tensor: bool = False  # collectives of split layers overlap with products
     hides_sum: bool = True  # gradients are summed while the last backward runs
+    state_ranks: int = 0  # ZeRO-1: neighbours that share the optimizer's states; 0 = all copies
     shards_gradients: bool = True  # over `shard`, with their weights: ZeRO-3, otherwise ZeRO-1
     per_parameter: bool = True  # each is sharded by itself (FSDP2), not a flat one for a block
     gathers_again: bool = True  # weights are gathered again for the backward
@@ -123,31 +124,34 @@ def model_work(
     `source` is the length of an encoder's input, as flops_per_sample takes it; `shrunk` are the
     lengths of blocks of a shorter sequence.
     """
-    flops, classes = flops_per_sample(model, length, source, shrunk), classes_of(model)
-    inside = encoder_length(model, source)
-    blocks = block_works(model, length, inside, shrunk)
-    predicted = 1 if outputs_of(model) == "classes" else length
-    if model.family == "encoder" and predicted > 1:
-        predicted = inside
-    same = {block: block for block in blocks}
-    embedding = model.vocab_size if inputs_of(model) == "tokens" or model.family != "encoder" else 0
-    outer = model.width * (embedding + (0 if model.tied and embedding else classes))
+    classes, inside = classes_of(model), encoder_length(model, source)
+    of_encoder = model.family == "encoder"
+    logits = 1 if outputs_of(model) == "classes" else inside if of_encoder else length
+    same = {block: block for block in block_works(model, length, inside, shrunk)}
     return Work(
-        blocks=tuple(same[block] for block in blocks),
+        blocks=tuple(same[block] for block in block_works(model, length, inside, shrunk)),
         costs=tuple(flops_per_block(model, length, source, shrunk)),
         width=model.width,
-        logits=float(predicted * classes),
-        head=float(predicted * classes * model.width),
-        outer_weights=outer,
+        logits=float(logits * classes),
+        head=float(logits * classes * model.width),
+        outer_weights=_outer_weights(model),
         samples=samples,
-        flops=flops,
-        tokens=length if model.family != "encoder" else inside,
+        flops=flops_per_sample(model, length, source, shrunk),
+        tokens=inside if of_encoder else length,
         compute_bytes=compute_bytes,
         sum_bytes=sum_bytes,
         update_bytes=2 * moment_bytes + 2 * 4 + 4,
         learned_share=learned_share,
         stack=stack,
     )
+
+
+def _outer_weights(model: ModelConfig) -> int:
+    """Return the weights of embedding and head; those of tied ones count once."""
+    tokens = inputs_of(model) == "tokens" or model.family != "encoder"
+    embedding = model.vocab_size if tokens else 0
+    head = 0 if model.tied and outputs_of(model) == "tokens" and tokens else classes_of(model)
+    return model.width * (embedding + head)
 
 
 def encoder_length(model: ModelConfig, source: int) -> int:

@@ -50,7 +50,13 @@ def step_traffic(
 ) -> tuple[Payload, Payload]:
     """Return the bytes of one bf16 step of this rank by collective: counted, and closed form."""
     worker = parallel_model(model_config, strategy, runtime, PRECISIONS["bf16"], lora=lora)
-    micro_batches = split_batch(make_batch(model_config, 0, 0, samples_per_step(strategy)), worker)
+    return count_traffic(worker, strategy)
+
+
+def count_traffic(worker: ParallelModel, strategy: StrategyConfig) -> tuple[Payload, Payload]:
+    """Return the bytes of one step of a bf16 model's rank: counted, and by the closed form."""
+    config = unwrap_transformer(worker).config
+    micro_batches = split_batch(make_batch(config, 0, 0, samples_per_step(strategy)), worker)
     for _ in range(3):  # DDP agrees on its buckets once, in the second step
         worker.zero_grad()
         with CollectiveCounter() as traffic:

@@ -10,11 +10,11 @@ from parallel.strategy import StrategyConfig
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import ModelConfig
 from trainer.nn.flops import flops_per_block
+from trainer.plan.collective_time import Ring, axis_ring
 from trainer.plan.constants import Constants, Fit
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import Machine, named_machine
 from trainer.plan.step_time import TimeModel
-from trainer.plan.traffic import Ring, axis_ring
 from trainer.plan.work import block_works, encoder_length, model_work
 
 TINY = ModelConfig(

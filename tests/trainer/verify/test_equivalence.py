@@ -10,7 +10,7 @@ from parallel.pipeline.schedules import SCHEDULES
 from parallel.strategy import AXES, StrategyConfig, world_size
 from trainer.config.train import CompressConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
-from trainer.verify.cases import FAMILIES, MICRO_BATCHES, STRATEGIES, iter_cases
+from trainer.verify.cases import FAMILIES, LORA, MICRO_BATCHES, STRATEGIES, iter_cases
 from trainer.verify.compare import (
     QUANTITIES,
     Difference,
@@ -115,6 +115,28 @@ def test_pipelines_of_tied_and_untied_weights(ranks, schedule, family):
 def test_recomputation_changes_nothing(ranks, mode, family, strategy):
     config = VerifyConfig(strategy=strategy, model=FAMILIES[family], activation_checkpointing=mode)
     assert format_verdict(ranks.run(2, compare_layout, config)[0], TOLERANCE) == "equal"
+
+
+# Products that only their sum over the ranks reads are not kept: of adapters, biases, integers too.
+SUMMED = {
+    "sequences in parts": VerifyConfig(
+        StrategyConfig(tensor=2), FAMILIES["decoder (Llama)"], lora=LORA
+    ),
+    "whole sequences": VerifyConfig(
+        StrategyConfig(tensor=2, sequence_parallel=False), FAMILIES["decoder (GPT-2)"]
+    ),
+    "norms over all heads": VerifyConfig(StrategyConfig(tensor=2), FEATURES["decoder (OLMo 2)"]),
+    "integers": VerifyConfig(
+        StrategyConfig(shard=2, tensor=2), FAMILIES["decoder (Llama)"], CompressConfig(bits=8)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SUMMED)
+def test_what_split_layers_keep_changes_nothing(ranks, case):
+    config = replace(SUMMED[case], activation_checkpointing="selective")
+    found = ranks.run(world_size(config.strategy), compare_layout, config)[0]
+    assert format_verdict(found, TOLERANCE) == "equal"
 
 
 def test_one_rank_equals_plain_torch(ranks):

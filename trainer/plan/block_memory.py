@@ -1,0 +1,294 @@
+"""What the blocks, the embedding and the head of a model keep for the backward; free of torch.
+
+All functions return bytes of one micro-batch on one rank. A "row" is a vector of one sample's
+position. Each sum below names the tensors that autograd keeps, in the order of the forward.
+"""
+
+# B samples, T rows of the rank's positions, R rows between split layers (T, or its part under
+# sequence parallelism), D width, H query heads, G key/value heads, K head width, F feed-forward
+# width, C key positions, c bytes of compute.
+
+import math
+from dataclasses import dataclass, field
+
+from trainer.config.train import (
+    CompressConfig,
+    LoraConfig,
+    ModelConfig,
+    classes_of,
+    head_width_of,
+    inputs_of,
+    is_encoder_decoder,
+    is_gated,
+    outputs_of,
+)
+from trainer.plan.parameters import attention_matrices, feed_forward_matrices
+
+FLOAT = 4  # bytes of float32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the bytes of a block depend on besides the model."""
+
+    samples: int  # of a micro-batch
+    tensor: int = 1
+    sequence_parallel: bool = True
+    context: int = 1
+    context_method: str = "all_gather"
+    compute_bytes: int = 2
+    parameter_bytes: int = 4
+    fused_norm: bool = True  # RMSNorm is one kernel, as on CUDA; a CPU's keeps more
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+
+    @property
+    def splits_rows(self) -> bool:
+        """Return whether rows between split layers are split over the tensor ranks."""
+        return self.tensor > 1 and self.sequence_parallel
+
+    def local(self, length: int) -> int:
+        """Return the positions on one rank of the context axis."""
+        return 2 * math.ceil(length / (2 * self.context)) if self.context > 1 else length
+
+    def rows(self, length: int) -> int:
+        """Return the rows in split layers."""
+        return self.samples * self.local(length)
+
+    def rows_between(self, length: int) -> int:
+        """Return the rows between split layers."""
+        local = self.local(length)
+        return self.samples * (math.ceil(local / self.tensor) if self.splits_rows else local)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A sequence that blocks compute on, and how its attention is masked."""
+
+    length: int
+    causal: bool = False
+    masked: bool = False  # by padding: a mask of the keys alone
+    documents: bool = False  # by documents: a mask of queries and keys
+
+
+@dataclass(frozen=True)
+class BlockBytes:
+    """Bytes of a block by what they are for; `kept` by the mode of activation checkpointing."""
+
+    kept: dict[str, float]
+    recomputed: dict[str, float]  # beyond what is kept, when its backward begins
+    backward: float  # beyond that, in its backward
+    output: float  # its output, which the next block keeps as its input
+
+
+def block_bytes(
+    model: ModelConfig, own: Sequence, setting: Setting, memory: Sequence | None = None
+) -> BlockBytes:
+    """Return the bytes of a block; with `memory` it has cross-attention to that."""
+    c, d = setting.compute_bytes, model.width
+    between, rows = setting.rows_between(own.length), setting.rows(own.length)
+    stream = c * between * d
+    full, products = _branch_norms(model, between, setting), 0.0
+    kept, made = _attention_bytes(model, own, own, setting)
+    full, products = full + kept, products + made
+    if memory is not None:
+        kept, made = _attention_bytes(model, own, memory, setting)
+        full, products = full + kept + _branch_norms(model, between, setting), products + made
+    kept, made = _feed_forward_bytes(model, rows, setting)
+    full, products = full + kept + _branch_norms(model, between, setting), products + made
+    branches = 3 if memory is not None else 2
+    if model.dropout:
+        full += branches * between * d
+    # A row-split product is read by its sum alone, which is kept in its place.
+    sums = branches * (stream if setting.tensor > 1 else c * rows * d)
+    selective = stream + products + sums
+    passed = stream if memory is None else 0.0  # the memory that flows on is one for all blocks
+    work = _backward_bytes(model, own, setting)
+    selective_rest = full - selective + (c * rows * d if setting.splits_rows else 0.0)
+    return BlockBytes(
+        {"none": full, "block": stream, "selective": selective},
+        {"none": 0.0, "block": full - stream, "selective": max(0.0, selective_rest)},
+        work,
+        passed or stream,
+    )
+
+
+def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
+    """Return the bytes of a branch's norms, their inputs and what they give to the branch."""
+    c, entries = setting.compute_bytes, rows * model.width
+    norms = 2 if model.norm_placement == "sandwich" else 1
+    if model.norm == "layernorm":
+        normed, statistics = c * entries, 2 * FLOAT * rows
+    elif setting.fused_norm:
+        normed, statistics = c * entries, FLOAT * rows
+    else:  # the input in float32 at least, and the normalised input
+        normed, statistics = 2 * max(FLOAT, c) * entries, max(FLOAT, c) * rows
+    return norms * (normed + statistics) + c * entries
+
+
+def _attention_bytes(
+    model: ModelConfig, own: Sequence, keys: Sequence, setting: Setting
+) -> tuple[float, float]:
+    """Return what attention keeps, and how much of it are outputs of products and attention."""
+    c, t, width = setting.compute_bytes, setting.tensor, head_width_of(model)
+    heads, groups = model.heads // t, max(1, (model.kv_heads or model.heads) // t)
+    rows, seen = setting.rows(own.length), setting.rows(keys.length)
+    query, shared = c * rows * heads * width, c * seen * groups * width
+    statistics = max(FLOAT, c) * rows * heads
+    products = 2 * query + 2 * shared + statistics
+    crosses = own is not keys
+    hides = keys.masked or keys.documents or bool(model.sliding_window and own.causal)
+    biased = model.positions == "relative" and not crosses
+    repeats = groups < heads and (hides or biased or setting.context > 1)
+    spread = shared * heads // groups if repeats else shared
+    kept = 2 * query + 2 * spread + statistics
+    if setting.context > 1:
+        kept += _shared_attention(model, own, keys, setting, query, shared, spread)
+    elif keys.documents or (model.sliding_window and own.causal):
+        samples = setting.samples if keys.documents else 1
+        kept += c * samples * own.length * keys.length  # the mask as numbers
+    if model.qk_norm != "none":
+        normed = setting.compute_bytes if setting.fused_norm else 2 * max(FLOAT, c)
+        each = 2 * max(FLOAT, c) if model.qk_norm == "width" else normed
+        kept += (rows * heads + seen * groups) * width * each
+    return kept, products
+
+
+def _shared_attention(
+    model: ModelConfig,
+    own: Sequence,
+    keys: Sequence,
+    setting: Setting,
+    query: float,
+    shared: float,
+    spread: float,
+) -> float:
+    """Return what attention over a shared sequence keeps beyond attention to the rank's own."""
+    parts, method = setting.context, setting.context_method
+    if method == "ring":
+        return 2 * shared - 2 * spread  # as they came: repeated where they are used
+    if method == "ulysses":
+        return query  # the output, dealt out to positions again
+    causal, c = own.causal and not (keys.masked or keys.documents), setting.compute_bytes
+    if not causal:
+        return query * 0 + 2 * (parts * spread - spread)
+    chunk = setting.local(own.length) // 2
+    mask = c * chunk * chunk * (2 * parts + 1)
+    # The first rank's two pieces of queries see one chunk of keys, and all of them.
+    heads = spread / setting.local(keys.length) * chunk * (2 * parts + 1)
+    pieces = heads if spread > shared else parts * shared
+    return query + mask + 2 * (pieces - spread)
+
+
+def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> tuple[float, float]:
+    """Return what the feed-forward layer keeps, and how much of it are outputs of products."""
+    inner = setting.compute_bytes * rows * math.ceil(model.ffn_width / setting.tensor)
+    if is_gated(model):
+        return 4 * inner, 2 * inner
+    return (1 if model.activation == "relu" else 2) * inner, inner
+
+
+def _backward_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
+    """Return what the backward of the feed-forward layer, a block's last, needs at once."""
+    c, rows = setting.compute_bytes, setting.rows(own.length)
+    width = math.ceil(model.ffn_width / setting.tensor)
+    gradient = c * setting.rows_between(own.length) * model.width
+    gathered = c * rows * model.width if setting.splits_rows else 0.0
+    inner = c * rows * width
+    times = 2 if is_gated(model) or model.activation == "relu" else 1
+    # The product's two gradients, of its input and of its weight, come before that is freed.
+    return gradient + gathered + max(times * inner, inner + c * width * model.width)
+
+
+def embedding_bytes(model: ModelConfig, source: Sequence | None, setting: Setting) -> float:
+    """Return what the embedding keeps; `source` is the encoder's sequence."""
+    c, kept = setting.compute_bytes, 0.0
+    if source is not None and inputs_of(model) == "patches":
+        kept += c * setting.samples * source.length * model.channels * model.patch_size**2
+    if source is not None and inputs_of(model) == "audio":
+        rows = setting.samples * source.length
+        first = rows * 2  # vectors of the first convolution
+        kept += c * (first * 3 * model.mels + first * 2 * model.width)
+        kept += c * (rows * 3 * model.width + rows * model.width)
+    return kept
+
+
+def shared_bytes(model: ModelConfig, sequences: list[Sequence], setting: Setting) -> float:
+    """Return what all blocks of a micro-batch share: rotations, masks."""
+    kept = 0.0
+    for sequence in sequences:
+        rows = setting.local(sequence.length)
+        if model.positions == "rope" and inputs_of(model) != "patches":
+            kept += 2 * FLOAT * rows * head_width_of(model) / 2
+        if sequence.documents:
+            kept += setting.samples * sequence.length**2
+        if model.positions == "relative" and setting.context == 1:
+            heads = model.heads // setting.tensor
+            kept += setting.compute_bytes * heads * sequence.length**2
+    return kept
+
+
+@dataclass(frozen=True)
+class LossBytes:
+    """Bytes of the head and the loss of one micro-batch."""
+
+    hidden: float  # what the head keeps in front of the logits
+    kept: float  # from the loss to its backward
+    peak: float  # in the loss and its backward, with what is kept
+    again: float = 0.0  # the logits, which a pipeline's schedule still holds in their backward
+
+
+def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int = 1) -> LossBytes:
+    """Return the bytes of the head and of the loss; `last` is the sequence that it reads."""
+    c, kind = setting.compute_bytes, outputs_of(model)
+    wide = max(FLOAT, c)
+    rows, between = setting.rows(last.length), setting.rows_between(last.length)
+    hidden = (
+        _branch_norms(model, between, setting)
+        if model.norm_placement != "post"
+        else c * between * model.width
+    )
+    if model.head_dense:
+        hidden += 4 * c * between * model.width
+    if setting.splits_rows:
+        hidden += c * rows * model.width
+    pools = kind == "classes"
+    counted = setting.samples if pools else rows
+    if (kind in ("ctc", "boxes")) and setting.context > 1:
+        counted = setting.samples * last.length
+    entries = counted * classes_of(model)
+    split = setting.tensor > 1 and kind in ("tokens", "classes")
+    if split:
+        entries = counted * math.ceil(classes_of(model) / setting.tensor)
+    casts = c if c < FLOAT else 0  # logits that are widened
+    forward = (casts + 2 * wide) * entries
+    backward = (2 * wide if split else 3 * wide) * entries
+    if kind in ("ctc", "boxes"):
+        forward = backward = 8 * wide * entries
+    kept = (wide + c) * entries
+    if chunks > 1 and kind == "tokens":
+        hidden_grad = c * rows * model.width
+        peak = max(forward, backward + casts * entries) / chunks + hidden_grad
+        return LossBytes(hidden, hidden_grad, peak)
+    return LossBytes(hidden, kept, max(forward, backward), c * entries)
+
+
+def quantized_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
+    """Return what the layers of a block keep more when they compute with integers."""
+    compress, c, t = setting.compress, setting.compute_bytes, setting.tensor
+    if not compress.bits or setting.lora.rank:
+        return 0.0
+    rows, extra = setting.rows(own.length), 0.0
+    for matrix in attention_matrices(model) + feed_forward_matrices(model):
+        outputs = matrix.outputs if matrix.style == "row" else matrix.outputs // t
+        inputs = matrix.inputs // t if matrix.style == "row" else matrix.inputs
+        if compress.input_bits:
+            extra += c * rows * inputs
+        if compress.input_bits and not compress.group:
+            extra += c * rows * outputs
+    return extra
+
+
+def is_shared_by_decoder(model: ModelConfig) -> bool:
+    """Return whether the encoder's output is read by all decoder blocks."""
+    return is_encoder_decoder(model)

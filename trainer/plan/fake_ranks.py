@@ -1,0 +1,114 @@
+"""One rank of a process group of any size, without the others and without data."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+from torch.distributed.pipelining import schedules
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel.parallelize import allocate_parameters
+from parallel.runtime import Runtime, end_process_group
+from trainer.plan.live_bytes import LiveBytes
+from trainer.tasks import set_prediction
+
+GATHERED = "gathered"
+
+
+@contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[Runtime]:
+    """Yield one rank of a process group whose other ranks do not exist.
+
+    Collectives return at once, with tensors of the right shape. The process must have no process
+    group, and has none afterwards.
+    """
+    assert not dist.is_initialized(), "a trace makes a process group of its own"
+    store = FakeStore()
+    dist.init_process_group("fake", store=store, rank=rank, world_size=world_size)
+    try:
+        yield Runtime(rank, world_size, rank, world_size, torch.device("cpu"), store)
+    finally:
+        end_process_group()
+
+
+def fake_materialize(mode: FakeTensorMode) -> Callable[..., None]:
+    """Return a function that allocates a meta model's parameters as fake tensors, undrawn."""
+
+    def materialize(model: nn.Module, device: torch.device, *_args: Any) -> None:
+        with mode:
+            allocate_parameters(model, device)
+
+    return materialize
+
+
+@contextmanager
+def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
+    """Show `live` what no operator does, and replace what fake tensors cannot do.
+
+    FSDP resizes storages. A transport holds what it sends until the schedule has waited for it.
+    The matching of a detector reads its costs. A CPU has no fused RMSNorm, CUDA has.
+    """
+    with ExitStack() as patches:
+        for module in (_fsdp_param, _fsdp_param_group):
+            for name in ("alloc_storage", "free_storage"):
+                if hasattr(module, name):
+                    resize = partial(_resize, live, getattr(module, name))
+                    patches.enter_context(mock.patch.object(module, name, resize))
+        send = partial(_send_holding, schedules._batch_p2p)
+        patches.enter_context(mock.patch.object(schedules, "_batch_p2p", send))
+        match = partial(_match_all, live)
+        patches.enter_context(mock.patch.object(set_prediction, "match_queries", match))
+        if device == "cuda":
+            patches.enter_context(mock.patch.object(F, "rms_norm", _fused_rms_norm))
+        yield
+
+
+def _resize(live: LiveBytes, resize: Callable[[Tensor], None], tensor: Tensor) -> None:
+    before = tensor.untyped_storage().nbytes()
+    resize(tensor)
+    if tensor.untyped_storage().nbytes() != before:
+        live.resized(tensor, GATHERED)
+
+
+class _Sent:
+    """The handle of a message in flight, which holds what is sent."""
+
+    def __init__(self, work: dist.Work, tensors: list[Tensor]):
+        self._work, self._tensors = work, tensors
+
+    def wait(self) -> None:
+        """Wait for nobody."""
+
+
+def _send_holding(
+    start: Callable[..., list[dist.Work]], operations: list[dist.P2POp], *args: Any, **options: Any
+) -> list[Any]:
+    tensors = [operation.tensor for operation in operations]
+    return [_Sent(work, tensors) for work in start(operations, *args, **options)]
+
+
+def _match_all(
+    live: LiveBytes, said_BQC: Tensor, boxes_BQ4: Tensor, targets_BN6: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a match for every row of the targets, or for every query if these are fewer."""
+    with torch.no_grad():
+        set_prediction.pair_costs(said_BQC, boxes_BQ4, targets_BN6).double()
+    live.counts[live.window].reads += 2  # the costs, and which rows are boxes
+    matches = len(said_BQC) * min(said_BQC.shape[1], targets_BN6.shape[1])
+    numbers = torch.zeros(3, matches, dtype=torch.int64)
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _fused_rms_norm(
+    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
