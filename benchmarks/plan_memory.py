@@ -21,6 +21,7 @@ MIB = 2**20
 def main(words: list[str]) -> None:
     """Print the table, each row as it is measured, and the largest difference."""
     pool, console, gaps = RankPool(4), Console(), []
+    progress = Console(stderr=True)
     table = Table("family", "strategy", "activations", "rank", "real MiB", "traced MiB", "%")
     for family, name, mode, config, micro_batches in iter_runs():
         if not all(word in f"{family} {name} {mode}" for word in words):
@@ -33,7 +34,7 @@ def main(words: list[str]) -> None:
             gaps.append(abs(gap))
             sizes = f"{min(real[rank]) / MIB:.3f}", f"{traced / MIB:.3f}", f"{gap:+.2f}"
             table.add_row(family, name, mode, str(rank), *sizes)
-            print(family, name, mode, rank, *sizes, sep=" | ", file=sys.stderr, flush=True)
+            progress.print(family, name, mode, rank, *sizes)
     pool.close()
     console.print(table)
     inside = sum(gap <= 1 for gap in gaps)

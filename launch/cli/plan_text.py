@@ -85,8 +85,7 @@ def print_layout(asked: Asked, named: Planned, near: Layout | None) -> None:
     if layout.pipeline > 1:
         lines.append("pipeline rank   GiB   seconds of a micro-batch")
         parts = planner.times.pipeline_ranks(layout)
-        memories = planner.rank_memory(layout)
-        for rank, (part, memory) in enumerate(zip(parts, memories, strict=True)):
+        for rank, (part, memory) in enumerate(zip(parts, named.card.ranks, strict=True)):
             seconds = planner.times.rank_time(layout, part).total
             terms = format_terms(asdict(memory).items(), GIB, "GiB")
             lines.append(f"{rank:>13} {memory.total / GIB:5.1f}   {seconds:.3g}   {terms}")

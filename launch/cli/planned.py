@@ -17,7 +17,7 @@ from parallel.strategy import StrategyConfig
 from trainer.config.train import CompressConfig
 from trainer.plan.layout import Layout
 from trainer.plan.layout_rules import batch_problems, model_problems
-from trainer.plan.memory import Held
+from trainer.plan.rank_plan import Held
 from trainer.plan.result import Plan, plan_layouts, planned_layout
 from trainer.plan.search import Space, nearest
 

@@ -18,7 +18,6 @@ from parallel.mesh import fsdp_mesh, replica_mesh
 from parallel.model_protocol import Inputs, ParallelizableModel
 from parallel.strategy import StrategyConfig
 
-
 # (model, mesh of the replicas or None, strategy) -> what training forwards call, compressed sums
 WrapReplicas = Callable[..., tuple[nn.Module, CompressedAllReduce | None]]
 

@@ -1,8 +1,7 @@
 """Pipeline parallelism: ranks hold consecutive blocks that micro-batches pass through.
 
-torch's schedules (`torch.distributed.pipelining`) order the computations of the ranks and call a
-`Stage`, which runs the model on consecutive blocks. As every rank reads the same micro-batches,
-only activations between blocks and their gradients are sent, in each micro-batch's shapes.
+torch's schedules (`torch.distributed.pipelining`) order the work of the ranks and call a `Stage`.
+As every rank reads the same micro-batches, only activations and their gradients are sent.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -90,8 +89,7 @@ class Stage:
         inputs = self._inputs.pop(number, [])
         for tensor in _differentiable(inputs):
             tensor.requires_grad_()
-        if self.is_last:
-            self._pipeline.last_forward = number
+        self._pipeline.last_forward = number
         with self._pipeline.record_span(self.stage_index, "F", number):
             output = self._pipeline.compute_stage(number, self.blocks, inputs)
         flows = (output,) if isinstance(output, Tensor) else output
@@ -146,6 +144,8 @@ class Stage:
             return
         if full_backward:
             job()
+            if loss is not None:
+                loss.detach_()  # the schedule keeps it, and with its graph the inputs
         elif self._pipeline.partial:
             job()  # of shared parameters, two halves would count paths through blocks twice
             self._weight_jobs[number] = lambda: None
@@ -209,7 +209,7 @@ class PipelineParallel(ParallelAxis):
         self.schedule = self
         self.micro_batches: list[Inputs] = []
         self._loss_of: LossOf | None = None
-        self.last_forward = 0  # micro-batch of the latest forward of the last stage here
+        self.last_forward = 0  # micro-batch of the latest forward
         self.tied: Tensor | None = None  # parameter with a copy on another rank
         self.recording: Recording | None = None  # of the next step
 

@@ -10,6 +10,7 @@ position. Each sum below names the tensors that autograd keeps, in the order of 
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from trainer.config.train import (
     CompressConfig,
@@ -18,7 +19,6 @@ from trainer.config.train import (
     classes_of,
     head_width_of,
     inputs_of,
-    is_encoder_decoder,
     is_gated,
     outputs_of,
 )
@@ -71,6 +71,14 @@ class Sequence:
     documents: bool = False  # by documents: a mask of queries and keys
 
 
+class LayerBytes(NamedTuple):
+    """What a layer keeps; outputs of its products and attention; and those that both count."""
+
+    full: float
+    products: float
+    reused: float
+
+
 @dataclass(frozen=True)
 class BlockBytes:
     """Bytes of a block by what they are for; `kept` by the mode of activation checkpointing."""
@@ -79,38 +87,55 @@ class BlockBytes:
     recomputed: dict[str, float]  # beyond what is kept, when its backward begins
     backward: float  # beyond that, in its backward
     output: float  # its output, which the next block keeps as its input
+    gradients: float  # of the outputs of its products, from which its weights get theirs
 
 
 def block_bytes(
-    model: ModelConfig, own: Sequence, setting: Setting, memory: Sequence | None = None
+    model: ModelConfig,
+    own: Sequence,
+    setting: Setting,
+    memory: Sequence | None = None,
+    turns: bool = False,
 ) -> BlockBytes:
-    """Return the bytes of a block; with `memory` it has cross-attention to that."""
+    """Return the bytes of a block; with `memory` it has cross-attention to that.
+
+    `turns`: the last of an encoder, which normalises and gathers what the decoder reads.
+    """
     c, d = setting.compute_bytes, model.width
     between, rows = setting.rows_between(own.length), setting.rows(own.length)
-    stream = c * between * d
-    full, products = _branch_norms(model, between, setting), 0.0
-    kept, made = _attention_bytes(model, own, own, setting)
-    full, products = full + kept, products + made
+    stream, whole = c * between * d, c * rows * d
+    layers = [_attention_bytes(model, own, own, setting), _feed_forward_bytes(model, rows, setting)]
     if memory is not None:
-        kept, made = _attention_bytes(model, own, memory, setting)
-        full, products = full + kept + _branch_norms(model, between, setting), products + made
-    kept, made = _feed_forward_bytes(model, rows, setting)
-    full, products = full + kept + _branch_norms(model, between, setting), products + made
-    branches = 3 if memory is not None else 2
-    if model.dropout:
-        full += branches * between * d
+        layers.append(_attention_bytes(model, own, memory, setting))
+    branches = len(layers)
+    full = sum(layer.full for layer in layers)
+    full += branches * _branch_norms(model, between, setting)
+    full += branches * between * d if model.dropout else 0.0  # masks of a byte
+    products = sum(layer.products for layer in layers)
     # A row-split product is read by its sum alone, which is kept in its place.
-    sums = branches * (stream if setting.tensor > 1 else c * rows * d)
-    selective = stream + products + sums
-    passed = stream if memory is None else 0.0  # the memory that flows on is one for all blocks
-    work = _backward_bytes(model, own, setting)
-    selective_rest = full - selective + (c * rows * d if setting.splits_rows else 0.0)
+    sums = branches * (stream if setting.tensor > 1 else whole)
+    turned = whole if turns else 0.0
+    full += turned and turned + _branch_norms(model, between, setting) - stream
+    read = _keeps_input(model, setting) * stream
+    # What is computed again is gathered again, and kept whole.
+    again = full - read - turned + branches * (whole - stream if setting.splits_rows else 0.0)
     return BlockBytes(
-        {"none": full, "block": stream, "selective": selective},
-        {"none": 0.0, "block": full - stream, "selective": max(0.0, selective_rest)},
-        work,
-        passed or stream,
+        {"none": full, "block": stream + turned, "selective": stream + products + sums + turned},
+        {
+            "none": 0.0,
+            "block": again,
+            "selective": again - sum(layer.reused for layer in layers),
+        },
+        _backward_bytes(model, own, setting),
+        stream,
+        products + branches * whole,
     )
+
+
+def _keeps_input(model: ModelConfig, setting: Setting) -> bool:
+    """Return whether a block without recomputation keeps its input; a CPU's RMSNorm widens it."""
+    widens = model.norm == "rmsnorm" and not setting.fused_norm and setting.compute_bytes < FLOAT
+    return not (widens and model.norm_placement in ("pre", "sandwich"))
 
 
 def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
@@ -128,8 +153,8 @@ def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
 
 def _attention_bytes(
     model: ModelConfig, own: Sequence, keys: Sequence, setting: Setting
-) -> tuple[float, float]:
-    """Return what attention keeps, and how much of it are outputs of products and attention."""
+) -> LayerBytes:
+    """Return the bytes of attention from a sequence to keys, its own or another's."""
     c, t, width = setting.compute_bytes, setting.tensor, head_width_of(model)
     heads, groups = model.heads // t, max(1, (model.kv_heads or model.heads) // t)
     rows, seen = setting.rows(own.length), setting.rows(keys.length)
@@ -151,7 +176,9 @@ def _attention_bytes(
         normed = setting.compute_bytes if setting.fused_norm else 2 * max(FLOAT, c)
         each = 2 * max(FLOAT, c) if model.qk_norm == "width" else normed
         kept += (rows * heads + seen * groups) * width * each
-    return kept, products
+    turns = model.positions == "rope" or model.qk_norm != "none" or spread > shared
+    reused = query + statistics + (0.0 if turns else query + shared)
+    return LayerBytes(kept, products, reused + (shared if spread == shared else 0.0))
 
 
 def _shared_attention(
@@ -169,9 +196,9 @@ def _shared_attention(
         return 2 * shared - 2 * spread  # as they came: repeated where they are used
     if method == "ulysses":
         return query  # the output, dealt out to positions again
-    causal, c = own.causal and not (keys.masked or keys.documents), setting.compute_bytes
-    if not causal:
-        return query * 0 + 2 * (parts * spread - spread)
+    hides, c = keys.masked or keys.documents, setting.compute_bytes
+    if hides or not own.causal:
+        return query * hides + 2 * (parts * spread - spread)
     chunk = setting.local(own.length) // 2
     mask = c * chunk * chunk * (2 * parts + 1)
     # The first rank's two pieces of queries see one chunk of keys, and all of them.
@@ -180,12 +207,14 @@ def _shared_attention(
     return query + mask + 2 * (pieces - spread)
 
 
-def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> tuple[float, float]:
-    """Return what the feed-forward layer keeps, and how much of it are outputs of products."""
+def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> LayerBytes:
+    """Return the bytes of the feed-forward layer."""
     inner = setting.compute_bytes * rows * math.ceil(model.ffn_width / setting.tensor)
     if is_gated(model):
-        return 4 * inner, 2 * inner
-    return (1 if model.activation == "relu" else 2) * inner, inner
+        return LayerBytes(4 * inner, 2 * inner, 2 * inner)
+    if model.activation == "relu":  # it keeps its output, which is the next product's input
+        return LayerBytes(inner, inner, 0.0)
+    return LayerBytes(2 * inner, inner, inner)
 
 
 def _backward_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
@@ -263,7 +292,10 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
     casts = c if c < FLOAT else 0  # logits that are widened
     forward = (casts + 2 * wide) * entries
     backward = (2 * wide if split else 3 * wide) * entries
-    if kind in ("ctc", "boxes"):
+    if kind == "ctc":
+        states = counted * (2 * (last.length // 2) + 1) * wide
+        forward, backward = forward + states, max(backward, 2 * wide * entries + 2 * states)
+    if kind == "boxes":
         forward = backward = 8 * wide * entries
     kept = (wide + c) * entries
     if chunks > 1 and kind == "tokens":
@@ -287,8 +319,3 @@ def quantized_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> floa
         if compress.input_bits and not compress.group:
             extra += c * rows * outputs
     return extra
-
-
-def is_shared_by_decoder(model: ModelConfig) -> bool:
-    """Return whether the encoder's output is read by all decoder blocks."""
-    return is_encoder_decoder(model)

@@ -13,7 +13,6 @@ from math import prod
 
 from parallel.pipeline.partition import balance_stages, stage_blocks
 from parallel.pipeline.schedules import (
-    SCHEDULES,
     accepts_micro_batches,
     stage_to_rank,
     stages_per_rank,
@@ -27,7 +26,7 @@ from trainer.plan.trace import StepTrace, Window, WindowTrace, trace_windows
 
 ENDS = 2  # blocks, and micro-batches, at either end that are told apart
 SHORTEST = 3  # blocks of a stack that are traced
-Role = tuple[str, int, str, int, int]  # action, stage, stack, place of the block, of the micro-batch
+Role = tuple[str, int, int, int, int]  # action, stage, stack, places of block and micro-batch
 
 
 @dataclass(frozen=True)

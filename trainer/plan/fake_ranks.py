@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
 from torch.distributed.pipelining import schedules
 from torch.nn import functional as F
@@ -55,7 +54,8 @@ def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
     """Show `live` what no operator does, and replace what fake tensors cannot do.
 
     FSDP resizes storages. A transport holds what it sends until the schedule has waited for it.
-    The matching of a detector reads its costs. A CPU has no fused RMSNorm, CUDA has.
+    The matching of a detector reads its costs, CTC its lengths. A CPU has no fused RMSNorm, CUDA
+    has.
     """
     with ExitStack() as patches:
         for module in (_fsdp_param, _fsdp_param_group):
@@ -67,6 +67,8 @@ def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
         patches.enter_context(mock.patch.object(schedules, "_batch_p2p", send))
         match = partial(_match_all, live)
         patches.enter_context(mock.patch.object(set_prediction, "match_queries", match))
+        ctc = partial(_ctc_loss, live)
+        patches.enter_context(mock.patch.object(F, "ctc_loss", ctc))
         if device == "cuda":
             patches.enter_context(mock.patch.object(F, "rms_norm", _fused_rms_norm))
         yield
@@ -112,3 +114,31 @@ def _fused_rms_norm(
     x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
 ) -> Tensor:
     return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+
+
+class _CTC(torch.autograd.Function):
+    """CTC's memory: forward and backward probabilities of all states, for half as many targets."""
+
+    @staticmethod
+    def forward(ctx: Any, log_probability_TBV: Tensor) -> Tensor:
+        length, samples, _ = log_probability_TBV.shape
+        states = 2 * targets_of_vectors(length) + 1
+        alpha_BTL = log_probability_TBV.new_empty(samples, length, states)
+        ctx.save_for_backward(log_probability_TBV, alpha_BTL)
+        return log_probability_TBV.new_zeros(samples)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        log_probability_TBV, alpha_BTL = ctx.saved_tensors
+        beta_BTL = torch.empty_like(alpha_BTL)
+        return torch.zeros_like(log_probability_TBV) if len(beta_BTL) else None
+
+
+def targets_of_vectors(vectors: int) -> int:
+    """Return how many classes an utterance is taken to have."""
+    return vectors // 2
+
+
+def _ctc_loss(live: LiveBytes, log_probability_TBV: Tensor, *_args: Any, **_options: Any) -> Tensor:
+    live.counts[live.window].reads += 2
+    return _CTC.apply(log_probability_TBV)

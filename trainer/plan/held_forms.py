@@ -3,12 +3,11 @@
 `in_flight.py` has what they hold from their lists, which takes torch and longer.
 """
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from trainer.plan.memory import ONE_STAGE, Held, MemoryModel, RankPlan, Stage
-from trainer.plan.parameters import Parameters
+from trainer.plan.memory import MemoryModel
+from trainer.plan.rank_plan import ONE_STAGE, Held, Moment, RankPlan, Stage, rank_plans
 
 
 @cache
@@ -39,9 +38,12 @@ def likely_held(schedule: str, ranks: int, stages: int, micro_batches: int) -> t
             else:
                 chunks = behind + 1
             counts = _by_stage(chunks, stages, in_round)
-        held = tuple(min(count, micro_batches) for count in counts)
+        flying = tuple(min(count, micro_batches) for count in counts)
+        # With a split backward, rank r's weights wait for their gradients r micro-batches long.
+        late = rank if schedule in ("zero_bubble", "zbv", "dualpipev") else 0
+        waiting = (*(0,) * (len(flying) - 1), min(late, flying[-1]))
         accumulates = schedule not in ("gpipe", "looped_bfs") and micro_batches > 1
-        found.append(Held((held,), accumulates))
+        found.append(Held((Moment(flying, waiting),), accumulates))
     return tuple(found)
 
 
@@ -58,20 +60,17 @@ class RankingMemory(MemoryModel):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        self._counted: dict[tuple[tuple[Stage, ...], int], tuple[Parameters, Parameters]] = {}
+        self._plans = cache(self._fullest_plans)
 
-    def _build_plans(self, *key: Any) -> list[RankPlan]:
+    def _fullest_plans(self, *cut: Any) -> list[RankPlan]:
         found: dict[tuple[Stage, ...], RankPlan] = {}
-        for plan in super()._build_plans(*key):
+        for plan in rank_plans(self.model, *cut):
             other = found.setdefault(plan.stages, plan)
-            if sum(map(sum, plan.held.counts)) > sum(map(sum, other.held.counts)):
+            if _total(plan) > _total(other):
                 found[plan.stages] = plan
         return list(found.values())
 
-    def _rank_parameters(
-        self, plan: RankPlan, parts: Mapping[str, Any], tensor: int
-    ) -> tuple[Parameters, Parameters]:
-        key = (plan.stages, tensor)
-        if key not in self._counted:
-            self._counted[key] = super()._rank_parameters(plan, parts, tensor)
-        return self._counted[key]
+
+def _total(plan: RankPlan) -> int:
+    """Return the micro-batches that a rank holds at most, of all its stages together."""
+    return max(sum(moment.flying) + sum(moment.waiting) for moment in plan.held.moments)

@@ -1,13 +1,13 @@
 """What a pipeline's schedule holds at once, from torch's own lists of its actions."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 from parallel.pipeline.schedules import accepts_micro_batches, read_csv, stages_per_rank
 from parallel.pipeline.simulator import Action
 from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
-from trainer.plan.memory import ONE_STAGE, Held
+from trainer.plan.rank_plan import ONE_STAGE, Held, Moment
 
 ROUNDS = 6  # rounds of micro-batches after which a schedule holds no more than before
 
@@ -23,12 +23,13 @@ def held_micro_batches(strategy: StrategyConfig, micro_batches: int) -> tuple[He
     return _held_by_schedule(strategy.schedule, strategy.pipeline, per_rank, micro_batches)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _held_by_schedule(
     schedule: str, ranks: int, per_rank: int, micro_batches: int
 ) -> tuple[Held, ...]:
     if schedule in ("gpipe", "looped_bfs"):  # all forwards come first
-        return (Held(((micro_batches,) * per_rank,), accumulates=False),) * ranks
+        moment = Moment((micro_batches,) * per_rank, (0,) * per_rank)
+        return (Held((moment,), accumulates=False),) * ranks
     enough = range(ROUNDS * ranks, micro_batches)
     fewer = next((n for n in enough if accepts_micro_batches(schedule, ranks, n)), micro_batches)
     actions = list_actions(schedule, ranks, per_rank, fewer)
@@ -36,22 +37,20 @@ def _held_by_schedule(
 
 
 def _most_held(actions: Sequence[Action]) -> Held:
-    """Return the largest counts in flight of a rank, and if a backward was done before."""
-    stages = sorted({action.stage for action in actions})
-    held, backward = dict.fromkeys(stages, 0), False
-    seen: dict[tuple[int, ...], bool] = {}
-    for action in actions:
-        held[action.stage] += {"F": 1, "I": 0}.get(action.kind, -1)
-        backward = backward or action.kind in "BW"
-        counts = tuple(held.values())
-        seen[counts] = seen.get(counts, False) or backward
-    most = [
-        counts
-        for counts in seen
-        if not any(_is_above(other, counts) for other in seen if other != counts)
-    ]
-    return Held(tuple(most), any(seen[counts] for counts in most))
+    """Return the moments in which a rank holds the most, and if a backward was done before."""
+    stages, backward = sorted({action.stage for action in actions}), False
+    flying, waiting = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
+    seen: dict[Moment, bool] = {}
+    for stage, kind, *_ in actions:
+        flying[stage] += {"F": 1, "I": 0}.get(kind, -1)
+        waiting[stage] += {"I": 1, "W": -1}.get(kind, 0)
+        backward = backward or kind in "BW"
+        moment = Moment(tuple(flying.values()), tuple(waiting.values()))
+        seen[moment] = seen.get(moment, False) or backward
+    most = [one for one in seen if not any(_is_above(other, one) for other in seen if other != one)]
+    return Held(tuple(most), any(seen[moment] for moment in most))
 
 
-def _is_above(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return all(a >= b for a, b in zip(one, other, strict=True))
+def _is_above(one: Moment, other: Moment) -> bool:
+    pairs = zip(one.flying + one.waiting, other.flying + other.waiting, strict=True)
+    return all(a >= b for a, b in pairs)

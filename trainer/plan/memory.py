@@ -7,25 +7,18 @@ workspaces, transports' buffers, fragmentation (the reserve of a card).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, partial
 
-from parallel.pipeline.partition import balance_stages, stage_blocks
-from parallel.pipeline.schedules import stage_to_rank, stages_per_rank
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
     CompressConfig,
     LoraConfig,
     ModelConfig,
     TrainConfig,
-    inputs_of,
     is_encoder_decoder,
-    longest_source,
 )
-from trainer.nn.flops import flops_per_block
 from trainer.plan import parameters as count
 from trainer.plan.block_memory import (
-    BlockBytes,
     LossBytes,
     Sequence,
     Setting,
@@ -35,12 +28,23 @@ from trainer.plan.block_memory import (
     quantized_bytes,
     shared_bytes,
 )
+from trainer.plan.numbers import Numbers, Part, RankNumbers
 from trainer.plan.parameters import Parameters
+from trainer.plan.rank_plan import (
+    DECODER,
+    ENCODER,
+    LAST_ENCODER,
+    ONE_STAGE,
+    Held,
+    Layout,
+    RankPlan,
+    Stage,
+    rank_plans,
+    sequences_of,
+)
 
 # Bytes of a weight at rest, and of what is computed with it.
 PRECISION_BYTES = {"fp64": (8, 8), "fp32": (4, 4), "bf16": (4, 2), "fp16": (4, 2), "fp8": (4, 2)}
-REDUCE_BYTES = {"auto": 4, "fp32": 4, "bf16": 2, "fp16": 2, "int8": 4, "powersgd": 4}
-ENCODER, LAST_ENCODER, DECODER = "encoder", "last of the encoder", "decoder"
 
 
 @dataclass(frozen=True)
@@ -67,86 +71,6 @@ class MemoryTerms:
         )
 
 
-@dataclass(frozen=True)
-class Stage:
-    """The blocks of a stage by kind, and which ends of the model it has."""
-
-    blocks: tuple[tuple[str, int], ...]
-    first: bool
-    last: bool
-
-
-class Held(NamedTuple):
-    """The micro-batches that a pipeline rank's stages hold at once, where they hold the most."""
-
-    counts: tuple[tuple[int, ...], ...]  # by stage, in the order of the layers
-    accumulates: bool  # whether gradients are there already
-
-
-ONE_STAGE = (Held(((1,),), accumulates=False),)
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    """The stages of a pipeline rank, and the most that they hold at once."""
-
-    stages: tuple[Stage, ...]
-    held: Held
-
-    @property
-    def has_head(self) -> bool:
-        """Return whether the loss is computed here."""
-        return any(stage.last for stage in self.stages)
-
-    def moments(self, staged: bool, micro_batches: int) -> list[tuple[tuple[int, ...], bool]]:
-        """Return the counts in flight that may need the most, and if gradients are there then."""
-        if not staged:
-            return [(counts, micro_batches > 1) for counts in self.held.counts]
-        found = [(counts, self.held.accumulates) for counts in self.held.counts]
-        if not self.held.accumulates:  # behind the first backward of the last stage here
-            found += [((*counts[:-1], counts[-1] - 1), True) for counts in self.held.counts]
-        return found
-
-
-class _Layout(NamedTuple):
-    """What a strategy means for weights and gradients."""
-
-    sharded: bool  # by FSDP, which also sums over replicas of split layers
-    share: int  # ranks that a weight is sharded over
-    staged: bool
-    buckets: bool  # of DDP
-    frees: bool  # FSDP frees a block's weights behind its forward
-    copies: bool  # each layer casts its weight, and keeps the copy for the backward
-    reduce_bytes: int
-
-    @classmethod
-    def of(
-        cls, strategy: StrategyConfig, lora: LoraConfig, parameter_bytes: int, compute_bytes: int
-    ) -> "_Layout":
-        """Return what a resolved strategy means."""
-        replicas, staged = strategy.replicate * strategy.context, strategy.pipeline > 1
-        sharded = strategy.shard > 1 or (replicas > 1 and (strategy.tensor > 1 or staged))
-        return cls(
-            sharded,
-            strategy.shard if sharded else 1,
-            staged,
-            replicas > 1 and not sharded,
-            strategy.reshard_after_forward and not staged,
-            not sharded and compute_bytes < parameter_bytes and not lora.rank,
-            REDUCE_BYTES[strategy.reduce],
-        )
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Numbers of a kind of block."""
-
-    bytes: BlockBytes
-    parameters: Parameters
-    copies: float  # its weights in the dtype of compute
-    more: float  # kept in addition with mode none
-
-
 class MemoryModel:
     """The closed forms of one model's training: `terms` of any layout of it."""
 
@@ -168,9 +92,10 @@ class MemoryModel:
         self._parameter_bytes, self._compute_bytes = PRECISION_BYTES[precision]
         self._optimizer, self._chunks, self._fused_norm = optimizer, chunks, fused_norm
         self._lora, self._compress = lora or LoraConfig(), compress or CompressConfig()
-        self._parts = lru_cache(maxsize=None)(self._build_parts)
-        self._plans = lru_cache(maxsize=None)(self._build_plans)
-        self._ends = lru_cache(maxsize=None)(self._build_ends)
+        self._numbers = cache(self._build_numbers)
+        self._plans = cache(partial(rank_plans, model))
+        self._ends = cache(self._build_ends)
+        self._ranks = cache(self._build_rank)
 
     @classmethod
     def of(cls, config: TrainConfig, device: str = "cuda") -> "MemoryModel":
@@ -202,14 +127,7 @@ class MemoryModel:
 
         `held` is what the schedule holds on each of them (in_flight.py).
         """
-        key = (
-            strategy.tensor,
-            strategy.sequence_parallel,
-            strategy.context,
-            strategy.context_method,
-            micro_batch,
-        )
-        plans = self._plans(
+        cut = (
             strategy.pipeline,
             strategy.schedule,
             strategy.schedule_csv,
@@ -217,88 +135,85 @@ class MemoryModel:
             tuple(strategy.split),
             held,
         )
-        return [
-            self._rank_terms(plan, strategy, key, micro_batches, activation_checkpointing)
-            for plan in plans
-        ]
+        split = (
+            strategy.tensor,
+            strategy.sequence_parallel,
+            strategy.context,
+            strategy.context_method,
+            micro_batch,
+        )
+        layout = Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
+        loss = self._numbers(*split).loss
+        found = []
+        for rank, plan in enumerate(self._plans(*cut)):
+            numbers = self._ranks(cut, rank, split, activation_checkpointing, layout.copies)
+            state = self._state_bytes(numbers.blocks + numbers.ends, layout, strategy)
+            found.append(self._rank_terms(plan, numbers, loss, layout, state, micro_batches))
+        return found
 
     def _rank_terms(
         self,
         plan: RankPlan,
-        strategy: StrategyConfig,
-        key: tuple,
+        numbers: RankNumbers,
+        loss: LossBytes,
+        layout: Layout,
+        state: tuple[float, float],
         micro_batches: int,
-        mode: str,
     ) -> MemoryTerms:
         """Return the terms of the moment in which a rank needs the most."""
-        parts, loss, embedding, shared = self._parts(*key)
-        blocks, ends = self._rank_parameters(plan, parts, strategy.tensor)
-        layout = _Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
-        weights, moments = self._state_bytes(blocks + ends, layout, strategy)
-        head = self._compute_bytes * self._ends(strategy.tensor)[1].matrices
-        kept = [
-            self._stage_kept(stage, parts, loss, (embedding, shared, head), mode, layout)
-            for stage in plan.stages
-        ]
-        behind = [loss.kept if stage.last else 0.0 for stage in plan.stages]
-        last = max((parts[kind] for stage in plan.stages for kind, _ in stage.blocks), key=_size)
-        found = []
-        for counts, present in plan.moments(layout.staged, micro_batches):
-            held = sum(
-                n * each + max(0, n - 1) * late
-                for n, each, late in zip(counts, kept, behind, strict=True)
-            )
-            gradients, gathered = self._gradient_bytes(
-                blocks + ends, layout, present, micro_batches
-            )
-            state = weights, gradients, moments
+        own, found = numbers.blocks + numbers.ends, []
+        # Forwards and backwards in turn: a message is under way, and the last logits are there.
+        in_turn = layout.staged and plan.held.accumulates
+        message = numbers.last.bytes.output if in_turn else 0.0
+        peak = loss.peak + (loss.again if in_turn else 0.0)
+        for moment, present in plan.moments(layout.staged, micro_batches):
+            held = message
+            for n, m, kept, late, more in zip(
+                *moment, numbers.kept, numbers.late, numbers.waiting, strict=True
+            ):
+                held += n * kept + max(0, n - 1) * late + m * more
+            gradients, gathered = self._gradient_bytes(own, layout, present, micro_batches)
+            rest = state[0], gradients, state[1]
             if plan.has_head:
-                again = loss.again if layout.staged and present else 0.0
-                at_loss = gathered + self._gathered_at_loss(blocks, ends, layout, strategy)
-                found.append(MemoryTerms(*state, at_loss, held, loss.peak + again))
-            found += self._at_blocks(state, gathered, (blocks, ends), held, last, mode, layout)
+                at_loss = gathered + self._gathered_at_loss(numbers, layout)
+                found.append(MemoryTerms(*rest, at_loss, held, peak))
+            found += self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
         return max(found, key=_total)
 
     def _at_blocks(
         self,
         state: tuple[float, float, float],
         gathered: float,
-        own: tuple[Parameters, Parameters],
+        numbers: RankNumbers,
         held: float,
-        last: "_Part",
-        mode: str,
-        layout: "_Layout",
+        layout: Layout,
     ) -> list[MemoryTerms]:
-        """Return the terms of the backward of the last block, and of the one in front of it."""
-        c, block, (blocks, ends) = self._compute_bytes, last.parameters, own
-        work = last.bytes.recomputed[mode] + last.bytes.backward
-        if mode != "none" and layout.copies:
-            work += last.copies
+        """Return the terms at the start of a block's backward and, with FSDP, at its end."""
+        c, block, last = self._compute_bytes, numbers.last.parameters, numbers.last.bytes
         if not layout.sharded or layout.staged:
-            return [MemoryTerms(*state, gathered, held + work, 0.0)]
-        root = c * (ends.total + ends.largest)
-        if layout.frees:  # this block and the next one, and the gradients of this one
-            root += 2 * c * block.total + c * block.learned
-        else:
-            root += c * (blocks.total + block.learned)
-        before = held - last.bytes.kept[mode] + work
-        reduced = root + layout.reduce_bytes * block.learned
+            return [MemoryTerms(*state, gathered, held + numbers.work, 0.0)]
+        # This block's weights and the next one's, and the gradients of the head.
+        whole = 2 * block.total if layout.frees else numbers.blocks.total
+        root = c * (numbers.ends.total + whole + numbers.ends.largest)
+        # Behind the last block, the gradients of the one before are still on their way.
+        sent = layout.reduce_bytes * block.learned
+        made = (c + self._parameter_bytes / layout.share) * block.learned
+        left = held - numbers.one
         return [
-            MemoryTerms(*state, root, held + work, 0.0),
-            MemoryTerms(*state, reduced, before, 0.0),
+            MemoryTerms(*state, root, held + numbers.work, 0.0),
+            MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
+            MemoryTerms(*state, root + sent + made, left + last.output, 0.0),
         ]
 
-    def _gathered_at_loss(
-        self, blocks: Parameters, ends: Parameters, layout: "_Layout", strategy: StrategyConfig
-    ) -> float:
+    def _gathered_at_loss(self, numbers: RankNumbers, layout: Layout) -> float:
         """Return what FSDP has gathered when the loss is computed, without a pipeline."""
         if not layout.sharded or layout.staged:
             return 0.0
-        kept = 0 if layout.frees else blocks.total
-        return self._compute_bytes * (ends.total + kept)
+        kept = 0 if layout.frees else numbers.blocks.total
+        return self._compute_bytes * (numbers.ends.total + kept)
 
     def _gradient_bytes(
-        self, own: Parameters, layout: "_Layout", present: bool, micro_batches: int
+        self, own: Parameters, layout: Layout, present: bool, micro_batches: int
     ) -> tuple[float, float]:
         """Return the bytes of gradients at rest, and of what FSDP keeps gathered in a pipeline."""
         p = self._parameter_bytes
@@ -309,29 +224,51 @@ class MemoryModel:
             return p * own.learned * (1 + (micro_batches > 1)), 0.0
         return p * own.learned / layout.share * present, 0.0
 
-    def _stage_kept(
-        self,
-        stage: Stage,
-        parts: Mapping[str, "_Part"],
-        loss: LossBytes,
-        beside: tuple[float, float, float],
-        mode: str,
-        layout: "_Layout",
-    ) -> float:
+    def _build_rank(
+        self, cut: tuple, rank: int, split: tuple, mode: str, copies: bool
+    ) -> RankNumbers:
+        """Return the numbers of a pipeline rank."""
+        plan, numbers = self._plans(*cut)[rank], self._numbers(*split)
+        parts, loss, stages = numbers.parts, numbers.loss, plan.stages
+        last = max((parts[kind] for stage in stages for kind, _ in stage.blocks), key=_size)
+        blocks, ends = self._rank_parameters(plan, parts, split[0])
+        work = last.bytes.recomputed[mode] + last.bytes.backward
+        if mode != "none" and copies:
+            work += last.copies
+        return RankNumbers(
+            tuple(self._stage_kept(stage, numbers, mode, copies) for stage in stages),
+            tuple(loss.kept if stage.last else 0.0 for stage in stages),
+            tuple(
+                sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
+                + (loss.again if stage.last else 0.0)
+                for stage in stages
+            ),
+            blocks,
+            ends,
+            last,
+            last.bytes.kept[mode],
+            work,
+            (loss.hidden + copies * numbers.head) if plan.has_head else 0.0,
+        )
+
+    def _stage_kept(self, stage: Stage, numbers: Numbers, mode: str, copies: bool) -> float:
         """Return what one micro-batch keeps in a stage, without its loss."""
-        embedding, shared, head = beside
-        kept = shared
+        kept, kinds = numbers.shared, [kind for kind, _ in stage.blocks]
         for kind, number in stage.blocks:
-            part = parts[kind]
-            more = part.more + layout.copies * part.copies if mode == "none" else 0.0
+            part = numbers.parts[kind]
+            more = part.more + copies * part.copies if mode == "none" else 0.0
             kept += number * (part.bytes.kept[mode] + more)
-        kept += embedding if stage.first else 0.0
+        if DECODER not in kinds:
+            kept += numbers.target
+        elif LAST_ENCODER not in kinds:
+            kept += numbers.memory
+        kept += numbers.embedding if stage.first else 0.0
         if stage.last:
-            return kept + loss.hidden + layout.copies * head
-        return kept + parts[stage.blocks[-1][0]].bytes.output
+            return kept + numbers.loss.hidden + copies * numbers.head
+        return kept + numbers.parts[kinds[-1]].bytes.output
 
     def _state_bytes(
-        self, own: Parameters, layout: "_Layout", strategy: StrategyConfig
+        self, own: Parameters, layout: Layout, strategy: StrategyConfig
     ) -> tuple[float, float]:
         """Return the bytes of weights and of moments."""
         p, c, width = self._parameter_bytes, self._compute_bytes, self.model.width
@@ -348,7 +285,7 @@ class MemoryModel:
         return (p * own.learned + frozen) / layout.share, moments
 
     def _rank_parameters(
-        self, plan: RankPlan, parts: Mapping[str, "_Part"], tensor: int
+        self, plan: RankPlan, parts: Mapping[str, "Part"], tensor: int
     ) -> tuple[Parameters, Parameters]:
         """Return the parameters of a rank's blocks, and those of the ends that it has."""
         blocks, ends = Parameters(), Parameters()
@@ -372,26 +309,41 @@ class MemoryModel:
             count.bias_tables(model, lora),
         )
 
-    def _build_parts(
+    def _build_numbers(
         self, tensor: int, sequence_parallel: bool, context: int, method: str, samples: int
-    ) -> tuple[dict[str, _Part], LossBytes, float, float]:
-        """Return the numbers of each kind of block, of the loss, the embedding and what is shared."""
-        model, setting = (
-            self.model,
-            Setting(
-                samples,
-                tensor,
-                sequence_parallel,
-                context,
-                method,
-                self._compute_bytes,
-                self._parameter_bytes,
-                self._fused_norm,
-                self._lora,
-                self._compress,
-            ),
+    ) -> Numbers:
+        """Return the numbers of each kind of block, the loss, the embedding and what is shared."""
+        model = self.model
+        setting = Setting(
+            samples,
+            tensor,
+            sequence_parallel,
+            context,
+            method,
+            self._compute_bytes,
+            self._parameter_bytes,
+            self._fused_norm,
+            self._lora,
+            self._compress,
         )
-        two, parts = is_encoder_decoder(model), {}
+        last = self.target or self.source
+        assert last is not None
+        sequences = [sequence for sequence in (self.source, self.target) if sequence is not None]
+        two, vector = is_encoder_decoder(model), self._compute_bytes * model.width
+        return Numbers(
+            self._build_parts(setting),
+            loss_bytes(model, last, setting, self._chunks),
+            self._compute_bytes * self._ends(tensor)[1].matrices,
+            embedding_bytes(model, self.source, setting),
+            shared_bytes(model, sequences, setting),
+            setting.rows(self.source.length) * vector if two and self.source else 0.0,
+            setting.rows_between(last.length) * vector if two else 0.0,
+        )
+
+    def _build_parts(self, setting: Setting) -> dict[str, Part]:
+        """Return the numbers of each kind of block."""
+        model, parts = self.model, {}
+        two = is_encoder_decoder(model)
         for kind, own, memory in (
             (ENCODER, self.source, None),
             (LAST_ENCODER, self.source, None),
@@ -399,102 +351,20 @@ class MemoryModel:
         ):
             if own is None:
                 continue
-            found = count.block_parameters(
-                model, tensor, self._lora, memory is not None, two and kind == LAST_ENCODER
-            )
+            turns = two and kind == LAST_ENCODER
+            cross = memory is not None
+            found = count.block_parameters(model, setting.tensor, self._lora, cross, turns)
             copies = self._compute_bytes * (found.matrices + found.small)
-            quantized = quantized_bytes(model, own, setting)
-            bytes_ = block_bytes(model, own, setting, memory)
-            parts[kind] = _Part(bytes_, found, copies, quantized)
-        last = self.target or self.source
-        assert last is not None
-        sequences = [sequence for sequence in (self.source, self.target) if sequence is not None]
-        return (
-            parts,
-            loss_bytes(model, last, setting, self._chunks),
-            embedding_bytes(model, self.source, setting),
-            shared_bytes(model, sequences, setting),
-        )
-
-    def _build_plans(
-        self,
-        pipeline: int,
-        schedule: str,
-        schedule_csv: str,
-        per_rank: int,
-        split: tuple[int, ...],
-        held: tuple[Held, ...],
-    ) -> list[RankPlan]:
-        """Return what each pipeline rank has and holds."""
-        strategy = StrategyConfig(
-            pipeline=pipeline,
-            schedule=schedule,
-            schedule_csv=schedule_csv,
-            stages_per_rank=per_rank,
-            split=list(split),
-        )
-        if pipeline == 1:
-            return [RankPlan((self._stage(range(self._depth()), True, True),), held[0])]
-        source = longest_source(self.model)
-        costs = flops_per_block(self.model, self.model.max_positions, source)
-        stages = pipeline * stages_per_rank(strategy)
-        runs = stage_blocks(len(costs), split or balance_stages(costs, stages))
-        placement = stage_to_rank(strategy, pipeline)
-        plans = []
-        for rank in range(pipeline):
-            own = [s for s in range(stages) if placement[s] == rank]
-            built = (
-                self._stage([int(b) for b in runs[s]], s == 0, s == stages - 1) for s in own
-            )
-            plans.append(RankPlan(tuple(built), held[rank]))
-        return plans
-
-    def _depth(self) -> int:
-        model = self.model
-        both = (model.encoder_layers or model.layers) if is_encoder_decoder(model) else 0
-        return model.layers + both
-
-    def _stage(self, blocks: "range | list[int]", first: bool, last: bool) -> Stage:
-        model, kinds = self.model, {}
-        encoder = model.layers if model.family == "encoder" else 0
-        if is_encoder_decoder(model):
-            encoder = model.encoder_layers or model.layers
-        for block in blocks:
-            kind = DECODER if block >= encoder else ENCODER
-            if is_encoder_decoder(model) and block == encoder - 1:
-                kind = LAST_ENCODER
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return Stage(tuple(kinds.items()), first, last)
-
-
-def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]:
-    """Return the encoder's and the decoder's sequences of a complete configuration's data."""
-    model, data = config.model, config.data
-    packed = data.kind == "chat" and data.pack
-    padded = data.kind in ("pairs", "speech", "transcription", "labelled_text")
-    target = Sequence(data.seq_len, causal=True, documents=packed)
-    if model.queries:
-        target = Sequence(model.queries * model.query_groups)
-    if model.family == "decoder":
-        return None, target
-    length, masked = data.seq_len, padded
-    if inputs_of(model) == "patches":
-        length = (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
-        masked = False
-    if inputs_of(model) == "audio":
-        frames = min(int(data.max_seconds * 100), longest_source(model) or 1 << 40)
-        length = -(-frames // model.audio_stride)
-        if model.audio_fill == "silence":
-            length, masked = model.audio_positions, False
-    source = Sequence(length, masked=masked)
-    return source, target if is_encoder_decoder(model) else None
+            more = quantized_bytes(model, own, setting)
+            parts[kind] = Part(block_bytes(model, own, setting, memory, turns), found, copies, more)
+        return parts
 
 
 def _total(terms: MemoryTerms) -> float:
     return terms.total
 
 
-def _size(part: _Part) -> int:
+def _size(part: Part) -> int:
     return part.parameters.total
 
 
@@ -506,4 +376,3 @@ def _times(found: Parameters, number: int) -> Parameters:
         small=found.small * number,
         matrices=found.matrices * number,
     )
-

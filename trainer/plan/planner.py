@@ -12,7 +12,8 @@ from trainer.plan.constants import Fit
 from trainer.plan.held_forms import RankingMemory, likely_held
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import GIB, Machine
-from trainer.plan.memory import Held, MemoryModel, MemoryTerms
+from trainer.plan.memory import MemoryModel, MemoryTerms
+from trainer.plan.rank_plan import Held
 from trainer.plan.search import Found, Space, fits_anywhere, search_layouts
 from trainer.plan.step_time import StepTime, TimeModel
 from trainer.plan.work import Stack, Work, model_work
@@ -28,10 +29,15 @@ LARGEST_CLUSTER = 1 << 20  # devices; beyond that nothing is searched
 
 @dataclass(frozen=True)
 class Card:
-    """The memory of the fullest rank of a layout, in bytes."""
+    """The memory of a layout's ranks, in bytes, and which of them needs the most."""
 
-    terms: MemoryTerms
+    ranks: list[MemoryTerms]  # of every pipeline rank
     stage: int  # pipeline rank
+
+    @property
+    def terms(self) -> MemoryTerms:
+        """Return the terms of the fullest pipeline rank."""
+        return self.ranks[self.stage]
 
     def named(self) -> dict[str, float]:
         """Return the bytes of each term by name."""
@@ -92,7 +98,7 @@ class Planner:
         """Return the memory of the fullest pipeline rank."""
         ranks = self.rank_memory(layout, held)
         stage = max(range(len(ranks)), key=lambda rank: ranks[rank].total)
-        return Card(ranks[stage], stage)
+        return Card(ranks, stage)
 
     def memory(self, layout: Layout) -> float:
         """Return the bytes that a card must have.

@@ -18,6 +18,7 @@ from trainer.compress.compression import Compression
 from trainer.config.loss import IGNORED, NO_CHARACTER
 from trainer.config.train import ModelConfig, TrainConfig
 from trainer.loop import take_step
+from trainer.plan.fake_ranks import targets_of_vectors
 from trainer.plan.inputs import Shapes
 from trainer.plan.trace import STEPS, untrained_state
 from trainer.tasks.registry import task_of
@@ -29,8 +30,8 @@ SETTLED_SECONDS, SLOWEST = 0.002, 5e8  # SLOWEST: bytes per second of a collecti
 class Settled(TorchDispatchMode):
     """A dispatch mode that lets each collective end before the step goes on.
 
-    What is freed last by a transport's thread is freed at an arbitrary time, and the profiler, which
-    follows one thread, does not see it.
+    What is freed last by a transport's thread is freed at an arbitrary time, and the profiler,
+    which follows one thread, does not see it.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -87,7 +88,8 @@ def draw_inputs(shapes: Shapes, model: ModelConfig, seed: int) -> dict[str, Tens
         targets %= model.classes
     elif "frames" in drawn:
         drawn["targets"] = torch.full_like(targets, NO_CHARACTER)
-        drawn["targets"][:, :2] = 1
+        length = targets_of_vectors(targets.shape[1])
+        drawn["targets"][:, :length] = 1 + torch.arange(length) % 2  # none repeats
     elif targets.is_floating_point():
         corners = torch.tensor([1.0, 0.1, 0.2, 0.7, 0.6, 0.0]).expand_as(targets)
         drawn["targets"] = corners.contiguous()

@@ -7,8 +7,8 @@ from parallel.pipeline.simulator import Lists
 from parallel.strategy import StrategyConfig
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.layout_rules import model_problems
-from trainer.plan.memory import Held
 from trainer.plan.planner import Card, Planner, first_tries
+from trainer.plan.rank_plan import Held
 from trainer.plan.search import Candidate, Found, Space, distinct, nearest, propose
 from trainer.plan.step_time import StepTime
 

@@ -10,7 +10,8 @@ from trainer.model import Transformer
 from trainer.plan import parameters as count
 from trainer.plan.cases import MODELS, PRESETS, small_run
 from trainer.plan.in_flight import held_micro_batches
-from trainer.plan.memory import Held, MemoryModel
+from trainer.plan.memory import MemoryModel
+from trainer.plan.rank_plan import Held, Moment
 from trainer.plan.trace import trace_step
 from trainer.verify.features import FEATURES
 
@@ -48,9 +49,9 @@ def test_what_schedules_hold():
         strategy = StrategyConfig(pipeline=ranks, schedule=schedule)
         return list(held_micro_batches(strategy, micro_batches))
 
-    assert held("gpipe", 2, 5) == [Held(((5,),), False)] * 2
+    assert held("gpipe", 2, 5) == [Held((Moment((5,), (0,)),), False)] * 2
     # arXiv 2104.04473: as many as there are ranks from a stage to the last.
-    assert held("1f1b", 4, 16) == [Held(((n,),), True) for n in (4, 3, 2, 1)]
+    assert held("1f1b", 4, 16) == [Held((Moment((n,), (0,)),), True) for n in (4, 3, 2, 1)]
     assert held("1f1b", 4, 500) == held("1f1b", 4, 16)
 
 

@@ -1,12 +1,13 @@
 """A traced step: memory as real ranks need it, bytes as the closed form, any number of blocks."""
 
+from dataclasses import replace
+
+import pytest
 import tiny
 import torch
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard import _fsdp_param
-import pytest
-from dataclasses import replace
 
 from parallel.pipeline.schedules import stage_to_rank
 from parallel.strategy import StrategyConfig, world_size
@@ -100,5 +101,3 @@ def test_fake_tensors_of_one_size_are_told_apart():
         gathered, other = torch.zeros(4, 6), torch.zeros(4, 6)
         assert _is_view_of_all(gathered, gathered.view(24))
         assert not _is_view_of_all(gathered, other)
-
-
