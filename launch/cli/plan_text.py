@@ -169,7 +169,7 @@ def _reason(asked: Asked, plan: Plan) -> str:
         return "→ is the fastest by far"
     return (
         f"→ is the simplest of {near:,} within {slack:.0%} of the fastest, less than times can be "
-        f"told apart by: fewest axes, least recomputed, most memory free ({slower:+.1%})"
+        f"told apart by: fewest axes, least recomputed, most memory free ({max(0.0, slower):+.1%})"
     )
 
 

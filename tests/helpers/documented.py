@@ -52,6 +52,8 @@ NOT_RUN = {
     "torchrun --nproc_per_node=4 launch/train.py -m …": "an outline",
     "python launch/plan.py model=llama-70b cluster=h100 data.seq_len=8192 batch_size=512 "
     "tokens=15e12 dollars_per_gpu_hour=2.5": "tests/launch/test_plan.py plans smaller models",
+    "python launch/plan.py model=llama-405b cluster=h100 cluster.nodes=2048 data.seq_len=8192 "
+    "batch_size=16384": "half a minute",
     "python benchmarks/published_runs.py published-calibrate.csv --fit": "needs published runs",
     "python launch/train.py -m run_dir=runs/tuned hydra/sweeper=optuna hydra.sweeper.n_trials=20 "
     "hydra.sweeper.n_jobs=1 hydra.sweeper.max_failure_rate=1 "

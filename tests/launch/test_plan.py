@@ -59,7 +59,8 @@ def test_the_words_make_the_layout(layout):
 
 
 def test_a_plan_is_printed_and_written_and_its_words_are_sound(plan, tmp_path):
-    status, text = plan(*SMALL, "cluster.nodes=1", "json=plan.json", "tokens=1e9")
+    few = ["cluster.nodes=1", "strategy.context=1", "plan.top=3"]
+    status, text = plan(*SMALL, *few, "json=plan.json", "tokens=1e9")
     assert status == 0, text
     assert "times ±" in text and "not calibrated" in text
     values = json.loads((tmp_path / "plan.json").read_text())
@@ -94,7 +95,8 @@ BAD = {
     "strategy=fsdp strategy.shard=3": "8 ranks were started but strategy.shard=3 uses 3",
     "model=llama-70b": "fits on no layout of 8 × L40S; the least .*cluster.nodes=",
     "precision=fp64": "precision=fp64 has no peak on cluster.gpu=l40s",
-    "batch_size=3": "batch_size=3 is not divisible by the 8 ranks",
+    "batch_size=3 strategy.pipeline=1 strategy.tensor=1 strategy.context=1": "batch_size=3 is not "
+    "divisible by the 8 ranks",
 }
 
 

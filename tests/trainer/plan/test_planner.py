@@ -79,11 +79,12 @@ def test_what_is_shown_fits_and_the_rest_says_why():
 
 def test_the_smallest_number_of_devices_takes_the_job_and_one_less_does_not():
     jobs = planner(memory_gib=5.0)
-    least = jobs.smallest(jobs.space(1, {}), 1)
+    fixed = {"pipeline": 1, "context": 1}
+    least = jobs.smallest(jobs.space(1, fixed), 1)
     assert least > 1
-    assert jobs.search(jobs.space(least, {})).candidates
-    assert not jobs.search(jobs.space(least - 1, {})).candidates
-    assert planner(memory_gib=0.5).smallest(jobs.space(1, {}), 1) == 0
+    assert jobs.search(jobs.space(least, fixed)).candidates
+    assert not jobs.search(jobs.space(least - 1, fixed)).candidates
+    assert planner(memory_gib=0.5).smallest(jobs.space(1, fixed), 1) == 0
 
 
 def test_a_pipelines_ranks_are_told_apart():
