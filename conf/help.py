@@ -65,6 +65,15 @@ Submit a training run to a cluster with Slurm. The same command goes on with the
   python launch/submit.py status RUN                            its jobs, and how it fares
   python launch/submit.py logs RUN                              the end of its log; --follow
   python launch/submit.py cancel RUN                            it saves, and ends""",
+    "plan": """\
+Plan a run without a GPU and without its data: which layouts fit, which are fast, and why not.
+
+  python launch/plan.py model=llama-8b cluster=h100 cluster.nodes=8 data.seq_len=8192 batch_size=512
+  python launch/plan.py model=llama-70b cluster=h100 data.seq_len=8192 batch_size=512 \\
+      tokens=15e12 dollars_per_gpu_hour=2.5                     how many, which layout, the cost
+  python launch/plan.py model=llama-8b strategy=fsdp            one layout, term by term
+  python launch/plan.py model=llama-8b strategy.tensor=2        the best ones of these
+  python launch/plan.py model=llama-8b json=plan.json           and plan.html, a picture""",
     "prepare": """\
 Read and tokenise a data set once, ahead of training.
 

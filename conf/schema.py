@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
+from conf.plan import PlanConfig
 from conf.submit import SubmitConfig
 from parallel.config_fields import known_keys
 from parallel.errors import ConfigError
@@ -35,6 +36,7 @@ SCHEMAS: dict[str, type] = {
     "teach": TeachConfig,
     "prepare": PrepareConfig,
     "submit": SubmitConfig,
+    "plan": PlanConfig,
 }
 
 

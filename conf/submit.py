@@ -1,9 +1,10 @@
-"""A training run as a cluster job: its keys and their constraints."""
+"""The cluster that runs are planned for and submitted to: its keys and their constraints."""
 
 import re
 from dataclasses import dataclass, field, fields
 
 from parallel.config_fields import key
+from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig
 
 # Options of sbatch that other keys set, or that the script relies on.
@@ -24,14 +25,39 @@ OWN_OPTIONS = {
 
 @dataclass
 class ClusterConfig:
-    """A Slurm job; read by launch/slurm/batch_script.py and launch/slurm/commands.py."""
+    """Hosts, their devices, and a job there; read by launch/slurm/ and, up to network_gbit, by
+    launch/cli/planned.py.
+    """
 
     nodes: int = key(1, "Hosts of the job", at_least=1)
+    gpu: str = key(
+        "",
+        "Kind of device of the hosts, for launch/plan.py",
+        off="",
+        off_means="not said",
+        choices={"": ""} | {name: device.title for name, device in ACCELERATORS.items()},
+    )
     gpus_per_node: int = key(
         0, "GPUs taken of each host", off=0, off_means="a job on CPUs", at_least=0
     )
     ranks_per_node: int = key(
         0, "Processes on each host", off=0, off_means="one for each GPU, on CPUs one", at_least=0
+    )
+    memory_gib: float = key(
+        0.0,
+        "Memory of one device",
+        unit="GiB",
+        off=0.0,
+        off_means="what cluster.gpu has",
+        at_least=0,
+    )
+    network_gbit: float = key(
+        0.0,
+        "Network of one device to other hosts: a host's bandwidth over its devices",
+        unit="Gbit/s",
+        off=0.0,
+        off_means="what hosts of cluster.gpu usually have",
+        at_least=0,
     )
     cpus_per_rank: int = key(
         0, "Cores of each process", off=0, off_means="what the cluster gives unasked", at_least=0

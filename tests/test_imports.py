@@ -38,6 +38,8 @@ LIGHT = (
         "trainer.checkpoint.manifest",
         "trainer.checkpoint.inspect",
         "trainer.plan.memory",
+        "trainer.plan.planner",
+        "trainer.plan.result",
     ),
     *(
         "conf.schema",
@@ -48,6 +50,7 @@ LIGHT = (
         "launch.cli.preflight",
     ),
     *("launch.checkpoint", "launch.report", "trainer.metrics.trackers"),
+    *("launch.plan", "launch.cli.asked"),
     *("launch.submit", "launch.slurm.batch_script", "launch.slurm.commands"),
 )
 
@@ -94,7 +97,9 @@ trainer.huggingface: trainer.config parallel.grad_norm parallel.parallelize trai
     trainer.model
 trainer.run: parallel.errors trainer.config trainer.atomic_files trainer.checkpoint
     trainer.huggingface
-conf.schema: parallel.config_fields conf.help parallel.errors trainer.config conf.submit trainer.run
+conf.plan: parallel.config_fields trainer.config conf.submit
+conf.schema: parallel.config_fields conf.help parallel.errors trainer.config conf.submit conf.plan
+    trainer.run
 conf.reference: parallel.config_fields conf.schema
 trainer.compress: trainer.config parallel.grad_norm parallel.collectives parallel.parallelize
     trainer.nn trainer.model
@@ -110,31 +115,15 @@ trainer.inference: parallel.errors parallel.strategy trainer.config trainer.atom
 trainer.distill: parallel.strategy trainer.config trainer.atomic_files parallel.runtime
     parallel.parallel_model parallel.parallelize trainer.data trainer.checkpoint trainer.run
     trainer.model trainer.compress trainer.inference
-conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
-    parallel.pipeline trainer.data trainer.distill
-launch.slurm: parallel.errors trainer.config conf.submit trainer.run
 trainer.report: parallel.errors trainer.config trainer.atomic_files trainer.metrics
     trainer.checkpoint trainer.run
-launch.cli: parallel.config_fields conf.help parallel.errors parallel.strategy trainer.config
-    conf.submit trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
-    trainer.nn trainer.metrics trainer.checkpoint trainer.huggingface trainer.run conf.schema
-    trainer.distill conf.validation launch.slurm trainer.report
-launch.checkpoint: trainer.checkpoint launch.cli
 parallel.rank_pool: parallel.runtime
 trainer.compress_report: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
     trainer.data trainer.nn trainer.metrics trainer.run trainer.compress trainer.inference
     parallel.rank_pool
-launch.compress_report: launch.cli trainer.compress_report
 trainer.tasks: parallel.strategy trainer.config parallel.runtime parallel.parallel_model
     trainer.data trainer.nn trainer.metrics trainer.checkpoint trainer.run trainer.loss
     trainer.inference
-launch.evaluate: launch.cli trainer.tasks
-launch.export: trainer.inference launch.cli
-launch.generate: launch.cli trainer.tasks
-launch.prepare: launch.cli
-launch.report: parallel.errors trainer.report launch.cli
-launch.submit: parallel.errors launch.slurm launch.cli
-launch.teach: trainer.distill launch.cli
 trainer.resilience: parallel.errors parallel.strategy trainer.config trainer.atomic_files
     parallel.runtime parallel.health parallel.parallel_model trainer.data trainer.metrics
     trainer.optim trainer.checkpoint trainer.run trainer.precision
@@ -144,19 +133,36 @@ trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
     parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim trainer.checkpoint
     trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.distill
     trainer.tasks trainer.resilience trainer.state
-launch.train: launch.cli trainer.loop
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.axis parallel.mesh parallel.context parallel.data
     parallel.pipeline parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn
     trainer.metrics trainer.optim trainer.model trainer.compress trainer.precision trainer.lora
     trainer.build trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
-launch.verify: launch.cli trainer.verify
 trainer.plan: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.comm_volume parallel.data parallel.pipeline parallel.activation_checkpointing
     parallel.parallel_model parallel.parallelize trainer.data trainer.nn trainer.optim
     trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.tasks
     trainer.resilience trainer.state trainer.loop trainer.verify
+conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
+    parallel.pipeline trainer.data trainer.distill trainer.plan
+launch.slurm: parallel.errors trainer.config conf.submit trainer.run
+launch.cli: parallel.config_fields conf.help parallel.errors parallel.strategy trainer.config
+    conf.submit trainer.atomic_files parallel.runtime parallel.health parallel.pipeline trainer.data
+    trainer.nn trainer.metrics trainer.checkpoint trainer.huggingface trainer.run conf.schema
+    trainer.distill conf.plan conf.validation launch.slurm trainer.report trainer.plan
+launch.checkpoint: trainer.checkpoint launch.cli
+launch.compress_report: launch.cli trainer.compress_report
+launch.evaluate: launch.cli trainer.tasks
+launch.export: trainer.inference launch.cli
+launch.generate: launch.cli trainer.tasks
+launch.plan: launch.cli
+launch.prepare: launch.cli
+launch.report: parallel.errors trainer.report launch.cli
+launch.submit: parallel.errors launch.slurm launch.cli
+launch.teach: trainer.distill launch.cli
+launch.train: launch.cli trainer.loop
+launch.verify: launch.cli trainer.verify
 """
 
 

@@ -3,7 +3,6 @@
 import math
 
 from conf.validation.detection import detection_compression_problems
-from conf.validation.layout import divisors_of
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
     CompressConfig,
@@ -14,6 +13,7 @@ from trainer.config.train import (
     is_encoder_decoder,
 )
 from trainer.distill.logit_dataset import LogitFacts
+from trainer.plan.layout_rules import divisors_of
 
 SHORTENS = ("merge", "pool_after", "drop")
 

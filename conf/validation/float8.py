@@ -2,9 +2,9 @@
 
 from math import lcm
 
-from conf.validation.layout import near_multiples
 from parallel.strategy import StrategyConfig
 from trainer.config.train import CompressConfig, ModelConfig, head_width_of
+from trainer.plan.layout_rules import near_multiples
 
 STEP = 16  # sizes must be multiples of it for float8 kernels
 

@@ -10,12 +10,7 @@ from conf.validation.audio import audio_data_problems, audio_problems, ctc_probl
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.detection import detection_loss_problems, detector_problems
 from conf.validation.float8 import precision_problems
-from conf.validation.layout import (
-    batch_problems,
-    layout_problems,
-    model_problems,
-    near_divisors,
-)
+from conf.validation.layout import layout_problems
 from conf.validation.lora import lora_problems
 from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
@@ -30,6 +25,7 @@ from trainer.config.train import (
     outputs_of,
 )
 from trainer.data import READERS
+from trainer.plan.layout_rules import batch_problems, model_problems, near_divisors
 
 if TYPE_CHECKING:
     from trainer.data.dataset import DataFacts

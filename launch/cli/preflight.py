@@ -18,7 +18,6 @@ from omegaconf import OmegaConf
 from conf.submit import SubmitConfig, training_part
 from conf.validation.compression import compress_problems
 from conf.validation.float8 import precision_problems
-from conf.validation.layout import micro_batch_size, model_problems
 from conf.validation.lora import lora_problems
 from conf.validation.validate import fill_from_data, find_problems
 from launch.cli.entrypoint import has_own_name
@@ -61,6 +60,7 @@ from trainer.huggingface.adapter_config import targeted_modules
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
+from trainer.plan.layout_rules import micro_batch_size, model_problems
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
 
 Reader = TypeVar("Reader", EvaluateConfig, GenerateConfig, TeachConfig)

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from parallel.data.int8 import BLOCK, SCALE_BYTES, part_size
-from parallel.data.powersgd import factor_sizes
+from parallel.data.compressed_sizes import BLOCK, SCALE_BYTES, factor_sizes, part_size
 from parallel.strategy import StrategyConfig
 
 Shape = tuple[int, ...]

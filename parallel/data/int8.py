@@ -8,7 +8,6 @@ precision, and all-gathers the sum in 8 bits. Both directions have error feedbac
 # R ranks, P elements of a chunk, B elements of a block, K blocks of a chunk: R × P is a full
 # gradient, padded.
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -18,15 +17,9 @@ from torch.nn import functional as F
 
 from parallel.collectives import start_all_gather, start_all_to_all, wait_tensor
 from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite, learned_parameters
+from parallel.data.compressed_sizes import BLOCK, SCALE_BYTES, part_size
 
-BLOCK = 128  # elements per scale
-SCALE_BYTES = 4  # of a float32
 LARGEST = 127  # code of a block's largest absolute value
-
-
-def part_size(numbers: int, ranks: int) -> int:
-    """Return the elements of a gradient's chunk that each rank sums: a multiple of BLOCK."""
-    return math.ceil(numbers / (ranks * BLOCK)) * BLOCK
 
 
 class Int8AllReduce(CompressedAllReduce):

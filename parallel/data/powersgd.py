@@ -4,8 +4,7 @@ Unlike torch's DDP hook, this one stores its state per parameter, so that it can
 resumed from the first step of a process, and issues all collectives in one order, on gloo too.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,7 @@ from torch import distributed as dist
 
 from parallel.collectives import start_all_reduce, wait_tensor
 from parallel.data.comm_hook import CompressedAllReduce, drop_nonfinite, learned_parameters
-
-LEAST_GAIN = 2  # a matrix is compressed if its factors are smaller by more than this ratio
-
-
-def factor_sizes(shape: Sequence[int], rank: int) -> tuple[int, int]:
-    """Return the elements of a matrix's two factors; (0, 0) if it is summed uncompressed."""
-    rows, columns = shape[0], prod(shape[1:])
-    small = rank * (rows + columns) * LEAST_GAIN < rows * columns
-    return (rows * rank, columns * rank) if small else (0, 0)
+from parallel.data.compressed_sizes import factor_sizes
 
 
 class PowerSGDAllReduce(CompressedAllReduce):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 
@@ -10,6 +11,11 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
 
     Ties are broken by the least sum of squares. `costs` are the blocks' costs, in any unit.
     """
+    return list(_balanced(tuple(costs), stages))
+
+
+@lru_cache(maxsize=1024)
+def _balanced(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
     ends = [0.0, *accumulate(costs)]
 
     def min_by_cost(one: tuple, other: tuple) -> tuple:
@@ -20,13 +26,16 @@ def balance_stages(costs: Sequence[float], stages: int) -> list[int]:
     for _ in range(1, stages):
         longer: list[tuple] = [(math.inf, 0.0, ())] * len(ends)
         for i in range(len(ends)):
-            for j in range(1, i):
+            for j in reversed(range(1, i)):
                 cost, (most, squares, firsts) = ends[i] - ends[j], best[j]
+                if cost > longer[i][0]:
+                    break  # and so are all longer stages
                 longer[i] = min_by_cost(
-                    longer[i], (max(most, cost), squares + cost**2, (*firsts, j))
+                    (max(most, cost), squares + cost**2, (*firsts, j)), longer[i]
                 )
         best = longer
-    return list(best[-1][2])
+    firsts: tuple[int, ...] = best[-1][2]
+    return firsts
 
 
 def stage_blocks(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:

@@ -50,6 +50,11 @@ NOT_RUN = {
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nnodes=1:2 --max-restarts=9 … "
     "launch/train.py strategy=hsdp strategy.elastic=true run_dir=runs/big": HOSTS,
     "torchrun --nproc_per_node=4 launch/train.py -m …": "an outline",
+    "python launch/plan.py model=llama-70b cluster=h100 data.seq_len=8192 batch_size=512 "
+    "tokens=15e12 dollars_per_gpu_hour=2.5": "tests/launch/test_plan.py plans smaller models",
+    "python launch/plan.py model=llama-405b cluster=h100 cluster.nodes=2048 data.seq_len=8192 "
+    "batch_size=16384": "half a minute",
+    "python benchmarks/published_runs.py published-calibrate.csv --fit": "needs published runs",
     "python launch/train.py -m run_dir=runs/tuned hydra/sweeper=optuna hydra.sweeper.n_trials=20 "
     "hydra.sweeper.n_jobs=1 hydra.sweeper.max_failure_rate=1 "
     "'optim.lr=tag(log,interval(1e-4,1e-2))'": "needs hydra-optuna-sweeper",

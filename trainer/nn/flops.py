@@ -2,9 +2,9 @@
 
 # B batch, S sequence, T source sequence, D width, H query heads, G key/value heads, K head width.
 
-import re
 from collections.abc import Sequence
 
+from trainer.config.hardware import ACCELERATORS, accelerator_of
 from trainer.config.train import (
     ModelConfig,
     classes_of,
@@ -14,55 +14,6 @@ from trainer.config.train import (
     outputs_of,
 )
 
-# Dense peaks in TFLOP/s from NVIDIA data sheets, without sparsity; fp32 is without TF32, fp64 with
-# tensor cores if the device has any; fp8, bf16 and fp16 accumulate in fp32. The first pattern that
-# matches the device's name applies.
-_HOPPER_SXM = {
-    "fp8": 1979.0,
-    "bf16": 989.5,
-    "fp16": 989.5,
-    "tf32": 494.7,
-    "fp32": 67.0,
-    "fp64": 67.0,
-}
-_HOPPER_NVL = {
-    "fp8": 1670.5,
-    "bf16": 835.5,
-    "fp16": 835.5,
-    "tf32": 417.5,
-    "fp32": 60.0,
-    "fp64": 60.0,
-}
-_HOPPER_PCIE = {
-    "fp8": 1513.0,
-    "bf16": 756.5,
-    "fp16": 756.5,
-    "tf32": 378.0,
-    "fp32": 51.0,
-    "fp64": 51.0,
-}
-_BLACKWELL = {
-    "fp8": 4500.0,
-    "bf16": 2250.0,
-    "fp16": 2250.0,
-    "tf32": 1125.0,
-    "fp32": 75.0,
-    "fp64": 37.0,
-}
-PEAK_TFLOPS: tuple[tuple[str, dict[str, float]], ...] = (
-    (r"\bMIG\b|Laptop|\b4090 D\b", {}),  # slower than the full device: unknown
-    (r"\bB200\b", _BLACKWELL),
-    (r"\bH[12]00\b.*\bNVL\b", _HOPPER_NVL),
-    (r"\bH100 PCIe\b", _HOPPER_PCIE),
-    (r"\bH[12]00\b", _HOPPER_SXM),
-    (r"\bA100\b", {"bf16": 312.0, "fp16": 312.0, "tf32": 156.0, "fp32": 19.5, "fp64": 19.5}),
-    (r"\bL40S\b", {"fp8": 733.0, "bf16": 362.0, "fp16": 362.0, "tf32": 183.0, "fp32": 91.6}),
-    (r"\bA10\b", {"bf16": 125.0, "fp16": 125.0, "tf32": 62.5, "fp32": 31.2}),
-    (r"\bRTX 4090\b", {"fp8": 330.3, "bf16": 165.2, "fp16": 165.2, "tf32": 82.6, "fp32": 82.6}),
-    (r"\bV100-PCIE\b", {"fp16": 112.0, "fp32": 14.0, "fp64": 7.0}),
-    (r"\bV100-SXM[23]\b", {"fp16": 125.0, "fp32": 15.7, "fp64": 7.8}),
-)
-
 
 def peak_flops(device_name: str, precision: str) -> float | None:
     """Return the dense peak of a device in FLOP/s, or None if it is unknown.
@@ -70,10 +21,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     `device_name` is that of torch.cuda.get_device_name; `precision` is one of fp8, bf16, fp16,
     tf32, fp32, fp64.
     """
-    for pattern, peaks in PEAK_TFLOPS:
-        if re.search(pattern, device_name):
-            return peaks[precision] * 1e12 if precision in peaks else None
-    return None
+    name = accelerator_of(device_name)
+    peak = ACCELERATORS[name].tflops.get(precision) if name else None
+    return None if peak is None else peak * 1e12
 
 
 def flops_per_sample(

@@ -7,7 +7,7 @@ workspaces, transports' buffers, fragmentation (the reserve of a card).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cache, partial
 
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
@@ -19,7 +19,6 @@ from trainer.config.train import (
 )
 from trainer.plan import parameters as count
 from trainer.plan.block_memory import (
-    BlockBytes,
     LossBytes,
     Sequence,
     Setting,
@@ -29,6 +28,7 @@ from trainer.plan.block_memory import (
     quantized_bytes,
     shared_bytes,
 )
+from trainer.plan.numbers import Numbers, Part, RankNumbers
 from trainer.plan.parameters import Parameters
 from trainer.plan.rank_plan import (
     DECODER,
@@ -71,16 +71,6 @@ class MemoryTerms:
         )
 
 
-@dataclass(frozen=True)
-class _Part:
-    """Numbers of a kind of block."""
-
-    bytes: BlockBytes
-    parameters: Parameters
-    copies: float  # its weights in the dtype of compute
-    more: float  # kept in addition with mode none
-
-
 class MemoryModel:
     """The closed forms of one model's training: `terms` of any layout of it."""
 
@@ -102,9 +92,10 @@ class MemoryModel:
         self._parameter_bytes, self._compute_bytes = PRECISION_BYTES[precision]
         self._optimizer, self._chunks, self._fused_norm = optimizer, chunks, fused_norm
         self._lora, self._compress = lora or LoraConfig(), compress or CompressConfig()
-        self._parts = lru_cache(maxsize=None)(self._build_parts)
-        self._plans = lru_cache(maxsize=None)(partial(rank_plans, model))
-        self._ends = lru_cache(maxsize=None)(self._build_ends)
+        self._numbers = cache(self._build_numbers)
+        self._plans = cache(partial(rank_plans, model))
+        self._ends = cache(self._build_ends)
+        self._ranks = cache(self._build_rank)
 
     @classmethod
     def of(cls, config: TrainConfig, device: str = "cuda") -> "MemoryModel":
@@ -136,14 +127,7 @@ class MemoryModel:
 
         `held` is what the schedule holds on each of them (in_flight.py).
         """
-        key = (
-            strategy.tensor,
-            strategy.sequence_parallel,
-            strategy.context,
-            strategy.context_method,
-            micro_batch,
-        )
-        plans = self._plans(
+        cut = (
             strategy.pipeline,
             strategy.schedule,
             strategy.schedule_csv,
@@ -151,89 +135,82 @@ class MemoryModel:
             tuple(strategy.split),
             held,
         )
-        return [
-            self._rank_terms(plan, strategy, key, micro_batches, activation_checkpointing)
-            for plan in plans
-        ]
+        split = (
+            strategy.tensor,
+            strategy.sequence_parallel,
+            strategy.context,
+            strategy.context_method,
+            micro_batch,
+        )
+        layout = Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
+        loss = self._numbers(*split).loss
+        found = []
+        for rank, plan in enumerate(self._plans(*cut)):
+            numbers = self._ranks(cut, rank, split, activation_checkpointing, layout.copies)
+            state = self._state_bytes(numbers.blocks + numbers.ends, layout, strategy)
+            found.append(self._rank_terms(plan, numbers, loss, layout, state, micro_batches))
+        return found
 
     def _rank_terms(
         self,
         plan: RankPlan,
-        strategy: StrategyConfig,
-        key: tuple,
+        numbers: RankNumbers,
+        loss: LossBytes,
+        layout: Layout,
+        state: tuple[float, float],
         micro_batches: int,
-        mode: str,
     ) -> MemoryTerms:
         """Return the terms of the moment in which a rank needs the most."""
-        parts, loss, embedding, shared = self._parts(*key)
-        blocks, ends = self._rank_parameters(plan, parts, strategy.tensor)
-        layout = Layout.of(strategy, self._lora, self._parameter_bytes, self._compute_bytes)
-        weights, moments = self._state_bytes(blocks + ends, layout, strategy)
-        head = self._compute_bytes * self._ends(strategy.tensor)[1].matrices
-        kept = [
-            self._stage_kept(stage, parts, loss, (embedding, shared, head), mode, layout)
-            for stage in plan.stages
-        ]
-        behind = [loss.kept if stage.last else 0.0 for stage in plan.stages]
-        waiting = [self._stage_waiting(stage, parts, loss) for stage in plan.stages]
-        last = max((parts[kind] for stage in plan.stages for kind, _ in stage.blocks), key=_size)
-        found = []
+        own, found = numbers.blocks + numbers.ends, []
         # Forwards and backwards in turn: a message is under way, and the last logits are there.
         in_turn = layout.staged and plan.held.accumulates
-        message = last.bytes.output if in_turn else 0.0
+        message = numbers.last.bytes.output if in_turn else 0.0
+        peak = loss.peak + (loss.again if in_turn else 0.0)
         for moment, present in plan.moments(layout.staged, micro_batches):
-            held = message + sum(
-                n * each + max(0, n - 1) * late + m * more
-                for n, m, each, late, more in zip(*moment, kept, behind, waiting, strict=True)
-            )
-            gradients, gathered = self._gradient_bytes(
-                blocks + ends, layout, present, micro_batches
-            )
-            state = weights, gradients, moments
+            held = message
+            for n, m, kept, late, more in zip(
+                *moment, numbers.kept, numbers.late, numbers.waiting, strict=True
+            ):
+                held += n * kept + max(0, n - 1) * late + m * more
+            gradients, gathered = self._gradient_bytes(own, layout, present, micro_batches)
+            rest = state[0], gradients, state[1]
             if plan.has_head:
-                again = loss.again if in_turn else 0.0
-                at_loss = gathered + self._gathered_at_loss(blocks, ends, layout, strategy)
-                found.append(MemoryTerms(*state, at_loss, held, loss.peak + again))
-            done = (loss.hidden + layout.copies * head) * plan.has_head  # of the head's backward
-            found += self._at_blocks(
-                state, gathered, (blocks, ends), held - done, last, mode, layout
-            )
+                at_loss = gathered + self._gathered_at_loss(numbers, layout)
+                found.append(MemoryTerms(*rest, at_loss, held, peak))
+            found += self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
         return max(found, key=_total)
 
     def _at_blocks(
         self,
         state: tuple[float, float, float],
         gathered: float,
-        own: tuple[Parameters, Parameters],
+        numbers: RankNumbers,
         held: float,
-        last: "_Part",
-        mode: str,
         layout: Layout,
     ) -> list[MemoryTerms]:
-        """Return the terms of the backward of the last block, and of the one in front of it."""
-        c, block, (blocks, ends) = self._compute_bytes, last.parameters, own
-        work = last.bytes.recomputed[mode] + last.bytes.backward
-        if mode != "none" and layout.copies:
-            work += last.copies
+        """Return the terms at the start of a block's backward and, with FSDP, at its end."""
+        c, block, last = self._compute_bytes, numbers.last.parameters, numbers.last.bytes
         if not layout.sharded or layout.staged:
-            return [MemoryTerms(*state, gathered, held + work, 0.0)]
-        # This block's weights and the next one's; in the end its gradients, on their way.
-        root = c * (ends.total + (2 * block.total if layout.frees else blocks.total))
-        reduced = root + (c + layout.reduce_bytes) * block.learned + c * ends.largest
-        left = held - last.bytes.kept[mode] + last.bytes.output
+            return [MemoryTerms(*state, gathered, held + numbers.work, 0.0)]
+        # This block's weights and the next one's, and the gradients of the head.
+        whole = 2 * block.total if layout.frees else numbers.blocks.total
+        root = c * (numbers.ends.total + whole + numbers.ends.largest)
+        # Behind the last block, the gradients of the one before are still on their way.
+        sent = layout.reduce_bytes * block.learned
+        made = (c + self._parameter_bytes / layout.share) * block.learned
+        left = held - numbers.one
         return [
-            MemoryTerms(*state, root, held + work, 0.0),
-            MemoryTerms(*state, reduced, left, 0.0),
+            MemoryTerms(*state, root, held + numbers.work, 0.0),
+            MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
+            MemoryTerms(*state, root + sent + made, left + last.output, 0.0),
         ]
 
-    def _gathered_at_loss(
-        self, blocks: Parameters, ends: Parameters, layout: Layout, strategy: StrategyConfig
-    ) -> float:
+    def _gathered_at_loss(self, numbers: RankNumbers, layout: Layout) -> float:
         """Return what FSDP has gathered when the loss is computed, without a pipeline."""
         if not layout.sharded or layout.staged:
             return 0.0
-        kept = 0 if layout.frees else blocks.total
-        return self._compute_bytes * (ends.total + kept)
+        kept = 0 if layout.frees else numbers.blocks.total
+        return self._compute_bytes * (numbers.ends.total + kept)
 
     def _gradient_bytes(
         self, own: Parameters, layout: Layout, present: bool, micro_batches: int
@@ -247,31 +224,48 @@ class MemoryModel:
             return p * own.learned * (1 + (micro_batches > 1)), 0.0
         return p * own.learned / layout.share * present, 0.0
 
-    def _stage_waiting(self, stage: Stage, parts: Mapping[str, "_Part"], loss: LossBytes) -> float:
-        """Return what a micro-batch keeps more between the two halves of its backward."""
-        gradients = sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
-        return gradients + (loss.again if stage.last else 0.0)
+    def _build_rank(
+        self, cut: tuple, rank: int, split: tuple, mode: str, copies: bool
+    ) -> RankNumbers:
+        """Return the numbers of a pipeline rank."""
+        plan, numbers = self._plans(*cut)[rank], self._numbers(*split)
+        parts, loss, stages = numbers.parts, numbers.loss, plan.stages
+        last = max((parts[kind] for stage in stages for kind, _ in stage.blocks), key=_size)
+        blocks, ends = self._rank_parameters(plan, parts, split[0])
+        work = last.bytes.recomputed[mode] + last.bytes.backward
+        if mode != "none" and copies:
+            work += last.copies
+        return RankNumbers(
+            tuple(self._stage_kept(stage, numbers, mode, copies) for stage in stages),
+            tuple(loss.kept if stage.last else 0.0 for stage in stages),
+            tuple(
+                sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
+                + (loss.again if stage.last else 0.0)
+                for stage in stages
+            ),
+            blocks,
+            ends,
+            last,
+            last.bytes.kept[mode],
+            work,
+            (loss.hidden + copies * numbers.head) if plan.has_head else 0.0,
+        )
 
-    def _stage_kept(
-        self,
-        stage: Stage,
-        parts: Mapping[str, "_Part"],
-        loss: LossBytes,
-        beside: tuple[float, float, float],
-        mode: str,
-        layout: Layout,
-    ) -> float:
+    def _stage_kept(self, stage: Stage, numbers: Numbers, mode: str, copies: bool) -> float:
         """Return what one micro-batch keeps in a stage, without its loss."""
-        embedding, shared, head = beside
-        kept = shared
+        kept, kinds = numbers.shared, [kind for kind, _ in stage.blocks]
         for kind, number in stage.blocks:
-            part = parts[kind]
-            more = part.more + layout.copies * part.copies if mode == "none" else 0.0
+            part = numbers.parts[kind]
+            more = part.more + copies * part.copies if mode == "none" else 0.0
             kept += number * (part.bytes.kept[mode] + more)
-        kept += embedding if stage.first else 0.0
+        if DECODER not in kinds:
+            kept += numbers.target
+        elif LAST_ENCODER not in kinds:
+            kept += numbers.memory
+        kept += numbers.embedding if stage.first else 0.0
         if stage.last:
-            return kept + loss.hidden + layout.copies * head
-        return kept + parts[stage.blocks[-1][0]].bytes.output
+            return kept + numbers.loss.hidden + copies * numbers.head
+        return kept + numbers.parts[kinds[-1]].bytes.output
 
     def _state_bytes(
         self, own: Parameters, layout: Layout, strategy: StrategyConfig
@@ -291,7 +285,7 @@ class MemoryModel:
         return (p * own.learned + frozen) / layout.share, moments
 
     def _rank_parameters(
-        self, plan: RankPlan, parts: Mapping[str, "_Part"], tensor: int
+        self, plan: RankPlan, parts: Mapping[str, "Part"], tensor: int
     ) -> tuple[Parameters, Parameters]:
         """Return the parameters of a rank's blocks, and those of the ends that it has."""
         blocks, ends = Parameters(), Parameters()
@@ -315,26 +309,41 @@ class MemoryModel:
             count.bias_tables(model, lora),
         )
 
-    def _build_parts(
+    def _build_numbers(
         self, tensor: int, sequence_parallel: bool, context: int, method: str, samples: int
-    ) -> tuple[dict[str, _Part], LossBytes, float, float]:
+    ) -> Numbers:
         """Return the numbers of each kind of block, the loss, the embedding and what is shared."""
-        model, setting = (
-            self.model,
-            Setting(
-                samples,
-                tensor,
-                sequence_parallel,
-                context,
-                method,
-                self._compute_bytes,
-                self._parameter_bytes,
-                self._fused_norm,
-                self._lora,
-                self._compress,
-            ),
+        model = self.model
+        setting = Setting(
+            samples,
+            tensor,
+            sequence_parallel,
+            context,
+            method,
+            self._compute_bytes,
+            self._parameter_bytes,
+            self._fused_norm,
+            self._lora,
+            self._compress,
         )
-        two, parts = is_encoder_decoder(model), {}
+        last = self.target or self.source
+        assert last is not None
+        sequences = [sequence for sequence in (self.source, self.target) if sequence is not None]
+        two, vector = is_encoder_decoder(model), self._compute_bytes * model.width
+        return Numbers(
+            self._build_parts(setting),
+            loss_bytes(model, last, setting, self._chunks),
+            self._compute_bytes * self._ends(tensor)[1].matrices,
+            embedding_bytes(model, self.source, setting),
+            shared_bytes(model, sequences, setting),
+            setting.rows(self.source.length) * vector if two and self.source else 0.0,
+            setting.rows_between(last.length) * vector if two else 0.0,
+        )
+
+    def _build_parts(self, setting: Setting) -> dict[str, Part]:
+        """Return the numbers of each kind of block."""
+        model, parts = self.model, {}
+        two = is_encoder_decoder(model)
         for kind, own, memory in (
             (ENCODER, self.source, None),
             (LAST_ENCODER, self.source, None),
@@ -343,27 +352,19 @@ class MemoryModel:
             if own is None:
                 continue
             turns = two and kind == LAST_ENCODER
-            found = count.block_parameters(model, tensor, self._lora, memory is not None, turns)
+            cross = memory is not None
+            found = count.block_parameters(model, setting.tensor, self._lora, cross, turns)
             copies = self._compute_bytes * (found.matrices + found.small)
-            quantized = quantized_bytes(model, own, setting)
-            bytes_ = block_bytes(model, own, setting, memory, turns)
-            parts[kind] = _Part(bytes_, found, copies, quantized)
-        last = self.target or self.source
-        assert last is not None
-        sequences = [sequence for sequence in (self.source, self.target) if sequence is not None]
-        return (
-            parts,
-            loss_bytes(model, last, setting, self._chunks),
-            embedding_bytes(model, self.source, setting),
-            shared_bytes(model, sequences, setting),
-        )
+            more = quantized_bytes(model, own, setting)
+            parts[kind] = Part(block_bytes(model, own, setting, memory, turns), found, copies, more)
+        return parts
 
 
 def _total(terms: MemoryTerms) -> float:
     return terms.total
 
 
-def _size(part: _Part) -> int:
+def _size(part: Part) -> int:
     return part.parameters.total
 
 

@@ -1,0 +1,141 @@
+"""A plan from the command line: searched, shown, and written if asked to."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from conf.validation.compression import compress_problems
+from conf.validation.float8 import precision_problems
+from conf.validation.layout import layout_problems
+from launch.cli.asked import Asked
+from launch.cli.plan_page import write_plan
+from launch.cli.plan_text import print_layout, print_layouts, print_lines, print_sizes
+from launch.cli.plan_trace import trace_lines
+from parallel.errors import ConfigError
+from parallel.pipeline.schedules import read_csv, stages_per_rank
+from parallel.pipeline.simulator import Lists
+from parallel.strategy import StrategyConfig
+from trainer.config.train import CompressConfig
+from trainer.plan.layout import Layout
+from trainer.plan.layout_rules import batch_problems, model_problems
+from trainer.plan.rank_plan import Held
+from trainer.plan.result import Plan, plan_layouts, planned_layout
+from trainer.plan.search import Space, nearest
+
+COUNTS = 4  # numbers of devices that are shown where the command line names none
+
+
+def print_plan(asked: Asked) -> None:
+    """Search, print what was found, and write it if asked to."""
+    plans = _plan_named(asked) if asked.layout else _plan_all(asked)
+    if asked.config.json:
+        write_plan(asked, plans, Path(asked.config.json))
+
+
+def _plan_named(asked: Asked) -> list[Plan]:
+    """Print a strategy that was named; search only where it does not fit, or for a picture."""
+    planner, layout = asked.planner, asked.layout
+    assert layout is not None
+    named, plans = planned_layout(planner, layout, list_schedule), []
+    fits, near = named.card.total <= planner.limit, None
+    if not fits or asked.config.json:
+        plans.append(_plan(asked, _space(asked), asked.nodes))
+        found = plans[0].found.candidates
+        near = nearest(found, layout).layout if found and not fits else None
+    print_layout(asked, named, near)
+    _print_trace(asked, layout)
+    return [replace(plan, named=named) for plan in plans]
+
+
+def _plan_all(asked: Asked) -> list[Plan]:
+    """Search and print the layouts of the cluster, or of the smallest ones that take the job."""
+    planner, space, nodes = asked.planner, _space(asked), asked.nodes
+    if not nodes:
+        nodes = planner.smallest(space, asked.host) // asked.host
+        if not nodes:
+            raise ConfigError(_fits_nowhere(asked))
+    plans = [_plan(asked, space, nodes)]
+    if not plans[0].found.legal:
+        raise ConfigError(*_why_none_is_legal(asked, space))
+    if plans[0].proposed is None:
+        raise ConfigError(_fits_not_here(asked, planner.smallest(space, asked.host)))
+    print_layouts(asked, plans[0])
+    _print_trace(asked, plans[0].proposed.layout)
+    if not asked.nodes:
+        plans += [_plan(asked, space, nodes * 2**power) for power in range(1, COUNTS)]
+        plans = [plan for plan in plans if plan.proposed]
+        print_sizes(asked, plans)
+    return plans
+
+
+def _print_trace(asked: Asked, layout: Layout) -> None:
+    if asked.config.plan.trace:
+        print_lines(trace_lines(asked, layout))
+
+
+def list_schedule(strategy: StrategyConfig, micro_batches: int) -> tuple[Lists, tuple[Held, ...]]:
+    """Return a schedule's actions, and what it holds; loads torch, whose schedules they are."""
+    from parallel.pipeline.torch_schedules import list_actions
+    from trainer.plan.in_flight import held_micro_batches
+
+    held = held_micro_batches(strategy, micro_batches)
+    ranks, stages, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
+    if path:
+        return read_csv(path, ranks, stages, micro_batches), held
+    return list_actions(strategy.schedule, ranks, stages, micro_batches), held
+
+
+def _plan(asked: Asked, space: Space, nodes: int) -> Plan:
+    options = asked.config.plan
+    there = replace(space, ranks=nodes * asked.host)
+    return plan_layouts(asked.planner, there, options.slack, options.top, list_schedule)
+
+
+def _space(asked: Asked) -> Space:
+    """Return the layouts that are searched, by all rules that validation has."""
+    space = asked.planner.space(max(1, asked.nodes) * asked.host, asked.fixed)
+    training, precision = asked.training, asked.planner.precision
+    plain = training.compress == CompressConfig() and training.strategy.reduce == "auto"
+    if plain and precision != "fp8" and not training.strategy.async_tensor:
+        return space
+
+    def allows(strategy: StrategyConfig) -> bool:
+        model, compress = training.model, training.compress
+        return not (
+            compress_problems(compress, model, strategy)
+            or precision_problems(precision, model, compress, strategy)
+            or layout_problems(replace(training, activation_checkpointing="none"), strategy)
+        )
+
+    return replace(space, allows=allows)
+
+
+def _why_none_is_legal(asked: Asked, space: Space) -> list[str]:
+    """Return the problems of the plainest layout, where there is no legal one at all."""
+    degrees = {axis: asked.fixed.get(axis, 1) for axis in ("pipeline", "context", "tensor")}
+    inner = degrees["pipeline"] * degrees["context"] * degrees["tensor"]
+    strategy = replace(space.strategy, replicate=1, shard=max(1, space.ranks // inner), **degrees)
+    found = model_problems(space.model, strategy) + batch_problems(asked.training, strategy)
+    return found or [
+        f"no layout of {space.ranks} ranks keeps what is set: {asked.fixed}; leave some of it out"
+    ]
+
+
+def _fits_nowhere(asked: Asked) -> str:
+    planner = asked.planner
+    return (
+        f"{asked.title} fits on no number of {planner.machine.title} that batch_size="
+        f"{asked.training.batch_size} can be spread over; raise batch_size, or choose a cluster= "
+        "with more memory"
+    )
+
+
+def _fits_not_here(asked: Asked, smallest: int) -> str:
+    """Return the message that nothing fits on the devices there are."""
+    there = asked.nodes * asked.host
+    if not smallest:
+        return _fits_nowhere(asked)
+    return (
+        f"{asked.title} with batch_size={asked.training.batch_size} fits on no layout of {there} × "
+        f"{asked.planner.machine.title}; the least that takes it are {smallest}: set "
+        f"cluster.nodes={smallest // asked.host}"
+    )

@@ -1,0 +1,105 @@
+"""A job's plan: memory for ranking and exact agree, what is shown fits, the smallest takes it."""
+
+from dataclasses import replace
+
+import pytest
+
+from launch.cli.planned import list_schedule
+from parallel.strategy import StrategyConfig
+from trainer.config.train import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from trainer.plan.constants import Fit
+from trainer.plan.layout import Layout, strategy_of
+from trainer.plan.machine import GIB, named_machine
+from trainer.plan.planner import Planner, first_tries, learned_share
+from trainer.plan.result import plan_layouts, planned_layout
+
+MODEL = ModelConfig(
+    layers=16,
+    width=2048,
+    heads=32,
+    kv_heads=8,
+    ffn_width=8192,
+    vocab_size=128256,
+    max_positions=8192,
+)
+
+
+def planner(memory_gib=24.0, **changes):
+    config = TrainConfig(
+        model=MODEL,
+        data=DataConfig(kind="text", path="not read", seq_len=4096),
+        batch_size=64,
+        strategy=StrategyConfig(),
+    )
+    machine = named_machine("l40s", "bf16", memory_gib=memory_gib)
+    assert machine is not None
+    return Planner(replace(config, **changes), "bf16", machine, Fit.read())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Layout(replicate=8),
+        Layout(shard=8, micro_batch=2),
+        Layout(replicate=2, shard=4, recomputed="selective"),
+        Layout(shard=64, recomputed="block"),
+        Layout(shard=2, tensor=4),
+        Layout(context=4, shard=2, chunks=8),
+    ],
+)
+def test_memory_for_ranking_is_that_of_the_layout(layout):
+    jobs = planner()
+    assert jobs.memory(layout) == pytest.approx(jobs.card(layout).total, rel=0.01)
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
+@pytest.mark.parametrize("shard", [1, 4])
+def test_memory_for_ranking_is_near_that_of_a_schedules_lists(schedule, shard):
+    jobs = planner()
+    stages = {"interleaved": 2, "zbv": 2}.get(schedule, 1)
+    layout = Layout(pipeline=4, shard=shard, schedule=schedule, stages_per_rank=stages)
+    _, held = list_schedule(strategy_of(layout, StrategyConfig()), jobs.micro_batches(layout))
+    assert jobs.memory(layout) == pytest.approx(jobs.card(layout, held).total, rel=0.12)
+
+
+def test_what_is_shown_fits_and_the_rest_says_why():
+    jobs = planner()
+    plan = plan_layouts(jobs, jobs.space(8, {}), 0.1, 4, list_schedule)
+    assert plan.proposed is not None
+    for planned in [plan.proposed, *plan.fastest]:
+        assert planned.card.total <= jobs.limit
+        assert planned.layout.ranks == 8
+    assert plan.proposed.time.total <= 1.1 * plan.found.candidates[0].seconds
+    assert plan.proposed.layout not in [planned.layout for planned in plan.fastest]
+    assert [refused.layout for refused in plan.refused] == [
+        layout for layout in first_tries(8, 8) if not jobs.fits(layout)
+    ]
+    assert all(refused.nearest is not None for refused in plan.refused)
+
+
+def test_the_smallest_number_of_devices_takes_the_job_and_one_less_does_not():
+    jobs = planner(memory_gib=5.0)
+    fixed = {"pipeline": 1, "context": 1}
+    least = jobs.smallest(jobs.space(1, fixed), 1)
+    assert least > 1
+    assert jobs.search(jobs.space(least, fixed)).candidates
+    assert not jobs.search(jobs.space(least - 1, fixed)).candidates
+    assert planner(memory_gib=0.5).smallest(jobs.space(1, fixed), 1) == 0
+
+
+def test_a_pipelines_ranks_are_told_apart():
+    jobs = planner()
+    layout = Layout(pipeline=4, schedule="1f1b")
+    planned = planned_layout(jobs, layout, list_schedule)
+    assert len(planned.card.ranks) == 4
+    assert planned.card.terms.total == max(terms.total for terms in planned.card.ranks)
+    assert planned.card.total > planned.card.terms.total + GIB
+
+
+def test_adapters_learn_a_share():
+    width, query, key, inner = 2048, 2048, 512, 8192
+    whole = width * (2 * query + 2 * key + 3 * inner)
+    lora = LoraConfig(rank=8, targets=["query", "down"])
+    share = 8 * ((width + query) + (width + inner)) / whole
+    assert learned_share(MODEL, lora) == pytest.approx(share)
+    assert learned_share(MODEL, LoraConfig()) == 1.0

@@ -1,0 +1,45 @@
+"""Numbers that the closed forms of memory work out once, and use in every layout; torch-free."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from trainer.plan.block_memory import BlockBytes, LossBytes
+from trainer.plan.parameters import Parameters
+
+
+@dataclass(frozen=True)
+class Part:
+    """Numbers of a kind of block."""
+
+    bytes: BlockBytes
+    parameters: Parameters
+    copies: float  # its weights in the dtype of compute
+    more: float  # kept in addition with mode none
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of one micro-batch under one split of sequences and layers."""
+
+    parts: Mapping[str, Part]
+    loss: LossBytes
+    head: float  # the head's matrices in the dtype of compute
+    embedding: float
+    shared: float
+    memory: float  # the encoder's output, which a stage of decoder blocks receives
+    target: float  # the embedded target, which waits in a stage of encoder blocks
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """Numbers of one pipeline rank, for one micro-batch of each of its stages."""
+
+    kept: tuple[float, ...]  # by stage, without the loss
+    late: tuple[float, ...]  # from the loss to its backward
+    waiting: tuple[float, ...]  # more between two halves of a backward
+    blocks: Parameters
+    ends: Parameters
+    last: Part  # the largest block
+    one: float  # what it keeps
+    work: float  # of its backward, what is recomputed included
+    done: float  # of the head, gone when the blocks' backward begins

@@ -1,0 +1,161 @@
+"""What one optimizer step computes, whatever the layout: sizes of blocks, of logits, of weights."""
+
+# D width, H query heads, G key/value heads, K head width, F feed-forward width.
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trainer.config.train import (
+    ModelConfig,
+    classes_of,
+    has_window,
+    head_width_of,
+    inputs_of,
+    is_gated,
+    outputs_of,
+)
+from trainer.nn.flops import flops_per_block, flops_per_sample
+
+
+@dataclass(frozen=True)
+class BlockWork:
+    """One block, for one sample, before any split."""
+
+    length: int  # positions
+    width: int  # D
+    heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    gated: bool
+    products: float  # multiply-adds of the forward with weights
+    scores: float  # multiply-adds of the forward between positions, as the kernel does them
+    weights: int
+    branches: int = 2
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How a training stack works; the defaults are this one's."""
+
+    fused_attention: bool = True
+    cudnn_attention: bool = False
+    fused_pointwise: bool = False  # torch.compile, or kernels by hand
+    hides_tensor: bool = False  # collectives of split layers overlap with products
+    hides_sum: bool = True  # gradients are summed while the last backward runs
+    state_ranks: int = 0  # ZeRO-1: neighbours that share the optimizer's states; 0 = all copies
+    shards_gradients: bool = True  # over `shard`, with their weights: ZeRO-3, otherwise ZeRO-1
+    per_parameter: bool = True  # each is sharded by itself (FSDP2), not a flat one for a block
+    gathers_again: bool = True  # weights are gathered again for the backward
+    staged_scatter: bool = False  # a pipeline sums gradients in every micro-batch
+    float8: bool = False
+
+
+@dataclass(frozen=True)
+class Work:
+    """One optimizer step of all ranks."""
+
+    blocks: tuple[BlockWork, ...]  # in order; alike ones are the same object
+    costs: tuple[float, ...]  # by which blocks are cut into stages; the last has the head's
+    width: int
+    logits: float  # of one sample
+    head: float  # multiply-adds of one sample's logits
+    outer_weights: int  # of embedding and head
+    samples: int  # per step, over all ranks
+    flops: float  # of one sample, forward and backward, as MFU counts them
+    tokens: int  # of one sample
+    compute_bytes: int
+    sum_bytes: int  # of a gradient that is summed
+    update_bytes: float  # of memory traffic for each weight that is updated
+    learned_share: float = 1.0  # of the weights; below 1 with adapters on frozen ones
+    stack: Stack = Stack()
+
+
+def block_works(
+    model: ModelConfig, length: int, inside: int, shrunk: Sequence[int] = ()
+) -> list[BlockWork]:
+    """Return the work of every block: encoder blocks first.
+
+    `length` is in tokens, `inside` the encoder's positions; `shrunk` are the lengths of the blocks
+    of a shorter sequence: of the encoder, or of a decoder alone.
+    """
+    if model.family == "decoder":
+        lengths = list(shrunk) or [length] * model.layers
+        causal = [not has_window(model, number) for number in range(model.layers)]
+        return [_block(model, n, 0, c) for n, c in zip(lengths, causal, strict=True)]
+    depth = model.layers if model.family == "encoder" else model.encoder_layers or model.layers
+    encoder = [_block(model, n, 0, False) for n in list(shrunk) or [inside] * depth]
+    if model.family == "encoder":
+        return encoder
+    crossed = shrunk[-1] if shrunk else inside
+    return encoder + [_block(model, length, crossed, True) for _ in range(model.layers)]
+
+
+def _block(model: ModelConfig, length: int, crossed: int, causal: bool) -> BlockWork:
+    """Return the work of a block; a masked kernel skips half of the scores where it is causal."""
+    D, F, K = model.width, model.ffn_width, head_width_of(model)
+    H, G, matrices = model.heads, model.kv_heads or model.heads, 3 if is_gated(model) else 2
+    attention = 2 * D * (H + G) * K
+    products = length * (attention + matrices * D * F)
+    scores = 2.0 * length * length * H * K / (2 if causal else 1)
+    if crossed:
+        products += 2 * D * (length * H + crossed * G) * K
+        scores += 2.0 * length * crossed * H * K
+    weights = attention * (2 if crossed else 1) + matrices * D * F + 2 * D
+    branches = 3 if crossed else 2
+    return BlockWork(length, D, H, G, K, F, is_gated(model), products, scores, weights, branches)
+
+
+def model_work(
+    model: ModelConfig,
+    samples: int,
+    length: int,
+    source: int = 0,
+    *,
+    compute_bytes: int = 2,
+    sum_bytes: int = 4,
+    moment_bytes: float = 8.0,
+    learned_share: float = 1.0,
+    shrunk: Sequence[int] = (),
+    stack: Stack = Stack(),
+) -> Work:
+    """Return the work of a completed model's step.
+
+    `source` is the length of an encoder's input, as flops_per_sample takes it; `shrunk` are the
+    lengths of blocks of a shorter sequence.
+    """
+    classes, inside = classes_of(model), encoder_length(model, source)
+    of_encoder = model.family == "encoder"
+    logits = 1 if outputs_of(model) == "classes" else inside if of_encoder else length
+    same = {block: block for block in block_works(model, length, inside, shrunk)}
+    return Work(
+        blocks=tuple(same[block] for block in block_works(model, length, inside, shrunk)),
+        costs=tuple(flops_per_block(model, length, source, shrunk)),
+        width=model.width,
+        logits=float(logits * classes),
+        head=float(logits * classes * model.width),
+        outer_weights=_outer_weights(model),
+        samples=samples,
+        flops=flops_per_sample(model, length, source, shrunk),
+        tokens=inside if of_encoder else length,
+        compute_bytes=compute_bytes,
+        sum_bytes=sum_bytes,
+        update_bytes=2 * moment_bytes + 2 * 4 + 4,
+        learned_share=learned_share,
+        stack=stack,
+    )
+
+
+def _outer_weights(model: ModelConfig) -> int:
+    """Return the weights of embedding and head; those of tied ones count once."""
+    tokens = inputs_of(model) == "tokens" or model.family != "encoder"
+    embedding = model.vocab_size if tokens else 0
+    head = 0 if model.tied and outputs_of(model) == "tokens" and tokens else classes_of(model)
+    return model.width * (embedding + head)
+
+
+def encoder_length(model: ModelConfig, source: int) -> int:
+    """Return the positions of an encoder that reads `source` tokens, frames, or an image."""
+    if inputs_of(model) == "patches":
+        return (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
+    return -(-source // model.audio_stride) if inputs_of(model) == "audio" else source
