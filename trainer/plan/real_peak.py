@@ -53,7 +53,7 @@ def real_peaks(
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Settled():
         compression = Compression(config.compress)
-        worker = build_worker(config, runtime, compression, task_of(config.data))
+        worker = build_worker(config, runtime, compression, task_of(config.data, config.model))
         state = untrained_state(config, runtime, worker, compression)
         for step in range(STEPS - 1 + steps):
             inputs = [draw_inputs(shapes, config.model, step) for shapes in micro_batches]
