@@ -154,7 +154,9 @@ def _fake_state(
     compression = Compression(config.compress)
     build = partial(parallelize, materialize=fake_materialize(mode), wrap=wrap_traced)
     with live:
-        worker = build_worker(config, runtime, compression, task_of(config.data, config.model), build)
+        worker = build_worker(
+            config, runtime, compression, task_of(config.data, config.model), build
+        )
     # Of targets without data as many are valid as there are: each position has logits.
     worker.count_valid = lambda targets: torch.tensor(targets.numel())
     with mode, live:
