@@ -137,8 +137,9 @@ parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.axis parallel.mesh parallel.context parallel.data
     parallel.pipeline parallel.tensor parallel.parallel_model parallel.parallelize trainer.nn
-    trainer.metrics trainer.optim trainer.loss trainer.model trainer.compress trainer.precision trainer.lora
-    trainer.build trainer.inference parallel.rank_pool trainer.tasks parallel.comm_volume
+    trainer.metrics trainer.optim trainer.loss trainer.model trainer.compress trainer.precision
+    trainer.lora trainer.build trainer.inference parallel.rank_pool trainer.tasks
+    parallel.comm_volume
 trainer.plan: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.comm_volume parallel.data parallel.pipeline parallel.activation_checkpointing
     parallel.parallel_model parallel.parallelize trainer.data trainer.nn trainer.optim
