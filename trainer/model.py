@@ -11,6 +11,7 @@ The contract with parallel/, held by tests:
 
 # B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from trainer.config.train import ModelConfig, has_window, outputs_of
 from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
 from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_type
-from trainer.nn.heads import head_type
+from trainer.nn.heads import auxiliary_heads, head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Block, Dropout
 from trainer.nn.positions import build_relative_biases
@@ -57,21 +58,21 @@ class Transformer(nn.Module):
         self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = build_embedding(config)
-        self.blocks = nn.ModuleDict(
-            {str(i): block for i, block in enumerate(_build_blocks(config))}
-        )
+        blocks = enumerate(_build_blocks(config))
+        self.blocks = nn.ModuleDict({str(i): block for i, block in blocks})
         # Biases of attention scores by stream, shared by its blocks.
         self.relative_bias = nn.ModuleDict(build_relative_biases(config))
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
+        # Heads of auxiliary losses, by the block that they follow.
+        self.auxiliary_heads = nn.ModuleDict(auxiliary_heads(config))
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
-        self.block_hooks: dict[str, BlockHook] = {}
+        self.block_hooks: dict[str, list[BlockHook]] = defaultdict(list)
         # Set during a training step: adds a loss sum to the global mean, and returns it scaled.
         self.scale_auxiliary_loss: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the full model, also on a stage with fewer blocks
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
-        head = self.head_type(config)
-        self.head: nn.Module | None = head
+        self.head: nn.Module | None = (head := self.head_type(config))
         ties = config.tied and outputs_of(config) == "tokens"
         if ties and isinstance(self.embed, TokenEmbedding):
             head.output.weight = self.embed.tokens.weight
@@ -131,13 +132,12 @@ class Transformer(nn.Module):
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
             return flow, streams
-        x, memory, marks = flow
-        if not (resumes and x.shape[1] == 0):  # a pooled group may not be complete yet
+        if not (resumes and flow[0].shape[1] == 0):  # a pooled group may not be complete yet
             own = None if cache is None else cache.blocks.get(name)
-            flow = *block(x, memory, streams, own), marks
+            flow = *block(*flow[:2], streams, own), flow[2]
         flow, streams = self._apply_resize(int(name), flow, streams, cache)
-        if name in self.block_hooks:
-            flow = self.block_hooks[name](flow, streams, inputs)
+        for hook in self.block_hooks.get(name, ()):
+            flow = hook(flow, streams, inputs)
         return flow, streams
 
     def flow_like(
@@ -261,8 +261,7 @@ class Transformer(nn.Module):
         assert self.embed is not None
         target: Tensor | None = None
         if self.decodes:
-            positions_BS = token_positions(inputs, cache)
-            tokens_BS = inputs["tokens"]
+            positions_BS, tokens_BS = token_positions(inputs, cache), inputs["tokens"]
             if self.config.start_token >= 0:
                 first = torch.full_like(tokens_BS, self.config.start_token)
                 tokens_BS = torch.where(positions_BS == 0, first, tokens_BS)
@@ -385,8 +384,8 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, Tensor] | None:
         if positions_BS is None or self.config.positions != "rope":
             return None
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return rotary_angles(positions_BS, self.config, dtype, windowed)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        return rotary_angles(positions_BS, self.config, precise, windowed)
 
 
 def _build_blocks(config: ModelConfig) -> list[Block]:

@@ -9,6 +9,11 @@ SHORTENS = ("merge", "pool_after", "drop")
 
 def detector_problems(model: ModelConfig) -> list[str]:
     """Return the problems of a model with model.outputs=boxes."""
+    if model.auxiliary_heads and not model.queries:
+        return [
+            "model.auxiliary_heads=true are those of a decoder of queries, but model.queries=0; "
+            "set model.auxiliary_heads=false, or model=detr-tiny"
+        ]
     if outputs_of(model) != "boxes":
         return []
     found, given = [], f"model.queries={model.queries}"

@@ -70,7 +70,8 @@ class Compression:
         if self.pruning is not None:
             self.pruning.register_masks(model.blocks)
         for block in self._matched_blocks:
-            model.block_hooks[str(block)] = partial(self._match_hidden_state, model, block)
+            hook = partial(self._match_hidden_state, model, block)
+            model.block_hooks[str(block)].append(hook)
 
     def wrap_loss(
         self, loss_sum: Callable[..., Tensor], model: Transformer

@@ -37,7 +37,7 @@ def run_teacher(
         recorded[number] = hidden_states(teacher.blocks[str(number)], flow)
         return flow
 
-    teacher.block_hooks = {str(number): partial(record, number) for number in blocks}
+    teacher.block_hooks = {str(number): [partial(record, number)] for number in blocks}
     last = teacher.depth - 1 if logits else max(blocks)
     output = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
     return TeacherOutput(inputs["targets"], output if logits else None, recorded)

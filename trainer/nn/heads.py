@@ -38,12 +38,16 @@ class Head(nn.Module):
         self.output = Linear(config.width, classes_of(config), bias=bias)
 
     def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
+        x_BSD = self.pooled(stream.gather_local(self.normalized(x_BSD)), stream)
+        x_BSD = x_BSD if self.scale == 1.0 else x_BSD * self.scale
+        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+
+    def normalized(self, x_BSD: Tensor) -> Tensor:
+        """Return the hidden states behind the final norm and the dense layer, if there is one."""
         x_BSD = self.norm(x_BSD)
         if self.dense is not None and self.dense_norm is not None:
             x_BSD = self.dense_norm(self.activation(self.dense(x_BSD)))
-        x_BSD = self.pooled(stream.gather_local(x_BSD), stream)
-        x_BSD = x_BSD if self.scale == 1.0 else x_BSD * self.scale
-        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+        return x_BSD
 
     @staticmethod
     def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
@@ -197,3 +201,11 @@ def head_type(config: ModelConfig) -> type[Head]:
     if config.queries and outputs_of(config) == "boxes":
         return QueryHead
     return OUTPUTS[outputs_of(config)]
+
+
+def auxiliary_heads(config: ModelConfig) -> dict[str, Head]:
+    """Build the heads behind all decoder blocks but the last, by the block's name."""
+    if not config.auxiliary_heads:
+        return {}
+    first = config.encoder_layers or config.layers
+    return {str(first + i): head_type(config)(config) for i in range(config.layers - 1)}

@@ -28,6 +28,7 @@ TENSOR_LAYOUT = {
     "blocks.*.feed_forward.gate": "column",
     "blocks.*.feed_forward.up": "column",
     "blocks.*.feed_forward.down": "row",
+    "auxiliary_heads.*": "sequence",  # of few classes
     "head.norm": "sequence",
     "head.dense*": "sequence",
     "head.output": "vocabulary",

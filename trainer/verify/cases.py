@@ -56,6 +56,7 @@ DETECTORS = {
         positions="learned",
         queries=16,
         query_groups=3,
+        auxiliary_heads=True,
         tied=False,
     ),
 }
