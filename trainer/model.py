@@ -19,13 +19,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig, has_window, outputs_of
+from trainer.config.train import ModelConfig, outputs_of
 from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
 from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_type
 from trainer.nn.heads import auxiliary_heads, head_type
 from trainer.nn.init import stable_hash
-from trainer.nn.layers import Block, Dropout
+from trainer.nn.layers import Dropout, build_blocks
 from trainer.nn.positions import build_relative_biases
 from trainer.nn.queries import with_queries
 from trainer.nn.rotary import rotary_angles
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
         self.context: Context = FullContext()
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = build_embedding(config)
-        blocks = enumerate(_build_blocks(config))
+        blocks = enumerate(build_blocks(config))
         self.blocks = nn.ModuleDict({str(i): block for i, block in blocks})
         # Biases of attention scores by stream, shared by its blocks.
         self.relative_bias = nn.ModuleDict(build_relative_biases(config))
@@ -159,7 +159,7 @@ class Transformer(nn.Module):
             return meta_empty(self.layout.part_length(context.local_length(length)), D)
 
         if block == self.depth:
-            last = context.local_length(lengths["target" if self.decodes else "source"])
+            last = context.local_length(self._read_length(inputs))
             return (meta_empty(*self.head_type.logits_shape(config, last)),)
         start = 0 if cache is None else cache.length
         if not self.encoder_depth:
@@ -371,13 +371,24 @@ class Transformer(nn.Module):
 
     def output_length(self, inputs: Inputs) -> int | None:
         """Return the number of positions that logits are of; None = of the sequence."""
-        lengths = self.sequence_lengths(inputs)
-        return None if self.head_type.pools else lengths["target" if self.decodes else "source"]
+        return None if self.head_type.pools else self._read_length(inputs)
+
+    def _read_length(self, inputs: Inputs) -> int:
+        """Return the length of the sequence that the head reads."""
+        stream = "target" if self.decodes else "source"
+        return self._length_before(self.depth, stream, self.sequence_lengths(inputs)[stream])[0]
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
-        targets = self.head_type.position_targets(self.config, targets)
+        targets = self.head_type.position_targets(self.config, self.resized_targets(targets))
         return self.head_type.local_targets(targets, self.context)
+
+    def resized_targets(self, targets: Tensor) -> Tensor:
+        """Return the targets of the vectors that an encoder's resizes leave."""
+        if self.decodes or not self.resizes:
+            return targets
+        left = partial(self._length_before, self.depth, "source")
+        return self.head_type.resized_targets(targets, lambda length: left(length)[0])
 
     def _rotary_angles(
         self, positions_BS: Tensor | None, windowed: bool = False
@@ -386,14 +397,3 @@ class Transformer(nn.Module):
             return None
         precise = torch.promote_types(self.dtype, torch.float32)
         return rotary_angles(positions_BS, self.config, precise, windowed)
-
-
-def _build_blocks(config: ModelConfig) -> list[Block]:
-    layers = range(config.layers)
-    if config.family == "encoder":
-        return [Block(config, "source") for _ in layers]
-    if config.family == "decoder":
-        return [Block(config, "target", windowed=has_window(config, i)) for i in layers]
-    depth = config.encoder_layers or config.layers
-    encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
-    return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]

@@ -1,6 +1,13 @@
 """Validate models of audio, and training by CTC: pure functions that collect all problems."""
 
-from trainer.config.train import DataConfig, ModelConfig, TrainConfig, inputs_of, outputs_of
+from trainer.config.train import (
+    CompressConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    inputs_of,
+    outputs_of,
+)
 
 
 def audio_problems(model: ModelConfig) -> list[str]:
@@ -49,31 +56,46 @@ def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     ]
 
 
-def ctc_problems(config: TrainConfig) -> list[str]:
-    """Return the options of training that CTC has no meaning for."""
-    if outputs_of(config.model) != "ctc":
-        return []
-    found, compress = [], config.compress
-    if config.loss.label_smoothing:
+def ctc_loss_problems(loss: LossConfig) -> list[str]:
+    """Return the settings of a cross-entropy, which CTC does not learn by."""
+    found = []
+    if loss.label_smoothing:
         found.append(
-            f"loss.label_smoothing={config.loss.label_smoothing:g} spreads the target of one "
-            "position, but model.outputs=ctc sums over alignments; set loss.label_smoothing=0"
+            f"loss.label_smoothing={loss.label_smoothing:g} spreads the target of one position, "
+            "but model.outputs=ctc sums over alignments; set loss.label_smoothing=0"
         )
-    if config.loss.chunks > 1:
+    if loss.chunks > 1:
         found.append(
-            f"loss.chunks={config.loss.chunks} computes positions apart, but model.outputs=ctc "
-            "couples all of an utterance; set loss.chunks=1"
-        )
-    found += [
-        f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than data.audio_stride="
-        f"{config.data.audio_stride} was checked with, and model.outputs=ctc needs one for each "
-        f"character, in order; set compress.{key}=0, or a larger audio_stride of model and data"
-        for key in ("merge", "pool_after", "drop")
-        if getattr(compress, key)
-    ]
-    if compress.teacher:
-        found.append(
-            f"compress.teacher={compress.teacher} teaches classes one position at a time, but "
-            "alignments of two models by CTC differ; set compress.teacher= for none"
+            f"loss.chunks={loss.chunks} computes positions apart, but model.outputs=ctc couples "
+            "all of an utterance; set loss.chunks=1"
         )
     return found
+
+
+def ctc_compression_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """Return the compression that CTC has no meaning for."""
+    found = []
+    if compress.drop:
+        found.append(
+            f"compress.drop={compress.drop:g} leaves patches of images out, but model.outputs=ctc "
+            "needs the vectors of all characters, in order; set compress.drop=0"
+        )
+    return found
+
+
+def shortened_audio_problems(
+    model: ModelConfig, data: DataConfig, compress: CompressConfig
+) -> list[str]:
+    """Return the vectors that compression takes from utterances checked without them."""
+    merges = max(0, model.layers - 1 - compress.pool_after)
+    wanted = {
+        "pooled_vectors": compress.pool_stride if compress.pool_after else 1,
+        "merged_vectors": compress.merge * merges,
+    }
+    return [
+        f"data.{key}={getattr(data, key)} is what utterances are checked with, to have vectors "
+        f"left for their characters, but with compress.merge={compress.merge} and "
+        f"compress.pool_after={compress.pool_after} it is {count}; set data.{key}={count}"
+        for key, count in wanted.items()
+        if getattr(data, key) != count
+    ]

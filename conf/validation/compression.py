@@ -2,8 +2,8 @@
 
 import math
 
-from conf.validation.detection import detection_compression_problems
 from conf.validation.layout import divisors_of
+from conf.validation.outputs import rules_of
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
     CompressConfig,
@@ -23,11 +23,11 @@ def compress_problems(
 ) -> list[str]:
     """Return the problems of compressing a model under a resolved strategy."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
+    if of_outputs := rules_of(model).compression(compress, model):
+        return of_outputs
     found = _sharded_sequence_problems(asked, compress, strategy) + _pooling_problems(
         compress, model
     )
-    if boxes := detection_compression_problems(compress, model):
-        return boxes
     if model.family == "encoder":
         found += _patch_problems(compress, model)
     elif compress.drop:

@@ -2,20 +2,13 @@
 
 from math import isqrt
 
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, inputs_of, outputs_of
+from trainer.config.train import CompressConfig, LossConfig, ModelConfig, inputs_of
 
 SHORTENS = ("merge", "pool_after", "drop")
 
 
 def detector_problems(model: ModelConfig) -> list[str]:
     """Return the problems of a model with model.outputs=boxes."""
-    if model.auxiliary_heads and not model.queries:
-        return [
-            "model.auxiliary_heads=true are those of a decoder of queries, but model.queries=0; "
-            "set model.auxiliary_heads=false, or model=detr-tiny"
-        ]
-    if outputs_of(model) != "boxes":
-        return []
     found, given = [], f"model.queries={model.queries}"
     if inputs_of(model) != "patches" or model.family == "decoder":
         found.append(
@@ -45,10 +38,8 @@ def detector_problems(model: ModelConfig) -> list[str]:
     return found
 
 
-def detection_loss_problems(model: ModelConfig, loss: LossConfig) -> list[str]:
+def detection_loss_problems(loss: LossConfig) -> list[str]:
     """Return the settings of a cross-entropy, which detection does not learn by."""
-    if outputs_of(model) != "boxes":
-        return []
     return [
         f"loss.{key}={getattr(loss, key)} is of a cross-entropy over classes, but "
         f"model.outputs=boxes learns each class by itself; set loss.{key}={off}"
@@ -59,8 +50,6 @@ def detection_loss_problems(model: ModelConfig, loss: LossConfig) -> list[str]:
 
 def detection_compression_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Return the compression that boxes at each patch leave no room for."""
-    if outputs_of(model) != "boxes":
-        return []
     found = [
         f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than patches, but "
         f"model.outputs=boxes predicts a box at each; set compress.{key}=0"

@@ -22,9 +22,14 @@ from trainer.config.train import (
     is_encoder_decoder,
 )
 from trainer.config.verify import FAULT_AXES
+from trainer.data import READERS
 
-PICTURES = ("images", "detection")  # values of data.kind that data.seq_len says nothing of
 VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
+
+
+def _has_tokens(data: DataConfig) -> bool:
+    """Return whether data.seq_len says how long a sample is."""
+    return data.kind not in READERS or READERS[data.kind].inputs != "patches"
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
@@ -33,7 +38,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     if isinstance(config, VerifyConfig):
         found += _fault_problems(config.fault, strategy, config.model)
     data = getattr(config, "data", None)
-    seq_len = data.seq_len if isinstance(data, DataConfig) and data.kind not in PICTURES else inf
+    seq_len = data.seq_len if isinstance(data, DataConfig) and _has_tokens(data) else inf
     if seq_len < 2 * strategy.context > 2:
         found.append(
             f"strategy.context={strategy.context} gives each rank two pieces of every sequence, "

@@ -74,6 +74,11 @@ class Head(nn.Module):
         return targets
 
     @staticmethod
+    def resized_targets(targets: Tensor, length_left: Callable[[int], int]) -> Tensor:
+        """Return the targets for a sequence that an encoder shortens: the same."""
+        return targets
+
+    @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
         """Return the targets of the local positions; IGNORED where this rank's slice is padding."""
         if not context.shares:
@@ -136,6 +141,15 @@ class CTCHead(Head):
     def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return the hidden states of all positions; of the local ones, in evaluation."""
         return stream.context.gather_sequence(x_BSD, stream.total) if self.training else x_BSD
+
+    @staticmethod
+    def resized_targets(targets_BS: Tensor, length_left: Callable[[int], int]) -> Tensor:
+        """Return the same classes, behind which are as many vectors as are left of a sample."""
+        lengths = [length_left(length) for length in range(targets_BS.shape[1] + 1)]
+        vectors_B1 = (targets_BS != IGNORED).sum(1, keepdim=True)
+        left_B1 = torch.tensor(lengths, device=targets_BS.device)[vectors_B1]
+        places_S = torch.arange(lengths[-1], device=targets_BS.device)
+        return torch.where(places_S < left_B1, targets_BS[:, : lengths[-1]], IGNORED)
 
     @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:

@@ -16,6 +16,7 @@ from trainer.config.train import (
     ModelConfig,
     attention_biases,
     has_key_bias,
+    has_window,
     head_width_of,
     is_gated,
 )
@@ -369,3 +370,15 @@ class Block(nn.Module):
             assert memory_BTD is not None
             return memory_BTD, own.gather_local(self.turn_norm(x_BSD))
         return x_BSD, memory_BTD
+
+
+def build_blocks(config: ModelConfig) -> list[Block]:
+    """Build the blocks of the encoder, then those of the decoder."""
+    layers = range(config.layers)
+    if config.family == "encoder":
+        return [Block(config, "source") for _ in layers]
+    if config.family == "decoder":
+        return [Block(config, "target", windowed=has_window(config, i)) for i in layers]
+    depth = config.encoder_layers or config.layers
+    encoder = [Block(config, "source", is_last_encoder_block=i == depth - 1) for i in range(depth)]
+    return encoder + [Block(config, "target", cross=True) for _ in range(config.layers)]

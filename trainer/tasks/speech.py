@@ -27,7 +27,7 @@ from trainer.data.record import read_record
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.ctc_decoding import decode_logits, join_windows, window_bounds
 from trainer.inference.sampling import check_finite
-from trainer.inference.trained_run import TrainedRun
+from trainer.inference.trained_run import TrainedRun, unwrap_transformer
 from trainer.loss import CTC, ctc_sum
 from trainer.tasks.metrics import error_rates, gather_texts
 from trainer.tasks.task import Decoding, Task
@@ -134,7 +134,7 @@ class SpeechMetrics:
 
     def update(self, logits: Tensor, inputs: MicroBatch) -> None:
         """Add a micro-batch, and decode it."""
-        targets = inputs["targets"]
+        targets = unwrap_transformer(self._worker).resized_targets(inputs["targets"])
         nats, count = ctc_sum(logits, targets), (targets >= 0).sum()
         self._totals += torch.stack((nats.double(), count.double()))
         vectors = (targets != IGNORED).sum(1).tolist()
@@ -178,7 +178,16 @@ def transcribe_windows(worker: ParallelModel, frames_FM: np.ndarray, data: DataC
         transcribe(worker, frames_FM[start * stride : end * stride], stride)
         for start, end in bounds
     ]
-    return join_windows(parts, bounds, vectors)
+    if len(bounds) == 1:
+        return parts[0]
+    lengths = [end - start for start, end in bounds]
+    return join_windows(list(map(_stretched, parts, lengths)), bounds, vectors)
+
+
+def _stretched(logits_TV: Tensor, length: int) -> Tensor:
+    """Return `length` rows of a sequence that the encoder shortened: CTC reads repeats as one."""
+    rows_T = torch.arange(length, device=logits_TV.device) * len(logits_TV) // length
+    return logits_TV[rows_T]
 
 
 def _frames_of_split(dataset: Dataset, index: int, prompt: str) -> np.ndarray:

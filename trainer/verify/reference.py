@@ -44,6 +44,7 @@ def reference_loss(
     heads = [head for head in model.auxiliary_heads.values() if isinstance(head, Head)]
     blocks = [*map(int, model.auxiliary_heads), *(ours for ours, _ in compress.match)]
     logits, made = _forward_with_blocks(model, batch, blocks)
+    batch = batch | {"targets": model.resized_targets(batch["targets"])}
     loss = task.reference_loss(logits, batch, LABEL_SMOOTHING)
     for head in heads:
         early = head.output(head.normalized(made.pop(0)))
