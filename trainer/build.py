@@ -137,7 +137,7 @@ def _training_loss(
     loss_sum = objective.build_loss(model.head, config)
     for name in model.auxiliary_heads:
         model.block_hooks[name].append(partial(_add_auxiliary_loss, model, name, loss_sum))
-    return compression.wrap_loss(loss_sum, model)
+    return compression.wrap_loss(loss_sum, objective.divergence_sum, model)
 
 
 def _add_auxiliary_loss(

@@ -3,8 +3,8 @@
 from trainer.config.train import (
     CompressConfig,
     DataConfig,
-    LossConfig,
     ModelConfig,
+    TrainConfig,
     inputs_of,
     outputs_of,
 )
@@ -56,9 +56,9 @@ def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     ]
 
 
-def ctc_loss_problems(loss: LossConfig) -> list[str]:
-    """Return the settings of a cross-entropy, which CTC does not learn by."""
-    found = []
+def ctc_problems(config: TrainConfig) -> list[str]:
+    """Return the options of training that CTC has no meaning for."""
+    found, loss = [], config.loss
     if loss.label_smoothing:
         found.append(
             f"loss.label_smoothing={loss.label_smoothing:g} spreads the target of one position, "
@@ -69,7 +69,7 @@ def ctc_loss_problems(loss: LossConfig) -> list[str]:
             f"loss.chunks={loss.chunks} computes positions apart, but model.outputs=ctc couples "
             "all of an utterance; set loss.chunks=1"
         )
-    return found
+    return found + _shortened_problems(config.model, config.data, config.compress)
 
 
 def ctc_compression_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
@@ -80,10 +80,22 @@ def ctc_compression_problems(compress: CompressConfig, model: ModelConfig) -> li
             f"compress.drop={compress.drop:g} leaves patches of images out, but model.outputs=ctc "
             "needs the vectors of all characters, in order; set compress.drop=0"
         )
+    found += [
+        f"compress.teacher={compress.teacher} teaches vector by vector, but compress.{key}="
+        f"{getattr(compress, key)} leaves fewer; set compress.{key}=0, or compress.teacher= for "
+        "none"
+        for key in ("merge", "pool_after")
+        if compress.teacher and compress.distill_weight and getattr(compress, key)
+    ]
+    if compress.match and compress.match_weight:
+        found.append(
+            f"compress.match={compress.match} weighs a sample by its targets, one for each "
+            "position, which model.outputs=ctc does not have; set compress.match=[]"
+        )
     return found
 
 
-def shortened_audio_problems(
+def _shortened_problems(
     model: ModelConfig, data: DataConfig, compress: CompressConfig
 ) -> list[str]:
     """Return the vectors that compression takes from utterances checked without them."""

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from conf.validation.audio import ctc_compression_problems, ctc_loss_problems
+from conf.validation.audio import ctc_compression_problems, ctc_problems
 from conf.validation.detection import (
     detection_compression_problems,
-    detection_loss_problems,
+    detection_problems,
     detector_problems,
 )
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, outputs_of
+from trainer.config.train import CompressConfig, ModelConfig, TrainConfig, outputs_of
 
 
 @dataclass(frozen=True)
@@ -17,15 +17,26 @@ class OutputRules:
     """The checks of models with one kind of output, and of what they are trained with."""
 
     model: Callable[[ModelConfig], list[str]] = lambda model: []
-    loss: Callable[[LossConfig], list[str]] = lambda loss: []
+    training: Callable[[TrainConfig], list[str]] = lambda config: []
     compression: Callable[[CompressConfig, ModelConfig], list[str]] = lambda compress, model: []
+    taught: tuple[str, ...] = ()  # keys of the model in which a teacher must be alike
+    recorded: bool = True  # whether a teacher's most probable classes can be recorded
 
 
 RULES: Mapping[str, OutputRules] = {
     "boxes": OutputRules(
-        detector_problems, detection_loss_problems, detection_compression_problems
+        detector_problems,
+        detection_problems,
+        detection_compression_problems,
+        taught=("patch_size",),
+        recorded=False,
     ),
-    "ctc": OutputRules(loss=ctc_loss_problems, compression=ctc_compression_problems),
+    "ctc": OutputRules(
+        training=ctc_problems,
+        compression=ctc_compression_problems,
+        taught=("vocab_size", "mels", "audio_stride"),
+        recorded=False,
+    ),
 }
 
 

@@ -6,11 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.attention import attention_problems
-from conf.validation.audio import (
-    audio_data_problems,
-    audio_problems,
-    shortened_audio_problems,
-)
+from conf.validation.audio import audio_data_problems, audio_problems
 from conf.validation.compression import compress_problems, match_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import (
@@ -107,8 +103,6 @@ def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:
         found = _token_problems(filled, facts)
     if inputs_of(model) == "audio":
         found += audio_data_problems(filled, data)
-    if outputs_of(model) == "ctc":
-        found += shortened_audio_problems(filled, data, config.compress)
     if outputs_of(model) in ("classes", "boxes"):
         found += _classes(filled, facts)
     found += model_problems(filled, config.strategy)
@@ -151,7 +145,7 @@ def _beta_problems(betas: list[float]) -> list[str]:
 
 def _training_problems(config: TrainConfig) -> list[str]:
     found = _checkpoint_problems(config) + _teacher_problems(config)
-    return found + rules_of(config.model).loss(config.loss)
+    return found + rules_of(config.model).training(config)
 
 
 def _checkpoint_problems(config: TrainConfig) -> list[str]:

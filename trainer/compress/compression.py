@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.grad_norm import local_tensor
 from trainer.compress.distillation import (
     TeacherOutput,
-    divergence_sum,
     local_logits,
     recorded_teacher_logits,
     run_teacher,
@@ -74,13 +73,16 @@ class Compression:
             model.block_hooks[str(block)].append(hook)
 
     def wrap_loss(
-        self, loss_sum: Callable[..., Tensor], model: Transformer
+        self,
+        loss_sum: Callable[..., Tensor],
+        divergence_sum: Callable[..., Tensor],
+        model: Transformer,
     ) -> Callable[..., Tensor]:
         """Return the loss function (logits, targets, inputs) -> sum over valid targets.
 
-        `loss_sum` takes (logits, targets) alone. Options are passed to the cross-entropy. With
-        distillation the result is the weighted sum of `loss_sum` and the divergence from the
-        teacher times temperature².
+        `loss_sum` takes (logits, targets) alone, `divergence_sum` (logits, teacher's logits,
+        targets, temperature). Options are passed to the cross-entropy. With distillation the result
+        is the weighted sum of the loss and the divergence times temperature².
         """
         weight, temperature = self.config.distill_weight, self.config.temperature
 
@@ -138,7 +140,7 @@ class Compression:
         logits = self._run_teacher(model, inputs).logits
         self._said = None  # its last use for this micro-batch
         assert logits is not None
-        return local_logits(logits, model.context)
+        return logits if model.head_type.whole else local_logits(logits, model.context)
 
     def _match_hidden_state(
         self,

@@ -23,6 +23,7 @@ class Head(nn.Module):
     defers_output = False
     bias = False  # whether the projection has a bias
     pools = False  # whether the logits are of the sequence, on every rank that shares it
+    whole = False  # whether every rank that shares a sequence has all its logits in training
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -93,7 +94,7 @@ class ClassifierHead(Head):
     """Classification head: pool the full sequence, then project to class logits."""
 
     bias = True
-    pools = True
+    pools = whole = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -137,6 +138,8 @@ class CTCHead(Head):
 
     The loss couples all vectors of a sample: in training every rank of the context axis has them.
     """
+
+    whole = True
 
     def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return the hidden states of all positions; of the local ones, in evaluation."""
@@ -182,6 +185,8 @@ class QueryHead(BoxHead):
 
     Matching couples the queries: in training every rank of the context axis has them all.
     """
+
+    whole = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)

@@ -59,6 +59,20 @@ class SpeechRecognition(CTC, Task):
             count += len(said)
         return nats / count
 
+    def reference_divergence(
+        self, logits: Tensor, told: Tensor, batch: MicroBatch, temperature: float
+    ) -> Tensor:
+        """Return the mean divergence from the teacher per target, utterance by utterance."""
+        total, count = logits.new_zeros(()), 0
+        for ours_TV, theirs_TV, targets_T in zip(logits, told, batch["targets"], strict=True):
+            vectors, said = int((targets_T != IGNORED).sum()), int((targets_T >= 0).sum())
+            if said:
+                ours, theirs = ours_TV[:vectors] / temperature, theirs_TV[:vectors] / temperature
+                apart = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+                total = total + said * apart
+            count += said
+        return total / count
+
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
     ) -> "SpeechMetrics":

@@ -238,6 +238,7 @@ COMPRESSED = {
     },
     "encoder (detector)": {
         "int8": CompressConfig(bits=8),
+        "distill": CompressConfig(teacher="drawn"),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
     },
     "encoder-decoder (DETR)": {
@@ -249,6 +250,7 @@ COMPRESSED = {
         "pool": CompressConfig(pool_after=1),
         "int8": CompressConfig(bits=8),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+        "distill": CompressConfig(teacher="drawn"),
     },
     "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
 }

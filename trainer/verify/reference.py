@@ -40,7 +40,6 @@ def reference_loss(
     task: Task,
 ) -> Tensor:
     """Return the mean loss of a global batch, by torch's own functions alone."""
-    functions, targets = nn.functional, batch["targets"].flatten()
     heads = [head for head in model.auxiliary_heads.values() if isinstance(head, Head)]
     blocks = [*map(int, model.auxiliary_heads), *(ours for ours, _ in compress.match)]
     logits, made = _forward_with_blocks(model, batch, blocks)
@@ -51,18 +50,11 @@ def reference_loss(
         loss = loss + task.reference_loss(early, batch, LABEL_SMOOTHING)
     if teacher is None:
         return loss
-    valid, temperature = targets != IGNORED, compress.temperature
     with torch.no_grad():
         told, theirs = _forward_with_blocks(teacher, batch, [block for _, block in compress.match])
-    logits, told = logits.flatten(0, -2), told.flatten(0, -2)
-    said = told[valid] / temperature
-    apart = functions.kl_div(
-        functions.log_softmax(logits[valid] / temperature, -1),
-        functions.softmax(said, -1),
-        reduction="batchmean",
-    )
+    apart = task.reference_divergence(logits, told, batch, compress.temperature)
     weight = compress.distill_weight
-    loss = (1 - weight) * loss + weight * temperature**2 * apart
+    loss = (1 - weight) * loss + weight * compress.temperature**2 * apart
     for (block, _), ours, his in zip(compress.match, made, theirs, strict=True):
         of_source = model.blocks[str(block)].stream == "source"
         loss = loss + compress.match_weight * reference_match(ours, his, batch, of_source)
