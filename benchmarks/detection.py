@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 BCCD = ("data=detection", "data.image_size=160", "data.flips=turns", "batch_size=8")
 JOBS = {
     "canvas": (),
-    "canvas-detr": ("model=detr-tiny", "optim.lr=1e-3"),
+    "canvas-detr": ("model=detr-tiny", "optim.lr=1.5e-3"),
     "bccd": (*BCCD, "optim.lr=1.5e-3", "steps=2000", "eval.every=250"),
     "bccd-detr": (
         *BCCD,

@@ -25,9 +25,12 @@ from trainer.config.train import (
 from trainer.lora.adapter import add_adapters
 from trainer.loss import CrossEntropy, Objective
 from trainer.model import Transformer
+from trainer.nn.auxiliary_loss import attach_loss
 from trainer.nn.float8 import multiply_in_float8
 from trainer.nn.flops import flops_per_block
+from trainer.nn.heads import Head
 from trainer.nn.init import init_rows
+from trainer.nn.sequence import Flow, Inputs, Sequences
 from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import Precision, resolve_precision
 
@@ -106,11 +109,10 @@ def parallel_model(
     """Build a model under a resolved strategy; `verify` passes a `parallelize` with a fault."""
     compression = compression or Compression(CompressConfig())
     model = build_meta_model(config, precision, compression, lora or LoraConfig())
-    objective, head, source = objective or CrossEntropy(), model.head, longest_source(config)
-    assert head is not None
+    objective, source = objective or CrossEntropy(), longest_source(config)
     facts = apply.ModelSpec(
         draw_rows=partial(draw_rows, config, seed),
-        loss_sum=compression.wrap_loss(objective.build_loss(head, loss or LossConfig()), model),
+        loss_sum=_training_loss(model, objective, loss or LossConfig(), compression),
         count_valid=objective.count_valid,
         layout=TENSOR_LAYOUT,
         splits_classes=objective.splits_classes,
@@ -127,3 +129,37 @@ def parallel_model(
         activation_checkpointing=activation_checkpointing,
         compile=compile,
     )
+
+
+def _training_loss(
+    model: Transformer, objective: Objective, config: LossConfig, compression: Compression
+) -> Callable[..., Tensor]:
+    """Return the loss of the last logits; each auxiliary head adds its own in a step."""
+    assert model.head is not None
+    loss_sum = objective.build_loss(model.head, config)
+    for name in model.auxiliary_heads:
+        model.block_hooks[name].append(partial(_add_auxiliary_loss, model, name, loss_sum))
+    return compression.wrap_loss(loss_sum, objective.divergence_sum, model)
+
+
+def _add_auxiliary_loss(
+    model: Transformer,
+    name: str,
+    loss_sum: Callable[..., Tensor],
+    flow: Flow,
+    streams: Sequences,
+    inputs: Inputs,
+) -> Flow:
+    """Add the loss of the head behind a block to the step's; nothing outside a step."""
+    scale_loss, head = model.scale_auxiliary_loss, model.auxiliary_heads[name]
+    if scale_loss is None:
+        return flow
+    assert isinstance(head, Head)
+    stream = streams[str(model.blocks[name].stream)]
+    targets = model.local_targets(inputs["targets"])
+
+    def scaled_loss(logits: Tensor) -> Tensor:
+        return scale_loss(loss_sum(logits, targets, targets.numel()))
+
+    x_BSD = attach_loss(flow[0], head, stream, scaled_loss)
+    return x_BSD, *flow[1:]

@@ -90,6 +90,47 @@ def projected_cross_entropy_sum(
     return total
 
 
+def divergence_sum(
+    logits: Tensor,
+    teacher_logits: Tensor,
+    targets: Tensor,
+    temperature: float,
+    cross_entropy: Callable[..., Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Return KL(teacher || student) in nats at a temperature, summed over valid targets.
+
+    Logits (…, classes), targets (…); half-precision logits are cast to float32 first. If
+    `cross_entropy` is that of a vocabulary shard, the student's logits are those of the shard.
+    Knowledge distillation: arXiv 1503.02531, section 2, without its factor temperature².
+    """
+    precise = torch.promote_types(logits.dtype, torch.float32)
+    log_probability_NV = (teacher_logits.flatten(0, -2).to(precise) / temperature).log_softmax(-1)
+    # Zero probabilities at ignored targets make both terms zero.
+    valid_N1 = (targets != IGNORED).flatten()[:, None]
+    probability_NV = torch.where(valid_N1, log_probability_NV.exp(), 0.0)
+    scaled_NV = logits.flatten(0, -2).to(precise) / temperature
+    # KL is the cross-entropy minus the teacher's entropy.
+    entropy = torch.special.entr(probability_NV).sum()
+    return cross_entropy(scaled_NV, probability_NV, reduction="sum") - entropy
+
+
+def ctc_divergence_sum(
+    logits_BTV: Tensor, teacher_BTV: Tensor, targets_BT: Tensor, temperature: float
+) -> Tensor:
+    """Return KL(teacher || student) in nats of the vectors of utterances, for targets of `ctc_sum`.
+
+    Of an utterance it is a mean over its vectors, times its number of targets.
+    """
+    precise = torch.promote_types(logits_BTV.dtype, torch.float32)
+    ours_BTV, theirs_BTV = (
+        (logits.to(precise) / temperature).log_softmax(-1) for logits in (logits_BTV, teacher_BTV)
+    )
+    nats_BT = (theirs_BTV.exp() * (theirs_BTV - ours_BTV)).sum(-1)
+    valid_BT, counts_B = targets_BT != IGNORED, (targets_BT >= 0).sum(1)
+    mean_B = torch.where(valid_BT, nats_BT, 0.0).sum(1) / valid_BT.sum(1).clamp(min=1)
+    return (mean_B * counts_B).sum()
+
+
 class Objective(Protocol):
     """Training objective of a task: a loss sum over valid targets, and their count.
 
@@ -108,6 +149,17 @@ class Objective(Protocol):
 
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of valid targets, an int64 scalar."""
+        ...
+
+    def divergence_sum(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        **options: Any,
+    ) -> Tensor:
+        """Return the divergence from a teacher's logits, a sum over valid targets."""
         ...
 
 
@@ -134,6 +186,17 @@ class CrossEntropy:
         """Return the number of targets that are not IGNORED."""
         return count_valid(targets)
 
+    def divergence_sum(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        **options: Any,
+    ) -> Tensor:
+        """Return that of the probabilities of the classes."""
+        return divergence_sum(logits, teacher_logits, targets, temperature, **options)
+
 
 def count_valid(targets: Tensor) -> Tensor:
     """Return the number of targets that are not IGNORED, an int64 scalar."""
@@ -152,3 +215,14 @@ class CTC:
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of classes to predict, an int64 scalar."""
         return (targets >= 0).sum()
+
+    def divergence_sum(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        **options: Any,
+    ) -> Tensor:
+        """Return that of the probabilities at each vector."""
+        return ctc_divergence_sum(logits, teacher_logits, targets, temperature)

@@ -11,6 +11,7 @@ The contract with parallel/, held by tests:
 
 # B batch, S sequence, T source sequence, D width, V vocabulary, C channels.
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
 from trainer.nn.ctc import CTCBranch
 from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_type
-from trainer.nn.heads import head_type
+from trainer.nn.heads import auxiliary_heads, head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Dropout, build_blocks
 from trainer.nn.positions import build_relative_biases
@@ -63,20 +64,17 @@ class Transformer(nn.Module):
         self.relative_bias = nn.ModuleDict(build_relative_biases(config))
         # Modules that resize a sequence, by the block that they follow (-1: the embedding).
         self.resizes: dict[int, Resize] = {}
+        self.auxiliary_heads = nn.ModuleDict(auxiliary_heads(config))  # by the block before them
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
-        self.block_hooks: dict[str, BlockHook] = {}
+        self.block_hooks: dict[str, list[BlockHook]] = defaultdict(list)
         # Set during a training step: adds a loss sum to the global mean, and returns it scaled.
         self.scale_auxiliary_loss: Callable[[Tensor], Tensor] | None = None
         self.depth = len(self.blocks)  # of the full model, also on a stage with fewer blocks
         self.encoder_depth = sum(block.stream == "source" for block in self.blocks.values())
-        head = self.head_type(config)
-        self.head: nn.Module | None = head
+        self.head: nn.Module | None = (head := self.head_type(config))
         self.ctc = CTCBranch(config) if config.ctc_weight else None
-        if (
-            config.tied
-            and outputs_of(config) == "tokens"
-            and isinstance(self.embed, TokenEmbedding)
-        ):
+        tied = config.tied and outputs_of(config) == "tokens"
+        if tied and isinstance(self.embed, TokenEmbedding):
             head.output.weight = self.embed.tokens.weight
         for name, module in self.named_modules():
             if isinstance(module, Dropout):
@@ -134,15 +132,14 @@ class Transformer(nn.Module):
         block, resumes = self.blocks[name], cache is not None and cache.length > 0
         if resumes and block.stream == "source":
             return flow, streams
-        x, memory, marks = flow
-        if not (resumes and x.shape[1] == 0):  # a pooled group may not be complete yet
+        if not (resumes and flow[0].shape[1] == 0):  # a pooled group may not be complete yet
             own = None if cache is None else cache.blocks.get(name)
-            flow = *block(x, memory, streams, own), marks
+            flow = *block(*flow[:2], streams, own), flow[2]
         flow, streams = self._apply_resize(int(name), flow, streams, cache)
         if self.ctc is not None and int(name) == self.encoder_depth - 1:
             flow = self.ctc(flow, streams["source"], inputs, self.scale_auxiliary_loss)
-        if name in self.block_hooks:
-            flow = self.block_hooks[name](flow, streams, inputs)
+        for hook in self.block_hooks.get(name, ()):
+            flow = hook(flow, streams, inputs)
         return flow, streams
 
     def flow_like(
@@ -164,7 +161,7 @@ class Transformer(nn.Module):
             return meta_empty(self.layout.part_length(context.local_length(length)), D)
 
         if block == self.depth:
-            last = context.local_length(lengths["target" if self.decodes else "source"])
+            last = context.local_length(self._read_length(inputs))
             return (meta_empty(*self.head_type.logits_shape(config, last)),)
         start = 0 if cache is None else cache.length
         if not self.encoder_depth:
@@ -229,9 +226,8 @@ class Transformer(nn.Module):
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            length = (
-                total if resize.restores_length else resize.output_length(length, self.training)
-            )
+            shorter = resize.output_length(length, self.training)
+            length = total if resize.restores_length else shorter
             marked = marked or resize.marks
         return length, marked
 
@@ -267,8 +263,7 @@ class Transformer(nn.Module):
         assert self.embed is not None
         target: Tensor | None = None
         if self.decodes:
-            positions_BS = token_positions(inputs, cache)
-            tokens_BS = inputs["tokens"]
+            positions_BS, tokens_BS = token_positions(inputs, cache), inputs["tokens"]
             if self.config.start_token >= 0:
                 first = torch.full_like(tokens_BS, self.config.start_token)
                 tokens_BS = torch.where(positions_BS == 0, first, tokens_BS)
@@ -377,18 +372,29 @@ class Transformer(nn.Module):
 
     def output_length(self, inputs: Inputs) -> int | None:
         """Return the number of positions that logits are of; None = of the sequence."""
-        lengths = self.sequence_lengths(inputs)
-        return None if self.head_type.pools else lengths["target" if self.decodes else "source"]
+        return None if self.head_type.pools else self._read_length(inputs)
+
+    def _read_length(self, inputs: Inputs) -> int:
+        """Return the length of the sequence that the head reads."""
+        stream = "target" if self.decodes else "source"
+        return self._length_before(self.depth, stream, self.sequence_lengths(inputs)[stream])[0]
 
     def local_targets(self, targets: Tensor) -> Tensor:
         """Return the targets of a micro-batch that this rank trains on."""
-        targets = self.head_type.position_targets(self.config, targets)
+        targets = self.head_type.position_targets(self.config, self.resized_targets(targets))
         return self.head_type.local_targets(targets, self.context)
+
+    def resized_targets(self, targets: Tensor) -> Tensor:
+        """Return the targets of the vectors that an encoder's resizes leave."""
+        if self.decodes or not self.resizes:
+            return targets
+        left = partial(self._length_before, self.depth, "source")
+        return self.head_type.resized_targets(targets, lambda length: left(length)[0])
 
     def _rotary_angles(
         self, positions_BS: Tensor | None, windowed: bool = False
     ) -> tuple[Tensor, Tensor] | None:
         if positions_BS is None or self.config.positions != "rope":
             return None
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return rotary_angles(positions_BS, self.config, dtype, windowed)
+        precise = torch.promote_types(self.dtype, torch.float32)
+        return rotary_angles(positions_BS, self.config, precise, windowed)

@@ -1,6 +1,13 @@
 """Validate models of audio, and training by CTC: pure functions that collect all problems."""
 
-from trainer.config.train import DataConfig, ModelConfig, TrainConfig, inputs_of, outputs_of
+from trainer.config.train import (
+    CompressConfig,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    inputs_of,
+    outputs_of,
+)
 
 
 def audio_problems(model: ModelConfig) -> list[str]:
@@ -56,39 +63,79 @@ def audio_data_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     ]
 
 
-def ctc_problems(config: TrainConfig) -> list[str]:
-    """Return the options of training that CTC has no meaning for."""
-    compress, own = config.compress, outputs_of(config.model) == "ctc"
-    if not (own or 0 < config.model.ctc_weight < 1):
+def joint_ctc_problems(config: TrainConfig) -> list[str]:
+    """Return the options of training that a joint CTC loss has no meaning for."""
+    compress, weight = config.compress, config.model.ctc_weight
+    if not 0 < weight < 1:
         return []
-    learner = "model.outputs=ctc" if own else f"model.ctc_weight={config.model.ctc_weight:g}"
+    learner = f"model.ctc_weight={weight:g}"
     found = [
         f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than data.audio_stride="
         f"{config.data.audio_stride} was checked with, and {learner} needs one for each "
-        f"character, in order; set compress.{key}=0, or a larger audio_stride of model and data"
+        f"character, in order; set compress.{key}=0, or model.ctc_weight=0"
         for key in ("merge", "pool_after", "drop")
         if getattr(compress, key)
     ]
-    if config.lora.rank and not own:
+    if config.lora.rank:
         found.append(
             f"lora.rank={config.lora.rank} freezes the projection that {learner} learns; set "
             "model.ctc_weight=0"
         )
-    if not own:
-        return found
-    if config.loss.label_smoothing:
+    return found
+
+
+def ctc_problems(config: TrainConfig) -> list[str]:
+    """Return the options of training that CTC has no meaning for."""
+    found, loss = [], config.loss
+    if loss.label_smoothing:
         found.append(
-            f"loss.label_smoothing={config.loss.label_smoothing:g} spreads the target of one "
-            "position, but model.outputs=ctc sums over alignments; set loss.label_smoothing=0"
+            f"loss.label_smoothing={loss.label_smoothing:g} spreads the target of one position, "
+            "but model.outputs=ctc sums over alignments; set loss.label_smoothing=0"
         )
-    if config.loss.chunks > 1:
+    if loss.chunks > 1:
         found.append(
-            f"loss.chunks={config.loss.chunks} computes positions apart, but model.outputs=ctc "
-            "couples all of an utterance; set loss.chunks=1"
+            f"loss.chunks={loss.chunks} computes positions apart, but model.outputs=ctc couples "
+            "all of an utterance; set loss.chunks=1"
         )
-    if compress.teacher:
+    return found + _shortened_problems(config.model, config.data, config.compress)
+
+
+def ctc_compression_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
+    """Return the compression that CTC has no meaning for."""
+    found = []
+    if compress.drop:
         found.append(
-            f"compress.teacher={compress.teacher} teaches classes one position at a time, but "
-            "alignments of two models by CTC differ; set compress.teacher= for none"
+            f"compress.drop={compress.drop:g} leaves patches of images out, but model.outputs=ctc "
+            "needs the vectors of all characters, in order; set compress.drop=0"
+        )
+    found += [
+        f"compress.teacher={compress.teacher} teaches vector by vector, but compress.{key}="
+        f"{getattr(compress, key)} leaves fewer; set compress.{key}=0, or compress.teacher= for "
+        "none"
+        for key in ("merge", "pool_after")
+        if compress.teacher and compress.distill_weight and getattr(compress, key)
+    ]
+    if compress.match and compress.match_weight:
+        found.append(
+            f"compress.match={compress.match} weighs a sample by its targets, one for each "
+            "position, which model.outputs=ctc does not have; set compress.match=[]"
         )
     return found
+
+
+def _shortened_problems(
+    model: ModelConfig, data: DataConfig, compress: CompressConfig
+) -> list[str]:
+    """Return the vectors that compression takes from utterances checked without them."""
+    merges = max(0, model.layers - 1 - compress.pool_after)
+    wanted = {
+        "pooled_vectors": compress.pool_stride if compress.pool_after else 1,
+        "merged_vectors": compress.merge * merges,
+    }
+    return [
+        f"data.{key}={getattr(data, key)} is what utterances are checked with, to have vectors "
+        f"left for their characters, but with compress.merge={compress.merge} and "
+        f"compress.pool_after={compress.pool_after} it is {count}; set data.{key}={count}"
+        for key, count in wanted.items()
+        if getattr(data, key) != count
+    ]

@@ -2,17 +2,14 @@
 
 import math
 
-from conf.validation.detection import detection_compression_problems
+from conf.validation.outputs import rules_of
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
     CompressConfig,
     ModelConfig,
-    TrainConfig,
-    classes_of,
     head_width_of,
     is_encoder_decoder,
 )
-from trainer.distill.logit_dataset import LogitFacts
 from trainer.plan.layout_rules import divisors_of
 
 SHORTENS = ("merge", "pool_after", "drop")
@@ -23,11 +20,11 @@ def compress_problems(
 ) -> list[str]:
     """Return the problems of compressing a model under a resolved strategy."""
     asked = [key for key in SHORTENS if getattr(compress, key)]
+    if of_outputs := rules_of(model).compression(compress, model):
+        return of_outputs
     found = _sharded_sequence_problems(asked, compress, strategy) + _pooling_problems(
         compress, model
     )
-    if boxes := detection_compression_problems(compress, model):
-        return boxes
     if model.family == "encoder":
         found += _patch_problems(compress, model)
     elif compress.drop:
@@ -70,7 +67,8 @@ def _sharded_sequence_problems(
     ]
 
 
-def _encoder_blocks(model: ModelConfig) -> int:
+def encoder_blocks(model: ModelConfig) -> int:
+    """Return the number of blocks of the encoder, or of the only stack."""
     two = is_encoder_decoder(model)
     return (model.encoder_layers or model.layers) if two else model.layers
 
@@ -78,7 +76,7 @@ def _encoder_blocks(model: ModelConfig) -> int:
 def _pooling_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     if model.family == "decoder":
         return _hourglass_problems(compress, model)
-    blocks = _encoder_blocks(model)
+    blocks = encoder_blocks(model)
     if compress.pool_after >= blocks:
         return [
             f"compress.pool_after={compress.pool_after} must be below the {blocks} blocks of the "
@@ -267,113 +265,13 @@ def match_problems(
         for key in SHORTENS
         if getattr(compress, key)
     ]
-    last = _encoder_depth(model) - 1
+    last = encoder_depth(model) - 1
     if max(ours) > last:
         near = [[min(one, last), other] for one, other in match]
         found.append(f"{named}, but the blocks here are 0 to {last}; try compress.match={near}")
     return found
 
 
-def _encoder_depth(model: ModelConfig) -> int:
-    return model.layers + (_encoder_blocks(model) if is_encoder_decoder(model) else 0)
-
-
-def _matched_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Return the problems of comparing the teacher's hidden states with the student's."""
-    compress, ours, theirs = config.compress, config.model, teacher.model
-    if not compress.match or not compress.match_weight:
-        return []
-    named = f"compress.match={compress.match} compares positions one by one, but "
-    found = [
-        f"{named}compress.teacher={compress.teacher} has compress.{key}="
-        f"{getattr(teacher.compress, key)} and fewer; name another run, or set compress.match=[]"
-        for key in ("merge", "pool_after")
-        if getattr(teacher.compress, key)
-    ]
-    found += [
-        f"{named}compress.teacher={compress.teacher} has model.{key}={getattr(theirs, key)}; set "
-        f"model.{key}={getattr(theirs, key)}, or compress.match=[]"
-        for key in ("patch_size", "pool")
-        if ours.family == "encoder" and getattr(ours, key) != getattr(theirs, key)
-    ]
-    near, turns = [], [_encoder_blocks(model) for model in (ours, theirs)]
-    for block, other in compress.match:
-        low, high = (0, turns[1]) if block < turns[0] else (turns[1], _encoder_depth(theirs))
-        near.append([block, min(max(other, low), high - 1)])
-    if near != compress.match:
-        two = f", the first {turns[1]} of its encoder, as are the first {turns[0]} here"
-        found.append(
-            f"compress.match={compress.match}, but compress.teacher={compress.teacher} has "
-            f"{_encoder_depth(theirs)} blocks{two if is_encoder_decoder(ours) else ''}; "
-            f"try "
-            f"compress.match={near}"
-        )
-    return found
-
-
-def answers_problems(config: TrainConfig, facts: LogitFacts) -> list[str]:
-    """Return the problems of training a completed run with recorded logits as compress.teacher."""
-    compress, data = config.compress, config.data
-    named = f"compress.teacher={compress.teacher}"
-    if data.kind != facts.kind:
-        return [
-            f"{named} is about data.kind={facts.kind}, but data.kind={data.kind} here; name "
-            "answers to the same data"
-        ]
-    found = []
-    if facts.classes != (classes := classes_of(config.model)):
-        found.append(
-            f"{named} tells {facts.classes} classes apart, but there are {classes} here; name "
-            "answers of a run with the same tokenizer, or the same classes"
-        )
-    if data.kind != "images" and data.seq_len != facts.seq_len:
-        found.append(
-            f"{named} is about data.seq_len={facts.seq_len}, but data.seq_len={data.seq_len} "
-            f"here; set data.seq_len={facts.seq_len}"
-        )
-    if data.kind == "images" and data.augment:
-        found.append(
-            f"{named} is about images as they are, but data.augment=true moves them; set "
-            "data.augment=false, or name the run that teaches"
-        )
-    if compress.match and compress.match_weight:
-        found.append(
-            f"{named} holds logits alone, but compress.match={compress.match} learns from hidden "
-            "states; set compress.match=[], or name the run that teaches"
-        )
-    return found
-
-
-def teacher_problems(config: TrainConfig, teacher: TrainConfig) -> list[str]:
-    """Return the problems of training a completed run with the teacher in compress.teacher."""
-    named = f"compress.teacher={config.compress.teacher}"
-    ours, theirs = config.model, teacher.model
-    if teacher.lora.rank:
-        return [
-            f"{named} holds adapters of frozen weights (lora.rank={teacher.lora.rank}), which do "
-            "not teach; name a run without"
-        ]
-    if ours.family != theirs.family:
-        return [
-            f"{named} is of model.family={theirs.family}, but model.family={ours.family} here; "
-            "name a run of the same family"
-        ]
-    if ours.family == "encoder":
-        return [
-            f"{named} has model.{key}={getattr(theirs, key)}, but model.{key}="
-            f"{getattr(ours, key)} here; name a run on the same images and classes"
-            for key in ("classes", "image_size", "channels")
-            if getattr(ours, key) != getattr(theirs, key)
-        ] + _matched_problems(config, teacher)
-    found = _matched_problems(config, teacher)
-    if ours.vocab_size != theirs.vocab_size:
-        found.append(
-            f"{named} has model.vocab_size={theirs.vocab_size}, but model.vocab_size="
-            f"{ours.vocab_size} here; name a run with the same tokenizer"
-        )
-    if theirs.positions == "learned" and theirs.max_positions < config.data.seq_len:
-        found.append(
-            f"{named} reads at most model.max_positions={theirs.max_positions} tokens, but "
-            f"data.seq_len={config.data.seq_len}; set data.seq_len={theirs.max_positions} or less"
-        )
-    return found
+def encoder_depth(model: ModelConfig) -> int:
+    """Return the number of all blocks."""
+    return model.layers + (encoder_blocks(model) if is_encoder_decoder(model) else 0)

@@ -2,15 +2,13 @@
 
 from math import isqrt
 
-from trainer.config.train import CompressConfig, LossConfig, ModelConfig, inputs_of, outputs_of
+from trainer.config.train import CompressConfig, ModelConfig, TrainConfig, inputs_of
 
 SHORTENS = ("merge", "pool_after", "drop")
 
 
 def detector_problems(model: ModelConfig) -> list[str]:
     """Return the problems of a model with model.outputs=boxes."""
-    if outputs_of(model) != "boxes":
-        return []
     found, given = [], f"model.queries={model.queries}"
     if inputs_of(model) != "patches" or model.family == "decoder":
         found.append(
@@ -40,32 +38,33 @@ def detector_problems(model: ModelConfig) -> list[str]:
     return found
 
 
-def detection_loss_problems(model: ModelConfig, loss: LossConfig) -> list[str]:
+def detection_problems(config: TrainConfig) -> list[str]:
     """Return the settings of a cross-entropy, which detection does not learn by."""
-    if outputs_of(model) != "boxes":
-        return []
     return [
-        f"loss.{key}={getattr(loss, key)} is of a cross-entropy over classes, but "
+        f"loss.{key}={getattr(config.loss, key)} is of a cross-entropy over classes, but "
         f"model.outputs=boxes learns each class by itself; set loss.{key}={off}"
         for key, off in (("label_smoothing", 0), ("chunks", 1))
-        if getattr(loss, key) != off
+        if getattr(config.loss, key) != off
     ]
 
 
 def detection_compression_problems(compress: CompressConfig, model: ModelConfig) -> list[str]:
     """Return the compression that boxes at each patch leave no room for."""
-    if outputs_of(model) != "boxes":
-        return []
     found = [
         f"compress.{key}={getattr(compress, key):g} leaves fewer vectors than patches, but "
         f"model.outputs=boxes predicts a box at each; set compress.{key}=0"
         for key in SHORTENS
         if getattr(compress, key)
     ]
-    if compress.teacher:
+    if compress.teacher and model.queries:
         found.append(
-            f"compress.teacher={compress.teacher} teaches shares of probability among classes, but "
-            "model.outputs=boxes has classes that do not exclude each other, and distances; set "
+            f"compress.teacher={compress.teacher} teaches place by place, but the same of "
+            f"model.queries={model.queries} finds another object in two models; set "
             "compress.teacher= for none"
+        )
+    if compress.match and compress.match_weight:
+        found.append(
+            f"compress.match={compress.match} weighs a sample by its targets, one for each "
+            "position, which model.outputs=boxes does not have; set compress.match=[]"
         )
     return found

@@ -8,10 +8,15 @@ from parallel.pipeline.schedules import find_schedule_problems as schedule_probl
 from parallel.strategy import HOW, StrategyConfig, axis_degrees
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig, VerifyConfig
 from trainer.config.verify import FAULT_AXES
+from trainer.data import READERS
 from trainer.plan.layout_rules import sequence_problems
 
-PICTURES = ("images", "detection")  # values of data.kind that data.seq_len says nothing of
 VERIFIED = 2  # micro-batches per rank of a pipeline that is verified
+
+
+def _has_tokens(data: DataConfig) -> bool:
+    """Return whether data.seq_len says how long a sample is."""
+    return data.kind not in READERS or READERS[data.kind].inputs != "patches"
 
 
 def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
@@ -20,7 +25,7 @@ def layout_problems(config: Any, strategy: StrategyConfig) -> list[str]:
     if isinstance(config, VerifyConfig):
         found += _fault_problems(config.fault, strategy, config.model)
     data = getattr(config, "data", None)
-    if isinstance(data, DataConfig) and data.kind not in PICTURES:
+    if isinstance(data, DataConfig) and _has_tokens(data):
         found += sequence_problems(data.seq_len, strategy.context)
     compiles = getattr(config, "compile", False)
     if strategy.async_tensor and (strategy.tensor == 1 or not compiles):

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from conf.submit import SubmitConfig, cluster_problems
 from conf.validation.attention import attention_problems
-from conf.validation.audio import audio_data_problems, audio_problems, ctc_problems
+from conf.validation.audio import audio_data_problems, audio_problems
 from conf.validation.compression import compress_problems, match_problems
-from conf.validation.detection import detection_loss_problems, detector_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.layout import layout_problems
 from conf.validation.lora import lora_problems
+from conf.validation.outputs import rules_of
 from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
 from parallel.strategy import resolve_degrees
@@ -140,8 +140,8 @@ def _beta_problems(betas: list[float]) -> list[str]:
 
 
 def _training_problems(config: TrainConfig) -> list[str]:
-    found = _checkpoint_problems(config) + _teacher_problems(config) + ctc_problems(config)
-    return found + detection_loss_problems(config.model, config.loss)
+    found = _checkpoint_problems(config) + _teacher_problems(config)
+    return found + rules_of(config.model).training(config)
 
 
 def _checkpoint_problems(config: TrainConfig) -> list[str]:
@@ -195,7 +195,7 @@ def _model_problems(model: ModelConfig, wrong: set[str]) -> list[str]:
         )
         return found
     found += attention_problems(model) + _position_problems(model)
-    found += _ends(model) + detector_problems(model) + _patch_problems(model)
+    found += _ends(model) + rules_of(model).model(model) + _patch_problems(model)
     return found + audio_problems(model)
 
 
@@ -252,6 +252,11 @@ def _ends(model: ModelConfig) -> list[str]:
         found.append(
             f"model.segments={model.segments} is for the tokens of model.family=encoder, but "
             f"model.family={model.family} reads {inputs_of(model)} here; set model.segments=0"
+        )
+    if model.auxiliary_heads and not model.queries:
+        found.append(
+            "model.auxiliary_heads=true are those of a decoder of queries, but model.queries=0; "
+            "set model.auxiliary_heads=false, or model=detr-tiny"
         )
     if model.embed_norm and inputs_of(model) == "patches":
         found.append(
@@ -316,20 +321,21 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
 
 
 def _task_problems(config: VerifyConfig) -> list[str]:
-    reader = READERS.get(config.task)  # None = that of the family
-    if reader is None or (
-        config.model.family in reader.families
-        and (config.task != "detection" or outputs_of(config.model) == "boxes")
-    ):
+    reader, model = READERS.get(config.task), config.model  # None = that of the family
+    if reader is None:
         return []
-    if config.model.family in reader.families:
+    if model.family not in reader.families:
         return [
-            f"task={config.task} needs model.outputs={reader.outputs[0]}, but it is "
-            f"{outputs_of(config.model)}; set model=detector-tiny, or task=auto"
+            f"task={config.task} needs model.family={' or '.join(reader.families)}, but it is "
+            f"{model.family}; set task=auto"
         ]
+    wanted = {"inputs": (reader.inputs,), "outputs": reader.outputs}
+    given = {"inputs": inputs_of(model), "outputs": outputs_of(model)}
     return [
-        f"task={config.task} needs model.family={' or '.join(reader.families)}, but it is "
-        f"{config.model.family}; set task=auto"
+        f"task={config.task} needs model.{key}={' or '.join(want)}, but it is {given[key]}; set "
+        f"model.{key}={want[0]}, or task=auto"
+        for key, want in wanted.items()
+        if given[key] not in want
     ]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from conf.validation.compression import answers_problems, teacher_problems
+from conf.validation.teacher import answers_problems, teacher_problems
 from parallel.errors import ConfigError, UserError
 from trainer import data
 from trainer.checkpoint.folder import list_checkpoints

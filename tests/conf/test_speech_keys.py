@@ -25,9 +25,11 @@ BAD = {
     "model.outputs=ctc",
     "loss.label_smoothing=0.1": "set loss.label_smoothing=0",
     "loss.chunks=2": "couples all of an utterance; set loss.chunks=1",
-    "compress=merge": "set compress.merge=0, or a larger audio_stride of model and data",
-    "compress.pool_after=1": "set compress.pool_after=0",
-    "compress.teacher=runs/other": "set compress.teacher= for none",
+    "compress=merge": "set data.merged_vectors=6",
+    "compress.pool_after=1": "set data.pooled_vectors=2",
+    "compress=drop": "needs the vectors of all characters, in order; set compress.drop=0",
+    "compress.teacher=runs/other compress.merge=1": "teaches vector by vector, but compress.merge",
+    "compress.match=[[0,0]] compress.match_weight=1": "set compress.match=[]",
 }
 
 

@@ -74,6 +74,28 @@ def test_a_preset_of_speech_takes_the_steps_of_one_process(runs, preset):
     assert found == pytest.approx(alone, rel=ROUNDING)
 
 
+# Heads and blocks for eight ranks, which a detector of this size has not.
+DETECTOR = ("experiment=detection", "model.layers=8", "model.heads=8", "model.width=64")
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory) -> Path:
+    """A folder with a sweep of all presets on 8 ranks, and a single process."""
+    folder = tmp_path_factory.mktemp("detectors")
+    train(folder, "-m", *DETECTOR, "strategy=single,single", "run_dir=alone")
+    presets = ",".join((*PRESETS, "pipeline"))
+    train(folder, "-m", *DETECTOR, f"strategy={presets}", "run_dir=ranks", ranks=8)
+    return folder
+
+
+@pytest.mark.parametrize("preset", [*PRESETS, "pipeline"])
+def test_a_detector_under_a_preset_takes_the_steps_of_one_process(detectors, preset):
+    alone = losses(detectors / "alone" / "strategy=single")
+    assert len(alone) == 2
+    found = losses(detectors / "ranks" / f"strategy={preset}")
+    assert found == pytest.approx(alone, rel=ROUNDING)
+
+
 def test_the_very_words(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     command = [*TORCHRUN, str(ROOT / "launch/train.py"), "strategy=tensor", *SHORT]

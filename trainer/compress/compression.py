@@ -14,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule
 from parallel.grad_norm import local_tensor
 from trainer.compress.distillation import (
     TeacherOutput,
-    divergence_sum,
     local_logits,
     recorded_teacher_logits,
     run_teacher,
@@ -73,16 +72,20 @@ class Compression:
         assert isinstance(model.head, Head)
         model.head.shows_logits = bool(self.config.teacher and self.config.distill_weight)
         for block in self._matched_blocks:
-            model.block_hooks[str(block)] = partial(self._match_hidden_state, model, block)
+            hook = partial(self._match_hidden_state, model, block)
+            model.block_hooks[str(block)].append(hook)
 
     def wrap_loss(
-        self, loss_sum: Callable[..., Tensor], model: Transformer
+        self,
+        loss_sum: Callable[..., Tensor],
+        divergence_sum: Callable[..., Tensor],
+        model: Transformer,
     ) -> Callable[..., Tensor]:
         """Return the loss function (logits, targets, inputs, count) -> sum over valid targets.
 
-        `loss_sum` takes no inputs. Options are passed to the cross-entropy. With distillation the
-        result is the weighted sum of `loss_sum` and the divergence from the teacher times
-        temperature².
+        `loss_sum` takes no inputs, `divergence_sum` (logits, teacher's logits, targets,
+        temperature). Options are passed to the cross-entropy. With distillation the result is the
+        weighted sum of the loss and the divergence times temperature².
         """
         weight, temperature = self.config.distill_weight, self.config.temperature
 
@@ -142,7 +145,7 @@ class Compression:
         logits = self._run_teacher(model, inputs).logits
         self._said = None  # its last use for this micro-batch
         assert logits is not None
-        return local_logits(logits, model.context)
+        return logits if model.head_type.whole else local_logits(logits, model.context)
 
     def _match_hidden_state(
         self,

@@ -1,15 +1,13 @@
 """Knowledge distillation: train a model on a trained teacher's outputs for the same samples."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from trainer.compress.hidden_states import hidden_states
-from trainer.config.loss import IGNORED
 from trainer.model import Transformer
 from trainer.nn.sequence import Context, Flow, Inputs, Sequences
 
@@ -37,7 +35,7 @@ def run_teacher(
         recorded[number] = hidden_states(teacher.blocks[str(number)], flow)
         return flow
 
-    teacher.block_hooks = {str(number): partial(record, number) for number in blocks}
+    teacher.block_hooks = {str(number): [partial(record, number)] for number in blocks}
     last = teacher.depth - 1 if logits else max(blocks)
     output = teacher(inputs, blocks=[str(number) for number in range(last + 1)])
     return TeacherOutput(inputs["targets"], output if logits else None, recorded)
@@ -59,27 +57,3 @@ def recorded_teacher_logits(inputs: Inputs, classes: int, context: Context) -> T
     )
     all_classes = logits.new_full((*logits.shape[:-1], classes), -torch.inf)
     return all_classes.scatter_(-1, indices.long(), logits)
-
-
-def divergence_sum(
-    logits: Tensor,
-    teacher_logits: Tensor,
-    targets: Tensor,
-    temperature: float,
-    cross_entropy: Callable[..., Tensor] = F.cross_entropy,
-) -> Tensor:
-    """Return KL(teacher || student) in nats at a temperature, summed over valid targets.
-
-    Logits (…, classes), targets (…); half-precision logits are cast to float32 first. If
-    `cross_entropy` is that of a vocabulary shard, the student's logits are those of the shard.
-    Knowledge distillation: arXiv 1503.02531, section 2, without its factor temperature².
-    """
-    precise = torch.promote_types(logits.dtype, torch.float32)
-    log_probability_NV = (teacher_logits.flatten(0, -2).to(precise) / temperature).log_softmax(-1)
-    # Zero probabilities at ignored targets make both terms zero.
-    valid_N1 = (targets != IGNORED).flatten()[:, None]
-    probability_NV = torch.where(valid_N1, log_probability_NV.exp(), 0.0)
-    scaled_NV = logits.flatten(0, -2).to(precise) / temperature
-    # KL is the cross-entropy minus the teacher's entropy.
-    entropy = torch.special.entr(probability_NV).sum()
-    return cross_entropy(scaled_NV, probability_NV, reduction="sum") - entropy

@@ -1,13 +1,12 @@
 """Hidden-state distillation: match the teacher's similarities between positions at some blocks."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trainer.config.loss import IGNORED
 from trainer.model import Transformer
+from trainer.nn.auxiliary_loss import AttachGradient
 from trainer.nn.layers import Block
 from trainer.nn.sequence import Flow, Inputs, Sequences
 
@@ -83,18 +82,5 @@ def add_hidden_state_loss(
             model.scale_auxiliary_loss(weight * loss_sum), all_BSD
         )
     to_local = stream.layout.gradient_contribution if full else stream.layout.local_positions
-    hidden = _AddGradient.apply(hidden, to_local(gradient_BSD))
+    hidden = AttachGradient.apply(hidden, hidden, to_local(gradient_BSD))
     return (hidden, *flow[1:]) if not full else (flow[0], hidden, flow[2])
-
-
-class _AddGradient(torch.autograd.Function):
-    """Identity in the forward; adds a given gradient to x's in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] + ctx.saved_tensors[0], None

@@ -89,6 +89,16 @@ class DataConfig:
     )
     mels: int = key(80, "Speech: mel bands of a frame of 10 ms", at_least=1)
     audio_stride: int = key(2, "Speech: frames of a vector, that of model.audio_stride", at_least=1)
+    pooled_vectors: int = key(
+        1,
+        "Speech by CTC: vectors that compress.pool_after makes one of, so that enough are left for "
+        "the characters",
+        off=1,
+        at_least=1,
+    )
+    merged_vectors: int = key(
+        0, "Speech by CTC: vectors of an utterance that compress.merge merges", off=0, at_least=0
+    )
     standardize: bool = key(
         True, "Speech: each mel has mean 0 and deviation 1 in the train split; not for Whisper"
     )

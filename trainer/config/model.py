@@ -264,6 +264,12 @@ class ModelConfig:
         "DETR); the first one is used afterwards",
         at_least=1,
     )
+    auxiliary_heads: bool = key(
+        False,
+        "A head behind each decoder block but the last, for model.queries: while training, its "
+        "loss is added to that of the last one (DETR, arXiv 2005.12872)",
+        off=False,
+    )
     pool: str = key("mean", "What the classifier reads", choices=("class_token", "mean"))
 
 

@@ -82,6 +82,11 @@ def flops_per_block(
     if config.head_dense:  # at every position
         read = source_len if config.family == "encoder" else seq_len
         costs[-1] += read * config.width**2
+    if config.auxiliary_heads:
+        own = classes_of(config) + config.width * config.head_dense
+        costs[-config.layers : -1] = [
+            cost + seq_len * config.width * own for cost in costs[-config.layers : -1]
+        ]
     # A multiply-add is two FLOPs; forward and backward together are three products.
     return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 

@@ -24,6 +24,7 @@ class Head(nn.Module):
     shows_logits = False  # whether more than the loss reads a model's logits in training
     bias = False  # whether the projection has a bias
     pools = False  # whether the logits are of the sequence, on every rank that shares it
+    whole = False  # whether every rank that shares a sequence has all its logits in training
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -40,12 +41,16 @@ class Head(nn.Module):
         self.output = Linear(config.width, classes_of(config), bias=bias)
 
     def forward(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
+        x_BSD = self.pooled(stream.gather_local(self.normalized(x_BSD)), stream)
+        x_BSD = x_BSD if self.scale == 1.0 else x_BSD * self.scale
+        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+
+    def normalized(self, x_BSD: Tensor) -> Tensor:
+        """Return the hidden states behind the final norm and the dense layer, if there is one."""
         x_BSD = self.norm(x_BSD)
         if self.dense is not None and self.dense_norm is not None:
             x_BSD = self.dense_norm(self.activation(self.dense(x_BSD)))
-        x_BSD = self.pooled(stream.gather_local(x_BSD), stream)
-        x_BSD = x_BSD if self.scale == 1.0 else x_BSD * self.scale
-        return x_BSD if self.defers_output and self.training else self.output(x_BSD)
+        return x_BSD
 
     @staticmethod
     def activation_of(config: ModelConfig) -> Callable[[Tensor], Tensor]:
@@ -72,6 +77,11 @@ class Head(nn.Module):
         return targets
 
     @staticmethod
+    def resized_targets(targets: Tensor, length_left: Callable[[int], int]) -> Tensor:
+        """Return the targets for a sequence that an encoder shortens: the same."""
+        return targets
+
+    @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
         """Return the targets of the local positions; IGNORED where this rank's slice is padding."""
         if not context.shares:
@@ -86,7 +96,7 @@ class ClassifierHead(Head):
     """Classification head: pool the full sequence, then project to class logits."""
 
     bias = True
-    pools = True
+    pools = whole = True
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -131,9 +141,20 @@ class CTCHead(Head):
     The loss couples all vectors of a sample: in training every rank of the context axis has them.
     """
 
+    whole = True
+
     def pooled(self, x_BSD: Tensor, stream: SequenceInfo) -> Tensor:
         """Return the hidden states of all positions; of the local ones, in evaluation."""
         return stream.context.gather_sequence(x_BSD, stream.total) if self.training else x_BSD
+
+    @staticmethod
+    def resized_targets(targets_BS: Tensor, length_left: Callable[[int], int]) -> Tensor:
+        """Return the same classes, behind which are as many vectors as are left of a sample."""
+        lengths = [length_left(length) for length in range(targets_BS.shape[1] + 1)]
+        vectors_B1 = (targets_BS != IGNORED).sum(1, keepdim=True)
+        left_B1 = torch.tensor(lengths, device=targets_BS.device)[vectors_B1]
+        places_S = torch.arange(lengths[-1], device=targets_BS.device)
+        return torch.where(places_S < left_B1, targets_BS[:, : lengths[-1]], IGNORED)
 
     @staticmethod
     def local_targets(targets_BS: Tensor, context: Context) -> Tensor:
@@ -167,6 +188,8 @@ class QueryHead(BoxHead):
     Matching couples the queries: in training every rank of the context axis has them all.
     """
 
+    whole = True
+
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.queries = config.queries
@@ -199,3 +222,11 @@ def head_type(config: ModelConfig) -> type[Head]:
     if config.queries and outputs_of(config) == "boxes":
         return QueryHead
     return OUTPUTS[outputs_of(config)]
+
+
+def auxiliary_heads(config: ModelConfig) -> dict[str, Head]:
+    """Build the heads behind all decoder blocks but the last, by the block's name."""
+    if not config.auxiliary_heads:
+        return {}
+    first = config.encoder_layers or config.layers
+    return {str(first + i): head_type(config)(config) for i in range(config.layers - 1)}

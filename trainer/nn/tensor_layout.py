@@ -29,6 +29,7 @@ TENSOR_LAYOUT = {
     "blocks.*.feed_forward.up": "column",
     "blocks.*.feed_forward.down": "row",
     "ctc.output": "shared",  # computed on every rank, counted on one
+    "auxiliary_heads.*": "sequence",  # of few classes
     "head.norm": "sequence",
     "head.dense*": "sequence",
     "head.output": "vocabulary",

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,13 @@ from trainer.inference.trained_run import TrainedRun, unwrap_transformer
 from trainer.nn.box_logits import class_logits, side_distances
 from trainer.nn.boxes import NO_BOX, patch_targets
 from trainer.nn.heads import QueryHead
-from trainer.tasks.detection_loss import ALPHA, GAMMA, count_boxes, dense_loss_sum
+from trainer.tasks.detection_loss import (
+    ALPHA,
+    GAMMA,
+    count_boxes,
+    dense_divergence_sum,
+    dense_loss_sum,
+)
 from trainer.tasks.detection_metrics import DetectionMetrics, find_boxes
 from trainer.tasks.detection_pictures import draw_boxes, place_detections
 from trainer.tasks.set_prediction import reference_set_loss, set_loss_sum
@@ -58,10 +65,40 @@ class Detection(Task):
         """Return the number of boxes that are learned."""
         return count_boxes(targets)
 
+    def divergence_sum(
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        targets: Tensor,
+        temperature: float,
+        **options: Any,
+    ) -> Tensor:
+        """Return that of the classes and boxes of patches."""
+        return dense_divergence_sum(logits, teacher_logits, targets, temperature)
+
+    def reference_divergence(
+        self, logits: Tensor, told: Tensor, batch: MicroBatch, temperature: float
+    ) -> Tensor:
+        """Return the mean divergence from the teacher over the boxes, patch by patch."""
+        total, rows = logits.new_zeros(()), patch_targets(batch["targets"], _side(logits))
+        patches = (rows.flatten(0, 1), logits.flatten(0, 1), told.flatten(0, 1))
+        for row, ours, theirs in zip(*patches, strict=True):
+            if row[0] == IGNORED:
+                continue
+            chances = (torch.sigmoid(class_logits(said) / temperature) for said in (ours, theirs))
+            for p, q in zip(*chances, strict=True):
+                nats = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+                total = total + (p - q) ** GAMMA * nats
+            if row[0] >= 0:
+                apart = 1 - _generalised_overlap(side_distances(ours), side_distances(theirs))
+                sure = torch.sigmoid(class_logits(theirs)).max() * row[5]
+                total = total + apart * sure / temperature**2
+        return total / count_boxes(batch["targets"])
+
     def reference_loss(self, logits: Tensor, batch: MicroBatch, label_smoothing: float) -> Tensor:
         """Return the mean loss over the boxes, patch by patch in the formulas of the papers."""
         targets = batch["targets"]
-        side = round(logits.shape[1] ** 0.5)
+        side = _side(logits)
         if side**2 != logits.shape[1]:  # the queries of `verify` are no square grid of patches
             return reference_set_loss(logits, targets) / count_boxes(targets)
         rows = patch_targets(targets, side).flatten(0, 1)
@@ -158,6 +195,11 @@ class Detection(Task):
         targets[0, 0] = torch.tensor([1.0, 0.1, 0.2, 0.7, 0.6, 0.0])  # one box at least
         targets[1] = IGNORED
         return {"images": images, "targets": targets, "seeds": seeds}
+
+
+def _side(logits: Tensor) -> int:
+    """Return the patches of a picture's side."""
+    return round(float(logits.shape[1] ** 0.5))
 
 
 def _prompted_picture(

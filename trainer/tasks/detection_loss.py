@@ -46,6 +46,34 @@ def dense_loss_sum(
     return classes + box_weight * boxes
 
 
+def dense_divergence_sum(
+    logits_BPV: Tensor, teacher_BPV: Tensor, targets_BP6: Tensor, temperature: float
+) -> Tensor:
+    """Return how far a dense detector is from its teacher, for targets of `patch_targets`.
+
+    Of each class at each patch the divergence of its probability, times the square of the
+    difference (the generalised focal loss, arXiv 2006.04388); of patches that learn a box 1 - the
+    generalised overlap with the teacher's, as far as the teacher is sure of a class there. The
+    latter knows no temperature, whose square the divergence is multiplied by.
+    """
+    precise = torch.promote_types(logits_BPV.dtype, torch.float32)
+    ours_BPV, theirs_BPV = logits_BPV.to(precise), teacher_BPV.to(precise)
+    said_BPC, told_BPC = (class_logits(logits) / temperature for logits in (ours_BPV, theirs_BPV))
+    chance_BPC = told_BPC.sigmoid()
+    nats_BPC = F.binary_cross_entropy_with_logits(said_BPC, chance_BPC, reduction="none")
+    nats_BPC = nats_BPC - F.binary_cross_entropy_with_logits(told_BPC, chance_BPC, reduction="none")
+    apart_BPC = (said_BPC.sigmoid() - chance_BPC).abs() ** GAMMA * nats_BPC
+    kind_BP = targets_BP6[..., 0]
+    classes = torch.where((kind_BP != IGNORED)[..., None], apart_BPC, 0.0).sum()
+    sign_4 = ours_BPV.new_tensor([-1.0, -1.0, 1.0, 1.0])
+    overlap_BP = generalised_overlaps(
+        side_distances(ours_BPV) * sign_4, side_distances(theirs_BPV) * sign_4
+    )
+    sure_BP = class_logits(theirs_BPV).sigmoid().amax(-1) * targets_BP6[..., WEIGHT]
+    boxes = torch.where(kind_BP >= 0, (1 - overlap_BP) * sure_BP, 0.0).sum()
+    return classes + boxes / temperature**2
+
+
 def count_boxes(targets_BN6: Tensor) -> Tensor:
     """Return the number of boxes that are learned, an int64 scalar."""
     return ((targets_BN6[..., 0] >= 0) & (targets_BN6[..., 5] == 0)).sum()

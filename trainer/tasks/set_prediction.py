@@ -16,8 +16,8 @@ from trainer.nn.box_logits import class_logits, query_boxes
 from trainer.nn.boxes import generalised_overlaps
 from trainer.tasks.detection_loss import ALPHA, GAMMA, focal_loss
 
-# Weights of the matching, and that of the distance in the loss, as in Deformable DETR.
 VERIFIED_QUERIES = 4  # of a group in `verify`, few enough to try all matchings
+# Weights of the matching, and of class and distance in the loss, as in Deformable DETR.
 CLASS_COST, DISTANCE_COST, OVERLAP_COST = 2.0, 5.0, 2.0
 
 
@@ -63,9 +63,9 @@ def set_loss_sum(
 ) -> Tensor:
     """Return the loss of a sample's queries (B, groups × Q, V), a mean over its groups.
 
-    It is computed in float32 at least, and divided by the global number of boxes: the focal loss of
-    the classes of all queries, and of those that are matched the distance of the boxes, and
-    `box_weight` times 1 - generalised overlap.
+    It is computed in float32 at least, and divided by the global number of boxes: twice the focal
+    loss of the classes of all queries, and of those that are matched five times the distance of the
+    boxes, and `box_weight` times 1 - generalised overlap.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     groups = logits.shape[1] // queries
@@ -81,7 +81,7 @@ def set_loss_sum(
     boxes_M4, truth_M4 = boxes_BQ4[samples, numbers], matched_M6[:, 1:5]
     apart = (centres_and_sides(boxes_M4) - centres_and_sides(truth_M4)).abs().sum()
     overlap = (1 - generalised_overlaps(boxes_M4, truth_M4)).sum()
-    return (classes + DISTANCE_COST * apart + box_weight * overlap) / groups
+    return (CLASS_COST * classes + DISTANCE_COST * apart + box_weight * overlap) / groups
 
 
 def reference_set_loss(logits: Tensor, targets_BN6: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _reference_group(logits_QV: Tensor, targets_N6: Tensor) -> Tensor:
     for query, said_C in enumerate(said_QC):
         for number, p in enumerate(said_C.sigmoid()):
             share, right = (ALPHA, p) if kinds.get(query) == number else (1 - ALPHA, 1 - p)
-            total = total - share * (1 - right) ** GAMMA * right.log()
+            total = total - CLASS_COST * share * (1 - right) ** GAMMA * right.log()
     for query, row in best:
         ours, theirs = boxes_Q4[query], real[row][1:5]
         total = (

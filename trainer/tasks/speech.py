@@ -27,7 +27,7 @@ from trainer.data.record import read_record
 from trainer.data.tokenizer import Tokenizer
 from trainer.inference.ctc_decoding import decode_logits, join_windows, window_bounds
 from trainer.inference.sampling import check_finite
-from trainer.inference.trained_run import TrainedRun
+from trainer.inference.trained_run import TrainedRun, unwrap_transformer
 from trainer.loss import CTC, ctc_sum
 from trainer.tasks.metrics import error_rates, gather_texts
 from trainer.tasks.task import Decoding, Task
@@ -58,6 +58,20 @@ class SpeechRecognition(CTC, Task):
                 nats = nats + F.ctc_loss(log_TV[:, None], said[None], *lengths, reduction="sum")
             count += len(said)
         return nats / count
+
+    def reference_divergence(
+        self, logits: Tensor, told: Tensor, batch: MicroBatch, temperature: float
+    ) -> Tensor:
+        """Return the mean divergence from the teacher per target, utterance by utterance."""
+        total, count = logits.new_zeros(()), 0
+        for ours_TV, theirs_TV, targets_T in zip(logits, told, batch["targets"], strict=True):
+            vectors, said = int((targets_T != IGNORED).sum()), int((targets_T >= 0).sum())
+            if said:
+                ours, theirs = ours_TV[:vectors] / temperature, theirs_TV[:vectors] / temperature
+                apart = F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
+                total = total + said * apart
+            count += said
+        return total / count
 
     def build_metrics(
         self, worker: ParallelModel, dataset: Dataset, decoding: Decoding | None
@@ -134,7 +148,7 @@ class SpeechMetrics:
 
     def update(self, logits: Tensor, inputs: MicroBatch) -> None:
         """Add a micro-batch, and decode it."""
-        targets = inputs["targets"]
+        targets = unwrap_transformer(self._worker).resized_targets(inputs["targets"])
         nats, count = ctc_sum(logits, targets), (targets >= 0).sum()
         self._totals += torch.stack((nats.double(), count.double()))
         vectors = (targets != IGNORED).sum(1).tolist()
@@ -178,7 +192,16 @@ def transcribe_windows(worker: ParallelModel, frames_FM: np.ndarray, data: DataC
         transcribe(worker, frames_FM[start * stride : end * stride], stride)
         for start, end in bounds
     ]
-    return join_windows(parts, bounds, vectors)
+    if len(bounds) == 1:
+        return parts[0]
+    lengths = [end - start for start, end in bounds]
+    return join_windows(list(map(_stretched, parts, lengths)), bounds, vectors)
+
+
+def _stretched(logits_TV: Tensor, length: int) -> Tensor:
+    """Return `length` rows of a sequence that the encoder shortened: CTC reads repeats as one."""
+    rows_T = torch.arange(length, device=logits_TV.device) * len(logits_TV) // length
+    return logits_TV[rows_T]
 
 
 def _frames_of_split(dataset: Dataset, index: int, prompt: str) -> np.ndarray:

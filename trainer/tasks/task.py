@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from parallel.parallel_model import MicroBatch, ParallelModel
+from trainer.config.loss import IGNORED
 from trainer.config.train import GenerateConfig, ModelConfig
 from trainer.data import Dataset
 from trainer.data.tokenizer import Tokenizer
@@ -61,6 +62,14 @@ class Task(CrossEntropy, ABC):
         """Return the mean loss of a full batch by torch's own functions, as verify's reference."""
         targets = batch["targets"].flatten()
         return F.cross_entropy(logits.flatten(0, -2), targets, label_smoothing=label_smoothing)
+
+    def reference_divergence(
+        self, logits: Tensor, told: Tensor, batch: MicroBatch, temperature: float
+    ) -> Tensor:
+        """Return the mean divergence from a teacher's logits, as verify's reference."""
+        valid = batch["targets"].flatten() != IGNORED
+        ours, theirs = (x.flatten(0, -2)[valid] / temperature for x in (logits, told))
+        return F.kl_div(ours.log_softmax(-1), theirs.softmax(-1), reduction="batchmean")
 
     @abstractmethod
     def build_metrics(

@@ -56,6 +56,7 @@ DETECTORS = {
         positions="learned",
         queries=16,
         query_groups=3,
+        auxiliary_heads=True,
         tied=False,
     ),
 }
@@ -237,7 +238,19 @@ COMPRESSED = {
     },
     "encoder (detector)": {
         "int8": CompressConfig(bits=8),
+        "distill": CompressConfig(teacher="drawn"),
         "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+    },
+    "encoder-decoder (DETR)": {
+        "int8": CompressConfig(bits=8),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+    },
+    "encoder (speech)": {
+        "merge": CompressConfig(merge=1),
+        "pool": CompressConfig(pool_after=1),
+        "int8": CompressConfig(bits=8),
+        "prune": CompressConfig(prune_heads=0.5, prune_ffn=0.5, prune_start=0.3, prune_end=0.6),
+        "distill": CompressConfig(teacher="drawn"),
     },
     "decoder (GPT-2)": {"pool, int8": CompressConfig(pool_after=1, pool_stride=3, bits=8)},
 }
@@ -274,11 +287,12 @@ def iter_cases() -> Iterator[tuple[str, str, VerifyConfig]]:
     for name in CHAT_STRATEGIES:
         config = VerifyConfig(STRATEGIES[name], FAMILIES["decoder (Llama)"], task="chat")
         yield "decoder (Llama), chats", name, config
+    models = FAMILIES | DETECTORS | FEATURES
     for family, techniques in COMPRESSED.items():
         for technique, compress in techniques.items():
             for name in _strategy_names(compress):
                 strategy = STRATEGIES.get(name, StrategyConfig())
-                config = VerifyConfig(strategy, (FAMILIES | DETECTORS)[family], compress)
+                config = VerifyConfig(strategy, models[family], compress)
                 yield f"{family}, {technique}", name, config
     for number, (name, strategy) in enumerate(STRATEGIES.items()):
         family = list(FAMILIES)[(number + 1) % len(FAMILIES)]

@@ -10,7 +10,8 @@ import tiny
 import torch
 from torch.nn import functional as F
 
-from conf.validation.compression import match_problems, teacher_problems
+from conf.validation.compression import match_problems
+from conf.validation.teacher import teacher_problems
 from conf.validation.validate import find_problems
 from launch.cli.preflight import prepare_training
 from parallel.rank_pool import RankFailedError
@@ -18,7 +19,6 @@ from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
 from trainer.checkpoint.folder import list_checkpoints
-from trainer.compress.distillation import divergence_sum
 from trainer.compress.hidden_states import similarity_loss_sum
 from trainer.compress_report.report import write_comparison
 from trainer.config.loss import IGNORED
@@ -35,6 +35,7 @@ from trainer.config.train import (
     UserError,
 )
 from trainer.inference.trained_run import load_trained_run
+from trainer.loss import divergence_sum
 from trainer.run.run_dir import AlreadyFinishedError
 
 TEACHER = replace(tiny.GPT, vocab_size=280, tied=True)

@@ -15,13 +15,13 @@ import tiny
 import torch
 from safetensors.numpy import load_file, save_file
 
-from conf.validation.compression import answers_problems
+from conf.validation.teacher import answers_problems
 from launch.cli.preflight import check_precompute, prepare_training
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
 from trainer import loop
 from trainer.atomic_files import new_folder
-from trainer.compress.distillation import divergence_sum, recorded_teacher_logits
+from trainer.compress.distillation import recorded_teacher_logits
 from trainer.config.loss import IGNORED
 from trainer.config.train import (
     CompressConfig,
@@ -39,6 +39,7 @@ from trainer.data.loader import TrainLoader
 from trainer.distill import precompute as teach
 from trainer.distill.logit_dataset import DistillationDataset, RecordedLogits
 from trainer.distill.precompute import teach_run, top_k_logits
+from trainer.loss import divergence_sum
 from trainer.nn.sequence import FullContext
 from trainer.run.run_dir import load_config
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from tiny import build, make_run, make_worker
 
 from conf.validation.detection import (
     detection_compression_problems,
-    detection_loss_problems,
+    detection_problems,
     detector_problems,
 )
+from conf.validation.teacher import teacher_problems
+from conf.validation.validate import find_problems
 from launch.cli.preflight import prepare_training
 from parallel.strategy import StrategyConfig, world_size
+from trainer.build import parallel_model
 from trainer.config.train import (
     CompressConfig,
     ConfigError,
@@ -30,7 +34,7 @@ from trainer.config.train import (
     VerifyConfig,
 )
 from trainer.data import open_split, prepare_data
-from trainer.inference.trained_run import load_trained_run
+from trainer.inference.trained_run import load_trained_run, unwrap_transformer
 from trainer.nn.box_logits import query_boxes
 from trainer.nn.boxes import (
     NO_BOX,
@@ -39,14 +43,15 @@ from trainer.nn.boxes import (
     patch_targets,
     suppress_repeats,
 )
+from trainer.precision import PRECISIONS
 from trainer.report.page import write_report
 from trainer.tasks.detection import Detection
-from trainer.tasks.detection_loss import dense_loss_sum, focal_loss
+from trainer.tasks.detection_loss import count_boxes, dense_loss_sum, focal_loss
 from trainer.tasks.detection_metrics import average_precisions, coco_detection, coco_truth
 from trainer.tasks.evaluate import evaluate_model, evaluate_run
 from trainer.tasks.samples import make_samples
-from trainer.tasks.set_prediction import match_queries, pair_costs
-from trainer.verify.cases import DETECTORS, STRATEGIES
+from trainer.tasks.set_prediction import match_queries, pair_costs, set_loss_sum
+from trainer.verify.cases import DETECTORS, STRATEGIES, iter_cases
 from trainer.verify.compare import compare_layout, format_verdict
 
 LAYOUTS = (
@@ -288,14 +293,64 @@ def test_models_without_places_for_boxes_are_refused(wanted):
 
 
 def test_what_needs_a_cross_entropy_or_other_vectors_is_refused(tmp_path, data):
-    problems = detection_loss_problems(MODEL, LossConfig(label_smoothing=0.1, chunks=2))
+    smoothed = LossConfig(label_smoothing=0.1, chunks=2)
+    problems = detection_problems(TrainConfig(model=MODEL, loss=smoothed))
     assert len(problems) == 2 and "loss.chunks=2" in problems[1]
-    for key, value in {"merge": 2, "pool_after": 1, "drop": 0.5, "teacher": "runs/x"}.items():
-        (problem,) = detection_compression_problems(CompressConfig(**{key: value}), MODEL)
+    refused = {"merge": 2, "pool_after": 1, "drop": 0.5, "match": [[0, 0]]}
+    for key, value in refused.items():
+        compress = CompressConfig(**{key: value, "match_weight": 1.0})
+        (problem,) = detection_compression_problems(compress, MODEL)
         assert problem.startswith(f"compress.{key}=")
-    kept = CompressConfig(bits=8, prune_heads=0.5, prune_ffn=0.5)
+    kept = CompressConfig(bits=8, prune_heads=0.5, prune_ffn=0.5, teacher="runs/x")
     assert detection_compression_problems(kept, MODEL) == []
+    (problem,) = detection_compression_problems(kept, QUERIES)
+    assert "finds another object in two models" in problem
     merged = CompressConfig(merge=2)
     config = TrainConfig(model=MODEL, data=data, compress=merged, run_dir=str(tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"compress\.merge=2 leaves fewer vectors than patches"):
         prepare_training(config, 1)
+
+
+def test_a_teacher_has_the_same_outputs_and_patches():
+    ours = TrainConfig(model=MODEL, compress=CompressConfig(teacher="runs/x"))
+    assert teacher_problems(ours, TrainConfig(model=MODEL)) == []
+    for values in ({"patch_size": 8}, {"outputs": "classes"}):
+        theirs = TrainConfig(model=ModelConfig(**(vars(MODEL) | values)))
+        (problem,) = teacher_problems(ours, theirs)
+        assert f"has model.{next(iter(values))}=" in problem
+
+
+@pytest.mark.parametrize("technique", ["encoder (detector), distill", "encoder (speech), merge"])
+def test_a_compressed_layout_equals_one_process(ranks, technique):
+    (config,) = (c for m, n, c in iter_cases() if (m, n) == (technique, "tensor 2 × pipeline 2"))
+    found = ranks.run(world_size(config.strategy), compare_layout, replace(config, steps=2))[0]
+    assert format_verdict(found, 1e-10) == "equal"
+
+
+def test_auxiliary_heads_add_their_loss_while_training(runtime):
+    config = replace(QUERIES, layers=3, auxiliary_heads=True)
+    worker = parallel_model(
+        config, StrategyConfig(), runtime, PRECISIONS["fp64"], objective=Detection()
+    )
+    draw = torch.Generator().manual_seed(0)
+    batch = Detection().random_batch(config, 4, 0, draw)
+    loss, _ = worker.forward_backward([batch])
+    model = unwrap_transformer(worker)
+    assert all(p.grad.abs().max() > 0 for p in model.auxiliary_heads.parameters())
+    states = []
+    for name in model.auxiliary_heads:
+        model.block_hooks[name] = [lambda flow, *_: states.append(flow[0]) or flow]
+    logits = [model(batch)]
+    logits += [
+        head.output(head.normalized(x))
+        for head, x in zip(model.auxiliary_heads.values(), states, strict=True)
+    ]
+    assert len(logits) == 3
+    parts = [set_loss_sum(x, batch["targets"], config.queries, 2.0) for x in logits]
+    assert loss.item() == pytest.approx(sum(parts).item() / count_boxes(batch["targets"]).item())
+    assert worker.whole.classes == 6
+
+
+def test_auxiliary_heads_without_queries_are_refused(data):
+    config = TrainConfig(model=replace(MODEL, auxiliary_heads=True), data=data)
+    assert any("model.auxiliary_heads=true are those" in p for p in find_problems(config, 1))

@@ -14,7 +14,7 @@ import torch
 
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.loss import BLANK, IGNORED, NO_CHARACTER
-from trainer.config.train import GenerateConfig, ModelConfig, UserError
+from trainer.config.train import CompressConfig, GenerateConfig, ModelConfig, UserError
 from trainer.data import open_split, open_tokenizer
 from trainer.inference.ctc_decoding import (
     best_path,
@@ -57,6 +57,17 @@ def test_the_loss_is_that_of_all_alignments():
     assert CTC().count_valid(targets_BT) == 4
     half = ctc_sum(logits_BTV.bfloat16(), targets_BT)
     assert half.dtype == torch.float32 and half.item() == pytest.approx(expected, rel=0.02)
+
+
+def test_divergence_is_a_mean_over_vectors_times_the_targets():
+    ours, theirs = random_logits(2, 4, 3).double(), 2 * random_logits(2, 4, 3).double().flip(1)
+    targets = torch.tensor([[1, 2, NO_CHARACTER, IGNORED], [1, *[NO_CHARACTER] * 3]])
+    p, q = ((x / 2.0).softmax(-1) for x in (ours, theirs))
+    nats = (q * (q / p).log()).sum(-1)
+    expected = 2 * nats[0, :3].mean() + nats[1].mean()
+    found = CTC().divergence_sum(ours, theirs, targets, 2.0)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert CTC().divergence_sum(ours, ours, targets, 2.0).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_padding_and_silent_rows_change_no_gradient():
@@ -190,6 +201,46 @@ def test_a_long_recording_is_read_in_windows(runtime, run):
     assert len(logits_TV) == 351 and max(seen) == 300 and len(seen) == 4
     alone = transcribe(worker, frames_FM[:300], 2)
     assert torch.equal(logits_TV[:100], alone[:100])
+
+
+SHORTENED = {
+    "merge": (CompressConfig(merge=3), {"merged_vectors": 3}),
+    "pool": (CompressConfig(pool_after=1, pool_stride=3), {"pooled_vectors": 3}),
+}
+
+
+@pytest.mark.parametrize("technique", SHORTENED)
+def test_a_shortened_encoder_has_the_targets_of_its_vectors(runtime, run, technique):
+    compress, keys = SHORTENED[technique]
+    worker = tiny.make_worker(runtime, run.model, seed=1, compress=compress)
+    model, dataset = unwrap_transformer(worker), open_split(replace(run.data, **keys), "test")
+    seen = []
+    model.block_hooks["0"] = [lambda flow, streams, inputs: seen.append(flow[2]) or flow]
+    batch = dataset.collate([dataset.sample(i, None) for i in range(3)])
+    inputs = {name: torch.from_numpy(part) for name, part in batch.items()}
+    with worker.evaluation_mode():
+        logits_BTV = worker.forward(inputs)
+    targets_BT = model.resized_targets(inputs["targets"])
+    left_B = (seen[0][..., 0] > 0).sum(1)
+    assert targets_BT.shape == logits_BTV.shape[:2] == seen[0].shape[:2]
+    assert ((targets_BT != IGNORED).sum(1) == left_B).all() and left_B.unique().numel() > 1
+    assert torch.equal(targets_BT[targets_BT >= 0], inputs["targets"][inputs["targets"] >= 0])
+    assert 0 < evaluate_model(worker, dataset, micro_batch_size=3)["eval_loss"] < math.inf
+    read = replace(run.data, max_seconds=3.0)  # in windows, of which each is shortened
+    frames_FM = np.random.default_rng(0).standard_normal((701, 8)).astype(np.float32)
+    assert len(transcribe_windows(worker, frames_FM, read)) == 351
+
+
+def test_utterances_too_short_for_a_shortened_encoder_are_left_out(run):
+    all_of_it = len(open_split(run.data, "train"))
+    for key, count in {"pooled_vectors": 3, "merged_vectors": 9}.items():
+        split = open_split(replace(run.data, **{key: count}), "train")
+        vectors_N = -(-split.sample_lengths() // split.stride)
+        assert 0 < len(split) < all_of_it
+        for index in range(len(split)):
+            needed = len(split.ids(index)) + sum(split.ids(index)[1:] == split.ids(index)[:-1])
+            left = vectors_N[index] // 3 if key == "pooled_vectors" else vectors_N[index] - 9
+            assert left >= needed
 
 
 def test_samples_stand_below_what_is_said(runtime, run):

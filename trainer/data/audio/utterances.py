@@ -232,7 +232,7 @@ class Rows:
 
     frames_N: np.ndarray
     ids_N: np.ndarray
-    needed_N: np.ndarray  # vectors, for CTC
+    needed_N: np.ndarray  # vectors, for CTC: in front of those that are pooled and merged
     kept: np.ndarray
     left_out: dict[str, int]
 
@@ -244,7 +244,8 @@ def rows_of(config: DataConfig, prepared: Prepared, split: str, aligned: bool) -
     """
     starts = np.load(prepared.frames / f"{split}.npy")
     ids = np.load(prepared.ids / f"{split}.npy")
-    frames_N, ids_N, needed_N = np.diff(starts[:, 0]), np.diff(ids[:, 0]), ids[1:, 1]
+    frames_N, ids_N = np.diff(starts[:, 0]), np.diff(ids[:, 0])
+    needed_N = (ids[1:, 1] + config.merged_vectors) * config.pooled_vectors
     too_long_N = frames_N > config.max_seconds * FRAMES_PER_SECOND
     too_short_N = -(-frames_N // config.audio_stride) < needed_N
     few = f"with fewer vectors of data.audio_stride={config.audio_stride} frames than characters"

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path, PurePosixPath
 
 from trainer.config.train import DataError
@@ -28,12 +29,13 @@ class AnnotatedPicture:
     def add_box(
         self, corners: list[float], name: str, crowd: bool = False, area: float = 0.0
     ) -> None:
-        """Add a box; area 0 = that of the box."""
+        """Add a box; an area that is no positive number = that of the box."""
         left, top, right, bottom = corners
         self.corners.append(corners)
         self.classes.append(name)
         self.crowd.append(crowd)
-        self.areas.append(area or (right - left) * (bottom - top))
+        stated = area > 0 and isfinite(area)
+        self.areas.append(area if stated else (right - left) * (bottom - top))
 
 
 @dataclass
@@ -94,6 +96,7 @@ def first_names(names: Iterable[str]) -> str:
 def require_train(where: str, splits: dict[str, list[AnnotatedPicture]]) -> None:
     """Raise DataError if no picture is to be trained on."""
     if not splits.get("train"):
+        splits = {split: pictures for split, pictures in splits.items() if pictures}
         found = f"has pictures of {', '.join(splits)} but not of train" if splits else "has none"
         raise DataError(
             f"{where} {found}; name the annotations of each split, or the folder that they are in, "

@@ -47,6 +47,8 @@ def read_coco(files: list[tuple[Entry, dict[str, Any]]], index: PictureIndex) ->
             )
         try:
             pictures, found = _read_file(entry, content, index, counts)
+        except DataError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(
                 f"data.path: {entry.path} is not written as COCO's annotations are "
@@ -63,9 +65,11 @@ def _read_file(
     entry: Entry, content: dict[str, Any], index: PictureIndex, counts: Counter[str]
 ) -> tuple[list[AnnotatedPicture], list[str]]:
     """Return the pictures of a file, and its classes in the order of their ids."""
+    _refuse_repeats(entry, "category", [c["id"] for c in content.get("categories") or []])
     names = _category_names(content, counts)
     beside = folder_of(entry.relative)
     pictures: dict[Any, AnnotatedPicture] = {}
+    _refuse_repeats(entry, "image", [image["id"] for image in content["images"]])
     for image in content["images"]:
         file = index.find(image["file_name"], beside)
         size = (int(image.get("width") or 0), int(image.get("height") or 0))
@@ -83,7 +87,7 @@ def _read_file(
         picture.add_box(
             [left, top, left + width, top + height],
             names[annotation["category_id"]],
-            bool(annotation.get("iscrowd", 0)),
+            bool(int(annotation.get("iscrowd") or 0)),
             float(annotation.get("area") or 0.0),
         )
     return list(pictures.values()), list(names.values())
@@ -97,3 +101,12 @@ def _category_names(content: dict[str, Any], counts: Counter[str]) -> dict[Any, 
     if unnamed:
         counts[UNNAMED] = max(counts[UNNAMED], len(unnamed))
     return {number: known.get(number) or f"category {number}" for number in ids}
+
+
+def _refuse_repeats(entry: Entry, what: str, ids: list[Any]) -> None:
+    """Raise DataError if an id that annotations name stands for two things."""
+    if repeated := [key for key, count in Counter(ids).items() if count > 1]:
+        raise DataError(
+            f"data.path: {entry.path} has {what} id {repeated[0]} more than once, so that its "
+            "boxes are of either; give each an id of its own"
+        )

@@ -71,16 +71,21 @@ def _refuse_mixture(where: str, coco: list[Entry], voc: list[Entry], yolo: list[
 
 
 def _refuse_twice(where: str, found: Annotations) -> None:
-    """Raise DataError if a picture is in two splits."""
+    """Raise DataError if a picture is in two splits, or annotated twice in one."""
     seen: dict[Path, str] = {}
     for split, pictures in found.splits.items():
         for picture in pictures:
-            first = seen.setdefault(picture.path or Path(picture.name), split)
-            if first != split:
-                raise DataError(
-                    f"{where}: {picture.name} is in the {first} split and in the {split} split; a "
-                    "picture must be in one"
-                )
+            place = picture.path or Path(picture.name)
+            if (first := seen.get(place)) is None:
+                seen[place] = split
+                continue
+            raise DataError(
+                f"{where}: {picture.name} is in the {first} split and in the {split} split; a "
+                "picture must be in one"
+                if first != split
+                else f"{where}: {picture.name} is annotated twice in the {split} split; a picture "
+                "must be there once, with all its boxes"
+            )
 
 
 def _refuse_unknown(where: str, found: Annotations) -> None:

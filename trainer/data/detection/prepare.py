@@ -20,6 +20,8 @@ from trainer.data.detection.scene import Boxes, Letterbox, make_boxes
 
 SLACK = 1.0  # pixels that a box may reach over the edge, as some tools count from 1
 CLIPPED = "{} boxes reach over the edge of their picture and are clipped"
+REPEATED = "{} boxes are listed twice in their picture and are counted once"
+FARTHEST = 1e9  # pixels: no corner is farther
 OUTSIDE = "{} boxes are outside their picture, or have no area, and are left out"
 EMPTY = "{} pictures have no box and are background"
 STATISTICS = 10_000  # training pictures used for mean and standard deviation
@@ -119,13 +121,15 @@ def _checked_boxes(
     areas_N = np.array(picture.areas, np.float64)
     if picture.in_sides:
         corners_N4, areas_N = corners_N4 * ([width, height] * 2), areas_N * width * height
+    known_N = np.isfinite(corners_N4).all(axis=1)
+    corners_N4 = np.clip(corners_N4, -FARTHEST, FARTHEST)
     boxes = make_boxes(
         corners_N4.tolist(),
         [rows[name] for name in picture.classes],
         picture.crowd,
-        areas_N.tolist(),
+        np.clip(areas_N, 0, FARTHEST).tolist(),
     )
-    good = boxes.select(np.flatnonzero(np.isfinite(corners_N4).all(axis=1)))
+    good = boxes.select(np.flatnonzero(known_N))
     beyond_N4 = np.concatenate(
         (-good.corners_N4[:, :2], good.corners_N4[:, 2:] - np.array([width, height])), axis=1
     )
@@ -133,7 +137,10 @@ def _checked_boxes(
     inside = good.clipped(width, height)
     counts[OUTSIDE] += len(boxes) - len(inside)
     counts[CLIPPED] += len(good.select(over).clipped(width, height))
-    return inside
+    rows_N5 = np.column_stack((inside.corners_N4, inside.classes_N))
+    _, first_N = np.unique(rows_N5, axis=0, return_index=True)
+    counts[REPEATED] += len(inside) - len(first_N)
+    return inside.select(np.sort(first_N))
 
 
 def _write_split(

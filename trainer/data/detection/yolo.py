@@ -67,6 +67,8 @@ def _read_lines(text: Entry, picture: AnnotatedPicture, names: dict[int, str]) -
         try:
             first, *rest = line.split()
             number, (x, y, width, height) = int(first), map(float, rest)
+            if number < 0:
+                raise ValueError(number)
         except ValueError:
             raise DataError(
                 f"data.path: {text.path}:{place} is not a line of a class number and x, y, width "

@@ -105,7 +105,12 @@ def empty(content):
     content["annotations"] = content["annotations"][2:]
 
 
+def repeated(content):
+    content["annotations"].append(content["annotations"][0] | {"id": 99})
+
+
 COUNTED = {
+    "1 boxes are listed twice in their picture and are counted once": repeated,
     "1 categories have no name and are called after their number": no_name,
     "1 boxes reach over the edge of their picture and are clipped": huge,
     "2 boxes are outside their picture, or have no area, and are left out": flat,
@@ -198,3 +203,42 @@ def test_damaged_annotations_are_refused(tmp_path, content):
     write_picture(folder / "a.png")
     (folder / "train.json").write_text(content)
     assert "train.json" in refused(folder) or "holds no boxes" in refused(folder)
+
+
+def same_image_id(content):
+    content["images"][1]["id"] = content["images"][0]["id"]
+
+
+def same_category_id(content):
+    content["categories"][1]["id"] = content["categories"][0]["id"]
+
+
+def same_file(content):
+    content["images"][1]["file_name"] = content["images"][0]["file_name"]
+
+
+def crowd_in_words(content):
+    content["annotations"][0]["iscrowd"] = "no"
+
+
+AMBIGUOUS = {
+    "has image id 0 more than once": same_image_id,
+    "has category id 7 more than once": same_category_id,
+    "images/train-0.png is annotated twice in the train split": same_file,
+    "invalid literal for int": crowd_in_words,
+}
+
+
+@pytest.mark.parametrize("expected", AMBIGUOUS)
+def test_what_can_be_read_in_two_ways_is_refused(tmp_path, expected):
+    folder = tmp_path / "data"
+    write_coco(folder, {"train": 4})
+    edit_coco(folder, AMBIGUOUS[expected])
+    assert expected in refused(folder)
+
+
+def test_areas_that_are_no_numbers_are_those_of_the_boxes(tmp_path):
+    folder = tmp_path / "data"
+    write_coco(folder, {"train": 4, "valid": 1, "test": 1}, area=float("nan"))
+    prepare_data(boxed_data(folder))
+    assert open_split(boxed_data(folder), "train").truth(0).areas_N.tolist() == [80.0, 80.0]
