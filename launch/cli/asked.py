@@ -76,7 +76,8 @@ def prepare_plan(config: PlanConfig) -> Asked:
 
 def _alone(strategy: StrategyConfig) -> StrategyConfig:
     """Return a strategy of one rank, with all that is no degree."""
-    return replace(strategy, **dict.fromkeys(AXES, 1))
+    ones: dict[str, Any] = dict.fromkeys(AXES, 1)
+    return replace(strategy, **ones)
 
 
 def _fixed(training: TrainConfig, asked: set[str]) -> dict[str, Any]:
@@ -100,9 +101,11 @@ def _fixed(training: TrainConfig, asked: set[str]) -> dict[str, Any]:
 
 def _check_fixed(fixed: dict[str, Any], ranks: int) -> None:
     """Raise ConfigError if degrees that are set do not divide the ranks."""
-    degrees = {axis: fixed[axis] for axis in AXES if axis in fixed}
+    degrees: dict[str, Any] = {axis: fixed[axis] for axis in AXES if axis in fixed}
     rest = [axis for axis in ("replicate", "shard", *AXES) if axis not in degrees]
-    resolve_degrees(StrategyConfig(**degrees, **({rest[0]: -1} if rest else {})), ranks)
+    if rest:
+        degrees[rest[0]] = -1
+    resolve_degrees(StrategyConfig(**degrees), ranks)
 
 
 def _named_layout(training: TrainConfig) -> Layout:
@@ -115,8 +118,10 @@ def _machine(config: PlanConfig, host: int) -> tuple[Machine, str]:
     """Return the machine, and the precision that runs there."""
     cluster = config.cluster
     if not cluster.gpu:
-        near = ", ".join(ACCELERATORS)
-        raise ConfigError(f"cluster.gpu is empty: a plan is for one kind of device; set {near}")
+        known = ", ".join(ACCELERATORS)
+        raise ConfigError(
+            f"cluster.gpu is empty, but a plan is for one kind of device; set it to one of {known}"
+        )
     tflops, precision = ACCELERATORS[cluster.gpu].tflops, config.precision
     if cluster.gpu == "cpu":
         return measured_cpu(host), "fp32" if precision == "auto" else precision

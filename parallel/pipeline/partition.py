@@ -34,8 +34,8 @@ def _balanced(costs: tuple[float, ...], stages: int) -> tuple[int, ...]:
                     (max(most, cost), squares + cost**2, (*firsts, j)), longer[i]
                 )
         best = longer
-    firsts: tuple[int, ...] = best[-1][2]
-    return firsts
+    found: tuple[int, ...] = best[-1][2]
+    return found
 
 
 def stage_blocks(blocks: int, firsts: Sequence[int]) -> list[tuple[str, ...]]:

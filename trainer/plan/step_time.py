@@ -96,7 +96,11 @@ class TimeModel:
         count = self.work.samples // (layout.data_ranks * layout.micro_batch)
         busy = slowest.forward.plus(slowest.backward)
         return StepTime(
-            *(count * seconds for seconds in busy),
+            products=count * busy.products,
+            attention=count * busy.attention,
+            pointwise=count * busy.pointwise,
+            tensor=count * busy.tensor,
+            context=count * busy.context,
             data=count * slowest.data + self._sums(layout, slowest),
             sends=self._sends(layout, count),
             optimizer=self._update(layout),
