@@ -83,13 +83,10 @@ def parallelize(
     compute: torch.dtype = torch.float32,  # of the weights that FSDP gathers
     activation_checkpointing: str = "none",
     compile: bool = False,
-    materialize: Callable[..., None] = materialize_parameters,
-    wrap: WrapReplicas = wrap_in_ddp,
+    materialize: Callable[..., None] = materialize_parameters,  # a trace passes two that
+    wrap: WrapReplicas = wrap_in_ddp,  # touch no data
 ) -> ParallelModel:
-    """Distribute a meta-device model over the mesh and initialise its weights.
-
-    A trace on fake tensors passes `materialize` and `wrap` that touch no data.
-    """
+    """Distribute a meta-device model over the mesh and initialise its weights."""
     assert isinstance(model, nn.Module)
     whole = _full_parameters(model)
     model.to(parameters)  # before any parameter is a DTensor, whose cast goes through dispatch

@@ -72,11 +72,10 @@ class Sequence:
 
 
 class LayerBytes(NamedTuple):
-    """What a layer keeps; outputs of its products and attention; and those that both count."""
+    """What a layer keeps without recomputation, and outputs of its products and attention."""
 
     full: float
     products: float
-    reused: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,7 @@ class BlockBytes:
     backward: float  # beyond that, in its backward
     output: float  # its output, which the next block keeps as its input
     gradients: float  # of the outputs of its products, from which its weights get theirs
+    received: float  # its input, where nothing else keeps it but the stage that received it
 
 
 def block_bytes(
@@ -113,22 +113,28 @@ def block_bytes(
     full += branches * between * d if model.dropout else 0.0  # masks of a byte
     products = sum(layer.products for layer in layers)
     # A row-split product is read by its sum alone, which is kept in its place.
-    sums = branches * (stream if setting.tensor > 1 else whole)
+    each = stream if setting.tensor > 1 else whole
     turned = whole if turns else 0.0
     full += turned and turned + _branch_norms(model, between, setting) - stream
     read = _keeps_input(model, setting) * stream
     # What is computed again is gathered again, and kept whole.
     again = full - read - turned + branches * (whole - stream if setting.splits_rows else 0.0)
     return BlockBytes(
-        {"none": full, "block": stream + turned, "selective": stream + products + sums + turned},
+        {
+            "none": full,
+            "block": stream + turned,
+            "selective": stream + turned + products + branches * each,
+        },
         {
             "none": 0.0,
             "block": again,
-            "selective": again - sum(layer.reused for layer in layers),
+            # What was kept is used or, if it is not kept without recomputation, freed by then.
+            "selective": again - products - (branches - 1) * each,
         },
         _backward_bytes(model, own, setting),
         stream,
         products + branches * whole,
+        stream - read,
     )
 
 
@@ -176,9 +182,7 @@ def _attention_bytes(
         normed = setting.compute_bytes if setting.fused_norm else 2 * max(FLOAT, c)
         each = 2 * max(FLOAT, c) if model.qk_norm == "width" else normed
         kept += (rows * heads + seen * groups) * width * each
-    turns = model.positions == "rope" or model.qk_norm != "none" or spread > shared
-    reused = query + statistics + (0.0 if turns else query + shared)
-    return LayerBytes(kept, products, reused + (shared if spread == shared else 0.0))
+    return LayerBytes(kept, products)
 
 
 def _shared_attention(
@@ -211,10 +215,10 @@ def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> Laye
     """Return the bytes of the feed-forward layer."""
     inner = setting.compute_bytes * rows * math.ceil(model.ffn_width / setting.tensor)
     if is_gated(model):
-        return LayerBytes(4 * inner, 2 * inner, 2 * inner)
+        return LayerBytes(4 * inner, 2 * inner)
     if model.activation == "relu":  # it keeps its output, which is the next product's input
-        return LayerBytes(inner, inner, 0.0)
-    return LayerBytes(2 * inner, inner, inner)
+        return LayerBytes(inner, inner)
+    return LayerBytes(2 * inner, inner)
 
 
 def _backward_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:

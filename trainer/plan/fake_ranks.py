@@ -53,7 +53,8 @@ def fake_materialize(mode: FakeTensorMode) -> Callable[..., None]:
 def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
     """Show `live` what no operator does, and replace what fake tensors cannot do.
 
-    FSDP resizes storages. A transport holds what it sends until the schedule has waited for it.
+    FSDP resizes storages. gloo holds what it sends until the schedule has waited for it, NCCL until
+    it is sent.
     The matching of a detector reads its costs, CTC its lengths. A CPU has no fused RMSNorm, CUDA
     has.
     """
@@ -63,7 +64,7 @@ def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
                 if hasattr(module, name):
                     resize = partial(_resize, live, getattr(module, name))
                     patches.enter_context(mock.patch.object(module, name, resize))
-        send = partial(_send_holding, schedules._batch_p2p)
+        send = partial(_send_holding, schedules._batch_p2p, device == "cpu")
         patches.enter_context(mock.patch.object(schedules, "_batch_p2p", send))
         match = partial(_match_all, live)
         patches.enter_context(mock.patch.object(set_prediction, "match_queries", match))
@@ -92,9 +93,13 @@ class _Sent:
 
 
 def _send_holding(
-    start: Callable[..., list[dist.Work]], operations: list[dist.P2POp], *args: Any, **options: Any
+    start: Callable[..., list[dist.Work]],
+    holds: bool,
+    operations: list[dist.P2POp],
+    *args: Any,
+    **options: Any,
 ) -> list[Any]:
-    tensors = [operation.tensor for operation in operations]
+    tensors = [operation.tensor for operation in operations] if holds else []
     return [_Sent(work, tensors) for work in start(operations, *args, **options)]
 
 

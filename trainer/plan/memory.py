@@ -167,17 +167,19 @@ class MemoryModel:
         message = numbers.last.bytes.output if in_turn else 0.0
         peak = loss.peak + (loss.again if in_turn else 0.0)
         for moment, present in plan.moments(layout.staged, micro_batches):
-            held = message
-            for n, m, kept, late, more in zip(
-                *moment, numbers.kept, numbers.late, numbers.waiting, strict=True
-            ):
+            held = message + moment.sent * numbers.last.bytes.output * (not self._fused_norm)
+            each = zip(numbers.kept, numbers.late, numbers.waiting, strict=True)
+            for n, m, (kept, late, more) in zip(moment.flying, moment.waiting, each, strict=True):
                 held += n * kept + max(0, n - 1) * late + m * more
             gradients, gathered = self._gradient_bytes(own, layout, present, micro_batches)
             rest = state[0], gradients, state[1]
             if plan.has_head:
                 at_loss = gathered + self._gathered_at_loss(numbers, layout)
                 found.append(MemoryTerms(*rest, at_loss, held, peak))
-            found += self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
+            blocks = self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
+            found += blocks
+            if layout.staged and not present:
+                found.append(self._second(blocks[0], numbers))
         return max(found, key=_total)
 
     def _at_blocks(
@@ -204,6 +206,14 @@ class MemoryModel:
             MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
             MemoryTerms(*state, root + sent + made, left + last.output, 0.0),
         ]
+
+    def _second(self, first: MemoryTerms, numbers: RankNumbers) -> MemoryTerms:
+        """Return the terms of the second block's backward, when the first has its gradients."""
+        return replace(
+            first,
+            gradients=first.gradients + self._parameter_bytes * numbers.last.parameters.learned,
+            activations=first.activations - numbers.one,
+        )
 
     def _gathered_at_loss(self, numbers: RankNumbers, layout: Layout) -> float:
         """Return what FSDP has gathered when the loss is computed, without a pipeline."""
@@ -262,7 +272,8 @@ class MemoryModel:
             kept += numbers.target
         elif LAST_ENCODER not in kinds:
             kept += numbers.memory
-        kept += numbers.embedding if stage.first else 0.0
+        received = numbers.parts[kinds[0]].bytes.received if mode == "none" else 0.0
+        kept += numbers.embedding if stage.first else received
         if stage.last:
             return kept + numbers.loss.hidden + copies * numbers.head
         return kept + numbers.parts[kinds[-1]].bytes.output

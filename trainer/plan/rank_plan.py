@@ -36,6 +36,7 @@ class Moment(NamedTuple):
 
     flying: tuple[int, ...]  # from their forward to the end of their backward
     waiting: tuple[int, ...]  # of these, those whose weights have yet to get their gradients
+    sent: int = 0  # messages so far that hold memory of their own until the step's end, on gloo
 
 
 class Held(NamedTuple):
@@ -66,8 +67,9 @@ class RankPlan:
             return [(moment, micro_batches > 1) for moment in self.held.moments]
         found = [(moment, self.held.accumulates) for moment in self.held.moments]
         if not self.held.accumulates:  # behind the first backward of the last stage here
-            for flying, waiting in self.held.moments:
-                found.append((Moment((*flying[:-1], flying[-1] - 1), waiting), True))
+            for flying, waiting, sent in self.held.moments:
+                fewer = (*flying[:-1], flying[-1] - 1)
+                found.append((Moment(fewer, waiting, sent), True))
         return found
 
 
