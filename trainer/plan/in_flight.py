@@ -37,9 +37,9 @@ def _held_by_schedule(
     held = tuple(_most_held(actions[rank], ranks * per_rank - 1) for rank in range(ranks))
     if SCHEDULES[schedule].most_stages != 1:
         return held
-    # Messages are waited for in turn.
-    return tuple(
-        Held(tuple(m._replace(sent=0) for m in own.moments), own.accumulates) for own in held
+    return tuple(  # messages are waited for in turn
+        Held(tuple(m._replace(sent=0) for m in own.moments), own.accumulates, in_turn=True)
+        for own in held
     )
 
 

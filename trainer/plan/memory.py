@@ -162,10 +162,8 @@ class MemoryModel:
     ) -> MemoryTerms:
         """Return the terms of the moment in which a rank needs the most."""
         own, found = numbers.blocks + numbers.ends, []
-        # Forwards and backwards in turn: a message is under way, and the last logits are there.
-        in_turn = layout.staged and plan.held.accumulates
-        message = numbers.last.bytes.output if in_turn else 0.0
-        peak = loss.peak + (loss.again if in_turn else 0.0)
+        message = numbers.last.bytes.output if plan.held.in_turn else 0.0
+        peak = loss.peak + (loss.again if plan.held.in_turn else 0.0)
         for moment, present in plan.moments(layout.staged, micro_batches):
             held = message + moment.sent * numbers.last.bytes.output * (not self._fused_norm)
             each = zip(numbers.kept, numbers.late, numbers.waiting, strict=True)
@@ -200,11 +198,12 @@ class MemoryModel:
         # Behind the last block, the gradients of the one before are still on their way.
         sent = layout.reduce_bytes * block.learned
         made = (c + self._parameter_bytes / layout.share) * block.learned
+        copied = 0.0 if self._fused_norm else sent  # by gloo
         left = held - numbers.one
         return [
             MemoryTerms(*state, root, held + numbers.work, 0.0),
             MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
-            MemoryTerms(*state, root + sent + made, left + last.output, 0.0),
+            MemoryTerms(*state, root + sent + made + copied, left + last.output, 0.0),
         ]
 
     def _second(self, first: MemoryTerms, numbers: RankNumbers) -> MemoryTerms:

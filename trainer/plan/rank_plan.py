@@ -44,6 +44,7 @@ class Held(NamedTuple):
 
     moments: tuple[Moment, ...]
     accumulates: bool  # whether gradients are there already
+    in_turn: bool = False  # 1f1b: one loop, which still holds the latest logits and message
 
 
 ONE_STAGE = (Held((Moment((1,), (0,)),), accumulates=False),)

@@ -112,7 +112,7 @@ def trace_windows(
     device: str = "cpu",
 ) -> dict[Window, WindowTrace]:
     """Trace one rank's step by its windows."""
-    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gloo=device == "cpu")
     with fake_ranks(rank, world_size) as runtime, visible_memory(live, device):
         state = _fake_state(config, runtime, mode, live)
         axes = _axis_names(state.worker.mesh)
@@ -139,7 +139,7 @@ def _window_trace(live: LiveBytes, window: Window, axes: Mapping[str, str]) -> W
         wire[axes[collective.group], collective.name, dtype] += collective.payload_bytes
     return WindowTrace(
         peak.live_bytes,
-        live.kinds_at(peak.clock),
+        live.kinds_at(peak),
         wire,
         len(counts.collectives),
         counts.operators,
