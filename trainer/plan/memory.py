@@ -197,13 +197,15 @@ class MemoryModel:
         root = c * (numbers.ends.total + whole + numbers.ends.largest)
         # Behind the last block, the gradients of the one before are still on their way.
         sent = layout.reduce_bytes * block.learned
-        made = (c + self._parameter_bytes / layout.share) * block.learned
-        copied = 0.0 if self._fused_norm else sent  # by gloo
+        # Its weights are freed in front of its own sum, and its gradients behind their copy.
+        copied = max(c * block.learned, 0.0 if self._fused_norm else sent)  # gloo's copy
+        summed = sent + copied + self._parameter_bytes / layout.share * block.learned
+        summed -= c * block.total * layout.frees
         left = held - numbers.one
         return [
             MemoryTerms(*state, root, held + numbers.work, 0.0),
             MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
-            MemoryTerms(*state, root + sent + made + copied, left + last.output, 0.0),
+            MemoryTerms(*state, root + summed, left + last.output, 0.0),
         ]
 
     def _second(self, first: MemoryTerms, numbers: RankNumbers) -> MemoryTerms:
