@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from trainer.config.lora import LAYERS
 from trainer.config.train import (
     CompressConfig,
     LoraConfig,
@@ -22,7 +23,7 @@ from trainer.config.train import (
     is_gated,
     outputs_of,
 )
-from trainer.plan.parameters import attention_matrices, feed_forward_matrices
+from trainer.plan.parameters import ROW, attention_matrices, feed_forward_matrices
 
 FLOAT = 4  # bytes of float32
 
@@ -119,23 +120,12 @@ def block_bytes(
     read = _keeps_input(model, setting) * stream
     # What is computed again is gathered again, and kept whole.
     again = full - read - turned + branches * (whole - stream if setting.splits_rows else 0.0)
-    return BlockBytes(
-        {
-            "none": full,
-            "block": stream + turned,
-            "selective": stream + turned + products + branches * each,
-        },
-        {
-            "none": 0.0,
-            "block": again,
-            # What was kept is used or, if it is not kept without recomputation, freed by then.
-            "selective": again - products - (branches - 1) * each,
-        },
-        _backward_bytes(model, own, setting),
-        stream,
-        products + branches * whole,
-        stream - read,
-    )
+    selective = products + branches * each
+    kept = {"none": full, "block": stream + turned, "selective": stream + turned + selective}
+    # By then all that was kept is used, or freed, but the last sum.
+    recomputed = {"none": 0.0, "block": again, "selective": again - selective + each}
+    work, gradients = _backward_bytes(model, own, setting), products + branches * whole
+    return BlockBytes(kept, recomputed, work, stream, gradients, stream - read)
 
 
 def _keeps_input(model: ModelConfig, setting: Setting) -> bool:
@@ -153,7 +143,8 @@ def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
     elif setting.fused_norm:
         normed, statistics = c * entries, FLOAT * rows
     else:  # the input in float32 at least, and the normalised input
-        normed, statistics = 2 * max(FLOAT, c) * entries, max(FLOAT, c) * rows
+        times = 1 if setting.lora.rank else 2  # a frozen weight needs no normalised input
+        normed, statistics = times * max(FLOAT, c) * entries, max(FLOAT, c) * rows
     return norms * (normed + statistics) + c * entries
 
 
@@ -172,7 +163,7 @@ def _attention_bytes(
     biased = model.positions == "relative" and not crosses
     repeats = groups < heads and (hides or biased or setting.context > 1)
     spread = shared * heads // groups if repeats else shared
-    kept = 2 * query + 2 * spread + statistics
+    kept: float = 2 * query + 2 * spread + statistics
     if setting.context > 1:
         kept += _shared_attention(model, own, keys, setting, query, shared, spread)
     elif keys.documents or (model.sliding_window and own.causal):
@@ -285,6 +276,8 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
         hidden += 4 * c * between * model.width
     if setting.splits_rows:
         hidden += c * rows * model.width
+    if setting.lora.rank:  # nothing of the head learns from what it reads
+        hidden -= c * rows * model.width
     pools = kind == "classes"
     counted = setting.samples if pools else rows
     if (kind in ("ctc", "boxes")) and setting.context > 1:
@@ -309,17 +302,20 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
     return LossBytes(hidden, kept, max(forward, backward), c * entries)
 
 
-def quantized_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
-    """Return what the layers of a block keep more when they compute with integers."""
-    compress, c, t = setting.compress, setting.compute_bytes, setting.tensor
-    if not compress.bits or setting.lora.rank:
-        return 0.0
-    rows, extra = setting.rows(own.length), 0.0
-    for matrix in attention_matrices(model) + feed_forward_matrices(model):
-        outputs = matrix.outputs if matrix.style == "row" else matrix.outputs // t
-        inputs = matrix.inputs // t if matrix.style == "row" else matrix.inputs
-        if compress.input_bits:
-            extra += c * rows * inputs
-        if compress.input_bits and not compress.group:
-            extra += c * rows * outputs
+def layer_extras(model: ModelConfig, own: Sequence, setting: Setting, branches: int) -> float:
+    """Return what a block's linear layers keep more with adapters, or computing with integers."""
+    compress, lora, c = setting.compress, setting.lora, setting.compute_bytes
+    rows, tensor, extra = setting.rows(own.length), setting.tensor, 0.0
+    for matrix in attention_matrices(model) * (branches - 1) + feed_forward_matrices(model):
+        row_split = matrix.style == ROW
+        outputs = matrix.outputs if row_split else matrix.outputs // tensor
+        inputs = matrix.inputs // tensor if row_split else matrix.inputs
+        if lora.rank:
+            extra += c * rows * lora.rank * (matrix.name in (lora.targets or LAYERS))
+        elif compress.bits and compress.input_bits:  # its own input, and the scale of its outputs
+            extra += c * rows * (inputs + (0 if compress.group else outputs))
+    if compress.bits and compress.input_bits and not lora.rank:
+        # What they read is not kept beside the integers.
+        inner = 0 if model.activation == "relu" else math.ceil(model.ffn_width / tensor)
+        extra -= c * rows * (branches * model.width + inner)
     return extra

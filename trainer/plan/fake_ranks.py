@@ -136,7 +136,9 @@ class _CTC(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         log_probability_TBV, alpha_BTL = ctx.saved_tensors
         beta_BTL = torch.empty_like(alpha_BTL)
-        return torch.zeros_like(log_probability_TBV) if len(beta_BTL) else None
+        gradient_TBV = torch.zeros_like(log_probability_TBV)
+        del beta_BTL  # it has been there beside the gradient
+        return gradient_TBV
 
 
 def targets_of_vectors(vectors: int) -> int:

@@ -59,7 +59,7 @@ def _most_held(actions: Sequence[Action], last: int) -> Held:
         moment = tuple(flying.values()), tuple(waiting.values())
         seen[moment] = sent, backward
     most = [one for one in seen if not any(_is_above(other, one) for other in seen if other != one)]
-    moments = (Moment(*moment, seen[moment][0]) for moment in most)
+    moments = (Moment(flying, waiting, seen[flying, waiting][0]) for flying, waiting in most)
     return Held(tuple(moments), any(seen[moment][1] for moment in most))
 
 

@@ -24,8 +24,8 @@ from trainer.plan.block_memory import (
     Setting,
     block_bytes,
     embedding_bytes,
+    layer_extras,
     loss_bytes,
-    quantized_bytes,
     shared_bytes,
 )
 from trainer.plan.numbers import Numbers, Part, RankNumbers
@@ -224,12 +224,12 @@ class MemoryModel:
         return self._compute_bytes * (numbers.ends.total + kept)
 
     def _gradient_bytes(
-        self, own: Parameters, layout: Layout, present: bool, micro_batches: int
+        self, own: Parameters, layout: Layout, present: float, micro_batches: int
     ) -> tuple[float, float]:
         """Return the bytes of gradients at rest, and of what FSDP keeps gathered in a pipeline."""
         p = self._parameter_bytes
         if layout.sharded and layout.staged:  # gradients stay whole until the step's end
-            reduce = max(layout.reduce_bytes, p) * own.learned if present else 0
+            reduce = max(layout.reduce_bytes, p) * own.learned * present
             return 0.0, self._compute_bytes * own.total + reduce
         if layout.buckets:  # DDP's, and what accumulates beside them
             return p * own.learned * (1 + (micro_batches > 1)), 0.0
@@ -244,8 +244,8 @@ class MemoryModel:
         last = max((parts[kind] for stage in stages for kind, _ in stage.blocks), key=_size)
         blocks, ends = self._rank_parameters(plan, parts, split[0])
         work = last.bytes.recomputed[mode] + last.bytes.backward
-        if mode != "none" and copies:
-            work += last.copies
+        if mode != "none":
+            work += last.more + copies * last.copies
         return RankNumbers(
             tuple(self._stage_kept(stage, numbers, mode, copies) for stage in stages),
             tuple(loss.kept if stage.last else 0.0 for stage in stages),
@@ -284,7 +284,7 @@ class MemoryModel:
     ) -> tuple[float, float]:
         """Return the bytes of weights and of moments."""
         p, c, width = self._parameter_bytes, self._compute_bytes, self.model.width
-        frozen = p * own.frozen
+        frozen: float = p * own.frozen
         if own.frozen and not layout.sharded and strategy.tensor == 1:
             frozen = c * own.frozen  # they stay in the dtype that they are computed in
         if own.frozen and not layout.sharded and self._compress.bits:
@@ -367,7 +367,7 @@ class MemoryModel:
             cross = memory is not None
             found = count.block_parameters(model, setting.tensor, self._lora, cross, turns)
             copies = self._compute_bytes * (found.matrices + found.small)
-            more = quantized_bytes(model, own, setting)
+            more = layer_extras(model, own, setting, 3 if cross else 2)
             parts[kind] = Part(block_bytes(model, own, setting, memory, turns), found, copies, more)
         return parts
 

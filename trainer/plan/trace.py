@@ -126,7 +126,8 @@ def trace_windows(
                 live.begin_step()
                 take_step(config, state, inputs)
             live.follow(state.worker.gradients(), GRADIENTS)
-        found = {window: _window_trace(live, window, axes) for window in list(live.peaks)}
+        windows = [window for window in live.peaks if isinstance(window, Window)]
+        found = {window: _window_trace(live, window, axes) for window in windows}
         state.worker.zero_grad()
     return found
 
@@ -191,7 +192,9 @@ def _fake_inputs(shapes: Shapes) -> dict[str, Tensor]:
 
 def _axis_names(mesh: DeviceMesh) -> dict[str, str]:
     """Return the axis, or the axes, of each process group by its name."""
-    names = {mesh.get_group(axis).group_name: axis for axis in mesh.mesh_dim_names or ()}
+    names: dict[str, str] = {}
+    for axis in mesh.mesh_dim_names or ():
+        names[mesh.get_group(axis).group_name] = axis
     for name, flat in mesh._get_root_mesh()._flatten_mapping.items():
         names.setdefault(flat.get_group().group_name, name)
     return names
