@@ -147,7 +147,7 @@ class MemoryModel:
         found = []
         for rank, plan in enumerate(self._plans(*cut)):
             numbers = self._ranks(cut, rank, split, activation_checkpointing, layout.copies)
-            state = self._state_bytes(numbers.blocks + numbers.ends, layout, strategy)
+            state = self._state_bytes(numbers.own, layout, strategy)
             found.append(self._rank_terms(plan, numbers, loss, layout, state, micro_batches))
         return found
 
@@ -161,7 +161,7 @@ class MemoryModel:
         micro_batches: int,
     ) -> MemoryTerms:
         """Return the terms of the moment in which a rank needs the most."""
-        own, found = numbers.blocks + numbers.ends, []
+        own, found = numbers.own, []
         message = numbers.last.bytes.output if plan.held.in_turn else 0.0
         peak = loss.peak + (loss.again if plan.held.in_turn else 0.0)
         for moment, present in plan.moments(layout.staged, micro_batches):
@@ -171,7 +171,7 @@ class MemoryModel:
                 held += n * kept + max(0, n - 1) * late + m * more
             gradients, gathered = self._gradient_bytes(own, layout, present, micro_batches)
             rest = state[0], gradients, state[1]
-            if plan.has_head:
+            if numbers.has_head:
                 at_loss = gathered + self._gathered_at_loss(numbers, layout)
                 found.append(MemoryTerms(*rest, at_loss, held, peak))
             blocks = self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
@@ -256,6 +256,8 @@ class MemoryModel:
             ),
             blocks,
             ends,
+            blocks + ends,
+            plan.has_head,
             last,
             last.bytes.kept[mode],
             work,

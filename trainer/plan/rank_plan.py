@@ -99,7 +99,10 @@ class Layout(NamedTuple):
             staged,
             replicas > 1 and not sharded,
             strategy.reshard_after_forward and not staged,
-            not sharded and compute_bytes < parameter_bytes and not lora.rank,
+            # Frozen weights are narrow already, where they are not split.
+            not sharded
+            and compute_bytes < parameter_bytes
+            and not (lora.rank and strategy.tensor == 1),
             REDUCE_BYTES[strategy.reduce],
         )
 
