@@ -291,7 +291,7 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
     backward = (2 * wide if split else 3 * wide) * entries
     if kind == "ctc":
         states = counted * (2 * (last.length // 2) + 1) * wide
-        forward, backward = forward + states, max(backward, 2 * wide * entries + 2 * states)
+        forward, backward = forward + states, 3 * wide * entries + 2 * states
     if kind == "boxes":
         forward = backward = 8 * wide * entries
     kept = (wide + c) * entries

@@ -115,10 +115,23 @@ def _match_all(
     return numbers[0], numbers[1], numbers[2]
 
 
-def _fused_rms_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+class _FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm's memory in one kernel: it keeps its input, and a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=precise))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _fused_rms_norm(x: Tensor, _shape: Any, weight: Tensor, _eps: float | None = None) -> Tensor:
+    return _FusedRMSNorm.apply(x, weight)
 
 
 class _CTC(torch.autograd.Function):
@@ -136,8 +149,9 @@ class _CTC(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         log_probability_TBV, alpha_BTL = ctx.saved_tensors
         beta_BTL = torch.empty_like(alpha_BTL)
-        gradient_TBV = torch.zeros_like(log_probability_TBV)
-        del beta_BTL  # it has been there beside the gradient
+        inside_TBV = torch.zeros_like(log_probability_TBV)
+        gradient_TBV = torch.zeros_like(inside_TBV)
+        del beta_BTL, inside_TBV  # they have been there beside the gradient
         return gradient_TBV
 
 
