@@ -259,7 +259,8 @@ class LossBytes:
     hidden: float  # what the head keeps in front of the logits
     kept: float  # from the loss to its backward
     peak: float  # in the loss and its backward, with what is kept
-    again: float = 0.0  # the logits, which a pipeline's schedule still holds in their backward
+    logits: float = 0.0  # from which weights get gradients, and which 1f1b still holds
+    in_turn: float = 0.0  # the peak when the logits are still held in their backward
 
 
 def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int = 1) -> LossBytes:
@@ -298,8 +299,9 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
     if chunks > 1 and kind == "tokens":
         hidden_grad = c * rows * model.width
         peak = max(forward, backward + casts * entries) / chunks + hidden_grad
-        return LossBytes(hidden, hidden_grad, peak)
-    return LossBytes(hidden, kept, max(forward, backward), c * entries)
+        return LossBytes(hidden, hidden_grad, peak, in_turn=peak)
+    logits = c * entries
+    return LossBytes(hidden, kept, max(forward, backward), logits, max(forward, backward + logits))
 
 
 def layer_extras(model: ModelConfig, own: Sequence, setting: Setting, branches: int) -> float:

@@ -163,7 +163,7 @@ class MemoryModel:
         """Return the terms of the moment in which a rank needs the most."""
         own, found = numbers.own, []
         message = numbers.last.bytes.output if plan.held.in_turn else 0.0
-        peak = loss.peak + (loss.again if plan.held.in_turn else 0.0)
+        peak = loss.in_turn if plan.held.in_turn else loss.peak
         for moment, present in plan.moments(layout.staged, micro_batches):
             held = message + moment.sent * numbers.last.bytes.output * (not self._fused_norm)
             each = zip(numbers.kept, numbers.late, numbers.waiting, strict=True)
@@ -251,7 +251,7 @@ class MemoryModel:
             tuple(loss.kept if stage.last else 0.0 for stage in stages),
             tuple(
                 sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
-                + (loss.again if stage.last else 0.0)
+                + (loss.logits if stage.last else 0.0)
                 for stage in stages
             ),
             blocks,
