@@ -57,7 +57,6 @@ def test_what_schedules_hold():
 
 # benchmarks/plan_forms.py has every preset, family and mode.
 ROWS = [
-    ("decoder (GPT-2)", "single", "none"),
     ("encoder (ViT)", "fsdp 2", "block"),
     ("decoder (Llama)", "tensor 2", "selective"),
     ("decoder (Llama)", "pipeline 2, 1f1b", "none"),
