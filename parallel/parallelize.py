@@ -72,6 +72,27 @@ def materialize_parameters(
     draw_weights(named, draw_rows)
 
 
+def split_axes(
+    mesh: DeviceMesh,
+    strategy: StrategyConfig,
+    device: torch.device,
+    facts: ModelSpec,
+    whole: FullParameters,
+) -> list[ParallelAxis]:
+    """Return the axes with several ranks that split a model, in the order of application."""
+    every: list[ParallelAxis] = [
+        # 1. Each rank computes its positions of a sequence; attention covers those of all ranks.
+        ContextParallel(mesh["context"], strategy.context_method),
+        # 2. Each pipeline rank keeps the layers of its stages; the others are never allocated.
+        PipelineParallel(mesh["pipeline"], strategy, facts.costs, whole.ties, device),
+        # 3. Tensor-parallel layers are innermost: the following steps only see local shards.
+        TensorParallel(
+            mesh["tensor"], facts.layout, strategy, device, whole.classes, facts.splits_classes
+        ),
+    ]
+    return [axis for axis in every if axis.degree > 1]
+
+
 def parallelize(
     model: ParallelizableModel,
     facts: ModelSpec,
@@ -83,27 +104,15 @@ def parallelize(
     compute: torch.dtype = torch.float32,  # of the weights that FSDP gathers
     activation_checkpointing: str = "none",
     compile: bool = False,
-    materialize: Callable[..., None] = materialize_parameters,
-    wrap: WrapReplicas = wrap_in_ddp,
+    materialize: Callable[..., None] = materialize_parameters,  # a trace passes two that
+    wrap: WrapReplicas = wrap_in_ddp,  # touch no data
 ) -> ParallelModel:
-    """Distribute a meta-device model over the mesh and initialise its weights.
-
-    A trace on fake tensors passes `materialize` and `wrap` that touch no data.
-    """
+    """Distribute a meta-device model over the mesh and initialise its weights."""
     assert isinstance(model, nn.Module)
     whole = _full_parameters(model)
     model.to(parameters)  # before any parameter is a DTensor, whose cast goes through dispatch
-    every: list[ParallelAxis] = [
-        # 1. Each rank computes its positions of a sequence; attention covers those of all ranks.
-        ContextParallel(mesh["context"], strategy.context_method),
-        # 2. Each pipeline rank keeps the layers of its stages; the others are never allocated.
-        PipelineParallel(mesh["pipeline"], strategy, facts.costs, whole.ties, device),
-        # 3. Tensor-parallel layers are innermost: the following steps only see local shards.
-        TensorParallel(
-            mesh["tensor"], facts.layout, strategy, device, whole.classes, facts.splits_classes
-        ),
-    ]
-    for axis in (axes := [axis for axis in every if axis.degree > 1]):
+    # 1. to 3.: the axes that split the model itself.
+    for axis in (axes := split_axes(mesh, strategy, device, facts, whole)):
         axis.prepare(model)
     # 4. Recomputation repeats a block's own collectives. 5. Equal blocks are compiled once.
     recompute_and_compile(model, axes, activation_checkpointing, compile)

@@ -46,6 +46,8 @@ SLOW = frozenset(
         "chat",
         "export",
         "kills",
+        "trace",
+        "memory",
         "conf",
         "optim8bit",
         "registry",

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from trainer.config.lora import LAYERS
 from trainer.config.train import (
     CompressConfig,
     LoraConfig,
@@ -22,7 +23,7 @@ from trainer.config.train import (
     is_gated,
     outputs_of,
 )
-from trainer.plan.parameters import attention_matrices, feed_forward_matrices
+from trainer.plan.parameters import ROW, attention_matrices, feed_forward_matrices
 
 FLOAT = 4  # bytes of float32
 
@@ -72,11 +73,10 @@ class Sequence:
 
 
 class LayerBytes(NamedTuple):
-    """What a layer keeps; outputs of its products and attention; and those that both count."""
+    """What a layer keeps without recomputation, and outputs of its products and attention."""
 
     full: float
     products: float
-    reused: float
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class BlockBytes:
     backward: float  # beyond that, in its backward
     output: float  # its output, which the next block keeps as its input
     gradients: float  # of the outputs of its products, from which its weights get theirs
+    received: float  # its input, where nothing else keeps it but the stage that received it
 
 
 def block_bytes(
@@ -113,23 +114,18 @@ def block_bytes(
     full += branches * between * d if model.dropout else 0.0  # masks of a byte
     products = sum(layer.products for layer in layers)
     # A row-split product is read by its sum alone, which is kept in its place.
-    sums = branches * (stream if setting.tensor > 1 else whole)
+    each = stream if setting.tensor > 1 else whole
     turned = whole if turns else 0.0
     full += turned and turned + _branch_norms(model, between, setting) - stream
     read = _keeps_input(model, setting) * stream
     # What is computed again is gathered again, and kept whole.
     again = full - read - turned + branches * (whole - stream if setting.splits_rows else 0.0)
-    return BlockBytes(
-        {"none": full, "block": stream + turned, "selective": stream + products + sums + turned},
-        {
-            "none": 0.0,
-            "block": again,
-            "selective": again - sum(layer.reused for layer in layers),
-        },
-        _backward_bytes(model, own, setting),
-        stream,
-        products + branches * whole,
-    )
+    selective = products + branches * each
+    kept = {"none": full, "block": stream + turned, "selective": stream + turned + selective}
+    # By then all that was kept is used, or freed, but the last sum.
+    recomputed = {"none": 0.0, "block": again, "selective": again - selective + each}
+    work, gradients = _backward_bytes(model, own, setting), products + branches * whole
+    return BlockBytes(kept, recomputed, work, stream, gradients, stream - read)
 
 
 def _keeps_input(model: ModelConfig, setting: Setting) -> bool:
@@ -147,7 +143,8 @@ def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
     elif setting.fused_norm:
         normed, statistics = c * entries, FLOAT * rows
     else:  # the input in float32 at least, and the normalised input
-        normed, statistics = 2 * max(FLOAT, c) * entries, max(FLOAT, c) * rows
+        times = 1 if setting.lora.rank else 2  # a frozen weight needs no normalised input
+        normed, statistics = times * max(FLOAT, c) * entries, max(FLOAT, c) * rows
     return norms * (normed + statistics) + c * entries
 
 
@@ -166,7 +163,7 @@ def _attention_bytes(
     biased = model.positions == "relative" and not crosses
     repeats = groups < heads and (hides or biased or setting.context > 1)
     spread = shared * heads // groups if repeats else shared
-    kept = 2 * query + 2 * spread + statistics
+    kept: float = 2 * query + 2 * spread + statistics
     if setting.context > 1:
         kept += _shared_attention(model, own, keys, setting, query, shared, spread)
     elif keys.documents or (model.sliding_window and own.causal):
@@ -176,9 +173,7 @@ def _attention_bytes(
         normed = setting.compute_bytes if setting.fused_norm else 2 * max(FLOAT, c)
         each = 2 * max(FLOAT, c) if model.qk_norm == "width" else normed
         kept += (rows * heads + seen * groups) * width * each
-    turns = model.positions == "rope" or model.qk_norm != "none" or spread > shared
-    reused = query + statistics + (0.0 if turns else query + shared)
-    return LayerBytes(kept, products, reused + (shared if spread == shared else 0.0))
+    return LayerBytes(kept, products)
 
 
 def _shared_attention(
@@ -211,10 +206,10 @@ def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> Laye
     """Return the bytes of the feed-forward layer."""
     inner = setting.compute_bytes * rows * math.ceil(model.ffn_width / setting.tensor)
     if is_gated(model):
-        return LayerBytes(4 * inner, 2 * inner, 2 * inner)
+        return LayerBytes(4 * inner, 2 * inner)
     if model.activation == "relu":  # it keeps its output, which is the next product's input
-        return LayerBytes(inner, inner, 0.0)
-    return LayerBytes(2 * inner, inner, inner)
+        return LayerBytes(inner, inner)
+    return LayerBytes(2 * inner, inner)
 
 
 def _backward_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
@@ -264,7 +259,8 @@ class LossBytes:
     hidden: float  # what the head keeps in front of the logits
     kept: float  # from the loss to its backward
     peak: float  # in the loss and its backward, with what is kept
-    again: float = 0.0  # the logits, which a pipeline's schedule still holds in their backward
+    logits: float = 0.0  # from which weights get gradients, and which 1f1b still holds
+    in_turn: float = 0.0  # the peak when the logits are still held in their backward
 
 
 def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int = 1) -> LossBytes:
@@ -281,6 +277,8 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
         hidden += 4 * c * between * model.width
     if setting.splits_rows:
         hidden += c * rows * model.width
+    if setting.lora.rank:  # nothing of the head learns from what it reads
+        hidden -= c * rows * model.width
     pools = kind == "classes"
     counted = setting.samples if pools else rows
     if (kind in ("ctc", "boxes")) and setting.context > 1:
@@ -294,28 +292,32 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
     backward = (2 * wide if split else 3 * wide) * entries
     if kind == "ctc":
         states = counted * (2 * (last.length // 2) + 1) * wide
-        forward, backward = forward + states, max(backward, 2 * wide * entries + 2 * states)
+        forward, backward = forward + states, 3 * wide * entries + 2 * states
     if kind == "boxes":
         forward = backward = 8 * wide * entries
     kept = (wide + c) * entries
     if chunks > 1 and kind == "tokens":
         hidden_grad = c * rows * model.width
         peak = max(forward, backward + casts * entries) / chunks + hidden_grad
-        return LossBytes(hidden, hidden_grad, peak)
-    return LossBytes(hidden, kept, max(forward, backward), c * entries)
+        return LossBytes(hidden, hidden_grad, peak, in_turn=peak)
+    logits = c * entries
+    return LossBytes(hidden, kept, max(forward, backward), logits, max(forward, backward + logits))
 
 
-def quantized_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
-    """Return what the layers of a block keep more when they compute with integers."""
-    compress, c, t = setting.compress, setting.compute_bytes, setting.tensor
-    if not compress.bits or setting.lora.rank:
-        return 0.0
-    rows, extra = setting.rows(own.length), 0.0
-    for matrix in attention_matrices(model) + feed_forward_matrices(model):
-        outputs = matrix.outputs if matrix.style == "row" else matrix.outputs // t
-        inputs = matrix.inputs // t if matrix.style == "row" else matrix.inputs
-        if compress.input_bits:
-            extra += c * rows * inputs
-        if compress.input_bits and not compress.group:
-            extra += c * rows * outputs
+def layer_extras(model: ModelConfig, own: Sequence, setting: Setting, branches: int) -> float:
+    """Return what a block's linear layers keep more with adapters, or computing with integers."""
+    compress, lora, c = setting.compress, setting.lora, setting.compute_bytes
+    rows, tensor, extra = setting.rows(own.length), setting.tensor, 0.0
+    for matrix in attention_matrices(model) * (branches - 1) + feed_forward_matrices(model):
+        row_split = matrix.style == ROW
+        outputs = matrix.outputs if row_split else matrix.outputs // tensor
+        inputs = matrix.inputs // tensor if row_split else matrix.inputs
+        if lora.rank:
+            extra += c * rows * lora.rank * (matrix.name in (lora.targets or LAYERS))
+        elif compress.bits and compress.input_bits:  # its own input, and the scale of its outputs
+            extra += c * rows * (inputs + (0 if compress.group else outputs))
+    if compress.bits and compress.input_bits and not lora.rank:
+        # What they read is not kept beside the integers.
+        inner = 0 if model.activation == "relu" else math.ceil(model.ffn_width / tensor)
+        extra -= c * rows * (branches * model.width + inner)
     return extra

@@ -54,13 +54,16 @@ PRESETS = {
 
 
 def small_run(
-    model: ModelConfig, strategy: StrategyConfig, activation_checkpointing: str = "none"
+    model: ModelConfig,
+    strategy: StrategyConfig,
+    activation_checkpointing: str = "none",
+    layers: int = 4,
 ) -> tuple[TrainConfig, list[Shapes]]:
     """Return a complete configuration with a small model, and its micro-batches."""
     model = replace(
         model,
-        layers=4,
-        encoder_layers=4 if model.family == "encoder_decoder" else 0,
+        layers=layers,
+        encoder_layers=layers if model.family == "encoder_decoder" else 0,
         vocab_size=model.queries * model.query_groups or 512,
         max_positions=SEQ_LEN,
         image_size=32,

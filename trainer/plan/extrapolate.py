@@ -22,10 +22,12 @@ from parallel.pipeline.torch_schedules import list_actions
 from trainer.config.train import TrainConfig, is_encoder_decoder, longest_source
 from trainer.nn.flops import flops_per_block
 from trainer.plan.inputs import Shapes
+from trainer.plan.live_bytes import REST
 from trainer.plan.trace import StepTrace, Window, WindowTrace, trace_windows
 
 ENDS = 2  # blocks, and micro-batches, at either end that are told apart
 SHORTEST = 3  # blocks of a stack that are traced
+COUNT_BYTES = 8  # a number of targets
 Role = tuple[str, int, int, int, int]  # action, stage, stack, places of block and micro-batch
 
 
@@ -107,21 +109,24 @@ def _extrapolate(
         fixed = [len(axis) == 1 for axis in grid]
         corners[sizes] = _by_role(windows, short_cut, sizes[2], fixed)
     weights = _weights(grid, [*shortest, micro_batches])
-    middle = grid[2][0] // 2 if len(grid[2]) == 1 and micro_batches > grid[2][0] else None
-    repeated = micro_batches - grid[2][0]
-    return _join(rank, corners, weights, middle, repeated)
+    repeated = micro_batches - grid[2][0] if len(grid[2]) == 1 else 0
+    trace = _join(rank, corners, weights, grid[2][0] // 2 if repeated else -1, repeated)
+    # The inputs of all micro-batches are there, and the number of targets of each.
+    waiting = repeated * (COUNT_BYTES + sum(shape.nbytes for shape in inputs.values()))
+    kinds = {**trace.kinds, REST: trace.kinds[REST] + waiting}
+    return replace(trace, peak_bytes=trace.peak_bytes + waiting, kinds=kinds)
 
 
 def _join(
     rank: int,
     corners: Mapping[tuple[int, ...], Mapping[Role, WindowTrace]],
     weights: Mapping[tuple[int, ...], float],
-    middle: int | None,
+    middle: int,
     repeated: int,
 ) -> StepTrace:
     """Return the trace at the real sizes.
 
-    `middle` is a micro-batch that is `repeated` times more than were traced; None = none is.
+    `middle` is a micro-batch like which there are `repeated` more than were traced.
     """
 
     def continued(value: Callable[[Mapping[Role, WindowTrace]], float]) -> int:
@@ -129,9 +134,11 @@ def _join(
 
     def counted(value: Callable[[WindowTrace], int]) -> int:
         def total(found: Mapping[Role, WindowTrace]) -> int:
-            once = sum(value(window) for window in found.values())
-            again = (value(window) for role, window in found.items() if role[4] == middle)
-            return once if middle is None else once + repeated * sum(again)
+            # A window may have two roles: near the start, and near the end.
+            turns = {id(window): role[4] for role, window in found.items()}
+            windows = {id(window): window for window in found.values()}
+            times = {key: 1 + repeated * (turns[key] == middle) for key in windows}
+            return sum(times[key] * value(window) for key, window in windows.items())
 
         return continued(total)
 
@@ -255,5 +262,5 @@ def _traced_counts(config: TrainConfig, micro_batches: int) -> tuple[int, ...]:
     enough = next((n for n in accepted if n >= 6 * ranks), micro_batches)
     most = held(enough)
     if max(most.values()) == enough:  # all of them
-        return accepted[0], accepted[0] + 1
+        return (3, 4) if micro_batches > 4 else (micro_batches,)
     return (next((n for n in accepted if n < enough and held(n) == most), enough),)

@@ -53,7 +53,8 @@ def fake_materialize(mode: FakeTensorMode) -> Callable[..., None]:
 def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
     """Show `live` what no operator does, and replace what fake tensors cannot do.
 
-    FSDP resizes storages. A transport holds what it sends until the schedule has waited for it.
+    FSDP resizes storages. gloo holds what it sends until the schedule has waited for it, NCCL until
+    it is sent.
     The matching of a detector reads its costs, CTC its lengths. A CPU has no fused RMSNorm, CUDA
     has.
     """
@@ -63,7 +64,7 @@ def visible_memory(live: LiveBytes, device: str) -> Iterator[None]:
                 if hasattr(module, name):
                     resize = partial(_resize, live, getattr(module, name))
                     patches.enter_context(mock.patch.object(module, name, resize))
-        send = partial(_send_holding, schedules._batch_p2p)
+        send = partial(_send_holding, schedules._batch_p2p, device == "cpu")
         patches.enter_context(mock.patch.object(schedules, "_batch_p2p", send))
         match = partial(_match_all, live)
         patches.enter_context(mock.patch.object(set_prediction, "match_queries", match))
@@ -92,9 +93,13 @@ class _Sent:
 
 
 def _send_holding(
-    start: Callable[..., list[dist.Work]], operations: list[dist.P2POp], *args: Any, **options: Any
+    start: Callable[..., list[dist.Work]],
+    holds: bool,
+    operations: list[dist.P2POp],
+    *args: Any,
+    **options: Any,
 ) -> list[Any]:
-    tensors = [operation.tensor for operation in operations]
+    tensors = [operation.tensor for operation in operations] if holds else []
     return [_Sent(work, tensors) for work in start(operations, *args, **options)]
 
 
@@ -110,10 +115,23 @@ def _match_all(
     return numbers[0], numbers[1], numbers[2]
 
 
-def _fused_rms_norm(
-    x: Tensor, shape: list[int], weight: Tensor | None = None, eps: float | None = None
-) -> Tensor:
-    return torch.ops.aten._fused_rms_norm(x, list(shape), weight, eps)[0]
+class _FusedRMSNorm(torch.autograd.Function):
+    """RMSNorm's memory in one kernel: it keeps its input, and a number per row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        precise = torch.promote_types(x.dtype, torch.float32)
+        ctx.save_for_backward(x, weight, x.new_empty(*x.shape[:-1], 1, dtype=precise))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+def _fused_rms_norm(x: Tensor, _shape: Any, weight: Tensor, _eps: float | None = None) -> Tensor:
+    return _FusedRMSNorm.apply(x, weight)
 
 
 class _CTC(torch.autograd.Function):
@@ -131,7 +149,10 @@ class _CTC(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         log_probability_TBV, alpha_BTL = ctx.saved_tensors
         beta_BTL = torch.empty_like(alpha_BTL)
-        return torch.zeros_like(log_probability_TBV) if len(beta_BTL) else None
+        inside_TBV = torch.zeros_like(log_probability_TBV)
+        gradient_TBV = torch.zeros_like(inside_TBV)
+        del beta_BTL, inside_TBV  # they have been there beside the gradient
+        return gradient_TBV
 
 
 def targets_of_vectors(vectors: int) -> int:

@@ -3,6 +3,7 @@
 # B batch, S sequence, T source sequence, F frames of audio, N rows of boxes.
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -25,6 +26,11 @@ class TensorShape:
 
     sizes: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the input."""
+        return prod(self.sizes) * self.dtype.itemsize
 
 
 Shapes = dict[str, TensorShape]

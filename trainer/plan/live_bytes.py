@@ -35,6 +35,7 @@ class Peak:
 
     live_bytes: int = 0
     clock: int = 0
+    copied: int = 0  # of these, in a transport's copy
 
 
 @dataclass
@@ -50,11 +51,12 @@ class LiveBytes(TorchDispatchMode):
     """A dispatch mode that follows the live bytes of storages, and their peak in each window.
 
     Enter it inside of a FakeTensorMode. Storages that are resized without an operator are
-    reported by `resized`.
+    reported by `resized`. With `gloo` a reduce-scatter copies its input, as gloo does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gloo: bool = False) -> None:
         super().__init__()
+        self._gloo = gloo
         self.clock = self.total = 0
         self.window: Hashable = ""  # what runs
         self.begin_step()
@@ -83,19 +85,20 @@ class LiveBytes(TorchDispatchMode):
             self._count(storage, kind)
         self._note_peak()
 
-    def kinds_at(self, clock: int) -> dict[str, int]:
-        """Return the bytes by kind that were live after an operator of this step."""
-        found: dict[str, int] = defaultdict(int)
+    def kinds_at(self, peak: Peak) -> dict[str, int]:
+        """Return the bytes by kind at a peak of this step."""
+        found: dict[str, int] = defaultdict(int, {REST: peak.copied})
         for allocation in self.allocations:
             # What is released behind an operator was there with its outputs.
-            alive = allocation.death is None or allocation.death >= clock
-            if allocation.birth <= clock and alive:
+            alive = allocation.death is None or allocation.death >= peak.clock
+            if allocation.birth <= peak.clock and alive:
                 found[allocation.kind] += allocation.size
         return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         counts = self.counts[self.window]
-        counts.collectives += collectives_of(func, args)
+        issued = collectives_of(func, args)
+        counts.collectives += issued
         # A constant is one that the host knows.
         counts.reads += func in READS and getattr(args[0], "constant", None) is None
         out = func(*args, **(kwargs or {}))
@@ -106,7 +109,8 @@ class LiveBytes(TorchDispatchMode):
                 self.follow([leaf])
         writes = len(self.allocations) > before or func._schema.is_mutable
         counts.operators += bool(writes)
-        self._note_peak()
+        copied = sum(c.payload_bytes for c in issued if c.name == "reduce_scatter")
+        self._note_peak(copied if self._gloo else 0)
         return out
 
     def _count(self, storage: Any, kind: str) -> None:
@@ -126,10 +130,10 @@ class LiveBytes(TorchDispatchMode):
         allocation.death = self.clock
         self.total -= allocation.size
 
-    def _note_peak(self) -> None:
+    def _note_peak(self, copied: int = 0) -> None:
         peak = self.peaks[self.window]
-        if self.total > peak.live_bytes:
-            peak.live_bytes, peak.clock = self.total, self.clock
+        if self.total + copied > peak.live_bytes:
+            peak.live_bytes, peak.clock, peak.copied = self.total + copied, self.clock, copied
 
 
 def _plain_tensors(tensor: Tensor) -> list[Tensor]:

@@ -24,8 +24,8 @@ from trainer.plan.block_memory import (
     Setting,
     block_bytes,
     embedding_bytes,
+    layer_extras,
     loss_bytes,
-    quantized_bytes,
     shared_bytes,
 )
 from trainer.plan.numbers import Numbers, Part, RankNumbers
@@ -147,7 +147,7 @@ class MemoryModel:
         found = []
         for rank, plan in enumerate(self._plans(*cut)):
             numbers = self._ranks(cut, rank, split, activation_checkpointing, layout.copies)
-            state = self._state_bytes(numbers.blocks + numbers.ends, layout, strategy)
+            state = self._state_bytes(numbers.own, layout, strategy)
             found.append(self._rank_terms(plan, numbers, loss, layout, state, micro_batches))
         return found
 
@@ -161,23 +161,23 @@ class MemoryModel:
         micro_batches: int,
     ) -> MemoryTerms:
         """Return the terms of the moment in which a rank needs the most."""
-        own, found = numbers.blocks + numbers.ends, []
-        # Forwards and backwards in turn: a message is under way, and the last logits are there.
-        in_turn = layout.staged and plan.held.accumulates
-        message = numbers.last.bytes.output if in_turn else 0.0
-        peak = loss.peak + (loss.again if in_turn else 0.0)
+        own, found = numbers.own, []
+        message = numbers.last.bytes.output if plan.held.in_turn else 0.0
+        peak = loss.in_turn if plan.held.in_turn else loss.peak
         for moment, present in plan.moments(layout.staged, micro_batches):
-            held = message
-            for n, m, kept, late, more in zip(
-                *moment, numbers.kept, numbers.late, numbers.waiting, strict=True
-            ):
+            held = message + moment.sent * numbers.last.bytes.output * (not self._fused_norm)
+            each = zip(numbers.kept, numbers.late, numbers.waiting, strict=True)
+            for n, m, (kept, late, more) in zip(moment.flying, moment.waiting, each, strict=True):
                 held += n * kept + max(0, n - 1) * late + m * more
             gradients, gathered = self._gradient_bytes(own, layout, present, micro_batches)
             rest = state[0], gradients, state[1]
-            if plan.has_head:
+            if numbers.has_head:
                 at_loss = gathered + self._gathered_at_loss(numbers, layout)
                 found.append(MemoryTerms(*rest, at_loss, held, peak))
-            found += self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
+            blocks = self._at_blocks(rest, gathered, numbers, held - numbers.done, layout)
+            found += blocks
+            if layout.staged and not present:
+                found.append(self._second(blocks[0], numbers))
         return max(found, key=_total)
 
     def _at_blocks(
@@ -197,13 +197,24 @@ class MemoryModel:
         root = c * (numbers.ends.total + whole + numbers.ends.largest)
         # Behind the last block, the gradients of the one before are still on their way.
         sent = layout.reduce_bytes * block.learned
-        made = (c + self._parameter_bytes / layout.share) * block.learned
+        # Its weights are freed in front of its own sum, and its gradients behind their copy.
+        copied = max(c * block.learned, 0.0 if self._fused_norm else sent)  # gloo's copy
+        summed = sent + copied + self._parameter_bytes / layout.share * block.learned
+        summed -= c * block.total * layout.frees
         left = held - numbers.one
         return [
             MemoryTerms(*state, root, held + numbers.work, 0.0),
             MemoryTerms(*state, root + sent, left + numbers.work, 0.0),
-            MemoryTerms(*state, root + sent + made, left + last.output, 0.0),
+            MemoryTerms(*state, root + summed, left + last.output, 0.0),
         ]
+
+    def _second(self, first: MemoryTerms, numbers: RankNumbers) -> MemoryTerms:
+        """Return the terms of the second block's backward, when the first has its gradients."""
+        return replace(
+            first,
+            gradients=first.gradients + self._parameter_bytes * numbers.last.parameters.learned,
+            activations=first.activations - numbers.one,
+        )
 
     def _gathered_at_loss(self, numbers: RankNumbers, layout: Layout) -> float:
         """Return what FSDP has gathered when the loss is computed, without a pipeline."""
@@ -213,12 +224,12 @@ class MemoryModel:
         return self._compute_bytes * (numbers.ends.total + kept)
 
     def _gradient_bytes(
-        self, own: Parameters, layout: Layout, present: bool, micro_batches: int
+        self, own: Parameters, layout: Layout, present: float, micro_batches: int
     ) -> tuple[float, float]:
         """Return the bytes of gradients at rest, and of what FSDP keeps gathered in a pipeline."""
         p = self._parameter_bytes
         if layout.sharded and layout.staged:  # gradients stay whole until the step's end
-            reduce = max(layout.reduce_bytes, p) * own.learned if present else 0
+            reduce = max(layout.reduce_bytes, p) * own.learned * present
             return 0.0, self._compute_bytes * own.total + reduce
         if layout.buckets:  # DDP's, and what accumulates beside them
             return p * own.learned * (1 + (micro_batches > 1)), 0.0
@@ -233,18 +244,20 @@ class MemoryModel:
         last = max((parts[kind] for stage in stages for kind, _ in stage.blocks), key=_size)
         blocks, ends = self._rank_parameters(plan, parts, split[0])
         work = last.bytes.recomputed[mode] + last.bytes.backward
-        if mode != "none" and copies:
-            work += last.copies
+        if mode != "none":
+            work += last.more + copies * last.copies
         return RankNumbers(
             tuple(self._stage_kept(stage, numbers, mode, copies) for stage in stages),
             tuple(loss.kept if stage.last else 0.0 for stage in stages),
             tuple(
                 sum(number * parts[kind].bytes.gradients for kind, number in stage.blocks)
-                + (loss.again if stage.last else 0.0)
+                + (loss.logits if stage.last else 0.0)
                 for stage in stages
             ),
             blocks,
             ends,
+            blocks + ends,
+            plan.has_head,
             last,
             last.bytes.kept[mode],
             work,
@@ -262,7 +275,8 @@ class MemoryModel:
             kept += numbers.target
         elif LAST_ENCODER not in kinds:
             kept += numbers.memory
-        kept += numbers.embedding if stage.first else 0.0
+        received = numbers.parts[kinds[0]].bytes.received if mode == "none" else 0.0
+        kept += numbers.embedding if stage.first else received
         if stage.last:
             return kept + numbers.loss.hidden + copies * numbers.head
         return kept + numbers.parts[kinds[-1]].bytes.output
@@ -272,7 +286,7 @@ class MemoryModel:
     ) -> tuple[float, float]:
         """Return the bytes of weights and of moments."""
         p, c, width = self._parameter_bytes, self._compute_bytes, self.model.width
-        frozen = p * own.frozen
+        frozen: float = p * own.frozen
         if own.frozen and not layout.sharded and strategy.tensor == 1:
             frozen = c * own.frozen  # they stay in the dtype that they are computed in
         if own.frozen and not layout.sharded and self._compress.bits:
@@ -355,7 +369,7 @@ class MemoryModel:
             cross = memory is not None
             found = count.block_parameters(model, setting.tensor, self._lora, cross, turns)
             copies = self._compute_bytes * (found.matrices + found.small)
-            more = quantized_bytes(model, own, setting)
+            more = layer_extras(model, own, setting, 3 if cross else 2)
             parts[kind] = Part(block_bytes(model, own, setting, memory, turns), found, copies, more)
         return parts
 

@@ -39,6 +39,8 @@ class RankNumbers:
     waiting: tuple[float, ...]  # more between two halves of a backward
     blocks: Parameters
     ends: Parameters
+    own: Parameters  # both
+    has_head: bool
     last: Part  # the largest block
     one: float  # what it keeps
     work: float  # of its backward, what is recomputed included

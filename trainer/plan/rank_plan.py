@@ -1,13 +1,14 @@
 """What each rank of a layout has and holds: stages, micro-batches in flight, shards; torch-free."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from parallel.pipeline.partition import balance_stages, stage_blocks
 from parallel.pipeline.schedules import stage_to_rank, stages_per_rank
 from parallel.strategy import StrategyConfig
 from trainer.config.train import (
+    CompressConfig,
     LoraConfig,
     ModelConfig,
     TrainConfig,
@@ -36,6 +37,7 @@ class Moment(NamedTuple):
 
     flying: tuple[int, ...]  # from their forward to the end of their backward
     waiting: tuple[int, ...]  # of these, those whose weights have yet to get their gradients
+    sent: int = 0  # messages so far that hold memory of their own until the step's end, on gloo
 
 
 class Held(NamedTuple):
@@ -43,6 +45,7 @@ class Held(NamedTuple):
 
     moments: tuple[Moment, ...]
     accumulates: bool  # whether gradients are there already
+    in_turn: bool = False  # 1f1b: one loop, which still holds the latest logits and message
 
 
 ONE_STAGE = (Held((Moment((1,), (0,)),), accumulates=False),)
@@ -60,14 +63,15 @@ class RankPlan:
         """Return whether the loss is computed here."""
         return any(stage.last for stage in self.stages)
 
-    def moments(self, staged: bool, micro_batches: int) -> list[tuple[Moment, bool]]:
-        """Return the moments that may need the most, and if gradients are there then."""
+    def moments(self, staged: bool, micro_batches: int) -> list[tuple[Moment, float]]:
+        """Return the moments that may need the most, and the share of gradients there then."""
         if not staged:
-            return [(moment, micro_batches > 1) for moment in self.held.moments]
-        found = [(moment, self.held.accumulates) for moment in self.held.moments]
+            return [(moment, float(micro_batches > 1)) for moment in self.held.moments]
+        found = [(moment, float(self.held.accumulates)) for moment in self.held.moments]
         if not self.held.accumulates:  # behind the first backward of the last stage here
-            for flying, waiting in self.held.moments:
-                found.append((Moment((*flying[:-1], flying[-1] - 1), waiting), True))
+            for flying, waiting, sent in self.held.moments:
+                fewer = (*flying[:-1], flying[-1] - 1)
+                found.append((Moment(fewer, waiting, sent), 1 / len(flying)))
         return found
 
 
@@ -95,7 +99,10 @@ class Layout(NamedTuple):
             staged,
             replicas > 1 and not sharded,
             strategy.reshard_after_forward and not staged,
-            not sharded and compute_bytes < parameter_bytes and not lora.rank,
+            # Frozen weights are narrow already, where they are not split.
+            not sharded
+            and compute_bytes < parameter_bytes
+            and not (lora.rank and strategy.tensor == 1),
             REDUCE_BYTES[strategy.reduce],
         )
 
@@ -148,6 +155,25 @@ def _stage(model: ModelConfig, blocks: Iterable[int], first: bool, last: bool) -
     return Stage(tuple(kinds.items()), first, last)
 
 
+def mean_length(model: ModelConfig, compress: CompressConfig, length: int) -> int:
+    """Return the mean length of a sequence over the blocks, where some of them shorten it."""
+    depth = model.encoder_layers or model.layers
+    kept, left, lengths = int(model.pool == "class_token"), length, []
+    if compress.drop:
+        left = kept + max(1, round((length - kept) * (1 - compress.drop)))
+    text = model.family == "decoder"
+    for block in range(model.layers if text else depth):
+        lengths.append(left)
+        if compress.pool_after == block + 1:
+            square = 2 if inputs_of(model) == "patches" else 1
+            left = kept * (square == 2) + -(-(left - kept) // compress.pool_stride**square)
+        elif text and compress.pool_after and block + 1 == model.layers - compress.pool_after:
+            left = length
+        elif compress.merge and block >= compress.pool_after:
+            left -= min(compress.merge, (left - kept) // 2)
+    return round(sum(lengths) / len(lengths))
+
+
 def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]:
     """Return the encoder's and the decoder's sequences of a complete configuration's data."""
     model, data = config.model, config.data
@@ -157,7 +183,7 @@ def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]
     if model.queries:
         target = Sequence(model.queries * model.query_groups)
     if model.family == "decoder":
-        return None, target
+        return None, replace(target, length=mean_length(model, config.compress, target.length))
     length, masked = data.seq_len, padded
     if inputs_of(model) == "patches":
         length = (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
@@ -167,5 +193,5 @@ def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]
         length = -(-frames // model.audio_stride)
         if model.audio_fill == "silence":
             length, masked = model.audio_positions, False
-    source = Sequence(length, masked=masked)
+    source = Sequence(mean_length(model, config.compress, length), masked=masked)
     return source, target if is_encoder_decoder(model) else None

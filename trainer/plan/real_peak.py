@@ -38,7 +38,7 @@ class Settled(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for issued in collectives_of(func, args):
             if issued.name != "send":
-                dist.barrier(_resolve_process_group(issued.group))
+                dist.barrier(_resolve_process_group(issued.group))  # type: ignore[arg-type]
             time.sleep(SETTLED_SECONDS + issued.payload_bytes / SLOWEST)
         return out
 

@@ -112,7 +112,7 @@ def trace_windows(
     device: str = "cpu",
 ) -> dict[Window, WindowTrace]:
     """Trace one rank's step by its windows."""
-    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes()
+    mode, live = FakeTensorMode(allow_non_fake_inputs=True), LiveBytes(gloo=device == "cpu")
     with fake_ranks(rank, world_size) as runtime, visible_memory(live, device):
         state = _fake_state(config, runtime, mode, live)
         axes = _axis_names(state.worker.mesh)
@@ -126,7 +126,8 @@ def trace_windows(
                 live.begin_step()
                 take_step(config, state, inputs)
             live.follow(state.worker.gradients(), GRADIENTS)
-        found = {window: _window_trace(live, window, axes) for window in list(live.peaks)}
+        windows = [window for window in live.peaks if isinstance(window, Window)]
+        found = {window: _window_trace(live, window, axes) for window in windows}
         state.worker.zero_grad()
     return found
 
@@ -139,7 +140,7 @@ def _window_trace(live: LiveBytes, window: Window, axes: Mapping[str, str]) -> W
         wire[axes[collective.group], collective.name, dtype] += collective.payload_bytes
     return WindowTrace(
         peak.live_bytes,
-        live.kinds_at(peak.clock),
+        live.kinds_at(peak),
         wire,
         len(counts.collectives),
         counts.operators,
@@ -195,7 +196,9 @@ def _fake_inputs(shapes: Shapes) -> dict[str, Tensor]:
 
 def _axis_names(mesh: DeviceMesh) -> dict[str, str]:
     """Return the axis, or the axes, of each process group by its name."""
-    names = {mesh.get_group(axis).group_name: axis for axis in mesh.mesh_dim_names or ()}
+    names: dict[str, str] = {}
+    for axis in mesh.mesh_dim_names or ():
+        names[mesh.get_group(axis).group_name] = axis
     for name, flat in mesh._get_root_mesh()._flatten_mapping.items():
         names.setdefault(flat.get_group().group_name, name)
     return names

@@ -57,7 +57,8 @@ class TracedReplicas(DistributedDataParallel):
         learned = [p for p in model.parameters() if p.requires_grad]
         self._assign_buckets(learned[::-1])
         self._order: list[nn.Parameter] | None = []  # of their first gradients; None = rebuilt
-        self._open, self._sent = len(self._buckets), []
+        self._open = len(self._buckets)
+        self._sent: list[Tensor] = []  # rounded gradients on their way
         for parameter in learned:
             parameter.register_post_accumulate_grad_hook(self._accept_gradient)
 
