@@ -72,6 +72,9 @@ class RankPlan:
             for flying, waiting, sent in self.held.moments:
                 fewer = (*flying[:-1], flying[-1] - 1)
                 found.append((Moment(fewer, waiting, sent), 1 / len(flying)))
+                if len(flying) > 1:  # the other stages are done when the first one begins
+                    first = (flying[0] - 1, *(0 for _ in flying[1:]))
+                    found.append((Moment(first, waiting, sent), 1.0))
         return found
 
 
