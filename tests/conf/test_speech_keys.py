@@ -17,7 +17,7 @@ JOINT = "model=whisper-tiny model.ctc_weight=0.3"
 BAD = {
     "model.ctc_weight=0.3": "set model.ctc_weight=0",
     f"{JOINT} lora.rank=2 init_from=runs/other": "freezes the projection that model.ctc_weight=0.3",
-    f"{JOINT} compress=merge": "set compress.merge=0, or a larger audio_stride of model and data",
+    f"{JOINT} compress=merge": "set compress.merge=0, or model.ctc_weight=0",
     "model=gpt-tiny model.inputs=audio": "model.inputs=audio is for model.family=encoder and",
     "model.audio_stride=3": "model.audio_stride=3 must be 2 or 4",
     "model=vit-tiny model.outputs=ctc": "model.outputs=ctc is for model.family=encoder with",

@@ -74,6 +74,15 @@ def flops_per_block(
         cross = _attention_multiply_adds(config, seq_len, lengths[-1])
         encoder = [_block_multiply_adds(config, length) for length in lengths]
         costs = encoder + config.layers * [_block_multiply_adds(config, seq_len) + cross]
+    _add_heads(config, costs, seq_len, source_len, targets)
+    # A multiply-add is two FLOPs; forward and backward together are three products.
+    return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
+
+
+def _add_heads(
+    config: ModelConfig, costs: list[int], seq_len: int, source_len: int, targets: int
+) -> None:
+    """Add the multiply-adds of the heads' forwards to those of the blocks before them."""
     patches = outputs_of(config) == "boxes" and not config.queries
     classified = 1 if outputs_of(config) == "classes" else source_len if patches else seq_len
     if targets and outputs_of(config) == "tokens":
@@ -87,8 +96,6 @@ def flops_per_block(
         costs[-config.layers : -1] = [
             cost + seq_len * config.width * own for cost in costs[-config.layers : -1]
         ]
-    # A multiply-add is two FLOPs; forward and backward together are three products.
-    return [2.0 * 3 * cost + (embedding if i == 0 else 0.0) for i, cost in enumerate(costs)]
 
 
 def _embedding_flops(config: ModelConfig, source_len: int) -> tuple[float, int]:
