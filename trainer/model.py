@@ -60,10 +60,8 @@ class Transformer(nn.Module):
         self.embedding_type, self.head_type = embedding_type(config), head_type(config)
         self.embed: nn.Module | None = build_embedding(config)
         self.blocks = nn.ModuleDict({str(i): b for i, b in enumerate(build_blocks(config))})
-        # Biases of attention scores by stream, shared by its blocks.
-        self.relative_bias = nn.ModuleDict(build_relative_biases(config))
-        # Modules that resize a sequence, by the block that they follow (-1: the embedding).
-        self.resizes: dict[int, Resize] = {}
+        self.relative_bias = nn.ModuleDict(build_relative_biases(config))  # of scores, by stream
+        self.resizes: dict[int, Resize] = {}  # of a sequence, by the block before; -1: embedding
         self.auxiliary_heads = nn.ModuleDict(auxiliary_heads(config))  # by the block before them
         # Hooks on the flow after a block, which may add to its gradient; by the block's name.
         self.block_hooks: dict[str, list[BlockHook]] = defaultdict(list)
@@ -226,8 +224,10 @@ class Transformer(nn.Module):
         """Return the length of a sequence at the input of a block, and whether it has marks."""
         marked, total = False, length
         for resize in self._resizes_before(block, stream):
-            shorter = resize.output_length(length, self.training)
-            length = total if resize.restores_length else shorter
+            if resize.restores_length:
+                length = total
+            else:
+                length = resize.output_length(length, self.training)
             marked = marked or resize.marks
         return length, marked
 
