@@ -5,7 +5,8 @@ import torch
 
 from parallel.strategy import StrategyConfig
 from trainer.build import parallel_model
-from trainer.loss import cross_entropy_sum
+from trainer.config.loss import LossConfig
+from trainer.loss import CrossEntropy
 from trainer.model import Transformer
 from trainer.nn.init import init_rows
 from trainer.precision import PRECISIONS
@@ -25,10 +26,13 @@ def own_gradients(micro_batches: list[dict], count: torch.Tensor) -> list[Gradie
     for name, parameter in model.named_parameters():
         rows = init_rows(MODEL, 0, name, parameter.shape, 0, parameter.shape[0])
         parameter.data.copy_(rows)
-    found = []
+    objective, found = CrossEntropy(), []
+    loss_sum = objective.build_loss(model.head, LossConfig())
     for micro_batch in micro_batches:
         model.zero_grad()
-        (cross_entropy_sum(model(micro_batch), micro_batch["targets"]) / count).backward()
+        targets = micro_batch["targets"]
+        valid = int(objective.count_valid(targets))
+        (loss_sum(model(micro_batch), targets, valid) / count).backward()
         found.append({n: p.grad.clone() for n, p in model.named_parameters()})
     return found
 

@@ -28,7 +28,7 @@ from trainer.data import data_fingerprint, prepare_data
 from trainer.model import Transformer
 from trainer.nn.tensor_layout import TENSOR_LAYOUT
 from trainer.precision import PRECISIONS, Precision
-from trainer.verify.cases import FAMILIES, make_batch, scale_down, split_batch
+from trainer.verify.cases import DETECTORS, FAMILIES, make_batch, scale_down, split_batch
 from trainer.verify.features import FEATURES
 
 GPT = ModelConfig(
@@ -63,7 +63,8 @@ def test_the_table_names_every_parameter_once(family):
 def test_every_pattern_matches_a_parameter():
     names = []
     sandwich = replace(FAMILIES["encoder-decoder"], norm_placement="sandwich")
-    for config in (*FAMILIES.values(), *FEATURES.values(), sandwich):
+    sets = replace(DETECTORS["encoder-decoder (DETR)"], layers=2, auxiliary_heads=True)
+    for config in (*FAMILIES.values(), *FEATURES.values(), sandwich, sets):
         sized = replace(config, vocab_size=61, max_positions=8, image_size=8, channels=3, classes=7)
         with torch.device("meta"):
             names += [name for name, _ in Transformer(sized).named_parameters()]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from parallel.comm_volume.counter import Payload
@@ -30,6 +31,8 @@ def traced_traffic(
         worker = parallel_model(
             model, strategy, runtime, PRECISIONS["bf16"], lora=lora, parallelize=build
         )
+        # Each position of targets without data has logits.
+        worker.count_valid = lambda targets: torch.tensor(targets.numel())
         with mode:
             return count_traffic(worker, strategy)
 

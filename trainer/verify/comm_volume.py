@@ -33,7 +33,7 @@ from parallel.tensor.layers import HEADS, TensorParallel, split_dim, style_of
 from trainer.build import parallel_model
 from trainer.config.train import LoraConfig, ModelConfig, head_width_of
 from trainer.inference.trained_run import unwrap_transformer
-from trainer.loss import count_valid, rows_of_logits
+from trainer.loss import rows_of_logits
 from trainer.model import Transformer
 from trainer.nn.embeddings import TokenEmbedding
 from trainer.nn.heads import ClassifierHead
@@ -85,7 +85,7 @@ def _due_bytes(
         floats += sum(_norm_elements(worker, m) for m in micro_batches) * FLOAT_BYTES
         heads, learned_heads = _shared_heads(worker, len(micro_batches))
         if model.head is not None:
-            floats += sum(cross_entropy_bytes(_rows_of_logits(model, m)) for m in micro_batches)
+            floats += sum(cross_entropy_bytes(_rows_of_logits(worker, m)) for m in micro_batches)
     if find_axis(worker.axes, ContextParallel) is not None:
         moved += sum((_attention_bytes(model, strategy, m) for m in micro_batches), StepBytes())
         floats += FLOAT_BYTES  # the loss, of which each rank has a part
@@ -113,10 +113,11 @@ def _due_bytes(
     )
 
 
-def _rows_of_logits(model: Transformer, micro_batch: MicroBatch) -> int:
+def _rows_of_logits(worker: ParallelModel, micro_batch: MicroBatch) -> int:
     """Return how many rows of a micro-batch have logits on this rank."""
     targets = micro_batch["targets"]
-    return rows_of_logits(model.local_targets(targets).numel(), int(count_valid(targets)))
+    own = unwrap_transformer(worker).local_targets(targets)
+    return rows_of_logits(own.numel(), int(worker.count_valid(targets)))
 
 
 def _reduced_bytes(worker: ParallelModel, strategy: StrategyConfig, micro_batches: int) -> Counter:

@@ -233,8 +233,10 @@ class Nothing(Compression):
     def reshape_model(self, model):
         pass
 
-    def wrap_loss(self, loss_sum, model):
-        return lambda logits, targets, inputs, **options: loss_sum(logits, targets, **options)
+    def wrap_loss(self, loss_sum, divergence_sum, model):
+        return lambda logits, targets, inputs, count, **options: loss_sum(
+            logits, targets, count, **options
+        )
 
     def prepare_step(self, step, steps):
         pass

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from functools import partial
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -540,10 +541,23 @@ def healthy(runtime, config: TrainConfig) -> list[str]:
     state = loop.start_run(config, runtime)
     loader = loop.open_loader(config, state)
     loop.take_step(config, state, next(loader))
-    micro_batches, read = next(loader), []
-    patches = [
-        mock.patch.object(Tensor, name, lambda *_, name=name: read.append(name)) for name in READS
-    ]
+    micro_batches, read, count_valid = next(loader), [], state.worker.count_valid
+
+    def count_on_host(targets: Tensor) -> Tensor:
+        (count := count_valid(targets)).on_host = True
+        return count
+
+    def reading(name: str) -> Any:
+        read_tensor = getattr(Tensor, name)
+
+        def note(tensor: Tensor, *args: Any) -> Any:
+            on_host = getattr(tensor, "on_host", False)
+            return read_tensor(tensor, *args) if on_host else read.append(name)
+
+        return mock.patch.object(Tensor, name, note)
+
+    state.worker.count_valid = count_on_host  # of batches that are not copied yet
+    patches = [reading(name) for name in READS]
     for patch in patches:
         patch.start()
     try:
