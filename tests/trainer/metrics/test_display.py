@@ -46,6 +46,7 @@ def read_until(terminal: int, end: str) -> str:
 def test_a_live_panel_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = pty.openpty()
     clock = FakeClock()
+    monkeypatch.setenv("TERM", "xterm")  # one that is not dumb, whatever the tests run in
     with os.fdopen(theirs, "w") as file:
         monkeypatch.setattr("sys.stderr", file)
         handler = logging.StreamHandler()
