@@ -126,9 +126,15 @@ def _head(asked: Asked, ranks: int) -> str:
 
 
 def _error(asked: Asked) -> str:
-    fit = asked.planner.fit
-    return f"times ± {fit.median_error:.0%}, nine of ten within {fit.ninetieth_error:.0%}: " + (
-        "measured here" if fit.calibrated else "not calibrated, the error on unseen stacks"
+    fit, machine = asked.planner.fit, asked.planner.machine
+    found = f"times ± {fit.median_error:.0%}, nine of ten within {fit.ninetieth_error:.0%}: "
+    if fit.calibrated:
+        return found + "measured here"
+    found += "not calibrated, the error on unseen stacks"
+    if machine.fitted:
+        return found
+    return (
+        f"{found} of A100 and H100; no step of a {machine.title} was fitted to, so it may be more"
     )
 
 

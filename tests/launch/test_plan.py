@@ -63,6 +63,7 @@ def test_a_plan_is_printed_and_written_and_its_words_are_sound(plan, tmp_path):
     status, text = plan(*SMALL, *few, "json=plan.json", "tokens=1e9")
     assert status == 0, text
     assert "times ±" in text and "not calibrated" in text
+    assert "no step of a L40S was fitted to" in " ".join(text.split())
     values = json.loads((tmp_path / "plan.json").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.json"]
     (made,) = values["plans"]

@@ -19,6 +19,7 @@ class Accelerator:
     per_host: int = 8
     linked: int = 0  # devices that the fast link joins; 0 = those of one host
     generation: str = "hopper"  # whose fitted efficiencies apply (trainer/plan/fitted.json)
+    fitted: bool = False  # whether steps of this device are among those that were fitted to
 
 
 def _peaks(fp8: float, bf16: float, tf32: float, fp32: float, fp64: float) -> dict[str, float]:
@@ -39,10 +40,14 @@ _GRACE_BLACKWELL = _peaks(5000.0, 2500.0, 1250.0, 80.0, 40.0)
 # The first pattern that matches a device's name applies.
 ACCELERATORS: dict[str, Accelerator] = {
     "a100-40": Accelerator(
-        *("A100 40 GB", r"\bA100\b.*\b40GB", _AMPERE, 39.5, 1.555, 300, 200), generation="ampere"
+        *("A100 40 GB", r"\bA100\b.*\b40GB", _AMPERE, 39.5, 1.555, 300, 200),
+        generation="ampere",
+        fitted=True,
     ),
     "a100": Accelerator(
-        *("A100 80 GB", r"\bA100\b", _AMPERE, 79.2, 2.039, 300, 200), generation="ampere"
+        *("A100 80 GB", r"\bA100\b", _AMPERE, 79.2, 2.039, 300, 200),
+        generation="ampere",
+        fitted=True,
     ),
     "h100-nvl": Accelerator("H100 NVL", r"\bH100\b.*\bNVL\b", _HOPPER_NVL, 93.6, 3.9, 64, 200),
     "h200-nvl": Accelerator("H200 NVL", r"\bH200\b.*\bNVL\b", _HOPPER_NVL, 140.4, 4.8, 64, 400),
@@ -50,7 +55,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         *("H100 PCIe", r"\bH100 PCIe\b", _peaks(1513.0, 756.5, 378.0, 51.0, 51.0)),
         *(79.6, 2.0, 64, 200),
     ),
-    "h100": Accelerator("H100 SXM", r"\bH100\b", _HOPPER_SXM, 79.6, 3.35, 450, 400),
+    "h100": Accelerator(*("H100 SXM", r"\bH100\b", _HOPPER_SXM, 79.6, 3.35, 450, 400), fitted=True),
     "h200": Accelerator("H200", r"\bH200\b", _HOPPER_SXM, 140.4, 4.8, 450, 400),
     "b200": Accelerator("B200", r"\bB200\b", _BLACKWELL, 178.4, 8.0, 900, 400),
     "gb200": Accelerator(

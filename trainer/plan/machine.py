@@ -27,6 +27,7 @@ class Machine:
     network: float  # of a device to all others
     linked: int  # neighbouring ranks that the fast link joins
     memory: float  # of one device
+    fitted: bool = False  # whether measured steps of such devices are among those fitted to
 
 
 def named_machine(
@@ -49,6 +50,7 @@ def named_machine(
         network=(network_gbit or device.network_gbit_s) * 1e9 / 8,
         linked=_linked(device, per_host),
         memory=(memory_gib or device.memory_gib) * GIB,
+        fitted=device.fitted,
     )
 
 
