@@ -151,15 +151,12 @@ class Objective(Protocol):
         """Return the number of valid targets, an int64 scalar."""
         ...
 
-    def divergence_sum(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        **options: Any,
-    ) -> Tensor:
-        """Return the divergence from a teacher's logits, a sum over valid targets."""
+    @property
+    def divergence_sum(self) -> Callable[..., Tensor]:
+        """Return (logits, teacher's logits, targets, temperature, **options) -> sum over targets.
+
+        That is how far the logits are from a teacher's, over valid targets.
+        """
         ...
 
 
@@ -167,6 +164,7 @@ class CrossEntropy:
     """Cross-entropy objective for targets that are class indices."""
 
     splits_classes = True
+    divergence_sum: Callable[..., Tensor] = staticmethod(divergence_sum)
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
         """Return the loss-sum function; `head` defers its projection to it if nobody else reads it.
@@ -186,17 +184,6 @@ class CrossEntropy:
         """Return the number of targets that are not IGNORED."""
         return count_valid(targets)
 
-    def divergence_sum(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        **options: Any,
-    ) -> Tensor:
-        """Return that of the probabilities of the classes."""
-        return divergence_sum(logits, teacher_logits, targets, temperature, **options)
-
 
 def count_valid(targets: Tensor) -> Tensor:
     """Return the number of targets that are not IGNORED, an int64 scalar."""
@@ -207,6 +194,7 @@ class CTC:
     """CTC objective for targets as `ctc_sum` takes them."""
 
     splits_classes = False
+    divergence_sum: Callable[..., Tensor] = staticmethod(ctc_divergence_sum)
 
     def build_loss(self, head: nn.Module, config: LossConfig) -> Callable[..., Tensor]:
         """Return the loss-sum function of logits and targets."""
@@ -215,14 +203,3 @@ class CTC:
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of classes to predict, an int64 scalar."""
         return (targets >= 0).sum()
-
-    def divergence_sum(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        **options: Any,
-    ) -> Tensor:
-        """Return that of the probabilities at each vector."""
-        return ctc_divergence_sum(logits, teacher_logits, targets, temperature)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,6 +47,7 @@ class Detection(Task):
     data_kind = "detection"
     unit = "box"
     splits_classes = False
+    divergence_sum: Callable[..., Tensor] = staticmethod(dense_divergence_sum)
 
     def fits(self, model: ModelConfig) -> bool:
         """Return whether the model gives boxes."""
@@ -64,17 +64,6 @@ class Detection(Task):
     def count_valid(self, targets: Tensor) -> Tensor:
         """Return the number of boxes that are learned."""
         return count_boxes(targets)
-
-    def divergence_sum(
-        self,
-        logits: Tensor,
-        teacher_logits: Tensor,
-        targets: Tensor,
-        temperature: float,
-        **options: Any,
-    ) -> Tensor:
-        """Return that of the classes and boxes of patches."""
-        return dense_divergence_sum(logits, teacher_logits, targets, temperature)
 
     def reference_divergence(
         self, logits: Tensor, told: Tensor, batch: MicroBatch, temperature: float
