@@ -128,11 +128,12 @@ trainer.resilience: parallel.errors parallel.strategy trainer.config trainer.ato
     parallel.runtime parallel.health parallel.parallel_model trainer.data trainer.metrics
     trainer.optim trainer.checkpoint trainer.run trainer.precision
 trainer.state: trainer.config parallel.grad_norm parallel.runtime parallel.parallel_model
-    trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.resilience
+    trainer.optim trainer.checkpoint trainer.compress trainer.precision trainer.lora
+    trainer.inference trainer.resilience
 trainer.loop: parallel.errors trainer.config parallel.runtime parallel.health
     parallel.parallel_model trainer.data trainer.nn trainer.metrics trainer.optim trainer.checkpoint
-    trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.distill
-    trainer.tasks trainer.resilience trainer.state
+    trainer.compress trainer.precision trainer.build trainer.inference trainer.distill trainer.tasks
+    trainer.resilience trainer.state
 parallel.comm_volume: parallel.strategy parallel.data
 trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.collectives parallel.axis parallel.mesh parallel.context parallel.data
@@ -142,9 +143,8 @@ trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.run
     parallel.comm_volume
 trainer.plan: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.comm_volume parallel.data parallel.pipeline parallel.activation_checkpointing
-    parallel.parallel_model parallel.parallelize trainer.data trainer.nn trainer.optim
-    trainer.compress trainer.precision trainer.lora trainer.build trainer.inference trainer.tasks
-    trainer.resilience trainer.state trainer.loop trainer.verify
+    parallel.parallelize trainer.data trainer.nn trainer.compress trainer.precision trainer.build
+    trainer.inference trainer.tasks trainer.state trainer.loop trainer.verify
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill trainer.plan
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run

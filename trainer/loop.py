@@ -33,20 +33,16 @@ from trainer.inference.trained_run import (
     load_initial_weights,
     unwrap_transformer,
 )
-from trainer.lora.adapter import narrow_frozen
 from trainer.metrics.recorder import Recorder, RunInfo
 from trainer.nn.flops import flops_per_sample
 from trainer.optim.lr_schedule import learning_rate_at, schedule_warnings
-from trainer.optim.registry import build_optimizer
-from trainer.precision import LossScale, resolve_precision
+from trainer.precision import resolve_precision
 from trainer.resilience.bad_steps import (
-    BadStepGuard,
-    BadStepPolicy,
     RolledBackError,
     check_replicas,
 )
 from trainer.resilience.supervisor import Supervisor, source_digest, supervise_run
-from trainer.state import TrainState, not_finite
+from trainer.state import TrainState, not_finite, untrained_state
 from trainer.tasks.evaluate import evaluate_model
 from trainer.tasks.registry import task_of
 from trainer.tasks.samples import make_samples
@@ -112,21 +108,8 @@ def start_run(config: TrainConfig, runtime: Runtime, data: str = "") -> TrainSta
     precision = resolve_precision(config.precision, runtime.device)
     if compression.uses_distillation:
         compression.teacher = load_teacher(compression, worker, precision.compute)
-    policy = BadStepPolicy(
-        config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
-    )
-    state = TrainState(
-        worker,
-        build_optimizer(worker.parameters(), config.optim),
-        LossScale(precision, runtime.device, config.strategy.reduce),
-        BadStepGuard(policy, config.run_dir, runtime.device),
-        tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
-        compression=compression,
-        order_batch_size=config.batch_size,
-        base=load_frozen_weights(config, worker),
-    )
-    compression.pack_frozen(unwrap_transformer(worker))
-    narrow_frozen(unwrap_transformer(worker), precision.compute)
+    base = load_frozen_weights(config, worker)
+    state = untrained_state(config, runtime, worker, compression, base)
     resume(config, state, data)
     if config.lora.adapter and state.step == 0:
         load_first_adapter(config, worker, state.base)

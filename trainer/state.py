@@ -9,13 +9,16 @@ from torch import distributed as dist
 
 from parallel.grad_norm import local_tensor
 from parallel.parallel_model import ParallelModel
-from parallel.runtime import all_gather_objects
+from parallel.runtime import Runtime, all_gather_objects
 from trainer.checkpoint.contents import KEPT
 from trainer.compress.compression import Compression
-from trainer.config.train import CompressConfig
+from trainer.config.train import CompressConfig, TrainConfig
+from trainer.inference.trained_run import unwrap_transformer
+from trainer.lora.adapter import narrow_frozen
 from trainer.optim.optimizer import Optimizer
-from trainer.precision import LossScale
-from trainer.resilience.bad_steps import BadStepGuard
+from trainer.optim.registry import build_optimizer
+from trainer.precision import LossScale, resolve_precision
+from trainer.resilience.bad_steps import BadStepGuard, BadStepPolicy
 
 
 @dataclass
@@ -87,3 +90,30 @@ def not_finite(state: TrainState) -> str:
     finite = torch.stack([norm.isfinite() for norm in largest]).tolist()
     first = next((name for name, good in zip(own, finite, strict=True) if not good), "")
     return next(filter(None, all_gather_objects(first)), "")
+
+
+def untrained_state(
+    config: TrainConfig,
+    runtime: Runtime,
+    worker: ParallelModel,
+    compression: Compression,
+    base: Mapping[str, str],
+) -> TrainState:
+    """Return the state of a run before its first step; `base` are digests of frozen weights."""
+    precision = resolve_precision(config.precision, runtime.device)
+    policy = BadStepPolicy(
+        config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
+    )
+    state = TrainState(
+        worker,
+        build_optimizer(worker.parameters(), config.optim),
+        LossScale(precision, runtime.device, config.strategy.reduce),
+        BadStepGuard(policy, config.run_dir, runtime.device),
+        tokens=torch.zeros((), dtype=torch.int64, device=runtime.device),
+        compression=compression,
+        order_batch_size=config.batch_size,
+        base=base,
+    )
+    compression.pack_frozen(unwrap_transformer(worker))
+    narrow_frozen(unwrap_transformer(worker), precision.compute)
+    return state

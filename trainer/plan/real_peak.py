@@ -20,7 +20,8 @@ from trainer.config.train import ModelConfig, TrainConfig
 from trainer.loop import take_step
 from trainer.plan.fake_ranks import targets_of_vectors
 from trainer.plan.inputs import Shapes
-from trainer.plan.trace import STEPS, untrained_state
+from trainer.plan.trace import STEPS
+from trainer.state import untrained_state
 from trainer.tasks.registry import task_of
 
 MARK = "measured step"
@@ -54,7 +55,7 @@ def real_peaks(
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, Settled():
         compression = Compression(config.compress)
         worker = build_worker(config, runtime, compression, task_of(config.data, config.model))
-        state = untrained_state(config, runtime, worker, compression)
+        state = untrained_state(config, runtime, worker, compression, {})
         for step in range(STEPS - 1 + steps):
             inputs = [draw_inputs(shapes, config.model, step) for shapes in micro_batches]
             with record_function(MARK if step >= STEPS - 1 else "step"):

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 
 from parallel.grad_norm import local_tensor
-from parallel.parallel_model import ParallelModel
 from parallel.parallelize import parallelize
 from parallel.runtime import Runtime
 from trainer.build import build_worker
@@ -25,15 +24,11 @@ from trainer.compress.compression import Compression
 from trainer.config.train import TrainConfig
 from trainer.inference.trained_run import unwrap_transformer
 from trainer.loop import take_step
-from trainer.lora.adapter import narrow_frozen
-from trainer.optim.registry import build_optimizer
 from trainer.plan.fake_ranks import fake_materialize, fake_ranks, visible_memory
 from trainer.plan.inputs import Shapes
 from trainer.plan.live_bytes import LiveBytes
 from trainer.plan.traced_replicas import wrap_traced
-from trainer.precision import LossScale, resolve_precision
-from trainer.resilience.bad_steps import BadStepGuard, BadStepPolicy
-from trainer.state import TrainState
+from trainer.state import TrainState, untrained_state
 from trainer.tasks.registry import task_of
 
 WEIGHTS, GRADIENTS, MOMENTS = "weights", "gradients", "moments"
@@ -45,7 +40,7 @@ Wire = Mapping[tuple[str, str, str], int]  # payload bytes by (axis, collective,
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one rank needs and issues in a step; bytes are exact, as the allocator counts."""
+    """Memory and operations of one rank's step; bytes are exact, as the allocator counts."""
 
     rank: int
     peak_bytes: int
@@ -66,7 +61,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class WindowTrace:
-    """What a window needs at most, and what it issues."""
+    """Peak memory and operations of a window."""
 
     peak_bytes: int
     kinds: Mapping[str, int]  # at its peak
@@ -161,32 +156,10 @@ def _fake_state(
     # Of targets without data as many are valid as there are: each position has logits.
     worker.count_valid = lambda targets: torch.tensor(targets.numel())
     with mode, live:
-        state = untrained_state(config, runtime, worker, compression)
+        state = untrained_state(config, runtime, worker, compression, {})
         live.follow(worker.error_feedback_state().values(), MOMENTS)
         live.follow([m for of in state.optimizer.state().values() for m in of.values()], MOMENTS)
         live.follow(map(local_tensor, worker.model.parameters()), WEIGHTS)
-    return state
-
-
-def untrained_state(
-    config: TrainConfig, runtime: Runtime, worker: ParallelModel, compression: Compression
-) -> TrainState:
-    """Return the state of a run before its first step, as `trainer/loop.py` builds it."""
-    precision = resolve_precision(config.precision, runtime.device)
-    policy = BadStepPolicy(
-        config.on_bad_step, config.max_bad_steps, config.spike_sigma, config.spike_window
-    )
-    state = TrainState(
-        worker,
-        build_optimizer(worker.parameters(), config.optim),
-        LossScale(precision, runtime.device, config.strategy.reduce),
-        BadStepGuard(policy, config.run_dir, runtime.device),
-        tokens=torch.zeros((), dtype=torch.int64),
-        compression=compression,
-        order_batch_size=config.batch_size,
-    )
-    compression.pack_frozen(unwrap_transformer(worker))
-    narrow_frozen(unwrap_transformer(worker), precision.compute)
     return state
 
 
