@@ -134,12 +134,20 @@ def parallel_model(
 def _training_loss(
     model: Transformer, objective: Objective, config: LossConfig, compression: Compression
 ) -> Callable[..., Tensor]:
-    """Return the loss of the last logits; each auxiliary head adds its own in a step."""
+    """Return the loss of the last logits; CTC and each auxiliary head add their own in a step."""
     assert model.head is not None
     loss_sum = objective.build_loss(model.head, config)
+    if model.ctc is not None:
+        model.block_hooks[str(model.encoder_depth - 1)].append(partial(add_ctc_loss, model))
     for name in model.auxiliary_heads:
         model.block_hooks[name].append(partial(_add_auxiliary_loss, model, name, loss_sum))
     return compression.wrap_loss(loss_sum, objective.divergence_sum, model)
+
+
+def add_ctc_loss(model: Transformer, flow: Flow, streams: Sequences, inputs: Inputs) -> Flow:
+    """Add the loss of CTC behind the last encoder block to the step's; nothing outside a step."""
+    assert model.ctc is not None
+    return model.ctc(flow, streams["source"], inputs, model.scale_auxiliary_loss)
 
 
 def _add_auxiliary_loss(

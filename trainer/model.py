@@ -134,8 +134,6 @@ class Transformer(nn.Module):
             own = None if cache is None else cache.blocks.get(name)
             flow = *block(*flow[:2], streams, own), flow[2]
         flow, streams = self._apply_resize(int(name), flow, streams, cache)
-        if self.ctc is not None and int(name) == self.encoder_depth - 1:
-            flow = self.ctc(flow, streams["source"], inputs, self.scale_auxiliary_loss)
         for hook in self.block_hooks.get(name, ()):
             flow = hook(flow, streams, inputs)
         return flow, streams

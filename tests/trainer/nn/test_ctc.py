@@ -1,10 +1,13 @@
 """CTC beside a decoder: what it learns, and the whole of the gradient that it adds."""
 
+from functools import partial
+
 import pytest
 import torch
 from tiny import build
 from torch.nn import functional as F
 
+from trainer.build import add_ctc_loss
 from trainer.config.loss import IGNORED, NO_CHARACTER
 from trainer.config.train import ModelConfig
 from trainer.nn.ctc import transcript_targets
@@ -81,6 +84,7 @@ def test_the_branch_adds_the_gradient_of_its_loss(scale):
         return scale * loss_sum
 
     model.scale_auxiliary_loss = scale_loss
+    model.block_hooks["0"].append(partial(add_ctc_loss, model))
     logits_BSV = model(inputs)
     main = F.cross_entropy(
         logits_BSV.flatten(0, 1), TARGETS.flatten(), reduction="sum", ignore_index=IGNORED
