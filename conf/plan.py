@@ -9,7 +9,7 @@ from trainer.config.train import TrainConfig
 
 @dataclass
 class PlanOptions:
-    """What a plan shows; read by launch/cli/planned.py."""
+    """Output of a plan; read by launch/cli/planned.py."""
 
     top: int = key(8, "Layouts that are shown beside the proposed one", at_least=1)
     slack: float = key(

@@ -1,4 +1,4 @@
-"""What each value of model.outputs does not go with: one entry of a table for each."""
+"""Validate what goes with each value of model.outputs: one entry of a table for each."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""What the command line asks of a plan, checked."""
+"""Check what the command line asks of a plan."""
 
 import difflib
 from dataclasses import dataclass, replace

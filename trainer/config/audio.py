@@ -1,4 +1,4 @@
-"""What a model of audio fixes of its data."""
+"""Settings of the data that a model of audio fixes."""
 
 from trainer.config.model import ModelConfig, inputs_of, is_encoder_decoder
 

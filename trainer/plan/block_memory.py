@@ -1,4 +1,4 @@
-"""What the blocks, the embedding and the head of a model keep for the backward; free of torch.
+"""Bytes that blocks, embedding and head of a model keep for the backward; free of torch.
 
 All functions return bytes of one micro-batch on one rank. A "row" is a vector of one sample's
 position. Each sum below names the tensors that autograd keeps, in the order of the forward.
@@ -30,7 +30,7 @@ FLOAT = 4  # bytes of float32
 
 @dataclass(frozen=True)
 class Setting:
-    """What the bytes of a block depend on besides the model."""
+    """Inputs of a block's closed form besides the model."""
 
     samples: int  # of a micro-batch
     tensor: int = 1
@@ -73,7 +73,7 @@ class Sequence:
 
 
 class LayerBytes(NamedTuple):
-    """What a layer keeps without recomputation, and outputs of its products and attention."""
+    """Elements that a layer keeps: without recomputation, and of its products and attention."""
 
     full: float
     products: float

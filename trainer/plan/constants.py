@@ -1,4 +1,4 @@
-"""What data sheets do not say of a stack: numbers that are fitted to measured steps."""
+"""Efficiencies of a training stack that data sheets do not give, fitted to measured steps."""
 
 import json
 from collections.abc import Mapping

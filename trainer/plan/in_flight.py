@@ -1,4 +1,4 @@
-"""What a pipeline's schedule holds at once, from torch's own lists of its actions."""
+"""Micro-batches that a pipeline's schedule holds at once, from torch's lists of its actions."""
 
 from collections.abc import Sequence
 from functools import cache

@@ -1,4 +1,4 @@
-"""What each rank of a layout has and holds: stages, micro-batches in flight, shards; torch-free."""
+"""Stages, micro-batches in flight and shards of each rank of a layout; torch-free."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace

@@ -36,7 +36,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a number of ranks can do."""
+    """The layouts found for a number of ranks."""
 
     ranks: int
     found: Found

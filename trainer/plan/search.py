@@ -25,7 +25,7 @@ def _allow_all(_: StrategyConfig) -> bool:
 
 @dataclass(frozen=True)
 class Space:
-    """What layouts are searched among."""
+    """Bounds of a search for layouts."""
 
     model: ModelConfig
     strategy: StrategyConfig  # what layouts leave of it
@@ -47,7 +47,7 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found."""
+    """Result of a search."""
 
     legal: int  # layouts that keep all rules
     candidates: list[Candidate]  # those that fit, fastest first

@@ -56,7 +56,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class RankBlocks:
-    """What a pipeline rank has: how many blocks of each kind, and whether the head."""
+    """Blocks of a pipeline rank by kind, and whether it has the head."""
 
     counts: tuple[tuple[int, int], ...]  # first block of that kind, and their number
     head: bool

@@ -1,4 +1,4 @@
-"""What one optimizer step computes, whatever the layout: sizes of blocks, of logits, of weights."""
+"""Work of one optimizer step, whatever the layout: sizes of blocks, of logits, of weights."""
 
 # D width, H query heads, G key/value heads, K head width, F feed-forward width.
 
