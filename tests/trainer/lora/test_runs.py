@@ -14,7 +14,7 @@ from conf.validation.validate import fill_from_data
 from launch.cli.preflight import check_export, prepare_training
 from parallel.errors import UserError
 from parallel.strategy import StrategyConfig, world_size
-from trainer import loop
+from trainer import loop, state
 from trainer.checkpoint.folder import checkpoint_path
 from trainer.checkpoint.manifest import read_manifest
 from trainer.checkpoint.shards import read_whole
@@ -180,7 +180,7 @@ def test_adapters_of_rounded_weights_are_merged_into_these(base, ranks, tmp_path
 
 
 def train_in_bf16(runtime, config: TrainConfig, narrows: bool) -> list[torch.dtype]:
-    with nullcontext() if narrows else mock.patch.object(loop, "narrow_frozen"):
+    with nullcontext() if narrows else mock.patch.object(state, "narrow_frozen"):
         loop.train(config, runtime)
         worker = loop.start_run(config, runtime).worker
     return [p.dtype for p in worker.parameters().values() if not p.requires_grad]
