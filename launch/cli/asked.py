@@ -2,11 +2,12 @@
 
 import difflib
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
-from conf.plan import PlanConfig, planned_training
+from conf.plan import CALIBRATION, PlanConfig, planned_training
 from conf.validation.validate import find_problems
 from launch.cli.inputs import with_absolute_paths, with_imported_model
 from launch.slurm.batch_script import ranks_per_node
@@ -14,10 +15,11 @@ from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degrees
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig, inputs_of, outputs_of
+from trainer.plan.calibration import read_calibration
 from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout, layout_of
 from trainer.plan.layout_rules import micro_batch_size
-from trainer.plan.machine import Machine, measured_cpu, named_machine
+from trainer.plan.machine import CORE_PRODUCTS, GIB, Machine, named_machine, nominal_cpu
 from trainer.plan.planner import Planner
 
 # Keys that a search decides unless the command line does → the field of a layout.
@@ -62,12 +64,12 @@ def prepare_plan(config: PlanConfig) -> Asked:
         checked = replace(checked, strategy=_alone(training.strategy), micro_batch_size=0)
     if found := find_problems(checked, ranks if named else 1):
         raise ConfigError(*found)
-    machine, precision = _machine(config, host)
+    machine, fit, precision = _machine(config, host)
     if fixed and "cluster.nodes" in asked:
         _check_fixed(fixed, ranks)
     if named:
         training = replace(training, strategy=resolve_degrees(training.strategy, ranks))
-    planner = Planner(training, precision, machine, Fit.read())
+    planner = Planner(training, precision, machine, fit)
     nodes = cluster.nodes if named or "cluster.nodes" in asked else 0
     layout = _named_layout(training) if named else None
     title = HydraConfig.get().runtime.choices.get("model") or "model"
@@ -114,27 +116,59 @@ def _named_layout(training: TrainConfig) -> Layout:
     return layout_of(training.strategy, size, mode, chunks)
 
 
-def _machine(config: PlanConfig, host: int) -> tuple[Machine, str]:
-    """Return the machine, and the precision that runs there."""
+def _machine(config: PlanConfig, host: int) -> tuple[Machine, Fit, str]:
+    """Return the machine, what is known of its times, and the precision that runs there."""
     cluster = config.cluster
     if not cluster.gpu:
         known = ", ".join(ACCELERATORS)
         raise ConfigError(
             f"cluster.gpu is empty, but a plan is for one kind of device; set it to one of {known}"
         )
-    tflops, precision = ACCELERATORS[cluster.gpu].tflops, config.precision
+    precision = _precision(config)
+    if calibrated := _calibrated(config, precision, host):
+        return *calibrated, precision
     if cluster.gpu == "cpu":
-        return measured_cpu(host), "fp32" if precision == "auto" else precision
-    if precision == "auto":
-        precision = "bf16" if "bf16" in tflops else "fp16" if "fp16" in tflops else "fp32"
+        return nominal_cpu(host, precision), Fit.read(), precision
     found = named_machine(cluster.gpu, precision, host, cluster.memory_gib, cluster.network_gbit)
-    if found is None:
-        near = difflib.get_close_matches(precision, tflops, n=1, cutoff=0.0)
+    assert found is not None, precision
+    return found, Fit.read(), precision
+
+
+def _precision(config: PlanConfig) -> str:
+    """Return the precision; ConfigError if the devices lack it."""
+    gpu, precision = config.cluster.gpu, config.precision
+    peaks = CORE_PRODUCTS if gpu == "cpu" else ACCELERATORS[gpu].tflops
+    if precision == "auto":
+        usual = ("fp32",) if gpu == "cpu" else ("bf16", "fp16")
+        return next((name for name in usual if name in peaks), "fp32")
+    if precision not in peaks:
+        near = difflib.get_close_matches(precision, peaks, n=1, cutoff=0.0)
         raise ConfigError(
-            f"precision={precision} has no peak on cluster.gpu={cluster.gpu}, whose data sheet has "
-            f"{', '.join(tflops) or 'none'}; set precision={near[0] if near else 'fp32'}"
+            f"precision={precision} has no peak on cluster.gpu={gpu}, whose data sheet has "
+            f"{', '.join(peaks)}; set precision={near[0]}"
         )
-    return found, precision
+    return precision
+
+
+def _calibrated(config: PlanConfig, precision: str, host: int) -> tuple[Machine, Fit] | None:
+    """Return what was measured on such devices, with what the command line says of them."""
+    path, cluster = config.plan.calibration, config.cluster
+    if not path:
+        return None
+    if not Path(path).exists() and path != CALIBRATION:
+        raise ConfigError(
+            f"plan.calibration={path} does not exist; make it with python launch/plan.py calibrate "
+            f"calibration={path}, or set plan.calibration= to plan without it"
+        )
+    found = read_calibration(Path(path), cluster.gpu, precision, host)
+    if found is None:
+        return None
+    machine, fit = found
+    if cluster.memory_gib:
+        machine = replace(machine, memory=cluster.memory_gib * GIB)
+    if cluster.network_gbit:
+        machine = replace(machine, network=cluster.network_gbit * 1e9 / 8)
+    return machine, fit
 
 
 def _with_sizes(training: TrainConfig) -> TrainConfig:
