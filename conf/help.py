@@ -74,6 +74,13 @@ Plan a run without a GPU and without its data: which layouts fit, which are fast
   python launch/plan.py model=llama-8b strategy=fsdp            one layout, term by term
   python launch/plan.py model=llama-8b strategy.tensor=2        the best ones of these
   python launch/plan.py model=llama-8b json=plan.json           and plan.html, a picture""",
+    "calibrate": """\
+Measure products, attention, copies, collectives and a few small steps on the ranks there are, and
+write what launch/plan.py and strategy=auto plan with. Two minutes at most.
+
+  python launch/plan.py calibrate launch.ranks=2                the default model, on two CPU ranks
+  torchrun --nproc_per_node=8 launch/plan.py calibrate model=llama-8b data.seq_len=8192
+  python launch/plan.py calibrate calibration=rates.json        another file: plan.calibration=""",
     "prepare": """\
 Read and tokenise a data set once, ahead of training.
 

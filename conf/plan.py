@@ -63,6 +63,13 @@ class PlanConfig(TrainConfig):
     )
 
 
-def planned_training(config: PlanConfig) -> TrainConfig:
-    """Return the training configuration of a plan."""
+@dataclass
+class CalibrateConfig(TrainConfig):
+    """A training job whose small steps are measured, to plan with the rates of this machine."""
+
+    calibration: str = key(CALIBRATION, "File that the measured rates are written to")
+
+
+def planned_training(config: PlanConfig | CalibrateConfig) -> TrainConfig:
+    """Return the training configuration of a plan or a calibration."""
     return TrainConfig(**{part.name: getattr(config, part.name) for part in fields(TrainConfig)})

@@ -14,6 +14,7 @@ All keys of all commands, with the defaults of the dataclasses; presets (`experi
 `python -m conf.reference > docs/keys.md`; a test holds it equal to the code.
 """
 TABLE = "| key | default | meaning | values |\n| --- | --- | --- | --- |\n"
+SCRIPTS = {"calibrate": "launch/plan.py calibrate"}  # of commands without a file of that name
 BAR = "\\|"  # inside a cell
 
 
@@ -25,7 +26,7 @@ def key_reference() -> str:
         rows = [_row(key, value_at(defaults, key), keys[key]) for key in keys if key not in told]
         told |= keys.keys()
         if rows:
-            pages.append(f"## launch/{name}.py\n\n{TABLE}{''.join(rows)}")
+            pages.append(f"## {SCRIPTS.get(name, f'launch/{name}.py')}\n\n{TABLE}{''.join(rows)}")
     return "\n".join(pages)
 
 

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from conf.help import help_text
-from conf.plan import PlanConfig
+from conf.plan import CalibrateConfig, PlanConfig
 from conf.submit import SubmitConfig
 from parallel.config_fields import known_keys
 from parallel.errors import ConfigError
@@ -37,6 +37,7 @@ SCHEMAS: dict[str, type] = {
     "prepare": PrepareConfig,
     "submit": SubmitConfig,
     "plan": PlanConfig,
+    "calibrate": CalibrateConfig,
 }
 
 

@@ -142,10 +142,10 @@ trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.run
     trainer.lora trainer.build trainer.inference parallel.rank_pool trainer.tasks
     parallel.comm_volume
 trainer.plan: parallel.errors parallel.strategy trainer.config trainer.atomic_files
-    parallel.grad_norm parallel.runtime parallel.comm_volume parallel.data parallel.pipeline
-    parallel.activation_checkpointing parallel.parallelize trainer.data trainer.nn trainer.compress
-    trainer.precision trainer.build trainer.inference trainer.tasks trainer.state trainer.loop
-    trainer.verify
+    parallel.grad_norm parallel.runtime parallel.collectives parallel.comm_volume parallel.data
+    parallel.pipeline parallel.activation_checkpointing parallel.parallelize trainer.data trainer.nn
+    trainer.compress trainer.precision trainer.build trainer.inference trainer.tasks trainer.state
+    trainer.loop trainer.verify
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill trainer.plan
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run
@@ -158,7 +158,7 @@ launch.compress_report: launch.cli trainer.compress_report
 launch.evaluate: launch.cli trainer.tasks
 launch.export: trainer.inference launch.cli
 launch.generate: launch.cli trainer.tasks
-launch.plan: launch.cli
+launch.plan: launch.cli trainer.plan
 launch.prepare: launch.cli
 launch.report: parallel.errors trainer.report launch.cli
 launch.submit: parallel.errors launch.slurm launch.cli

@@ -16,7 +16,7 @@ from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degree
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig, inputs_of, outputs_of
 from trainer.plan.calibration import read_calibration
-from trainer.plan.constants import Fit
+from trainer.plan.constants import CPU_FITTED, Fit
 from trainer.plan.layout import Layout, layout_of
 from trainer.plan.layout_rules import micro_batch_size
 from trainer.plan.machine import CORE_PRODUCTS, GIB, Machine, named_machine, nominal_cpu
@@ -128,7 +128,7 @@ def _machine(config: PlanConfig, host: int) -> tuple[Machine, Fit, str]:
     if calibrated := _calibrated(config, precision, host):
         return *calibrated, precision
     if cluster.gpu == "cpu":
-        return nominal_cpu(host, precision), Fit.read(), precision
+        return nominal_cpu(host, precision), Fit.read(CPU_FITTED), precision
     found = named_machine(cluster.gpu, precision, host, cluster.memory_gib, cluster.network_gbit)
     assert found is not None, precision
     return found, Fit.read(), precision

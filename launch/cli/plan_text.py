@@ -130,6 +130,8 @@ def _error(asked: Asked) -> str:
     found = f"times ± {fit.median_error:.0%}, nine of ten within {fit.ninetieth_error:.0%}: "
     if fit.calibrated:
         return found + "measured here"
+    if machine.generation == "cpu":
+        return found + "of another CPU; python launch/plan.py calibrate measures this one"
     found += "not calibrated, the error on unseen stacks"
     if machine.fitted:
         return found

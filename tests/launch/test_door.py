@@ -160,8 +160,9 @@ QUESTIONS = [(door, ["--help"]) for door in SCHEMAS] + [("train", ["--cfg", "job
 
 @pytest.mark.parametrize(("door", "question"), QUESTIONS)
 def test_questions_are_answered_at_once(door, question, tmp_path):
-    script = ROOT / "launch" / f"{door}.py"
-    asked = [str(script), *question]
+    name, words = ("plan", ["calibrate"]) if door == "calibrate" else (door, [])
+    script = ROOT / "launch" / f"{name}.py"
+    asked = [str(script), *words, *question]
     code = (
         f"import runpy, sys\nsys.argv = {asked!r}\n"
         f"try: runpy.run_path({str(script)!r}, run_name='__main__')\n"

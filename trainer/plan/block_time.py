@@ -16,8 +16,10 @@ from trainer.plan.machine import Machine
 from trainer.plan.work import BlockWork, Work
 
 LOGIT_BYTES = 12  # of memory for each logit: in 16 bits, and float32 copies of the loss
+CONTEXT_COLLECTIVES = 4  # of a block, about
 SCORE_BYTES = 5  # of memory for each score of attention that is not fused
 CONTEXT_SHOWN = {"all_gather": 0.5, "ring": 0.3, "ulysses": 1.0}  # share that nothing hides
+HEAD_OPERATORS = 60  # of embedding, logits and loss; a view counts half
 TILE = 64  # rows of a product that a kernel does at once
 
 
@@ -56,7 +58,8 @@ def block_passes(
     ahead, behind = _attention_seconds(block, layout, work, machine, constants)
     moved = _moved_bytes(block, layout, strategy, work)
     passes = constants.pointwise * (constants.fused if work.stack.fused_pointwise else 1.0)
-    pointwise = passes * moved / machine.memory_bandwidth
+    moved = passes * moved + constants.traffic * _eager_bytes(block, layout, strategy, work)
+    pointwise = moved / machine.memory_bandwidth + constants.operator_seconds * block.operators
     tensor = _tensor_seconds(block, layout, strategy, work, machine, constants)
     context = _context_seconds(block, layout, strategy, work, machine, constants)
     forward = Pass(products, ahead, pointwise / 3, tensor[0], context / 3)
@@ -123,7 +126,7 @@ def _attention_seconds(
     elif stack.cudnn_attention and machine.generation == "hopper":
         share *= constants.attention_cudnn
     flops = 2 * block.scores * layout.micro_batch / (layout.context * layout.tensor)
-    seconds = flops / (machine.attention * share)
+    seconds = flops / (machine.attention * share) * (1 + constants.half_length / block.length)
     # Fused kernels compute the scores again: five products instead of two.
     times = 2.5 if stack.fused_attention else 2.0
     return seconds, times * seconds / constants.attention_backward
@@ -141,6 +144,14 @@ def _moved_bytes(block: BlockWork, layout: Layout, strategy: StrategyConfig, wor
     if not work.stack.fused_attention:
         kept += SCORE_BYTES / work.compute_bytes * block.length * block.heads / tensor
     return work.compute_bytes * tokens * kept
+
+
+def _eager_bytes(block: BlockWork, layout: Layout, strategy: StrategyConfig, work: Work) -> float:
+    """Return the bytes that a block's operators move that are not fused, forward and backward."""
+    tokens = layout.micro_batch * block.length / layout.context
+    shared = layout.tensor if strategy.sequence_parallel else 1
+    entries = block.whole_traffic / shared + block.split_traffic / layout.tensor
+    return work.compute_bytes * tokens * entries
 
 
 def _tensor_seconds(
@@ -162,6 +173,7 @@ def _tensor_seconds(
     times = block.branches * sum(directions)
     seconds = ring_seconds(moved, ring, machine, constants, times)
     hidden = constants.tensor_hidden if work.stack.hides_tensor else 0.0
+    seconds += times * constants.collective_seconds
     shown = (1 - hidden) * seconds / sum(directions)
     return directions[0] * shown, directions[1] * shown
 
@@ -179,8 +191,10 @@ def _context_seconds(
         return 0.0
     moved = block_context_bytes(block, strategy, layout.micro_batch, work.compute_bytes)
     ring = axis_ring(layout, "context", machine.linked)
-    seconds = ring_seconds(moved, ring, machine, constants, 4)
-    return CONTEXT_SHOWN[layout.context_method] * seconds
+    seconds = ring_seconds(moved, ring, machine, constants, CONTEXT_COLLECTIVES)
+    seconds += CONTEXT_COLLECTIVES * constants.collective_seconds
+    shown = CONTEXT_SHOWN[layout.context_method]
+    return (shown + (1 - shown) * constants.host_bound) * seconds
 
 
 def logit_passes(
@@ -193,7 +207,10 @@ def logit_passes(
     traffic = constants.pointwise * LOGIT_BYTES * work.logits * layout.micro_batch / split / 3
     if work.stack.fused_pointwise:
         traffic *= constants.fused
+    entries = work.logit_traffic * work.logits * layout.micro_batch / split
+    traffic += constants.traffic * work.compute_bytes * entries
     pointwise = traffic / machine.memory_bandwidth
+    pointwise += constants.operator_seconds * HEAD_OPERATORS
     again = products if layout.chunks > 1 else 0.0  # each chunk's are made again
     forward = Pass(products=products, pointwise=pointwise / 3)
     return forward, Pass(products=2 * products + again, pointwise=pointwise * 2 / 3)

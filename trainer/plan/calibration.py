@@ -29,7 +29,6 @@ class Calibration:
     machine: Machine
     fit: Fit
     date: str
-    model: str = ""  # whose steps were measured
     measured: Mapping[str, Any] = field(default_factory=dict)  # against the fitted model, to read
 
 

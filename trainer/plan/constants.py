@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 FITTED = Path(__file__).with_name("fitted.json")
+CPU_FITTED = Path(__file__).with_name("fitted_cpu.json")  # of the nominal CPU
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Constants:
     overlap_sharded: float  # the same where each parameter is sharded by itself (FSDP2)
     tensor_hidden: float  # share of the tensor axis's communication that an overlap hides
     optimizer: float  # share of the memory's bandwidth that the update reaches
+    # Of CPUs, which wait for each operator and communicate with the cores that compute.
+    half_length: float = 0.0  # positions at which half of attention's rate is reached
+    traffic: float = 0.0  # times that the bytes of operators that are not fused are moved
+    operator_seconds: float = 0.0  # for each operator
+    group_seconds: float = 0.0  # for each gather or sum of a block's weights
+    collective_seconds: float = 0.0  # for each collective of the tensor and the context axis
+    action_seconds: float = 0.0  # for each forward or backward of a pipeline's stage
+    step_seconds: float = 0.0  # for each step
+    sync_seconds: float = 0.0  # more for each step of several ranks
+    host_bound: float = 0.0  # share of hidden communication, where none is fitted, that is paid
 
     def rates(self, generation: str) -> tuple[float, float]:
         """Return the shares of the peak that products and attention reach."""
@@ -55,7 +66,7 @@ class Fit:
 
     @classmethod
     def read(cls, path: Path = FITTED) -> "Fit":
-        """Read the constants that `benchmarks/published_runs.py CSV --fit` wrote."""
+        """Read constants: those of `benchmarks/published_runs.py CSV --fit`, or of the CPU."""
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {field.name for field in fields(Constants)}
         constants = Constants(**{name: values["constants"][name] for name in names})

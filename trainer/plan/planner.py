@@ -60,7 +60,7 @@ class Planner:
     def __init__(self, config: TrainConfig, precision: str, machine: Machine, fit: Fit):
         self.config, self.machine, self.fit = config, machine, fit
         self.precision = precision
-        self.work = _work(config, precision)
+        self.work = job_work(config, precision)
         self.times = TimeModel(self.work, machine, fit.constants, config.strategy)
         self.limit = FULL * machine.memory
         self._forms: dict[tuple[type, int], MemoryModel] = {}  # by loss.chunks
@@ -198,7 +198,8 @@ def first_tries(ranks: int, linked: int) -> list[Layout]:
     return tries if ranks > 1 else [Layout()]
 
 
-def _work(config: TrainConfig, precision: str) -> Work:
+def job_work(config: TrainConfig, precision: str) -> Work:
+    """Return the work of a job's step."""
     size = SIZES.get(precision, 2)
     source = longest_source(config.model) or config.data.seq_len
     summed = {"bf16": 2, "fp16": 2}.get(config.strategy.reduce, max(4, size))
@@ -211,6 +212,7 @@ def _work(config: TrainConfig, precision: str) -> Work:
         sum_bytes=summed,
         moment_bytes=MOMENT_BYTES[config.optim.name],
         learned_share=learned_share(config.model, config.lora),
+        smoothed=config.loss.label_smoothing > 0,
         stack=Stack(fused_pointwise=config.compile, float8=precision == "fp8"),
     )
 

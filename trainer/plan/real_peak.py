@@ -76,7 +76,7 @@ def draw_inputs(shapes: Shapes, model: ModelConfig, seed: int) -> dict[str, Tens
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
     for name, shape in shapes.items():
-        top = {"seeds": 1 << 62}.get(name, model.vocab_size)
+        top = {"seeds": 1 << 62}.get(name, model.vocab_size or model.classes)
         if shape.dtype.is_floating_point:
             drawn[name] = torch.randn(shape.sizes, generator=generator).to(shape.dtype)
         elif shape.dtype == torch.bool:

@@ -37,12 +37,13 @@ class StepTime:
     sends: float = 0.0  # between pipeline ranks
     optimizer: float = 0.0
     bubble: float = 0.0
+    host: float = 0.0  # of CPUs, beside their kernels
 
     @property
     def total(self) -> float:
         """Return the seconds of the step."""
         computed = self.products + self.attention + self.pointwise
-        return computed + self.exposed + self.optimizer + self.bubble
+        return computed + self.exposed + self.optimizer + self.bubble + self.host
 
     @property
     def exposed(self) -> float:
@@ -104,6 +105,7 @@ class TimeModel:
             data=count * slowest.data + self._sums(layout, slowest),
             sends=self._sends(layout, count),
             optimizer=self._update(layout),
+            host=self._host(layout, count),
             bubble=self._bubble(layout, count, [times[part] for part in parts], lists),
         )
 
@@ -210,8 +212,10 @@ class TimeModel:
         gather, scatter = self._weights(layout, elements)
         if layout.pipeline > 1:  # once in a step, see `_sums`
             return self._added(behind, scatter) if stack.staged_scatter else 0.0
-        again = gather if self.strategy.reshard_after_forward and stack.gathers_again else 0.0
-        return self._added(ahead, gather) + self._added(behind, again + scatter)
+        gathers_again = self.strategy.reshard_after_forward and stack.gathers_again
+        again = gather if gathers_again else 0.0
+        groups = (2 + gathers_again) * self.constants.group_seconds
+        return self._added(ahead, gather) + self._added(behind, again + scatter) + groups
 
     def _added(self, computed: float, moved: float) -> float:
         """Return the seconds that communication adds to the computation beside it."""
@@ -277,7 +281,7 @@ class TimeModel:
         return held * self.work.update_bytes / rate
 
     def _sends(self, layout: Layout, count: int) -> float:
-        """Return the seconds of sends between pipeline ranks: half of them are hidden."""
+        """Return the seconds of sends between pipeline ranks: half of them are hidden on a GPU."""
         if layout.pipeline == 1:
             return 0.0
         block = self.work.blocks[-1]
@@ -285,7 +289,19 @@ class TimeModel:
         tokens = layout.micro_batch * block.length / layout.context
         size = self.work.compute_bytes * tokens * self.work.width / shared
         one = send_seconds(layout, size, self.machine, self.constants)
-        return 0.5 * count * layout.stages_per_rank * 2 * one
+        shown = 0.5 + 0.5 * self.constants.host_bound
+        return shown * count * layout.stages_per_rank * 2 * one
+
+    def _host(self, layout: Layout, count: int) -> float:
+        """Return the seconds that a CPU spends on a step beside its kernels."""
+        constants, seconds = self.constants, self.constants.step_seconds
+        if layout.ranks > 1:
+            seconds += constants.sync_seconds
+        if layout.pipeline > 1:
+            seconds += count * layout.stages_per_rank * 2 * constants.action_seconds
+        if layout.shard == 1 and layout.replicate * layout.context > 1:
+            seconds += constants.group_seconds
+        return seconds
 
     def _bubble(
         self, layout: Layout, count: int, ranks: list[RankTime], lists: Lists | None

@@ -32,6 +32,11 @@ class BlockWork:
     scores: float  # multiply-adds of the forward between positions, as the kernel does them
     weights: int
     branches: int = 2
+    # Of operators that are not fused, forward and backward: entries that they read and write for a
+    # position, which split layers leave whole or split, and how many operators there are.
+    whole_traffic: float = 0.0
+    split_traffic: float = 0.0
+    operators: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Work:
     sum_bytes: int  # of a gradient that is summed
     update_bytes: float  # of memory traffic for each weight that is updated
     learned_share: float = 1.0  # of the weights; below 1 with adapters on frozen ones
+    logit_traffic: float = 0.0  # entries that the loss of a logit reads and writes
     stack: Stack = Stack()
 
 
@@ -103,7 +109,48 @@ def _block(model: ModelConfig, length: int, crossed: int, causal: bool) -> Block
         scores += 2.0 * length * crossed * H * K
     weights = attention * (2 if crossed else 1) + matrices * D * F + 2 * D
     branches = 3 if crossed else 2
-    return BlockWork(length, D, H, G, K, F, is_gated(model), products, scores, weights, branches)
+    return BlockWork(
+        *(length, D, H, G, K, F, is_gated(model), products, scores, weights, branches),
+        *_eager_traffic(model, branches, crossed / length),
+        _eager_operators(model, branches),
+    )
+
+
+# Entries that operators of one kind read and write, forward and backward, and their number, a view
+# counting half: of the code as it runs on a CPU, where RMSNorm and dropout's mask are composed.
+NORM_ENTRIES = {"rmsnorm": 31.0, "layernorm": 5.0}  # for an entry of the width
+NORM_OPERATORS = {"rmsnorm": 20.0, "layernorm": 0.0}
+RESIDUAL_ENTRIES, GATHERED_ENTRIES, DROPOUT_ENTRIES = 6.0, 6.0, 22.8
+ROPE_ENTRIES = 19.0  # for an entry of queries and keys
+ACTIVATION_ENTRIES, GATED_ENTRIES = 5.0, 14.0  # for a channel
+LOGIT_ENTRIES, SMOOTHED_ENTRIES = 8.0, 15.0
+
+
+def _eager_traffic(model: ModelConfig, branches: int, crossed: float) -> tuple[float, float]:
+    """Return the entries that a block moves for a position: those of the width, and of layers.
+
+    `crossed` are the positions that it attends to beside its own, for each of these.
+    """
+    D, K, gated = model.width, head_width_of(model), is_gated(model)
+    H, G = model.heads, model.kv_heads or model.heads
+    branch = NORM_ENTRIES[model.norm] + RESIDUAL_ENTRIES
+    branch += DROPOUT_ENTRIES * (model.dropout > 0)
+    whole = D * (branches * branch + GATHERED_ENTRIES * (1 + crossed) + 3 * gated)
+    split = (GATED_ENTRIES if gated else ACTIVATION_ENTRIES) * model.ffn_width
+    if model.positions == "rope":
+        split += ROPE_ENTRIES * (H + G) * K
+    if model.bias:
+        split += (H + 2 * G) * K + model.ffn_width
+        whole += 2 * D
+    return whole, split
+
+
+def _eager_operators(model: ModelConfig, branches: int) -> float:
+    """Return the operators of a block."""
+    found = 72.0 + 56.0 * (branches - 2)
+    found += branches * (NORM_OPERATORS[model.norm] + 27.5 * (model.dropout > 0))
+    found += 33.0 * (model.positions == "rope")
+    return found + 12.0 * is_gated(model) + 12.0 * model.bias
 
 
 def model_work(
@@ -117,12 +164,13 @@ def model_work(
     moment_bytes: float = 8.0,
     learned_share: float = 1.0,
     shrunk: Sequence[int] = (),
+    smoothed: bool = False,
     stack: Stack = Stack(),
 ) -> Work:
     """Return the work of a completed model's step.
 
     `source` is the length of an encoder's input, as flops_per_sample takes it; `shrunk` are the
-    lengths of blocks of a shorter sequence.
+    lengths of blocks of a shorter sequence; `smoothed`: the loss has label smoothing.
     """
     classes, inside = classes_of(model), encoder_length(model, source)
     of_encoder = model.family == "encoder"
@@ -142,6 +190,7 @@ def model_work(
         sum_bytes=sum_bytes,
         update_bytes=2 * moment_bytes + 2 * 4 + 4,
         learned_share=learned_share,
+        logit_traffic=SMOOTHED_ENTRIES if smoothed else LOGIT_ENTRIES,
         stack=stack,
     )
 
