@@ -9,27 +9,16 @@ from hydra.core.hydra_config import HydraConfig
 from conf.plan import PlanConfig, planned_training
 from conf.validation.validate import find_problems
 from launch.cli.inputs import with_absolute_paths, with_imported_model
+from launch.cli.layouts import fixed_fields, layout_of_job
 from launch.slurm.batch_script import ranks_per_node
 from parallel.errors import ConfigError
-from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degrees
+from parallel.strategy import AXES, StrategyConfig, resolve_degrees, without_degrees
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig, inputs_of, outputs_of
 from trainer.plan.constants import Fit
-from trainer.plan.layout import Layout, layout_of
-from trainer.plan.layout_rules import micro_batch_size
+from trainer.plan.layout import Layout
 from trainer.plan.machine import Machine, measured_cpu, named_machine
 from trainer.plan.planner import Planner
-
-# Keys that a search decides unless the command line does → the field of a layout.
-DECIDED = {
-    **{f"strategy.{axis}": axis for axis in AXES},
-    "strategy.context_method": "context_method",
-    "strategy.schedule": "schedule",
-    "strategy.stages_per_rank": "stages_per_rank",
-    "micro_batch_size": "micro_batch",
-    "activation_checkpointing": "recomputed",
-    "loss.chunks": "chunks",
-}
 
 
 @dataclass(frozen=True)
@@ -53,13 +42,14 @@ def prepare_plan(config: PlanConfig) -> Asked:
     cluster, host = config.cluster, ranks_per_node(config.cluster)
     training = with_imported_model(with_absolute_paths(planned_training(config)), given)
     training = _with_sizes(replace(training, data=replace(training.data, path="not read")))
-    named = any(word.startswith("strategy=") for word in words)
+    choice = HydraConfig.get().runtime.choices.get("strategy")
+    named = choice != "auto" and any(word.startswith("strategy=") for word in words)
     asked = {word.partition("=")[0] for word in words}
-    fixed = {} if named else _fixed(training, asked)
+    fixed = {} if named else fixed_fields(training, asked)
     checked = replace(config, **{f: getattr(training, f) for f in vars(training)})
     ranks = cluster.nodes * host
     if not named:
-        checked = replace(checked, strategy=_alone(training.strategy), micro_batch_size=0)
+        checked = replace(checked, strategy=without_degrees(training.strategy), micro_batch_size=0)
     if found := find_problems(checked, ranks if named else 1):
         raise ConfigError(*found)
     machine, precision = _machine(config, host)
@@ -69,34 +59,9 @@ def prepare_plan(config: PlanConfig) -> Asked:
         training = replace(training, strategy=resolve_degrees(training.strategy, ranks))
     planner = Planner(training, precision, machine, Fit.read())
     nodes = cluster.nodes if named or "cluster.nodes" in asked else 0
-    layout = _named_layout(training) if named else None
+    layout = layout_of_job(training) if named else None
     title = HydraConfig.get().runtime.choices.get("model") or "model"
     return Asked(config, planner, training, title, host, nodes, layout, fixed)
-
-
-def _alone(strategy: StrategyConfig) -> StrategyConfig:
-    """Return a strategy of one rank, with all that is no degree."""
-    ones: dict[str, Any] = dict.fromkeys(AXES, 1)
-    return replace(strategy, **ones)
-
-
-def _fixed(training: TrainConfig, asked: set[str]) -> dict[str, Any]:
-    """Return the fields of a layout that the command line decides."""
-    values = {
-        **{f"strategy.{axis}": degree for axis, degree in axis_degrees(training.strategy).items()},
-        "strategy.context_method": training.strategy.context_method,
-        "strategy.schedule": training.strategy.schedule,
-        "strategy.stages_per_rank": training.strategy.stages_per_rank,
-        "micro_batch_size": training.micro_batch_size,
-        "activation_checkpointing": training.activation_checkpointing,
-        "loss.chunks": training.loss.chunks,
-    }
-    open_values = (-1, 0)
-    return {
-        DECIDED[key]: values[key]
-        for key in DECIDED
-        if key in asked and values[key] not in open_values
-    }
 
 
 def _check_fixed(fixed: dict[str, Any], ranks: int) -> None:
@@ -106,12 +71,6 @@ def _check_fixed(fixed: dict[str, Any], ranks: int) -> None:
     if rest:
         degrees[rest[0]] = -1
     resolve_degrees(StrategyConfig(**degrees), ranks)
-
-
-def _named_layout(training: TrainConfig) -> Layout:
-    size = micro_batch_size(training, training.strategy)
-    mode, chunks = training.activation_checkpointing, training.loss.chunks
-    return layout_of(training.strategy, size, mode, chunks)
 
 
 def _machine(config: PlanConfig, host: int) -> tuple[Machine, str]:

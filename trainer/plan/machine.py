@@ -81,3 +81,12 @@ def _least_seconds(work: Callable[[], object]) -> float:
         work()
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def nominal_cpu(ranks: int) -> Machine:
+    """Return this host's CPU by fixed rates for each core, shared by so many ranks."""
+    cores = os.cpu_count() or 1
+    peak, bandwidth = 60e9 * cores / ranks, 10e9 / ranks
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks
+    link = bandwidth / GLOO
+    return Machine("CPU rank", "cpu", peak, peak, bandwidth, link, link, ranks, memory)
