@@ -6,6 +6,8 @@ from conf.submit import ClusterConfig
 from parallel.config_fields import key
 from trainer.config.train import TrainConfig
 
+CALIBRATION = "calibration.json"
+
 
 @dataclass
 class PlanOptions:
@@ -20,6 +22,13 @@ class PlanOptions:
         off_means="the fastest is proposed",
         at_least=0,
         below=1,
+    )
+    calibration: str = key(
+        CALIBRATION,
+        "File of what python launch/plan.py calibrate has measured; used where it is of the "
+        "planned kind of device and precision",
+        off="",
+        off_means="data sheets and published runs",
     )
     trace: bool = key(
         False,

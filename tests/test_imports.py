@@ -141,10 +141,11 @@ trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.run
     trainer.metrics trainer.optim trainer.loss trainer.model trainer.compress trainer.precision
     trainer.lora trainer.build trainer.inference parallel.rank_pool trainer.tasks
     parallel.comm_volume
-trainer.plan: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
-    parallel.comm_volume parallel.data parallel.pipeline parallel.activation_checkpointing
-    parallel.parallelize trainer.data trainer.nn trainer.compress trainer.precision trainer.build
-    trainer.inference trainer.tasks trainer.state trainer.loop trainer.verify
+trainer.plan: parallel.errors parallel.strategy trainer.config trainer.atomic_files
+    parallel.grad_norm parallel.runtime parallel.comm_volume parallel.data parallel.pipeline
+    parallel.activation_checkpointing parallel.parallelize trainer.data trainer.nn trainer.compress
+    trainer.precision trainer.build trainer.inference trainer.tasks trainer.state trainer.loop
+    trainer.verify
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill trainer.plan
 launch.slurm: parallel.errors trainer.config conf.submit trainer.run

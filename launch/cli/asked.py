@@ -1,6 +1,5 @@
 """Check what the command line asks of a plan."""
 
-import difflib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,16 +7,14 @@ from hydra.core.hydra_config import HydraConfig
 
 from conf.plan import PlanConfig, planned_training
 from conf.validation.validate import find_problems
+from launch.cli.devices import devices_of
 from launch.cli.inputs import with_absolute_paths, with_imported_model
 from launch.cli.layouts import fixed_fields, layout_of_job
 from launch.slurm.batch_script import ranks_per_node
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig, resolve_degrees, without_degrees
-from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig, inputs_of, outputs_of
-from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout
-from trainer.plan.machine import Machine, measured_cpu, named_machine
 from trainer.plan.planner import Planner
 
 
@@ -52,12 +49,12 @@ def prepare_plan(config: PlanConfig) -> Asked:
         checked = replace(checked, strategy=without_degrees(training.strategy), micro_batch_size=0)
     if found := find_problems(checked, ranks if named else 1):
         raise ConfigError(*found)
-    machine, precision = _machine(config, host)
+    devices = devices_of(cluster, config.precision, config.plan.calibration)
     if fixed and "cluster.nodes" in asked:
         _check_fixed(fixed, ranks)
     if named:
         training = replace(training, strategy=resolve_degrees(training.strategy, ranks))
-    planner = Planner(training, precision, machine, Fit.read())
+    planner = devices.planner(training)
     nodes = cluster.nodes if named or "cluster.nodes" in asked else 0
     layout = layout_of_job(training) if named else None
     title = HydraConfig.get().runtime.choices.get("model") or "model"
@@ -71,29 +68,6 @@ def _check_fixed(fixed: dict[str, Any], ranks: int) -> None:
     if rest:
         degrees[rest[0]] = -1
     resolve_degrees(StrategyConfig(**degrees), ranks)
-
-
-def _machine(config: PlanConfig, host: int) -> tuple[Machine, str]:
-    """Return the machine, and the precision that runs there."""
-    cluster = config.cluster
-    if not cluster.gpu:
-        known = ", ".join(ACCELERATORS)
-        raise ConfigError(
-            f"cluster.gpu is empty, but a plan is for one kind of device; set it to one of {known}"
-        )
-    tflops, precision = ACCELERATORS[cluster.gpu].tflops, config.precision
-    if cluster.gpu == "cpu":
-        return measured_cpu(host), "fp32" if precision == "auto" else precision
-    if precision == "auto":
-        precision = "bf16" if "bf16" in tflops else "fp16" if "fp16" in tflops else "fp32"
-    found = named_machine(cluster.gpu, precision, host, cluster.memory_gib, cluster.network_gbit)
-    if found is None:
-        near = difflib.get_close_matches(precision, tflops, n=1, cutoff=0.0)
-        raise ConfigError(
-            f"precision={precision} has no peak on cluster.gpu={cluster.gpu}, whose data sheet has "
-            f"{', '.join(tflops) or 'none'}; set precision={near[0] if near else 'fp32'}"
-        )
-    return found, precision
 
 
 def _with_sizes(training: TrainConfig) -> TrainConfig:

@@ -128,7 +128,8 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
     given = HydraConfig.get().overrides.task
     training = with_imported_model(with_absolute_paths(training_part(config)), given)
     training = with_audio_of_model(training, given)
-    devices, chooses = devices_of(config.cluster, training), training.strategy.auto != "no"
+    chooses = training.strategy.auto != "no"
+    devices = devices_of(config.cluster, training.precision) if config.cluster.gpu else None
     training, _, _ = _complete_config(training, world_size, devices, given)
     if devices:
         check_memory(training, devices, world_size)

@@ -70,7 +70,7 @@ def test_keys_of_the_command_line_are_kept(job):
     config = replace(job, strategy=strategy, micro_batch_size=2, model=LARGE)
     config = replace(config, data=replace(job.data, seq_len=64))
     keys = {"strategy.tensor", "strategy.pipeline", "strategy.schedule", "micro_batch_size"}
-    devices = devices_of(ClusterConfig(gpu="h100", gpus_per_node=8), config)
+    devices = devices_of(ClusterConfig(gpu="h100", gpus_per_node=8), "auto")
     chosen = with_chosen_layout(config, devices, 8, keys)
     assert axis_degrees(chosen.strategy) | {"tensor": 2, "pipeline": 2} == axis_degrees(
         chosen.strategy
@@ -88,7 +88,7 @@ def test_degrees_that_cannot_be_are_told_as_ever(job):
 
 def test_a_cluster_that_does_not_say_its_device_is_refused(job):
     with pytest.raises(ConfigError, match=r"cluster\.gpu is empty; set it to one of a100-40, "):
-        with_chosen_layout(job, devices_of(ClusterConfig(), job), 2, ())
+        with_chosen_layout(job, None, 2, ())
 
 
 def test_other_commands_need_a_named_strategy():
@@ -99,13 +99,13 @@ def test_other_commands_need_a_named_strategy():
 def test_what_fits_nowhere_is_refused():
     config = large()
     with pytest.raises(ConfigError, match=r"no layout of 1 ranks fits into 92% of 79\.6 GiB"):
-        with_chosen_layout(config, devices_of(ClusterConfig(gpu="h100"), config), 1, ())
+        with_chosen_layout(config, devices_of(ClusterConfig(gpu="h100"), "auto"), 1, ())
 
 
 def test_a_layout_that_will_not_fit_is_refused_with_its_terms_and_the_nearest(caplog):
     config = large(micro_batch_size=8)
     config = replace(config, strategy=StrategyConfig(replicate=8))
-    devices = devices_of(ClusterConfig(gpu="h100", gpus_per_node=8), config)
+    devices = devices_of(ClusterConfig(gpu="h100", gpus_per_node=8), "auto")
     with pytest.raises(ConfigError) as refused:
         check_memory(config, devices, 8)
     text = str(refused.value)

@@ -88,7 +88,7 @@ ACCELERATORS: dict[str, Accelerator] = {
         *("V100 SXM 32 GB", r"\bV100-SXM[23]\b", _VOLTA, 31.7, 0.9, 150, 100),
         generation="ampere",
     ),
-    "cpu": Accelerator("CPU", r"\bcpu\b", {}, per_host=0, generation="cpu"),  # measured
+    "cpu": Accelerator("CPU", r"\bcpu\b", {}, per_host=0, generation="cpu"),
 }
 # Slower than the full device of that name: unknown.
 UNKNOWN = r"\bMIG\b|Laptop|\b4090 D\b"
