@@ -28,8 +28,10 @@ class PlanRecord:
 
 
 def read_plan(run_dir: Path) -> PlanRecord | None:
-    """Return what was planned for a run; None if its folder does not say."""
+    """Return what was planned for a run; None if its folder does not say, or nothing readable."""
     try:
-        return PlanRecord(**json.loads((run_dir / NAME).read_text(encoding="utf-8")))
+        plan = PlanRecord(**json.loads((run_dir / NAME).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
+    numbers = (plan.memory_gib, plan.device_gib, plan.step_seconds, plan.median_error)
+    return plan if all(isinstance(number, int | float) for number in numbers) else None
