@@ -23,7 +23,7 @@ from rich.table import Table
 
 from conf import schema
 from conf.validation.validate import fill_from_data
-from launch.cli.planned import list_schedule
+from launch.cli.layouts import list_schedule
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, data_degree, world_size

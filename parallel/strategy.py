@@ -35,6 +35,16 @@ class StrategyConfig:
         off=False,
         off_means="the number of ranks must be the product of the degrees",
     )
+    auto: str = key(
+        "no",
+        "Choose the degrees, micro_batch_size, activation_checkpointing and loss.chunks that the "
+        "command line leaves open, by the plan of launch/plan.py",
+        choices={
+            "no": "as they are set",
+            "once": "a run that goes on with as many ranks keeps what was chosen",
+            "always": "at every start",
+        },
+    )
     reshard_after_forward: bool = key(
         True,
         "FSDP: free a block's gathered weights after its forward (ZeRO-3) or keep them until "
@@ -152,8 +162,19 @@ def data_degree(strategy: StrategyConfig) -> int:
     return strategy.replicate * strategy.shard
 
 
+def without_degrees(strategy: StrategyConfig) -> StrategyConfig:
+    """Return a strategy of one rank, with all that is no degree."""
+    ones: dict[str, Any] = dict.fromkeys(AXES, 1)
+    return replace(strategy, auto="no", elastic=False, **ones)
+
+
 def resolve_degrees(strategy: StrategyConfig, world_size: int) -> StrategyConfig:
     """Return the strategy with -1 resolved for `world_size` ranks; ConfigError if none fits."""
+    if strategy.auto != "no":
+        raise ConfigError(
+            f"strategy.auto={strategy.auto} plans a training run; name a strategy here, e.g. "
+            "strategy=fsdp"
+        )
     problems = []
     for axis, degree in axis_degrees(strategy).items():
         if degree == 0 or degree < -1:

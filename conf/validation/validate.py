@@ -14,7 +14,7 @@ from conf.validation.lora import lora_problems
 from conf.validation.outputs import rules_of
 from parallel.config_fields import facts_of, key_facts, known_keys, value_at
 from parallel.errors import ConfigError, UserError
-from parallel.strategy import resolve_degrees
+from parallel.strategy import StrategyConfig, resolve_degrees, without_degrees
 from trainer.config.train import (
     DataConfig,
     ModelConfig,
@@ -57,7 +57,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
         found += cluster_problems(config)
     if hasattr(config, "strategy") and not any("strategy." in key for key in wrong):
         try:
-            strategy = resolve_degrees(config.strategy, world_size)
+            strategy = _resolved(config, world_size)
         except UserError as error:
             return found + error.problems
         if hasattr(config, "model") and not broken and not any("model." in key for key in wrong):
@@ -73,6 +73,13 @@ def find_problems(config: Any, world_size: int) -> list[str]:
         if isinstance(config, TrainConfig) and not wrong & {"batch_size", "micro_batch_size"}:
             found += batch_problems(config, strategy)
     return found
+
+
+def _resolved(config: Any, world_size: int) -> StrategyConfig:
+    """Return the resolved strategy; where training is to choose it, one rank stands for it."""
+    if isinstance(config, TrainConfig) and config.strategy.auto in ("once", "always"):
+        return without_degrees(config.strategy)
+    return resolve_degrees(config.strategy, world_size)
 
 
 def fill_from_data(config: TrainConfig, facts: "DataFacts") -> TrainConfig:

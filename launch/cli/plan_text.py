@@ -7,8 +7,9 @@ from rich.console import Console
 
 from launch.cli.asked import Asked
 from parallel.pipeline.schedules import SCHEDULES
+from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout
-from trainer.plan.machine import GIB
+from trainer.plan.machine import GIB, Machine
 from trainer.plan.planner import FULL, Card
 from trainer.plan.result import Plan, Planned, Refused
 
@@ -80,7 +81,8 @@ def print_layouts(asked: Asked, plan: Plan) -> None:
 def print_layout(asked: Asked, named: Planned, near: Layout | None) -> None:
     """Print one layout term by term, and for each pipeline rank."""
     planner, layout = asked.planner, named.layout
-    lines = [_head(asked, layout.ranks), _error(asked), "", TITLES, _row(asked, " ", named), ""]
+    error = error_text(planner.fit, planner.machine)
+    lines = [_head(asked, layout.ranks), f"times {error}", "", TITLES, _row(asked, " ", named), ""]
     lines += _breakdown(asked, named)
     if layout.pipeline > 1:
         lines.append("pipeline rank   GiB   seconds of a micro-batch")
@@ -125,9 +127,9 @@ def _head(asked: Asked, ranks: int) -> str:
     return f"{asked.title}: {count} parameters · {ranks:,} × {machine.title}, {hosts} · {step}"
 
 
-def _error(asked: Asked) -> str:
-    fit, machine = asked.planner.fit, asked.planner.machine
-    found = f"times ± {fit.median_error:.0%}, nine of ten within {fit.ninetieth_error:.0%}: "
+def error_text(fit: Fit, machine: Machine) -> str:
+    """Return how well times are known."""
+    found = f"± {fit.median_error:.0%}, nine of ten within {fit.ninetieth_error:.0%}: "
     if fit.calibrated:
         return found + "measured here"
     if machine.generation == "cpu":
@@ -141,9 +143,10 @@ def _error(asked: Asked) -> str:
 
 
 def _counts(asked: Asked, plan: Plan) -> str:
-    size = asked.planner.machine.memory / GIB
+    fit, machine = asked.planner.fit, asked.planner.machine
+    size, error = machine.memory / GIB, error_text(fit, machine)
     fitting = f"{len(plan.found.candidates):,} fit into {FULL:.0%} of {size:.1f} GiB"
-    return f"{plan.found.legal:,} legal layouts, {fitting}; {_error(asked)}"
+    return f"{plan.found.legal:,} legal layouts, {fitting}; times {error}"
 
 
 def _row(asked: Asked, name: str, planned: Planned) -> str:
@@ -177,7 +180,7 @@ def _reason(asked: Asked, plan: Plan) -> str:
         return "→ is the fastest by far"
     return (
         f"→ is the simplest of {near:,} within {slack:.0%} of the fastest, less than times can be "
-        f"told apart by: fewest axes, least recomputed, most memory free ({max(0.0, slower):+.1%})"
+        f"told apart by: fewest axes, least recomputed, then memory ({max(0.0, slower):+.1%})"
     )
 
 

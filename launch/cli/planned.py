@@ -3,21 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from conf.validation.compression import compress_problems
-from conf.validation.float8 import precision_problems
-from conf.validation.layout import layout_problems
 from launch.cli.asked import Asked
+from launch.cli.layouts import legal_space, list_schedule, why_none_is_legal
 from launch.cli.plan_page import write_plan
 from launch.cli.plan_text import print_layout, print_layouts, print_lines, print_sizes
 from launch.cli.plan_trace import trace_lines
 from parallel.errors import ConfigError
-from parallel.pipeline.schedules import read_csv, stages_per_rank
-from parallel.pipeline.simulator import Lists
-from parallel.strategy import StrategyConfig
-from trainer.config.train import CompressConfig
 from trainer.plan.layout import Layout
-from trainer.plan.layout_rules import batch_problems, model_problems
-from trainer.plan.rank_plan import Held
 from trainer.plan.result import Plan, plan_layouts, planned_layout
 from trainer.plan.search import Space, nearest
 
@@ -55,7 +47,7 @@ def _plan_all(asked: Asked) -> list[Plan]:
             raise ConfigError(_fits_nowhere(asked))
     plans = [_plan(asked, space, nodes)]
     if not plans[0].found.legal:
-        raise ConfigError(*_why_none_is_legal(asked, space))
+        raise ConfigError(*why_none_is_legal(asked.training, space))
     if plans[0].proposed is None:
         raise ConfigError(_fits_not_here(asked, planner.smallest(space, asked.host)))
     print_layouts(asked, plans[0])
@@ -72,18 +64,6 @@ def _print_trace(asked: Asked, layout: Layout) -> None:
         print_lines(trace_lines(asked, layout))
 
 
-def list_schedule(strategy: StrategyConfig, micro_batches: int) -> tuple[Lists, tuple[Held, ...]]:
-    """Return a schedule's actions, and what it holds; loads torch, whose schedules they are."""
-    from parallel.pipeline.torch_schedules import list_actions
-    from trainer.plan.in_flight import held_micro_batches
-
-    held = held_micro_batches(strategy, micro_batches)
-    ranks, stages, path = strategy.pipeline, stages_per_rank(strategy), strategy.schedule_csv
-    if path:
-        return read_csv(path, ranks, stages, micro_batches), held
-    return list_actions(strategy.schedule, ranks, stages, micro_batches), held
-
-
 def _plan(asked: Asked, space: Space, nodes: int) -> Plan:
     options = asked.config.plan
     there = replace(space, ranks=nodes * asked.host)
@@ -91,33 +71,9 @@ def _plan(asked: Asked, space: Space, nodes: int) -> Plan:
 
 
 def _space(asked: Asked) -> Space:
-    """Return the layouts that are searched, by all rules that validation has."""
-    space = asked.planner.space(max(1, asked.nodes) * asked.host, asked.fixed)
-    training, precision = asked.training, asked.planner.precision
-    plain = training.compress == CompressConfig() and training.strategy.reduce == "auto"
-    if plain and precision != "fp8" and not training.strategy.async_tensor:
-        return space
-
-    def allows(strategy: StrategyConfig) -> bool:
-        model, compress = training.model, training.compress
-        return not (
-            compress_problems(compress, model, strategy)
-            or precision_problems(precision, model, compress, strategy)
-            or layout_problems(replace(training, activation_checkpointing="none"), strategy)
-        )
-
-    return replace(space, allows=allows)
-
-
-def _why_none_is_legal(asked: Asked, space: Space) -> list[str]:
-    """Return the problems of the plainest layout, where there is no legal one at all."""
-    degrees = {axis: asked.fixed.get(axis, 1) for axis in ("pipeline", "context", "tensor")}
-    inner = degrees["pipeline"] * degrees["context"] * degrees["tensor"]
-    strategy = replace(space.strategy, replicate=1, shard=max(1, space.ranks // inner), **degrees)
-    found = model_problems(space.model, strategy) + batch_problems(asked.training, strategy)
-    return found or [
-        f"no layout of {space.ranks} ranks keeps what is set: {asked.fixed}; leave some of it out"
-    ]
+    """Return the layouts that are searched."""
+    ranks = max(1, asked.nodes) * asked.host
+    return legal_space(asked.planner, asked.training, ranks, asked.fixed)
 
 
 def _fits_nowhere(asked: Asked) -> str:

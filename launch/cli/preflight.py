@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, count
@@ -20,6 +20,8 @@ from conf.validation.compression import compress_problems
 from conf.validation.float8 import precision_problems
 from conf.validation.lora import lora_problems
 from conf.validation.validate import fill_from_data, find_problems
+from launch.cli.auto import check_memory, with_chosen_layout
+from launch.cli.devices import Devices, devices_here, devices_of
 from launch.cli.entrypoint import has_own_name
 from launch.cli.environment import note_start
 from launch.cli.inputs import (
@@ -33,11 +35,13 @@ from launch.cli.inputs import (
     with_processor,
     with_sizes,
 )
+from launch.cli.layouts import DECIDED, layout_of_job
+from launch.cli.plan_text import layout_words
 from launch.cli.teacher import check_teacher
 from launch.slurm.batch_script import SlurmRun, ranks_per_node
 from parallel.errors import ConfigError
 from parallel.pipeline.schedules import find_schedule_warnings
-from parallel.strategy import StrategyConfig, data_degree, resolve_degrees
+from parallel.strategy import StrategyConfig, data_degree, resolve_degrees, without_degrees
 from trainer import data
 from trainer.config.train import (
     CompressReportConfig,
@@ -89,13 +93,16 @@ def prepare_training(
             "strategy.elastic=true starts the ranks anew when a host is lost or comes back, and "
             "they must find the run; give it a folder, e.g. run_dir=runs/big"
         )
-    config, reads, facts = _complete_config(config, world_size)
+    devices = devices_here(config, world_size)
+    config, reads, facts = _complete_config(config, world_size, devices, given)
     check_first_weights(config, reads, facts)
+    planned = check_memory(config, devices, world_size)
     log.info("%s", format_record(facts))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and has_own_name(given):
         config = replace(config, run_dir=str(_claim_folder(config.run_dir)))
     open_run_dir(config, held)
     keep_processor(config, reads, facts)
+    planned.write(Path(config.run_dir))
     goodput.begin_start(Path(config.run_dir), opened, time.time())
     note_start(Path(config.run_dir), list(given))
     log.info("run_dir=%s", config.run_dir)
@@ -121,23 +128,35 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
     given = HydraConfig.get().overrides.task
     training = with_imported_model(with_absolute_paths(training_part(config)), given)
     training = with_audio_of_model(training, given)
-    training, _, _ = _complete_config(training, world_size)
+    chooses = training.strategy.auto != "no"
+    devices = devices_of(config.cluster, training.precision) if config.cluster.gpu else None
+    training, _, _ = _complete_config(training, world_size, devices, given)
+    if devices:
+        check_memory(training, devices, world_size)
     check_run_dir(training)
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
+    if chooses:  # the words that make what was chosen
+        keys = (*DECIDED, "strategy")
+        overrides = [o for o in overrides if o.lstrip("+").partition("=")[0] not in keys]
+        overrides += layout_words(layout_of_job(training)).split()
     if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
         overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")
     return SlurmRun(training, config.cluster, overrides)
 
 
 def _complete_config(
-    config: TrainConfig, world_size: int
+    config: TrainConfig, world_size: int, devices: Devices | None, given: Sequence[str]
 ) -> tuple[TrainConfig, DataConfig, data.DataFacts]:
-    """Return the completed configuration, its data section as read, and the record of the data."""
-    config = replace(config, strategy=resolve_degrees(config.strategy, world_size))
-    config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
-    share = config.batch_size // data_degree(config.strategy)
-    for warning in find_schedule_warnings(config.strategy, share // config.micro_batch_size):
-        log.warning("%s", warning)
+    """Return the completed configuration, its data section as read, and the record of the data.
+
+    `devices` are those that a layout is chosen for, None = not known; `given` are the words of the
+    command line.
+    """
+    asked = config.strategy
+    if asked.auto == "no":
+        config = replace(config, strategy=resolve_degrees(asked, world_size))
+    else:
+        config = replace(config, strategy=without_degrees(asked))
     reads = with_processor(config)
     facts = data.prepare_data(reads, progress=True)
     if facts.sample_counts["train"] < config.batch_size:
@@ -148,6 +167,13 @@ def _complete_config(
             config.batch_size,
         )
     config = fill_from_data(with_sizes(config), facts)
+    if asked.auto != "no":
+        keys = {word.lstrip("+").partition("=")[0] for word in given}
+        config = with_chosen_layout(replace(config, strategy=asked), devices, world_size, keys)
+    config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
+    share = config.batch_size // data_degree(config.strategy)
+    for warning in find_schedule_warnings(config.strategy, share // config.micro_batch_size):
+        log.warning("%s", warning)
     if config.checkpoint.huggingface_every:
         _check_exportable(config, non_default_options(used_compression(config)))
     if config.compress.teacher:

@@ -190,6 +190,13 @@ class TrainConfig:
         "none", "Activations recomputed in the backward instead of stored", choices=RECOMPUTED
     )
     compile: bool = key(False, "torch.compile of every block")
+    check_memory: bool = key(
+        True,
+        "Refuse a layout whose tensors take more memory than a device has, by the plan of "
+        "launch/plan.py",
+        off=False,
+        off_means="warn, and let it run out of memory",
+    )
     overfit_steps: int = key(
         0,
         "Train on the data of the first overfit_steps steps only, repeatedly: a correct model "

@@ -61,8 +61,8 @@ def load_calibration(path: Path) -> Calibration | None:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(
-            f"plan.calibration={path} cannot be read ({error!r}); make it again with python "
-            "launch/plan.py calibrate, or set plan.calibration= to plan without it"
+            f"{path} is no calibration ({error!r}); make it again with python launch/plan.py "
+            "calibrate, or remove it to plan without"
         ) from error
 
 

@@ -68,7 +68,7 @@ def _proposed(
     """Return the simplest of the fastest that fits by what its schedule's lists hold."""
     left = list(candidates)
     while left:
-        chosen = propose(left, slack, planner.memory)
+        chosen = propose(left, slack, planner.memory, planner.limit / 2)
         planned = planned_layout(planner, chosen.layout, lister)
         if planned.card.total <= planner.limit:
             return planned

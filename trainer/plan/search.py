@@ -205,12 +205,15 @@ def _fitting_layouts(
 
 
 def propose(
-    candidates: Sequence[Candidate], slack: float, memory: Callable[[Layout], float]
+    candidates: Sequence[Candidate],
+    slack: float,
+    memory: Callable[[Layout], float],
+    roomy: float = 0.0,
 ) -> Candidate:
     """Return the simplest of the candidates within `slack` of the fastest.
 
     Fewest axes, then least recomputation, then most free memory: differences within the error of
-    the predicted times decide nothing.
+    the predicted times decide nothing. Of layouts that take less than `roomy` bytes the fastest.
     """
     near = [c for c in candidates if c.seconds <= candidates[0].seconds * (1 + slack)]
 
@@ -220,7 +223,7 @@ def propose(
 
     least = min(map(complexity, near))
     simple = [candidate for candidate in near if complexity(candidate) == least]
-    return min(simple, key=lambda candidate: (memory(candidate.layout), candidate.seconds))
+    return min(simple, key=lambda c: (max(memory(c.layout), roomy), c.seconds))
 
 
 def distinct(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
@@ -234,10 +237,16 @@ def distinct(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
 
 
 def nearest(candidates: Sequence[Candidate], layout: Layout) -> Candidate:
-    """Return the candidate whose degrees differ least from a layout's; the fastest of these."""
+    """Return the candidate whose degrees differ least from a layout's; the fastest of these.
+
+    To shard the copies that a layout has is a smaller change than to split anything.
+    """
+
+    def degrees(one: Layout) -> tuple[int, ...]:
+        return one.data_ranks, one.shard, one.context, one.tensor, one.pipeline
 
     def distance(candidate: Candidate) -> tuple[float, float]:
-        degrees = ((getattr(candidate.layout, axis), getattr(layout, axis)) for axis in AXES)
-        return sum(abs(math.log2(a / b)) for a, b in degrees), candidate.seconds
+        both = zip(degrees(candidate.layout), degrees(layout), (1, 0.5, 1, 1, 1), strict=True)
+        return sum(weight * abs(math.log2(a / b)) for a, b, weight in both), candidate.seconds
 
     return min(candidates, key=distance)

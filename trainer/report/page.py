@@ -27,6 +27,7 @@ from trainer.report.run_history import (
     runs_in,
 )
 from trainer.report.svg_chart import COLOURS, Curve, Mark, curve_figure, event_lanes
+from trainer.run.plan_record import read_plan
 
 NAME = "report.html"
 TEMPLATES = Environment(
@@ -154,11 +155,26 @@ def run_summary(history: History) -> dict[str, str]:
         row["MFU, median"] = f"{100 * median(mfu):.1f} %"
     if memory := [value for _, value in history.metric_curve("memory_gib")]:
         row["memory"] = f"{max(memory):.2f} GiB"
+    row |= _planned(history)
     ledger = history.goodput
     if seconds := sum(ledger.seconds.values()):
         row["time"] = format_duration(seconds + ledger.down_seconds)
         row["starts"] = str(ledger.starts)
         row["goodput"] = f"{100 * ledger.seconds['useful'] / seconds:.1f} %"
+    return row
+
+
+def _planned(history: History) -> dict[str, str]:
+    """Return the planned memory and step time, and the measured step time beside it."""
+    plan, row = read_plan(history.run_dir), {}
+    if plan is not None:
+        row["memory, planned for tensors"] = f"{plan.memory_gib:.2f} of {plan.device_gib:.1f} GiB"
+    if seconds := [value for _, value in history.metric_curve("step_seconds")]:
+        row["step, median"] = f"{median(seconds):.3g} s"
+    if plan is not None and plan.step_seconds:
+        error = f" ± {plan.median_error:.0%}" if plan.median_error else ""
+        known = "" if plan.calibrated else ", not calibrated"
+        row["step, planned"] = f"{plan.step_seconds:.3g} s{error}{known}"
     return row
 
 

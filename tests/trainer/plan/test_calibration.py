@@ -76,7 +76,7 @@ def change(path, *keys, value=None):
 )
 def test_a_damaged_file_is_refused_in_one_line(written, damage):
     damage(written)
-    with pytest.raises(ConfigError, match=r"cannot be read .*launch/plan.py calibrate") as error:
+    with pytest.raises(ConfigError, match=r"is no calibration .*launch/plan.py calibrate") as error:
         read_calibration(written, "cpu", "fp32", 2)
     assert len(str(error.value).splitlines()) == 1
 

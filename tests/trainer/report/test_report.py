@@ -25,6 +25,7 @@ from trainer.report.svg_chart import (
     smooth_points,
     thin_points,
 )
+from trainer.run.plan_record import PlanRecord, read_plan
 
 CONFIG = "seed: 1\noptim:\n  lr: {lr}\n  betas: [0.9, 0.95]\nmodel:\n  family: decoder\n"
 SECONDS = {
@@ -198,6 +199,24 @@ def test_the_row_of_a_run(tmp_path: Path) -> None:
         "starts": "2",
         "goodput": "80.0 %",
     }
+
+
+def test_what_was_planned_stands_beside_what_was_measured(tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with (run / "metrics.jsonl").open("w") as file:
+        for line in lines:
+            more = {"step_seconds": 0.25} if "lr" in line else {}
+            file.write(json.dumps(line | more) + "\n")
+    plan = PlanRecord("H100 SXM", "strategy=fsdp", 40.0, 79.6, {"weights": 40.0}, 0.2, 0.08, False)
+    plan.write(run)
+    assert read_plan(run) == plan
+    row = run_summary(read_history(run))
+    assert row["memory, planned for tensors"] == "40.00 of 79.6 GiB"
+    assert row["step, planned"] == "0.2 s ± 8%, not calibrated"
+    assert row["step, median"] == "0.25 s"
+    (run / "plan.json").write_text((run / "plan.json").read_text().replace("79.6", '"<b>"'))
+    assert "memory, planned for tensors" not in run_summary(read_history(run))
 
 
 def test_several_runs_and_where_they_differ(tmp_path: Path) -> None:
