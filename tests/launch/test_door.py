@@ -197,9 +197,8 @@ MISTAKES = {
     "optm.lr=1": "optm.lr does not exist; did you mean optim.lr?",
     "lr=1": "lr does not exist; did you mean optim.lr?",
     "modle=gpt2": "modle does not exist; did you mean model?",
-    "strategy=dpp": "strategy=dpp does not exist; strategy is one of auto, context, ddp, fsdp, hsdp, "
-    "hybrid, pipeline, single, tensor; "
-    "did you mean strategy=ddp?",
+    "strategy=dpp": "strategy=dpp does not exist; strategy is one of auto, context, ddp, fsdp, "
+    "hsdp, hybrid, pipeline, single, tensor; did you mean strategy=ddp?",
     "strategy=5": "a group's option is a name; --help lists them",
     "steps=abc": "steps=abc must be a whole number",
     "steps=null": "steps=null must be a whole number",
