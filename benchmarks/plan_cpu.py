@@ -3,8 +3,9 @@
 `python launch/plan.py calibrate launch.ranks=2 batch_size=8` first; then
 `python benchmarks/plan_cpu.py [ranks=2] [steps=40] [calibration=calibration.json] [words]` runs the
 training loop with its data and metrics on a pool of ranks; words choose the rows that have all of
-them in their name. Of 20 lines of metrics the first ones are left out and the median is taken. The
-plan is told the mean length of the padded pairs of translation, as it does not read data.
+them in their name. Of the lines of metrics the first ones are left out, the median is taken. The
+plan is told the mean length of the padded pairs of translation, as it does not read data. The last
+row of a job is what `strategy=auto` chooses for the ranks.
 """
 
 import json
@@ -23,7 +24,9 @@ from rich.table import Table
 
 from conf import schema
 from conf.validation.validate import fill_from_data
-from launch.cli.layouts import list_schedule
+from launch.cli.auto import with_chosen_layout
+from launch.cli.devices import Devices
+from launch.cli.layouts import layout_of_job, list_schedule
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, data_degree, world_size
@@ -34,13 +37,13 @@ from trainer.loop import train
 from trainer.metrics.jsonl import NAME
 from trainer.plan.calibration import read_calibration
 from trainer.plan.cases import preset
-from trainer.plan.layout import layout_of
 from trainer.plan.layout_rules import micro_batch_size
 from trainer.plan.planner import Planner
 from trainer.plan.result import planned_layout
 from trainer.run.run_dir import open_run_dir
 
 JOBS = ("language", "images", "translation")
+AUTO = "auto"
 OF_TWO = ("ddp", "fsdp", "tensor", "pipeline", "context")
 OF_FOUR = (*OF_TWO, "hsdp", "hybrid")
 EVERY, WARM_UP, LENGTHS = 2, 10, 20  # steps: of a line of metrics, left out, looked at for lengths
@@ -70,12 +73,12 @@ class Row:
 
 
 def strategies(ranks: int) -> dict[str, StrategyConfig]:
-    """Return seven layouts by name."""
+    """Return seven layouts by name, and that which is chosen by plan."""
     found = {"single": preset("single", 1)} if ranks < 4 else {}
     found |= {name: preset(name, ranks) for name in (OF_TWO if ranks < 4 else OF_FOUR)}
     if ranks < 4:
         found["pipeline 1f1b"] = replace(found["pipeline"], schedule="1f1b")
-    return found
+    return found | {AUTO: StrategyConfig(auto="always")}
 
 
 def configured(job: str, strategy: StrategyConfig, steps: int, run_dir: str) -> TrainConfig:
@@ -86,7 +89,8 @@ def configured(job: str, strategy: StrategyConfig, steps: int, run_dir: str) -> 
         config = schema.build_config("train", compose("train", [*QUIET, *words]))
     assert isinstance(config, TrainConfig)
     config = replace(config, strategy=strategy, device="cpu")
-    config = replace(config, micro_batch_size=micro_batch_size(config, strategy))
+    if strategy.auto == "no":
+        config = replace(config, micro_batch_size=micro_batch_size(config, strategy))
     return fill_from_data(config, prepare_data(config.data))
 
 
@@ -109,7 +113,7 @@ def _counts(record: dict) -> bool:
 
 
 def mean_length(config: TrainConfig) -> int:
-    """Return the mean length of the first steps' micro-batches, padded, of all their sequences."""
+    """Return the mean length of the first steps' padded sequences of text; 0 = there are none."""
     loader = TrainLoader(
         open_split(config.data, "train"),
         config.seed,
@@ -123,18 +127,22 @@ def mean_length(config: TrainConfig) -> int:
     loader.close()
     names = [name for name in ("source", "tokens") if name in batches[0]]
     found = [batch[name].shape[1] for batch in batches for name in names]
-    return round(float(np.mean(found))) if found else config.data.seq_len
+    return round(float(np.mean(found))) if found else 0
+
+
+def devices_of(calibration: Path, ranks: int) -> Devices:
+    """Return the ranks of this host as they were measured."""
+    found = read_calibration(calibration, "cpu", "fp32", ranks)
+    if found is None:
+        sys.exit(f"{calibration} is not there: python launch/plan.py calibrate launch.ranks=2")
+    return Devices(found[0], "fp32", found[1])
 
 
 def predicted_seconds(config: TrainConfig, calibration: Path) -> float:
     """Return the time of a step by the plan."""
-    ranks = world_size(config.strategy)
-    found = read_calibration(calibration, "cpu", "fp32", ranks)
-    if found is None:
-        sys.exit(f"{calibration} is not there: python launch/plan.py calibrate launch.ranks=2")
-    config = replace(config, data=replace(config.data, seq_len=mean_length(config)))
-    planner = Planner(config, "fp32", *found)
-    layout = layout_of(config.strategy, config.micro_batch_size)
+    devices = devices_of(calibration, world_size(config.strategy))
+    planner = Planner(config, "fp32", devices.machine, devices.fit, length=mean_length(config))
+    layout = layout_of_job(config)
     return planned_layout(planner, layout, list_schedule).time.total
 
 
@@ -162,6 +170,10 @@ def measure_rows(pool: RankPool, options: dict[str, str], words: list[str]) -> I
                 continue
             with TemporaryDirectory() as folder:
                 config = configured(job, strategy, int(options.get("steps", 40)), f"{folder}/run")
+                if name == AUTO:
+                    devices = devices_of(calibration, pool.size)
+                    config = with_chosen_layout(config, devices, pool.size, ())
+                    config = replace(config, micro_batch_size=layout_of_job(config).micro_batch)
                 predicted = predicted_seconds(config, calibration)
                 yield Row(job, name, measured_seconds(pool, config), predicted)
 
@@ -180,6 +192,12 @@ def main(arguments: list[str]) -> None:
     pool.close()
     console = Console()
     console.print(table)
+    for job in JOBS:
+        times = {row.name: row.measured for row in rows if row.job == job}
+        if chosen := times.pop(AUTO, 0.0):
+            more = chosen / min(times.values(), default=chosen) - 1
+            console.print(f"{job}: strategy=auto takes {more:+.0%} of the fastest of these")
+    rows = [row for row in rows if row.name != AUTO]
     errors = [abs(row.error) for row in rows]
     right, pairs = ordered_pairs(rows)
     console.print(

@@ -34,6 +34,7 @@ TIMEOUT_SECONDS = 900.0
 SLURM = "needs Slurm"
 HOSTS = "needs two hosts"
 PRESET = "tests/launch/test_presets.py trains each preset on eight ranks"
+CALIBRATED = "tests/trainer/plan/test_fit_calibration.py calibrates two ranks"
 NETWORK = "makes a virtual environment from the network"
 # Commands that are not run → why. The tests refuse entries that no page has.
 NOT_RUN = {
@@ -55,6 +56,11 @@ NOT_RUN = {
     "python launch/plan.py model=llama-405b cluster=h100 cluster.nodes=2048 data.seq_len=8192 "
     "batch_size=16384": "half a minute",
     "python benchmarks/published_runs.py published-calibrate.csv --fit": "needs published runs",
+    "python benchmarks/plan_cpu.py": "needs a quiet machine for five minutes",
+    "python launch/plan.py calibrate launch.ranks=2 batch_size=8": CALIBRATED,
+    "torchrun --nproc_per_node=8 launch/plan.py calibrate model=llama-8b data.seq_len=8192": (
+        CALIBRATED
+    ),
     "python launch/train.py -m run_dir=runs/tuned hydra/sweeper=optuna hydra.sweeper.n_trials=20 "
     "hydra.sweeper.n_jobs=1 hydra.sweeper.max_failure_rate=1 "
     "'optim.lr=tag(log,interval(1e-4,1e-2))'": "needs hydra-optuna-sweeper",

@@ -66,8 +66,9 @@ def measure_rates(
 def _products(
     tokens: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> Iterator[Product]:
+    D, inner = widths
     for T in (tokens, max(1, tokens // 4)):
-        for D, N in (widths, widths[::-1], (widths[0], widths[0])):
+        for N in (inner, D, max(1, D // 4)):  # the last as narrow as a split layer
             yield Product(T, D, N, _of_slowest(_product_seconds(T, D, N, dtype, device)))
 
 

@@ -55,12 +55,18 @@ class Card:
 
 
 class Planner:
-    """Memory and time of one job's layouts; the job's own layout plays no part."""
+    """Memory and time of one job's layouts; the job's own layout plays no part.
 
-    def __init__(self, config: TrainConfig, precision: str, machine: Machine, fit: Fit):
+    `length` is the mean length of the sequences of text, by which times are; 0 = that of the
+    longest, by which memory is.
+    """
+
+    def __init__(
+        self, config: TrainConfig, precision: str, machine: Machine, fit: Fit, length: int = 0
+    ):
         self.config, self.machine, self.fit = config, machine, fit
         self.precision = precision
-        self.work = job_work(config, precision)
+        self.work = job_work(config, precision, length)
         self.times = TimeModel(self.work, machine, fit.constants, config.strategy)
         self.limit = FULL * machine.memory
         self._forms: dict[tuple[type, int], MemoryModel] = {}  # by loss.chunks
@@ -198,15 +204,15 @@ def first_tries(ranks: int, linked: int) -> list[Layout]:
     return tries if ranks > 1 else [Layout()]
 
 
-def job_work(config: TrainConfig, precision: str) -> Work:
-    """Return the work of a job's step."""
+def job_work(config: TrainConfig, precision: str, length: int = 0) -> Work:
+    """Return the work of a step; `length` is that of sequences of text, 0 = the longest."""
     size = SIZES.get(precision, 2)
-    source = longest_source(config.model) or config.data.seq_len
+    source = length or longest_source(config.model) or config.data.seq_len
     summed = {"bf16": 2, "fp16": 2}.get(config.strategy.reduce, max(4, size))
     return model_work(
         config.model,
         config.batch_size,
-        config.data.seq_len,
+        length or config.data.seq_len,
         source,
         compute_bytes=size,
         sum_bytes=summed,
