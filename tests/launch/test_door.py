@@ -190,16 +190,15 @@ def test_help_tells_what_a_key_means(monkeypatch, capsys):
     assert "| skip = leave it out and log it]" in text
     assert "compress.match=[] Pairs of (student, teacher) blocks" in text
     assert "after the teacher's block 3 [empty = off]" in text
-    assert "strategy context ddp fsdp hsdp hybrid pipeline single" in text
+    assert "strategy auto context ddp fsdp hsdp hybrid pipeline single" in text
 
 
 MISTAKES = {
     "optm.lr=1": "optm.lr does not exist; did you mean optim.lr?",
     "lr=1": "lr does not exist; did you mean optim.lr?",
     "modle=gpt2": "modle does not exist; did you mean model?",
-    "strategy=dpp": "strategy=dpp does not exist; strategy is one of context, ddp, fsdp, hsdp, "
-    "hybrid, pipeline, single, tensor; "
-    "did you mean strategy=ddp?",
+    "strategy=dpp": "strategy=dpp does not exist; strategy is one of auto, context, ddp, fsdp, "
+    "hsdp, hybrid, pipeline, single, tensor; did you mean strategy=ddp?",
     "strategy=5": "a group's option is a name; --help lists them",
     "steps=abc": "steps=abc must be a whole number",
     "steps=null": "steps=null must be a whole number",
