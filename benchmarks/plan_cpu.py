@@ -198,6 +198,8 @@ def main(arguments: list[str]) -> None:
             more = chosen / min(times.values(), default=chosen) - 1
             console.print(f"{job}: strategy=auto takes {more:+.0%} of the fastest of these")
     rows = [row for row in rows if row.name != AUTO]
+    if not rows:
+        return
     errors = [abs(row.error) for row in rows]
     right, pairs = ordered_pairs(rows)
     console.print(
