@@ -18,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["RUST_BACKTRACE"] = "0"
 
 import odd_archives
+import odd_boxes
 import odd_pairs
 import odd_pictures
 import odd_texts
@@ -31,6 +32,7 @@ KINDS: dict[str, tuple[Callable[[int, int], Case], int]] = {  # the maker, and i
     "texts": (odd_texts.case, 3),
     "pairs": (odd_pairs.case, 3),
     "tokenizers": (odd_tokenizers.case, 3),
+    "boxes": (odd_boxes.case, 3),
 }
 COLUMNS = (REFUSED, EQUAL, SAID, *FAULTS)
 

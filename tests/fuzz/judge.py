@@ -163,6 +163,48 @@ class Pairs:
         return ""
 
 
+@dataclass(frozen=True)
+class Boxed:
+    """(pixels (H, W), boxes) of each split; a box is (class, left, top, right, bottom, crowd)."""
+
+    splits: dict[str, list[tuple[bytes, list[tuple[Any, ...]]]]]
+
+    def difference(self, config: DataConfig, facts: DataFacts) -> str:
+        """Say how what is read differs; empty where it does not."""
+        found: dict[str, list[Any]] = {}
+        for split in folders.SPLITS:
+            dataset = data.open_split(config, split)
+            dataset.collate([dataset.sample(i, 7) for i in range(len(dataset))])
+            found[split] = rows = []
+            for index in range(len(dataset)):
+                boxes, fit = dataset.truth(index), dataset.letterbox(index)
+                pixels_HW = dataset.picture(index, None)[0][:, :, 0]
+                (left, top), (width, height) = fit.shift.astype(int), fit.inner
+                pixels_HW = pixels_HW[top : top + height, left : left + width]
+                columns = boxes.classes_N, boxes.corners_N4, boxes.crowd_N
+                rows.append(
+                    (
+                        pixels_HW.tobytes(),
+                        sorted(
+                            (
+                                facts.class_names[c],
+                                *(round(float(x), 2) for x in corners),
+                                bool(crowd),
+                            )
+                            for c, corners, crowd in zip(*columns, strict=True)
+                        ),
+                    )
+                )
+        for split, (wanted, here) in _matched(self.splits, found).items():
+            ours, theirs = dict(here), dict(wanted)
+            if ours.keys() != theirs.keys() or len(here) != len(wanted):
+                return f"{split}: {len(here)} pictures, not {len(wanted)}, or others"
+            for pixels, boxes in wanted:
+                if ours[pixels] != sorted(boxes):
+                    return f"{split}: boxes {ours[pixels]}, not {sorted(boxes)}"
+        return ""
+
+
 def _matched(wanted: dict[str, list[Any]], found: dict[str, list[Any]]) -> dict[str, Any]:
     """What is wanted and found of each split; one that was cut from train counts to it."""
     here = {split: list(found[split]) for split in wanted}

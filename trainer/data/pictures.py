@@ -62,6 +62,11 @@ def is_animated(image: Image.Image) -> bool:
     return getattr(image, "n_frames", 1) > 1
 
 
+def is_turned(image: Image.Image) -> bool:
+    """Return whether EXIF says that a picture is to be turned or mirrored when it is shown."""
+    return image.getexif().get(ORIENTATION, 1) in range(2, 9)
+
+
 def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
     """Return (H, W, channels) uint8: rotated by EXIF, 16 bits scaled to 8, on white.
 

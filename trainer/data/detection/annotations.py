@@ -1,16 +1,20 @@
 """Annotated pictures as the readers of COCO, Pascal VOC and YOLO files return them."""
 
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from trainer.config.train import DataError
+from trainer.data.files import FilePart, read_text
 from trainer.data.folders import Entry, split_of
 from trainer.data.image_files import SUFFIXES
 
 SHOWN = 3  # files named in a message
+MOVED = "{} pictures are in another folder than their annotation says, and found by their name"
+SAME_NAME = "{} classes have the name of another one, and are one class with it"
 
 
 @dataclass
@@ -54,29 +58,61 @@ class PictureIndex:
 
     def __init__(self, top: Entry):
         self.files = [entry for entry in top.iter_files() if entry.suffix in SUFFIXES]
+        self.counts: Counter[str] = Counter()  # note with a place for the count
         self._by_place = {entry.relative: entry for entry in self.files}
         self._by_name: dict[str, list[Entry]] = {}
+        self._by_stem: dict[str, list[Entry]] = {}
         for entry in self.files:
             self._by_name.setdefault(entry.name, []).append(entry)
+            self._by_stem.setdefault(stem_of(entry.relative), []).append(entry)
 
-    def find(self, name: str, beside: str) -> Entry | None:
-        """Return the file of this name, relative to the folder `beside` or to data.path.
+    def find(self, name: str, *folders: str) -> Entry | None:
+        """Return the file of this name, relative to one of the folders or to data.path.
 
-        Else the only file whose path ends in it, or the only one of its last part.
+        Else the only file whose path ends in it, or the only one of its last part, which is
+        counted where the name says another folder.
         """
-        name = PurePosixPath(name.replace("\\", "/")).as_posix().lstrip("/")
-        for folder in dict.fromkeys((beside, "", "images")):
-            place = PurePosixPath(folder, name).as_posix()
+        name = posixpath.normpath(name.replace("\\", "/")).lstrip("/")
+        for folder in dict.fromkeys((*folders, "", "images")):
+            place = posixpath.normpath(posixpath.join(folder, name))
             if place in self._by_place:
                 return self._by_place[place]
-        alike = self._by_name.get(PurePosixPath(name).name, [])
-        ending = [entry for entry in alike if entry.relative.endswith(f"/{name}")] or alike
-        return ending[0] if len(ending) == 1 else None
+        alike = self._by_name.get(posixpath.basename(name), [])
+        ending = [entry for entry in alike if entry.relative.endswith(f"/{name}")]
+        found = ending or alike
+        if len(found) != 1:
+            return None
+        if not ending:
+            self.counts[MOVED] += 1
+        return found[0]
+
+    def of_stem(self, place: str) -> list[Entry]:
+        """Return the files at this place, whatever their suffix."""
+        return self._by_stem.get(place, [])
 
 
 def folder_of(relative: str) -> str:
     """Return the folder of a path relative to data.path; empty = data.path itself."""
     return relative.rpartition("/")[0]
+
+
+def stem_of(relative: str) -> str:
+    """Return a path relative to data.path without the suffix."""
+    return posixpath.splitext(relative)[0]
+
+
+def read_lines(entry: Entry) -> list[str]:
+    """Return the lines of a text file in UTF-8; raises DataError."""
+    return "".join(read_text(FilePart(entry.path, 0, entry.size))).splitlines()
+
+
+def read_number(value: object) -> float:
+    """Return a number, or a text that is one as files write it; raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError(f"{value!r} is not a number"[:60])
+    if isinstance(value, str) and "_" in value:  # Python's own way to write numbers
+        raise ValueError(f"{value!r} is not a number"[:60])
+    return float(value)
 
 
 def split_of_path(relative: str) -> str | None:

@@ -2,14 +2,17 @@
 
 import json
 from collections import Counter
+from collections.abc import Container, Iterable
 from typing import Any
 
 from trainer.config.train import DataError
 from trainer.data.detection.annotations import (
+    SAME_NAME,
     AnnotatedPicture,
     Annotations,
     PictureIndex,
     folder_of,
+    read_number,
     split_of_path,
 )
 from trainer.data.folders import Entry
@@ -23,12 +26,31 @@ def load_coco(entry: Entry) -> dict[str, Any] | None:
 
     Raises DataError if it is damaged.
     """
+    twice: set[str] = set()
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            twice.update(
+                key for key, count in Counter(key for key, _ in pairs).items() if count > 1
+            )
+        return found
+
     try:
-        content = json.loads(entry.path.read_bytes())
+        content = json.loads(entry.path.read_bytes(), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"data.path: {entry.path} is not a json file: {error}") from error
+        raise DataError(
+            f"data.path: {entry.path} is not a json file: {str(error)[:200]}"
+        ) from error
     is_coco = isinstance(content, dict) and isinstance(content.get("images"), list)
-    return content if is_coco and isinstance(content.get("annotations"), list) else None
+    if not is_coco or not isinstance(content.get("annotations"), list):
+        return None
+    if twice:
+        raise DataError(
+            f"data.path: {entry.path} has the key {sorted(twice)[0][:60]!r} twice in one object; "
+            "keep one of them"
+        )
+    return content
 
 
 def read_coco(files: list[tuple[Entry, dict[str, Any]]], index: PictureIndex) -> Annotations:
@@ -45,16 +67,7 @@ def read_coco(files: list[tuple[Entry, dict[str, Any]]], index: PictureIndex) ->
                 f"data.path: {entry.relative} is one of {len(files)} annotation files but named "
                 "after no split; rename it train.json, valid.json or test.json, or remove it"
             )
-        try:
-            pictures, found = _read_file(entry, content, index, counts)
-        except DataError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(
-                f"data.path: {entry.path} is not written as COCO's annotations are "
-                f"({type(error).__name__}: {error}); images need id and file_name, annotations "
-                "image_id, category_id and bbox, categories id and name"
-            ) from error
+        pictures, found = _read_file(entry, content, index, counts)
         splits.setdefault(split, []).extend(pictures)
         sources[split] = (*sources.get(split, ()), entry.relative)
         names.setdefault(split, []).extend(found)
@@ -65,48 +78,90 @@ def _read_file(
     entry: Entry, content: dict[str, Any], index: PictureIndex, counts: Counter[str]
 ) -> tuple[list[AnnotatedPicture], list[str]]:
     """Return the pictures of a file, and its classes in the order of their ids."""
-    _refuse_repeats(entry, "category", [c["id"] for c in content.get("categories") or []])
-    names = _category_names(content, counts)
-    beside = folder_of(entry.relative)
-    pictures: dict[Any, AnnotatedPicture] = {}
-    _refuse_repeats(entry, "image", [image["id"] for image in content["images"]])
-    for image in content["images"]:
-        file = index.find(image["file_name"], beside)
-        size = (int(image.get("width") or 0), int(image.get("height") or 0))
-        pictures[image["id"]] = AnnotatedPicture(
-            f"{image['file_name']} of {entry.relative}" if file is None else file.relative,
-            None if file is None else file.path,
-            size if all(size) else None,
-        )
-    for annotation in content["annotations"]:
-        picture = pictures.get(annotation["image_id"])
-        if picture is None:
-            counts[NO_PICTURE] += 1
-            continue
-        left, top, width, height = map(float, annotation["bbox"])
-        picture.add_box(
-            [left, top, left + width, top + height],
-            names[annotation["category_id"]],
-            bool(int(annotation.get("iscrowd") or 0)),
-            float(annotation.get("area") or 0.0),
-        )
-    return list(pictures.values()), list(names.values())
-
-
-def _category_names(content: dict[str, Any], counts: Counter[str]) -> dict[Any, str]:
-    """Return the name of each category by its id, which may be any number or text."""
-    known = {c["id"]: str(c.get("name") or "") for c in content.get("categories") or []}
-    ids = dict.fromkeys([*known, *(a["category_id"] for a in content["annotations"])])
-    unnamed = [number for number in ids if not known.get(number)]
-    if unnamed:
-        counts[UNNAMED] = max(counts[UNNAMED], len(unnamed))
-    return {number: known.get(number) or f"category {number}" for number in ids}
-
-
-def _refuse_repeats(entry: Entry, what: str, ids: list[Any]) -> None:
-    """Raise DataError if an id that annotations name stands for two things."""
-    if repeated := [key for key, count in Counter(ids).items() if count > 1]:
+    where, named, pictures = "categories", dict[str, str](), dict[str, AnnotatedPicture]()
+    try:
+        for place, category in enumerate(content.get("categories") or []):
+            where = f"entry {place} of categories"
+            name = category.get("name")
+            key = _new_key(entry, "category", category["id"], named)
+            named[key] = "" if name is None else str(name)
+            named[key].encode()  # half of a character cannot be written
+        for place, image in enumerate(content["images"]):
+            where = f"entry {place} of images"
+            key = _new_key(entry, "image", image["id"], pictures)
+            pictures[key] = _picture_of(entry, image, index)
+        used = dict.fromkeys(named, True)
+        for place, annotation in enumerate(content["annotations"]):
+            where = f"entry {place} of annotations"
+            number = _key_of(annotation["category_id"])
+            used[number] = True
+            picture = pictures.get(_key_of(annotation["image_id"]))
+            if picture is None:
+                counts[NO_PICTURE] += 1
+                continue
+            _add_box(picture, annotation, named.get(number) or f"category {number}")
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(
-            f"data.path: {entry.path} has {what} id {repeated[0]} more than once, so that its "
+            f"data.path: {entry.path}, {where}, is not written as COCO's annotations are "
+            f"({type(error).__name__}: {str(error)[:200]}); images need id and file_name, "
+            "annotations image_id, category_id and bbox, categories id and name"
+        ) from error
+    return list(pictures.values()), _class_names(used, named, counts)
+
+
+def _picture_of(entry: Entry, image: dict[str, Any], index: PictureIndex) -> AnnotatedPicture:
+    name = image["file_name"]
+    if not isinstance(name, str) or not name.strip("./ "):
+        raise ValueError(f"file_name={name!r}")
+    name.encode("utf-8", "surrogateescape")  # half of a character is no name
+    file = index.find(name, folder_of(entry.relative))
+    size = (int(image.get("width") or 0), int(image.get("height") or 0))
+    return AnnotatedPicture(
+        f"{name} of {entry.relative}" if file is None else file.relative,
+        None if file is None else file.path,
+        size if all(size) else None,
+    )
+
+
+def _add_box(picture: AnnotatedPicture, annotation: dict[str, Any], name: str) -> None:
+    if not isinstance(annotation["bbox"], list):
+        raise TypeError("bbox is no list")
+    left, top, width, height = map(read_number, annotation["bbox"])
+    picture.add_box(
+        [left, top, left + width, top + height],
+        name,
+        bool(int(annotation.get("iscrowd") or 0)),
+        read_number(annotation.get("area") or 0.0),
+    )
+
+
+def _class_names(used: Iterable[str], named: dict[str, str], counts: Counter[str]) -> list[str]:
+    """Return the names of the categories; what cannot be said of one is counted."""
+    names = [named.get(number) or f"category {number}" for number in used]
+    if unnamed := sum(not named.get(number) for number in used):
+        counts[UNNAMED] = max(counts[UNNAMED], unnamed)
+    if same := len(names) - len(set(names)):
+        counts[SAME_NAME] = max(counts[SAME_NAME], same)
+    return names
+
+
+def _key_of(number: object) -> str:
+    """Return an id as text, so that 7, 7.0 and "7" are one; raises ValueError."""
+    if isinstance(number, float) and number == number // 1:
+        number = int(number)
+    if isinstance(number, bool) or not isinstance(number, int | str) or number == "":
+        raise ValueError(f"an id is {number!r}"[:60])
+    return str(number)
+
+
+def _new_key(entry: Entry, what: str, number: object, known: Container[str]) -> str:
+    """Return an id as text; raises DataError if it stands for two things."""
+    key = _key_of(number)
+    if key in known:
+        raise DataError(
+            f"data.path: {entry.path} has {what} id {key} more than once, so that its "
             "boxes are of either; give each an id of its own"
         )
+    return key

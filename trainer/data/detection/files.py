@@ -17,6 +17,12 @@ from trainer.data.detection.voc import LISTS, load_voc, read_voc
 from trainer.data.detection.yolo import NAMES, class_names, label_files, read_yolo
 from trainer.data.folders import Entry, scan_folder
 
+UNREAD = {  # why a file is not read where others of its suffix are annotations
+    ".json": "no lists of images and annotations, as COCO's have them",
+    ".xml": "no annotation of Pascal VOC's kind",
+    ".txt": "a text without a picture of its name",
+}
+
 
 def read_annotations(config: DataConfig, root: Path) -> Annotations:
     """Return the annotations at data.path, a folder or one json file; raises DataError."""
@@ -36,7 +42,8 @@ def read_annotations(config: DataConfig, root: Path) -> Annotations:
     ]
     texts = {entry.relative: entry for entry in files if entry.suffix == ".txt"}
     labels = label_files(index, {p: e for p, e in texts.items() if e.name.lower() not in NAMES})
-    _refuse_mixture(where, [e for e, _ in coco], [e for e, _ in voc], list(labels.values()))
+    read = [e for e, _ in coco], [e for e, _ in voc], list(labels.values())
+    _refuse_mixture(where, *read)
     if coco:
         found = read_coco(coco, index)
     elif voc:
@@ -44,10 +51,29 @@ def read_annotations(config: DataConfig, root: Path) -> Annotations:
         found = read_voc(voc, index, lists)
     else:
         found = read_yolo(index, labels, class_names(files))
+    found.counts.update(index.counts)
+    found.left_out.update(_unread(files, index, found, {entry for of in read for entry in of}))
     require_train(where, found.splits)
     _refuse_twice(where, found)
     _refuse_unknown(where, found)
     return _hold_out(config, replace(found, left_out=left_out | found.left_out))
+
+
+def _unread(
+    files: list[Entry], index: PictureIndex, found: Annotations, read: set[Entry]
+) -> dict[str, str]:
+    """Return pictures without an annotation, and files that look like annotations and are none."""
+    own = {picture.path for pictures in found.splits.values() for picture in pictures}
+    left_out = dict.fromkeys(
+        (entry.relative for entry in index.files if entry in files and entry.path not in own),
+        "a picture that no annotation is read of",
+    )
+    suffix = next(iter(read)).suffix
+    for entry in files:
+        known = entry in read or entry.is_document or entry.name.lower() in NAMES
+        if entry.suffix == suffix and not known:
+            left_out[entry.relative] = UNREAD[suffix]
+    return left_out
 
 
 def _refuse_mixture(where: str, coco: list[Entry], voc: list[Entry], yolo: list[Entry]) -> None:

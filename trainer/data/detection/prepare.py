@@ -23,6 +23,7 @@ CLIPPED = "{} boxes reach over the edge of their picture and are clipped"
 REPEATED = "{} boxes are listed twice in their picture and are counted once"
 FARTHEST = 1e9  # pixels: no corner is farther
 OUTSIDE = "{} boxes are outside their picture, or have no area, and are left out"
+TURNED = "{} pictures are turned by their EXIF, and their boxes read as of the turned picture"
 EMPTY = "{} pictures have no box and are background"
 STATISTICS = 10_000  # training pictures used for mean and standard deviation
 
@@ -98,7 +99,7 @@ def _fit_picture(
         return _Looked(problem="no such file"), counts
     try:
         with pictures.open_image(picture.path) as image:
-            grey = pictures.is_grey(image)
+            grey, turned = pictures.is_grey(image), pictures.is_turned(image)
             pixels_HWC = pictures.pixels_of(image, 1 if grey else 3)
     except UserError as error:
         why = str(error).partition("read as an image: ")[2] or str(error)
@@ -106,9 +107,12 @@ def _fit_picture(
     height, width = pixels_HWC.shape[:2]
     if picture.size not in (None, (width, height)):
         stated = " × ".join(map(str, picture.size or ()))
-        return _Looked(problem=f"{width} × {height} pixels, annotated as {stated}"), counts
+        problem = f"{width} × {height} pixels, annotated as {stated}"
+        problem += ", as EXIF turns it" if turned and picture.size == (height, width) else ""
+        return _Looked(problem=problem), counts
     letterbox = Letterbox(width, height, config.image_size)
     boxes = _checked_boxes(picture, rows, width, height, counts)
+    counts[TURNED] += turned and len(boxes) > 0
     stored = StoredPicture(letterbox, boxes)
     return _Looked(letterbox.fit_pixels(pixels_HWC), stored, grey), counts
 
@@ -167,6 +171,11 @@ def _write_split(
         if not len(picture.boxes):
             counts[EMPTY] += 1
     pixels_NHWC.flush()
+    if split == "train" and not any(len(picture.boxes) for _, picture in kept if picture):
+        notes = "; ".join(note.format(f"{count:,}") for note, count in counts.items() if count)
+        raise DataError(
+            f"data.path={config.path}: no picture of the train split has a box: {notes}"
+        )
     (folder / f"{split}.json").write_text(json.dumps(stored), encoding="utf-8")
     return len(kept)
 

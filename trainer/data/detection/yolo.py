@@ -7,14 +7,19 @@ import yaml
 
 from trainer.config.train import DataError
 from trainer.data.detection.annotations import (
+    SAME_NAME,
     AnnotatedPicture,
     Annotations,
     PictureIndex,
     folder_of,
+    read_lines,
+    read_number,
     split_of_path,
+    stem_of,
 )
 from trainer.data.folders import Entry
 
+MOST = 1.01  # that a share may be, for the sake of rounding
 NAMES = ("classes.txt", "obj.names", "names.txt", "labels.txt")
 UNNAMED = "{} classes have no name and are called after their number"
 WITHOUT = "{} pictures have no text file and are background"
@@ -25,13 +30,21 @@ def label_files(index: PictureIndex, texts: dict[str, Entry]) -> dict[str, Entry
 
     It is beside the picture, or in a folder `labels` in place of the folder `images`.
     """
-    found = {}
+    found, by_stem = {}, {stem_of(place): entry for place, entry in texts.items()}
+    owners: dict[str, str] = {}  # the picture of each text file
     for picture in index.files:
-        stem = picture.relative.rpartition(".")[0]
+        stem = stem_of(picture.relative)
         swapped = "/".join("labels" if part == "images" else part for part in stem.split("/"))
-        for place in (f"{stem}.txt", f"{swapped}.txt"):
-            if place in texts:
-                found[picture.relative] = texts[place]
+        text = by_stem.get(stem) or by_stem.get(swapped)
+        if text is None:
+            continue
+        found[picture.relative] = text
+        first = owners.setdefault(text.relative, picture.relative)
+        if first != picture.relative:
+            raise DataError(
+                f"data.path: {text.path} is of {first} and of {picture.relative}, by their names; "
+                "keep one of these pictures, or rename it"
+            )
     return found
 
 
@@ -50,33 +63,39 @@ def read_yolo(index: PictureIndex, labels: dict[str, Entry], names: dict[int, st
             numbers |= _read_lines(text, picture, names)
         splits.setdefault(split, []).append(picture)
         sources.setdefault(split, {})[f"{folder_of(entry.relative)}/".lstrip("/")] = None
-    if unnamed := numbers - set(names):
+    if unnamed := [number for number in numbers if not names.get(number)]:
         counts[UNNAMED] = len(unnamed)
     every = [_name(number, names) for number in sorted(numbers)]
+    unique = list(dict.fromkeys(every))
+    counts[SAME_NAME] = len(every) - len(unique)
     found = {split: tuple(folders) for split, folders in sources.items()}
-    return Annotations(splits, every, found, {}, counts)
+    return Annotations(splits, unique, found, {}, counts)
 
 
 def _read_lines(text: Entry, picture: AnnotatedPicture, names: dict[int, str]) -> set[int]:
     """Add the boxes of a text file; return the numbers of their classes."""
     numbers = set()
-    lines = text.path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for place, line in enumerate(lines, 1):
+    for place, line in enumerate(read_lines(text), 1):
         if not line.strip():
             continue
         try:
-            first, *rest = line.split()
-            number, (x, y, width, height) = int(first), map(float, rest)
-            if number < 0:
-                raise ValueError(number)
-        except ValueError:
+            first, x, y, width, height = map(read_number, line.split())
+            if first < 0 or first != int(first):
+                raise ValueError(first)
+        except (ValueError, OverflowError):
             raise DataError(
                 f"data.path: {text.path}:{place} is not a line of a class number and x, y, width "
                 f"and height in sides of the picture: {line.strip()[:60]}"
             ) from None
+        if max(x, y, width, height) > MOST:
+            raise DataError(
+                f"data.path: {text.path}:{place} has more than 1 for x, y, width or height, which "
+                "must be in sides of the picture, from 0 to 1; divide pixels by its width and "
+                f"height: {line.strip()[:60]}"
+            )
         corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-        picture.add_box(corners, _name(number, names))
-        numbers.add(number)
+        picture.add_box(corners, _name(int(first), names))
+        numbers.add(int(first))
     return numbers
 
 
@@ -85,26 +104,40 @@ def _name(number: int, names: dict[int, str]) -> str:
 
 
 def class_names(files: list[Entry]) -> dict[int, str]:
-    """Return the names of the classes by number, from data.yaml or classes.txt; empty = none."""
+    """Return the names of the classes by number, from data.yaml or classes.txt; empty = none.
+
+    Raises DataError if two files have other names.
+    """
+    found: dict[str, dict[int, str]] = {}
     for entry in files:
         if entry.suffix in (".yaml", ".yml"):
-            named = _yaml_names(entry)
-            if named:
-                return named
-    for entry in files:
-        if entry.name.lower() in NAMES:
-            lines = entry.path.read_text(encoding="utf-8", errors="replace").splitlines()
-            return {number: line.strip() for number, line in enumerate(lines) if line.strip()}
-    return {}
+            found[entry.relative] = _yaml_names(entry)
+        elif entry.name.lower() in NAMES:
+            lines = enumerate(read_lines(entry))
+            found[entry.relative] = {number: line.strip() for number, line in lines if line.strip()}
+    named = {place: names for place, names in found.items() if names}
+    (first, names), *others = named.items() or [("", {})]
+    if different := [place for place, others_names in others if others_names != names]:
+        raise DataError(
+            f"data.path: {first} and {different[0]} name the classes differently; keep one of them"
+        )
+    return names
 
 
 def _yaml_names(entry: Entry) -> dict[int, str]:
     try:
-        content: Any = yaml.safe_load(entry.path.read_bytes())
+        # Names as they are written: no is not False.
+        content: Any = yaml.load(entry.path.read_bytes(), Loader=yaml.BaseLoader)
         named = content.get("names") if isinstance(content, dict) else None
         pairs = named.items() if isinstance(named, dict) else enumerate(named or [])
-        return {int(number): str(name) for number, name in pairs}
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        if isinstance(named, str) and named:
+            raise TypeError("names must be a list, or a table of numbers and names")
+        found = {int(number): name for number, name in pairs}
+        if wrong := [name for name in found.values() if not isinstance(name, str)]:
+            raise TypeError(f"{wrong[0]!r} is no name"[:60])
+        return found
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise DataError(
-            f"data.path: {entry.path} does not say the names of the classes: {error}"
+            f"data.path: {entry.path} does not say the names of the classes: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from boxed import boxed_data, write_coco, write_picture
+from PIL import Image
 
 from parallel.errors import UserError
 from trainer.data import open_split, prepare_data
@@ -221,7 +222,28 @@ def crowd_in_words(content):
     content["annotations"][0]["iscrowd"] = "no"
 
 
+def box_as_text(content):
+    content["annotations"][0]["bbox"] = "1234"
+
+
+def empty_ids(content):
+    content["annotations"][0]["category_id"] = None
+
+
+def endless(content):
+    content["images"][0]["width"] = float("inf")
+
+
+def nothing_to_learn(content):
+    for annotation in content["annotations"]:
+        annotation["bbox"] = [90, 2, 5, 10]
+
+
 AMBIGUOUS = {
+    "entry 0 of annotations, is not written as COCO's annotations are": box_as_text,
+    "an id is None": empty_ids,
+    "entry 0 of images, is not": endless,
+    "no picture of the train split has a box: 8 boxes are outside": nothing_to_learn,
     "has image id 0 more than once": same_image_id,
     "has category id 7 more than once": same_category_id,
     "images/train-0.png is annotated twice in the train split": same_file,
@@ -242,3 +264,124 @@ def test_areas_that_are_no_numbers_are_those_of_the_boxes(tmp_path):
     write_coco(folder, {"train": 4, "valid": 1, "test": 1}, area=float("nan"))
     prepare_data(boxed_data(folder))
     assert open_split(boxed_data(folder), "train").truth(0).areas_N.tolist() == [80.0, 80.0]
+
+
+def test_ids_are_one_whether_text_or_number(tmp_path):
+    folder = tmp_path / "data"
+    write_coco(folder, {"train": 4})
+    edit_coco(
+        folder,
+        lambda content: [image.update(id=str(image["id"])) for image in content["images"]],
+    )
+    assert prepare_data(boxed_data(folder)).notes == ()
+
+
+def voc_lists(folder, lists):
+    """All pictures in one folder, and VOC's lists of the splits."""
+    folder.mkdir()
+    write_voc(folder)
+    for path in list(folder.glob("*/*.*")):
+        place = folder / {".xml": "Annotations"}.get(path.suffix, "JPEGImages") / path.name
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    (folder / "ImageSets/Main").mkdir(parents=True)
+    for split, count in COUNTS.items():
+        names = [f"{split}-{i}" for i in range(count)]
+        (folder / f"ImageSets/Main/{split}.txt").write_text(lists(split, names))
+
+
+def test_lists_of_other_tools_are_read_and_gaps_are_counted(tmp_path):
+    voc_lists(tmp_path / "mark", lambda split, names: "\ufeff" + "  1\r\n".join([*names, ""]))
+    facts = prepare_data(boxed_data(tmp_path / "mark"))
+    assert facts.sample_counts == COUNTS and not facts.notes and not facts.left_out
+    voc_lists(tmp_path / "gaps", lambda split, names: "\n".join([*names[1:], f"{split}-9"]))
+    facts = prepare_data(boxed_data(tmp_path / "gaps", cache=str(tmp_path / "other")))
+    assert "3 XML files are in no list of ImageSets/Main, and left out" in facts.notes
+    assert len(facts.left_out) == 3 and facts.notes[0].startswith("3 names of the lists")
+
+
+def test_lists_that_share_a_name_are_refused(tmp_path):
+    voc_lists(tmp_path / "data", lambda split, names: "\n".join([*names, "train-0"]))
+    assert "train-0 is in the lists of" in refused(tmp_path / "data")
+
+
+def test_an_xml_file_has_the_picture_of_its_own_name(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_voc(folder)
+    path = folder / "train/train-1.xml"
+    path.write_text(path.read_text().replace("<filename>train-1.png", "<filename>IMG_7.jpg"))
+    facts = prepare_data(boxed_data(folder))
+    assert facts.sample_counts == COUNTS
+    assert facts.notes == (
+        "1 XML files name a picture that is not there, and have that of their own name",
+    )
+    path.write_text(path.read_text().replace("<name>bar</name>", "<name>bar</name><bndbox/>"))
+    assert "train-1.xml is not written as Pascal VOC's" in refused(folder)
+    path.write_text('<?xml version="1.0" encoding="nonsense"?><annotation/>')
+    assert "train-1.xml is not an XML file" in refused(folder)
+
+
+YOLO = {
+    "0 12 7 4 4": "labels/train/2.txt:1 has more than 1 for x, y, width or height",
+    "0 0,2 0,35 0,2 0,5": "labels/train/2.txt:1 is not a line",
+    "0.5 0.2 0.35 0.2 0.5": "labels/train/2.txt:1 is not a line",
+    "0 0.2 0.35 0.2 1_0": "labels/train/2.txt:1 is not a line",
+}
+
+
+@pytest.mark.parametrize("line", YOLO)
+def test_lines_that_are_no_shares_are_refused(tmp_path, line):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_yolo(folder)
+    (folder / "labels/train/2.txt").write_text(line)
+    assert YOLO[line] in refused(folder)
+
+
+def test_names_are_read_as_they_are_written_and_of_one_file(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_yolo(folder, names="names: [no, yes]")
+    text = folder / "labels/train/2.txt"
+    text.write_bytes(b"\xef\xbb\xbf0.0 0.2 0.35 0.2 0.5\r\n")
+    (folder / "labels/train/notes.txt").write_text("0 0 0 0 0")
+    facts = prepare_data(boxed_data(folder))
+    assert facts.class_names == ("no", "yes") and not facts.notes
+    assert facts.left_out == {"labels/train/notes.txt": "a text without a picture of its name"}
+    (folder / "classes.txt").write_text("yes\nno\n")
+    assert "classes.txt and data.yaml name the classes differently" in refused(folder)
+    (folder / "classes.txt").unlink()
+    write_picture(folder / "images/train/2.jpg")
+    assert "labels/train/2.txt is of images/train/2.jpg and of" in refused(folder)
+
+
+def test_what_is_written_twice_or_not_read_is_said(tmp_path):
+    folder = tmp_path / "data"
+    write_coco(folder, COUNTS)
+    write_picture(folder / "images/more.png")
+    edit_coco(folder, lambda content: content["categories"][1].update(name="dot"))
+    (folder / "info.json").write_text("{}")
+    for split in ("valid", "test"):
+        text = (folder / f"{split}.json").read_text()
+        (folder / f"{split}.json").write_text(text.replace("bar", "dot"))
+    facts = prepare_data(boxed_data(folder))
+    assert facts.notes == ("1 classes have the name of another one, and are one class with it",)
+    assert facts.left_out.keys() == {"images/more.png", "info.json"}
+    text = (folder / "train.json").read_text()
+    (folder / "train.json").write_text(text.replace('"images":', '"images": [], "images":', 1))
+    assert "train.json has the key 'images' twice in one object" in refused(folder)
+
+
+def test_pictures_that_exif_turns_are_said(tmp_path):
+    folder = tmp_path / "data"
+    write_coco(folder, {"train": 4})
+    exif = Image.Exif()
+    for turn, message in {3: None, 6: "annotated as 40 × 20, as EXIF turns it"}.items():
+        exif[0x0112] = turn
+        Image.open(folder / "images/train-0.png").save(folder / "images/train-0.png", exif=exif)
+        if message:
+            assert message in refused(folder)
+        else:
+            notes = prepare_data(boxed_data(folder)).notes
+            assert notes[0].startswith("1 pictures are turned by their EXIF")
