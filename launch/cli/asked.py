@@ -13,12 +13,13 @@ from launch.slurm.batch_script import ranks_per_node
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig, axis_degrees, resolve_degrees
 from trainer.config.hardware import ACCELERATORS
-from trainer.config.train import TrainConfig, inputs_of, outputs_of
+from trainer.config.train import TrainConfig
 from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout, layout_of
 from trainer.plan.layout_rules import micro_batch_size
 from trainer.plan.machine import Machine, measured_cpu, named_machine
 from trainer.plan.planner import Planner
+from trainer.plan.sizes import with_assumed_sizes
 
 # Keys that a search decides unless the command line does → the field of a layout.
 DECIDED = {
@@ -52,7 +53,8 @@ def prepare_plan(config: PlanConfig) -> Asked:
     words = [word.lstrip("+") for word in given]
     cluster, host = config.cluster, ranks_per_node(config.cluster)
     training = with_imported_model(with_absolute_paths(planned_training(config)), given)
-    training = _with_sizes(replace(training, data=replace(training.data, path="not read")))
+    training = with_assumed_sizes(training)
+    training = replace(training, data=replace(training.data, path="not read"))
     named = any(word.startswith("strategy=") for word in words)
     asked = {word.partition("=")[0] for word in words}
     fixed = {} if named else _fixed(training, asked)
@@ -135,26 +137,3 @@ def _machine(config: PlanConfig, host: int) -> tuple[Machine, str]:
             f"{', '.join(tflops) or 'none'}; set precision={near[0] if near else 'fp32'}"
         )
     return found, precision
-
-
-def _with_sizes(training: TrainConfig) -> TrainConfig:
-    """Return the configuration with sizes that follow the data as far as keys say them."""
-    model, data = training.model, training.data
-    filled = replace(
-        model,
-        vocab_size=model.vocab_size or data.vocab_size,
-        max_positions=model.max_positions or data.seq_len,
-    )
-    needed = []
-    if inputs_of(model) == "patches":
-        needed += ["image_size", "channels"]
-    if inputs_of(model) == "audio":
-        needed.append("mels")
-    if outputs_of(model) in ("classes", "boxes"):
-        needed.append("classes")
-    if missing := [name for name in needed if not getattr(filled, name)]:
-        keys = " ".join(f"model.{name}=N" for name in missing)
-        raise ConfigError(
-            f"model.{missing[0]}=0 follows the data, which a plan does not read; set {keys}"
-        )
-    return replace(training, model=filled)
