@@ -31,9 +31,10 @@ class PlanOptions:
         off_means="data sheets and published runs",
     )
     trace: bool = key(
-        False,
-        "Trace the real code of the proposed layout on fake tensors, for exact memory and traffic: "
-        "up to a minute",
+        True,
+        "Behind the plan, trace the real code of the proposed layout on fake tensors, on the "
+        "pipeline rank with the most memory: exact memory and traffic, in up to a minute; Ctrl-C "
+        "ends it and nothing else",
         off=False,
         off_means="closed forms alone",
     )

@@ -13,9 +13,10 @@ from launch.cli.layouts import fixed_fields, layout_of_job
 from launch.slurm.batch_script import ranks_per_node
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig, resolve_degrees, without_degrees
-from trainer.config.train import TrainConfig, inputs_of, outputs_of
+from trainer.config.train import TrainConfig
 from trainer.plan.layout import Layout
 from trainer.plan.planner import Planner
+from trainer.plan.sizes import with_assumed_sizes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ def prepare_plan(config: PlanConfig) -> Asked:
     words = [word.lstrip("+") for word in given]
     cluster, host = config.cluster, ranks_per_node(config.cluster)
     training = with_imported_model(with_absolute_paths(planned_training(config)), given)
-    training = _with_sizes(replace(training, data=replace(training.data, path="not read")))
+    training = with_assumed_sizes(training)
+    training = replace(training, data=replace(training.data, path="not read"))
     choice = HydraConfig.get().runtime.choices.get("strategy")
     named = choice != "auto" and any(word.startswith("strategy=") for word in words)
     asked = {word.partition("=")[0] for word in words}
@@ -68,26 +70,3 @@ def _check_fixed(fixed: dict[str, Any], ranks: int) -> None:
     if rest:
         degrees[rest[0]] = -1
     resolve_degrees(StrategyConfig(**degrees), ranks)
-
-
-def _with_sizes(training: TrainConfig) -> TrainConfig:
-    """Return the configuration with sizes that follow the data as far as keys say them."""
-    model, data = training.model, training.data
-    filled = replace(
-        model,
-        vocab_size=model.vocab_size or data.vocab_size,
-        max_positions=model.max_positions or data.seq_len,
-    )
-    needed = []
-    if inputs_of(model) == "patches":
-        needed += ["image_size", "channels"]
-    if inputs_of(model) == "audio":
-        needed.append("mels")
-    if outputs_of(model) in ("classes", "boxes"):
-        needed.append("classes")
-    if missing := [name for name in needed if not getattr(filled, name)]:
-        keys = " ".join(f"model.{name}=N" for name in missing)
-        raise ConfigError(
-            f"model.{missing[0]}=0 follows the data, which a plan does not read; set {keys}"
-        )
-    return replace(training, model=filled)

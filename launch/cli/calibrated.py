@@ -6,11 +6,11 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 
 from conf.plan import CalibrateConfig, planned_training
-from conf.validation.validate import fill_from_data, find_problems
+from conf.validation.validate import find_problems
 from launch.cli.inputs import with_absolute_paths, with_imported_model
 from parallel.errors import ConfigError
 from parallel.strategy import StrategyConfig
-from trainer.plan.inputs import assumed_facts
+from trainer.plan.sizes import with_assumed_sizes
 
 
 def prepare_calibration(config: CalibrateConfig, world_size: int) -> CalibrateConfig:
@@ -38,5 +38,5 @@ def prepare_calibration(config: CalibrateConfig, world_size: int) -> CalibrateCo
             f"calibration={config.calibration} is no file in a folder that exists; set "
             "calibration=calibration.json"
         )
-    training = fill_from_data(training, assumed_facts(training))
+    training = with_assumed_sizes(training)
     return replace(config, **{part.name: getattr(training, part.name) for part in fields(training)})

@@ -7,7 +7,7 @@ from launch.cli.asked import Asked
 from launch.cli.layouts import legal_space, list_schedule, why_none_is_legal
 from launch.cli.plan_page import write_plan
 from launch.cli.plan_text import print_layout, print_layouts, print_lines, print_sizes
-from launch.cli.plan_trace import trace_lines
+from launch.cli.plan_trace import trace_lines, why_not_traced
 from parallel.errors import ConfigError
 from trainer.plan.layout import Layout
 from trainer.plan.result import Plan, plan_layouts, planned_layout
@@ -21,6 +21,9 @@ def print_plan(asked: Asked) -> None:
     plans = _plan_named(asked) if asked.layout else _plan_all(asked)
     if asked.config.json:
         write_plan(asked, plans, Path(asked.config.json))
+    layout = asked.layout or (plans[0].proposed.layout if plans[0].proposed else None)
+    if asked.config.plan.trace and layout:
+        _print_trace(asked, layout)
 
 
 def _plan_named(asked: Asked) -> list[Plan]:
@@ -34,7 +37,6 @@ def _plan_named(asked: Asked) -> list[Plan]:
         found = plans[0].found.candidates
         near = nearest(found, layout).layout if found and not fits else None
     print_layout(asked, named, near)
-    _print_trace(asked, layout)
     return [replace(plan, named=named) for plan in plans]
 
 
@@ -51,7 +53,6 @@ def _plan_all(asked: Asked) -> list[Plan]:
     if plans[0].proposed is None:
         raise ConfigError(_fits_not_here(asked, planner.smallest(space, asked.host)))
     print_layouts(asked, plans[0])
-    _print_trace(asked, plans[0].proposed.layout)
     if not asked.nodes:
         plans += [_plan(asked, space, nodes * 2**power) for power in range(1, COUNTS)]
         plans = [plan for plan in plans if plan.proposed]
@@ -60,8 +61,15 @@ def _plan_all(asked: Asked) -> list[Plan]:
 
 
 def _print_trace(asked: Asked, layout: Layout) -> None:
-    if asked.config.plan.trace:
+    """Trace a layout behind its plan, which stands whatever comes of that."""
+    if why := why_not_traced(asked):
+        print_lines([f"not traced: {why}"])
+        return
+    print_lines(["tracing the step on fake tensors … (plan.trace=false leaves it out)"])
+    try:
         print_lines(trace_lines(asked, layout))
+    except KeyboardInterrupt:
+        print_lines(["not traced: interrupted; the plan stands"])
 
 
 def _plan(asked: Asked, space: Space, nodes: int) -> Plan:

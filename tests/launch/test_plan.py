@@ -21,8 +21,8 @@ SMALL = ["model=llama-1b", "data.seq_len=1024", "batch_size=16", "cluster=l40s"]
 
 @pytest.fixture
 def plan(tmp_path):
-    def run(*words):
-        output = tmp_path / "output.txt"
+    def run(*words, trace="false"):
+        output, words = tmp_path / "output.txt", [*words, f"plan.trace={trace}"]
         status = call_in_fork(300.0, run_script, [PLAN, *words], tmp_path, output)
         text = output.read_text()
         output.unlink()
@@ -87,6 +87,19 @@ def test_a_named_strategy_is_told_term_by_term(plan):
     assert re.search(r"^step: .*products .*bubble", text, re.MULTILINE)
     assert re.search(r"^memory, pipeline rank \d: .*reserve", text, re.MULTILINE)
     assert len(re.findall(r"^ +\d+ +[\d.]+ +[\d.e-]+ ", text, re.MULTILINE)) == 8
+
+
+TINY = ["data=fashion-mnist", "model=vit-tiny", "batch_size=64", "cluster=l40s"]
+
+
+def test_the_layout_is_traced_behind_its_plan_unless_turned_off(plan):
+    words = [*TINY, "strategy=ddp", "cluster.nodes=1"]  # bundled data say the classes
+    status, without = plan(*words)
+    assert status == 0 and "traced" not in without, without
+    status, text = plan(*words, trace="true")
+    assert status == 0 and text.startswith(without.rstrip()[:200]), text
+    assert re.search(r"^traced, rank 0: .* GiB = [\d.]+ GiB$", text, re.MULTILINE), text
+    assert "replicate all_reduce" in text
 
 
 BAD = {

@@ -295,7 +295,8 @@ def loss_bytes(model: ModelConfig, last: Sequence, setting: Setting, chunks: int
         forward, backward = forward + states, 3 * wide * entries + 2 * states
     if kind == "boxes":
         forward = backward = 8 * wide * entries
-    kept = (wide + c) * entries
+    # Logits that the loss makes itself are freed behind their widening.
+    kept = wide * entries if kind in ("tokens", "classes") else (wide + c) * entries
     if chunks > 1 and kind == "tokens":
         hidden_grad = c * rows * model.width
         peak = max(forward, backward + casts * entries) / chunks + hidden_grad

@@ -90,7 +90,7 @@ def _kind_of(model: ModelConfig) -> str:
     if gives == "boxes":
         return "detection"
     if reads == "audio":
-        return "speech" if gives == "ctc" else "transcription"
+        return "speech"
     if gives == "classes":
         return "images" if reads == "patches" else "labelled_text"
     if model.family == "encoder":

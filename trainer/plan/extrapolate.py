@@ -55,9 +55,14 @@ class Cut:
 
 
 def trace_stages(
-    config: TrainConfig, world_size: int, inputs: Shapes, micro_batches: int, device: str = "cpu"
+    config: TrainConfig,
+    world_size: int,
+    inputs: Shapes,
+    micro_batches: int,
+    device: str = "cpu",
+    pipeline_ranks: Sequence[int] = (),
 ) -> list[StepTrace]:
-    """Return the trace of a step on the first rank of each pipeline rank.
+    """Return the trace of a step on the first rank of each of these pipeline ranks; empty = of all.
 
     The others of it hold as much or less. `config` is complete, with resolved degrees; all micro-
     batches of a step have the shapes `inputs`. The process must have no process group.
@@ -65,7 +70,7 @@ def trace_stages(
     each = world_size // config.strategy.pipeline
     return [
         _extrapolate(config, world_size, inputs, micro_batches, rank, rank * each, device)
-        for rank in range(config.strategy.pipeline)
+        for rank in pipeline_ranks or range(config.strategy.pipeline)
     ]
 
 

@@ -181,7 +181,7 @@ def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]
     """Return the encoder's and the decoder's sequences of a complete configuration's data."""
     model, data = config.model, config.data
     packed = data.kind == "chat" and data.pack
-    padded = data.kind in ("pairs", "speech", "transcription", "labelled_text")
+    padded = data.kind in ("pairs", "speech", "labelled_text")
     target = Sequence(data.seq_len, causal=True, documents=packed)
     if model.queries:
         target = Sequence(model.queries * model.query_groups)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trainer.config.train import (
+    LoraConfig,
     ModelConfig,
     classes_of,
     has_window,
@@ -15,6 +16,13 @@ from trainer.config.train import (
     outputs_of,
 )
 from trainer.nn.flops import flops_per_block, flops_per_sample
+from trainer.plan.parameters import (
+    bias_tables,
+    block_parameters,
+    embedding_parameters,
+    head_parameters,
+    is_tied,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,7 @@ def _block(model: ModelConfig, length: int, crossed: int, causal: bool) -> Block
     if crossed:
         products += 2 * D * (length * H + crossed * G) * K
         scores += 2.0 * length * crossed * H * K
-    weights = attention * (2 if crossed else 1) + matrices * D * F + 2 * D
+    weights = block_parameters(model, 1, LoraConfig(), cross=bool(crossed)).total
     branches = 3 if crossed else 2
     return BlockWork(
         *(length, D, H, G, K, F, is_gated(model), products, scores, weights, branches),
@@ -196,11 +204,10 @@ def model_work(
 
 
 def _outer_weights(model: ModelConfig) -> int:
-    """Return the weights of embedding and head; those of tied ones count once."""
-    tokens = inputs_of(model) == "tokens" or model.family != "encoder"
-    embedding = model.vocab_size if tokens else 0
-    head = 0 if model.tied and outputs_of(model) == "tokens" and tokens else classes_of(model)
-    return model.width * (embedding + head)
+    """Return the weights outside of blocks; those of a tied embedding and head count once."""
+    whole, tied = LoraConfig(), is_tied(model)
+    ends = embedding_parameters(model, 1, whole) + head_parameters(model, 1, whole, tied)
+    return (ends + bias_tables(model, whole)).total
 
 
 def encoder_length(model: ModelConfig, source: int) -> int:

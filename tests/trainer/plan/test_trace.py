@@ -91,6 +91,22 @@ def test_inputs_have_the_names_and_dims_of_the_data_s(tmp_path):
             )
 
 
+@pytest.mark.parametrize("family", ["encoder (CTC)", "encoder-decoder"])
+def test_inputs_of_speech_follow_the_model(tmp_path, family):
+    targets = "ctc" if family == "encoder (CTC)" else "tokens"
+    data = replace(tiny.speech_data(tmp_path / "speech"), targets=targets)
+    prepare_data(data)
+    dataset = open_split(data, "train")
+    batch = dataset.collate([dataset.sample(i, 0) for i in range(3)])
+    model = replace(MODELS[family], inputs="audio", audio_stride=data.audio_stride)
+    config, _ = small_run(model, StrategyConfig())
+    assert config.data.kind == "speech"
+    shapes = longest_inputs(config, 3)
+    assert shapes.keys() - {"seeds"} == batch.keys()
+    for name, array in batch.items():
+        assert len(shapes[name].sizes) == array.ndim, name
+
+
 def test_fake_tensors_of_one_size_are_told_apart():
     with FakeTensorMode():
         gathered, other = torch.zeros(4, 6), torch.zeros(4, 6)
