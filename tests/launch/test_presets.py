@@ -13,8 +13,9 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=8"]
 # Eight stages need all blocks of a default model. To the other presets its depth makes no
 # difference, and a rank's time goes into the blocks: they train two.
 PRESETS = ("ddp", "fsdp", "hsdp", "tensor", "context", "hybrid")
-JOBS = ("language", "images", "translation", "chat")
-OF_SPEECH = ("fsdp", "context", "hybrid")  # it has fewer heads and blocks than eight ranks
+JOBS = ("language", "images", "translation")
+# Speech has fewer heads and blocks than eight ranks, chats have the model of language.
+FEWER_JOBS, FEWER = ("speech", "chat"), ("fsdp", "context", "hybrid")
 SHORT = [
     "steps=2",
     "metrics.every=1",
@@ -48,7 +49,7 @@ def runs(tmp_path_factory) -> Path:
     for name, (words, strategies) in {
         "shallow": ((jobs, shallow), PRESETS),
         "deep": ((jobs,), ("pipeline", "pipeline")),  # swept, so that folders are named alike
-        "speech": (("experiment=speech", shallow), OF_SPEECH),
+        "fewer": ((f"experiment={','.join(FEWER_JOBS)}", shallow), FEWER),
     }.items():
         train(folder, "-m", *words, "strategy=single,single", f"run_dir={name}-alone")
         strategy = f"strategy={','.join(strategies)}"
@@ -66,11 +67,12 @@ def test_a_preset_on_eight_ranks_takes_the_steps_of_one_process(runs, preset, jo
     assert found == pytest.approx(alone, rel=ROUNDING)
 
 
-@pytest.mark.parametrize("preset", OF_SPEECH)
-def test_a_preset_of_speech_takes_the_steps_of_one_process(runs, preset):
-    alone = losses(runs / "speech-alone" / "strategy=single")
+@pytest.mark.parametrize("job", FEWER_JOBS)
+@pytest.mark.parametrize("preset", FEWER)
+def test_fewer_presets_of_a_job_take_the_steps_of_one_process(runs, preset, job):
+    alone = losses(runs / "fewer-alone" / f"experiment={job},strategy=single")
     assert len(alone) == 2
-    found = losses(runs / "speech" / f"strategy={preset}")
+    found = losses(runs / "fewer" / f"experiment={job},strategy={preset}")
     assert found == pytest.approx(alone, rel=ROUNDING)
 
 
