@@ -143,7 +143,7 @@ trainer.verify: parallel.strategy trainer.config parallel.grad_norm parallel.run
     parallel.comm_volume
 trainer.plan: parallel.strategy trainer.config parallel.grad_norm parallel.runtime
     parallel.comm_volume parallel.data parallel.pipeline parallel.activation_checkpointing
-    parallel.parallelize trainer.data trainer.nn trainer.compress trainer.precision trainer.build
+    parallel.parallelize trainer.nn trainer.compress trainer.precision trainer.build
     trainer.inference trainer.tasks trainer.state trainer.loop trainer.verify
 conf.validation: parallel.config_fields parallel.errors parallel.strategy trainer.config conf.submit
     parallel.pipeline trainer.data trainer.distill trainer.plan
