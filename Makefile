@@ -10,7 +10,7 @@ train: $(VENV)/.installed
 	$(BIN)/python launch/train.py launch.ranks=2
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 fast: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m fast --numprocesses=2 --dist=loadfile --no-loadscope-reorder
