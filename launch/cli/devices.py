@@ -41,8 +41,9 @@ def devices_here(config: TrainConfig, world_size: int) -> Devices:
 
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     if choose_device(config.device, local) == "cpu":
+        known = config.precision in ("auto", *CORE_PRODUCTS)
         cluster = ClusterConfig(gpu="cpu", ranks_per_node=local)
-        return devices_of(cluster, config.precision)
+        return devices_of(cluster, config.precision if known else "auto")
     device = torch.cuda.get_device_properties(0)
     kind, memory = accelerator_of(device.name), device.total_memory / GIB
     if kind and config.precision not in ("auto", *ACCELERATORS[kind].tflops):

@@ -89,7 +89,7 @@ SHORT = {
     "launch/compress_report.py": ["rounds=1"],
 }
 SHORTER = {
-    "cases=5500": "cases=20",
+    "cases=6600": "cases=20",
     "data.path=FOLDER": "data.path=my-corpus",
     "optim.lr=1e-3,3e-4": "optim.lr=1e-3",
     "compress=none,merge,[merge,int4]": "compress=merge,[merge,int4]",

@@ -26,7 +26,8 @@ def float64_for_float32() -> Iterator[None]:
 
 def build_reference(model_class: str, config_class: str, **fields: object) -> nn.Module:
     """Build a model of transformers in float64 with random weights, biases and norms too."""
-    with float64_for_float32():
+    with float64_for_float32(), torch.random.fork_rng():
+        torch.manual_seed(0)  # whatever ran before
         config = getattr(transformers, config_class)(**fields)
         model = getattr(transformers, model_class)(config).double().eval()
     if fields.get("tie_word_embeddings") is False:  # version 5 ties that of T5 1.1 all the same
