@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 
 from conf import schema
+from conf.submit import ClusterConfig
 from conf.validation.validate import fill_from_data
 from launch.cli.auto import with_chosen_layout
-from launch.cli.devices import Devices
-from launch.cli.layouts import layout_of_job, list_schedule
+from launch.cli.devices import Devices, devices_of
+from launch.cli.layouts import list_schedule
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, data_degree, world_size
@@ -35,8 +36,8 @@ from trainer.data import open_split, prepare_data
 from trainer.data.loader import TrainLoader
 from trainer.loop import train
 from trainer.metrics.jsonl import NAME
-from trainer.plan.calibration import read_calibration
 from trainer.plan.cases import preset
+from trainer.plan.layout import layout_of_job
 from trainer.plan.layout_rules import micro_batch_size
 from trainer.plan.planner import Planner
 from trainer.plan.result import planned_layout
@@ -105,11 +106,7 @@ def measured_seconds(pool: RankPool, config: TrainConfig) -> float:
     pool.run(world_size(config.strategy), run_on_rank, config, timeout_seconds=600.0)
     lines = (Path(config.run_dir) / NAME).read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
-    return median(r["step_seconds"] for r in records if r.get("step_seconds") and _counts(r))
-
-
-def _counts(record: dict) -> bool:
-    return record["step"] > WARM_UP
+    return median(r["step_seconds"] for r in records if "step_seconds" in r and r["step"] > WARM_UP)
 
 
 def mean_length(config: TrainConfig) -> int:
@@ -130,17 +127,17 @@ def mean_length(config: TrainConfig) -> int:
     return round(float(np.mean(found))) if found else 0
 
 
-def devices_of(calibration: Path, ranks: int) -> Devices:
+def measured_ranks(calibration: Path, ranks: int) -> Devices:
     """Return the ranks of this host as they were measured."""
-    found = read_calibration(calibration, "cpu", "fp32", ranks)
-    if found is None:
+    found = devices_of(ClusterConfig(gpu="cpu", ranks_per_node=ranks), "fp32", str(calibration))
+    if not found.fit.calibrated:
         sys.exit(f"{calibration} is not there: python launch/plan.py calibrate launch.ranks=2")
-    return Devices(found[0], "fp32", found[1])
+    return found
 
 
 def predicted_seconds(config: TrainConfig, calibration: Path) -> float:
     """Return the time of a step by the plan."""
-    devices = devices_of(calibration, world_size(config.strategy))
+    devices = measured_ranks(calibration, world_size(config.strategy))
     planner = Planner(config, "fp32", devices.machine, devices.fit, length=mean_length(config))
     layout = layout_of_job(config)
     return planned_layout(planner, layout, list_schedule).time.total
@@ -171,9 +168,8 @@ def measure_rows(pool: RankPool, options: dict[str, str], words: list[str]) -> I
             with TemporaryDirectory() as folder:
                 config = configured(job, strategy, int(options.get("steps", 40)), f"{folder}/run")
                 if name == AUTO:
-                    devices = devices_of(calibration, pool.size)
+                    devices = measured_ranks(calibration, pool.size)
                     config = with_chosen_layout(config, devices, pool.size, ())
-                    config = replace(config, micro_batch_size=layout_of_job(config).micro_batch)
                 predicted = predicted_seconds(config, calibration)
                 yield Row(job, name, measured_seconds(pool, config), predicted)
 

@@ -9,12 +9,12 @@ from conf.plan import PlanConfig, planned_training
 from conf.validation.validate import find_problems
 from launch.cli.devices import devices_of
 from launch.cli.inputs import with_absolute_paths, with_imported_model
-from launch.cli.layouts import fixed_fields, layout_of_job
+from launch.cli.layouts import fixed_fields, given_keys
 from launch.slurm.batch_script import ranks_per_node
 from parallel.errors import ConfigError
 from parallel.strategy import AXES, StrategyConfig, resolve_degrees, without_degrees
 from trainer.config.train import TrainConfig
-from trainer.plan.layout import Layout
+from trainer.plan.layout import Layout, layout_of_job
 from trainer.plan.planner import Planner
 from trainer.plan.sizes import with_assumed_sizes
 
@@ -36,14 +36,12 @@ class Asked:
 def prepare_plan(config: PlanConfig) -> Asked:
     """Return the checked request; ConfigError for what is wrong with it. Nothing is written."""
     given = list(HydraConfig.get().overrides.task)
-    words = [word.lstrip("+") for word in given]
     cluster, host = config.cluster, ranks_per_node(config.cluster)
     training = with_imported_model(with_absolute_paths(planned_training(config)), given)
     training = with_assumed_sizes(training)
     training = replace(training, data=replace(training.data, path="not read"))
-    choice = HydraConfig.get().runtime.choices.get("strategy")
-    named = choice != "auto" and any(word.startswith("strategy=") for word in words)
-    asked = {word.partition("=")[0] for word in words}
+    asked = given_keys(given)
+    named = training.strategy.auto == "no" and "strategy" in asked
     fixed = {} if named else fixed_fields(training, asked)
     checked = replace(config, **{f: getattr(training, f) for f in vars(training)})
     ranks = cluster.nodes * host

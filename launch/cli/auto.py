@@ -9,11 +9,9 @@ from conf.validation.validate import find_problems
 from launch.cli.devices import Devices
 from launch.cli.layouts import (
     fixed_fields,
-    layout_of_job,
     legal_space,
     list_schedule,
     why_none_is_legal,
-    with_layout,
 )
 from launch.cli.plan_text import error_text, format_terms, layout_words
 from parallel.errors import ConfigError
@@ -21,7 +19,7 @@ from parallel.strategy import axis_degrees
 from trainer.checkpoint.folder import list_checkpoints
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import TrainConfig
-from trainer.plan.layout import Layout
+from trainer.plan.layout import Layout, layout_of_job, with_layout
 from trainer.plan.machine import GIB
 from trainer.plan.planner import FULL, Planner
 from trainer.plan.result import Plan, Planned, plan_layouts

@@ -1,6 +1,6 @@
 """The layouts that a job may take: what its command line fixes, and what validation allows."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +11,7 @@ from parallel.pipeline.schedules import read_csv, stages_per_rank
 from parallel.pipeline.simulator import Lists
 from parallel.strategy import AXES, StrategyConfig, axis_degrees
 from trainer.config.train import CompressConfig, TrainConfig
-from trainer.plan.layout import Layout, layout_of, strategy_of
-from trainer.plan.layout_rules import batch_problems, micro_batch_size, model_problems
+from trainer.plan.layout_rules import batch_problems, model_problems
 from trainer.plan.planner import Planner
 from trainer.plan.rank_plan import Held
 from trainer.plan.search import Space
@@ -27,6 +26,11 @@ DECIDED = {
     "activation_checkpointing": "recomputed",
     "loss.chunks": "chunks",
 }
+
+
+def given_keys(words: Iterable[str]) -> set[str]:
+    """Return the keys that words of a command line set."""
+    return {word.lstrip("+").partition("=")[0] for word in words}
 
 
 def fixed_fields(training: TrainConfig, asked: Collection[str]) -> dict[str, Any]:
@@ -46,26 +50,6 @@ def fixed_fields(training: TrainConfig, asked: Collection[str]) -> dict[str, Any
         for key in DECIDED
         if key in asked and values[key] not in open_values
     }
-
-
-def layout_of_job(training: TrainConfig) -> Layout:
-    """Return the layout of a job whose degrees are resolved."""
-    size = micro_batch_size(training, training.strategy)
-    mode, chunks = training.activation_checkpointing, training.loss.chunks
-    return layout_of(training.strategy, size, mode, chunks)
-
-
-def with_layout(training: TrainConfig, layout: Layout) -> TrainConfig:
-    """Return the job under a layout."""
-    return replace(
-        training,
-        strategy=replace(
-            strategy_of(layout, training.strategy), auto="no", elastic=training.strategy.elastic
-        ),
-        micro_batch_size=layout.micro_batch,
-        activation_checkpointing=layout.recomputed,
-        loss=replace(training.loss, chunks=layout.chunks),
-    )
 
 
 def legal_space(

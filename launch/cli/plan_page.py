@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from launch.cli.asked import Asked
-from launch.cli.plan_text import layout_name, layout_words, run_cost
+from launch.cli.plan_text import layout_words, run_cost
 from parallel.errors import ConfigError
 from trainer.atomic_files import write_atomically
+from trainer.plan.layout import layout_name
 from trainer.plan.machine import GIB
 from trainer.plan.result import Plan, Planned
 from trainer.report.scatter_page import Point, scatter_page

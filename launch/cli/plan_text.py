@@ -8,7 +8,7 @@ from rich.console import Console
 from launch.cli.asked import Asked
 from parallel.pipeline.schedules import SCHEDULES
 from trainer.plan.constants import Fit
-from trainer.plan.layout import Layout
+from trainer.plan.layout import Layout, layout_name
 from trainer.plan.machine import GIB, Machine
 from trainer.plan.planner import FULL, Card
 from trainer.plan.result import Plan, Planned, Refused
@@ -38,18 +38,6 @@ def layout_words(layout: Layout) -> str:
     if layout.chunks > 1:
         words.append(f"loss.chunks={layout.chunks}")
     return " ".join(words)
-
-
-def layout_name(layout: Layout) -> str:
-    """Return a layout in short: its degrees above 1, schedule and method."""
-    axes = ("replicate", "shard", "context", "tensor", "pipeline")
-    parts = [f"{axis}={getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1]
-    if layout.context > 1:
-        parts.append(layout.context_method)
-    if layout.pipeline > 1:
-        stages = f"×{layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
-        parts.append(layout.schedule + stages)
-    return " ".join(parts) or "single"
 
 
 def memory_bar(card: Card, size: float) -> str:

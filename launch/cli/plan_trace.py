@@ -4,8 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 from launch.cli.asked import Asked
-from launch.cli.layouts import with_layout
-from trainer.plan.layout import Layout
+from trainer.plan.layout import Layout, with_layout
 from trainer.plan.machine import GIB
 
 

@@ -35,7 +35,7 @@ from launch.cli.inputs import (
     with_processor,
     with_sizes,
 )
-from launch.cli.layouts import DECIDED, layout_of_job
+from launch.cli.layouts import DECIDED, given_keys
 from launch.cli.plan_text import layout_words
 from launch.cli.teacher import check_teacher
 from launch.slurm.batch_script import SlurmRun, ranks_per_node
@@ -64,6 +64,7 @@ from trainer.huggingface.adapter_config import targeted_modules
 from trainer.huggingface.architecture import Architecture
 from trainer.huggingface.registry import architecture_for
 from trainer.metrics import goodput
+from trainer.plan.layout import layout_of_job
 from trainer.plan.layout_rules import micro_batch_size, model_problems
 from trainer.run.run_dir import check_run_dir, claim_folder, load_config, open_run_dir
 
@@ -136,8 +137,7 @@ def prepare_submission(config: SubmitConfig) -> SlurmRun:
     check_run_dir(training)
     overrides = [o for o in given if not o.startswith(("cluster=", "cluster.", "run_dir="))]
     if chooses:  # the words that make what was chosen
-        keys = (*DECIDED, "strategy")
-        overrides = [o for o in overrides if o.lstrip("+").partition("=")[0] not in keys]
+        overrides = [o for o in overrides if given_keys([o]).isdisjoint((*DECIDED, "strategy"))]
         overrides += layout_words(layout_of_job(training)).split()
     if not config.checkpoint.grace_seconds:  # a save that takes longer is warned about
         overrides.append(f"checkpoint.grace_seconds={config.cluster.signal_seconds}")
@@ -168,8 +168,8 @@ def _complete_config(
         )
     config = fill_from_data(with_sizes(config), facts)
     if asked.auto != "no":
-        keys = {word.lstrip("+").partition("=")[0] for word in given}
-        config = with_chosen_layout(replace(config, strategy=asked), devices, world_size, keys)
+        config = replace(config, strategy=asked)
+        config = with_chosen_layout(config, devices, world_size, given_keys(given))
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
     for warning in find_schedule_warnings(config.strategy, share // config.micro_batch_size):

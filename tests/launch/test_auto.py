@@ -13,11 +13,11 @@ from conf.submit import ClusterConfig
 from conf.validation.validate import find_problems
 from launch.cli.auto import check_memory, with_chosen_layout
 from launch.cli.devices import devices_here, devices_of
-from launch.cli.layouts import layout_of_job
 from launch.cli.preflight import prepare_training
 from parallel.errors import ConfigError
 from parallel.strategy import StrategyConfig, axis_degrees, resolve_degrees, world_size
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig
+from trainer.plan.layout import layout_of_job
 from trainer.plan.machine import GIB
 from trainer.run.plan_record import read_plan
 from trainer.run.run_dir import load_config

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Devices:
+class RankDevices:
     """The devices of the ranks, and what is known of them without measuring."""
 
     kind: str  # name in ACCELERATORS
@@ -56,7 +56,7 @@ def calibrate(config: TrainConfig, runtime: Runtime, path: Path) -> Calibration:
     """
     precision = resolve_precision(config.precision, runtime.device)
     config = replace(config, precision=precision.name)
-    devices = devices_of(runtime, precision.name)
+    devices = devices_of_ranks(runtime, precision.name)
     jobs = small_jobs(config, runtime.world_size, runtime.local_world_size)
     with _progress(OPERATIONS + len(jobs), runtime.rank == 0) as advance:
         model, samples = config.model, max(1, config.batch_size // runtime.world_size)
@@ -81,12 +81,12 @@ def calibrate(config: TrainConfig, runtime: Runtime, path: Path) -> Calibration:
     return found
 
 
-def devices_of(runtime: Runtime, precision: str) -> Devices:
+def devices_of_ranks(runtime: Runtime, precision: str) -> RankDevices:
     """Return the devices of the ranks there are."""
     local = runtime.local_world_size
     if runtime.device.type == "cpu":
         machine = nominal_cpu(local, precision)
-        return Devices("cpu", _cpu_name(), local, machine, Fit.read(CPU_FITTED).constants)
+        return RankDevices("cpu", _cpu_name(), local, machine, Fit.read(CPU_FITTED).constants)
     name = torch.cuda.get_device_name(runtime.device)
     kind = accelerator_of(name)
     known = named_machine(kind, precision, local) if kind else None
@@ -97,7 +97,7 @@ def devices_of(runtime: Runtime, precision: str) -> Devices:
         )
     memory = torch.cuda.get_device_properties(runtime.device).total_memory
     machine = replace(known, memory=float(memory), linked=local)
-    return Devices(kind, name, local, machine, Fit.read().constants)
+    return RankDevices(kind, name, local, machine, Fit.read().constants)
 
 
 def _cpu_name() -> str:
@@ -109,7 +109,7 @@ def _cpu_name() -> str:
 
 
 def fitted(
-    rates: Rates, steps: Sequence[MeasuredStep], devices: Devices, precision: str
+    rates: Rates, steps: Sequence[MeasuredStep], devices: RankDevices, precision: str
 ) -> Calibration:
     """Return the calibration that follows from what was measured.
 

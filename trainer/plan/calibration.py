@@ -1,4 +1,4 @@
-"""What `launch/plan.py calibrate` has measured, as a file."""
+"""Read and write what `launch/plan.py calibrate` has measured."""
 
 import json
 import logging

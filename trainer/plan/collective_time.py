@@ -52,16 +52,19 @@ def ring_seconds(
 
     A ring across hosts has the network of its ranks in one host, but no more than the link.
     """
-    sent = ring_bytes(
-        moved.all_reduce, moved.all_gather + moved.reduce_scatter + moved.all_to_all, ring.ranks
-    )
-    sent += moved.send
+    sent = sent_bytes(moved, ring.ranks)
     if ring.ranks == 1 or not sent:
         return 0.0
     bandwidth = machine.link * constants.link
     if ring.near < ring.ranks:
         bandwidth = min(bandwidth, ring.near * machine.network * constants.network)
     return sent / bandwidth + collectives * constants.latency_seconds * math.log2(ring.ranks)
+
+
+def sent_bytes(moved: StepBytes, ranks: int) -> float:
+    """Return the bytes that a rank sends."""
+    others = moved.all_gather + moved.reduce_scatter + moved.all_to_all
+    return ring_bytes(moved.all_reduce, others, ranks) + moved.send
 
 
 def send_seconds(layout: Layout, size: float, machine: Machine, constants: Constants) -> float:

@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from parallel.strategy import data_degree
+from parallel.comm_volume.closed_form import StepBytes
 from trainer.config.train import TrainConfig, is_encoder_decoder
+from trainer.plan.collective_time import Ring, ring_seconds, sent_bytes
 from trainer.plan.constants import Constants
-from trainer.plan.layout import layout_of
+from trainer.plan.layout import layout_name, layout_of_job
 from trainer.plan.machine import Machine
 from trainer.plan.measurements import BETWEEN, INSIDE, Collective, MeasuredStep, Overlap, Rates
 from trainer.plan.planner import job_work
@@ -87,7 +88,7 @@ def _wires(collectives: Sequence[Collective], machine: Machine) -> tuple[Machine
         chosen = [c for c in collectives if c.where == where]
         if not chosen:
             continue
-        rows = [[np.log2(c.ranks), sent_bytes(c)] for c in chosen]
+        rows = [[np.log2(c.ranks), sent_bytes(moved_bytes(c), c.ranks)] for c in chosen]
         latency, per_byte = _positive_solution(rows, [c.seconds for c in chosen])
         found["latency_seconds"] = latency
         if where == BETWEEN:
@@ -99,19 +100,16 @@ def _wires(collectives: Sequence[Collective], machine: Machine) -> tuple[Machine
     return machine, found
 
 
-def sent_bytes(collective: Collective) -> float:
-    """Return the bytes that a rank sends in a ring."""
-    share = (collective.ranks - 1) / collective.ranks
-    return (2 if collective.name == "all_reduce" else 1) * share * collective.payload_bytes
+def moved_bytes(collective: Collective) -> StepBytes:
+    """Return the bytes of a collective, under its name."""
+    return StepBytes(**{collective.name: collective.payload_bytes})
 
 
 def collective_seconds(collective: Collective, machine: Machine, constants: Constants) -> float:
     """Return the time of a collective by the model."""
-    bandwidth = machine.link * constants.link
-    if collective.where == BETWEEN:
-        bandwidth = machine.network * constants.network
-    latency = constants.latency_seconds * float(np.log2(collective.ranks))
-    return latency + sent_bytes(collective) / bandwidth
+    near = collective.ranks if collective.where == INSIDE else 1
+    ring = Ring(collective.ranks, near)
+    return ring_seconds(moved_bytes(collective), ring, machine, constants)
 
 
 def paid_share(overlap: Overlap) -> float:
@@ -147,9 +145,7 @@ def predicted_seconds(step: MeasuredStep, machine: Machine, constants: Constants
     """Return the time of a step by the model."""
     config = step.config
     work = job_work(config, config.precision)
-    mode, chunks = config.activation_checkpointing, config.loss.chunks
-    layout = layout_of(config.strategy, config.micro_batch_size, mode, chunks)
-    return TimeModel(work, machine, constants, config.strategy).step(layout).total
+    return TimeModel(work, machine, constants, config.strategy).step(layout_of_job(config)).total
 
 
 def fit_steps(steps: Sequence[MeasuredStep], machine: Machine, expected: Constants) -> Constants:
@@ -196,10 +192,7 @@ def left_out_errors(
 
 def step_name(config: TrainConfig) -> str:
     """Return a step in words: its degrees above 1, layers, and samples of a micro-batch."""
-    strategy, model = config.strategy, config.model
-    axes = ("replicate", "shard", "context", "tensor", "pipeline")
-    parts = [f"{axis}={getattr(strategy, axis)}" for axis in axes if getattr(strategy, axis) > 1]
+    model, layout = config.model, layout_of_job(config)
     layers = model.layers + (model.encoder_layers if is_encoder_decoder(model) else 0)
-    count = config.batch_size // (data_degree(strategy) * config.micro_batch_size)
-    where = " ".join(parts) or "single"
-    return f"{where}, {layers} layers, {count} × {config.micro_batch_size} samples"
+    count = config.batch_size // (layout.data_ranks * layout.micro_batch)
+    return f"{layout_name(layout)}, {layers} layers, {count} × {layout.micro_batch} samples"

@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from parallel.pipeline.schedules import stages_per_rank
 from parallel.strategy import StrategyConfig
+from trainer.config.train import TrainConfig
+from trainer.plan.layout_rules import micro_batch_size
 
 
 class Layout(NamedTuple):
@@ -71,3 +73,35 @@ def strategy_of(layout: Layout, base: StrategyConfig) -> StrategyConfig:
         stages_per_rank=layout.stages_per_rank if layout.pipeline > 1 else 0,
         elastic=False,
     )
+
+
+def layout_of_job(training: TrainConfig) -> Layout:
+    """Return the layout of a job whose degrees are resolved."""
+    size = micro_batch_size(training, training.strategy)
+    mode, chunks = training.activation_checkpointing, training.loss.chunks
+    return layout_of(training.strategy, size, mode, chunks)
+
+
+def with_layout(training: TrainConfig, layout: Layout) -> TrainConfig:
+    """Return the job under a layout."""
+    return replace(
+        training,
+        strategy=replace(
+            strategy_of(layout, training.strategy), auto="no", elastic=training.strategy.elastic
+        ),
+        micro_batch_size=layout.micro_batch,
+        activation_checkpointing=layout.recomputed,
+        loss=replace(training.loss, chunks=layout.chunks),
+    )
+
+
+def layout_name(layout: Layout) -> str:
+    """Return a layout in short: its degrees above 1, schedule and method."""
+    axes = ("replicate", "shard", "context", "tensor", "pipeline")
+    parts = [f"{axis}={getattr(layout, axis)}" for axis in axes if getattr(layout, axis) > 1]
+    if layout.context > 1:
+        parts.append(layout.context_method)
+    if layout.pipeline > 1:
+        stages = f"×{layout.stages_per_rank}" if layout.stages_per_rank > 1 else ""
+        parts.append(layout.schedule + stages)
+    return " ".join(parts) or "single"

@@ -1,4 +1,4 @@
-"""What a calibration measures, as numbers; free of torch."""
+"""Define what a calibration measures, as numbers; free of torch."""
 
 from dataclasses import dataclass
 

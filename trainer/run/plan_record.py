@@ -1,4 +1,4 @@
-"""What was planned for a run, in its folder, so that it is told beside what was measured."""
+"""Keep what was planned for a run in its folder, to tell it beside what was measured."""
 
 import json
 from dataclasses import asdict, dataclass

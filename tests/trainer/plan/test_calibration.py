@@ -1,4 +1,4 @@
-"""What was measured is read back as it was written, and refused where it is not of the plan."""
+"""Read back what was measured as it was written; refuse it where it is not of the plan."""
 
 import json
 from dataclasses import replace

@@ -9,6 +9,7 @@ from parallel.strategy import StrategyConfig
 from trainer.config.train import DataConfig, ModelConfig, TrainConfig
 from trainer.plan.calibrate import calibrate
 from trainer.plan.calibration import load_calibration, read_calibration
+from trainer.plan.collective_time import sent_bytes
 from trainer.plan.constants import CPU_FITTED, Fit
 from trainer.plan.fit_calibration import (
     CPU_UNKNOWNS,
@@ -16,9 +17,9 @@ from trainer.plan.fit_calibration import (
     fit_steps,
     least_squares,
     left_out_errors,
+    moved_bytes,
     paid_share,
     predicted_seconds,
-    sent_bytes,
 )
 from trainer.plan.machine import nominal_cpu
 from trainer.plan.measured_steps import small_jobs
@@ -98,7 +99,9 @@ def rates_of(peak, half_tokens, half_width, wires):
         for size in (2**14, 2**18, 2**22)
     ]
     collectives = [
-        replace(c, seconds=wires[c.where][0] + sent_bytes(c) / wires[c.where][1])
+        replace(
+            c, seconds=wires[c.where][0] + sent_bytes(moved_bytes(c), c.ranks) / wires[c.where][1]
+        )
         for c in collectives
     ]
     scores = [
