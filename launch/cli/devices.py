@@ -67,14 +67,14 @@ def devices_of(cluster: ClusterConfig, precision: str, calibration: str = CALIBR
             f"cluster.gpu is empty, but a plan is for one kind of device; set it to one of {known}"
         )
     precision = _precision(cluster.gpu, precision)
-    if calibrated := _calibrated(cluster, precision, calibration):
-        return Devices(calibrated[0], precision, calibrated[1])
     host = ranks_per_node(cluster)
-    if cluster.gpu == "cpu":
-        return Devices(nominal_cpu(host, precision), precision, Fit.read(CPU_FITTED))
-    found = named_machine(cluster.gpu, precision, host, cluster.memory_gib, cluster.network_gbit)
-    assert found is not None, precision
-    return Devices(found, precision, Fit.read())
+    calibrated = _calibrated(cluster.gpu, precision, host, calibration)
+    machine, fit = calibrated or _uncalibrated(cluster.gpu, precision, host)
+    if cluster.memory_gib:
+        machine = replace(machine, memory=cluster.memory_gib * GIB)
+    if cluster.network_gbit:
+        machine = replace(machine, network=cluster.network_gbit * 1e9 / 8)
+    return Devices(machine, precision, fit)
 
 
 def _precision(gpu: str, precision: str) -> str:
@@ -92,10 +92,19 @@ def _precision(gpu: str, precision: str) -> str:
     return precision
 
 
+def _uncalibrated(gpu: str, precision: str, host: int) -> tuple[Machine, Fit]:
+    """Return what data sheets say, or what the cores of another CPU have."""
+    if gpu == "cpu":
+        return nominal_cpu(host, precision), Fit.read(CPU_FITTED)
+    found = named_machine(gpu, precision, host)
+    assert found is not None, precision
+    return found, Fit.read()
+
+
 def _calibrated(
-    cluster: ClusterConfig, precision: str, calibration: str
+    gpu: str, precision: str, host: int, calibration: str
 ) -> tuple[Machine, Fit] | None:
-    """Return what was measured on such devices, with what the command line says of them."""
+    """Return what was measured on such devices; None if nothing was."""
     if not calibration:
         return None
     if not Path(calibration).exists() and calibration != CALIBRATION:
@@ -103,12 +112,4 @@ def _calibrated(
             f"plan.calibration={calibration} does not exist; make it with python launch/plan.py "
             f"calibrate calibration={calibration}, or set plan.calibration= to plan without it"
         )
-    found = read_calibration(Path(calibration), cluster.gpu, precision, ranks_per_node(cluster))
-    if found is None:
-        return None
-    machine, fit = found
-    if cluster.memory_gib:
-        machine = replace(machine, memory=cluster.memory_gib * GIB)
-    if cluster.network_gbit:
-        machine = replace(machine, network=cluster.network_gbit * 1e9 / 8)
-    return machine, fit
+    return read_calibration(Path(calibration), gpu, precision, host)

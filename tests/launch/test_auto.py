@@ -91,6 +91,13 @@ def test_a_cluster_that_does_not_say_its_device_is_refused(job):
         with_chosen_layout(job, None, 2, ())
 
 
+@pytest.mark.parametrize("gpu", ["cpu", "h100"])
+def test_what_keys_say_of_a_device_replaces_what_is_known_of_it(gpu):
+    cluster = ClusterConfig(gpu=gpu, memory_gib=4.0, network_gbit=8.0)
+    machine = devices_of(cluster, "auto").machine
+    assert (machine.memory, machine.network) == (4 * GIB, 1e9)
+
+
 def test_other_commands_need_a_named_strategy():
     with pytest.raises(ConfigError, match=r"strategy\.auto=once plans a training run"):
         resolve_degrees(AUTO, 2)
