@@ -71,8 +71,11 @@ def list_actions(
         return {rank: _compute_actions(order[rank]) for rank in range(ranks)}
     # In torch 2.13 the action list of 1F1B is wrong for the last rank (micro-batch 0 is missing,
     # another is superfluous), so these classes are run on a recording stage instead.
+    # One object for all ranks: each that is built lists the actions of every rank anew.
+    recorded = torch_class(stages[0][0], micro_batches)
     for (stage,) in stages.values():
-        _dry_run(torch_class(stage, micro_batches), micro_batches)
+        recorded._stage = stage
+        _dry_run(recorded, micro_batches)
     return {rank: stages[rank][0].ran for rank in range(ranks)}
 
 

@@ -57,6 +57,7 @@ class MemoryTerms:
     gathered: float  # weights and gradients that FSDP has brought together
     activations: float
     logits: float
+    streams: float = 0.0  # what FSDP's streams hold at other moments; not in the total
 
     @property
     def total(self) -> float:
@@ -178,7 +179,21 @@ class MemoryModel:
             found += blocks
             if layout.staged and not present:
                 found.append(self._second(blocks[0], numbers))
-        return max(found, key=_total)
+        fullest = max(found, key=_total)
+        return replace(fullest, streams=self._stream_bytes(numbers, layout, fullest.gradients))
+
+    def _stream_bytes(self, numbers: RankNumbers, layout: Layout, present: float) -> float:
+        """Return what FSDP's streams keep of memory that other streams cannot use.
+
+        CUDA's allocator lends no block to another stream. Sharded gradients are allocated in the
+        stream that sums them, and what is gathered, before it is split, in that which gathers.
+        """
+        if not layout.sharded or not self._fused_norm:
+            return 0.0
+        gradients = self._parameter_bytes * numbers.own.learned / layout.share
+        following = 2 * numbers.last.parameters.total
+        gathered = self._compute_bytes * max(numbers.ends.total, following)
+        return max(0.0, gradients - present) + gathered
 
     def _at_blocks(
         self,

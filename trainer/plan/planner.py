@@ -20,8 +20,9 @@ from trainer.plan.work import Stack, Work, model_work
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2.1}  # of the optimizer's states, for each weight
 SIZES = {"fp64": 8, "fp32": 4}  # bytes of what is computed with; all others have 2
-# Of a card: what its allocator cannot use, what CUDA, NCCL and cuBLAS have, what is full.
-SPLINTERS, RESERVED, FULL = 1.03, 1.5 * GIB, 0.92
+# Of a card: what its allocator reserves for a byte of tensors (benchmarks/published_memory.py fits
+# it), what CUDA, NCCL and cuBLAS have, what is full.
+SPLINTERS, RESERVED, FULL = 1.12, 1.5 * GIB, 0.92
 AllHeld = tuple[Held, ...]  # of each pipeline rank
 MANY = 16  # shards; with more, gradients decide nothing
 LARGEST_CLUSTER = 1 << 20  # devices; beyond that nothing is searched
@@ -41,17 +42,22 @@ class Card:
 
     def named(self) -> dict[str, float]:
         """Return the bytes of each term by name."""
-        return asdict(self.terms)
+        return {name: size for name, size in asdict(self.terms).items() if name != "streams"}
 
     @property
     def reserve(self) -> float:
-        """Return what the card loses to splinters and libraries."""
-        return (SPLINTERS - 1) * self.terms.total + RESERVED
+        """Return what the card loses to splinters, streams and libraries."""
+        return reserved_bytes(self.terms) - self.terms.total + RESERVED
 
     @property
     def total(self) -> float:
         """Return all that the card must have."""
         return self.terms.total + self.reserve
+
+
+def reserved_bytes(terms: MemoryTerms) -> float:
+    """Return what CUDA's allocator reserves where tensors have these bytes."""
+    return SPLINTERS * (terms.total + terms.streams)
 
 
 class Planner:
@@ -103,7 +109,7 @@ class Planner:
     def card(self, layout: Layout, held: AllHeld | None = None) -> Card:
         """Return the memory of the fullest pipeline rank."""
         ranks = self.rank_memory(layout, held)
-        stage = max(range(len(ranks)), key=lambda rank: ranks[rank].total)
+        stage = max(range(len(ranks)), key=lambda rank: reserved_bytes(ranks[rank]))
         return Card(ranks, stage)
 
     def memory(self, layout: Layout) -> float:
@@ -130,8 +136,13 @@ class Planner:
         strategy = strategy_of(layout, self.config.strategy)
         forms = self._memory_forms(RankingMemory, layout.chunks)
         found = forms.terms(strategy, layout.micro_batch, count, layout.recomputed, held)
-        states = [layout.shard * (m.weights + m.gradients + m.moments) for m in found]
-        return [(s, m.total - s / layout.shard) for s, m in zip(states, found, strict=True)]
+        sizes = []
+        for terms in found:
+            states = terms.weights + terms.gradients + terms.moments
+            sharded = states + min(terms.streams, max(0.0, terms.weights - terms.gradients))
+            rest = terms.total + terms.streams - sharded
+            sizes.append((layout.shard * sharded, rest))
+        return sizes
 
     def _least_memory(self, layout: Layout) -> float:
         """Return a lower bound: weights and moments of an average rank."""
