@@ -4,8 +4,8 @@
 `python benchmarks/plan_cpu.py [ranks=2] [steps=40] [calibration=calibration.json] [words]` runs the
 training loop with its data and metrics on a pool of ranks; words choose the rows that have all of
 them in their name. Of the lines of metrics the first ones are left out, the median is taken. The
-plan is told the mean length of the padded pairs of translation, as it does not read data. The last
-row of a job is what `strategy=auto` chooses for the ranks.
+plan is told the mean length of the data's sequences, as a run's plan is. The last row of a job is
+what `strategy=auto` chooses for the ranks.
 """
 
 import json
@@ -30,24 +30,22 @@ from launch.cli.devices import Devices, devices_of
 from launch.cli.layouts import list_schedule
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
-from parallel.strategy import StrategyConfig, data_degree, world_size
+from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import TrainConfig
 from trainer.data import open_split, prepare_data
-from trainer.data.loader import TrainLoader
 from trainer.loop import train
 from trainer.metrics.jsonl import NAME
 from trainer.plan.cases import preset
 from trainer.plan.layout import layout_of_job
 from trainer.plan.layout_rules import micro_batch_size
-from trainer.plan.planner import Planner
 from trainer.plan.result import planned_layout
 from trainer.run.run_dir import open_run_dir
 
-JOBS = ("language", "images", "translation")
+JOBS = ("language", "images", "translation", "speech", "detection", "chat")
 AUTO = "auto"
 OF_TWO = ("ddp", "fsdp", "tensor", "pipeline", "context")
 OF_FOUR = (*OF_TWO, "hsdp", "hybrid")
-EVERY, WARM_UP, LENGTHS = 2, 10, 20  # steps: of a line of metrics, left out, looked at for lengths
+EVERY, WARM_UP = 2, 10  # steps: of a line of metrics, left out
 CLOSE = 0.15  # presets that differ by less have no order
 QUIET = (
     "eval.every=0",
@@ -109,24 +107,6 @@ def measured_seconds(pool: RankPool, config: TrainConfig) -> float:
     return median(r["step_seconds"] for r in records if "step_seconds" in r and r["step"] > WARM_UP)
 
 
-def mean_length(config: TrainConfig) -> int:
-    """Return the mean length of the first steps' padded sequences of text; 0 = there are none."""
-    loader = TrainLoader(
-        open_split(config.data, "train"),
-        config.seed,
-        config.batch_size,
-        config.micro_batch_size,
-        0,
-        data_degree(config.strategy),
-        first_step=0,
-    )
-    batches = [batch for _, step in zip(range(LENGTHS), loader, strict=False) for batch in step]
-    loader.close()
-    names = [name for name in ("source", "tokens") if name in batches[0]]
-    found = [batch[name].shape[1] for batch in batches for name in names]
-    return round(float(np.mean(found))) if found else 0
-
-
 def measured_ranks(calibration: Path, ranks: int) -> Devices:
     """Return the ranks of this host as they were measured."""
     found = devices_of(ClusterConfig(gpu="cpu", ranks_per_node=ranks), "fp32", str(calibration))
@@ -138,7 +118,7 @@ def measured_ranks(calibration: Path, ranks: int) -> Devices:
 def predicted_seconds(config: TrainConfig, calibration: Path) -> float:
     """Return the time of a step by the plan."""
     devices = measured_ranks(calibration, world_size(config.strategy))
-    planner = Planner(config, "fp32", devices.machine, devices.fit, length=mean_length(config))
+    planner = devices.planner(config, open_split(config.data, "train").mean_length())
     layout = layout_of_job(config)
     return planned_layout(planner, layout, list_schedule).time.total
 
@@ -169,7 +149,8 @@ def measure_rows(pool: RankPool, options: dict[str, str], words: list[str]) -> I
                 config = configured(job, strategy, int(options.get("steps", 40)), f"{folder}/run")
                 if name == AUTO:
                     devices = measured_ranks(calibration, pool.size)
-                    config = with_chosen_layout(config, devices, pool.size, ())
+                    length = open_split(config.data, "train").mean_length()
+                    config = with_chosen_layout(config, devices, pool.size, (), length)
                 predicted = predicted_seconds(config, calibration)
                 yield Row(job, name, measured_seconds(pool, config), predicted)
 

@@ -32,11 +32,16 @@ log = logging.getLogger(__name__)
 
 
 def with_chosen_layout(
-    config: TrainConfig, devices: Devices | None, world_size: int, keys: Collection[str]
+    config: TrainConfig,
+    devices: Devices | None,
+    world_size: int,
+    keys: Collection[str],
+    length: int = 0,
 ) -> TrainConfig:
     """Return a job of strategy.auto with the layout that its plan proposes, and say why.
 
-    `devices` None = the cluster does not say which; `keys` of the command line are kept. A run
+    `devices` None = the cluster does not say which; `keys` of the command line are kept; `length`
+    is the mean length of the data's sequences, 0 = that of the longest. A run
     that goes on keeps the layout that it has, with strategy.auto=once and as many ranks. Raises
     ConfigError if no layout is legal, or none fits.
     """
@@ -44,18 +49,8 @@ def with_chosen_layout(
     if config.strategy.auto == "once" and (layout := _layout_of_run(config, world_size, fixed)):
         log.info("strategy=auto goes on with %s", layout_words(layout))
         return with_layout(config, layout)
-    if devices is None:
-        raise ConfigError(
-            "strategy=auto plans for one kind of device, but cluster.gpu is empty; set it to one "
-            f"of {', '.join(ACCELERATORS)}, or name a strategy"
-        )
-    if not devices.known:
-        raise ConfigError(
-            f"strategy=auto knows no rates of a {devices.machine.title}; measure them with python "
-            "launch/plan.py calibrate, or name a strategy, e.g. strategy=fsdp"
-        )
     single = with_layout(config, Layout())
-    planner = devices.planner(single)
+    planner = _known_devices(devices).planner(single, length)
     space = legal_space(planner, single, world_size, fixed)
     plan = plan_layouts(planner, space, SLACK, 0, list_schedule)
     if not plan.found.legal:
@@ -68,6 +63,21 @@ def with_chosen_layout(
     if found := find_problems(chosen, world_size):
         raise ConfigError(*found)
     return chosen
+
+
+def _known_devices(devices: Devices | None) -> Devices:
+    """Return the devices; raise ConfigError if their rates are not known."""
+    if devices is None:
+        raise ConfigError(
+            "strategy=auto plans for one kind of device, but cluster.gpu is empty; set it to one "
+            f"of {', '.join(ACCELERATORS)}, or name a strategy"
+        )
+    if not devices.known:
+        raise ConfigError(
+            f"strategy=auto knows no rates of a {devices.machine.title}; measure them with python "
+            "launch/plan.py calibrate, or name a strategy, e.g. strategy=fsdp"
+        )
+    return devices
 
 
 def _layout_of_run(config: TrainConfig, world_size: int, fixed: dict[str, Any]) -> Layout | None:
@@ -105,9 +115,11 @@ def _reasons(planner: Planner, plan: Plan, proposed: Planned) -> list[str]:
     ]
 
 
-def check_memory(config: TrainConfig, devices: Devices, world_size: int) -> PlanRecord:
+def check_memory(
+    config: TrainConfig, devices: Devices, world_size: int, length: int = 0
+) -> PlanRecord:
     """Return the plan of a complete job; ConfigError if its tensors do not fit into a device."""
-    planner, layout = devices.planner(config), layout_of_job(config)
+    planner, layout = devices.planner(config, length), layout_of_job(config)
     card, machine = planner.card(layout), devices.machine
     needed, there = card.terms.total, machine.memory
     terms = format_terms(card.named().items(), GIB, "GiB")

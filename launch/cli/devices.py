@@ -28,9 +28,9 @@ class Devices:
     fit: Fit
     known: bool = True  # whether the rates are the device's own
 
-    def planner(self, config: TrainConfig) -> Planner:
-        """Return the plans of a job on these devices."""
-        return Planner(config, self.precision, self.machine, self.fit)
+    def planner(self, config: TrainConfig, length: int = 0) -> Planner:
+        """Return the plans of a job on these devices; `length` as in Planner."""
+        return Planner(config, self.precision, self.machine, self.fit, length)
 
 
 def devices_here(config: TrainConfig, world_size: int) -> Devices:

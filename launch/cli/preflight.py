@@ -97,7 +97,7 @@ def prepare_training(
     devices = devices_here(config, world_size)
     config, reads, facts = _complete_config(config, world_size, devices, given)
     check_first_weights(config, reads, facts)
-    planned = check_memory(config, devices, world_size)
+    planned = check_memory(config, devices, world_size, facts.splits["train"].mean_length)
     log.info("%s", format_record(facts))
     if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.RUN and has_own_name(given):
         config = replace(config, run_dir=str(_claim_folder(config.run_dir)))
@@ -169,7 +169,8 @@ def _complete_config(
     config = fill_from_data(with_sizes(config), facts)
     if asked.auto != "no":
         config = replace(config, strategy=asked)
-        config = with_chosen_layout(config, devices, world_size, given_keys(given))
+        length = facts.splits["train"].mean_length
+        config = with_chosen_layout(config, devices, world_size, given_keys(given), length)
     config = replace(config, micro_batch_size=micro_batch_size(config, config.strategy))
     share = config.batch_size // data_degree(config.strategy)
     for warning in find_schedule_warnings(config.strategy, share // config.micro_batch_size):

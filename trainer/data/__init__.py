@@ -57,7 +57,11 @@ def prepare_data(config: DataConfig, progress: bool = False) -> DataFacts:
         root = hub.export_dataset(config, reader.hub) if is_hub else locate_data(config)
         facts = reader.prepare(config, root, progress)
         splits = {
-            name: replace(split, digest=data_fingerprint(config, [name]))
+            name: replace(
+                split,
+                mean_length=open_split(config, name).mean_length(),
+                digest=data_fingerprint(config, [name]),
+            )
             for name, split in facts.splits.items()
         }
     except OSError as error:

@@ -19,6 +19,7 @@ class SplitFacts:
     characters: int = 0  # text
     lost: int = 0  # text, pairs: characters that decoding the tokens loses
     left_out: dict[str, int] = field(default_factory=dict)  # reason -> samples not trained on
+    mean_length: int = 0  # of a sequence, in tokens or frames; 0 = all are equal
     digest: str = ""  # of a subset of its samples, as a model reads them
 
 
@@ -75,6 +76,11 @@ class Dataset(Protocol):
     def sample_lengths(self) -> np.ndarray | None:
         """Return each sample's length (len,), by which batches are grouped; None = all equal."""
         return None
+
+    def mean_length(self) -> int:
+        """Return the mean length of a sequence, without its padding; 0 = all are equal."""
+        lengths = self.sample_lengths()
+        return 0 if lengths is None else round(float(lengths.mean()))
 
     def target_text(self, index: int) -> str:
         """Return the target text; pairs and speech only."""

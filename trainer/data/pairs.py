@@ -201,6 +201,10 @@ class Pairs(Dataset):
         """Return the tokens of source and target together (len,)."""
         return np.diff(self._spans[:, :2].astype(np.int64), axis=0).sum(axis=1)[self._kept]
 
+    def mean_length(self) -> int:
+        """Return the mean length of a source or a target."""
+        return super().mean_length() // 2
+
     def target_text(self, index: int) -> str:
         """Return the target text."""
         return self._read_line(index)[1]

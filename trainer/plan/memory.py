@@ -320,7 +320,7 @@ class MemoryModel:
         blocks, ends = Parameters(), Parameters()
         for stage in plan.stages:
             for kind, number in stage.blocks:
-                blocks += _times(parts[kind].parameters, number)
+                blocks += number * parts[kind].parameters
         first = any(stage.first for stage in plan.stages)
         last = any(stage.last for stage in plan.stages)
         embedding, head, tied_head, tables = self._ends(tensor)
@@ -395,13 +395,3 @@ def _total(terms: MemoryTerms) -> float:
 
 def _size(part: Part) -> int:
     return part.parameters.total
-
-
-def _times(found: Parameters, number: int) -> Parameters:
-    return replace(
-        found,
-        learned=found.learned * number,
-        frozen=found.frozen * number,
-        small=found.small * number,
-        matrices=found.matrices * number,
-    )

@@ -63,6 +63,15 @@ class Parameters:
             max(self.largest, other.largest),
         )
 
+    def __rmul__(self, number: int) -> "Parameters":
+        return Parameters(
+            number * self.learned,
+            number * self.frozen,
+            number * self.small,
+            number * self.matrices,
+            self.largest,
+        )
+
     @property
     def total(self) -> int:
         """Return all of them."""

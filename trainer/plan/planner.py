@@ -6,7 +6,13 @@ from typing import Any
 
 from parallel.pipeline.simulator import Lists
 from trainer.config.lora import LAYERS, LoraConfig
-from trainer.config.model import ModelConfig, head_width_of, is_gated, longest_source
+from trainer.config.model import (
+    ModelConfig,
+    head_width_of,
+    inputs_of,
+    is_gated,
+    longest_source,
+)
 from trainer.config.train import TrainConfig
 from trainer.plan.constants import Fit
 from trainer.plan.held_forms import RankingMemory, likely_held
@@ -63,7 +69,7 @@ def reserved_bytes(terms: MemoryTerms) -> float:
 class Planner:
     """Memory and time of one job's layouts; the job's own layout plays no part.
 
-    `length` is the mean length of the sequences of text, by which times are; 0 = that of the
+    `length` is the mean length of the data's sequences, by which times are; 0 = that of the
     longest, by which memory is.
     """
 
@@ -216,14 +222,17 @@ def first_tries(ranks: int, linked: int) -> list[Layout]:
 
 
 def job_work(config: TrainConfig, precision: str, length: int = 0) -> Work:
-    """Return the work of a step; `length` is that of sequences of text, 0 = the longest."""
-    size = SIZES.get(precision, 2)
-    source = length or longest_source(config.model) or config.data.seq_len
+    """Return the work of a step; `length` is that of the data's sequences, 0 = the longest."""
+    size, longest = SIZES.get(precision, 2), longest_source(config.model)
+    source, target = length or longest or config.data.seq_len, length or config.data.seq_len
+    if inputs_of(config.model) == "audio":  # lengths are those of recordings, in frames
+        target = config.data.seq_len
+        source = longest if config.model.audio_fill == "silence" else source
     summed = {"bf16": 2, "fp16": 2}.get(config.strategy.reduce, max(4, size))
     return model_work(
         config.model,
         config.batch_size,
-        length or config.data.seq_len,
+        target,
         source,
         compute_bytes=size,
         sum_bytes=summed,
