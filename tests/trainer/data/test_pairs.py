@@ -67,6 +67,14 @@ def test_a_micro_batch_is_padded_to_its_longest(corpus):
     assert "source_valid" not in dataset.collate(samples[:1])  # nothing is padded
 
 
+def test_the_mean_length_is_that_of_a_source_or_a_target(corpus):
+    facts = data.prepare_data(corpus(200, train=LINES, valid=LINES[:5], test=LINES[:5]))
+    dataset = data.open_split(corpus(200), "train")
+    samples = [dataset.sample(i, None) for i in range(len(dataset))]
+    tokens = sum(len(sample["source"]) + len(sample["tokens"]) - 1 for sample in samples)
+    assert facts.splits["train"].mean_length == round(tokens / len(samples)) // 2
+
+
 def test_training_leaves_out_what_is_too_long_and_evaluation_cuts_it(corpus):
     config = corpus(12, train=LINES, valid=LINES, test=LINES[:1])
     facts = data.prepare_data(config)

@@ -10,7 +10,7 @@ from trainer.config.train import DataConfig, LoraConfig, ModelConfig, TrainConfi
 from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import GIB, named_machine
-from trainer.plan.planner import Planner, first_tries, learned_share
+from trainer.plan.planner import Planner, first_tries, job_work, learned_share
 from trainer.plan.result import plan_layouts, planned_layout
 
 MODEL = ModelConfig(
@@ -50,6 +50,28 @@ def planner(memory_gib=24.0, **changes):
 def test_memory_for_ranking_is_that_of_the_layout(layout):
     jobs = planner()
     assert jobs.memory(layout) == pytest.approx(jobs.card(layout).total, rel=0.01)
+
+
+def test_times_are_by_the_mean_length_of_what_is_not_padded_to_one():
+    text = planner().config
+    assert job_work(text, "bf16", 1024).tokens == 1024
+    ctc = ModelConfig(
+        layers=4,
+        width=64,
+        heads=4,
+        ffn_width=128,
+        family="encoder",
+        inputs="audio",
+        outputs="ctc",
+        vocab_size=40,
+        max_positions=750,
+        audio_stride=4,
+    )
+    speech = replace(text, model=ctc, data=DataConfig(kind="speech", path="not read"))
+    assert job_work(speech, "bf16", 400).tokens == 100
+    filled = replace(ctc, family="encoder_decoder", audio_positions=750, audio_fill="silence")
+    whisper = replace(speech, model=filled)
+    assert job_work(whisper, "bf16", 400) == job_work(whisper, "bf16")
 
 
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv"])
