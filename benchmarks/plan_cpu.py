@@ -28,6 +28,7 @@ from conf.validation.validate import fill_from_data
 from launch.cli.auto import with_chosen_layout
 from launch.cli.devices import Devices, devices_of
 from launch.cli.layouts import list_schedule
+from parallel.errors import ConfigError
 from parallel.rank_pool import RankPool
 from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
@@ -146,7 +147,12 @@ def measure_rows(pool: RankPool, options: dict[str, str], words: list[str]) -> I
             if not all(word in f"{job} {name}" for word in words):
                 continue
             with TemporaryDirectory() as folder:
-                config = configured(job, strategy, int(options.get("steps", 40)), f"{folder}/run")
+                steps = int(options.get("steps", 40))
+                try:
+                    config = configured(job, strategy, steps, f"{folder}/run")
+                except ConfigError as error:  # heads that are fewer than the ranks
+                    print(f"{job} {name} is left out: {error}", file=sys.stderr)  # noqa: T201
+                    continue
                 if name == AUTO:
                     devices = measured_ranks(calibration, pool.size)
                     length = open_split(config.data, "train").mean_length()

@@ -168,7 +168,8 @@ def _reason(asked: Asked, plan: Plan) -> str:
         return "→ is the fastest by far"
     return (
         f"→ is the simplest of {near:,} within {slack:.0%} of the fastest, less than times can be "
-        f"told apart by: fewest axes, least recomputed, then memory ({max(0.0, slower):+.1%})"
+        "told apart by: least split, fewest axes, least recomputed, then memory "
+        f"({max(0.0, slower):+.1%})"
     )
 
 

@@ -39,6 +39,11 @@ class Layout(NamedTuple):
         """Return the number of axes with more than one rank."""
         return sum(degree > 1 for degree in self[:5])
 
+    @property
+    def splitting_axes(self) -> int:
+        """Return the number of axes that split the model or a sequence over ranks."""
+        return sum(degree > 1 for degree in (self.pipeline, self.context, self.tensor))
+
 
 def layout_of(
     strategy: StrategyConfig, micro_batch: int, recomputed: str = "none", chunks: int = 1

@@ -212,14 +212,16 @@ def propose(
 ) -> Candidate:
     """Return the simplest of the candidates within `slack` of the fastest.
 
-    Fewest axes, then least recomputation, then most free memory: differences within the error of
-    the predicted times decide nothing. Of layouts that take less than `roomy` bytes the fastest.
+    Fewest axes that split the model or its sequences, then fewest axes, least recomputation, most
+    free memory: differences within the error of the predicted times decide nothing. Of layouts that
+    take less than `roomy` bytes the fastest.
     """
     near = [c for c in candidates if c.seconds <= candidates[0].seconds * (1 + slack)]
 
-    def complexity(candidate: Candidate) -> tuple[int, int, int]:
+    def complexity(candidate: Candidate) -> tuple[int, int, int, int]:
         layout = candidate.layout
-        return layout.axes, MODES.index(layout.recomputed), layout.chunks
+        recomputed = MODES.index(layout.recomputed)
+        return layout.splitting_axes, layout.axes, recomputed, layout.chunks
 
     least = min(map(complexity, near))
     simple = [candidate for candidate in near if complexity(candidate) == least]

@@ -142,6 +142,14 @@ def test_the_simplest_within_the_noise_is_proposed(slack, due):
     assert propose(candidates, slack, use) == candidates[due]
 
 
+def test_copies_and_shards_are_simpler_than_what_splits_a_model():
+    pipeline, mixed = Candidate(10.0, Layout(pipeline=8)), Candidate(10.5, Layout(2, 2, 2))
+    hybrid, copies = Candidate(10.2, Layout(1, 2, 4)), Candidate(10.4, Layout(1, 8))
+    assert propose([pipeline, mixed], 0.1, lambda layout: 0) == pipeline
+    assert propose([pipeline, hybrid, mixed], 0.1, lambda layout: 0) == hybrid
+    assert propose([pipeline, hybrid, copies, mixed], 0.1, lambda layout: 0) == copies
+
+
 def test_the_fastest_differ_in_degrees_and_the_nearest_is_near():
     candidates = [
         Candidate(10.0, Layout(shard=8, micro_batch=2)),
