@@ -19,10 +19,10 @@ from trainer.plan.held_forms import RankingMemory, likely_held
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import GIB, Machine
 from trainer.plan.memory import MemoryModel, MemoryTerms
-from trainer.plan.rank_plan import Held
+from trainer.plan.rank_plan import Held, block_lengths
 from trainer.plan.search import Found, Space, fits_anywhere, search_layouts
 from trainer.plan.step_time import StepTime, TimeModel
-from trainer.plan.work import Stack, Work, model_work
+from trainer.plan.work import Stack, Work, encoder_length, model_work
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw8bit": 2.1}  # of the optimizer's states, for each weight
 SIZES = {"fp64": 8, "fp32": 4}  # bytes of what is computed with; all others have 2
@@ -228,6 +228,7 @@ def job_work(config: TrainConfig, precision: str, length: int = 0) -> Work:
     if inputs_of(config.model) == "audio":  # lengths are those of recordings, in frames
         target = config.data.seq_len
         source = longest if config.model.audio_fill == "silence" else source
+    positions = target if config.model.family == "decoder" else encoder_length(config.model, source)
     summed = {"bf16": 2, "fp16": 2}.get(config.strategy.reduce, max(4, size))
     return model_work(
         config.model,
@@ -238,6 +239,7 @@ def job_work(config: TrainConfig, precision: str, length: int = 0) -> Work:
         sum_bytes=summed,
         moment_bytes=MOMENT_BYTES[config.optim.name],
         learned_share=learned_share(config.model, config.lora),
+        shrunk=block_lengths(config.model, config.compress, positions),
         smoothed=config.loss.label_smoothing > 0,
         stack=Stack(fused_pointwise=config.compile, float8=precision == "fp8"),
     )

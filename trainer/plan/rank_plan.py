@@ -158,8 +158,11 @@ def _stage(model: ModelConfig, blocks: Iterable[int], first: bool, last: bool) -
     return Stage(tuple(kinds.items()), first, last)
 
 
-def mean_length(model: ModelConfig, compress: CompressConfig, length: int) -> int:
-    """Return the mean length of a sequence over the blocks, where some of them shorten it."""
+def block_lengths(model: ModelConfig, compress: CompressConfig, length: int) -> list[int]:
+    """Return the length of a sequence in training at the input of each block that may shorten it.
+
+    Of an encoder's blocks, or of a decoder alone.
+    """
     depth = model.encoder_layers or model.layers
     kept, left, lengths = int(model.pool == "class_token"), length, []
     if compress.drop:
@@ -174,6 +177,12 @@ def mean_length(model: ModelConfig, compress: CompressConfig, length: int) -> in
             left = length
         elif compress.merge and block >= compress.pool_after:
             left -= min(compress.merge, (left - kept) // 2)
+    return lengths
+
+
+def _mean_length(model: ModelConfig, compress: CompressConfig, length: int) -> int:
+    """Return the mean length of a sequence over the blocks."""
+    lengths = block_lengths(model, compress, length)
     return round(sum(lengths) / len(lengths))
 
 
@@ -186,7 +195,7 @@ def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]
     if model.queries:
         target = Sequence(model.queries * model.query_groups)
     if model.family == "decoder":
-        return None, replace(target, length=mean_length(model, config.compress, target.length))
+        return None, replace(target, length=_mean_length(model, config.compress, target.length))
     length, masked = data.seq_len, padded
     if inputs_of(model) == "patches":
         length = (model.image_size // model.patch_size) ** 2 + (model.pool == "class_token")
@@ -196,5 +205,5 @@ def sequences_of(config: TrainConfig) -> tuple[Sequence | None, Sequence | None]
         length = -(-frames // model.audio_stride)
         if model.audio_fill == "silence":
             length, masked = model.audio_positions, False
-    source = Sequence(mean_length(model, config.compress, length), masked=masked)
+    source = Sequence(_mean_length(model, config.compress, length), masked=masked)
     return source, target if is_encoder_decoder(model) else None

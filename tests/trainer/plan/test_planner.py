@@ -3,15 +3,27 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from launch.cli.planned import list_schedule
 from parallel.strategy import StrategyConfig
-from trainer.config.train import DataConfig, LoraConfig, ModelConfig, TrainConfig
+from trainer.compress.compression import Compression
+from trainer.config.train import (
+    CompressConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from trainer.model import Transformer
 from trainer.plan.constants import Fit
 from trainer.plan.layout import Layout, strategy_of
 from trainer.plan.machine import GIB, named_machine
 from trainer.plan.planner import Planner, first_tries, job_work, learned_share
+from trainer.plan.rank_plan import block_lengths
 from trainer.plan.result import plan_layouts, planned_layout
+from trainer.plan.work import encoder_length
+from trainer.verify.cases import FAMILIES, scale_down
 
 MODEL = ModelConfig(
     layers=16,
@@ -125,3 +137,31 @@ def test_adapters_learn_a_share():
     share = 8 * ((width + query) + (width + inner)) / whole
     assert learned_share(MODEL, lora) == pytest.approx(share)
     assert learned_share(MODEL, LoraConfig()) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("family", "compress"),
+    [
+        ("encoder (ViT)", CompressConfig(merge=2)),
+        ("encoder (ViT)", CompressConfig(merge=3, pool_after=2)),
+        ("encoder (ViT)", CompressConfig(pool_after=2)),
+        ("encoder (ViT)", CompressConfig(drop=0.4)),
+        ("encoder-decoder", CompressConfig(merge=2)),
+        ("decoder (Llama)", CompressConfig(pool_after=2)),
+    ],
+)
+def test_shortened_blocks_are_those_of_the_model(family, compress):
+    config = replace(scale_down(FAMILIES[family], stages=6), dropout=0.0)
+    with torch.device("meta"):
+        model = Transformer(config)
+    Compression(compress).reshape_model(model)
+    length = 24 if config.family != "encoder" else encoder_length(config, 0)
+    assert block_lengths(config, compress, length) == model.train().block_lengths(length)
+
+
+def test_a_shortened_step_is_less_work():
+    text = planner().config
+    shortened = replace(text, compress=CompressConfig(pool_after=4))
+    whole, pooled = job_work(text, "bf16"), job_work(shortened, "bf16")
+    assert pooled.flops < 0.8 * whole.flops
+    assert pooled.blocks[8].products < whole.blocks[8].products == whole.blocks[0].products
