@@ -69,6 +69,7 @@ KIN = {"mosaicml": "mosaicml", "nvidia-dgxc": "nvidia", "nemo": "nvidia", "megat
 BY_HAND = ("bigscience", "megatron", "nvidia", "nemo", "megascale", "internevo", "paxml")
 CUDNN = ("nvidia-dgxc", "nemo-fp8")
 HIDING_SUMS = ("nvidia", "nemo", "internevo", "paxml")
+TORCH_CHECKPOINT = ("mosaicml", "torchtitan", "fms-fsdp")  # not reentrant: it stops early
 SUMS_OF_16_BITS = ("mosaicml", "internevo")
 
 
@@ -224,6 +225,7 @@ def _stack(row: dict[str, str], layout: Layout) -> Stack:
         gathers_again=row["zero"] == "3",
         staged_scatter=group.startswith("torchtitan"),
         float8=row["precision"] == "fp8",
+        stops_early=group.startswith(TORCH_CHECKPOINT),
     )
 
 

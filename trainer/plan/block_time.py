@@ -67,7 +67,14 @@ def block_passes(
     backward = Pass(learned * products, behind, pointwise * 2 / 3, tensor[1], context * 2 / 3)
     forward = _at_least(forward, constants.launch_seconds)
     backward = _at_least(backward, 2 * constants.launch_seconds)
-    return forward, _with_recomputation(backward, forward, layout.recomputed)
+    again = forward
+    if work.stack.stops_early:  # nothing of the backward reads the output of the last product
+        last = block.ffn_width * block.width * block.length / block.products
+        summed = 3 / 4 if strategy.sequence_parallel else 1 / 2
+        again = forward._replace(
+            products=(1 - last) * forward.products, tensor=summed * forward.tensor
+        )
+    return forward, _with_recomputation(backward, again, layout.recomputed)
 
 
 def _at_least(one: Pass, seconds: float) -> Pass:

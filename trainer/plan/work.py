@@ -62,6 +62,7 @@ class Stack:
     gathers_again: bool = True  # weights are gathered again for the backward
     staged_scatter: bool = False  # a pipeline sums gradients in every micro-batch
     float8: bool = False
+    stops_early: bool = True  # a block is recomputed up to the input of its last product
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from dataclasses import MISSING, fields, replace
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from parallel.activation_checkpointing import checkpoint_activations
 from parallel.comm_volume.closed_form import step_bytes
 from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
 from trainer.config.hardware import ACCELERATORS
 from trainer.config.train import ModelConfig
+from trainer.model import Transformer
 from trainer.nn.flops import flops_per_block
 from trainer.plan.collective_time import Ring, axis_ring
 from trainer.plan.constants import Constants, Fit
@@ -101,10 +105,24 @@ def test_tensor_and_context_ranks_divide_the_products():
     assert model().step(Layout(shard=4, micro_batch=8)).products == pytest.approx(whole / 4)
 
 
-def test_recomputation_adds_a_forward():
-    none, block = (model().step(Layout(micro_batch=8, recomputed=m)) for m in ("none", "block"))
-    head = 3 * 2 * 64 * model().work.head / 1e12
-    assert block.products - head == pytest.approx((none.products - head) * 4 / 3)
+@pytest.mark.parametrize("family", ["decoder", "images"])
+def test_recomputation_adds_what_torch_computes_again(family):
+    config = FAMILIES[family]
+    counted = []
+    for mode in ("none", "block"):
+        with torch.device("meta"):
+            built = Transformer(replace(config, dropout=0.0))
+            tokens, images = torch.zeros(8, 64, dtype=torch.int64), torch.zeros(8, 3, 8, 8)
+        for block in built.blocks.values():
+            checkpoint_activations(block, mode)
+        with FlopCounterMode(display=False) as counter:
+            built({"tokens": tokens, "source": tokens, "images": images}).sum().backward()
+        flops = counter.get_flop_counts()["Global"]
+        counted.append(flops[torch.ops.aten.mm] + flops.get(torch.ops.aten.addmm, 0))
+    work = model_work(config, 8, 64, 64)
+    times = TimeModel(work, MACHINE, IDEAL, StrategyConfig())
+    none, block = (times.step(Layout(micro_batch=8, recomputed=m)) for m in ("none", "block"))
+    assert block.products - none.products == pytest.approx((counted[1] - counted[0]) / 1e12)
     assert block.attention == pytest.approx(none.attention * 4.5 / 3.5)
 
 
