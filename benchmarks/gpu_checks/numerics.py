@@ -47,16 +47,23 @@ def half_precision(device: str) -> Iterator[Finding]:
     """Compare bf16, fp16 and fp8 with float64 on a CPU: loss and gradient of a first step."""
     config = run_config(small_llama(device))
     with rank_of(device) as runtime:
-        truth = start_job(replace(config, precision="fp64"), _on_cpu(runtime)).gradient()
-        for precision, least in (("bf16", 0.999), ("fp16", 0.999), ("fp8", 0.99)):
+        for precision, documents, least in (
+            ("bf16", False, 0.999),
+            ("bf16", True, 0.999),
+            ("fp16", True, 0.999),
+            ("fp8", False, 0.99),
+        ):
+            truth = start_job(replace(config, precision="fp64"), _on_cpu(runtime), documents)
+            true_loss, true_gradient = truth.gradient()
             try:
-                job = start_job(replace(config, precision=precision), runtime)
+                job = start_job(replace(config, precision=precision), runtime, documents)
             except ImportError as error:
                 raise without_torchao(error) from error
             loss, gradient = job.gradient()
-            gap, alike = abs(loss / truth[0] - 1), cosine(gradient, truth[1])
-            yield Finding(f"{precision}: loss against float64", gap, Band(most=2e-2))
-            yield Finding(f"{precision}: cosine of the gradients", alike, Band(least, 1.001))
+            name = f"{precision}, documents" if documents else precision
+            gap, alike = abs(loss / true_loss - 1), cosine(gradient, true_gradient)
+            yield Finding(f"{name}: loss against float64", gap, Band(most=2e-2))
+            yield Finding(f"{name}: cosine of the gradients", alike, Band(least, 1.001))
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
