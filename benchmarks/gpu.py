@@ -32,13 +32,14 @@ LEAST_SECONDS = 10.0  # no check is started with less left
 ASK = ["nvidia-smi", "--query-gpu=name,driver_version,power.limit,clocks.max.sm", "--format=csv"]
 PROBE = """
 import json, torch
+from torch.cuda import nccl
 from importlib.util import find_spec
 from importlib.metadata import version
 cuda = torch.cuda.is_available()
 found = {"torch": torch.__version__, "cuda": torch.version.cuda}
 if cuda:
     found |= {"device": torch.cuda.get_device_name(), "cudnn": torch.backends.cudnn.version(),
-              "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+              "nccl": ".".join(map(str, nccl.version())),
               "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30}
 for name in ("triton", "torchao"):
     found[name] = version(name) if find_spec(name) else "missing"

@@ -235,6 +235,8 @@ def main(arguments: list[str]) -> None:
     if unknown := given.keys() - OPTIONS.keys():
         sys.exit(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(OPTIONS)}")
     options = OPTIONS | given
+    if int(options["ranks"]) % 8:
+        sys.exit(f"ranks={options['ranks']} must be a multiple of 8, for the three axes of hybrid")
     console = Console(width=None if sys.stdout.isatty() else 130)
     title = ", ".join(f"{name} {value}" for name, value in options.items())
     columns = ("forward", "backward", "MB in memory", "collectives", "MB in them")

@@ -57,6 +57,7 @@ SLOW = frozenset(
         "resume",
         "guard",
         "traffic",
+        "gpu_checks",
         "fuzz_environment",
         "processes",
         "door",

@@ -20,6 +20,7 @@ from parallel.parallel_model import ParallelModel
 from parallel.runtime import JobQueue, process_group
 from parallel.strategy import StrategyConfig
 from trainer.nn.layers import Attention
+from trainer.plan.cases import preset
 
 ROOT = Path(__file__).parents[1]
 # On the machines that lend a GPU: what sections, data and metrics of other kinds need is missing.
@@ -278,15 +279,27 @@ def test_a_torn_save_is_found(monkeypatch):
 
 def test_the_anatomy_of_a_block():
     """Bytes of the collectives are those of the weights; a split block moves less memory."""
-    options = step_anatomy.OPTIONS | {"ranks": "2", "seq_len": "64", "model": "llama-tiny"}
-    found = dict(step_anatomy.rows(options, []))
+    options = step_anatomy.OPTIONS | {"seq_len": "64", "model": "llama-tiny"}
+    chosen = {name: preset(name, 2) for name in ("ddp", "fsdp", "tensor")}
+    chosen["whole"] = StrategyConfig(tensor=2, sequence_parallel=False)
+    found = {
+        name: step_anatomy.trace_block(step_anatomy.job_of(options, strategy), 2)
+        for name, strategy in chosen.items()
+    }
+    (plain,) = (row for _, row in step_anatomy.rows(options, ["plain"]))
+    ours = step_anatomy.trace_block(step_anatomy.job_of(options, StrategyConfig()), 1)
     model = step_anatomy.job_of(options, StrategyConfig()).model
     with torch.device("meta"):
         block = step_anatomy.PlainBlock(model, torch.bfloat16)
-    weights = sum(p.numel() for p in block.parameters())
-    assert found["fsdp 2"].wire_bytes == (2 + 2 + 4) * weights  # gathered twice, reduced in fp32
-    assert found["ddp 2"].wire_bytes >= 4 * weights and found["single"].collectives == 0
-    assert found["tensor 2, whole sequences"].collectives == 4  # Megatron's f and g, twice each
-    assert found["tensor 2"].moved_bytes < found["single"].moved_bytes
-    plain, ours = found["plain torch"], found["single"]
+    weights = sum(p.numel() for p in block.products.parameters())
+    norms = 2 * model.width
+    assert found["fsdp"].wire_bytes == (2 + 2 + 4) * (weights + norms)  # gathered twice, fp32 sums
+    assert found["ddp"].wire_bytes >= 4 * weights and ours.collectives == 0
+    assert found["whole"].collectives == 4  # Megatron's f and g, twice each
+    assert found["tensor"].moved_bytes < ours.moved_bytes
     assert plain.forward_operators < ours.forward_operators < 2 * plain.forward_operators
+
+
+def test_the_anatomy_needs_ranks_for_all_rows():
+    with pytest.raises(SystemExit, match="ranks=6 must be a multiple of 8"):
+        step_anatomy.main(["ranks=6"])

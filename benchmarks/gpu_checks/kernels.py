@@ -1,7 +1,7 @@
 """What a step launches, by torch's profiler: which kernels, copies and waits."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +13,7 @@ from gpu_checks.findings import Band, Finding
 from gpu_checks.jobs import Job, rank_of, run_config, small_llama, start_job, synchronise
 from parallel.runtime import Runtime
 from trainer.config.train import TrainConfig
+from trainer.loop import open_saver
 
 MARK = "measured step"
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
@@ -52,20 +53,36 @@ class StepProfile:
 def profile_step(job: Job, device: str) -> StepProfile:
     """Return the profile of the fourth step; the third is profiled too, to start the profiler."""
     job.losses(2)
+    profile_work(job.step, device)
+    return profile_work(job.step, device)
+
+
+def profile_work(work: Callable[[], Any], device: str) -> StepProfile:
+    """Return the profile of a call."""
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    for _ in range(2):
+    synchronise(device)
+    with profile(activities=activities) as profiler:
+        with record_function(MARK):
+            work()
         synchronise(device)
-        with profile(activities=activities) as profiler:
-            with record_function(MARK):
-                job.step()
-            synchronise(device)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     return StepProfile.of_events(events)
+
+
+def _profile_save(job: Job, device: str) -> StepProfile:
+    """Return the profile of a second save; the first takes its memory."""
+    with TemporaryDirectory() as folder:
+        run = replace(job.config, run_dir=str(Path(folder) / "run"))
+        with open_saver(run, job.state) as saver:
+            saver.save(job.state)
+            saver.wait()
+            job.step()
+            return profile_work(lambda: saver.save(job.state), device)
 
 
 def _count(names: Iterable[str], *words: str) -> int:
@@ -95,9 +112,9 @@ def launched_kernels(device: str) -> Iterator[Finding]:
             none = _on_gpu(0, 0)
             yield Finding(f"kernels, {name}: other attention", slow, none)
             yield Finding(f"kernels, {name}: the host waits", len(found.waits), none)
-            copies = {"copies": sorted(set(found.copies))}
-            pageable = _count(found.copies, "Pageable")
-            yield Finding(f"kernels, {name}: pageable copies", pageable, none, copies)
+            yield _pageable(name, found)
+        save = _profile_save(start_job(config, runtime), device)
+        yield _pageable("a save", save)
         norms = _count(found.operators, "aten::_fused_rms_norm")
         yield Finding("kernels: fused RMSNorm", norms, _on_gpu(2 * config.model.layers + 1, None))
         adam = _count(found.kernels, "FusedAdam")
@@ -110,6 +127,13 @@ def launched_kernels(device: str) -> Iterator[Finding]:
             whole = profile_step(start_job(run, runtime), device)
             number = _kernels_per_block(run, runtime, device, whole)
             yield Finding(f"kernels: of a block, {name}", number, _on_gpu(1, most))
+
+
+def _pageable(name: str, found: StepProfile) -> Finding:
+    """Return how many copies between memories have a pageable end."""
+    copies = {"copies": sorted(set(found.copies))}
+    number = _count(found.copies, "Pageable")
+    return Finding(f"kernels, {name}: pageable copies", number, _on_gpu(0, 0), copies)
 
 
 def _on_gpu(least: float, most: float | None) -> Band:

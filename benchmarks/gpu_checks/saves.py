@@ -67,9 +67,6 @@ def _saves(job: Job, run: TrainConfig, device: str, bytes_: int) -> Iterator[Fin
         yield Finding(
             "save: tensors in the file that differ", _differing(run, step, kept), Band(0, 0)
         )
-        pinned = saver._shard._buffer is not None and saver._shard._buffer.is_pinned()
-        band = Band(1, 1, on_cpu=False)
-        yield Finding("save: the copy is in pinned memory", int(pinned), band)
 
 
 def _stall(saver: Saver, job: Job, device: str) -> float:

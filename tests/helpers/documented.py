@@ -57,6 +57,8 @@ NOT_RUN = {
     "batch_size=16384": "half a minute",
     "python benchmarks/published_runs.py published-calibrate.csv --fit": "needs published runs",
     "python benchmarks/plan_cpu.py": "needs a quiet machine for five minutes",
+    "python benchmarks/gpu.py": "needs a GPU",
+    "python benchmarks/gpu.py device=cpu": "tests/test_gpu_checks.py runs a short form of it",
     "python launch/plan.py calibrate launch.ranks=2 batch_size=8": CALIBRATED,
     "torchrun --nproc_per_node=8 launch/plan.py calibrate model=llama-8b data.seq_len=8192": (
         CALIBRATED
