@@ -116,7 +116,12 @@ def _guarded_save(base: TrainConfig, runtime: Runtime, folder: str) -> float | s
         saver.save(job.state)
         saver.wait()
         job.losses(1)
-        found = _guarded(lambda: (saver.save(job.state), _take(job, 2)))
+
+        def save_and_go_on() -> None:
+            saver.save(job.state)
+            _take(job, 2)
+
+        found = _guarded(save_and_go_on)
         saver.wait()
     return found
 
