@@ -53,7 +53,7 @@ class StrategyConfig:
     sequence_parallel: bool = key(
         True,
         "Tensor: split the sequence's positions over the ranks between split layers (less "
-        "memory, the same bytes on the wire)",
+        "memory, a quarter more bytes on the wire)",
         off=False,
         off_means="all of them on every rank",
     )
