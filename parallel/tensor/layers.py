@@ -5,7 +5,7 @@ a layer computes on the local shard, with collectives (arXiv 1909.08053) at the 
 split part. With sequence parallelism (arXiv 2205.05198) positions are sharded between split layers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -178,8 +178,12 @@ class TensorParallel(ParallelAxis):
     def use_weights(self, model: ParallelizableModel, sharded: bool) -> None:
         """Make autograd work on plain tensors, views of the DTensors at rest.
 
-        Not with FSDP, whose parameters are different tensors in every forward.
+        Those of FSDP, whose parameters are other tensors in every forward, are made in front of a
+        block: a compiled block that is recomputed takes no DTensor.
         """
+        for block in model.blocks.values() if sharded else ():
+            layers = [module for module in block.modules() if isinstance(module, _ShardedLayer)]
+            block.register_forward_pre_hook(partial(_refresh_leaves, layers))
         if sharded:
             return
         made: dict[int, Tensor] = {}
@@ -225,25 +229,15 @@ class _ShardedLayer(nn.Module):
     split: TensorParallel
     leaves: dict[str, Tensor]  # see `TensorParallel.use_weights`
 
-    def forward(self, *args: Any) -> Tensor:
-        whole = self._parameters
-        self._parameters = {
-            name: self.part_of(self.leaves.get(name, parameter))
-            if isinstance(parameter, DTensor)
-            else parameter
-            for name, parameter in whole.items()
-        }
-        try:
-            return super().forward(*args)
-        finally:
-            self._parameters = whole
-
-    def local_weight(self) -> Tensor:
-        """Return the part of the weight that this rank computes with."""
-        return self.part_of(self.get_parameter("weight"))
+    def local_part(self, name: str) -> Any:
+        """Return the differentiable part of a parameter that this rank computes with."""
+        parameter = getattr(self, name)
+        if not isinstance(parameter, DTensor):
+            return parameter
+        return self.part_of(self.leaves.get(name, parameter))
 
     def part_of(self, parameter: Any) -> Any:
-        """Return the differentiable local tensor of a parameter."""
+        """Return the differentiable local tensor of a sharded parameter, or of its leaf."""
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def mean_over_parts(self, mean: Tensor) -> Tensor:
@@ -268,14 +262,15 @@ class _RowParallel(_ShardedLayer):
     """A row-split layer: sums the ranks' outputs and adds the bias once, to the sum."""
 
     in_features: int
+    bias: nn.Parameter | None
+
+    def local_part(self, name: str) -> Any:
+        """Return the local part of a parameter; no bias, which each rank would add."""
+        return None if name == "bias" else super().local_part(name)
 
     def forward(self, *args: Any) -> Tensor:
-        bias, self._parameters["bias"] = self._parameters["bias"], None
-        try:
-            x = self.split.reduce_scatter_sequence(super().forward(*args))
-        finally:
-            self._parameters["bias"] = bias
-        return x if bias is None else x + bias.to(x.dtype)
+        x = self.split.reduce_scatter_sequence(super().forward(*args))
+        return x if self.bias is None else x + self.bias.to(x.dtype)
 
     def first_input(self) -> int:
         """Return the first of the local input features."""
@@ -293,6 +288,15 @@ class _VocabularyEmbedding(_ShardedLayer):
         row, mine = self.split.entries.local_rows(input)
         x = super().forward(row, *args)
         return self.split.reduce_scatter_sequence(x * mine.unsqueeze(-1))
+
+
+@torch.compiler.disable
+def _refresh_leaves(layers: Sequence[_ShardedLayer], *_args: Any) -> None:
+    """Set the plain tensors that layers compute with to views of what FSDP has just gathered."""
+    for layer in layers:
+        for name, parameter in layer.named_parameters(recurse=False):
+            if isinstance(parameter, DTensor):
+                layer.leaves[name] = parameter.to_local()
 
 
 def overlap_collectives(group: dist.ProcessGroup, device: torch.device) -> None:
@@ -348,6 +352,7 @@ def _convert_to_sharded(module: nn.Module, style: str, split: TensorParallel, pa
         part = _SharedKVHeads
         module.head_width = parent.head_width
     kind: type = type(module)
+    assert hasattr(kind, "local_part"), f"{kind.__name__} reads its parameters whole"
     module.__class__ = _sharded_class(part, kind)
     assert isinstance(module, _ShardedLayer)
     module.split, module.leaves = split, {}

@@ -188,7 +188,7 @@ class Compression:
                 module.is_rounded = True
                 before, after = before + part.nbytes, after + part.nbytes
                 continue
-            weight = module.local_weight().detach()
+            weight = module.local_part("weight").detach()
             module.packed = module.rounded(weight)
             module.register_parameter("weight", None)
             before, after = before + weight.nbytes, after + module.packed.nbytes

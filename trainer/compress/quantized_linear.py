@@ -77,13 +77,13 @@ class CompressedLinear(Linear):
     is_rounded = False  # whether the weight is frozen, and rounded for good
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
+        bias = self.cast_bias(input)
         if self.packed is not None:
             x = _PackedProduct.apply(input, self.packed)
             return x if bias is None else x + bias
         if self.is_rounded:
-            return F.linear(input, self.weight.to(input.dtype), bias)
-        weight, lens = self._prune_inputs(self.weight.to(input.dtype)), self.lens
+            return F.linear(input, self.local_part("weight").to(input.dtype), bias)
+        weight, lens = self._prune_inputs(self.local_part("weight").to(input.dtype)), self.lens
         if not lens.bits:
             return F.linear(input, weight, bias)
         if lens.group:
@@ -118,10 +118,6 @@ class CompressedLinear(Linear):
         largest = row_abs_max if lens.group else self.abs_max
         numbers, scale = quantize_to_integers(groups, lens.bits, largest)
         return PackedWeight(numbers.flatten(1), scale.flatten(1), lens.bits)
-
-    def local_weight(self) -> Tensor:
-        """Return the part of the weight that this rank computes with; overridden if sharded."""
-        return self.weight
 
     def abs_max(self, x: Tensor) -> Tensor:
         """Return the largest magnitude over all input features, (…,1)."""

@@ -30,11 +30,11 @@ class AdaptedLinear(Linear):
     stream: SequenceInfo | None  # of the input; set by the block, if there is dropout
 
     def forward(self, input: Tensor) -> Tensor:
-        low = F.linear(self._dropped_out(input), self.lora_a.to(input.dtype))
+        low = F.linear(self._dropped_out(input), self.local_part("lora_a").to(input.dtype))
         output = super().forward(input)
         # One pass over the output, without a product of its size to scale and add. The copy of
         # B's transpose makes its gradient the fast product of two.
-        up = self.lora_b.to(input.dtype).t().contiguous()
+        up = self.local_part("lora_b").to(input.dtype).t().contiguous()
         rows = torch.addmm(output.flatten(0, -2), low.flatten(0, -2), up, alpha=self.scale)
         return rows.view_as(output)
 

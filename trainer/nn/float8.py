@@ -39,9 +39,10 @@ class Float8Linear(Linear):
     recipe: Recipe
 
     def forward(self, input: Tensor) -> Tensor:
-        r, weight = self.recipe, self.weight.to(input.dtype)
+        r, weight = self.recipe, self.local_part("weight").to(input.dtype)
         x = r.product.apply(input, weight.t(), r.kernels, r.casts)
-        return x if self.bias is None else x + self.bias.to(x.dtype)
+        bias = self.cast_bias(x)
+        return x if bias is None else x + bias
 
 
 def multiply_in_float8(blocks: nn.Module) -> None:

@@ -21,6 +21,7 @@ from trainer.config.train import (
     is_gated,
 )
 from trainer.nn.cache import AttentionCache, BlockCache
+from trainer.nn.local_layer import LocalLayer
 from trainer.nn.rotary import apply_rope
 from trainer.nn.sequence import Bias, SequenceInfo, Sequences
 
@@ -34,19 +35,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Linear(nn.Linear):
+class Linear(LocalLayer, nn.Linear):
     """A linear layer that casts its weight to the input's dtype (fp32 weights, bf16 compute)."""
 
     def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+        return F.linear(input, self.local_part("weight").to(input.dtype), self.cast_bias(input))
+
+    def cast_bias(self, input: Tensor) -> Tensor | None:
+        """Return the bias in the input's dtype; None = there is none."""
+        bias = self.local_part("bias")
+        return None if bias is None else bias.to(input.dtype)
 
 
-class Embedding(nn.Embedding):
+class Embedding(LocalLayer, nn.Embedding):
     """Embedding table; vectors are looked up, then cast to `dtype` (None = the table's own)."""
 
     def forward(self, input: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return F.embedding(input, self.weight).to(dtype or self.weight.dtype)
+        return F.embedding(input, self.local_part("weight")).to(dtype or self.weight.dtype)
 
 
 class Norm(nn.Module):
@@ -80,7 +85,7 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x_BSHK, self.weight.shape, self.weight.to(x_BSHK.dtype), self.eps)
 
 
-class WidthNorm(nn.Module):
+class WidthNorm(LocalLayer):
     """RMSNorm of all heads of the queries or keys together, as in OLMo 2 (arXiv 2501.00656)."""
 
     def __init__(self, config: ModelConfig, heads: int):
@@ -91,7 +96,8 @@ class WidthNorm(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         precise_BSD = x_BSD.to(torch.promote_types(x_BSD.dtype, torch.float32))
         mean_BS1 = self.mean_over_parts(precise_BSD.square().mean(-1, keepdim=True))
-        return (precise_BSD * (mean_BS1 + self.eps).rsqrt() * self.weight).to(x_BSD.dtype)
+        scale_BS1 = (mean_BS1 + self.eps).rsqrt()
+        return (precise_BSD * scale_BS1 * self.local_part("weight")).to(x_BSD.dtype)
 
     def mean_over_parts(self, mean: Tensor) -> Tensor:
         """Return the mean over all features, of which this layer may hold a part."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.config.train import ModelConfig
+from trainer.nn.local_layer import LocalLayer
 
 
 def sinusoids(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> Tensor:
@@ -25,7 +26,7 @@ def sinusoids(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> 
     return torch.cat((angle.sin(), angle.cos()), dim=-1).to(dtype)
 
 
-class RelativeBias(nn.Module):
+class RelativeBias(LocalLayer):
     """T5's bias of attention scores: a number per head and bucket of distances (arXiv 1910.10683).
 
     One table serves all blocks of the encoder, another those of the decoder.
@@ -39,7 +40,8 @@ class RelativeBias(nn.Module):
 
     def forward(self, dtype: torch.dtype, rows_R: Tensor, columns_C: Tensor) -> Tensor:
         """Return what is added to the scores of queries at rows and keys at columns, (1,H,R,C)."""
-        return self.weight.to(dtype)[:, self.bucket(rows_R, columns_C)][None]
+        weight_HN = self.local_part("weight").to(dtype)
+        return weight_HN[:, self.bucket(rows_R, columns_C)][None]
 
     def bucket(self, rows_R: Tensor, columns_C: Tensor) -> Tensor:
         """Return the bucket of each distance, (R,C): exact when short, logarithmic beyond."""
