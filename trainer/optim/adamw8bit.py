@@ -21,6 +21,7 @@ from trainer.optim.parameter_groups import ParameterGroup, torch_groups
 LARGEST_BLOCK = 256  # maximum numbers per scale
 SMALLEST_BLOCK = 32  # smaller blocks would not save memory: such moments stay in float32
 SCALE = "_scale"  # suffix of a moment's name
+PIECE = 2**24  # maximum numbers updated at once: 64 MiB for each of a few float32 temporaries
 
 
 def block_size(parameter: Tensor) -> int:
@@ -85,52 +86,57 @@ class AdamW8bit(torch.optim.Optimizer):
         for tensor in blocks:
             self.state[tensor] = {"step": torch.zeros((), device=device)}
             for moment in maps:
-                self._store_moment(tensor, moment, torch.zeros_like(tensor))
+                self.state[tensor] |= self._encode(tensor, moment, torch.zeros_like(tensor))
 
-    def _load_moment(self, tensor: Tensor, moment: str) -> Tensor:
+    def _encode(self, tensor: Tensor, moment: str, value: Tensor) -> dict[str, Tensor]:
+        """Return what is stored of a moment, or of some of its rows, by name."""
+        if not (block := self._blocks[tensor]):
+            return {moment: value}
+        codes, scale = quantize_blocks(value, self._maps[moment], block)
+        return {moment: codes, moment + SCALE: scale}
+
+    def _load_rows(self, tensor: Tensor, moment: str, rows: slice) -> Tensor:
         state = self.state[tensor]
         if not self._blocks[tensor]:
-            return state[moment]
-        whole = dequantize_blocks(state[moment], state[moment + SCALE], self._maps[moment])
-        return whole.to(tensor.dtype)
+            return state[moment][rows]
+        codes, scale = state[moment][rows], state[moment + SCALE][rows]
+        return dequantize_blocks(codes, scale, self._maps[moment]).to(tensor.dtype)
 
-    def _store_moment(
-        self, tensor: Tensor, moment: str, value: Tensor, keep: Tensor | None = None
+    def _store_rows(
+        self, tensor: Tensor, moment: str, rows: slice, value: Tensor, keep: Tensor
     ) -> None:
-        """Store a moment in place, or nothing where `keep` is true."""
-        new = {moment: value}
-        if block := self._blocks[tensor]:
-            codes, scale = quantize_blocks(value, self._maps[moment], block)
-            new = {moment: codes, moment + SCALE: scale}
-        for name, content in new.items():
-            if keep is None:
-                self.state[tensor][name] = content
-            else:
-                old = self.state[tensor][name]
-                old.copy_(torch.where(keep, old, content))
+        """Store rows of a moment in place, or nothing where `keep` is true."""
+        for name, content in self._encode(tensor, moment, value).items():
+            old = self.state[tensor][name][rows]
+            old.copy_(torch.where(keep, old, content))
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply one update (Loshchilov and Hutter, arXiv 1711.05101, algorithm 2)."""
         for group in self.param_groups:
             for tensor in group["params"]:
-                if tensor.grad is not None:
-                    self._update_parameter(tensor, tensor.grad, group["lr"], group["weight_decay"])
+                if tensor.grad is None:
+                    continue
+                assert self.found_inf is not None
+                self.state[tensor]["step"] += 1 - self.found_inf
+                # In pieces: temporaries of a whole embedding would take what the codes save.
+                many = max(1, PIECE * len(tensor) // tensor.numel())
+                for start in range(0, len(tensor), many):
+                    rows = slice(start, start + many)
+                    self._update_rows(tensor, rows, group["lr"], group["weight_decay"])
 
-    def _update_parameter(
-        self, tensor: Tensor, gradient: Tensor, lr: float, weight_decay: float
-    ) -> None:
-        assert self.found_inf is not None
+    def _update_rows(self, tensor: Tensor, rows: slice, lr: float, weight_decay: float) -> None:
+        assert self.found_inf is not None and tensor.grad is not None
         keep, count = self.found_inf > 0, self.state[tensor]["step"]
-        count += 1 - self.found_inf
+        old, gradient = tensor[rows], tensor.grad[rows]
         first, second = self._betas
-        average = self._load_moment(tensor, "exp_avg").lerp(gradient, 1 - first)
-        square = self._load_moment(tensor, "exp_avg_sq").lerp(gradient.square(), 1 - second)
+        average = self._load_rows(tensor, "exp_avg", rows).lerp(gradient, 1 - first)
+        square = self._load_rows(tensor, "exp_avg_sq", rows).lerp(gradient.square(), 1 - second)
         root = (square / (1 - second**count)).sqrt() + self._eps
-        new = tensor * (1 - lr * weight_decay) - lr * average / (1 - first**count) / root
-        tensor.copy_(torch.where(keep, tensor, new))
-        self._store_moment(tensor, "exp_avg", average, keep)
-        self._store_moment(tensor, "exp_avg_sq", square, keep)
+        new = old * (1 - lr * weight_decay) - lr * average / (1 - first**count) / root
+        old.copy_(torch.where(keep, old, new))
+        self._store_rows(tensor, "exp_avg", rows, average, keep)
+        self._store_rows(tensor, "exp_avg_sq", rows, square, keep)
 
 
 def build_adamw8bit(

@@ -14,6 +14,7 @@ from parallel.errors import UserError
 from parallel.strategy import StrategyConfig, world_size
 from trainer.config.train import ModelConfig, OptimConfig, TrainConfig
 from trainer.loop import start_run, take_step
+from trainer.optim import adamw8bit
 from trainer.optim.adamw8bit import block_size, dequantize_blocks, dynamic_map, quantize_blocks
 from trainer.optim.registry import build_optimizer
 from trainer.verify.cases import make_batch, samples_per_step, split_batch
@@ -94,6 +95,21 @@ def test_updates_equal_torchaos():
     assert state["exp_avg"].dtype == torch.uint8
     assert (state["exp_avg"].int() - due["exp_avg"].codes.int()).abs().max() <= 1
     torch.testing.assert_close(state["exp_avg_sq_scale"].flatten(), due["exp_avg_sq"].scale)
+
+
+def test_pieces_of_a_matrix_are_updated_as_the_whole(monkeypatch):
+    whole, parts = Layer(), Layer()
+    for model, piece in ((whole, adamw8bit.PIECE), (parts, 5 * 512)):  # 48 rows: the last has 3
+        monkeypatch.setattr(adamw8bit, "PIECE", piece)
+        optimizer = build_optimizer(dict(model.named_parameters()), CONFIG)
+        for step in range(3):
+            draw = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=draw)
+            optimizer.step(1e-2, torch.zeros(()))
+        assert optimizer.update_count().item() == 3
+    for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_moments_take_a_quarter_of_the_memory():
