@@ -18,11 +18,18 @@ MODES = ("none", "selective", "block")
 # attention, and the collectives that return a shard of the sequence. The full sequence is gathered
 # again in the backward, as without recomputation.
 _aten, _wire = torch.ops.aten, torch.ops._c10d_functional
-PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default}
+PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten._scaled_mm.default,  # float8
+}
 SUMS = {_wire.reduce_scatter_tensor.default, _wire.all_reduce.default}
+EXCHANGE = _wire.all_to_all_single.default
 KEPT = {
     *PRODUCTS,
     *SUMS,
+    EXCHANGE,
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
@@ -53,7 +60,9 @@ class _KeepProducts:
         self._latest: Any = None  # the latest of KEPT
 
     def __call__(self, context: Any, operator: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-        if operator not in KEPT:
+        if operator not in KEPT or (operator is EXCHANGE and not all(args[1])):
+            # A shift of a ring, which is an exchange with empty chunks: a rank keeps no other's
+            # keys.
             return CheckpointPolicy.PREFER_RECOMPUTE
         # The policy of a recomputation, which torch asked for until 2.12, is the same.
         if operator in SUMS and args[1] == "sum" and not context.is_recompute:
