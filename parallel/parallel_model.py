@@ -96,8 +96,10 @@ class ParallelModel:
         loss and the global number of valid targets, both on the device; `sum_over_data` of the
         first is the loss. Does not synchronise with the device.
         """
-        counts = [self.count_valid(m["targets"]) for m in micro_batches]
-        count = self.sum_over_data(torch.stack(counts).sum().to(self.device, non_blocking=True))
+        counts = [int(self.count_valid(m["targets"])) for m in micro_batches]  # on the host
+        # Filled in by a kernel: a copy from memory that is not pinned would wait for the device.
+        count = torch.full((), sum(counts), dtype=torch.int64, device=self.device)
+        self.sum_over_data(count)
         inputs = list(map(self.to_device, micro_batches))
         weights = next(self.model.parameters()).dtype
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(weights, torch.float))
@@ -105,8 +107,8 @@ class ParallelModel:
 
         def loss_of(logits: Tensor, number: int) -> Tensor:
             targets = self.model.local_targets(inputs[number]["targets"])
-            valid = int(counts[number])  # on the host, as the batch was
-            return mean.scale_loss(self._loss_sum(logits, targets, inputs[number], valid))
+            loss_sum = self._loss_sum(logits, targets, inputs[number], counts[number])
+            return mean.scale_loss(loss_sum)
 
         # Blocks with an auxiliary loss add it where it is computed.
         self.model.scale_auxiliary_loss = mean.scale_loss

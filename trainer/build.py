@@ -61,6 +61,11 @@ def build_worker(
             runtime.local_world_size,
             math.gcd(strategy.tensor, runtime.local_world_size),
         )
+    if config.precision == "fp8" and runtime.device.type == "cuda" and not config.compile:
+        log.warning(
+            "precision=fp8 with compile=false casts to 8 bits by kernels of their own, which takes "
+            "longer than the faster products save; set compile=true, or precision=bf16"
+        )
     return parallel_model(
         config.model,
         strategy,
