@@ -24,7 +24,7 @@ def main(words: list[str]) -> None:
     console, progress, rows, good = Console(), Console(stderr=True), 0, 0
     names = "family", "strategy", "activations", "precision", "kinds", "graphs", "breaks", "waits"
     table = Table(*names)
-    for family, name, mode, config, micro_batches in iter_runs(layers=2):
+    for family, name, mode, config, micro_batches in iter_runs():
         for precision in PRECISIONS:
             chosen = all(word in f"{family} {name} {mode} {precision}" for word in words)
             splits = has_split_backward(config.strategy)

@@ -51,6 +51,25 @@ def build_worker(
     """
     compression = compression or Compression(config.compress)
     strategy = resolve_degrees(config.strategy, runtime.world_size)
+    _warn_of_slow_layouts(config, strategy, runtime)
+    return parallel_model(
+        config.model,
+        strategy,
+        runtime,
+        resolve_precision(config.precision, runtime.device),
+        seed=config.seed,
+        loss=config.loss,
+        objective=objective,
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+        compression=compression,
+        lora=config.lora,
+        parallelize=parallelize,
+    )
+
+
+def _warn_of_slow_layouts(config: TrainConfig, strategy: StrategyConfig, runtime: Runtime) -> None:
+    """Log what makes this run slower than another one that takes the same steps."""
     if strategy.tensor > runtime.local_world_size:
         log.warning(
             "strategy.tensor=%d is more than the %d ranks of this host: the activations of every "
@@ -66,20 +85,6 @@ def build_worker(
             "precision=fp8 with compile=false casts to 8 bits by kernels of their own, which takes "
             "longer than the faster products save; set compile=true, or precision=bf16"
         )
-    return parallel_model(
-        config.model,
-        strategy,
-        runtime,
-        resolve_precision(config.precision, runtime.device),
-        seed=config.seed,
-        loss=config.loss,
-        objective=objective,
-        activation_checkpointing=config.activation_checkpointing,
-        compile=config.compile,
-        compression=compression,
-        lora=config.lora,
-        parallelize=parallelize,
-    )
 
 
 def build_meta_model(

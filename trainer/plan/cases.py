@@ -98,10 +98,10 @@ def _kind_of(model: ModelConfig) -> str:
     return "pairs" if model.family == "encoder_decoder" else "text"
 
 
-def iter_runs(layers: int = 4) -> Iterator[tuple[str, str, str, TrainConfig, list[Shapes]]]:
+def iter_runs() -> Iterator[tuple[str, str, str, TrainConfig, list[Shapes]]]:
     """Yield (family, strategy, activation checkpointing, configuration, micro-batches)."""
     for family, model in MODELS.items():
         for name, strategy in PRESETS.items():
             splits = SCHEDULES[strategy.schedule].splits_backward
             for mode in ("none",) if splits else MODES:
-                yield family, name, mode, *small_run(model, strategy, mode, layers)
+                yield family, name, mode, *small_run(model, strategy, mode)

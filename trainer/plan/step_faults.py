@@ -10,13 +10,13 @@ import torch._dynamo
 from torch import nn
 from torch._dynamo.utils import counters
 
-from parallel.model_protocol import Inputs
 from parallel.parallelize import parallelize
 from parallel.runtime import Runtime
 from trainer.build import build_worker
 from trainer.compress.compression import Compression
 from trainer.config.train import TrainConfig
 from trainer.loop import take_step
+from trainer.nn.sequence import Inputs
 from trainer.plan.fake_ranks import fake_ranks
 from trainer.plan.host_waits import HostWaits
 from trainer.plan.inputs import Shapes

@@ -8,13 +8,17 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy
 from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear as TorchaoLinear
 
 from launch.cli import preflight as before
 from launch.cli.preflight import check_trained_run, prepare_training
+from parallel.activation_checkpointing import _KeepProducts
 from parallel.errors import UserError
+from parallel.runtime import Runtime
 from parallel.strategy import StrategyConfig, world_size
+from trainer import build
 from trainer.config.train import (
     CompressConfig,
     EvaluateConfig,
@@ -226,3 +230,18 @@ def test_a_run_is_rejected_before_it_starts_but_loads_anywhere(runtime, monkeypa
     monkeypatch.setattr(before, "load_config", lambda run_dir: small)
     with pytest.raises(UserError, match=r"precision=fp8 and compress\.bits=8"):
         check_trained_run(replace(reader, precision="fp8"), 1)
+
+
+def test_selective_keeps_the_products_of_a_gpu():
+    """A CPU multiplies what is rounded to 8 bits by `mm`."""
+    product = torch.ops.aten._scaled_mm.default
+    assert _KeepProducts()(None, product) is CheckpointPolicy.MUST_SAVE
+
+
+def test_float8_without_a_compiler_is_warned_about(caplog):
+    config, gpu = TrainConfig(precision="fp8"), Runtime(0, 1, 0, 1, torch.device("cuda"))
+    build._warn_of_slow_layouts(replace(config, compile=True), config.strategy, gpu)
+    assert not caplog.messages
+    build._warn_of_slow_layouts(config, config.strategy, gpu)
+    (message,) = caplog.messages
+    assert "set compile=true, or precision=bf16" in message
