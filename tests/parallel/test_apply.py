@@ -1,7 +1,8 @@
 """parallelize: the shards held by each rank; no rank ever holds the full model."""
 
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
+from unittest import mock
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch._dynamo
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
+from parallel.grad_norm import local_tensor
 from parallel.mesh import AXES, build_mesh
 from parallel.parallelize import ModelSpec, parallelize
 from parallel.strategy import StrategyConfig, world_size
@@ -152,3 +154,27 @@ def graphs(runtime, strategy: StrategyConfig) -> int:
 @pytest.mark.parametrize("strategy", [StrategyConfig(shard=2), StrategyConfig(tensor=2)])
 def test_one_compiled_block_serves_for_all(ranks, strategy):
     assert ranks.run(2, graphs, strategy, timeout_seconds=300.0) == [1, 1]
+
+
+def compiled_gap(runtime, strategy: StrategyConfig) -> float:
+    """Return the largest difference of a gradient when recomputed blocks are compiled."""
+    config = scale_down(FAMILIES["decoder (Llama)"], tensor=strategy.tensor, stages=2)
+    torch._dynamo.reset()
+    counters.clear()
+    found = []
+    for compiled in (False, True):
+        traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+        job = TrainConfig(model=config, strategy=strategy, precision="fp64", compile=compiled)
+        with mock.patch.object(torch.nn.Module, "compile", traced):
+            worker = build_worker(replace(job, activation_checkpointing="block"), runtime)
+        for step in range(2):  # gradients add up
+            worker.forward_backward([make_batch(config, 0, step)])
+        found.append([local_tensor(gradient) for gradient in worker.gradients()])
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    return max((a - b).abs().max().item() for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("strategy", [StrategyConfig(tensor=2), StrategyConfig(shard=2, tensor=2)])
+def test_compiled_blocks_are_recomputed_to_the_same_gradients(ranks, strategy):
+    for gap in ranks.run(world_size(strategy), compiled_gap, strategy, timeout_seconds=300.0):
+        assert gap < 1e-12
