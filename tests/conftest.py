@@ -64,6 +64,7 @@ SLOW = frozenset(
         "loop",
         "hosts",
         "equivalence",
+        "nccl_like",
         "presets",
         "slurm",
     ]

@@ -46,7 +46,7 @@ def find_problems(config: Any, world_size: int) -> list[str]:
     if hasattr(config, "model") and reads_data:
         found += _fit_problems(config.model, config.data)
     if isinstance(config, VerifyConfig) and "task" not in wrong:
-        found += _task_problems(config)
+        found += _verify_problems(config)
     if hasattr(config, "optim"):
         found += _beta_problems(config.optim.betas)
     if isinstance(config, TrainConfig):
@@ -327,7 +327,9 @@ def _fit_problems(model: ModelConfig, data: DataConfig) -> list[str]:
     return []
 
 
-def _task_problems(config: VerifyConfig) -> list[str]:
+def _verify_problems(config: VerifyConfig) -> list[str]:
+    if config.backend == "nccl_like" and config.device == "cuda":
+        return ["backend=nccl_like runs on CPUs, but device=cuda; set device=cpu"]
     reader, model = READERS.get(config.task), config.model  # None = that of the family
     if reader is None:
         return []

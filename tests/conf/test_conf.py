@@ -317,6 +317,13 @@ def test_verify_takes_a_task_of_the_models_family():
     )
 
 
+def test_the_rules_of_nccl_are_for_cpus():
+    assert found("backend=nccl_like", name="verify") == []
+    assert found("backend=nccl_like", "device=cuda", name="verify") == [
+        "backend=nccl_like runs on CPUs, but device=cuda; set device=cpu"
+    ]
+
+
 @pytest.mark.parametrize("door", ["verify", "evaluate", "generate"])
 def test_every_door_refuses_stages_that_a_schedule_does_not_take(door):
     keys = ["strategy=pipeline", "strategy.schedule=zbv", "strategy.stages_per_rank=3"]

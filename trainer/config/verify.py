@@ -68,6 +68,11 @@ class VerifyConfig:
     )
     activation_checkpointing: str = key("none", "As in training", choices=RECOMPUTED)
     device: str = key("auto", "Device to compute on", choices=DEVICES)
+    backend: str = key(
+        "auto",
+        "Process group of the ranks",
+        choices={"auto": "gloo on CPUs, NCCL on GPUs", "nccl_like": "on CPUs, with NCCL's rules"},
+    )
     fault: str = key(
         "",
         "Fault to inject, which verify must detect",

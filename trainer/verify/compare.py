@@ -41,6 +41,7 @@ from trainer.verify.cases import (
     split_batch,
 )
 from trainer.verify.faults import FAULTS
+from trainer.verify.nccl_like import NAME, on_nccl_like_ranks
 from trainer.verify.reference import LABEL_SMOOTHING, Record, run_reference
 
 COMPRESSED = 5  # compressed models have blocks for this many stages
@@ -98,15 +99,19 @@ def run_layout(config: VerifyConfig, runtime: Runtime) -> tuple[Record, dict[str
         record.losses.append(worker.sum_over_data(loss).item())
         gradients = {n: p.grad for n, p in worker.parameters().items() if p.grad is not None}
         # Copies: clipping changes the gradients in place.
-        record.gradients.append({name: local_tensor(g).clone() for name, g in gradients.items()})
+        record.gradients.append({n: _on_host(g) for n, g in gradients.items()})
         record.norms.append(worker.clip_grad_norm(config.optim.max_grad_norm).item())
-        optimizer.step(learning_rate_at(step, config.steps, config.optim), torch.zeros(()))
+        lr = learning_rate_at(step, config.steps, config.optim)
+        optimizer.step(lr, torch.zeros((), device=runtime.device))
         compression.prepare_step(step + 1, config.steps)
-    record.weights = {
-        name: local_tensor(p).detach().clone() for name, p in worker.parameters().items()
-    }
+    record.weights = {name: _on_host(p.detach()) for name, p in worker.parameters().items()}
     record.places = {name: local_slices(p) for name, p in worker.parameters().items()}
     return record, axes_of_parameters(worker)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """Return a copy of the local part in the host's memory, where the reference is."""
+    return local_tensor(tensor).to("cpu", copy=True)
 
 
 def axes_of_parameters(worker: ParallelModel) -> dict[str, str]:
@@ -182,6 +187,9 @@ def compare_layout(runtime: Runtime, config: VerifyConfig) -> list[Difference]:
     Raises ConfigError if config.optim.name has no reference.
     """
     check_reference(config.optim.name)
+    if config.backend == NAME:
+        plain = replace(config, backend="auto")
+        return on_nccl_like_ranks(runtime, compare_layout, plain)
     strategy = resolve_degrees(config.strategy, runtime.world_size)
     stages = len(stage_to_rank(strategy, strategy.pipeline))
     compressed = config.compress != CompressConfig()

@@ -9,6 +9,7 @@ issue different collectives get an error with both of them.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from trainer.verify.communicator import (
     QueuedWork,
     from_bytes,
 )
+from trainer.verify.host_tensors import DEVICE, HOST, place_of, track_host_tensors
 
 NAME = "nccl_like"
 SECONDS = 120.0  # time-out of a call
@@ -120,6 +122,8 @@ class NcclLikeGroup(dist.ProcessGroup):
                 raise NcclLikeError(f"{what}: NCCL does not know the dtype")
             if not tensor.is_contiguous():
                 raise NcclLikeError(f"{what}: the tensor must be contiguous")
+            if place_of(tensor) == HOST:
+                raise NcclLikeError(f"{what}: the tensor is on the host, not on the device")
 
     def allreduce(self, tensors: Tensors, opts: Any = None) -> QueuedWork:
         """Reduce over the ranks."""
@@ -337,8 +341,11 @@ def nccl_like_ranks(runtime: Runtime, seconds: float = SECONDS) -> Iterator[Runt
         world_size=runtime.world_size,
         timeout=timedelta(seconds=seconds),
     )
-    with mock.patch.object(dist, "batch_isend_irecv", batch_transfers):
-        yield runtime
+    with (
+        mock.patch.object(dist, "batch_isend_irecv", batch_transfers),
+        track_host_tensors(),
+    ):
+        yield replace(runtime, device=DEVICE)
     groups = [g for g in dist.distributed_c10d._world.pg_names if isinstance(g, NcclLikeGroup)]
     left = [call for group in groups for call in group.unwaited_calls()]
     if left:
