@@ -39,7 +39,7 @@ class Call:
     place: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self.payload, self.place = to_bytes(self.inputs), _place_of_caller()
+        self.payload, self.place = to_bytes(self.inputs), place_of_caller()
 
     def __str__(self) -> str:
         return f"{self.label} at {self.place}"
@@ -257,7 +257,7 @@ def _poison(output: Tensor) -> None:
         output.data.fill_(True if output.dtype == torch.bool else torch.iinfo(output.dtype).min)
 
 
-def _place_of_caller() -> str:
+def place_of_caller() -> str:
     """Return the first line outside torch and this backend that led here."""
     frame: Any = sys._getframe(2)
     while frame is not None:

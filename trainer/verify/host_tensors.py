@@ -13,7 +13,9 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses import FakeTensor
 from torch.distributed.fsdp._fully_shard import _fsdp_init, _fully_shard
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,9 +80,11 @@ class _Computed(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if any(kind not in (Tensor, torch.nn.Parameter) for kind in types):
-            return NotImplemented  # a DTensor computes by its local tensors
         kwargs = kwargs or {}
+        if DTensor in types:
+            return NotImplemented  # it computes by its local tensors
+        if FakeTensor in types:
+            return func(*args, **kwargs)
         inputs = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         places = {place_of(x) for x in inputs}
         large = {HOST for x in inputs if x.dim() and place_of(x) == HOST}

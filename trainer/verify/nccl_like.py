@@ -17,6 +17,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch import distributed as dist
+from torch.distributed import distributed_c10d
 
 from parallel.runtime import Runtime, end_process_group
 from trainer.verify.communicator import (
@@ -25,6 +26,7 @@ from trainer.verify.communicator import (
     NcclLikeError,
     QueuedWork,
     from_bytes,
+    place_of_caller,
 )
 from trainer.verify.host_tensors import DEVICE, HOST, place_of, track_host_tensors
 
@@ -44,6 +46,8 @@ REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "MIN": lambda x: x.amin(0),
     "MAX": lambda x: x.amax(0),
 }
+# Modules whose tensors of the host take gloo, the other half of a run's "cpu:gloo,cuda:nccl".
+CONTROL_PLANE = ("parallel.runtime", "parallel.health", "trainer.checkpoint")
 Tensors = Sequence[Tensor]
 
 
@@ -122,7 +126,7 @@ class NcclLikeGroup(dist.ProcessGroup):
                 raise NcclLikeError(f"{what}: NCCL does not know the dtype")
             if not tensor.is_contiguous():
                 raise NcclLikeError(f"{what}: the tensor must be contiguous")
-            if place_of(tensor) == HOST:
+            if place_of(tensor) == HOST and not place_of_caller().startswith(CONTROL_PLANE):
                 raise NcclLikeError(f"{what}: the tensor is on the host, not on the device")
 
     def allreduce(self, tensors: Tensors, opts: Any = None) -> QueuedWork:
@@ -343,10 +347,11 @@ def nccl_like_ranks(runtime: Runtime, seconds: float = SECONDS) -> Iterator[Runt
     )
     with (
         mock.patch.object(dist, "batch_isend_irecv", batch_transfers),
+        mock.patch.object(distributed_c10d, "_get_object_coll_device", lambda group: DEVICE),
         track_host_tensors(),
     ):
         yield replace(runtime, device=DEVICE)
-    groups = [g for g in dist.distributed_c10d._world.pg_names if isinstance(g, NcclLikeGroup)]
+    groups = [g for g in distributed_c10d._world.pg_names if isinstance(g, NcclLikeGroup)]
     left = [call for group in groups for call in group.unwaited_calls()]
     if left:
         raise NcclLikeError(f"never waited for: {'; '.join(left)}")
