@@ -14,6 +14,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 LABEL_BYTES = 400  # of a call's label, which is exchanged first
+# Modules that are left out of where a call was issued.
+HIDDEN = ("torch.", *(f"trainer.verify.{n}" for n in ("communicator", "nccl_like", "host_tensors")))
 Tensors = Sequence[Tensor]
 
 
@@ -179,6 +181,8 @@ class Communicator:
         reason = str(error).splitlines()[0]
         if "imed out" in reason:
             reason = f"no match within {self._timeout.total_seconds():g} s"
+        elif "onnection" in reason:
+            reason = "no match, and its other side has left or failed"
         return f"{where}: {issued}: {reason}; {self._queue.qsize()} calls wait behind it"
 
     def _run_calls(self, calls: list[Call]) -> list[Tensors]:
@@ -262,7 +266,7 @@ def place_of_caller() -> str:
     frame: Any = sys._getframe(2)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not module.startswith(("torch", "trainer.verify.nccl", "trainer.verify.comm")):
+        if not module.startswith(HIDDEN):
             code = frame.f_code
             return f"{module}.{code.co_qualname}:{frame.f_lineno}"
         frame = frame.f_back

@@ -54,9 +54,7 @@ def set_place(tensors: Iterable[Any], place: torch.device) -> None:
 class _Constructed(TorchFunctionMode):
     """Note where tensors are made and moved to, and let `Tensor.device` say it."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if isinstance(func, OpOverload):  # torch's own C++, which says the device as it got it
             return func(*args, **kwargs)
@@ -77,9 +75,7 @@ class _Constructed(TorchFunctionMode):
 class _Computed(TorchDispatchMode):
     """Let results be where their inputs are, which must not be in both places."""
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if DTensor in types:
             return NotImplemented  # it computes by its local tensors

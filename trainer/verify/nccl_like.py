@@ -215,7 +215,9 @@ class NcclLikeGroup(dist.ProcessGroup):
         self, output: Tensor, input: Tensor, output_sizes: Any, input_sizes: Any, opts: Any = None
     ) -> QueuedWork:
         """Send a part of dim 0 to each rank."""
-        parts = [_split(x, s, self.size()) for x, s in ((output, output_sizes), (input, input_sizes))]
+        parts = [
+            _split(x, s, self.size()) for x, s in ((output, output_sizes), (input, input_sizes))
+        ]
         return self.alltoall(*parts)
 
     def alltoall(self, outputs: Tensors, inputs: Tensors, opts: Any = None) -> QueuedWork:

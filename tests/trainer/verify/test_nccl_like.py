@@ -107,7 +107,7 @@ def strided(runtime):
 FAULTS = {
     both_send_first: r"ranks 0, 1.*transfer from \d to \d float32 \(3,\) .*both_send_first.*"
     r"no match within 2 s; 1 calls wait behind it",
-    receives_without_a_send: r"rank 1: transfer from 0 to 1 float32 \(3,\).*no match within 2 s",
+    receives_without_a_send: r"rank 1: transfer from 0 to 1 float32 \(3,\).*no match",
     different_order: r"all_reduce SUM float32 \(\d.*different_order.*issued all_reduce SUM float32",
     host_tensor: r"all_reduce SUM of torch.float32 \(3,\).* is on the host, not on the device",
     one_never_calls: r"the first call, all_reduce.* waits for all ranks, but ranks 1 made none",
