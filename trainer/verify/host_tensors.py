@@ -47,8 +47,8 @@ def set_place(tensors: Iterable[Any], place: torch.device) -> None:
     """Set where these tensors are."""
     for tensor in tensors:
         if isinstance(tensor, Tensor) and not tensor.is_meta:
-            local = getattr(tensor, "_local_tensor", tensor)
-            local.untyped_storage().place = place
+            storage: Any = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+            storage.place = place
 
 
 class _Constructed(TorchFunctionMode):

@@ -51,7 +51,10 @@ CONTROL_PLANE = ("parallel.runtime", "parallel.health", "trainer.checkpoint")
 Tensors = Sequence[Tensor]
 
 
-class NcclLikeGroup(dist.ProcessGroup):
+_ProcessGroup: Any = dist.ProcessGroup  # torch's stubs have other names for arguments
+
+
+class NcclLikeGroup(_ProcessGroup):
     """A process group whose calls are queued by communicator; see this module."""
 
     def __init__(self, options: Any, _backend_options: Any = None):
@@ -62,19 +65,19 @@ class NcclLikeGroup(dist.ProcessGroup):
         self._communicators: dict[str, Communicator] = {}
         self.batch: list[Call] | None = None  # of sends and receives that run together
 
-    def getBackendName(self) -> str:
+    def getBackendName(self) -> str:  # noqa: N802
         """Return the name of the backend."""
         return NAME
 
-    def getGroupName(self) -> str:
+    def getGroupName(self) -> str:  # noqa: N802
         """Return the name that functional collectives find the group by."""
         return self._name
 
-    def setGroupDesc(self, purpose: str) -> None:
+    def setGroupDesc(self, purpose: str) -> None:  # noqa: N802
         """Set what the group is for."""
         self._purpose = purpose
 
-    def getGroupDesc(self) -> str:
+    def getGroupDesc(self) -> str:  # noqa: N802
         """Return what the group is for."""
         return self._purpose
 
