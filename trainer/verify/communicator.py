@@ -15,7 +15,11 @@ from torch import distributed as dist
 
 LABEL_BYTES = 400  # of a call's label, which is exchanged first
 # Modules that are left out of where a call was issued.
-HIDDEN = ("torch.", *(f"trainer.verify.{n}" for n in ("communicator", "nccl_like", "host_tensors")))
+HIDDEN = (
+    "torch.",
+    "typing_extensions",
+    *(f"trainer.verify.{n}" for n in ("communicator", "nccl_like", "host_tensors")),
+)
 Tensors = Sequence[Tensor]
 
 
