@@ -35,6 +35,41 @@ class SequenceLayout(Protocol):
         """Return this rank's term of the gradient of a gathered tensor, known on every rank."""
 
 
+class PackedAttention(Protocol):
+    """Attention within the documents of packed rows, without a mask; H is a multiple of G."""
+
+    ends_BM: Tensor  # the position behind each document; the last is the sequence's length
+    window: int  # how many keys a causal query sees at most, its own the last; 0 = all
+
+    def forward(
+        self,
+        query_BHRK: Tensor,
+        key_BGCK: Tensor,
+        value_BGCK: Tensor,
+        rows_BM: Tensor,
+        columns_BM: Tensor,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return output and log-sum-exp, given how many rows and columns each end is behind.
+
+        Causal: the documents' last queries are at the positions of their last keys.
+        """
+
+    def backward(
+        self,
+        grad_BHRK: Tensor,
+        query_BHRK: Tensor,
+        key_BGCK: Tensor,
+        value_BGCK: Tensor,
+        out_BHRK: Tensor,
+        lse_BHR: Tensor,
+        rows_BM: Tensor,
+        columns_BM: Tensor,
+        causal: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value gradients, from the merged output and log-sum-exp."""
+
+
 class SequenceContext(Protocol):
     """The local positions of a sequence, and attention over the positions of all ranks."""
 
@@ -62,6 +97,7 @@ class SequenceContext(Protocol):
         visible: Callable,
         causal: bool,
         bias: Callable[[Tensor, Tensor], Tensor] | None = None,
+        packed: Any = None,
     ) -> Tensor:
         """Return attention of the local queries to the keys of all ranks."""
 

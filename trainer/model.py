@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from trainer.config.train import ModelConfig, outputs_of
+from trainer.config.train import ModelConfig, head_width_of, outputs_of
 from trainer.nn.audio import fill_with_silence
 from trainer.nn.cache import DecodingCache, token_positions
 from trainer.nn.ctc import CTCBranch
@@ -27,6 +27,7 @@ from trainer.nn.embeddings import TokenEmbedding, build_embedding, embedding_typ
 from trainer.nn.heads import auxiliary_heads, head_type
 from trainer.nn.init import stable_hash
 from trainer.nn.layers import Dropout, build_blocks
+from trainer.nn.packed_attention import find_kernel
 from trainer.nn.positions import build_relative_biases
 from trainer.nn.queries import with_queries
 from trainer.nn.rotary import rotary_angles
@@ -89,8 +90,9 @@ class Transformer(nn.Module):
 
         `inputs` holds `tokens` (B,S), and `source` (B,T) for an encoder-decoder; or `images`
         (B,C,height,width), or `frames` (B,F,mels), as is the `source` of audio; optionally
-        `documents` and `positions` (B,S) of packed samples, `source_valid` (B, vectors of the
-        source) if there is padding, and `seeds` (B,) for dropout.
+        `documents` and `positions` (B,S) of packed samples, and `document_ends` (B,M), with which
+        some devices need no mask; `source_valid` (B, vectors of the source) if there is padding,
+        and `seeds` (B,) for dropout.
         In a pipeline, `blocks` are the ones to run and `flow` is the output of the block before
         them; a stage without the last block returns the flow instead of logits.
         """
@@ -289,10 +291,10 @@ class Transformer(nn.Module):
             streams["source"] = self._sequence_info(
                 lengths["source"],
                 context,
-                read.device,
+                read,
                 seeds_B,
                 self._source_positions(inputs),
-                documents_BS=None if self.decodes else inputs.get("documents"),
+                documents={} if self.decodes else inputs,
                 valid_BS=valid_BS,
             )
             streams["source"].segments_BS = inputs.get("segments")
@@ -303,11 +305,11 @@ class Transformer(nn.Module):
         streams["target"] = self._sequence_info(
             lengths["target"],
             context,
-            inputs["tokens"].device,
+            inputs["tokens"],
             seeds_B,
             token_positions(inputs, cache),
             causal=not self.config.queries,
-            documents_BS=inputs.get("documents"),
+            documents=inputs,
             start=0 if cache is None else cache.length,
         )
         return streams
@@ -316,16 +318,16 @@ class Transformer(nn.Module):
         self,
         total: int,
         context: Context,
-        device: torch.device,
+        read: Tensor,
         seeds_B: Tensor | None,
         positions_BS: Tensor | None = None,
         *,
+        documents: Inputs,
         causal: bool = False,
-        documents_BS: Tensor | None = None,
         valid_BS: Tensor | None = None,
         start: int = 0,
     ) -> SequenceInfo:
-        rows_S = context.local_positions(total, device)
+        rows_S = context.local_positions(total, read.device)
         own_BS = None if positions_BS is None else context.take_local(positions_BS)
         stream = SequenceInfo(
             len(rows_S),
@@ -334,34 +336,23 @@ class Transformer(nn.Module):
             context,
             causal,
             positions_S=self.layout.local_positions(rows_S[None, :, None])[0, :, 0],
-            documents_BS=documents_BS,
+            documents_BS=documents.get("documents"),
+            ends_BM=documents.get("document_ends"),
             valid_BS=valid_BS,
+            kernel=find_kernel(read.device, self.dtype, head_width_of(self.config)),
             seeds_B=seeds_B,
             relative=self._relative_bias("target" if causal else "source"),
             rope=self._rotary_angles(own_BS),
             angles=self._rotary_angles,
             start=start,
         )
-        if not context.shares and (documents_BS is not None or valid_BS is not None):
-            stream.mask = stream.visible_mask(rows_S, rows_S)
-        if stream.relative is not None and not context.shares:
-            columns_C = torch.arange(start + total, device=device)
-            stream.biased_mask = stream.add_bias(start + rows_S, columns_C)
+        stream.hide_keys(len(read))
         if causal and self.config.sliding_window:
-            stream.windowed = self._windowed_info(stream, own_BS)
+            stream.windowed = replace(stream, rope=self._rotary_angles(own_BS, windowed=True))
+            if start + total > self.config.sliding_window:  # otherwise it hides nothing
+                stream.windowed.window = self.config.sliding_window
+                stream.windowed.hide_keys(len(read))
         return stream
-
-    def _windowed_info(self, stream: SequenceInfo, positions_BS: Tensor | None) -> SequenceInfo:
-        """Return the metadata of a sequence for blocks with a sliding window."""
-        windowed = replace(stream, rope=self._rotary_angles(positions_BS, windowed=True))
-        seen = stream.start + stream.total
-        if seen <= self.config.sliding_window:  # it hides nothing
-            return windowed
-        windowed.window = self.config.sliding_window
-        if not stream.context.shares:
-            columns_C = torch.arange(seen, device=stream.positions_S.device)
-            windowed.mask = windowed.visible_mask(columns_C[stream.start :], columns_C)
-        return windowed
 
     def _relative_bias(self, stream: str) -> Bias | None:
         """Return the bias of a stream's attention scores, if it has one."""

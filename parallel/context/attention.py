@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from parallel.axis import ParallelAxis
 from parallel.collectives import Exchange, Gather
+from parallel.context.packed import attend_all_keys, attend_gathered
 from parallel.context.ring import RingAttention, RingGeometry
 from parallel.context.zigzag import (
     Visible,
@@ -28,7 +29,7 @@ from parallel.context.zigzag import (
     split_zigzag,
     zigzag_positions,
 )
-from parallel.model_protocol import Inputs, ParallelizableModel
+from parallel.model_protocol import Inputs, PackedAttention, ParallelizableModel
 
 # (query positions (R,), key positions (C,)) -> what is added to the scores, (1,H,R,C).
 Bias = Callable[[Tensor, Tensor], Tensor]
@@ -91,6 +92,7 @@ class ContextParallel(ParallelAxis):
         visible: Visible,
         causal: bool,
         bias: Bias | None = None,
+        packed: PackedAttention | None = None,
     ) -> Tensor:
         """Return attention of the local queries to the full key sequence, (B,H,S,K).
 
@@ -101,26 +103,46 @@ class ContextParallel(ParallelAxis):
         has output 0 and no gradient. `causal`: queries and keys are of one sequence, a query
         attends to positions up to its own, and `visible` is not called. Padding must be finite, and
         the output's gradient 0 at padding unless that query is fully masked. `bias` returns what is
-        added to the scores, (1,H,R,C), for the same positions as `visible`; it excludes `causal`
-        and the ring.
+        added to the scores for the same positions, (1,H,R,C); it excludes `causal` and the ring.
+        `packed` replaces `visible` in self-attention, but for windows in a ring.
         """
-        parts, part = self.group.size(), self.group.rank()
-        queries = query_BHSK.shape[SEQUENCE_DIM]
+        parts, queries = self.group.size(), query_BHSK.shape[SEQUENCE_DIM]
         assert key_BGTK.shape[SEQUENCE_DIM] == 2 * chunk_length(key_length, parts)
         assert queries % 2 == 0 and query_BHSK.shape[1] % key_BGTK.shape[1] == 0
         assert bias is None or not (causal or self.method == RING)
         if self.method == RING and parts > 1:
             both_2BGTK = torch.stack((key_BGTK, value_BGTK))
-            ring = self.ring(self.group, key_length, visible, causal)
+            if packed is not None and packed.window:
+                packed, causal = None, False
+            ring = self.ring(self.group, key_length, visible, causal, packed)
             return RingAttention.apply(query_BHSK, both_2BGTK, ring)
+        hides = visible, causal, bias, packed
         if self.method == ULYSSES and parts > 1:
             both_2BGTK = _split_for_ranks(key_BGTK, value_BGTK, parts)
-            return _ulysses(query_BHSK, both_2BGTK, key_length, visible, causal, self.group, bias)
-        both_2BGCK = _gather_keys_values(key_BGTK, value_BGTK, self.group)
-        if causal and parts > 1:
-            return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
-        rows = zigzag_positions(queries * parts, parts, part, query_BHSK.device)
-        return _attend_all_keys(query_BHSK, rows, both_2BGCK, key_length, visible, causal, bias)
+            return _ulysses(query_BHSK, both_2BGTK, key_length, *hides, self.group)
+        return _all_gather(query_BHSK, key_BGTK, value_BGTK, key_length, *hides, self.group)
+
+
+def _all_gather(
+    query_BHSK: Tensor,
+    key_BGTK: Tensor,
+    value_BGTK: Tensor,
+    key_length: int,
+    visible: Visible,
+    causal: bool,
+    bias: Bias | None,
+    packed: PackedAttention | None,
+    group: dist.ProcessGroup,
+) -> Tensor:
+    """Return attention to the gathered keys and values."""
+    both_2BGCK = _gather_keys_values(key_BGTK, value_BGTK, group)
+    parts, part = group.size(), group.rank()
+    if packed is not None:
+        return attend_gathered(query_BHSK, both_2BGCK, packed, causal, parts, part)
+    if causal and parts > 1:
+        return _causal_chunks(query_BHSK, both_2BGCK, parts, part)
+    rows = zigzag_positions(query_BHSK.shape[SEQUENCE_DIM] * parts, parts, part, query_BHSK.device)
+    return _attend_all_keys(query_BHSK, rows, both_2BGCK, key_length, visible, causal, bias)
 
 
 def _ulysses(
@@ -129,11 +151,14 @@ def _ulysses(
     key_length: int,
     visible: Visible,
     causal: bool,
-    group: dist.ProcessGroup,
     bias: Bias | None,
+    packed: PackedAttention | None,
+    group: dist.ProcessGroup,
 ) -> Tensor:
     """Return attention with a part of the heads, and all positions, on each rank."""
     query_BHRK, both_2BGCK = _to_heads(query_BHSK, group), _to_heads(both_2BGTK, group)
+    if packed is not None:
+        return _to_positions(attend_all_keys(query_BHRK, both_2BGCK, packed, causal), group)
     rows = torch.arange(query_BHRK.shape[SEQUENCE_DIM], device=query_BHSK.device)
     own = None if bias is None else partial(_own_heads, bias, group)
     mixed_BHRK = _attend_all_keys(query_BHRK, rows, both_2BGCK, key_length, visible, causal, own)

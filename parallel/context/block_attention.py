@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _aten = torch.ops.aten
 
@@ -85,8 +86,10 @@ def kernel_for(query_BHRK: Tensor, mask: Tensor | None) -> Kernel:
     """Return the fused kernel if it supports these inputs, otherwise matrix products."""
     device, width = query_BHRK.device.type, query_BHRK.shape[-1]
     half = query_BHRK.dtype in (torch.float16, torch.bfloat16)
-    if device == "cuda" and (not half or mask is not None or width % 8 or width > 256):
+    if device == "cuda" and (query_BHRK.dtype == torch.float64 or width % 8):
         return KERNELS["products"]
+    if device == "cuda" and (not half or mask is not None or width > 256):
+        return KERNELS["cuda, masked"]
     return KERNELS.get(device, KERNELS["products"])
 
 
@@ -204,8 +207,71 @@ def _cuda_backward(
     )
 
 
+def _aligned_mask(mask: Tensor | None, query: Tensor, keys: int) -> Tensor | None:
+    """Return the mask as an additive bias (B,H,R,C) with rows aligned as the kernel needs them."""
+    if mask is None:
+        return None
+    padded = F.pad(mask, (0, -keys % 8))
+    bias = torch.zeros_like(padded, dtype=query.dtype).masked_fill(~padded, -torch.inf)
+    return bias[..., :keys].expand(*query.shape[:3], keys)
+
+
+def _efficient_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    rows, keys = query.shape[2], key.shape[2]
+    if mask is not None:  # the kernel's softmax of a fully masked row is NaN: unmask it
+        mask = mask | ~mask.any(-1, keepdim=True)
+    out, lse, *_ = _aten._efficient_attention_forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        _aligned_mask(mask, query, keys),
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        int(causal),
+        True,
+    )
+    return out.transpose(1, 2), lse[..., :rows]  # the kernel pads rows to a multiple of 32
+
+
+def _efficient_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, keys = query.shape[2], key.shape[2]
+    no_dropout = torch.zeros((), dtype=torch.int64, device=query.device)
+    *grads, _ = _aten._efficient_attention_backward(
+        *(x.transpose(1, 2) for x in (grad, query, key, value)),
+        _aligned_mask(mask, query, keys),
+        out.transpose(1, 2),
+        None,
+        None,
+        rows,
+        keys,
+        F.pad(lse, (0, -rows % 32), value=torch.inf),
+        0.0,
+        no_dropout,
+        no_dropout,
+        int(causal),
+        False,
+    )
+    query_grad, key_grad, value_grad = (x.transpose(1, 2) for x in grads)
+    return query_grad, key_grad, value_grad
+
+
 KERNELS = {
     "cpu": Kernel(_cpu_forward, _cpu_backward),
     "cuda": Kernel(_cuda_forward, _cuda_backward),
+    "cuda, masked": Kernel(_efficient_forward, _efficient_backward),
     "products": Kernel(_products_forward, _products_backward),
 }

@@ -22,9 +22,13 @@ from parallel.context.block_attention import (
     tile_backward,
     tile_forward,
 )
+from parallel.context.packed import count_before, padded_ends
 from parallel.context.zigzag import Visible, zigzag_positions
+from parallel.model_protocol import PackedAttention
 
 ALL = slice(None)
+Chunks = tuple[int, ...]  # of the two chunks of positions of a rank
+BOTH: Chunks = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Tile:
     columns: slice
     mask: Tensor | None = None
     causal: bool = False
+    counts: tuple[Tensor, Tensor] | None = None  # rows and columns before the documents' ends
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class RingGeometry:
     key_length: int
     visible: Visible
     causal: bool
+    packed: PackedAttention | None = None
 
     def iterate_owners(self, own: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield (owner, its tensor) of every rank, this one first, while the next is in flight."""
@@ -58,13 +64,11 @@ class RingGeometry:
     def tile_for_owner(self, query_BHSK: Tensor, keys: int, owner: int) -> Tile | None:
         """Return the tile of local queries and `owner`'s keys; None if the keys are all padding."""
         parts, part, rows = self.group.size(), self.group.rank(), query_BHSK.shape[2]
+        if self.packed is not None:
+            return self._packed_tile(self.packed, rows // 2, owner)
         if self.causal:
-            if owner == part:
-                return Tile(ALL, ALL, causal=True)
-            # A lower rank's first chunk of keys precedes all local queries, its second follows
-            # them; a higher rank's keys lie between the two chunks of local queries.
-            half = slice(0, keys // 2) if owner < part else slice(rows // 2, rows)
-            return Tile(ALL, half) if owner < part else Tile(half, ALL)
+            own, its = _causal_chunks(part, owner)
+            return Tile(_chunks(own, rows), _chunks(its, keys), causal=owner == part)
         chunk = keys // 2
         starts = owner * chunk, (2 * parts - 1 - owner) * chunk
         real = sum(min(max(self.key_length - start, 0), chunk) for start in starts)
@@ -74,6 +78,58 @@ class RingGeometry:
         positions = zigzag_positions(rows * parts, parts, part, device)
         columns = zigzag_positions(keys * parts, parts, owner, device)[:real]  # without padding
         return Tile(ALL, slice(0, real), self.visible(positions, columns))
+
+    def _packed_tile(self, packed: PackedAttention, chunk: int, owner: int) -> Tile:
+        parts, part = self.group.size(), self.group.rank()
+        own, its = _causal_chunks(part, owner) if self.causal else (BOTH, BOTH)
+        ends_BM = padded_ends(packed, 2 * parts * chunk)
+
+        def counts(rank: int, chosen: Chunks) -> Tensor:
+            starts = (rank * chunk, (2 * parts - 1 - rank) * chunk)
+            return count_before(ends_BM, [starts[i] for i in chosen], chunk)
+
+        causal = self.causal and owner == part
+        both = counts(part, own), counts(owner, its)
+        return Tile(_chunks(own, 2 * chunk), _chunks(its, 2 * chunk), None, causal, both)
+
+    def tile_forward(
+        self, tile: Tile, query_BHRK: Tensor, key_BGCK: Tensor, value_BGCK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return a tile's output and log-sum-exp."""
+        inputs = query_BHRK, key_BGCK, value_BGCK
+        if self.packed is not None and tile.counts is not None:
+            return self.packed.forward(*inputs, *tile.counts, tile.causal)
+        return tile_forward(*inputs, tile.mask, tile.causal)
+
+    def tile_backward(
+        self,
+        tile: Tile,
+        grad_BHRK: Tensor,
+        query_BHRK: Tensor,
+        key_BGCK: Tensor,
+        value_BGCK: Tensor,
+        out_BHRK: Tensor,
+        lse_BHR: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a tile's query, key and value gradients, from the merged output."""
+        inputs = grad_BHRK, query_BHRK, key_BGCK, value_BGCK, out_BHRK, lse_BHR
+        if self.packed is not None and tile.counts is not None:
+            return self.packed.backward(*inputs, *tile.counts, tile.causal)
+        return tile_backward(*inputs, tile.mask, tile.causal)
+
+
+def _causal_chunks(part: int, owner: int) -> tuple[Chunks, Chunks]:
+    """Return which chunks of a rank's queries and of `owner`'s keys attend to each other."""
+    if owner == part:
+        return BOTH, BOTH
+    # A lower rank's first chunk of keys precedes all local queries, its second follows
+    # them; a higher rank's keys lie between the two chunks of local queries.
+    return (BOTH, (0,)) if owner < part else ((1,), BOTH)
+
+
+def _chunks(chosen: Chunks, length: int) -> slice:
+    """Return the slice of the chosen chunks, of the two that `length` positions are."""
+    return slice(chosen[0] * length // 2, (chosen[-1] + 1) * length // 2)
 
 
 class RingAttention(torch.autograd.Function):
@@ -89,7 +145,7 @@ class RingAttention(torch.autograd.Function):
             if tile is None:
                 continue
             key, value = held_2BGTK[:, :, :, tile.columns].unbind(0)
-            more = tile_forward(query_BHSK[:, :, tile.rows], key, value, tile.mask, tile.causal)
+            more = ring.tile_forward(tile, query_BHSK[:, :, tile.rows], key, value)
             merge_tile_(out_BHSK[:, :, tile.rows], lse_BHS[:, :, tile.rows], *more)
         result_BHSK = out_BHSK.to(query_BHSK.dtype)
         ctx.save_for_backward(query_BHSK, own_2BGTK, result_BHSK, lse_BHS)
@@ -109,15 +165,14 @@ class RingAttention(torch.autograd.Function):
             if tile is not None:
                 rows, columns = tile.rows, tile.columns
                 key, value = held_2BGTK[:, :, :, columns].unbind(0)
-                of_query, *of_keys = tile_backward(
+                of_query, *of_keys = ring.tile_backward(
+                    tile,
                     grads[0][:, :, rows],
                     query_BHSK[:, :, rows],
                     key,
                     value,
                     out_BHSK[:, :, rows],
                     lse_BHS[:, :, rows],
-                    tile.mask,
-                    tile.causal,
                 )
                 query_grad_BHSK[:, :, rows] += of_query
                 grad_2BGTK[:, :, :, columns] = torch.stack(of_keys)

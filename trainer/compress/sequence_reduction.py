@@ -141,19 +141,18 @@ class ShortenText(Resize):
     def sequence_after(self, stream: SequenceInfo, training: bool) -> SequenceInfo:
         """Return the metadata of the groups; each has its last position's angle and document."""
         last = slice(-stream.start % self.stride, None, self.stride)
-        documents_BS, rope = stream.documents_BS, stream.rope
+        documents_BS, ends_BM, rope = stream.documents_BS, stream.ends_BM, stream.rope
         total = len(range(stream.total)[last])
         shorter = replace(
             stream.with_length(total),
-            mask=None,
             start=self.output_length(stream.start, training),
             documents_BS=None if documents_BS is None else documents_BS[:, last],
+            ends_BM=None if ends_BM is None else -(-ends_BM // self.stride),
             rope=None if rope is None else (rope[0][:, last], rope[1][:, last]),
             longer=stream,
         )
         if documents_BS is not None:
-            rows_S = torch.arange(total, device=documents_BS.device)
-            shorter.mask = shorter.visible_mask(rows_S, rows_S)
+            shorter.hide_keys(len(documents_BS))
         return shorter
 
     def __call__(

@@ -182,6 +182,23 @@ def _round_up(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+def document_ends(documents_BS: np.ndarray) -> np.ndarray:
+    """Return the position behind each document of each row, (B,M) int64, the last one repeated.
+
+    Documents are runs of equal ids; padding is one too. M is a power of two, so that compiled
+    attention meets few shapes.
+    """
+    rows, length = documents_BS.shape
+    row_N, column_N = np.nonzero(np.diff(documents_BS, axis=1))
+    count_B = np.bincount(row_N, minlength=rows)
+    ends_BM = np.full((rows, 1 << int(count_B.max()).bit_length()), length, np.int64)
+    first_B = np.cumsum(count_B) - count_B
+    ends_BM[row_N, np.arange(len(row_N)) - first_B[row_N]] = column_N + 1
+    return ends_BM
+
+
 def _to_tensors(batch: Sample, pin_memory: bool) -> Batch:
+    if "documents" in batch:
+        batch["document_ends"] = document_ends(batch["documents"])
     tensors = {key: torch.from_numpy(np.ascontiguousarray(value)) for key, value in batch.items()}
     return {k: t.pin_memory() for k, t in tensors.items()} if pin_memory else tensors

@@ -22,6 +22,7 @@ from trainer.config.train import (
 )
 from trainer.nn.cache import AttentionCache, BlockCache
 from trainer.nn.local_layer import LocalLayer
+from trainer.nn.packed_attention import PackedAttention
 from trainer.nn.rotary import apply_rope
 from trainer.nn.sequence import Bias, SequenceInfo, Sequences
 
@@ -208,7 +209,9 @@ class Attention(nn.Module):
             )
         key_BGSK = key_BSGK.transpose(1, 2)
         value_BGSK = self._split_heads(self.value(x_BSD)).transpose(1, 2)
-        causal = stream.causal and not stream.hides_keys and stream.relative is None
+        packed = stream.packed
+        needs_mask = stream.hides_keys or stream.relative is not None
+        causal = stream.causal and (packed is not None or not needs_mask)
         if cache is not None:
             start, S = cache.length, query_BSHK.shape[1]
             key_BGSK, value_BGSK = cache.append(key_BGSK, value_BGSK)
@@ -218,7 +221,7 @@ class Attention(nn.Module):
             causal = causal and start == 0  # a single later token attends to all cached ones
         mask = stream.mask if stream.biased_mask is None else stream.biased_mask
         return self._attend_global(
-            query_BSHK, key_BGSK, value_BGSK, stream, mask, causal, stream.relative
+            query_BSHK, key_BGSK, value_BGSK, stream, mask, causal, stream.relative, packed
         )
 
     def cross_attention(
@@ -249,12 +252,16 @@ class Attention(nn.Module):
         mask: Tensor | None,
         causal: bool,
         bias: Bias | None = None,
+        packed: PackedAttention | None = None,
     ) -> Tensor:
-        query_BHSK = query_BSHK.transpose(1, 2)
+        query_BHSK, visible = query_BSHK.transpose(1, 2), keys.visible_mask
         if keys.context.shares:
             mixed_BHSK = keys.context.attend_global(
-                query_BHSK, key_BGSK, value_BGSK, keys.total, keys.visible_mask, causal, bias
+                query_BHSK, key_BGSK, value_BGSK, keys.total, visible, causal, bias, packed
             )
+            return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
+        if packed is not None:
+            mixed_BHSK = packed.attend(query_BHSK, key_BGSK, value_BGSK, causal)
             return self.output(mixed_BHSK.transpose(1, 2).flatten(2))
         group = query_BHSK.shape[1] // key_BGSK.shape[1]
         if group > 1 and mask is not None:

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trainer.nn.packed_attention import PackedAttention, VarlenKernel, pack_rows
+
 Inputs = dict[str, Tensor]
 # (x, memory or the target that waits for it, marks of a shortened source). Marks are (B,S,2)
 # integers: the size of each vector (how many original vectors it merges; 0 = padding) and the sum
@@ -89,6 +91,7 @@ class Context(Protocol):
         visible: Callable,
         causal: bool,
         bias: Bias | None = None,
+        packed: PackedAttention | None = None,
     ) -> Tensor:
         """Return the attention of the local queries to the keys of all context ranks."""
         raise AssertionError("no ranks share this sequence")
@@ -112,8 +115,11 @@ class SequenceInfo:
     causal: bool  # position i attends to positions ≤ i only
     positions_S: Tensor  # positions of the activations between blocks on this rank, for dropout
     documents_BS: Tensor | None = None  # all positions: document id; attention stays within one
+    ends_BM: Tensor | None = None  # where the documents of each row end; see document_ends
     valid_BS: Tensor | None = None  # all positions, as keys: False = padding
-    mask: Tensor | None = None  # `visible` of all positions; None = full, causal or sharded
+    kernel: VarlenKernel | None = None  # which hides keys without a mask; None = there is none
+    packed: PackedAttention | None = None  # by that kernel; None = nothing hidden, or by a mask
+    mask: Tensor | None = None  # `visible` of all positions; None = full, causal, packed or sharded
     rope: tuple[Tensor, Tensor] | None = None  # cos and sin, (B or 1, S, 1, K/2)
     seeds_B: Tensor | None = None  # dropout seed of each sample
     angles: Callable[[Tensor], Any] | None = None  # positions (B,S) -> rope
@@ -130,6 +136,35 @@ class SequenceInfo:
     def hides_keys(self) -> bool:
         """Return whether a query may not attend to a key although it is not behind the query."""
         return self.documents_BS is not None or self.valid_BS is not None or self.window > 0
+
+    @property
+    def _can_pack(self) -> bool:
+        """Return whether the kernel hides what is to be hidden, and is of use."""
+        if self.kernel is None or self.start > 0 or self.relative is not None:
+            return False
+        if self.valid_BS is not None:
+            return False
+        if self.documents_BS is not None:
+            return self.ends_BM is not None
+        return self.window > 0 or (self.causal and self.context.shares)
+
+    def hide_keys(self, batch: int) -> None:
+        """Set how attention hides keys of `batch` samples: packed documents, or a mask."""
+        self.packed = self.mask = self.biased_mask = None
+        device, total = self.positions_S.device, self.total
+        if self._can_pack:
+            assert self.kernel is not None
+            ends_BM = self.ends_BM
+            if ends_BM is None:
+                ends_BM = torch.full((batch, 1), total, device=device)
+            self.packed = pack_rows(ends_BM, total, self.window, self.kernel)
+        elif not self.context.shares and (self.hides_keys or self.relative is not None):
+            columns_C = torch.arange(self.start + total, device=device)
+            rows_R = columns_C[self.start :]
+            if self.hides_keys:
+                self.mask = self.visible_mask(rows_R, columns_C)
+            if self.relative is not None:
+                self.biased_mask = self.add_bias(rows_R, columns_C)
 
     def gather_local(self, x_BSD: Tensor) -> Tensor:
         """All-gather the activations between blocks over the `length` positions of this rank."""
@@ -149,7 +184,9 @@ class SequenceInfo:
         """Return a copy for a sequence resized to `length` vectors, without marks."""
         rows_S = torch.arange(length, device=self.positions_S.device)
         places_S = self.layout.local_positions(rows_S[None, :, None])[0, :, 0]
-        return replace(self, length=length, total=length, positions_S=places_S)
+        return replace(
+            self, length=length, total=length, positions_S=places_S, ends_BM=None, packed=None
+        )
 
     def with_marks(self, marks_BS2: Tensor, dtype: torch.dtype) -> "SequenceInfo":
         """Return a copy with these marks: proportional attention by size (arXiv 2210.09461)."""
@@ -158,7 +195,9 @@ class SequenceInfo:
         mask = sizes_BS.to(precise).log().to(dtype)[:, None, None, :]  # -inf for padding
         positions_BS = sums_BS.to(precise) / sizes_BS.clamp(min=1)
         rope = None if self.angles is None else self.angles(positions_BS)
-        return replace(self, mask=mask, rope=rope, valid_BS=sizes_BS > 0, marks_BS2=marks_BS2)
+        return replace(
+            self, mask=mask, packed=None, rope=rope, valid_BS=sizes_BS > 0, marks_BS2=marks_BS2
+        )
 
     def add_bias(self, rows_R: Tensor, columns_C: Tensor) -> Tensor:
         """Return the relative bias (B or 1, H, R, C), -inf where a query does not see a key."""
