@@ -12,7 +12,8 @@ from varlen import ReferenceKernel
 from parallel.activation_checkpointing import KEPT, checkpoint_activations
 from parallel.context import block_attention
 from parallel.context.block_attention import tile_backward, tile_forward
-from trainer.data.loader import document_ends
+from trainer.data.dataset import Dataset
+from trainer.data.loader import TrainLoader, document_ends, evaluation_batches
 from trainer.nn import packed_attention
 from trainer.nn.packed_attention import KERNELS, find_kernel, pack_rows
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
@@ -33,6 +34,29 @@ def test_offsets_by_hand():
     packed = pack_rows(ends, 6, 0, CUDA)
     assert packed.offsets_N.tolist() == [0, 2, 3, 6, 6, 12, 12, 12, 12]
     assert packed.offsets_N.dtype == torch.int32
+
+
+class Windows(Dataset):
+    """One window of two documents, and one of one."""
+
+    def __len__(self):
+        return 2
+
+    def sample(self, index, seed):
+        return {"tokens": np.zeros(6, np.int64), "targets": np.zeros(6, np.int64)}
+
+    def collate(self, samples):
+        batch = {name: np.stack([s[name] for s in samples]) for name in samples[0]}
+        return batch | {"documents": np.array([[0, 0, 1, 1, 1, 1], [0] * 6])}
+
+
+def test_loaders_send_the_ends():
+    loader = TrainLoader(Windows(), 0, 2, 2, 0, 1, 0)
+    (batch,) = next(loader)
+    loader.close()
+    (evaluated,) = evaluation_batches(Windows(), 2, 0, 1)
+    for found in (batch, evaluated):
+        assert found["document_ends"].tolist() == [[2, 6], [6, 6]]
 
 
 def batch_of(config, documents=True):
@@ -119,14 +143,14 @@ def test_selective_recomputation_keeps_the_kernels_output():
 
 
 class Recorder(TorchDispatchMode):
-    """Records the arguments of flash attention."""
+    """Records the arguments of attention."""
 
     def __init__(self):
         super().__init__()
         self.calls = []
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if "_flash_attention_" in str(operator):
+        if "_flash_attention_" in str(operator) or "_efficient_" in str(operator):
             names = [argument.name for argument in operator._schema.arguments]
             given = dict(zip(names, args, strict=False)) | (kwargs or {})
             self.calls.append({k: described(v) for k, v in given.items() if v is not None})
@@ -172,6 +196,10 @@ def test_a_masked_tile_on_cuda_is_no_matrix_product(dtype, rows, monkeypatch):
     assert (out.shape, lse.shape) == (query.shape, query.shape[:3])
     grads = tile_backward(out, query, key, key, out, lse, mask, False)
     assert [x.shape for x in grads] == [query.shape, key.shape, key.shape]
+    # The kernel reads the log-sum-exp of whole blocks of 32 rows.
+    with Recorder() as recorder:
+        tile_backward(out, query, key, key, out, lse, mask, False)
+    assert recorder.calls[0]["logsumexp"] == (torch.Size([2, 4, 32]), torch.float32)
     bias = block_attention._aligned_mask(mask, query, 10)
     assert bias.shape == (2, 4, rows, 10) and bias.stride(2) % 8 == 0
 
