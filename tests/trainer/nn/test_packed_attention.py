@@ -15,6 +15,7 @@ from parallel.context.block_attention import tile_backward, tile_forward
 from trainer.data.dataset import Dataset
 from trainer.data.loader import TrainLoader, document_ends, evaluation_batches
 from trainer.nn import packed_attention
+from trainer.nn.cache import DecodingCache
 from trainer.nn.packed_attention import KERNELS, find_kernel, pack_rows
 from trainer.verify.cases import FAMILIES, make_batch, scale_down
 from trainer.verify.features import BERT, FEATURES
@@ -94,6 +95,16 @@ def test_a_window_needs_no_documents():
         torch.testing.assert_close(trained(model, batch), due, rtol=0, atol=1e-12)
     windows = [arguments[-1] for arguments in calls]
     assert windows == [5] * sum(block.windowed for block in model.blocks.values())
+
+
+def test_decoding_behind_a_prompt_has_a_mask():
+    model, calls = build(scale_down(FEATURES["decoder (Gemma 3)"])).eval(), []
+    tokens = batch_of(model.config)["tokens"]
+    due, cache = model({"tokens": tokens}), DecodingCache(model, capacity=12)
+    with ReferenceKernel(calls):
+        parts = [model({"tokens": part}, cache=cache) for part in tokens.split([7, 4, 1], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), due, rtol=0, atol=1e-12)
+    assert len(calls) == sum(block.windowed for block in model.blocks.values())  # of the prompt
 
 
 def test_documents_of_an_encoder():
