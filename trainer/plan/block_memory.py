@@ -26,6 +26,9 @@ from trainer.config.train import (
 from trainer.plan.parameters import ROW, attention_matrices, feed_forward_matrices
 
 FLOAT = 4  # bytes of float32
+# A weight's gradient: as it is kept; cast to that dtype; kept in the dtype of compute until FSDP
+# has those of its whole block.
+WHOLE_GRADIENTS, CAST_GRADIENTS, SHARDED_GRADIENTS = "whole", "cast", "sharded"
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ class BlockBytes:
 
     kept: dict[str, float]
     recomputed: dict[str, float]  # beyond what is kept, when its backward begins
-    backward: float  # beyond that, in its backward
+    backward: dict[str, tuple[float, float]]  # beyond that, in its backward; and in a first one
+    ends: float  # in the backward of its first norm, its last
     output: float  # its output, which the next block keeps as its input
     gradients: float  # of the outputs of its products, from which its weights get theirs
     received: float  # its input, where nothing else keeps it but the stage that received it
@@ -125,7 +129,8 @@ def block_bytes(
     # By then all that was kept is used, or freed, but the last sum.
     recomputed = {"none": 0.0, "block": again, "selective": again - selective + each}
     work, gradients = _backward_bytes(model, own, setting), products + branches * whole
-    return BlockBytes(kept, recomputed, work, stream, gradients, stream - read)
+    ends = _norm_backward_bytes(model, between, setting)
+    return BlockBytes(kept, recomputed, work, ends, stream, gradients, stream - read)
 
 
 def _keeps_input(model: ModelConfig, setting: Setting) -> bool:
@@ -146,6 +151,15 @@ def _branch_norms(model: ModelConfig, rows: int, setting: Setting) -> float:
         times = 1 if setting.lora.rank else 2  # a frozen weight needs no normalised input
         normed, statistics = times * max(FLOAT, c) * entries, max(FLOAT, c) * rows
     return norms * (normed + statistics) + c * entries
+
+
+def _norm_backward_bytes(model: ModelConfig, rows: int, setting: Setting) -> float:
+    """Return what the backward of a norm needs at once, with the gradient of its output."""
+    c, entries = setting.compute_bytes, rows * model.width
+    if model.norm == "rmsnorm" and not setting.fused_norm:
+        # Of its operators' results: two products, their sum's, the mean's, and three of the square.
+        return 7 * max(FLOAT, c) * entries
+    return 2 * c * entries
 
 
 def _attention_bytes(
@@ -212,16 +226,51 @@ def _feed_forward_bytes(model: ModelConfig, rows: int, setting: Setting) -> Laye
     return LayerBytes(2 * inner, inner)
 
 
-def _backward_bytes(model: ModelConfig, own: Sequence, setting: Setting) -> float:
-    """Return what the backward of the feed-forward layer, a block's last, needs at once."""
+def _backward_bytes(
+    model: ModelConfig, own: Sequence, setting: Setting
+) -> dict[str, tuple[float, float]]:
+    """Return what the backward of the feed-forward layer, a block's last, needs at once.
+
+    By what becomes of a weight's gradient: it is added to one that is there, or is the first.
+    """
     c, rows = setting.compute_bytes, setting.rows(own.length)
     width = math.ceil(model.ffn_width / setting.tensor)
     gradient = c * setting.rows_between(own.length) * model.width
     gathered = c * rows * model.width if setting.splits_rows else 0.0
-    inner = c * rows * width
-    times = 2 if is_gated(model) or model.activation == "relu" else 1
-    # The product's two gradients, of its input and of its weight, come before that is freed.
-    return gradient + gathered + max(times * inner, inner + c * width * model.width)
+    inner, matrix = c * rows * width, 0 if setting.lora.rank else width * model.width
+    relu, wide = model.activation == "relu", setting.parameter_bytes * matrix
+    # The last product's gradients, of its input and its weight, come before its input is freed.
+    product = inner + c * matrix
+    # Then those of the activation, or of both factors; relu keeps its output, the product's input.
+    spread = (2 if is_gated(model) or relu else 1) * inner
+    cast = wide + relu * inner  # the weight's copy is freed, its gradient is not yet
+    found = {
+        WHOLE_GRADIENTS: (max(product, spread), max(product, spread + c * matrix)),
+        CAST_GRADIENTS: (
+            max(product, cast, spread - c * matrix),
+            max(product, cast, spread - c * matrix + wide),
+        ),
+        SHARDED_GRADIENTS: (max(product, spread + c * matrix),) * 2,
+    }
+    return {
+        style: (gradient + gathered + a, gradient + gathered + b) for style, (a, b) in found.items()
+    }
+
+
+def input_bytes(
+    model: ModelConfig, source: Sequence | None, target: Sequence | None, samples: int
+) -> float:
+    """Return what a micro-batch reads; those of a whole step are there from its start."""
+    number, found = 8, 0.0  # bytes of a token
+    if inputs_of(model) == "patches":
+        found += FLOAT * model.channels * model.image_size**2
+    elif source is not None and inputs_of(model) == "audio":
+        found += FLOAT * source.length * model.audio_stride * model.mels
+    elif source is not None:
+        found += number * source.length * (1 if target else 2)
+    if target is not None and not model.queries:
+        found += 2 * number * target.length
+    return samples * found
 
 
 def embedding_bytes(model: ModelConfig, source: Sequence | None, setting: Setting) -> float:

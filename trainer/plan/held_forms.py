@@ -22,10 +22,12 @@ def likely_held(schedule: str, ranks: int, stages: int, micro_batches: int) -> t
     if ranks == 1:
         return ONE_STAGE
     found = []
+    counts: tuple[int, ...]
     for rank in range(ranks):
         if schedule in ("gpipe", "looped_bfs"):
-            counts = (micro_batches,) * stages
-        elif schedule in ("zbv", "dualpipev"):
+            found.append(_all_flying(stages, micro_batches))
+            continue
+        if schedule in ("zbv", "dualpipev"):
             more = 1 if schedule == "dualpipev" else 0
             counts = (2 * ranks - 1 - rank + more, 1 + rank)
         else:
@@ -42,9 +44,23 @@ def likely_held(schedule: str, ranks: int, stages: int, micro_batches: int) -> t
         # With a split backward, rank r's weights wait for their gradients r micro-batches long.
         late = rank if schedule in ("zero_bubble", "zbv", "dualpipev") else 0
         waiting = (*(0,) * (len(flying) - 1), min(late, flying[-1]))
-        accumulates = schedule not in ("gpipe", "looped_bfs") and micro_batches > 1
-        found.append(Held((Moment(flying, waiting),), accumulates))
+        learned = (micro_batches > 1,) * len(flying)
+        moment = Moment(flying, waiting, learned, len(flying) - 1, bool(late))
+        found.append(Held((moment,), in_turn=schedule == "1f1b"))
     return tuple(found)
+
+
+def _all_flying(stages: int, micro_batches: int) -> Held:
+    """Return what a rank holds whose backwards follow all forwards, the last stage's first."""
+    moments = []
+    for at in {stages - 1, 0}:
+        for done in range(min(2, micro_batches)):  # backwards of this stage so far
+            flying = tuple(
+                (stage <= at) * (micro_batches - done * (stage == at)) for stage in range(stages)
+            )
+            learned = tuple(stage > at or (stage == at and done > 0) for stage in range(stages))
+            moments.append(Moment(flying, (0,) * stages, learned, at))
+    return Held(tuple(moments))
 
 
 def _by_stage(chunks: int, stages: int, in_round: int) -> tuple[int, ...]:

@@ -1,9 +1,9 @@
 """Micro-batches that a pipeline's schedule holds at once, from torch's lists of its actions."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
-from parallel.pipeline.schedules import SCHEDULES, accepts_micro_batches, read_csv, stages_per_rank
+from parallel.pipeline.schedules import accepts_micro_batches, read_csv, stages_per_rank
 from parallel.pipeline.simulator import Action
 from parallel.pipeline.torch_schedules import list_actions
 from parallel.strategy import StrategyConfig
@@ -28,41 +28,74 @@ def held_micro_batches(strategy: StrategyConfig, micro_batches: int) -> tuple[He
 def _held_by_schedule(
     schedule: str, ranks: int, per_rank: int, micro_batches: int
 ) -> tuple[Held, ...]:
-    if schedule in ("gpipe", "looped_bfs"):  # all forwards come first
-        moment = Moment((micro_batches,) * per_rank, (0,) * per_rank)
-        return (Held((moment,), accumulates=False),) * ranks
-    enough = range(ROUNDS * ranks, micro_batches)
-    fewer = next((n for n in enough if accepts_micro_batches(schedule, ranks, n)), micro_batches)
-    actions = list_actions(schedule, ranks, per_rank, fewer)
-    held = tuple(_most_held(actions[rank], ranks * per_rank - 1) for rank in range(ranks))
-    if SCHEDULES[schedule].most_stages != 1:
-        return held
-    return tuple(  # messages are waited for in turn
-        Held(tuple(m._replace(sent=0) for m in own.moments), own.accumulates, in_turn=True)
-        for own in held
+    accepted = (n for n in range(ROUNDS * ranks, micro_batches))
+    enough = next((n for n in accepted if accepts_micro_batches(schedule, ranks, n)), micro_batches)
+    found = _listed(schedule, ranks, per_rank, enough)
+    if schedule not in ("gpipe", "looped_bfs"):
+        return found
+    # All forwards come first, so that all counts are linear in the number of micro-batches.
+    fewer, more = _listed(schedule, ranks, per_rank, enough - 1), micro_batches - enough
+    return (
+        tuple(
+            Held(tuple(map(partial(_continue, more=more), *(held.moments for held in pair))))
+            for pair in zip(fewer, found, strict=True)
+        )
+        if more
+        else found
     )
 
 
+def _listed(schedule: str, ranks: int, per_rank: int, micro_batches: int) -> tuple[Held, ...]:
+    actions = list_actions(schedule, ranks, per_rank, micro_batches)
+    held = tuple(_most_held(actions[rank], ranks * per_rank - 1) for rank in range(ranks))
+    if schedule != "1f1b":
+        return held
+    return tuple(  # messages are waited for in turn
+        Held(tuple(m._replace(sent=0) for m in own.moments), in_turn=True) for own in held
+    )
+
+
+def _continue(fewer: Moment, moment: Moment, more: int) -> Moment:
+    """Return a moment with `more` micro-batches, from it and from that with one less."""
+    pairs = zip(fewer.flying, moment.flying, strict=True)
+    flying = tuple(n + more * (n - before) for before, n in pairs)
+    return moment._replace(flying=flying, sent=moment.sent + more * (moment.sent - fewer.sent))
+
+
 def _most_held(actions: Sequence[Action], last: int) -> Held:
-    """Return the moments in which a rank holds the most, and if a backward was done before."""
-    stages, backward, sent = sorted({action.stage for action in actions}), False, 0
+    """Return the backwards, and losses, in which a rank holds the most."""
+    stages, sent = sorted({action.stage for action in actions}), 0
     flying, waiting = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
-    seen: dict[tuple, tuple[int, bool]] = {}
+    learned, found = dict.fromkeys(stages, False), list[Moment]()
     for stage, kind, *_ in actions:
-        flying[stage] += {"F": 1, "I": 0}.get(kind, -1)
-        if stage > 0:  # the first stage has no gradients but those of its weights
-            waiting[stage] += {"I": 1, "W": -1}.get(kind, 0)
-        backward = backward or kind in "BW"
+        # The first stage has no gradients but those of its weights.
+        split = kind == "I"
+        if split and stage == 0:
+            continue
+        flying[stage] += kind == "F"
+        if kind in "BI" or (kind, stage) in (("F", last), ("W", 0)):
+            held = tuple(flying.values()), tuple(waiting.values()), tuple(learned.values())
+            _insert(found, Moment(*held, stages.index(stage), split, sent))
+        if kind == "F":
+            continue
+        waiting[stage] += {"I": 1, "W": -(stage > 0)}.get(kind, 0)
+        flying[stage] -= not split
+        learned[stage] |= not split
         # An output stays for its own backward; its message holds it from then on.
         sent += kind in "BW" and stage < last and stage + 1 not in flying
         sent += kind in "BI" and stage > 0 and stage - 1 not in flying
-        moment = tuple(flying.values()), tuple(waiting.values())
-        seen[moment] = sent, backward
-    most = [one for one in seen if not any(_is_above(other, one) for other in seen if other != one)]
-    moments = (Moment(flying, waiting, seen[flying, waiting][0]) for flying, waiting in most)
-    return Held(tuple(moments), any(seen[moment][1] for moment in most))
+    return Held(tuple(found))
 
 
-def _is_above(one: tuple, other: tuple) -> bool:
-    pairs = zip(one[0] + one[1], other[0] + other[1], strict=True)
-    return all(a >= b for a, b in pairs)
+def _insert(found: list[Moment], moment: Moment) -> None:
+    """Insert a moment, unless another holds more, in place of those that hold no more."""
+    if not any(_is_above(other, moment) and not _is_above(moment, other) for other in found):
+        found[:] = [other for other in found if not _is_above(moment, other)] + [moment]
+
+
+def _is_above(one: Moment, other: Moment) -> bool:
+    """Return whether a moment holds as much of everything as another of the same kind."""
+    if (one.at, one.splits) != (other.at, other.splits):
+        return False
+    ones, others = ((*m.flying, *m.waiting, *m.learned) for m in (one, other))
+    return all(a >= b for a, b in zip(ones, others, strict=True))

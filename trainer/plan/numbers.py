@@ -24,6 +24,7 @@ class Numbers:
     parts: Mapping[str, Part]
     loss: LossBytes
     head: float  # the head's matrices in the dtype of compute
+    inputs: float
     embedding: float
     shared: float
     memory: float  # the encoder's output, which a stage of decoder blocks receives
@@ -31,17 +32,27 @@ class Numbers:
 
 
 @dataclass(frozen=True)
-class RankNumbers:
-    """Numbers of one pipeline rank, for one micro-batch of each of its stages."""
+class StageNumbers:
+    """Numbers of one stage of a pipeline rank, for one micro-batch."""
 
-    kept: tuple[float, ...]  # by stage, without the loss
-    late: tuple[float, ...]  # from the loss to its backward
-    waiting: tuple[float, ...]  # more between two halves of a backward
+    kept: float  # without the loss
+    late: float  # from the loss to its backward
+    waiting: float  # more between two halves of a backward
+    parameters: Parameters  # its ends included
+    ends: float  # of these, the head's that learn
+    has_head: bool
+    block: Part  # the largest
+    blocks: int
+    one: float  # what the block keeps
+    work: tuple[float, float]  # of its backward, recomputed included; gradients there, or first
+    done: float  # of the head, gone when the blocks' backward begins
+
+
+@dataclass(frozen=True)
+class RankNumbers:
+    """Numbers of one pipeline rank."""
+
+    stages: tuple[StageNumbers, ...]
     blocks: Parameters
     ends: Parameters
     own: Parameters  # both
-    has_head: bool
-    last: Part  # the largest block
-    one: float  # what it keeps
-    work: float  # of its backward, what is recomputed included
-    done: float  # of the head, gone when the blocks' backward begins

@@ -33,49 +33,36 @@ class Stage:
 
 
 class Moment(NamedTuple):
-    """The micro-batches that a pipeline rank holds at once, by stage in the order of the layers."""
+    """A backward of a pipeline rank, and what the rank holds then, by stage in the layers' order.
 
-    flying: tuple[int, ...]  # from their forward to the end of their backward
-    waiting: tuple[int, ...]  # of these, those whose weights have yet to get their gradients
+    `flying` are micro-batches from their forward to the end of their backward; `waiting`, of these,
+    those whose weights have yet to get their gradients.
+    """
+
+    flying: tuple[int, ...]
+    waiting: tuple[int, ...]
+    learned: tuple[bool, ...]  # whether a stage's weights have gradients already
+    at: int = -1  # the stage at work
+    splits: bool = False  # the gradients of its weights come later
     sent: int = 0  # messages so far that hold memory of their own until the step's end, on gloo
 
 
 class Held(NamedTuple):
-    """The moments in which a pipeline rank holds the most micro-batches."""
+    """The moments in which a pipeline rank holds the most."""
 
     moments: tuple[Moment, ...]
-    accumulates: bool  # whether gradients are there already
     in_turn: bool = False  # 1f1b: one loop, which still holds the latest logits and message
 
 
-ONE_STAGE = (Held((Moment((1,), (0,)),), accumulates=False),)
+ONE_STAGE = (Held((Moment((1,), (0,), (False,)),)),)
 
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The stages of a pipeline rank, and the most that they hold at once."""
+    """The stages of a pipeline rank, and what they hold at once."""
 
     stages: tuple[Stage, ...]
     held: Held
-
-    @property
-    def has_head(self) -> bool:
-        """Return whether the loss is computed here."""
-        return any(stage.last for stage in self.stages)
-
-    def moments(self, staged: bool, micro_batches: int) -> list[tuple[Moment, float]]:
-        """Return the moments that may need the most, and the share of gradients there then."""
-        if not staged:
-            return [(moment, float(micro_batches > 1)) for moment in self.held.moments]
-        found = [(moment, float(self.held.accumulates)) for moment in self.held.moments]
-        if not self.held.accumulates:  # behind the first backward of the last stage here
-            for flying, waiting, sent in self.held.moments:
-                fewer = (*flying[:-1], flying[-1] - 1)
-                found.append((Moment(fewer, waiting, sent), 1 / len(flying)))
-                if len(flying) > 1:  # the other stages are done when the first one begins
-                    first = (flying[0] - 1, *(0 for _ in flying[1:]))
-                    found.append((Moment(first, waiting, sent), 1.0))
-        return found
 
 
 class Layout(NamedTuple):

@@ -9,7 +9,7 @@ from trainer.lora.adapter import add_adapters
 from trainer.model import Transformer
 from trainer.plan import parameters as count
 from trainer.plan.cases import MODELS, PRESETS, small_run
-from trainer.plan.in_flight import held_micro_batches
+from trainer.plan.in_flight import _listed, held_micro_batches
 from trainer.plan.memory import MemoryModel
 from trainer.plan.rank_plan import Held, Moment
 from trainer.plan.trace import trace_step
@@ -49,10 +49,16 @@ def test_what_schedules_hold():
         strategy = StrategyConfig(pipeline=ranks, schedule=schedule)
         return list(held_micro_batches(strategy, micro_batches))
 
-    assert held("gpipe", 2, 5) == [Held((Moment((5,), (0,)),), False)] * 2
+    first, then = Moment((5,), (0,), (False,), 0), Moment((4,), (0,), (True,), 0, sent=1)
+    assert held("gpipe", 2, 5) == [Held((first, then))] * 2
+    # All counts are linear in the number of micro-batches.
+    for schedule in ("gpipe", "looped_bfs"):
+        per_rank = 1 if schedule == "gpipe" else 2
+        assert held(schedule, 2, 20) == list(_listed(schedule, 2, per_rank, 20))
     # arXiv 2104.04473: as many as there are ranks from a stage to the last.
-    assert held("1f1b", 4, 16) == [Held((Moment((n,), (0,)),), True, True) for n in (4, 3, 2, 1)]
-    assert held("1f1b", 4, 500) == held("1f1b", 4, 16)
+    turns = [Held((Moment((n,), (0,), (True,), 0),), in_turn=True) for n in (4, 3, 2, 1)]
+    assert held("1f1b", 4, 16) == turns
+    assert held("1f1b", 4, 500) == turns
 
 
 # benchmarks/plan_forms.py has every preset, family and mode.
@@ -60,6 +66,10 @@ ROWS = [
     ("encoder (ViT)", "fsdp 2", "block"),
     ("decoder (Llama)", "tensor 2", "selective"),
     ("decoder (Llama)", "pipeline 2, 1f1b", "none"),
+    ("decoder (Llama)", "pipeline 2, dualpipev", "none"),
+    ("decoder (Llama)", "pipeline 2, looped_bfs", "block"),
+    ("decoder (Llama)", "fsdp 2, kept", "block"),
+    ("encoder (ViT)", "pipeline 4", "block"),
 ]
 
 
