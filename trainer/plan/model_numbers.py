@@ -1,6 +1,5 @@
 """Numbers of a model that do not change with its layout, each worked out once; torch-free."""
 
-from collections.abc import Mapping
 from functools import cache, partial
 
 from trainer.config.train import CompressConfig, LoraConfig, ModelConfig, is_encoder_decoder
@@ -50,6 +49,8 @@ class ModelNumbers:
         self._numbers = cache(self._build_numbers)
         self._plans = cache(partial(rank_plans, model))
         self._ends = cache(self._build_ends)
+        self._blocks = cache(self._build_blocks)
+        self._parameters = cache(self._build_parameters)
         self._ranks = cache(self._build_ranks)
 
     def _build_ranks(
@@ -59,10 +60,14 @@ class ModelNumbers:
         numbers, tensor, found = self._numbers(*split), split[0], []
         style = CAST_GRADIENTS if copies else WHOLE_GRADIENTS
         style = SHARDED_GRADIENTS if sharded else style
+        made: dict[Stage, StageNumbers] = {}
         for plan in self._plans(*cut):
-            blocks, ends = self._rank_parameters(plan.stages, numbers.parts, tensor)
-            stages = (self._build_stage(one, numbers, tensor, mode, style) for one in plan.stages)
-            found.append((plan, RankNumbers(tuple(stages), blocks, ends, blocks + ends)))
+            blocks, ends = self._parameters(plan.stages, tensor)
+            for one in plan.stages:
+                if one not in made:
+                    made[one] = self._build_stage(one, numbers, tensor, mode, style)
+            stages = tuple(made[one] for one in plan.stages)
+            found.append((plan, RankNumbers(stages, blocks, ends, blocks + ends)))
         return found
 
     def _build_stage(
@@ -71,7 +76,7 @@ class ModelNumbers:
         """Return the numbers of a stage."""
         parts, loss, copies = numbers.parts, numbers.loss, style == CAST_GRADIENTS
         block = max((parts[kind] for kind, _ in stage.blocks), key=_size)
-        blocks, ends = self._rank_parameters((stage,), parts, tensor)
+        blocks, ends = self._parameters((stage,), tensor)
         work, one = block.bytes.recomputed[mode], block.bytes.kept[mode]
         extras = block.more + copies * block.copies
         if mode == "none":
@@ -111,14 +116,14 @@ class ModelNumbers:
             return kept + numbers.loss.hidden + copies * numbers.head
         return kept + numbers.parts[kinds[-1]].bytes.output
 
-    def _rank_parameters(
-        self, stages: tuple[Stage, ...], parts: Mapping[str, "Part"], tensor: int
+    def _build_parameters(
+        self, stages: tuple[Stage, ...], tensor: int
     ) -> tuple[Parameters, Parameters]:
         """Return the parameters of these stages' blocks, and those of the ends that they have."""
-        blocks, ends = Parameters(), Parameters()
+        blocks, ends, kinds = Parameters(), Parameters(), self._blocks(tensor)
         for stage in stages:
             for kind, number in stage.blocks:
-                blocks += number * parts[kind].parameters
+                blocks += number * kinds[kind]
         first = any(stage.first for stage in stages)
         last = any(stage.last for stage in stages)
         embedding, head, tied_head, tables = self._ends(tensor)
@@ -168,6 +173,20 @@ class ModelNumbers:
             setting.rows_between(last.length) * vector if two else 0.0,
         )
 
+    def _build_blocks(self, tensor: int) -> dict[str, Parameters]:
+        """Return the parameters of each kind of block."""
+        two = is_encoder_decoder(self.model)
+        return {
+            kind: count.block_parameters(
+                self.model,
+                tensor,
+                self._lora,
+                two and kind == DECODER,
+                two and kind == LAST_ENCODER,
+            )
+            for kind in (ENCODER, LAST_ENCODER, DECODER)
+        }
+
     def _build_parts(self, setting: Setting) -> dict[str, Part]:
         """Return the numbers of each kind of block."""
         model, parts = self.model, {}
@@ -180,10 +199,9 @@ class ModelNumbers:
             if own is None:
                 continue
             turns = two and kind == LAST_ENCODER
-            cross = memory is not None
-            found = count.block_parameters(model, setting.tensor, self._lora, cross, turns)
+            found = self._blocks(setting.tensor)[kind]
             copies = self._compute_bytes * (found.matrices + found.small)
-            more = layer_extras(model, own, setting, 3 if cross else 2)
+            more = layer_extras(model, own, setting, 3 if memory else 2)
             parts[kind] = Part(block_bytes(model, own, setting, memory, turns), found, copies, more)
         return parts
 
