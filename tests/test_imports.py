@@ -64,6 +64,7 @@ trainer.config: parallel.config_fields parallel.errors parallel.strategy
 conf.submit: parallel.config_fields trainer.config
 trainer.atomic_files: parallel.errors
 parallel.grad_norm:
+parallel.store_tree:
 parallel.runtime: parallel.errors parallel.strategy
 parallel.health: parallel.grad_norm parallel.runtime
 parallel.collectives:
@@ -88,8 +89,8 @@ trainer.nn: parallel.errors trainer.config parallel.runtime
 trainer.metrics: parallel.errors trainer.config trainer.atomic_files parallel.pipeline trainer.nn
 trainer.optim: trainer.config
 trainer.checkpoint: parallel.errors parallel.strategy trainer.config trainer.atomic_files
-    parallel.grad_norm parallel.runtime parallel.health parallel.parallel_model parallel.parallelize
-    trainer.data trainer.metrics trainer.optim
+    parallel.grad_norm parallel.store_tree parallel.runtime parallel.health parallel.parallel_model
+    parallel.parallelize trainer.data trainer.metrics trainer.optim
 trainer.loss: trainer.config trainer.nn
 trainer.model: trainer.config trainer.nn
 trainer.huggingface: trainer.config parallel.grad_norm parallel.parallelize trainer.data trainer.nn

@@ -10,8 +10,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,7 +21,8 @@ from trainer.atomic_files import sync_folder
 
 Number = TypeVar("Number", int, float)
 
-FORMAT = 1
+FORMAT = 2  # version 1 lists the chunks of every tensor
+READS = (1, 2)
 NAME = "manifest.json"
 _HEAD = b'{"sha256": "'
 _DIGITS = 64
@@ -42,13 +45,63 @@ class Chunk:
     file: str
 
 
+def file_name(rank: int) -> str:
+    """Return the file that a rank writes."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The chunks of a tensor as a grid; many tensors share one."""
+
+    cuts: tuple[tuple[int, ...], ...]  # per dim, where its rows of chunks begin
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]  # that have written them, row by row
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self.overlapping(tuple(slice(0, size) for size in self.shape))
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def overlapping(self, box: tuple[slice, ...]) -> Iterator[Chunk]:
+        """Yield the chunks that have elements in a box of the tensor."""
+        if not self.ranks or any(side.start >= side.stop for side in box):
+            return
+        rows = [
+            range(bisect_right(cuts, side.start) - 1, bisect_right(cuts, side.stop - 1))
+            for cuts, side in zip(self.cuts, box, strict=True)
+        ]
+        for place in product(*rows):
+            number = 0
+            for row, cuts in zip(place, self.cuts, strict=True):
+                number = number * len(cuts) + row
+            offsets = tuple(cuts[row] for cuts, row in zip(self.cuts, place, strict=True))
+            ends = (
+                (*cuts[1:], size)[row]
+                for cuts, row, size in zip(self.cuts, place, self.shape, strict=True)
+            )
+            sizes = tuple(end - begin for begin, end in zip(offsets, ends, strict=True))
+            yield Chunk(offsets, sizes, file_name(self.ranks[number]))
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """A full tensor: its safetensors dtype, and its chunks."""
 
     dtype: str
     shape: tuple[int, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[Chunk, ...] | Grid
+
+    def overlapping(self, box: tuple[slice, ...]) -> Iterator[Chunk]:
+        """Yield the chunks that have elements in a box of the tensor."""
+        if isinstance(self.chunks, Grid):
+            yield from self.chunks.overlapping(box)
+            return
+        for chunk in self.chunks:
+            sides = zip(chunk.offsets, chunk.sizes, box, strict=True)
+            if all(begin < s.stop and s.start < begin + size for begin, size, s in sides):
+                yield chunk
 
 
 @dataclass(frozen=True)
@@ -86,7 +139,7 @@ class Manifest:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write a folder's manifest, and fsync it and the folder."""
-    body = json.dumps({"format": FORMAT, **asdict(manifest)}, allow_nan=False).encode()
+    body = json.dumps({"format": FORMAT, **_to_json(manifest)}, allow_nan=False).encode()
     text = _HEAD + b"0" * _DIGITS + b'",\n' + body[1:]
     digest = hashlib.sha256(text).hexdigest().encode()
     with (folder / NAME).open("xb") as file:
@@ -94,6 +147,23 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync_folder(folder)
+
+
+def _to_json(manifest: Manifest) -> dict[str, Any]:
+    """Return a manifest's values, each grid once."""
+    grids: dict[Grid, int] = {}
+    tensors = {}
+    for name, entry in manifest.tensors.items():
+        held: dict[str, Any] = {"dtype": entry.dtype, "shape": entry.shape}
+        if isinstance(entry.chunks, Grid):
+            held["grid"] = grids.setdefault(entry.chunks, len(grids))
+        else:
+            held["chunks"] = [asdict(chunk) for chunk in entry.chunks]
+        tensors[name] = held
+    plain = {name: getattr(manifest, name) for name in manifest.__dataclass_fields__}
+    files = {name: asdict(entry) for name, entry in manifest.files.items()}
+    shared = [{"cuts": grid.cuts, "ranks": grid.ranks} for grid in grids]
+    return plain | {"tensors": tensors, "files": files, "grids": shared}
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -113,10 +183,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         body = json.loads(text)
         version = body["format"]
-        if version != FORMAT:
+        if version not in READS:
             raise UnsupportedFormatError(
-                f"{NAME} is of format version {version}, this version reads {FORMAT}; use the "
-                "version that wrote it"
+                f"{NAME} is of format version {version}, this version reads {READS[0]} to "
+                f"{READS[-1]}; use the version that wrote it"
             )
         return _parse_manifest(body)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -143,11 +213,14 @@ def _unreadable_message(path: Path) -> str:
 
 def _parse_manifest(body: dict[str, Any]) -> Manifest:
     files = {name: FileEntry(int(f["size"]), str(f["sha256"])) for name, f in body["files"].items()}
-    tensors = {name: _parse_tensor(entry) for name, entry in body["tensors"].items()}
+    grids = [_parse_grid(grid, files) for grid in body.get("grids", [])]
+    tensors = {name: _parse_tensor(entry, grids) for name, entry in body["tensors"].items()}
     for name in files:
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith(".") or name == NAME:
             raise ValueError(f"the file name {name!r} is none that a checkpoint has")
     for name, tensor in tensors.items():
+        if isinstance(tensor.chunks, Grid):
+            continue
         held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
         if held != math.prod(tensor.shape) or not all(
             _is_chunk_inside(c, tensor) for c in tensor.chunks
@@ -180,12 +253,29 @@ def _parse_number(kind: Callable[[Any], Number], value: Any) -> Number | None:
     return kind(value)
 
 
-def _parse_tensor(entry: dict[str, Any]) -> TensorEntry:
-    chunks = (
-        Chunk(_parse_ints(c["offsets"]), _parse_ints(c["sizes"]), c["file"])
-        for c in entry["chunks"]
-    )
-    return TensorEntry(str(entry["dtype"]), _parse_ints(entry["shape"]), tuple(chunks))
+def _parse_grid(grid: dict[str, Any], files: dict[str, FileEntry]) -> Grid:
+    """Return a grid, still without its tensor's shape; raises ValueError if a file is missing."""
+    cuts, ranks = tuple(_parse_ints(c) for c in grid["cuts"]), _parse_ints(grid["ranks"])
+    if math.prod(map(len, cuts)) != len(ranks) or not {file_name(r) for r in ranks} <= files.keys():
+        raise ValueError("a grid of chunks is in files that are not listed")
+    return Grid(cuts, (), ranks)
+
+
+def _parse_tensor(entry: dict[str, Any], grids: list[Grid]) -> TensorEntry:
+    dtype, shape = str(entry["dtype"]), _parse_ints(entry["shape"])
+    if "grid" not in entry:
+        chunks = (
+            Chunk(_parse_ints(c["offsets"]), _parse_ints(c["sizes"]), c["file"])
+            for c in entry["chunks"]
+        )
+        return TensorEntry(dtype, shape, tuple(chunks))
+    if not 0 <= (number := int(entry["grid"])) < len(grids):
+        raise ValueError(f"there is no grid {number}")
+    grid = replace(grids[number], shape=shape)
+    for cuts, size in zip(grid.cuts, shape, strict=True):
+        if size and (cuts[:1] != (0,) or any(a >= b for a, b in pairwise((*cuts, size)))):
+            raise ValueError(f"the chunks of a tensor do not make up {shape}")
+    return TensorEntry(dtype, shape, grid)
 
 
 def _parse_ints(values: list) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ The ranks agree through the process group's store, never by a collective, which 
 with those of training. So a save that fails on one rank fails on all.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -14,7 +13,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any, Self
@@ -25,6 +23,7 @@ from torch import distributed as dist
 from parallel.errors import StorageError, UserError
 from parallel.health.watchdog import StoppedError
 from parallel.runtime import broadcast_from_rank0
+from parallel.store_tree import StoreTree
 from trainer.atomic_files import sync_folder
 from trainer.checkpoint.contents import Checkpointed
 from trainer.checkpoint.folder import checkpoint_path, list_checkpoints, steps_to_keep
@@ -34,17 +33,16 @@ from trainer.checkpoint.manifest import (
     FileEntry,
     Manifest,
     check_folder,
+    file_name,
     write_manifest,
 )
 from trainer.checkpoint.restore import layout_of
-from trainer.checkpoint.shards import Shard, file_name
+from trainer.checkpoint.shards import Shard
 from trainer.config.train import CheckpointConfig
 from trainer.optim.lr_schedule import learning_rate_at
 
 log = logging.getLogger(__name__)
 
-# Other ranks' files may be large and their disks slow; lost ranks are the launcher's concern.
-PATIENCE = timedelta(days=30)
 LEAVING_SECONDS = 10.0  # wait for a save in flight when training fails
 
 
@@ -73,7 +71,6 @@ class Saver:
         self._run_save, self._config = run, config
         self._folder = checkpoint_path(run.run_dir, 0).parent
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
-        self._shard = Shard(state.state_tensors())
         self._record: dict[str, Any] = {
             "run": state.run,
             "config": dict(run.identity),
@@ -83,15 +80,16 @@ class Saver:
             "base": dict(state.base),
         }
         there = checkpoint_path(run.run_dir, state.step).exists()
-        facts = uuid4().hex[:8], there, self._too_small() if self._rank == 0 else ""
         # the token makes the names unique
-        self._token, there, problem = broadcast_from_rank0(facts)
-        if problem:
-            raise StorageError(problem)
+        self._token, there = broadcast_from_rank0((uuid4().hex[:8], there))
         store = dist.distributed_c10d._get_default_store()
         # A clone has its own connection: waiting on it does not block other users of the store.
         clone = store.clone()  # type: ignore[attr-defined]
-        self._store = dist.PrefixStore(f"saves-{self._token}", clone)
+        store = dist.PrefixStore(f"saves-{self._token}", clone)
+        self._tree = StoreTree(store, self._rank, self._ranks)
+        self._shard = Shard(state.state_tensors(), self._tree)
+        if problem := broadcast_from_rank0(self._too_small() if self._rank == 0 else ""):
+            raise StorageError(problem)
         self._number = 0
         self._thread: Thread | None = None
         self._outcome: dict[str, str] = {}
@@ -165,9 +163,11 @@ class Saver:
     def _write_all(self, save: PendingSave) -> None:
         """Write this rank's file and collect the outcome of all ranks, in the background thread."""
         try:
-            self._send(save, self._rank, self._write_shard(save))
+            reports = self._tree.gather(f"{save.number}", self._write_shard(save))
             self._outcome = (
-                self._receive(save, "all") if self._rank else self._publish_outcome(save)
+                self._tree.hear(f"{save.number}/all")
+                if self._rank
+                else self._publish_outcome(save, reports)
             )
         except Exception:
             self._outcome = {"bug": traceback.format_exc()}
@@ -175,7 +175,7 @@ class Saver:
             return
         # Without a store no rank is left to notify; the cause is reported elsewhere.
         with suppress(dist.DistError):
-            self._send(save, "all", self._outcome)
+            self._tree.tell(f"{save.number}/all", self._outcome)
         self._warn_not_saved(save)
         if not self._outcome:
             self._remove_old(save)
@@ -196,27 +196,25 @@ class Saver:
         except Exception:
             return {"bug": traceback.format_exc()}
 
-    def _publish_outcome(self, save: PendingSave) -> dict[str, str]:
+    def _publish_outcome(
+        self, save: PendingSave, reports: dict[int, dict[str, Any]]
+    ) -> dict[str, str]:
         """Publish a save on rank 0; return an empty dict on success."""
-        reports = [self._receive(save, rank) for rank in range(self._ranks)]
-        for key in (
-            *(f"{save.number}/{rank}" for rank in range(self._ranks)),
-            f"{save.number - 1}/all",
-        ):  # all ranks have read it: they have reached this save
-            self._store.delete_key(key)
+        # All ranks have read it: they have reached this save.
+        self._tree.store.delete_key(f"{save.number - 1}/all")
         partial = self._partial_folder(save)
         try:
-            if not any({"problem", "bug"} & report.keys() for report in reports):
-                files = {file_name(r): FileEntry(**f) for r, f in enumerate(reports) if f}
+            if not any({"problem", "bug"} & report.keys() for report in reports.values()):
+                files = {file_name(r): FileEntry(**f) for r, f in sorted(reports.items()) if f}
                 self._publish_checkpoint(save, partial, files)
                 return {}
         except OSError as error:
             reports[0] = {"problem": error.strerror or str(error)}
         shutil.rmtree(partial, ignore_errors=True)
-        for rank, report in enumerate(reports):
+        for rank, report in sorted(reports.items()):
             if "bug" in report:
                 return {"bug": f"rank {rank}: {report['bug']}"}
-        rank, reason = next((r, f["problem"]) for r, f in enumerate(reports) if "problem" in f)
+        rank, reason = min((r, f["problem"]) for r, f in reports.items() if "problem" in f)
         return {"problem": self._failure_message(save, rank, reason)}
 
     def _publish_checkpoint(
@@ -312,14 +310,6 @@ class Saver:
 
     def _partial_folder(self, save: PendingSave) -> Path:
         return self._folder / f".step-{save.step:08d}.{self._token}.partial"
-
-    def _send(self, save: PendingSave, who: int | str, what: dict[str, Any]) -> None:
-        self._store.set(f"{save.number}/{who}", json.dumps(what))
-
-    def _receive(self, save: PendingSave, who: int | str) -> dict[str, Any]:
-        key = f"{save.number}/{who}"
-        self._store.wait([key], PATIENCE)
-        return json.loads(self._store.get(key))
 
 
 def warn_rare_evaluation(config: CheckpointConfig, measured: int) -> str:

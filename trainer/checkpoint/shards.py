@@ -1,7 +1,7 @@
 """Tensors in the files of a checkpoint: one safetensors file per rank, and no pickle.
 
-torch.distributed.checkpoint plans which rank writes which chunk of a tensor, and which chunks a
-rank of another layout reads; the file format is ours.
+Which rank writes which chunk of a tensor follows from its placements (save_plan.py); which chunks a
+rank of another layout reads, from the manifest.
 """
 
 import hashlib
@@ -9,29 +9,17 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch import distributed as dist
-from torch.distributed.checkpoint.default_planner import (
-    DefaultSavePlanner,
-    create_default_local_load_plan,
-    create_default_local_save_plan,
-)
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
 
 from parallel.grad_norm import local_tensor
 from parallel.parallelize import local_slices
-from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest, TensorEntry
+from parallel.store_tree import StoreTree
+from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest
+from trainer.checkpoint.save_plan import plan_save
 
 DTYPES = {
     torch.float64: "F64",
@@ -49,40 +37,24 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 PIECE_BYTES = 1 << 24  # written and hashed at a time
 
 
-def file_name(rank: int) -> str:
-    """Return the file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"
-
-
 class Shard:
     """This rank's part of a checkpoint, planned once and staged in host memory in file layout.
 
     Memory is allocated at the first copy and reused by every later one.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], tree: StoreTree):
         """Plan, with all other ranks, who writes what; every rank has each tensor or a part."""
-        plan = create_default_local_save_plan(dict(tensors), dist.get_rank() == 0)
-        # A rank may have no rows of a small tensor.
-        plan = replace(
-            plan, items=[item for item in plan.items if all(_chunk_metadata(item).sizes)]
-        )
-        plans: list[SavePlan] = [plan] * dist.get_world_size()
-        dist.all_gather_object(plans, plan)
-        # A replicated tensor is written by the rank with the fewest bytes to write.
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        plans, metadata = planner.create_global_plan(plans)
-        self.tensors = _merge_plans(plans, metadata)  # of the full checkpoint
+        # Every tensor of the full checkpoint, on rank 0.
+        self.tensors, names = plan_save(tensors, DTYPES, tree)
         self.total_bytes = sum(
             math.prod(entry.shape) * TORCH_DTYPES[entry.dtype].itemsize
             for entry in self.tensors.values()
         )
+        parts = {name: local_tensor(tensors[name].detach()) for name in names}
         # Wide dtypes first, so that every tensor in the file is aligned to its width.
-        mine = sorted(plans[dist.get_rank()].items, key=lambda i: -_dtype_of(i).itemsize)
-        self._parts = {
-            item.index.fqn: (_dtype_of(item), _chunk_metadata(item).sizes) for item in mine
-        }
-        assert len(self._parts) == len(mine), "a rank has one part of a tensor"
+        mine = sorted(parts, key=lambda name: -parts[name].dtype.itemsize)
+        self._parts = {name: (parts[name].dtype, parts[name].shape) for name in mine}
         self._buffer: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
@@ -109,6 +81,7 @@ class Shard:
         if not self._parts:
             return None
         if self._copied is not None:
+            torch.cuda.set_device(self._copied.device)  # this is another thread than the copy's
             self._copied.synchronize()
         digest, size = hashlib.sha256(), 0
         with path.open("xb") as file:
@@ -157,19 +130,28 @@ def read_tensors(folder: Path, manifest: Manifest, tensors: Mapping[str, Tensor]
 
     The checkpoint must have been verified, and its names and shapes must match.
     """
-    wanted = {name: manifest.tensors[name] for name in tensors}
-    items = create_default_local_load_plan(dict(tensors), _dcp_metadata(wanted)).items
-    by_file: dict[str, list[ReadItem]] = {}
-    for item in items:
-        chunk = wanted[item.storage_index.fqn].chunks[item.storage_index.index or 0]
-        by_file.setdefault(chunk.file, []).append(item)
-    for name, wanted_items in by_file.items():
-        with safe_open(folder / name, framework="pt") as file:
-            for item in wanted_items:
-                there = file.get_slice(item.storage_index.fqn)
-                found = there[_box_slices(item.storage_offsets, item.lengths)]
-                here = local_tensor(tensors[item.dest_index.fqn].detach())
-                here[_box_slices(item.dest_offsets, item.lengths)].copy_(found)
+    by_file: dict[str, list[tuple[str, Chunk]]] = {}
+    for name, tensor in tensors.items():
+        for chunk in manifest.tensors[name].overlapping(local_slices(tensor)):
+            by_file.setdefault(chunk.file, []).append((name, chunk))
+    for file_path, wanted in by_file.items():
+        with safe_open(folder / file_path, framework="pt") as file:
+            for name, chunk in wanted:
+                there, here = _common_slices(chunk, local_slices(tensors[name]))
+                found = file.get_slice(name)[there]
+                local_tensor(tensors[name].detach())[here].copy_(found)
+
+
+def _common_slices(
+    chunk: Chunk, box: tuple[slice, ...]
+) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+    """Return the part that a chunk and a box share, counted from the chunk and from the box."""
+    there, here = [], []
+    for begin, size, side in zip(chunk.offsets, chunk.sizes, box, strict=True):
+        first, last = max(begin, side.start), min(begin + size, side.stop)
+        there.append(slice(first - begin, last - begin))
+        here.append(slice(first - side.start, last - side.start))
+    return tuple(there), tuple(here)
 
 
 def read_whole(folder: Path, manifest: Manifest, name: str) -> Tensor:
@@ -197,51 +179,3 @@ def take_rows(parameter: Tensor, source: Tensor, rows: list[int]) -> None:
 
 def _box_slices(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[slice, ...]:
     return tuple(slice(begin, begin + size) for begin, size in zip(offsets, sizes, strict=True))
-
-
-def _chunk_metadata(item: WriteItem) -> ChunkStorageMetadata:
-    assert item.tensor_data is not None and item.tensor_data.chunk is not None
-    return item.tensor_data.chunk
-
-
-def _dtype_of(item: WriteItem) -> torch.dtype:
-    assert item.tensor_data is not None
-    return item.tensor_data.properties.dtype
-
-
-def _merge_plans(plans: list[SavePlan], metadata: Metadata) -> dict[str, TensorEntry]:
-    """Return the tensors that all ranks write together, by name."""
-    chunks: dict[str, list[Chunk]] = {}
-    for rank, plan in enumerate(plans):
-        for item in plan.items:
-            box = Chunk(
-                tuple(_chunk_metadata(item).offsets),
-                tuple(_chunk_metadata(item).sizes),
-                file_name(rank),
-            )
-            chunks.setdefault(item.index.fqn, []).append(box)
-    found = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        assert isinstance(entry, TensorStorageMetadata), name
-        shape, dtype = tuple(entry.size), DTYPES[entry.properties.dtype]
-        found[name] = TensorEntry(dtype, shape, tuple(chunks[name]))
-        held = sum(math.prod(chunk.sizes) for chunk in chunks[name])
-        assert held == math.prod(shape), f"the ranks have {held} numbers of {name} {shape}"
-    return found
-
-
-def _dcp_metadata(tensors: Mapping[str, TensorEntry]) -> Metadata:
-    """Return a manifest's tensors as metadata of torch.distributed.checkpoint."""
-    return Metadata(
-        {
-            name: TensorStorageMetadata(
-                TensorProperties(TORCH_DTYPES[entry.dtype]),
-                torch.Size(entry.shape),
-                [
-                    ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes))
-                    for chunk in entry.chunks
-                ],
-            )
-            for name, entry in tensors.items()
-        }
-    )

@@ -17,6 +17,7 @@ from trainer.checkpoint.manifest import (
     Chunk,
     CorruptCheckpointError,
     FileEntry,
+    Grid,
     Manifest,
     TensorEntry,
     UnsupportedFormatError,
@@ -141,9 +142,50 @@ def test_a_manifest_of_another_shape_is_refused(tmp_path, changes):
 
 def test_another_format_is_named(tmp_path):
     written(tmp_path / "a")
-    sealed(tmp_path / "a", format=2)
-    with pytest.raises(UnsupportedFormatError, match="format version 2, this version reads 1"):
+    sealed(tmp_path / "a", format=3)
+    with pytest.raises(UnsupportedFormatError, match="format version 3, this version reads 1 to 2"):
         read_manifest(tmp_path / "a")
+
+
+def test_a_manifest_of_format_1_is_read(tmp_path):
+    manifest = written(tmp_path / "a")
+    body = json.loads((tmp_path / "a" / NAME).read_bytes())
+    assert "chunks" in body["tensors"]["model.w"]  # as format 1 lists them
+    sealed(tmp_path / "a", format=1)
+    assert read_manifest(tmp_path / "a") == manifest
+
+
+def gridded(folder, cuts, ranks):
+    grid = Grid(((0, 2), (0, 3)), (4, 6), (0, 0, 0, 0))
+    written(folder)
+    entry = {"dtype": "F32", "shape": [4, 6], "grid": 0}
+    sealed(folder, tensors={"model.w": entry}, grids=[{"cuts": cuts, "ranks": ranks}])
+    return grid
+
+
+def test_a_grid_comes_back_and_finds_what_a_box_needs(tmp_path):
+    grid = gridded(tmp_path / "a", [[0, 2], [0, 3]], [0, 0, 0, 0])
+    assert read_manifest(tmp_path / "a").tensors["model.w"] == TensorEntry("F32", (4, 6), grid)
+    places = [(chunk.offsets, chunk.sizes) for chunk in grid]
+    assert places == [(place, (2, 3)) for place in ((0, 0), (0, 3), (2, 0), (2, 3))]
+    found = grid.overlapping((slice(1, 2), slice(2, 4)))
+    assert [chunk.offsets for chunk in found] == [(0, 0), (0, 3)]
+    assert list(grid.overlapping((slice(2, 2), slice(0, 6)))) == []
+
+
+@pytest.mark.parametrize(
+    ("cuts", "ranks"),
+    [
+        ([[0, 2], [0, 3]], [0, 0, 0]),
+        ([[0, 2], [0]], [0, 1]),
+        ([[1, 2], [0]], [0, 0]),
+        ([[0, 4], [0]], [0, 0]),
+        ([[0, 2]], [0, 0]),
+    ],
+)
+def test_a_grid_that_misses_parts_is_refused(tmp_path, cuts, ranks):
+    gridded(tmp_path / "a", cuts, ranks)
+    assert "is not a manifest" in refusal(tmp_path / "a")
 
 
 class Evil:
