@@ -3,7 +3,6 @@
 import gc
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -88,7 +87,7 @@ class JobQueue:
     def leave(self) -> None:
         """Announce that this follower rank is about to exit."""
         with suppress(dist.DistError):
-            self.store.add("left", 1)
+            count_up(self.store, "left", self.world_size - 1)
 
     def close_queue(self, seconds: float = 10.0) -> None:
         """Stop the follower ranks, and wait up to `seconds` until they have left.
@@ -98,13 +97,26 @@ class JobQueue:
         self.post_job({"stop": 0})
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return
-        deadline = time.monotonic() + seconds
-        while self.store.add("left", 0) < self.world_size - 1 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        if self.world_size > 1:
+            with suppress(dist.DistError):
+                self.store.wait(["all left"], timedelta(seconds=seconds))
 
     def is_first(self, event: str) -> bool:
         """Return whether this rank is the first to report `event` in the current job."""
         return self.store.add(f"{event}{self.jobs}", 1) == 1
+
+
+def count_up(store: dist.Store, event: str, number: int) -> None:
+    """Count one rank more; the last of `number` sets the key "all EVENT"."""
+    if store.add(event, 1) == number:
+        store.set(f"all {event}", "")
+
+
+def wait_for_count(store: dist.Store, event: str, number: int, seconds: float) -> None:
+    """Count one rank more, and wait up to `seconds` for all of `number`."""
+    with suppress(dist.DistError):
+        count_up(store, event, number)
+        store.wait([f"all {event}"], timedelta(seconds=seconds))
 
 
 @contextmanager
@@ -118,7 +130,9 @@ def process_group(device: str, ranks: JobQueue, timeout_seconds: float = 0.0) ->
     if choose_device(device, ranks.local_world_size) == "cuda":
         chosen = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(chosen)
-    record_few_collectives()
+        # A full mesh of host connections per rank would not scale; few are ever used.
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    record_few_collectives(KEPT_ON_CUDA if chosen.type == "cuda" else KEPT_COLLECTIVES)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
         timeout=max(timedelta(minutes=30), timedelta(seconds=timeout_seconds)),
@@ -232,12 +246,30 @@ def choose_device(device: str, local_ranks: int) -> str:
 
 
 KEPT_COLLECTIVES = 16
+KEPT_ON_CUDA = 4096  # the host runs ahead of the device, by some fifty collectives a step
 
 
-def record_few_collectives() -> None:
+def record_few_collectives(number: int = KEPT_COLLECTIVES) -> None:
     """Limit torch's flight recorder; call it before the first process group is created.
 
-    Every group writes to it, and every heartbeat reads it: its default of 2000 entries would take
-    a hundred times as long.
+    Every group writes to it, and on a CPU every heartbeat reads it: its default of 2000 entries
+    would take a hundred times as long.
     """
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(KEPT_COLLECTIVES))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(number))
+
+
+def use_device(device: torch.device) -> None:
+    """Let the calling thread use this rank's device: on CUDA a new thread has the first one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def set_group_timeouts(seconds: float) -> None:
+    """Set the time-out of a collective on every group of this rank, at least 30 minutes.
+
+    A group's own default may be shorter than the patience of a start or a save.
+    """
+    patience = max(timedelta(minutes=30), timedelta(seconds=seconds))
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(patience, group)

@@ -226,13 +226,15 @@ def take_steps(run: Run) -> None:
     if state.step and supervisor.any_rank(recorder.needs_evaluation("valid", state.step)):
         evaluate_if_due(run)
         supervisor.raise_if_stopping()
+    saved_every = config.checkpoint.every
     while state.step < config.steps:
         with recorder.track_data_wait():
             micro_batches = next(run.loader)
         with supervisor.watch.track_step(), record_timeline(state, recorder):
             step = take_step(config, state, micro_batches)
         recorder.step_done()
-        supervisor.finish_step(state.step)
+        due = any(is_due(state.step, n, config.steps) for n in (config.eval.every, saved_every))
+        supervisor.finish_step(state.step, settle=due)
         if recorder.is_due(state.step):
             log_step(run, step)
         compared = config.checkpoint.check_replicas_every
@@ -240,7 +242,7 @@ def take_steps(run: Run) -> None:
             with recorder.pause_training("other"):
                 check_replicas(state.step, state.worker, state.optimizer, recorder, config.run_dir)
         eval_loss = evaluate_if_due(run)
-        if supervisor.stopping or is_due(state.step, config.checkpoint.every, config.steps):
+        if supervisor.stopping or is_due(state.step, saved_every, config.steps):
             save_checkpoint(run, eval_loss)
             supervisor.raise_if_stopping()
 
@@ -361,15 +363,17 @@ def evaluate_split(run: Run, split: str, samples: int) -> dict[str, float]:
         tokenizer = open_tokenizer(data_of(config))
         assert tokenizer is not None
         decoding = Decoding(tokenizer, config.eval.beams)
-    return evaluate_model(
+    values = evaluate_model(
         worker,
         open_split(data_of(config), split),
         task=task,
         samples=samples,
         decoding=decoding,
         micro_batch_size=config.micro_batch_size or local_batch,
-        between=run.supervisor.raise_if_stopping,
+        between=partial(run.supervisor.raise_if_stopping, settle=False),
     )
+    run.supervisor.raise_if_stopping()
+    return values
 
 
 def is_due(step: int, every: int, steps: int) -> bool:

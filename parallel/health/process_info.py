@@ -37,8 +37,13 @@ def format_stack(frame: FrameType | None) -> str:
     return "".join(traceback.format_stack(frame)[-STACK_LINES:]).rstrip() if frame else ""
 
 
-def last_collective(cuda: bool) -> tuple[str, bool]:
-    """Return the pending or last collective (name, number, group, sizes), and if it is pending."""
+def last_collective(cuda: bool, stands: bool) -> tuple[str, bool]:
+    """Return the pending or last collective (name, number, group, sizes), and if it is pending.
+
+    On CUDA thousands are kept, which are read only where the main thread `stands`.
+    """
+    if cuda and not stands:
+        return "not looked at: it went on", False
     name = "_dump_nccl_trace_json" if cuda else "_dump_fr_trace_json"
     dump = getattr(_distributed_c10d, name, None)
     entries = json.loads(dump(True, False)).get("entries", []) if dump else []

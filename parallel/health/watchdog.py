@@ -20,6 +20,7 @@ from typing import Any, Self
 
 import torch.distributed as dist
 
+from parallel.health.agreement import DelayedMax
 from parallel.health.heartbeat import (
     Heartbeat,
     LastSeen,
@@ -38,7 +39,7 @@ from parallel.health.process_info import (
     parent_pid,
     source_line,
 )
-from parallel.runtime import Runtime, all_reduce_max
+from parallel.runtime import Runtime, set_group_timeouts, use_device, wait_for_count
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Ctrl-C in a terminal reaches launcher and ranks, and the launcher forwards it: ignore duplicates.
@@ -46,6 +47,7 @@ ECHO_SECONDS = 1.0
 LONG = 10  # multiple of timeout_seconds allowed without progress while a run starts or saves
 FAILED, STOPPED, HUNG = 1, 75, 77  # exit codes
 COMPARED_STEPS = 20  # minimum number of steps before a rank is reported as slow
+VERDICT_SECONDS = 60.0  # that a collective waits longer, so that the verdict comes first
 GRACE_SECONDS = 3.0  # for a rank to exit by itself after another one has failed
 
 log = logging.getLogger(__name__)
@@ -76,6 +78,7 @@ class Watchdog:
         self._window = window_seconds
         self._interval = min(1.0, timeout_seconds / 10) if timeout_seconds else 1.0
         self._signalled_at = self._failed_at = 0.0
+        self._agreed = DelayedMax(runtime)
         self._step, self._progress, self._long = 0, 0, True  # startup is slow
         self._number = 0  # of heartbeats sent
         self._heard = time.monotonic()  # time of the store's last response
@@ -123,7 +126,7 @@ class Watchdog:
             with suppress(dist.DistError):
                 self._store.set(
                     f"beat{self.runtime.rank}",
-                    _encode_heartbeat(replace(self._make_heartbeat(), left=True)),
+                    json.dumps(asdict(replace(self._make_heartbeat(), left=True))),
                 )
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -147,24 +150,32 @@ class Watchdog:
         yield
         self._own_seconds += self._own.busy_seconds() - began
         self._own_steps += 1
-        self._long = False
+        if self._long:
+            self._set_patience(False)
 
     @contextmanager
     def allow_long(self) -> Iterator[None]:
         """Return a context in which LONG times the time-out is allowed without progress."""
-        self._long, before = True, self._long
+        before = self._long
+        self._set_patience(True)
         try:
             yield
         finally:
             self._progress += 1
-            self._long = before
+            self._set_patience(before)
 
-    def stop_requested(self) -> bool:
-        """Return whether a stop was requested on any rank.
+    def _set_patience(self, long: bool) -> None:
+        """Allow more or less time without progress, and to every collective a bit more."""
+        self._long = long
+        if self.timeout and self.runtime.world_size > 1:
+            set_group_timeouts(self.timeout * (LONG if long else 1) + VERDICT_SECONDS)
 
-        A collective call; every rank gets the same result.
+    def stop_requested(self, settle: bool = False) -> bool:
+        """Return whether a stop was requested on any rank two calls ago, without waiting for ranks.
+
+        A collective call; every rank gets the same result. With `settle`, also of this call.
         """
-        (found,) = all_reduce_max(self.runtime, [self.signal])
+        found = (self._agreed.settle if settle else self._agreed.push)(self.signal)
         self.signal = self.signal or found
         return bool(found)
 
@@ -175,14 +186,9 @@ class Watchdog:
 
     def wait_for_all(self, seconds: float = 60.0) -> None:
         """Wait up to `seconds` for all ranks: the first one to exit would end the others."""
-        if self._store is None:
+        if self._store is None or self.runtime.store is None:
             return
-        self._store.add("here", 1)
-        deadline = time.monotonic() + seconds
-        while self._store.add("here", 0) < self.runtime.world_size:
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.02)
+        wait_for_count(self.runtime.store, "here", self.runtime.world_size, seconds)
 
     def find_lost_ranks(self) -> RankLostError | None:
         """Return an error naming ranks that have exited, after a failed collective; None if none.
@@ -222,6 +228,7 @@ class Watchdog:
     # Run by the watchdog's threads.
 
     def _watch_loop(self) -> None:
+        use_device(self.runtime.device)
         watches = self._launched or (self._store is not None and self.timeout > 0)
         due = time.monotonic()
         while not self._ended:
@@ -241,7 +248,7 @@ class Watchdog:
         name = signal.Signals(number).name
         if not self._signalled_at:
             self._signalled_at = now
-            log.info("%s: the run saves and ends after this step; again = at once", name)
+            log.info("%s: the run saves and ends within three steps; again = at once", name)
         elif now - self._signalled_at > ECHO_SECONDS:
             self._end_process(
                 f"a second signal ({name}): left at once", self.runtime.rank, 128 + number
@@ -279,7 +286,7 @@ class Watchdog:
         if store is None or not self.timeout:
             return
         try:
-            store.set(f"beat{rank}", _encode_heartbeat(self._make_heartbeat()))
+            store.set(f"beat{rank}", json.dumps(asdict(self._make_heartbeat())))
             if rank in (0, 1, self.runtime.world_size - 1):  # no single point of failure
                 self._check_heartbeats()
             if store.check(["verdict"]):
@@ -293,7 +300,7 @@ class Watchdog:
         frame = main_frame()
         stands = self._progress == self._shown
         self._shown = self._progress
-        collective, waiting = last_collective(self.runtime.device.type == "cuda")
+        collective, waiting = last_collective(self.runtime.device.type == "cuda", stands)
         self._number += 1
         return Heartbeat(
             self._number,
@@ -389,7 +396,3 @@ class Watchdog:
     def _is_gone(self, beat: Heartbeat) -> bool:
         same_host = beat.host == socket.gethostname() and beat.parent == self._parent
         return same_host and not is_alive(beat.pid)
-
-
-def _encode_heartbeat(beat: Heartbeat) -> str:
-    return json.dumps(asdict(beat))

@@ -92,7 +92,7 @@ def unbroken(ranks, config, tmp_path_factory):
 
 
 WHEN = {
-    "in a step": ("step:SIGTERM", 3, 3),
+    "in a step": ("step:SIGTERM", 3, 4),  # where an evaluation is due, and the ranks agree at once
     "in a step before one that is saved anyway": ("step:SIGINT", 4, 4),
     "in an evaluation": ("evaluation:SIGUSR1", 1, 2),
     "in a save": ("save:SIGTERM", 1, 4),

@@ -57,6 +57,7 @@ class TrainLoader:
         self._ready: queue.Queue[list[Batch] | Exception] = queue.Queue(max(1, prefetch))
         self._closed = threading.Event()
         self._error: Exception | None = None
+        self._cuda = torch.cuda.current_device() if pin_memory else -1
         self._thread = threading.Thread(
             target=self._fill_queue, args=(first_step,), name="data", daemon=True
         )
@@ -99,6 +100,8 @@ class TrainLoader:
 
     def _fill_queue(self, step: int) -> None:
         item: list[Batch] | Exception
+        if self._cuda >= 0:  # a new thread has the first one, and would make a context there
+            torch.cuda.set_device(self._cuda)
         while not self._closed.is_set() and self._error is None:
             try:
                 item = self._load_step(step)

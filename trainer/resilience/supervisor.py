@@ -59,25 +59,28 @@ class Supervisor:
         if self._runtime.rank == 0:
             self._write_file(state, reason, 0, code)
 
-    def finish_step(self, step: int) -> bool:
-        """Report a finished step, and decide whether to stop; the same on every rank."""
+    def finish_step(self, step: int, settle: bool = False) -> bool:
+        """Report a finished step, and decide whether to stop; the same on every rank.
+
+        What another rank was told counts two steps later, or at once with `settle`, which waits.
+        """
         self.step = step
         self.watch.report_progress(step)
-        return self.should_stop()
+        return self.should_stop(settle)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, settle: bool = False) -> bool:
         """Return whether to stop, identical on every rank (collective)."""
-        self.stopping = self.stopping or self.watch.stop_requested()
+        self.stopping = self.stopping or self.watch.stop_requested(settle)
         return self.stopping
 
     def any_rank(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank (collective)."""
         return bool(all_reduce_max(self._runtime, [int(flag)])[0])
 
-    def raise_if_stopping(self) -> None:
-        """Raise StoppedError, on every rank, if the run is to stop; for use between batches."""
+    def raise_if_stopping(self, settle: bool = True) -> None:
+        """Raise StoppedError, on every rank, if the run is to stop; see `finish_step`."""
         self.watch.report_progress(self.step)
-        if self.should_stop():
+        if self.should_stop(settle):
             raise StoppedError
 
     def record_failure(self, error: Exception) -> None:

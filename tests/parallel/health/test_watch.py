@@ -283,7 +283,7 @@ def test_a_second_signal_leaves_at_once_and_an_echo_does_not(start, tmp_path):
     ranks = start(1, hears)
     assert ranks.codes() == [128 + signal.SIGTERM]
     assert (tmp_path / "lived").exists()
-    assert "SIGINT: the run saves and ends after this step" in ranks.said(0)
+    assert "SIGINT: the run saves and ends within three steps" in ranks.said(0)
     assert "a second signal (SIGTERM): left at once" in ranks.said(0)
 
 
