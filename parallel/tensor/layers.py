@@ -141,9 +141,9 @@ class TensorParallel(ParallelAxis):
         """Return the local positions of a replicated tensor."""
         if not self.splits_sequence:
             return x_BSD
-        return pad_to_multiple(x_BSD, SEQUENCE_DIM, self.group.size()).chunk(
-            self.group.size(), SEQUENCE_DIM
-        )[self.group.rank()]
+        ranks, rank = self.group.size(), self.group.rank()
+        part_BSD = pad_to_multiple(x_BSD, SEQUENCE_DIM, ranks).chunk(ranks, SEQUENCE_DIM)[rank]
+        return part_BSD.contiguous()  # strides of their own would be another compiled graph
 
     def gather_replicated(self, x_BSD: Tensor, length: int) -> Tensor:
         """Gather all `length` positions for a replicated computation, see `local_positions`."""

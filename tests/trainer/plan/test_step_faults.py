@@ -18,6 +18,7 @@ COMPILED = [
     ("decoder (GPT-2)", "fsdp 2 × tensor 2", "block", "fp32"),
     ("encoder-decoder", "tensor 2, whole sequences", "selective", "fp16"),
     ("decoder (Llama)", "context 2, ulysses", "selective", "bf16"),
+    ("encoder (ViT)", "fsdp 2 × tensor 2", "none", "bf16"),
 ]
 STEPS = [
     ("decoder (Llama)", "single", "none", "fp16"),
