@@ -73,6 +73,7 @@ ONLY_CHECKED = {
     "torchrun --nproc_per_node=8 launch/train.py strategy=hybrid": PRESET,
     "torchrun --nproc_per_node=4 launch/train.py strategy=hsdp": PRESET,
     "python launch/verify.py": "ten minutes",
+    "python launch/verify.py backend=nccl_like": "half an hour",
 }
 STATUSES = {  # the exit statuses other than 0
     "python launch/train.py precision=fp31 batch_size=10 micro_batch_size=3 model.heads=5": 2,
