@@ -98,8 +98,8 @@ class ParallelModel:
         """
         counts = [int(self.count_valid(m["targets"])) for m in micro_batches]  # on the host
         # Filled in by a kernel: a copy from memory that is not pinned would wait for the device.
-        count = torch.full((), sum(counts), dtype=torch.int64, device=self.device)
-        self.sum_over_data(count)
+        own = torch.full((), sum(counts), dtype=torch.int64, device=self.device)
+        count = self.sum_over_data(own)
         inputs = list(map(self.to_device, micro_batches))
         weights = next(self.model.parameters()).dtype
         total = torch.zeros((), device=self.device, dtype=torch.promote_types(weights, torch.float))

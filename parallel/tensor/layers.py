@@ -92,6 +92,7 @@ class TensorParallel(ParallelAxis):
         self.vocabulary = VocabParallel(classes, self.group)  # of the head's classes
         self.entries = self.vocabulary  # of the token embedding, which may be of other ones
         self._leaves: dict[Tensor, Tensor] = {}  # what autograd works on: the parameter at rest
+        self._eager: set[nn.Module] = set()  # blocks that are neither compiled nor recomputed
         self._regather = RecomputeGather(self.group, SEQUENCE_DIM)
         self._mesh, self._table = mesh, table
         self._overlaps, self._device = strategy.async_tensor, device
@@ -172,6 +173,7 @@ class TensorParallel(ParallelAxis):
 
     def prepare_block(self, block: nn.Module) -> None:
         """Make a block gather the inputs of split layers again in the backward, not save them."""
+        self._eager.add(block)
         if self.splits_sequence:
             block.forward = self._regather.wrap(block.forward)
 
@@ -179,9 +181,12 @@ class TensorParallel(ParallelAxis):
         """Make autograd work on plain tensors, views of the DTensors at rest.
 
         Those of FSDP, whose parameters are other tensors in every forward, are made in front of a
-        block: a compiled block that is recomputed takes no DTensor.
+        block that is compiled or recomputed: with both it takes no DTensor. Not of others: a split
+        backward takes the gradients of what the block itself has made of its parameters.
         """
         for block in model.blocks.values() if sharded else ():
+            if block in self._eager:
+                continue
             layers = [module for module in block.modules() if isinstance(module, _ShardedLayer)]
             block.register_forward_pre_hook(partial(_refresh_leaves, layers))
         if sharded:

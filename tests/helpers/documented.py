@@ -57,6 +57,7 @@ NOT_RUN = {
     "batch_size=16384": "half a minute",
     "python benchmarks/published_runs.py published-calibrate.csv --fit": "needs published runs",
     "python benchmarks/plan_cpu.py": "needs a quiet machine for five minutes",
+    "python benchmarks/plan_cpu.py ranks=N steps=30": "needs a quiet machine for ten minutes",
     "python benchmarks/gpu.py": "needs a GPU",
     "python benchmarks/gpu.py device=cpu": "tests/test_gpu_checks.py runs a short form of it",
     "python launch/plan.py calibrate launch.ranks=2 batch_size=8": CALIBRATED,
