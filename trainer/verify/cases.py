@@ -117,6 +117,9 @@ STRATEGIES = {
     ),
     "hsdp 2×2 × pipeline 2": StrategyConfig(replicate=2, shard=2, pipeline=2),
     "fsdp 2 × tensor 2 × pipeline 2": StrategyConfig(shard=2, tensor=2, pipeline=2),
+    "fsdp 2 × tensor 2 × pipeline 2, zero_bubble": StrategyConfig(
+        shard=2, tensor=2, pipeline=2, schedule="zero_bubble"
+    ),
 }
 
 # Sums of gradients that are rounded or compressed: no layout with one equals one process.
