@@ -1,4 +1,4 @@
-"""What the ranks' agreements cost as the world grows: simulated ranks over one real TCPStore.
+"""Measure what agreements cost as the world grows: simulated ranks over one real TCPStore.
 
 `python benchmarks/control_plane.py [ranks …]` (64 512 4096). Rank 0 and the store are one process;
 the other ranks are threads of a few others, each with a connection of its own, that speak the code

@@ -1,4 +1,4 @@
-"""What documents in a sample cost: tokens/s of a training step with and without them, alternating.
+"""Measure what documents in a sample cost: tokens/s of a step with and without, alternating.
 
 `python benchmarks/documents.py [width] [blocks] [length] [samples] [mean document] [segments]`
 The least seconds of a segment count. On CUDA (bf16) documents go by their lengths; on a CPU, and on

@@ -1,4 +1,4 @@
-"""What a block of the real step does, traced per strategy on ranks that do not exist.
+"""Count what a block of the real step does, traced per strategy on ranks that do not exist.
 
 `python benchmarks/step_anatomy.py [words] [model=llama-1b] [ranks=8] [samples=1] [seq_len=2048]
 [activation_checkpointing=none] [precision=bf16]`: words choose the rows that have all of them in

@@ -1,4 +1,4 @@
-"""What a check finds, the band that it is expected in, and the list of checks; free of torch."""
+"""List the checks, with what each finds and the band it is expected in; free of torch."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What a step launches, by torch's profiler: which kernels, copies and waits."""
+"""Count what a step launches, by torch's profiler: kernels, copies and waits."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping

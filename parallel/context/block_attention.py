@@ -211,8 +211,8 @@ def _aligned_mask(mask: Tensor | None, query: Tensor, keys: int) -> Tensor | Non
     """Return the mask as an additive bias (B,H,R,C) with rows aligned as the kernel needs them."""
     if mask is None:
         return None
-    padded = F.pad(mask, (0, -keys % 8))
-    bias = torch.zeros_like(padded, dtype=query.dtype).masked_fill(~padded, -torch.inf)
+    bias = _additive_mask(F.pad(mask, (0, -keys % 8)), query.dtype)
+    assert bias is not None
     return bias[..., :keys].expand(*query.shape[:3], keys)
 
 

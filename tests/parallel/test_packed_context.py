@@ -138,7 +138,7 @@ def test_recomputing_changes_nothing(ranks, mode):
 
 
 def only_windows_need_a_mask(runtime: Runtime, method: str, case: Case) -> bool:
-    """Whether attention asks for a mask."""
+    """Return whether attention asks for a mask."""
     asked = []
 
     def mask(self: Case, *positions: Tensor) -> Tensor:

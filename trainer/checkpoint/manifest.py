@@ -11,7 +11,7 @@ import math
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise, product
 from pathlib import Path
@@ -50,6 +50,14 @@ def file_name(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
+def row_number(place: Sequence[int], shape: Sequence[int]) -> int:
+    """Return the number of a place in a grid of this shape, counted row by row."""
+    number = 0
+    for row, size in zip(place, shape, strict=True):
+        number = number * size + row
+    return number
+
+
 @dataclass(frozen=True)
 class Grid:
     """The chunks of a tensor as a grid; many tensors share one."""
@@ -73,9 +81,7 @@ class Grid:
             for cuts, side in zip(self.cuts, box, strict=True)
         ]
         for place in product(*rows):
-            number = 0
-            for row, cuts in zip(place, self.cuts, strict=True):
-                number = number * len(cuts) + row
+            number = row_number(place, [len(cuts) for cuts in self.cuts])
             offsets = tuple(cuts[row] for cuts, row in zip(self.cuts, place, strict=True))
             ends = (
                 (*cuts[1:], size)[row]

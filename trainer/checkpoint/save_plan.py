@@ -20,7 +20,7 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Placement, Replicate, _StridedShard
 
 from parallel.store_tree import StoreTree
-from trainer.checkpoint.manifest import Grid, TensorEntry
+from trainer.checkpoint.manifest import Grid, TensorEntry, row_number
 
 Ranges = list[list[int]]  # first and last rank of each run of ranks
 SPLIT, STRIDED = "split", "strided"
@@ -180,7 +180,7 @@ def chunk_grid(
     for coordinate in _writing_coordinates(mesh, placements, copy):
         sizes, offsets = _compute_local_shape_and_global_offset(shape, mesh, list(coordinate), how)
         if all(sizes):
-            cells[tuple(offsets)] = ranks[_row_number(coordinate, mesh)]
+            cells[tuple(offsets)] = ranks[row_number(coordinate, mesh)]
     cuts = tuple(tuple(sorted({place[dim] for place in cells})) for dim in range(len(shape)))
     return Grid(cuts, shape, tuple(cells[place] for place in product(*cuts)))
 
@@ -200,13 +200,6 @@ def _coordinate(number: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def _row_number(coordinate: Sequence[int], shape: Sequence[int]) -> int:
-    number = 0
-    for place, size in zip(coordinate, shape, strict=True):
-        number = number * size + place
-    return number
-
-
 def _is_writer(
     rank: int, section: Section, ranks: Sequence[int], tensor: Tensor, copy: int
 ) -> bool:
@@ -216,7 +209,7 @@ def _is_writer(
     assert isinstance(tensor, DTensor)
     place = _coordinate(ranks.index(rank), section.mesh)
     kept = [dim for dim, how in enumerate(tensor.placements) if not _placement_words(how)]
-    number = _row_number([place[dim] for dim in kept], [section.mesh[dim] for dim in kept])
+    number = row_number([place[dim] for dim in kept], [section.mesh[dim] for dim in kept])
     return number == copy and all(tensor.to_local().shape)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from parallel.grad_norm import local_tensor
 from parallel.parallelize import local_slices
+from parallel.runtime import use_device
 from parallel.store_tree import StoreTree
 from trainer.checkpoint.manifest import Chunk, FileEntry, Manifest
 from trainer.checkpoint.save_plan import plan_save
@@ -81,7 +82,7 @@ class Shard:
         if not self._parts:
             return None
         if self._copied is not None:
-            torch.cuda.set_device(self._copied.device)  # this is another thread than the copy's
+            use_device(self._copied.device)  # this is another thread than the copy's
             self._copied.synchronize()
         digest, size = hashlib.sha256(), 0
         with path.open("xb") as file:

@@ -1,4 +1,4 @@
-"""What makes the host wait for a GPU, recognised in a step that runs on a CPU.
+"""Recognise what makes the host wait for a GPU, in a step that runs on a CPU.
 
 A CPU's tensors do not say whether they would be on the GPU, so that is followed: those of the
 micro-batches and what is computed from them alone are the host's, until they are copied.

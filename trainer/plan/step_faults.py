@@ -1,4 +1,4 @@
-"""What would make a GPU wait in the real training step, found on fake ranks and without a GPU."""
+"""Find what would make a GPU wait in the real training step, on fake ranks and without a GPU."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
